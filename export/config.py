@@ -1,0 +1,308 @@
+"""What a checkpoint's ``config.json`` says about the shapes of the model, as frozen dataclasses.
+
+A published config is a dump of everything its training framework knows. Only the keys that
+decide the computation are read here, each against its type; the rest is ignored. Nothing a
+config says is ever imported or executed.
+
+A checkpoint is one of three kinds, recognised by what the config holds rather than by
+``model_type`` (which transformers' own, different InternVL shares):
+
+    internvl   ``vision_config`` and ``qllama_config``          InternVL-14B: ViT, QLLaMA, heads
+    chat       ``vision_config`` and ``llm_config``             InternVL-Chat: ViT, projector, LLM
+    vit        ``model_type`` intern_vit_6b, or a bare ViT      InternViT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from internvl_edge.errors import CheckpointError, UsageError
+
+MAX_CONFIG_NBYTES = 4 << 20
+# The modules whose behaviour we re-implement; a config that points elsewhere is not ours to run.
+KNOWN_REMOTE_MODULES = frozenset(
+    {
+        "configuration_intern_vit",
+        "configuration_internvl",
+        "configuration_internvl_chat",
+        "modeling_intern_vit",
+        "modeling_internvl",
+        "modeling_internvl_chat",
+        "modeling_qllama",
+    }
+)
+
+Kind = Literal["internvl", "chat", "vit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """InternViT (internvl-spec section 1.1)."""
+
+    hidden_size: int = 3200  # C
+    num_attention_heads: int = 25
+    intermediate_size: int = 12800
+    num_hidden_layers: int = 48
+    patch_size: int = 14
+    image_size: int = 224  # the resolution of the stored position embedding
+    num_channels: int = 3
+    qkv_bias: bool = False
+    qk_normalization: bool = True  # RMSNorm of q and k over the full width, before the heads
+    norm_type: str = "rms_norm"  # or layer_norm (the 300M kind)
+    layer_norm_eps: float = 1e-6
+    initializer_factor: float = 0.1  # LayerScale at initialisation
+    hidden_act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "vision_config")
+        _require_divisible(self.hidden_size, self.num_attention_heads, "vision_config")
+        _require_choice("vision_config.norm_type", self.norm_type, ("rms_norm", "layer_norm"))
+        _require_choice("vision_config.hidden_act", self.hidden_act, ("gelu",))
+        if self.image_size % self.patch_size:
+            raise CheckpointError(
+                f"vision_config.image_size must be a multiple of patch_size {self.patch_size}, "
+                f"found {self.image_size}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def num_tokens(self, image_size: int | None = None) -> int:
+        """Patches of a square image and the class token: N."""
+        side = (self.image_size if image_size is None else image_size) // self.patch_size
+        return 1 + side * side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QLlamaConfig:
+    """QLLaMA: LLaMA with learnable queries and cross-attention (internvl-spec section 2.1)."""
+
+    hidden_size: int = 4096  # D
+    num_attention_heads: int = 32
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    vocab_size: int = 49954
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "qllama_config", but=("bos_token_id", "pad_token_id"))
+        _require_divisible(self.hidden_size, self.num_attention_heads, "qllama_config")
+        _require_choice("qllama_config.hidden_act", self.hidden_act, ("silu",))
+        if self.head_dim % 2:
+            raise CheckpointError(
+                f"qllama_config: rotary embedding needs an even head size, found {self.head_dim} "
+                f"(hidden_size {self.hidden_size} / {self.num_attention_heads} heads)"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InternVLConfig:
+    """InternVL-C/-G: both towers, the two pools and the heads (internvl-spec section 3.1)."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qllama: QLlamaConfig = field(default_factory=QLlamaConfig)
+    clip_embed_dim: int = 768  # E
+    attn_pool_num_heads: int = 16
+    num_query_token: int = 96
+    cross_attention_frequency: int = 2
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "config")
+        _require_divisible(self.vision.hidden_size, self.attn_pool_num_heads, "clip_projector")
+        _require_divisible(self.qllama.hidden_size, self.attn_pool_num_heads, "clip_projector2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """A checkpoint's kind and the configuration of what it holds."""
+
+    kind: Kind
+    vision: VisionConfig
+    internvl: InternVLConfig | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CheckpointConfig:
+        """The inverse of :meth:`to_json`: refuses keys it does not know."""
+        internvl = data.get("internvl")
+        try:
+            return cls(
+                kind=data["kind"],
+                vision=VisionConfig(**data["vision"]),
+                internvl=None
+                if internvl is None
+                else InternVLConfig(
+                    **{
+                        **internvl,
+                        "vision": VisionConfig(**internvl["vision"]),
+                        "qllama": QLlamaConfig(**internvl["qllama"]),
+                    }
+                ),
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"model configuration not understood: {error}") from error
+
+
+def load_config(directory: Path) -> CheckpointConfig:
+    """Read ``config.json`` of a checkpoint directory.
+
+    Raises:
+        CheckpointError: absent, malformed, of an unknown architecture, or defined by remote code.
+    """
+    path = directory / "config.json"
+    raw = _read_json(path)
+    _refuse_remote_code(raw, path)
+    nested_vision = raw.get("vision_config")
+    if isinstance(raw.get("qllama_config"), dict):
+        vision = _vision_config(_section(raw, "vision_config", path), path, raw)
+        return CheckpointConfig(kind="internvl", vision=vision, internvl=_internvl(raw, vision, path))
+    if isinstance(raw.get("llm_config"), dict) and isinstance(nested_vision, dict):
+        return CheckpointConfig(kind="chat", vision=_vision_config(nested_vision, path, raw))
+    if isinstance(nested_vision, dict) and raw.get("model_type") != "internvl":
+        return CheckpointConfig(kind="vit", vision=_vision_config(nested_vision, path, raw))
+    if raw.get("model_type") == "intern_vit_6b":
+        return CheckpointConfig(kind="vit", vision=_vision_config(raw, path, raw))
+    raise CheckpointError(
+        f"{path}: expected an InternViT, InternVL (vision_config and qllama_config) or "
+        f"InternVL-Chat configuration, found model_type {raw.get('model_type')!r}, "
+        f"architectures {raw.get('architectures')!r}; remote code is never run"
+    )
+
+
+def check_image_size(vision: VisionConfig, image_size: int | None) -> int:
+    """The resolution to compile for: ``image_size``, or the checkpoint's own.
+
+    Raises:
+        UsageError: not a positive multiple of the patch size.
+    """
+    size = vision.image_size if image_size is None else image_size
+    if size <= 0 or size % vision.patch_size:
+        lower = max(size // vision.patch_size, 1) * vision.patch_size
+        raise UsageError(
+            f"image size must be a positive multiple of the patch size {vision.patch_size}, found "
+            f"{size}; the nearest are {lower} and {lower + vision.patch_size}"
+        )
+    return size
+
+
+def _internvl(raw: dict[str, Any], vision: VisionConfig, path: Path) -> InternVLConfig:
+    # The constructor upstream copies the top-level query count and frequency over the nested ones.
+    qllama = _section(raw, "qllama_config", path)
+    return InternVLConfig(
+        vision=vision,
+        qllama=_from_raw(QLlamaConfig, qllama, path, "qllama_config."),
+        **_known(InternVLConfig, raw, path, "", skip=("vision", "qllama")),
+    )
+
+
+def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> VisionConfig:
+    config = _from_raw(VisionConfig, section, path, "vision_config.")
+    # A checkpoint made with force_image_size stores the already resized position embedding.
+    forced = top.get("force_image_size")
+    return config if forced is None else dataclasses.replace(
+        config, image_size=_typed(forced, int, path, "force_image_size")
+    )
+
+
+_C = TypeVar("_C", VisionConfig, QLlamaConfig)
+
+
+def _from_raw(cls: type[_C], raw: dict[str, Any], path: Path, prefix: str) -> _C:
+    return cls(**_known(cls, raw, path, prefix))
+
+
+def _known(
+    cls: type, raw: dict[str, Any], path: Path, prefix: str, skip: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The keys of ``raw`` that are fields of ``cls``, each of the field's type; null = default."""
+    types = {"int": int, "float": float, "bool": bool, "str": str}
+    return {
+        f.name: _typed(raw[f.name], types[str(f.type)], path, prefix + f.name)
+        for f in dataclasses.fields(cls)
+        if f.name not in skip and raw.get(f.name) is not None
+    }
+
+
+def _typed(value: object, kind: type, path: Path, key: str) -> Any:
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise CheckpointError(f"{path}: {key} must be {kind.__name__}, found {value!r}")
+    if kind is float and not math.isfinite(value):  # type: ignore[arg-type]
+        raise CheckpointError(f"{path}: {key} must be finite, found {value!r}")
+    return kind(value)
+
+
+def _section(raw: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {key} must be an object, found {value!r}")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_NBYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_CONFIG_NBYTES} bytes; not a config")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not found; expected a Hugging Face directory") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: must hold one JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def _refuse_remote_code(raw: dict[str, Any], path: Path) -> None:
+    if raw.get("trust_remote_code"):
+        raise CheckpointError(f"{path}: asks for trust_remote_code; remote code is never run")
+    auto_map = raw.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        raise CheckpointError(f"{path}: auto_map must be an object, found {auto_map!r}")
+    for target in auto_map.values():
+        # "repo--module.Class" or "module.Class"; tokenizers come as a pair of these.
+        for name in target if isinstance(target, list) else [target]:
+            module = str(name).rsplit("--", 1)[-1].split(".", 1)[0]
+            if name is not None and module not in KNOWN_REMOTE_MODULES:
+                raise CheckpointError(
+                    f"{path}: auto_map points to {name!r}, code that internvl-edge does not "
+                    "re-implement; remote code is never run"
+                )
+
+
+def _require_positive(config: Any, where: str, but: tuple[str, ...] = ()) -> None:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value <= 0 and f.name not in but:
+            raise CheckpointError(f"{where}.{f.name} must be positive, found {value}")
+        if isinstance(value, int) and value > 1 << 24:
+            raise CheckpointError(f"{where}.{f.name} is implausible: {value}")
+
+
+def _require_divisible(width: int, heads: int, where: str) -> None:
+    if width % heads:
+        raise CheckpointError(f"{where}: width {width} is not a multiple of {heads} heads")
+
+
+def _require_choice(where: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise CheckpointError(f"{where} must be one of {', '.join(choices)}, found {value!r}")

@@ -1,0 +1,71 @@
+"""Attention and rotary embedding, written once for PyTorch and for the ONNX exporter.
+
+    attention(q, k, v) = softmax(q kᵀ / √d + mask) v        per head, d the head size
+
+Both functions take activations as the linear layers leave them, (B, T, heads·d): ONNX's
+``Attention`` and ``RotaryEmbedding`` (opset 23) split the heads themselves, so an exported block
+has no Reshape or Transpose of ours, and TensorRT maps the op to its fused kernel. While the model
+is exported the functions emit those ops; in eager mode they are PyTorch's own, which keeps them
+an independent check of the exported graph.
+
+The softmax runs in float32 at every precision. A boolean mask is True where a query may look,
+which avoids the half-precision overflow of summed additive masks.
+
+Rotary positions follow LLaMA: the two halves of a head are the two parts of the rotated pair,
+    (x₁, x₂) → (x₁ cos φ − x₂ sin φ,  x₂ cos φ + x₁ sin φ),   φ = position · base^(−2i/d).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROPE_BASE = 10000.0
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Multi-head attention of (B, T, heads·d) on (B, S, heads·d); ``mask`` is (B|1, 1, T, S)."""
+    if torch.onnx.is_in_onnx_export():
+        out, *_ = torch.onnx.ops.attention(
+            query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_heads
+        )
+        return out
+    q, k, v = (split_heads(x, num_heads) for x in (query, key, value))
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, heads·d) → (B, heads, T, d)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, T, d) → (B, T, heads·d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def rotary_tables(length: int, head_dim: int, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position and frequency, float32, each (length, head_dim / 2)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Apply rotary positions to x (B, T, heads·d); ``cos`` and ``sin`` are (B|1, T, d/2)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if torch.onnx.is_in_onnx_export():
+        if cos.shape[0] != x.shape[0]:
+            cos, sin = (t.expand(x.shape[0], -1, -1) for t in (cos, sin))
+        return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=num_heads)
+    first, second = x.unflatten(-1, (num_heads, 2, -1)).unbind(-2)  # (B, T, heads, d/2) each
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
+    return rotated.flatten(2)

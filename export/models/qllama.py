@@ -1,0 +1,207 @@
+"""QLLaMA: a LLaMA that can look at an image through learnable queries and cross-attention.
+
+Notable features:
+- plain LLaMA layers: RMSNorm, rotary positions, gated SiLU MLP, no biases
+- every ``cross_attention_frequency``-th layer lets the first ``num_query_token`` positions, the
+  queries, attend to the vision tower's tokens, between self-attention and MLP
+- one stack, four uses, told apart only by the self-attention mask (``masks`` below):
+  text embedding, image queries, image-text matching, generation
+
+Queries never see text except in matching, so in generation the image lives wholly in the first
+``num_query_token`` positions of the key/value cache, and what follows is a plain causal LLaMA.
+Cross-attention is therefore gated on ``vision`` being given, never on a sequence length.
+Parameter names are the published checkpoints'. Source: internvl-spec section 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internvl_edge.export.config import InternVLConfig, QLlamaConfig
+from internvl_edge.export.models.attention import (
+    attention,
+    merge_heads,
+    rotary_tables,
+    rotate,
+    split_heads,
+)
+from internvl_edge.export.models.vit import RMSNorm
+
+KeyValue = tuple[Tensor, Tensor]  # (B, heads, T, d) each, keys after their rotation
+
+
+# --- masks: True where row i may attend to column j (spec section 2.4) ----------------------
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor:
+    """(B, S) of 1 and 0 → (B, 1, 1, S): nobody looks at padding."""
+    return attention_mask.bool()[:, None, None, :]
+
+
+def causal_mask(length: int, device: torch.device, *, past: int = 0) -> Tensor:
+    """(1, 1, T, past + T): no position looks ahead."""
+    row = torch.arange(length, device=device)[:, None] + past
+    column = torch.arange(past + length, device=device)[None, :]
+    return (column <= row)[None, None]
+
+
+def generation_mask(attention_mask: Tensor, num_queries: int) -> Tensor:
+    """(B, S) → (B, 1, S, S): queries see all queries, text is causal and sees the queries."""
+    causal = causal_mask(attention_mask.shape[1], attention_mask.device).clone()
+    mask = (causal & padding_mask(attention_mask)).clone()
+    mask[..., :num_queries, :num_queries] = True
+    return mask
+
+
+def generation_positions(attention_mask: Tensor) -> Tensor:
+    """(B, S) → positions (B, S): counted over what is not padding; padding sits at 1."""
+    return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+
+
+# --- layers ----------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: QLlamaConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        q = rotate(self.q_proj(x), *rope, self.num_heads)
+        k = rotate(self.k_proj(x), *rope, self.num_heads)
+        v = self.v_proj(x)
+        if past is not None:
+            k = torch.cat((merge_heads(past[0]), k), dim=1)
+            v = torch.cat((merge_heads(past[1]), v), dim=1)
+        present = split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+        return self.o_proj(attention(q, k, v, self.num_heads, mask)), present
+
+
+class CrossAttention(nn.Module):
+    """Queries look at every vision token; the pre-norms live inside, positions do not exist."""
+
+    def __init__(self, config: QLlamaConfig, vision_width: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.norm1 = RMSNorm(width, config.rms_norm_eps)
+        self.norm2 = RMSNorm(vision_width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(vision_width, width, bias=False)
+        self.v_proj = nn.Linear(vision_width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, vision: Tensor) -> Tensor:
+        compute = self.q_proj.weight.dtype
+        seen = self.norm2(vision).to(compute)
+        q = self.q_proj(self.norm1(x).to(compute))
+        return self.o_proj(attention(q, self.k_proj(seen), self.v_proj(seen), self.num_heads))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: QLlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: QLlamaConfig, vision_width: int, *, has_cross: bool) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_attn = CrossAttention(config, vision_width) if has_cross else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past: KeyValue | None = None,
+        vision: Tensor | None = None,
+        num_queries: int = 0,
+    ) -> tuple[Tensor, KeyValue]:
+        compute = self.mlp.gate_proj.weight.dtype
+        attended, present = self.self_attn(self.input_layernorm(x).to(compute), rope, mask, past)
+        x = x + attended.to(x.dtype)
+        if self.cross_attn is not None and vision is not None:
+            queries, text = x[:, :num_queries], x[:, num_queries:]
+            queries = queries + self.cross_attn(queries, vision).to(x.dtype)
+            x = queries if x.shape[1] == num_queries else torch.cat((queries, text), dim=1)
+        x = x + self.mlp(self.post_attention_layernorm(x).to(compute)).to(x.dtype)
+        return x, present
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config: InternVLConfig) -> None:
+        super().__init__()
+        llama, every = config.qllama, config.cross_attention_frequency
+        self.embed_tokens = nn.Embedding(llama.vocab_size, llama.hidden_size)
+        self.layers = nn.ModuleList(
+            Layer(llama, config.vision.hidden_size, has_cross=i % every == 0)
+            for i in range(llama.num_hidden_layers)
+        )
+        self.norm = RMSNorm(llama.hidden_size, llama.rms_norm_eps)
+
+
+class QLlama(nn.Module):
+    """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the cache."""
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: InternVLConfig) -> None:
+        super().__init__()
+        llama = config.qllama
+        self.config = llama
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(llama.hidden_size, llama.vocab_size, bias=False)
+        cos, sin = rotary_tables(llama.max_position_embeddings, llama.head_dim)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) → (B, T, D), in the dtype of the residual stream."""
+        tokens: Tensor = self.model.embed_tokens(input_ids)
+        return tokens.to(self.model.norm.weight.dtype)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+        vision: Tensor | None = None,
+        num_queries: int = 0,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        x, presents = inputs_embeds, []
+        rope = self.rope(x.shape[1], positions)
+        for i, layer in enumerate(self.model.layers):
+            x, present = layer(x, rope, mask, past and past[i], vision, num_queries)
+            presents.append(present)
+        return self.model.norm(x), presents
+
+    def rope(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of ``positions`` (B, T), or of 0 … length − 1: (B|1, T, d/2) each."""
+        if positions is None:
+            return self.rope_cos[None, :length], self.rope_sin[None, :length]
+        return self.rope_cos[positions], self.rope_sin[positions]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, vocabulary)."""
+        out: Tensor = self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        return out

@@ -1,0 +1,143 @@
+"""InternViT, the vision tower: a plain pre-norm transformer without a final norm.
+
+Notable features:
+- patch embedding by a strided convolution, a class token in front, learned positions on both
+- RMSNorm (6B) or LayerNorm (300M) before attention and MLP
+- RMSNorm of queries and keys over the full width, all heads together
+- LayerScale on every branch, exact (erf) GELU, biases on proj, fc1 and fc2
+
+Parameter names are the published checkpoints'. Two dtypes may live in one tower: the linear
+layers compute in that of their weights, the residual stream keeps that of the position
+embedding, norms and LayerScale (see ``export.precision``). Source: internvl-spec section 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internvl_edge.export.config import VisionConfig
+from internvl_edge.export.models.attention import attention
+
+
+class RMSNorm(nn.Module):
+    """y = weight · x / √(mean(x²) + eps), statistics in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def _norm(config: VisionConfig) -> nn.Module:
+    if config.norm_type == "rms_norm":
+        return RMSNorm(config.hidden_size, config.layer_norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def resize_position_embedding(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample learned positions (1, 1 + g², C) to a grid of (h, w): (1, 1 + h·w, C).
+
+    Bicubic in float32 without antialiasing, the class token's row untouched (spec section 1.3).
+    """
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (side, side) == grid:
+        return table
+    cls, patches = table[:, :1], table[:, 1:]
+    square = patches.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, C, g, g)
+    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat((cls, resized.flatten(2).transpose(1, 2).to(table.dtype)), dim=1)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, width))
+        self.position_embedding = nn.Parameter(torch.randn(1, config.num_tokens(), width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        grid = patches.shape[-2:]  # (B, C, h, w)
+        x = patches.flatten(2).transpose(1, 2).to(self.class_embedding.dtype)  # (B, h·w, C)
+        x = torch.cat((self.class_embedding.expand(x.shape[0], -1, -1), x), dim=1)
+        return x + resize_position_embedding(self.position_embedding, (grid[0], grid[1]))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        if config.qk_normalization:
+            self.q_norm: nn.Module = RMSNorm(width, config.layer_norm_eps)
+            self.k_norm: nn.Module = RMSNorm(width, config.layer_norm_eps)
+        else:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        qkv = self.qkv(x)  # (B, N, 3C)
+        # Slices, because a split exports to a sequence that TensorRT refuses.
+        q, k, v = qkv[..., :width], qkv[..., width : 2 * width], qkv[..., 2 * width :]
+        return self.proj(attention(self.q_norm(q), self.k_norm(k), v, self.num_heads))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _norm(config), _norm(config)
+        self.attn, self.mlp = Attention(config), MLP(config)
+        self.ls1 = nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size))
+        self.ls2 = nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        compute = self.mlp.fc1.weight.dtype
+        x = x + self.ls1 * self.attn(self.norm1(x).to(compute)).to(x.dtype)
+        return x + self.ls2 * self.mlp(self.norm2(x).to(compute)).to(x.dtype)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+
+class InternViT(nn.Module):
+    """pixel_values (B, 3, H, W) → last hidden state (B, N, C), N = 1 + (H/p)(W/p)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x: Tensor = self.embeddings(pixel_values)
+        for block in self.encoder.layers:
+            x = block(x)
+        return x
+
+    def hidden_states(self, pixel_values: Tensor) -> list[Tensor]:
+        """The embeddings and every block's output: num_hidden_layers + 1 of (B, N, C)."""
+        states: list[Tensor] = [self.embeddings(pixel_values)]
+        for block in self.encoder.layers:
+            states.append(block(states[-1]))
+        return states
