@@ -33,6 +33,8 @@ def attention(
 ) -> Tensor:
     """Multi-head attention of (B, T, heads·d) on (B, S, heads·d); ``mask`` is (B|1, 1, T, S)."""
     if torch.onnx.is_in_onnx_export():
+        if mask is not None:  # runtimes want every query's row, not a broadcast
+            mask = mask.expand(-1, -1, query.shape[1], -1)
         out, *_ = torch.onnx.ops.attention(
             query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_heads
         )

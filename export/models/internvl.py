@@ -172,7 +172,7 @@ class InternVL(nn.Module):
 
     def _queries_and_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, nq + T, D) of [queries | text], and the padding mask (B, nq + T)."""
-        queries = self.query_tokens.expand(len(input_ids), -1, -1)
+        queries = self.query_tokens.expand(input_ids.shape[0], -1, -1)
         embeds = torch.cat((queries, self.qllama.embed(input_ids)), dim=1)
         return embeds, F.pad(attention_mask, (self.query_tokens.shape[1], 0), value=1)
 

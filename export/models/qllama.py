@@ -170,9 +170,17 @@ class QLlama(nn.Module):
         self.config = llama
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(llama.hidden_size, llama.vocab_size, bias=False)
-        cos, sin = rotary_tables(llama.max_position_embeddings, llama.head_dim)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        shape = llama.max_position_embeddings, llama.head_dim // 2
+        self.register_buffer("rope_cos", torch.empty(shape), persistent=False)
+        self.register_buffer("rope_sin", torch.empty(shape), persistent=False)
+        self.reset_tables()
+
+    def reset_tables(self) -> None:
+        """Compute the rotary tables; called again when weights replace those of a meta model."""
+        if self.model.norm.weight.is_meta:
+            return
+        tables = rotary_tables(self.config.max_position_embeddings, self.config.head_dim)
+        self.rope_cos, self.rope_sin = (t.to(self.model.norm.weight.device) for t in tables)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, T) → (B, T, D), in the dtype of the residual stream."""

@@ -1,0 +1,228 @@
+"""The components that a checkpoint is compiled into: their modules, inputs and outputs.
+
+A component is a part of the reference model with a tensor interface that other programs rely on:
+names, dtypes and dimensions below are a contract. Images, embeddings, hidden states and logits
+are float32 at every precision, ids and masks int64; the casts stand inside the graph. Only
+key/value tensors have the compute dtype.
+
+    component       inputs                                        outputs
+    vision          pixel_values                                  last_hidden_state
+    image_embed     pixel_values                                  image_embeds
+    image_pool      last_hidden_state                             image_embeds
+    image_queries   last_hidden_state                             query_embeds, present.{i}.*
+    text_embed      input_ids, attention_mask                     text_embeds
+    matcher         last_hidden_state, input_ids, attention_mask  match_logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from internvl_edge.artifact import TensorSpec
+from internvl_edge.errors import UsageError
+from internvl_edge.export.config import CheckpointConfig
+from internvl_edge.export.models import InternVL, InternViT
+
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 7  # sizes of the traced example; both dimensions stay dynamic
+
+
+class Vision(nn.Module):
+    def __init__(self, vit: InternViT) -> None:
+        super().__init__()
+        self.vision_model = vit
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.vision_model(pixel_values).float()
+
+
+class ImageEmbed(nn.Module):
+    def __init__(self, model: InternVL) -> None:
+        super().__init__()
+        self.vision_model, self.clip_projector = model.vision_model, model.clip_projector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.clip_projector(self.vision_model(pixel_values)).float()
+
+
+class ImagePool(nn.Module):
+    def __init__(self, model: InternVL) -> None:
+        super().__init__()
+        self.clip_projector = model.clip_projector
+
+    def forward(self, last_hidden_state: Tensor) -> Tensor:
+        stream = self.clip_projector.norm1_q.weight.dtype
+        return self.clip_projector(last_hidden_state.to(stream)).float()
+
+
+class ImageQueries(nn.Module):
+    def __init__(self, model: InternVL) -> None:
+        super().__init__()
+        self.qllama, self.query_tokens = model.qllama, model.query_tokens
+        self.clip_projector2 = model.clip_projector2
+
+    def forward(self, last_hidden_state: Tensor) -> tuple[Tensor, ...]:
+        vision = last_hidden_state.to(self.query_tokens.dtype)
+        hidden, cache = InternVL.encode_queries(self, vision)  # type: ignore[arg-type]
+        presents = [tensor for pair in cache for tensor in pair]
+        return self.clip_projector2(hidden).float(), *presents
+
+
+class TextEmbed(nn.Module):
+    def __init__(self, model: InternVL) -> None:
+        super().__init__()
+        self.qllama, self.text_projection = model.qllama, model.text_projection
+
+    text_states = InternVL.text_states
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return InternVL.encode_text(self, input_ids, attention_mask).float()  # type: ignore[arg-type]
+
+
+class Matcher(nn.Module):
+    def __init__(self, model: InternVL) -> None:
+        super().__init__()
+        self.qllama, self.query_tokens, self.itm_head = (
+            model.qllama,
+            model.query_tokens,
+            model.itm_head,
+        )
+
+    match_states, _queries_and_text = InternVL.match_states, InternVL._queries_and_text
+
+    def forward(self, last_hidden_state: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        vision = last_hidden_state.to(self.query_tokens.dtype)
+        logits = InternVL.match_tokens(self, vision, input_ids, attention_mask)  # type: ignore[arg-type]
+        return logits.float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """A part of the model that is compiled on its own."""
+
+    name: str
+    module: Callable[[InternVL], nn.Module]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # presents are appended by ``output_names``
+    has_cache: bool = False
+
+    def output_names(self, config: CheckpointConfig) -> list[str]:
+        """Names of the graph's outputs, key/value tensors of every layer included."""
+        layers = config.internvl.qllama.num_hidden_layers if self.has_cache and config.internvl else 0
+        presents = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+        return [*self.outputs, *presents]
+
+
+COMPONENTS: dict[str, Component] = {
+    component.name: component
+    for component in (
+        Component(
+            name="vision",
+            module=lambda model: Vision(model.vision_model),
+            inputs=("pixel_values",),
+            outputs=("last_hidden_state",),
+        ),
+        Component(
+            name="image_embed",
+            module=ImageEmbed,
+            inputs=("pixel_values",),
+            outputs=("image_embeds",),
+        ),
+        Component(
+            name="image_pool",
+            module=ImagePool,
+            inputs=("last_hidden_state",),
+            outputs=("image_embeds",),
+        ),
+        Component(
+            name="image_queries",
+            module=ImageQueries,
+            inputs=("last_hidden_state",),
+            outputs=("query_embeds",),
+            has_cache=True,
+        ),
+        Component(
+            name="text_embed",
+            module=TextEmbed,
+            inputs=("input_ids", "attention_mask"),
+            outputs=("text_embeds",),
+        ),
+        Component(
+            name="matcher",
+            module=Matcher,
+            inputs=("last_hidden_state", "input_ids", "attention_mask"),
+            outputs=("match_logits",),
+        ),
+    )
+}
+
+
+def available_components(config: CheckpointConfig) -> tuple[str, ...]:
+    """Every component that a checkpoint of this kind can be compiled into."""
+    return tuple(COMPONENTS) if config.kind == "internvl" else ("vision",)
+
+
+def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The components asked for, in their canonical order; all of them by default.
+
+    Raises:
+        UsageError: a name that is not a component, or that this checkpoint does not have.
+    """
+    available = available_components(config)
+    if names is None:
+        return available
+    unknown = [name for name in names if name not in available]
+    if unknown or not names:
+        raise UsageError(
+            f"component {', '.join(map(repr, unknown)) or 'list is empty'}: expected some of "
+            f"{', '.join(available)} for this {config.kind} checkpoint"
+        )
+    return tuple(name for name in available if name in names)
+
+
+def build_component(
+    component: Component, model: InternVL | InternViT
+) -> nn.Module:
+    """The component's module around the (shared) reference model."""
+    if isinstance(model, InternViT):
+        return Vision(model).eval()
+    return component.module(model).eval()
+
+
+def input_specs(component: Component, config: CheckpointConfig, image_size: int) -> tuple[TensorSpec, ...]:
+    """The contract of the component's inputs at a resolution."""
+    vision = config.vision
+    specs = {
+        "pixel_values": TensorSpec(
+            name="pixel_values",
+            dtype="float32",
+            shape=("batch", vision.num_channels, image_size, image_size),
+        ),
+        "last_hidden_state": TensorSpec(
+            name="last_hidden_state",
+            dtype="float32",
+            shape=("batch", vision.num_tokens(image_size), vision.hidden_size),
+        ),
+        "input_ids": TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length")),
+        "attention_mask": TensorSpec(
+            name="attention_mask", dtype="int64", shape=("batch", "length")
+        ),
+    }
+    return tuple(specs[name] for name in component.inputs)
+
+
+def example_inputs(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+    """Meta tensors of the right shapes to trace with."""
+    sizes = {"batch": EXAMPLE_BATCH, "length": EXAMPLE_LENGTH}
+    dtypes = {"float32": torch.float32, "int64": torch.int64}
+    return tuple(
+        torch.empty(
+            [n if isinstance(n, int) else sizes[n] for n in spec.shape],
+            dtype=dtypes[spec.dtype],
+            device="meta",
+        )
+        for spec in specs
+    )

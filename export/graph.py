@@ -1,0 +1,167 @@
+"""One ONNX graph per component: traced on the meta device, cleaned, named after the modules.
+
+A trace needs shapes, never weights: the module lives on the meta device, ``torch.export`` records
+it and PyTorch's exporter converts it at opset 23, which has ``Attention``, ``RMSNormalization``,
+``RotaryEmbedding`` and ``Gelu``. The exporter's own optimizer would read the weights that are not
+there, so it stays off, and the passes below do its work: constants are folded wherever no weight
+is involved, what nobody reads is dropped, equal subexpressions are shared.
+
+The result has one initializer per parameter under the parameter's checkpoint name, without data
+(``weights.bind`` gives it some), and node names that say which module a node came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+from torch import Tensor, nn
+
+from internvl_edge.errors import InternVLError
+
+OPSET = 23
+IR_VERSION = 11  # what opset 23 needs at least
+PRODUCER = "internvl-edge"
+# Folding a constant of more elements than this would write data into the graph file.
+MAX_FOLDED_ELEMENTS = 1 << 20
+NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes", "onnxscript")
+
+
+def trace(
+    module: nn.Module,
+    example: Sequence[Tensor],
+    dynamic: Sequence[Mapping[int, str]],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> ir.Model:
+    """Convert a module on the meta device to a clean ONNX model whose weights have no data.
+
+    Args:
+        module: in evaluation mode, all parameters on the meta device.
+        example: meta tensors, one per input.
+        dynamic: for each input, dimension → symbolic name; equal names are equal sizes.
+        input_names: the graph's inputs.
+        output_names: the graph's outputs.
+    """
+    names = {name for dims in dynamic for name in dims.values()}
+    symbols = {name: torch.export.Dim(name) for name in sorted(names)}
+    shapes = tuple({axis: symbols[name] for axis, name in dims.items()} for dims in dynamic)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            module,
+            tuple(example),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            external_data=False,
+            dynamic_shapes=shapes,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    for value in model.graph.initializers.values():
+        value.const_value = None  # a meta tensor, which no pass may mistake for data
+    _require_dynamic(model, dynamic)
+    return model
+
+
+def _require_dynamic(model: ir.Model, dynamic: Sequence[Mapping[int, str]]) -> None:
+    """A model that reads a size as a number makes the tracer freeze it, silently."""
+    for value, dims in zip(model.graph.inputs, dynamic, strict=True):
+        assert value.shape is not None
+        frozen = [name for axis, name in dims.items() if isinstance(value.shape[axis], int)]
+        if frozen:
+            raise InternVLError(f"the trace froze {', '.join(frozen)} of input {value.name!r}")
+
+
+def set_constants(model: ir.Model, constants: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Give small computed tables (rotary cos and sin) their values, to be stored in the graph."""
+    for name, values in constants.items():
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+
+
+def simplify(model: ir.Model) -> ir.Model:
+    """Fold, share and drop, in place; weights without data are left as they stand.
+
+    Raises:
+        InternVLError: the graph needs an operator outside the standard ONNX domain.
+    """
+    optimizer.optimize_ir(
+        model,
+        num_iterations=2,
+        onnx_shape_inference=False,
+        input_size_limit=MAX_FOLDED_ELEMENTS,
+        output_size_limit=MAX_FOLDED_ELEMENTS,
+        should_fold=_reads_no_weight,
+    )
+    _name_nodes(model)
+    with _quiet_exporter():
+        _clean(model)
+    foreign = {node.domain for node in model.graph if node.domain not in ("", "ai.onnx")}
+    if foreign:
+        raise InternVLError(f"the graph needs operators outside standard ONNX: {sorted(foreign)}")
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = PRODUCER, None
+    return model
+
+
+def _clean(model: ir.Model) -> None:
+    for clean in (
+        passes.CommonSubexpressionEliminationPass(),
+        passes.IdentityEliminationPass(),
+        passes.LiftConstantsToInitializersPass(size_limit=0),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+        passes.NameFixPass(),
+    ):
+        clean(model)
+
+
+def _reads_no_weight(node: ir.Node) -> bool | None:
+    """False keeps a node that reads an initializer without data; None leaves it to the folder."""
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and value.const_value is None:
+            return False
+    return None
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name each node by its module and operator, as in ``encoder.layers.3.attn.qkv/MatMul``."""
+    taken: dict[str, int] = {}
+    for node in model.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        path = [part.strip("' ") for part in scopes.strip("[]").split(",")]
+        # the last scope is the operator's own name; the one before it is the innermost module
+        module = path[-2] if len(path) > 1 else ""
+        module = "" if module.startswith("_") else module
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        taken[name] = taken.get(name, 0) + 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's notes on packages and internals that do not concern our users."""
+    noisy = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,165 @@
+"""Does a compiled component compute what the checkpoint's PyTorch model computes?
+
+Every component is run beside the float32 reference on the same inputs, and each output is
+compared by three figures over all its rows (the last axis is a row):
+
+    cosine    the worst row's cosine similarity
+    sqnr_db   10 log₁₀ (Σ reference² / Σ (reference − actual)²)
+    max_abs   the largest difference
+
+A component passes when its worst output is within the bound of its precision. The bounds are
+wide enough for any sound checkpoint and far below what a wrong axis, a doubled scale or a lost
+dequantization leaves: they catch mistakes, they do not promise quality, which the figures report.
+
+bfloat16 graphs, for which ONNX Runtime has no CPU kernels, are run as ``widen`` rewrites them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from internvl_edge.errors import VerificationError
+from internvl_edge.export.components import COMPONENTS, build_component, input_specs
+from internvl_edge.export.config import CheckpointConfig
+from internvl_edge.export.models import InternVL, InternViT
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+# precision → (smallest cosine of any row, smallest SQNR in dB)
+BOUNDS: dict[str, tuple[float, float]] = {
+    "fp32": (0.99999, 70.0),
+    "fp16": (0.999, 40.0),
+    "bf16": (0.99, 20.0),
+    "int8": (0.97, 12.0),
+    "fp8": (0.95, 10.0),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How close one output is to its reference."""
+
+    cosine: float
+    sqnr_db: float
+    max_abs: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"cosine": self.cosine, "sqnr_db": self.sqnr_db, "max_abs": self.max_abs}
+
+
+def agreement(reference: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> Agreement:
+    """Compare two arrays of one shape in float64; a non-finite value is total disagreement."""
+    if reference.shape != actual.shape:
+        raise VerificationError(f"expected shape {reference.shape}, found {actual.shape}")
+    r = reference.astype(np.float64).reshape(-1, reference.shape[-1])
+    a = actual.astype(np.float64).reshape(r.shape)
+    if not np.isfinite(a).all():
+        return Agreement(cosine=-1.0, sqnr_db=-np.inf, max_abs=np.inf)
+    error = r - a
+    norms = np.linalg.norm(r, axis=1) * np.linalg.norm(a, axis=1)
+    cosines = np.where(norms > 0, (r * a).sum(axis=1) / np.where(norms > 0, norms, 1), 0.0)
+    cosines = np.where((r == a).all(axis=1), 1.0, cosines)  # rows of zeros agree with themselves
+    signal, noise = float((r**2).sum()), float((error**2).sum())
+    return Agreement(
+        cosine=float(cosines.min()),
+        sqnr_db=float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else 200.0,
+        max_abs=float(np.abs(error).max()),
+    )
+
+
+def sample_feeds(
+    config: CheckpointConfig,
+    image_size: int,
+    seed: int = 0,
+    batch: int = 2,
+    length: int = 12,
+    pixel_values: np.ndarray[Any, Any] | None = None,
+    input_ids: np.ndarray[Any, Any] | None = None,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs to compare on: the given samples, or seeded noise and random right-padded ids."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, config.vision.num_channels, image_size, image_size)
+    feeds: dict[str, np.ndarray[Any, Any]] = {
+        "pixel_values": rng.standard_normal(shape).astype(np.float32)
+        if pixel_values is None
+        else pixel_values
+    }
+    if config.internvl is not None:
+        if input_ids is None:
+            llama = config.internvl.qllama
+            input_ids = rng.integers(3, llama.vocab_size, (len(feeds["pixel_values"]), length))
+            input_ids[:, 0], input_ids[0, -1] = llama.bos_token_id, llama.eos_token_id
+            input_ids[1:, length // 2 :] = 0  # a shorter text beside a full one
+        feeds["input_ids"] = input_ids.astype(np.int64)
+        feeds["attention_mask"] = (feeds["input_ids"] > 0).astype(np.int64)
+    return feeds
+
+
+def reference_outputs(
+    model: InternVL | InternViT, component: str, feeds: Arrays, config: CheckpointConfig
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What the PyTorch model gives for one component."""
+    module = build_component(COMPONENTS[component], model)
+    with torch.inference_mode():
+        tensors = [torch.from_numpy(feeds[name]) for name in COMPONENTS[component].inputs]
+        outputs = module(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    names = COMPONENTS[component].output_names(config)
+    return {n: t.float().numpy() for n, t in zip(names, outputs, strict=True)}
+
+
+def verify_component(
+    run: Callable[[Arrays], Arrays],
+    model: InternVL | InternViT,
+    component: str,
+    precision: str,
+    config: CheckpointConfig,
+    feeds: Arrays,
+) -> dict[str, Any]:
+    """Run a compiled component beside the reference.
+
+    Args:
+        run: the compiled component.
+        model: the float32 reference.
+        component: its name.
+        precision: which bound applies.
+        config: the checkpoint's.
+        feeds: ``sample_feeds``, with the reference's ``last_hidden_state`` where it is an input.
+
+    Returns:
+        The figures for the manifest: worst over the outputs, and of each output.
+
+    Raises:
+        VerificationError: an output is outside the bound.
+    """
+    expected = reference_outputs(model, component, feeds, config)
+    actual = run({name: feeds[name] for name in COMPONENTS[component].inputs})
+    figures = {name: agreement(expected[name], np.asarray(actual[name])) for name in expected}
+    cosine, sqnr = BOUNDS[precision]
+    for name, figure in figures.items():
+        if figure.cosine < cosine or figure.sqnr_db < sqnr:
+            raise VerificationError(
+                f"{component} at {precision}: output {name!r} disagrees with PyTorch: cosine "
+                f"{figure.cosine:.5f} (at least {cosine}), SQNR {figure.sqnr_db:.1f} dB (at least "
+                f"{sqnr}); nothing was published"
+            )
+    return {
+        "against": "PyTorch float32",
+        "samples": int(len(feeds["pixel_values"])),
+        "cosine": min(f.cosine for f in figures.values()),
+        "sqnr_db": min(f.sqnr_db for f in figures.values()),
+        "max_abs": max(f.max_abs for f in figures.values()),
+    }
+
+
+def with_hidden_state(
+    model: InternVL | InternViT, feeds: dict[str, np.ndarray[Any, Any]], config: CheckpointConfig
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Add the reference's vision tokens to the feeds."""
+    hidden = reference_outputs(model, "vision", feeds, config)["last_hidden_state"]
+    return {**feeds, "last_hidden_state": hidden}

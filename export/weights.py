@@ -1,0 +1,249 @@
+"""Weights of a compiled directory: safetensors files that every component's graph points into.
+
+An ONNX initializer stored outside its graph is (file, offset, length). A safetensors file is a
+header and the tensors' bytes one after the other, so its tensors can be pointed at as they lie:
+all components of a directory share one weights file, whatever tensors they have in common is
+stored once, and ordinary tools can read it.
+
+Two ways to get there:
+    bring   the checkpoint's own shards, hard-linked or copied; a graph that computes in another
+            dtype than the stored one gets a Cast behind the initializer, folded by every builder
+    write   a new file in the dtypes the graphs ask for, streamed tensor by tensor
+
+Offsets are known before the first byte of data is written, since shapes and dtypes are; tensors
+may therefore be written in any order, as a quantizer produces them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from internvl_edge.errors import InternVLError
+from internvl_edge.export.checkpoint import DTYPES, Checkpoint, read_header
+
+Transfer = Literal["auto", "link", "copy"]
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+# The header is padded so that the data begins at a page: offsets then keep a tensor's alignment.
+DATA_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LazyTensor:
+    """A tensor that is computed or read when its turn to be written comes."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    load: Callable[[], np.ndarray[Any, Any]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor of a compiled directory lies."""
+
+    location: str  # file name inside the directory
+    offset: int
+    nbytes: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class WeightsWriter:
+    """A safetensors file whose tensors are written in any order, each exactly once."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]):
+        self.path = path
+        raw, self.stored = _layout(path.name, tensors)
+        self._pending = set(tensors)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        _pwrite(self._descriptor, raw, 0)
+
+    def write(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        """Write one tensor, of the dtype and shape announced for it."""
+        place = self.stored[name]
+        if values.dtype != place.dtype or values.shape != place.shape or name not in self._pending:
+            raise InternVLError(
+                f"tensor {name!r}: announced {place.dtype}{place.shape}, "
+                f"given {values.dtype}{values.shape}, or given twice"
+            )
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        _pwrite(self._descriptor, memoryview(data), place.offset)
+        self._pending.discard(name)
+
+    def close(self) -> None:
+        """Finish the file; every announced tensor must have been written."""
+        if self._pending:
+            raise InternVLError(f"{self.path}: never written: {sorted(self._pending)[:5]}")
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __enter__(self) -> WeightsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        elif self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def _layout(
+    location: str, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
+) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The header's bytes, and where each tensor will lie."""
+    # wide types first, so that every tensor is aligned to its own item size
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        offsets = [end, end + nbytes]
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": offsets}
+        end += nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    start = -(-(8 + len(raw)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+    stored = {
+        name: StoredTensor(
+            location=location,
+            offset=start + header[name]["data_offsets"][0],
+            nbytes=header[name]["data_offsets"][1] - header[name]["data_offsets"][0],
+            dtype=tensors[name][0],
+            shape=tensors[name][1],
+        )
+        for name in order
+    }
+    return (start - 8).to_bytes(8, "little") + raw.ljust(start - 8), stored
+
+
+def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def bring_shards(
+    checkpoint: Checkpoint, directory: Path, transfer: Transfer
+) -> tuple[dict[str, StoredTensor], str]:
+    """Put the checkpoint's own shards into ``directory`` and say where each tensor lies.
+
+    Returns:
+        Canonical name → place, and how the files came there: "hard link" or "copy".
+    """
+    how = "copy"
+    for shard in checkpoint.shards:
+        target = directory / shard.name
+        source = shard.resolve(strict=True)  # a cache snapshot is a symlink to a blob
+        if transfer == "link":
+            os.link(source, target)
+            how = "hard link"
+        else:
+            shutil.copyfile(source, target)
+    placed = {entry.file: entry.file.name for entry in checkpoint.tensors.values()}
+    return {
+        name: StoredTensor(
+            location=placed[entry.file],
+            offset=entry.offset,
+            nbytes=entry.nbytes,
+            dtype=entry.dtype,
+            shape=entry.shape,
+        )
+        for name, entry in checkpoint.tensors.items()
+    }, how
+
+
+def read_stored(directory: Path, location: str) -> dict[str, StoredTensor]:
+    """Where the tensors of a weights file lie, from its own header."""
+    return {
+        name: StoredTensor(
+            location=location, offset=e.offset, nbytes=e.nbytes, dtype=e.dtype, shape=e.shape
+        )
+        for name, e in read_header(directory / location).items()
+    }
+
+
+def weights_without_data(models: Iterable[ir.Model]) -> dict[str, np.dtype[Any]]:
+    """Name → dtype of every initializer that still needs data, over several graphs.
+
+    Where graphs disagree (they never do at one precision) the first one decides and ``bind``
+    casts.
+    """
+    needed: dict[str, np.dtype[Any]] = {}
+    for model in models:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None:
+                assert value.dtype is not None
+                needed.setdefault(name, np.dtype(value.dtype.numpy()))
+    return needed
+
+
+def bind(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -> int:
+    """Point every initializer without data at its stored tensor, in place.
+
+    A Cast follows where the graph computes in another dtype than the stored one.
+
+    Returns:
+        Bytes of weights that the graph reads.
+    """
+    total = 0
+    for name, value in list(model.graph.initializers.items()):
+        if value.const_value is not None:
+            continue
+        place = stored[name]
+        wanted, held = value.dtype, ir.DataType.from_numpy(place.dtype)
+        if tuple(value.shape or ()) != place.shape:
+            raise InternVLError(f"{name}: the graph has {value.shape}, stored is {place.shape}")
+        value.const_value = ir.ExternalTensor(
+            location=place.location,
+            offset=place.offset,
+            length=place.nbytes,
+            dtype=held,
+            shape=ir.Shape(place.shape),
+            name=name,
+            base_dir=directory,
+        )
+        total += place.nbytes
+        if wanted != held:
+            _cast_behind(model.graph, value, held, wanted)
+    return total
+
+
+def _cast_behind(
+    graph: ir.Graph, value: ir.Value, held: ir.DataType, wanted: ir.DataType | None
+) -> None:
+    assert wanted is not None
+    uses = list(value.uses())
+    value.type = ir.TensorType(held)
+    cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}/Cast")
+    cast.outputs[0].name = f"{value.name}.as_{wanted.name.lower()}"
+    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(wanted), value.shape
+    first = next(node for node in graph if any(use.node is node for use in uses))
+    graph.insert_before(first, cast)
+    for node, index in uses:
+        node.replace_input_with(index, cast.outputs[0])
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write the graph; its external tensors stay where they are and are only referred to."""
+    ir.save(model, path)

@@ -1,0 +1,90 @@
+"""A float32 twin of a bfloat16 graph, to run it where bfloat16 kernels do not exist.
+
+ONNX Runtime's CPU provider computes float32 and float16, not bfloat16. In the twin every
+operation that gave bfloat16 computes in float32, and its result is rounded to bfloat16 and back
+by two casts. That is the arithmetic of hardware whose bfloat16 products accumulate in float32,
+so the twin shows the rounding error of the real graph, and it reads the same weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+_BOOLEAN = frozenset(
+    {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or"}
+)
+_INTEGER = frozenset({"ArgMax", "NonZero", "Shape", "Size"})
+_TYPED_BY_SECOND_INPUT = frozenset({"Where", "CastLike"})
+
+
+def infer_dtypes(graph: ir.Graph) -> None:
+    """Give every value of a graph its dtype, from its inputs on; operators of ours only."""
+    for node in graph:
+        dtype = _result_dtype(node)
+        for output in node.outputs:
+            if output.dtype is None and dtype is not None:
+                output.type = ir.TensorType(dtype)
+
+
+def _result_dtype(node: ir.Node) -> ir.DataType | None:
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    if node.op_type in _BOOLEAN:
+        return ir.DataType.BOOL
+    if node.op_type in _INTEGER:
+        return ir.DataType.INT64
+    if node.op_type == "DequantizeLinear" and "output_dtype" in node.attributes:
+        return ir.DataType(node.attributes["output_dtype"].as_int())
+    index = 1 if node.op_type in (*_TYPED_BY_SECOND_INPUT, "DequantizeLinear") else 0
+    source = node.inputs[2] if node.op_type == "QuantizeLinear" else node.inputs[index]
+    return None if source is None else source.dtype
+
+
+def widen(source: Path, target: Path) -> None:
+    """Write the twin of the graph at ``source`` to ``target``, in the same directory.
+
+    The external data stays where it is; both files refer to it.
+    """
+    model = ir.load(source)
+    graph = model.graph
+    infer_dtypes(graph)
+    values = [output for node in graph for output in node.outputs]
+    rounded = [value for value in values if value.dtype == ir.DataType.BFLOAT16]
+    stored = [v for v in graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
+    for value in stored:
+        _insert_casts(graph, value, [ir.DataType.FLOAT])
+    for value in rounded:
+        node = value.producer()
+        assert node is not None
+        if node.op_type != "Cast":  # a Cast to bfloat16 stays and is only undone
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            node.attributes.pop("output_dtype", None)
+            _insert_casts(graph, value, [ir.DataType.BFLOAT16, ir.DataType.FLOAT])
+        else:
+            _insert_casts(graph, value, [ir.DataType.FLOAT])
+    ir.save(model, target)
+
+
+def _insert_casts(graph: ir.Graph, value: ir.Value, dtypes: list[ir.DataType]) -> None:
+    """Cast ``value`` through ``dtypes`` and let all its readers read the result."""
+    uses, producer, name = list(value.uses()), value.producer(), value.name
+    result = value
+    casts = []
+    for i, dtype in enumerate(dtypes):
+        cast = ir.node("Cast", [result], {"to": int(dtype)}, name=f"{name}/Round_{i}")
+        result = cast.outputs[0]
+        result.name, result.type, result.shape = f"{name}.round_{i}", ir.TensorType(dtype), value.shape
+        casts.append(cast)
+    if producer is None:
+        readers = {use.node for use in uses}
+        graph.insert_before(next(node for node in graph if node in readers), casts)
+    else:
+        graph.insert_after(producer, casts)
+    for node, index in uses:
+        node.replace_input_with(index, result)
+    for i, output in enumerate(graph.outputs):
+        if output is value:
+            value.name, result.name = f"{name}.raw", name
+            graph.outputs[i] = result

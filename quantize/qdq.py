@@ -1,0 +1,163 @@
+"""Explicit Q/DQ: the nodes that tell a builder which matrix products run in 8 bits.
+
+A quantized linear layer y = x Wᵀ + b becomes
+
+    x → QuantizeLinear(s_x) → DequantizeLinear(s_x) ─┐
+                                                     MatMul → Add(b)
+    W₈ (K, N) → DequantizeLinear(s_w, axis=1) ───────┘
+
+with one activation scale per tensor and one weight scale per output channel, zero points 0.
+TensorRT fuses the pattern into one 8-bit GEMM; ONNX Runtime's CPU provider does the same where
+the weight is stored (K, N) and its DequantizeLinear feeds MatMul directly, which is why W₈ is
+stored transposed and the exporter's Transpose goes.
+
+Placement follows the vendor's rules:
+- both inputs of each GEMM carry a pair, outputs never do (the residual trunk stays 16/32-bit);
+- readers of one tensor, such as q, k and v behind a norm, share one pair, so that the
+  quantization can fuse into the norm's epilogue;
+- scales are float32 and symmetric; where the graph computes in 16 bits the pair's
+  ``output_dtype`` says so, so that no scale is rounded to the activations' type;
+- GEMMs with K or N below 16, patch embedding, pools and heads stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from internvl_edge.errors import InternVLError
+
+SCALE_SUFFIX = "_scale"  # of the float32 weight scales stored beside the weight
+STORAGE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedLinear:
+    """What the graph needs to know of one quantized linear layer."""
+
+    weight: str  # the parameter's name; its initializer becomes (K, N) in 8 bits
+    activation_scale: float
+    format: str  # "int8" or "fp8"
+
+
+def insert_qdq(model: ir.Model, linears: Mapping[str, QuantizedLinear]) -> int:
+    """Rewrite the MatMul of every listed weight that the graph has, in place.
+
+    Args:
+        model: a clean graph in which a linear layer is Transpose(weight) → MatMul.
+        linears: by weight name; weights the graph does not have are passed over.
+
+    Returns:
+        How many MatMuls were rewritten.
+
+    Raises:
+        InternVLError: a listed weight is used in another way than by one linear layer's MatMul.
+    """
+    shared: dict[tuple[str, float, str], ir.Value] = {}
+    count = 0
+    for name, linear in linears.items():
+        weight = model.graph.initializers.get(name)
+        if weight is not None:
+            _rewrite(model.graph, weight, linear, shared)
+            count += 1
+    return count
+
+
+def _rewrite(
+    graph: ir.Graph,
+    weight: ir.Value,
+    linear: QuantizedLinear,
+    shared: dict[tuple[str, float, str], ir.Value],
+) -> None:
+    transpose, matmul = _linear_nodes(weight)
+    activation = matmul.inputs[0]
+    assert activation is not None
+    compute = activation.dtype or weight.dtype
+    assert compute is not None and weight.shape is not None
+
+    key = (str(activation.name), linear.activation_scale, linear.format)
+    if key not in shared:
+        shared[key] = _activation_pair(graph, matmul, activation, linear, compute)
+    matmul.replace_input_with(0, shared[key])
+
+    features_out, features_in = weight.shape
+    weight.type = ir.TensorType(STORAGE[linear.format])
+    weight.shape = ir.Shape((features_in, features_out))  # (K, N)
+    scale = _initializer(graph, f"{weight.name}{SCALE_SUFFIX}", (int(features_out),))
+    dequantize = ir.node(
+        "DequantizeLinear",
+        [weight, scale],
+        {"axis": 1, **_output_dtype(compute)},
+        name=f"{weight.name}/DequantizeLinear",
+    )
+    dequantize.outputs[0].name = f"{weight.name}.dequantized"
+    dequantize.outputs[0].type = ir.TensorType(compute)
+    dequantize.outputs[0].shape = weight.shape
+    graph.insert_before(matmul, dequantize)
+    matmul.replace_input_with(1, dequantize.outputs[0])
+    graph.remove(transpose, safe=True)
+
+
+def _linear_nodes(weight: ir.Value) -> tuple[ir.Node, ir.Node]:
+    """The Transpose of a weight and the MatMul that reads it."""
+    uses = list(weight.uses())
+    transpose = uses[0].node if len(uses) == 1 else None
+    if transpose is not None and transpose.op_type == "Transpose":
+        readers = list(transpose.outputs[0].uses())
+        if len(readers) == 1 and readers[0].node.op_type == "MatMul" and readers[0].idx == 1:
+            return transpose, readers[0].node
+    found = ", ".join(use.node.op_type for use in uses) or "nothing"
+    raise InternVLError(f"{weight.name}: expected one Transpose → MatMul to read it, found {found}")
+
+
+def _activation_pair(
+    graph: ir.Graph,
+    before: ir.Node,
+    activation: ir.Value,
+    linear: QuantizedLinear,
+    compute: ir.DataType,
+) -> ir.Value:
+    """Quantize and dequantize an activation; the pair that all its readers share."""
+    stem = str(activation.name)
+    scale = _constant(graph, f"{stem}.scale", np.float32(linear.activation_scale))
+    zero = _constant(graph, f"{stem}.zero_point", STORAGE[linear.format].numpy().type(0))
+    quantize = ir.node("QuantizeLinear", [activation, scale, zero], name=f"{stem}/QuantizeLinear")
+    quantize.outputs[0].name = f"{stem}.quantized"
+    dequantize = ir.node(
+        "DequantizeLinear",
+        [quantize.outputs[0], scale, zero],
+        _output_dtype(compute),
+        name=f"{stem}/DequantizeLinear",
+    )
+    dequantize.outputs[0].name = f"{stem}.dequantized"
+    for value, dtype in (
+        (quantize.outputs[0], STORAGE[linear.format]),
+        (dequantize.outputs[0], compute),
+    ):
+        value.type, value.shape = ir.TensorType(dtype), activation.shape
+    graph.insert_before(before, [quantize, dequantize])
+    return dequantize.outputs[0]
+
+
+def _output_dtype(compute: ir.DataType) -> dict[str, Any]:
+    """The attribute that keeps a float32 scale in a 16-bit graph."""
+    return {} if compute == ir.DataType.FLOAT else {"output_dtype": int(compute)}
+
+
+def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
+    constant = _initializer(graph, name, ())
+    constant.const_value = ir.tensor(np.asarray(value), name=name)
+    constant.type = ir.TensorType(constant.const_value.dtype)
+    return constant
+
+
+def _initializer(graph: ir.Graph, name: str, shape: tuple[int, ...]) -> ir.Value:
+    if name in graph.initializers:
+        raise InternVLError(f"the graph already has an initializer {name!r}")
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.initializers[name] = value
+    return value
