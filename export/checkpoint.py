@@ -12,6 +12,7 @@ Pickle files are refused here; ``internvl-edge convert`` turns them into safeten
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -270,6 +271,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raw = os.pread(descriptor, length, 8)
         file.close()
     return _parse_header(path, raw, 8 + length, status.st_size)
+
+
+def header_fingerprint(path: Path) -> dict[str, Any]:
+    """Size of a shard and sha256 of its header, which lists every tensor and its place."""
+    with open(path, "rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        digest = hashlib.sha256(file.read(min(length, MAX_HEADER_NBYTES))).hexdigest()
+    return {"nbytes": path.stat().st_size, "header_sha256": digest}
 
 
 def _parse_header(path: Path, raw: bytes, start: int, size: int) -> dict[str, TensorEntry]:

@@ -72,6 +72,11 @@ class WeightsWriter:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         _pwrite(self._descriptor, raw, 0)
 
+    @property
+    def pending(self) -> list[str]:
+        """Names announced and not yet written, in file order."""
+        return [name for name in self.stored if name in self._pending]
+
     def write(self, name: str, values: np.ndarray[Any, Any]) -> None:
         """Write one tensor, of the dtype and shape announced for it."""
         place = self.stored[name]

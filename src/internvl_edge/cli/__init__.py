@@ -1,0 +1,78 @@
+"""The command line: ``internvl-edge COMMAND``.
+
+Every command takes ``--json``, whose last line on stdout is one JSON object, and says everything
+else on stderr. Exit codes are those of ``internvl_edge.errors``; Ctrl-C exits with 130.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from internvl_edge._version import __version__
+from internvl_edge.cli import compile as compile_commands
+from internvl_edge.cli import measure, use
+from internvl_edge.cli.console import Output, error_line, flush
+from internvl_edge.errors import InternVLError, ResourceError
+
+__all__ = ["app", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="internvl-edge")
+@click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
+def app(debug: bool) -> None:
+    """Compile InternVL checkpoints into fast inference engines, and run them."""
+
+
+for command in (
+    compile_commands.export,
+    compile_commands.build,
+    compile_commands.verify,
+    compile_commands.inspect,
+    compile_commands.convert,
+    use.embed,
+    use.classify,
+    use.retrieve,
+    use.match,
+    measure.benchmark,
+    measure.doctor,
+):
+    app.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(run(given))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; its exit code."""
+    output = Output(as_json="--json" in arguments)
+    try:
+        app.main(arguments, prog_name="internvl-edge", standalone_mode=False)
+        flush()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        return _fail(output, error.format_message(), error.exit_code, "UsageError")
+    except click.Abort:
+        return 130
+    except MemoryError:
+        raised: InternVLError = ResourceError("out of memory; see --dry-run for what is needed")
+        return _fail(output, str(raised), raised.exit_code, type(raised).__name__)
+    except InternVLError as error:
+        if "--debug" in arguments:
+            raise
+        return _fail(output, str(error), error.exit_code, type(error).__name__)
+    return 0
+
+
+def _fail(output: Output, message: str, code: int, kind: str) -> int:
+    error_line(message)
+    details: dict[str, Any] = {"type": kind, "message": message, "exit_code": code}
+    output.result({"error": details})
+    return code

@@ -1,0 +1,216 @@
+"""INT8 and FP8 in numpy: what a stored byte means, and how a number becomes one.
+
+Quantization is symmetric, without a zero point. A tensor or a channel shares one scale s > 0:
+
+    q = cast(clip(x / s, lowest, highest))        quantize
+    x̂ = q · s                                     dequantize
+
+    format   values                                        lowest   highest   s for a range a
+    int8     the integers                                   -128       127         a / 127
+    fp8      E4M3FN: 4 exponent and 3 mantissa bits,        -448       448         a / 448
+             no infinities, subnormals down to 2⁻⁹
+
+Everything is computed in float32: the quotient is a division (multiplying by 1/s differs in the
+last bit and moves values across a tie), ties go to the even neighbour (`rint`, and the IEEE
+rounding of the FP8 cast), what lies outside saturates. That is ONNX's QuantizeLinear with
+saturate=1 and DequantizeLinear, to the bit, so a weight stored in 8 bits equals one that a graph
+would quantize itself.
+
+int8 uses -128 although no scale is chosen for it: the range is solved for ±127 s, and a value at
+-127.6 s is closer to -128 s than to -127 s.
+
+Clipping precedes the FP8 cast because E4M3FN has no infinity: the cast alone would turn 465 into
+NaN. A finite number therefore never becomes NaN. NaN and infinity themselves are refused by name
+(`require_finite`) where numbers enter: weights of a checkpoint, activations of a calibration.
+
+A scale stays inside the normal float32 numbers, and so does its reciprocal: kernels flush
+denormals to zero and multiply by 1/s. The floor 2⁻¹²⁶ serves channels that are zero or denormal;
+zero quantizes to zero at any scale, so a dead channel dequantizes to exactly zero. Scales are
+float32 whatever the graph computes in: in float16 that of a channel whose weights stay below
+0.0078 would be denormal already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from internvl_edge.errors import CalibrationError, InputError, UsageError, VerificationError
+
+Array = NDArray[Any]
+MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2⁻¹²⁶
+MAX_SCALE = 1.0 / MIN_SCALE  # above it the reciprocal is denormal
+_CHUNK = 1 << 20  # elements per step where a float64 copy is made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A type that values are quantized to."""
+
+    name: str  # "int8" or "fp8", as in recipes and manifests
+    lowest: float
+    max_value: float  # the magnitude that the end of the range maps to
+    dtype: np.dtype[Any]
+    onnx_type: str  # the member of TensorProto.DataType
+
+
+INT8 = Format(
+    name="int8", lowest=-128.0, max_value=127.0, dtype=np.dtype(np.int8), onnx_type="INT8"
+)
+FP8 = Format(
+    name="fp8",
+    lowest=-448.0,
+    max_value=448.0,
+    dtype=np.dtype(ml_dtypes.float8_e4m3fn),
+    onnx_type="FLOAT8E4M3FN",
+)
+FORMATS = {fmt.name: fmt for fmt in (INT8, FP8)}
+
+
+def as_format(fmt: Format | str) -> Format:
+    """The format called ``fmt``; a format is returned as it is.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if isinstance(fmt, Format):
+        return fmt
+    if fmt not in FORMATS:
+        raise UsageError(f"expected a format out of {', '.join(FORMATS)}, found {fmt!r}")
+    return FORMATS[fmt]
+
+
+def quantize(x: Array, scale: ArrayLike, fmt: Format | str, axis: int | None = None) -> Array:
+    """The stored form of ``x``.
+
+    Args:
+        x: finite values of any float type, computed in float32.
+        scale: one positive scale, or with ``axis`` one per index of that axis.
+        fmt: the format to store, or its name.
+        axis: the axis of the channels; None for one scale per tensor.
+
+    Returns:
+        An array of ``fmt.dtype``, shaped as ``x``.
+    """
+    fmt = as_format(fmt)
+    divisor = _broadcast(scale, x.ndim, axis)
+    with np.errstate(over="ignore"):  # an overflowing quotient saturates like any other
+        q = np.asarray(np.divide(np.asarray(x, np.float32), divisor))
+    if fmt.dtype == np.int8:
+        np.rint(q, out=q)
+    np.clip(q, fmt.lowest, fmt.max_value, out=q)
+    return q.astype(fmt.dtype)
+
+
+def dequantize(q: Array, scale: ArrayLike, axis: int | None = None) -> NDArray[np.float32]:
+    """The float32 values that ``q`` stands for."""
+    values = q.astype(np.float32)
+    np.multiply(values, _broadcast(scale, q.ndim, axis), out=values)
+    return values
+
+
+def fake_quantize(
+    x: Array, scale: ArrayLike, fmt: Format | str, axis: int | None = None
+) -> NDArray[np.float32]:
+    """What ``x`` becomes by a QuantizeLinear followed by a DequantizeLinear."""
+    return dequantize(quantize(x, scale, fmt, axis), scale, axis)
+
+
+def scale_of(absmax: ArrayLike, fmt: Format | str) -> NDArray[np.float32]:
+    """The scale that maps the range ±``absmax`` onto the format, kept away from denormals."""
+    scale = np.asarray(absmax, np.float32) / np.float32(as_format(fmt).max_value)
+    return np.asarray(np.clip(scale, MIN_SCALE, MAX_SCALE), np.float32)
+
+
+def weight_scale(w: Array, fmt: Format | str, axis: int | None) -> NDArray[np.float32]:
+    """The scales of a weight: the largest magnitude of each channel maps to the format's end.
+
+    Args:
+        w: finite weights.
+        fmt: the format they will be stored in.
+        axis: the output channels' axis, or None for one scale of the whole weight.
+
+    Returns:
+        float32, one scale per channel (w.shape[axis],), or of shape () without an axis.
+    """
+    if axis is None:
+        return scale_of(_absmax(w, None), fmt)
+    channel = axis % w.ndim
+    others = tuple(i for i in range(w.ndim) if i != channel)
+    return scale_of(_absmax(w, others), fmt)
+
+
+def grid(fmt: Format | str) -> NDArray[np.float64]:
+    """The non-negative values of the format at scale 1, ascending: 0 … ``max_value``."""
+    # Bytes 0 … 126 of E4M3FN are its non-negative finite values in order; 0 … 127 those of int8.
+    fmt = as_format(fmt)
+    last = 127 if fmt.dtype == np.int8 else 126
+    return np.arange(last + 1, dtype=np.uint8).view(fmt.dtype).astype(np.float64)
+
+
+def require_finite(x: Array, name: str, error: type[InputError] = CalibrationError) -> None:
+    """Refuse NaN and infinities.
+
+    Raises:
+        error: with the tensor's name, how many there are and where the first stands.
+    """
+    finite = np.isfinite(x)
+    if finite.all():
+        return
+    first = tuple(int(i) for i in np.argwhere(~finite)[0])
+    raise error(
+        f"{name}: expected finite values, found {int((~finite).sum())} NaN or infinite of "
+        f"{x.size}, the first at {first}"
+    )
+
+
+def sqnr_db(reference: Array, approximation: Array) -> float:
+    """Signal to quantization noise in dB: 10 log₁₀(Σ r² / Σ (r − a)²), summed in float64.
+
+    Infinite where the two are equal, minus infinity where the reference is zero and the
+    approximation is not.
+
+    Raises:
+        VerificationError: the shapes differ.
+    """
+    if reference.shape != approximation.shape:
+        raise VerificationError(
+            f"expected an approximation of shape {reference.shape}, found {approximation.shape}"
+        )
+    signal = noise = 0.0
+    for r, a in zip(_chunks(reference), _chunks(approximation), strict=True):
+        signal += float(np.vdot(r, r))
+        noise += float(np.vdot(r - a, r - a))
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def _absmax(w: Array, axes: tuple[int, ...] | None) -> Array:
+    # Two reductions instead of |w|, which would copy a weight of hundreds of megabytes.
+    if w.size == 0:
+        return np.zeros([n for i, n in enumerate(w.shape) if axes and i not in axes], np.float32)
+    high, low = (np.asarray(f(w, axis=axes), np.float32) for f in (np.max, np.min))
+    return np.asarray(np.maximum(np.abs(high), np.abs(low)))
+
+
+def _broadcast(scale: ArrayLike, ndim: int, axis: int | None) -> NDArray[np.float32]:
+    """The scale, shaped to broadcast along ``axis`` of an array of ``ndim`` dimensions."""
+    value = np.asarray(scale, np.float32)
+    if axis is None:
+        return value.reshape(())
+    shape = [1] * ndim
+    shape[axis] = -1
+    return value.reshape(shape)
+
+
+def _chunks(x: Array) -> Iterator[NDArray[np.float64]]:
+    flat = x.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        yield flat[start : start + _CHUNK].astype(np.float64)

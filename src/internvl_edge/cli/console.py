@@ -1,0 +1,107 @@
+"""What the command line shows: progress and tables for people on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+# People read stderr; stdout carries only what a program may want to parse.
+human = Console(stderr=True, highlight=False)
+
+
+@dataclass(slots=True)
+class Output:
+    """How this run answers; kept in click's context."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def result(self, data: Mapping[str, Any]) -> None:
+        """The machine-readable answer: one JSON object, the last line of stdout."""
+        if self.as_json:
+            click.echo(json.dumps(_plain(data), ensure_ascii=False, allow_nan=False))
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if not self.quiet:
+            human.print(text, markup=False)
+
+    def lines(self, values: Sequence[str]) -> None:
+        """The answer itself, for people: on stdout, unless JSON goes there."""
+        if not self.as_json:
+            for value in values:
+                click.echo(value)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table for people."""
+        if self.quiet:
+            return
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        human.print(table)
+
+    @contextmanager
+    def progress(self) -> Iterator[Any]:
+        """A callback for ``compiler.Progress``, drawn as bars on a terminal and nowhere else."""
+        if self.quiet or not human.is_terminal or os.environ.get("CI"):
+            yield lambda progress: None
+            return
+        columns = (
+            TextColumn("{task.description:>9}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[detail]}"),
+        )
+        with Bar(*columns, console=human, transient=True) as bar:
+            tasks: dict[str, Any] = {}
+
+            def report(progress: Any) -> None:
+                if progress.step not in tasks:
+                    for task in tasks.values():
+                        bar.update(task, completed=bar.tasks[task].total, detail="")
+                    tasks[progress.step] = bar.add_task(
+                        progress.step, total=progress.total, detail=""
+                    )
+                bar.update(tasks[progress.step], completed=progress.done, detail=progress.detail)
+
+            yield report
+
+
+def error_line(message: str) -> None:
+    """An error, in one red line on stderr."""
+    human.print(f"error: {' '.join(message.split())}", style="red", markup=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    """Data that JSON can carry: arrays as lists, paths as text, non-finite numbers as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | type(None)) else str(value)
+
+
+def flush() -> None:
+    """Let a closed pipe fail here, where it is expected, and not at interpreter exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,43 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from internvl_edge.cli.console import Output
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+DIRECTORY = click.Path(path_type=Path)
+BACKENDS = ("auto", "onnxruntime", "tensorrt-rtx", "tensorrt")
+
+
+def answers(function: Function) -> Function:
+    """Add ``--json`` and ``--quiet``; the command gets an ``Output`` as ``output``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="Say nothing but the answer and errors.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+        return function(*args, output=Output(as_json=as_json, quiet=quiet), **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+backend = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What runs the components.",
+)
+
+
+def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """A comma-separated list, or None."""
+    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())

@@ -1,0 +1,189 @@
+"""The whole way from a checkpoint to a published directory, in reading order.
+
+    options       what is asked for, refused before any work if it cannot be
+    emit          one ONNX graph per component, one weights file for all of them
+    calibration   weights quantized block by block, straight into that file
+    check         every component beside PyTorch
+    engines       TensorRT engines, into a directory that is already published
+
+``export`` does all of it; ``build`` and ``verify`` take up a published directory again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from internvl_edge._version import __version__
+from internvl_edge.artifact import Artifact, ComponentRecord, Manifest, open_artifact
+from internvl_edge.compiler.calibration import load_samples, quantize_weights, samples_for
+from internvl_edge.compiler.check import Checker, reason_not_to_verify
+from internvl_edge.compiler.emit import Emitted, emit, store_weights, trace_all
+from internvl_edge.compiler.engines import add_engines, build, engine_graph, require_targets
+from internvl_edge.compiler.options import (
+    ExportOptions,
+    Plan,
+    Progress,
+    Report,
+    make_plan,
+    silent,
+)
+from internvl_edge.compiler.readme import readme
+from internvl_edge.errors import UsageError
+from internvl_edge.export.checkpoint import header_fingerprint, open_checkpoint
+from internvl_edge.publish import record, staging, write_manifest
+
+__all__ = ["ExportOptions", "Plan", "Progress", "build", "export", "make_plan", "verify"]
+
+# Files of a checkpoint that a runtime reads; copied as they are.
+SIDE_FILES = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+def export(options: ExportOptions, report: Report = silent) -> Artifact:
+    """Compile a checkpoint into a published directory, and build the engines asked for.
+
+    Raises:
+        UsageError: an option that cannot be, or OUT exists.
+        CheckpointError: the checkpoint.
+        CalibrationError: the calibration images.
+        VerificationError: a component disagrees with PyTorch; nothing is published.
+        ResourceError: memory or disk.
+        BuildError: TensorRT refused a graph.
+    """
+    plan = make_plan(options)
+    targets = [target for target in options.targets if target != "onnx"]
+    require_targets(targets)
+    with staging(options.out, force=options.force) as directory:
+        manifest = _compile_into(plan, directory, report)
+        if targets:
+            manifest = add_engines(directory, manifest, targets, report=report)
+        report(Progress(step="publish", detail=str(options.out), done=0, total=1))
+        write_manifest(directory, manifest)
+    return open_artifact(options.out)
+
+
+def verify(
+    out: Path, checkpoint: Path | None = None, report: Report = silent
+) -> dict[str, dict[str, Any]]:
+    """Check a published directory again, and with a checkpoint, compare it with PyTorch.
+
+    Args:
+        out: the directory; its hashes and structure are always checked.
+        checkpoint: what it was made from; None leaves the comparison out.
+
+    Returns:
+        Component → figures; empty dictionaries without a checkpoint.
+
+    Raises:
+        ArtifactError: the directory is not what its manifest says.
+        UsageError: another checkpoint than the one it was made from.
+        VerificationError: a component disagrees.
+    """
+    artifact = open_artifact(out)
+    if checkpoint is None:
+        return {name: {} for name in artifact.manifest.components}
+    opened = open_checkpoint(checkpoint)
+    expected = artifact.manifest.source["files"]
+    found = _source_files(opened.shards)
+    if found != expected:
+        raise UsageError(
+            f"{out} was not made from {checkpoint}: expected shards {expected}, found {found}"
+        )
+    checker = Checker(opened, artifact.manifest.image_size, None)
+    figures = {}
+    for done, name in enumerate(artifact.manifest.components):
+        total = len(artifact.manifest.components)
+        report(Progress(step="verify", detail=name, done=done, total=total))
+        path = artifact.onnx_path(name)
+        figures[name] = checker.check(name, path, artifact.manifest.precision)
+    return figures
+
+
+def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
+    """Write everything but the manifest and the engines."""
+    reason = reason_not_to_verify(plan.checkpoint, plan.options.verify)
+    samples = None if plan.recipe is None else samples_for(plan, load_samples(plan))
+    if plan.options.verify != "none":
+        report(Progress(step="check", detail="weights are finite", done=0, total=1))
+        plan.checkpoint.check_finite(plan.checkpoint.tensors)
+    models = trace_all(plan, plan.base, report)
+    if samples is None:
+        stored, scales = store_weights(plan, models, directory, report), {}
+    else:
+        stored, scales = quantize_weights(plan, models, samples, directory, report)
+    emitted = {
+        name: emit(plan, name, model, stored, scales, directory, f"{name}.onnx")
+        for name, model in models.items()
+    }
+    if plan.engine_base != plan.base:
+        for name, model in trace_all(plan, plan.engine_base, report).items():
+            file = engine_graph(name, plan.engine_base)
+            emit(plan, name, model, stored, scales, directory, file)
+    checker = None if reason else Checker(plan.checkpoint, plan.image_size, samples)
+    records = {}
+    for done, (name, graph) in enumerate(emitted.items()):
+        report(Progress(step="verify", detail=name, done=done, total=len(emitted)))
+        records[name] = _component(plan, name, graph, checker, reason, directory)
+    return _manifest(plan, records, directory)
+
+
+def _component(
+    plan: Plan,
+    name: str,
+    graph: Emitted,
+    checker: Checker | None,
+    reason: str | None,
+    directory: Path,
+) -> ComponentRecord:
+    """A component's record, once both of its graphs agree with the reference."""
+    figures: dict[str, Any] = {"skipped": reason}
+    if checker is not None:
+        figures = checker.check(name, directory / graph.file, plan.options.precision)
+        other = directory / engine_graph(name, plan.engine_base)
+        if other.exists():
+            figures["engine_graph"] = checker.check(name, other, plan.options.precision)
+    return ComponentRecord(
+        file=graph.file,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        nbytes=graph.nbytes,
+        verification=figures,
+    )
+
+
+def _manifest(plan: Plan, records: dict[str, ComponentRecord], directory: Path) -> Manifest:
+    """Copy what a runtime needs beside the graphs, and list it all."""
+    for name in SIDE_FILES:
+        if (plan.checkpoint.path / name).is_file():
+            shutil.copyfile(plan.checkpoint.path / name, directory / name)
+    manifest = Manifest(
+        tool_version=__version__,
+        precision=plan.options.precision,
+        model=plan.checkpoint.config.to_json(),
+        image_size=plan.image_size,
+        preprocessing=plan.preprocessing.to_json(),
+        recipe=None if plan.recipe is None else plan.recipe.to_json(),
+        source={
+            "checkpoint": plan.checkpoint.path.resolve().name,
+            "files": _source_files(plan.checkpoint.shards),
+        },
+        components=records,
+        files={},
+    )
+    (directory / "README.md").write_text(readme(manifest), encoding="utf-8")
+    files = {path.name: record(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    return replace(manifest, files=files)
+
+
+def _source_files(shards: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Size and header hash of each shard: enough to recognise a checkpoint without reading it."""
+    return {path.name: header_fingerprint(path) for path in shards}

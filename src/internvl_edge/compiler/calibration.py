@@ -1,0 +1,129 @@
+"""Calibration samples for a plan, and the pass that quantizes its weights block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from internvl_edge.compiler.emit import copy_rest, quantized_layout, write_block
+from internvl_edge.compiler.options import Plan, Progress, Report
+from internvl_edge.export.blocks import COMPONENT_STREAM, Samples, calibration_blocks
+from internvl_edge.export.weights import StoredTensor, WeightsWriter, weights_without_data
+from internvl_edge.quantize.calibrate import calibrate_block
+from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
+from internvl_edge.runtime.image import pixel_values
+from internvl_edge.runtime.tokenizer import Tokenizer
+
+BATCH = 8  # samples that flow through the blocks together
+MAX_TEXT_LENGTH = 80  # tokens (internvl-spec section 3.4)
+TOKENIZER_FILE = "tokenizer.model"
+
+Array = np.ndarray[Any, Any]
+
+
+def load_samples(plan: Plan) -> CalibrationSet:
+    """The calibration set of a plan: the folder given, the demo's scenes, or photographs.
+
+    Raises:
+        CalibrationError: nothing usable in the folder, or a sample set's file has changed.
+    """
+    assert plan.recipe is not None
+    count, seed = plan.recipe.num_samples, plan.recipe.seed
+    if plan.options.calibration is not None:
+        return load_calibration(plan.options.calibration, count, seed)
+    if plan.is_demo:
+        from internvl_edge.demo import scenes  # training scans only; needs scikit-learn
+
+        return CalibrationSet.from_arrays(
+            scenes.calibration_images(count, seed),
+            scenes.calibration_texts(count, seed),
+            name="demo training scenes",
+        )
+    return sample_set("photographs")
+
+
+def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array] | None:
+    """Ids for text embedding and for matching, right-padded with 0; None without a tokenizer."""
+    path = plan.checkpoint.path / TOKENIZER_FILE
+    if plan.checkpoint.config.internvl is None or not path.exists():
+        return None
+    tokenizer = Tokenizer(path)
+    return (
+        tokenizer.contrastive(captions, MAX_TEXT_LENGTH, pad_to="longest"),
+        tokenizer.match(captions, MAX_TEXT_LENGTH),
+    )
+
+
+def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
+    """Batches of normalised images and of ids."""
+    images = [calibration.image(i) for i in range(len(calibration))]
+    pixels = pixel_values(images, plan.preprocessing)
+    captions = [calibration.captions[i % len(calibration.captions)] for i in range(len(images))]
+    ids = tokenize(plan, captions)
+    if ids is None:
+        ids = random_ids(plan, len(images)), random_ids(plan, len(images))
+    text, match = ids
+    return Samples(
+        pixel_values=_batches(pixels), input_ids=_batches(text), match_ids=_batches(match)
+    )
+
+
+def random_ids(plan: Plan, count: int, length: int = 16) -> Array:
+    """Seeded ids for a checkpoint that comes without a tokenizer."""
+    config = plan.checkpoint.config.internvl
+    if config is None:
+        return np.zeros((0, length), np.int64)
+    llama = config.qllama
+    rng = np.random.default_rng(0 if plan.recipe is None else plan.recipe.seed)
+    ids = rng.integers(min(3, llama.vocab_size - 1), llama.vocab_size, (count, length))
+    ids[:, 0], ids[:, -1] = llama.bos_token_id, llama.eos_token_id
+    return ids.astype(np.int64)
+
+
+def _batches(array: Array) -> list[Tensor]:
+    return [torch.from_numpy(array[i : i + BATCH]) for i in range(0, len(array), BATCH)]
+
+
+def quantize_weights(
+    plan: Plan,
+    models: Mapping[str, ir.Model],
+    samples: Samples,
+    directory: Path,
+    file: str,
+    report: Report,
+) -> tuple[dict[str, StoredTensor], dict[str, dict[str, float]]]:
+    """Calibrate block by block and write each block's 8-bit weights as they come.
+
+    Returns:
+        Where every tensor lies, and the activation scales: stream → weight → scale.
+    """
+    assert plan.recipe is not None
+    needed = weights_without_data(models.values())
+    layout = quantized_layout(plan, needed)
+    streams = {COMPONENT_STREAM[name] for name in models if name in COMPONENT_STREAM}
+    activations: dict[str, dict[str, float]] = {stream: {} for stream in streams}
+    total = _num_blocks(plan, streams)
+    with WeightsWriter(directory / file, layout) as writer:
+        blocks = calibration_blocks(plan.checkpoint, samples, streams, plan.image_size)
+        for done, (block, current) in enumerate(blocks):
+            report(Progress(step="quantize", detail=block.name, done=done, total=total))
+            calibrated = calibrate_block(block, current.states, plan.recipe)
+            write_block(writer, calibrated)
+            for stream, scales in calibrated.activations.items():
+                activations.setdefault(stream, {}).update(scales)
+        rest = {name: layout[name][0] for name in writer.pending}
+        copy_rest(plan, writer, rest, report)
+    return writer.stored, activations
+
+
+def _num_blocks(plan: Plan, streams: set[str]) -> int:
+    config = plan.checkpoint.config
+    vision = config.vision.num_hidden_layers if streams & {"image", "queries", "match"} else 0
+    text = streams & {"queries", "text", "match"} and config.internvl
+    return vision + (config.internvl.qllama.num_hidden_layers if text and config.internvl else 0)

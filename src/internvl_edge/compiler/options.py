@@ -1,0 +1,158 @@
+"""What to compile: the options as given, and the plan they become once everything is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from internvl_edge.errors import CheckpointError, UsageError
+from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.components import choose_components
+from internvl_edge.export.config import check_image_size
+from internvl_edge.export.weights import Transfer
+from internvl_edge.quantize.recipe import Recipe, load_recipe, recipe_for
+from internvl_edge.runtime.image import Preprocessing
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+QUANTIZED = ("int8", "fp8")
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+Verify = Literal["auto", "full", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a step has come."""
+
+    step: str  # check, trace, weights, quantize, verify, build, publish
+    detail: str
+    done: int
+    total: int
+
+
+Report = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """The report of who does not want one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What to compile, and how; None is the default of each."""
+
+    out: Path
+    checkpoint: Path | None = None  # None: the bundled demo
+    precision: str = "fp32"
+    components: tuple[str, ...] | None = None  # every one that the checkpoint has
+    image_size: int | None = None  # the checkpoint's own
+    calibration: Path | None = None  # a folder of images; None: a bundled sample set
+    targets: tuple[str, ...] = ("onnx",)
+    weights: Transfer = "auto"
+    verify: Verify = "auto"
+    recipe: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Options after every check: what will be done, with nothing left to refuse."""
+
+    options: ExportOptions
+    checkpoint: Checkpoint
+    components: tuple[str, ...]
+    image_size: int
+    preprocessing: Preprocessing
+    recipe: Recipe | None  # None: nothing is quantized
+    is_demo: bool
+
+    @property
+    def base(self) -> str:
+        """The precision of whatever is not quantized, in the graphs ONNX Runtime runs."""
+        return self.options.precision if self.recipe is None else self.recipe.base or "fp32"
+
+    @property
+    def engine_base(self) -> str:
+        """The same in the graphs that engines are built from."""
+        return self.options.precision if self.recipe is None else self.recipe.engine_base
+
+
+def make_plan(options: ExportOptions) -> Plan:
+    """Check every option against the checkpoint.
+
+    Raises:
+        UsageError, CheckpointError: the first thing that is wrong.
+    """
+    require_choice("precision", options.precision, PRECISIONS)
+    for target in options.targets:
+        require_choice("target", target, TARGETS)
+    recipe = _recipe(options)
+    if recipe is not None and options.weights == "link":
+        raise UsageError(
+            f"--weights link keeps the checkpoint's own bytes, which {options.precision} replaces; "
+            "leave --weights out"
+        )
+    checkpoint = open_checkpoint(options.checkpoint or demo_checkpoint())
+    image_size = check_image_size(checkpoint.config.vision, options.image_size)
+    return Plan(
+        options=options,
+        checkpoint=checkpoint,
+        components=choose_components(checkpoint.config, options.components),
+        image_size=image_size,
+        preprocessing=read_preprocessing(checkpoint.path, image_size),
+        recipe=recipe,
+        is_demo=checkpoint.path.resolve() == demo_checkpoint().resolve(),
+    )
+
+
+def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UsageError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"{what} must be one of {', '.join(choices)}, found {value!r}")
+
+
+def demo_checkpoint() -> Path:
+    """The trained demo model that comes with the package."""
+    return Path(str(resources.files("internvl_edge.demo") / "checkpoint"))
+
+
+def read_preprocessing(checkpoint: Path, image_size: int) -> Preprocessing:
+    """Mean and standard deviation of a checkpoint's ``preprocessor_config.json``, at a resolution.
+
+    The file is optional: the published models all use ImageNet's figures.
+    """
+    path = checkpoint / "preprocessor_config.json"
+    if not path.exists():
+        return Preprocessing(size=image_size)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        figures = {
+            ours: tuple(float(v) for v in raw[theirs])
+            for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
+            if theirs in raw
+        }
+        return Preprocessing(size=image_size, **figures)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a preprocessor configuration: {error}") from error
+
+
+def _recipe(options: ExportOptions) -> Recipe | None:
+    if options.precision not in QUANTIZED:
+        if options.recipe is not None:
+            raise UsageError(
+                f"--recipe {options.recipe} describes a quantization; --precision "
+                f"{options.precision} has none, use int8 or fp8"
+            )
+        return None
+    if options.recipe is None:
+        return recipe_for(options.precision)
+    recipe = load_recipe(options.recipe)
+    if recipe.activations != options.precision:
+        raise UsageError(
+            f"{options.recipe} quantizes to {recipe.activations}, --precision says "
+            f"{options.precision}"
+        )
+    return recipe

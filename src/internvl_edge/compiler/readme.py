@@ -1,0 +1,40 @@
+"""The README.md that a compiled directory carries: what it is, how it was made, how to use it."""
+
+from __future__ import annotations
+
+from internvl_edge.artifact import Manifest
+
+
+def readme(manifest: Manifest) -> str:
+    """Markdown for a manifest."""
+    rows = [
+        f"| `{name}` | {', '.join(f'`{spec.name}`' for spec in record.inputs)} | "
+        f"{record.outputs[0].name} | {record.nbytes / 1e6:.1f} MB | "
+        f"{_figure(record.verification)} |"
+        for name, record in manifest.components.items()
+    ]
+    return f"""# {manifest.source["checkpoint"]} at {manifest.precision}
+
+Compiled by internvl-edge {manifest.tool_version} for images of {manifest.image_size} px.
+
+| component | inputs | first output | weights read | beside PyTorch fp32 |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+```python
+import internvl_edge
+
+with internvl_edge.load("{manifest.source["checkpoint"]}-{manifest.precision}") as model:
+    embeddings = model.encode_image(["photo.jpg"])
+```
+
+`manifest.json` lists every file with its size and sha256; `internvl-edge verify` checks them.
+Engines under `engines/` are bound to the TensorRT version they were built with and, like any
+engine, must not be loaded from a source you do not trust: rebuild them with `internvl-edge build`.
+"""
+
+
+def _figure(verification: dict[str, object] | None) -> str:
+    if not verification or "cosine" not in verification:
+        return str((verification or {}).get("skipped", "not verified"))
+    return f"cosine {verification['cosine']:.6f}, {verification['sqnr_db']:.1f} dB"
