@@ -28,7 +28,7 @@ from internvl_edge.export.checkpoint import Checkpoint, load_into
 from internvl_edge.export.config import InternVLConfig
 from internvl_edge.export.models.qllama import Layer, QLlama, causal_mask, padding_mask
 from internvl_edge.export.models.vit import Block as VisionBlock
-from internvl_edge.export.models.vit import InternViT, resize_position_embedding
+from internvl_edge.export.models.vit import InternViT
 
 COMPONENT_STREAM = {
     "vision": "image",

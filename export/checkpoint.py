@@ -30,7 +30,7 @@ from torch import nn
 
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config import CheckpointConfig, load_config
-from internvl_edge.export.models import InternVL, InternViT
+from internvl_edge.export.models import InternViT, InternVL
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,9 @@ class Checkpoint:
         Raises:
             CheckpointError: names every tensor that is not finite.
         """
-        bad = [f"{name}: holds NaN or infinity" for name in names
-               if not self.tensors[name].is_finite()]
+        bad = [
+            f"{name}: holds NaN or infinity" for name in names if not self.tensors[name].is_finite()
+        ]
         _raise_problems(self.path, bad)
 
 
@@ -327,9 +328,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # --- names ---------------------------------------------------------------------------------------
 
 
-def _canonical(
-    config: CheckpointConfig, entries: dict[str, TensorEntry]
-) -> dict[str, TensorEntry]:
+def _canonical(config: CheckpointConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Entries under canonical names, without what is computed rather than stored."""
     kept = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}
     if config.kind == "vit" and not any(n.startswith("vision_model.") for n in kept):

@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from internvl_edge.artifact import TensorSpec
 from torch import Tensor, nn
 
-from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.export.config import CheckpointConfig
-from internvl_edge.export.models import InternVL, InternViT
+from internvl_edge.export.models import InternViT, InternVL
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 7  # sizes of the traced example; both dimensions stay dynamic
 
@@ -93,7 +93,9 @@ class Matcher(nn.Module):
 
     match_states, _queries_and_text = InternVL.match_states, InternVL._queries_and_text
 
-    def forward(self, last_hidden_state: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, last_hidden_state: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         vision = last_hidden_state.to(self.query_tokens.dtype)
         logits = InternVL.match_tokens(self, vision, input_ids, attention_mask)  # type: ignore[arg-type]
         return logits.float()
@@ -111,7 +113,9 @@ class Component:
 
     def output_names(self, config: CheckpointConfig) -> list[str]:
         """Names of the graph's outputs, key/value tensors of every layer included."""
-        layers = config.internvl.qllama.num_hidden_layers if self.has_cache and config.internvl else 0
+        layers = (
+            config.internvl.qllama.num_hidden_layers if self.has_cache and config.internvl else 0
+        )
         presents = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
         return [*self.outputs, *presents]
 
@@ -183,16 +187,16 @@ def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> 
     return tuple(name for name in available if name in names)
 
 
-def build_component(
-    component: Component, model: InternVL | InternViT
-) -> nn.Module:
+def build_component(component: Component, model: InternVL | InternViT) -> nn.Module:
     """The component's module around the (shared) reference model."""
     if isinstance(model, InternViT):
         return Vision(model).eval()
     return component.module(model).eval()
 
 
-def input_specs(component: Component, config: CheckpointConfig, image_size: int) -> tuple[TensorSpec, ...]:
+def input_specs(
+    component: Component, config: CheckpointConfig, image_size: int
+) -> tuple[TensorSpec, ...]:
     """The contract of the component's inputs at a resolution."""
     vision = config.vision
     specs = {

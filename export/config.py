@@ -173,7 +173,9 @@ def load_config(directory: Path) -> CheckpointConfig:
     nested_vision = raw.get("vision_config")
     if isinstance(raw.get("qllama_config"), dict):
         vision = _vision_config(_section(raw, "vision_config", path), path, raw)
-        return CheckpointConfig(kind="internvl", vision=vision, internvl=_internvl(raw, vision, path))
+        return CheckpointConfig(
+            kind="internvl", vision=vision, internvl=_internvl(raw, vision, path)
+        )
     if isinstance(raw.get("llm_config"), dict) and isinstance(nested_vision, dict):
         return CheckpointConfig(kind="chat", vision=_vision_config(nested_vision, path, raw))
     if isinstance(nested_vision, dict) and raw.get("model_type") != "internvl":
@@ -217,8 +219,10 @@ def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> 
     config = _from_raw(VisionConfig, section, path, "vision_config.")
     # A checkpoint made with force_image_size stores the already resized position embedding.
     forced = top.get("force_image_size")
-    return config if forced is None else dataclasses.replace(
-        config, image_size=_typed(forced, int, path, "force_image_size")
+    return (
+        config
+        if forced is None
+        else dataclasses.replace(config, image_size=_typed(forced, int, path, "force_image_size"))
     )
 
 

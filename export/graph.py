@@ -32,7 +32,11 @@ IR_VERSION = 11  # what opset 23 needs at least
 PRODUCER = "internvl-edge"
 # Folding a constant of more elements than this would write data into the graph file.
 MAX_FOLDED_ELEMENTS = 1 << 20
-NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes", "onnxscript")
+NOISY_LOGGERS = (
+    "torch.onnx._internal.exporter._registration",
+    "onnx_ir.passes.common.initializer_deduplication",
+    "onnxscript.optimizer",
+)
 
 
 def trace(
@@ -54,7 +58,7 @@ def trace(
     names = {name for dims in dynamic for name in dims.values()}
     symbols = {name: torch.export.Dim(name) for name in sorted(names)}
     shapes = tuple({axis: symbols[name] for axis, name in dims.items()} for dims in dynamic)
-    with _quiet_exporter():
+    with _quiet_libraries():
         program = torch.onnx.export(
             module,
             tuple(example),
@@ -97,16 +101,16 @@ def simplify(model: ir.Model) -> ir.Model:
     Raises:
         InternVLError: the graph needs an operator outside the standard ONNX domain.
     """
-    optimizer.optimize_ir(
-        model,
-        num_iterations=2,
-        onnx_shape_inference=False,
-        input_size_limit=MAX_FOLDED_ELEMENTS,
-        output_size_limit=MAX_FOLDED_ELEMENTS,
-        should_fold=_reads_no_weight,
-    )
-    _name_nodes(model)
-    with _quiet_exporter():
+    with _quiet_libraries():
+        optimizer.optimize_ir(
+            model,
+            num_iterations=2,
+            onnx_shape_inference=False,
+            input_size_limit=MAX_FOLDED_ELEMENTS,
+            output_size_limit=MAX_FOLDED_ELEMENTS,
+            should_fold=_reads_no_weight,
+        )
+        _name_nodes(model)
         _clean(model)
     foreign = {node.domain for node in model.graph if node.domain not in ("", "ai.onnx")}
     if foreign:
@@ -152,7 +156,7 @@ def _name_nodes(model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def _quiet_libraries() -> Iterator[None]:
     """Keep the exporter's notes on packages and internals that do not concern our users."""
     noisy = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in noisy]

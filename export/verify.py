@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from internvl_edge.errors import VerificationError
-from internvl_edge.export.components import COMPONENTS, build_component, input_specs
+from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.config import CheckpointConfig
-from internvl_edge.export.models import InternVL, InternViT
+from internvl_edge.export.models import InternViT, InternVL
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -150,7 +150,7 @@ def verify_component(
             )
     return {
         "against": "PyTorch float32",
-        "samples": int(len(feeds["pixel_values"])),
+        "samples": len(feeds["pixel_values"]),
         "cosine": min(f.cosine for f in figures.values()),
         "sqnr_db": min(f.sqnr_db for f in figures.values()),
         "max_abs": max(f.max_abs for f in figures.values()),

@@ -86,7 +86,7 @@ class WeightsWriter:
                 f"given {values.dtype}{values.shape}, or given twice"
             )
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        _pwrite(self._descriptor, memoryview(data), place.offset)
+        _pwrite(self._descriptor, data.data, place.offset)
         self._pending.discard(name)
 
     def close(self) -> None:

@@ -75,7 +75,11 @@ def _insert_casts(graph: ir.Graph, value: ir.Value, dtypes: list[ir.DataType]) -
     for i, dtype in enumerate(dtypes):
         cast = ir.node("Cast", [result], {"to": int(dtype)}, name=f"{name}/Round_{i}")
         result = cast.outputs[0]
-        result.name, result.type, result.shape = f"{name}.round_{i}", ir.TensorType(dtype), value.shape
+        result.name, result.type, result.shape = (
+            f"{name}.round_{i}",
+            ir.TensorType(dtype),
+            value.shape,
+        )
         casts.append(cast)
     if producer is None:
         readers = {use.node for use in uses}

@@ -63,7 +63,9 @@ class CalibratedBlock:
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     folded: dict[str, Array] = field(default_factory=dict)  # changed norm gains and biases
-    activations: dict[str, dict[str, float]] = field(default_factory=dict)  # stream → weight → scale
+    activations: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # stream → weight → scale
 
 
 @dataclass(slots=True)
@@ -174,7 +176,9 @@ def _fold_norm(
         peaks = np.max([np.abs(values).max(axis=0) for values in everything], axis=0)
         columns = np.max([np.abs(weights[name]).max(axis=0) for name in readers], axis=0)
         factors = smooth.smoothing_factors(peaks, columns, recipe.smooth)
-        gain, bias, scaled = smooth.fold(*_norm_arrays(block, norm), [weights[n] for n in readers], factors)
+        gain, bias, scaled = smooth.fold(
+            *_norm_arrays(block, norm), [weights[n] for n in readers], factors
+        )
         weights.update(zip(readers, scaled, strict=True))
         result.folded[f"{block.name}.{norm}.weight"] = gain
         if bias is not None:

@@ -45,7 +45,6 @@ from internvl_edge.errors import CalibrationError, InputError, UsageError, Verif
 
 Array = NDArray[Any]
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2⁻¹²⁶
-MAX_SCALE = 1.0 / MIN_SCALE  # above it the reciprocal is denormal
 _CHUNK = 1 << 20  # elements per step where a float64 copy is made
 
 
@@ -124,8 +123,11 @@ def fake_quantize(
 
 def scale_of(absmax: ArrayLike, fmt: Format | str) -> NDArray[np.float32]:
     """The scale that maps the range ±``absmax`` onto the format, kept away from denormals."""
-    scale = np.asarray(absmax, np.float32) / np.float32(as_format(fmt).max_value)
-    return np.asarray(np.clip(scale, MIN_SCALE, MAX_SCALE), np.float32)
+    highest = np.float32(as_format(fmt).max_value)
+    scale = np.asarray(absmax, np.float32) / highest
+    # A quotient rounded up would dequantize the largest float32 to infinity.
+    ceiling = np.nextafter(np.finfo(np.float32).max / highest, np.float32(0.0))
+    return np.asarray(np.clip(scale, np.float32(MIN_SCALE), ceiling), np.float32)
 
 
 def weight_scale(w: Array, fmt: Format | str, axis: int | None) -> NDArray[np.float32]:

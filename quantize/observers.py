@@ -110,7 +110,8 @@ class RangeObserver:
         counts = np.zeros(NUM_BINS, np.int64)
         step = max(_CHUNK // rows.shape[1], 1)
         for start in range(0, len(rows), step):
-            values = np.ascontiguousarray(rows[start : start + step], np.float32)
+            with np.errstate(over="ignore"):  # beyond float32 is refused as infinity
+                values = np.ascontiguousarray(rows[start : start + step], np.float32)
             bits = values.view(np.uint32) & _MAGNITUDE
             np.maximum(channels, bits.max(axis=0), out=channels)
             if channels.max() >= _INFINITY:
@@ -166,8 +167,7 @@ class RangeObserver:
         used = np.flatnonzero(self._counts)
         first, last = int(used[0]), int(used[-1])
         bits = np.arange(first, last + 2, dtype=np.uint32) << np.uint32(_SHIFT)
-        with np.errstate(over="ignore"):
-            edges = bits.view(np.float32).astype(np.float64)
+        edges = bits.view(np.float32).astype(np.float64)
         edges[-1] = min(edges[-1], 2.0**128)  # where the last finite bin ends
         return Histogram(edges=edges, counts=self._counts[first : last + 1].copy(), absmax=absmax)
 

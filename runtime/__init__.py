@@ -1,0 +1,20 @@
+"""The thin runtime: a compiled directory in, embeddings and labels out.
+
+    session   the ``Session`` protocol, what a feed must be, the choice of a backend
+    ort       ONNX Runtime behind that protocol
+    image     pictures to ``pixel_values``;  video  frames;  tokenizer  texts to ids
+    model     what people ask for: encode, classify, retrieve, match
+    bench     honest timing
+
+Importing this package imports NumPy and nothing heavier; a backend is imported when it opens.
+"""
+
+from __future__ import annotations
+
+if __name__ != "internvl_edge.runtime":
+    raise ImportError(f"import internvl_edge.runtime, not {__name__} from the repository's folder")
+
+from internvl_edge.runtime.model import Model, Retrieval, load
+from internvl_edge.runtime.session import Session, check_feeds, open_session
+
+__all__ = ["Model", "Retrieval", "Session", "check_feeds", "load", "open_session"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internvl_edge.export.checkpoint import load_reference
-from internvl_edge.export.models import InternVL, InternViT
+from internvl_edge.export.models import InternViT, InternVL
 
 ATOL, LOGITS_ATOL = 1e-5, 5e-5
 

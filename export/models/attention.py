@@ -54,7 +54,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def rotary_tables(length: int, head_dim: int, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and frequency, float32, each (length, head_dim / 2)."""
+    """Cos and sin of every position and frequency, float32, each (length, head_dim / 2)."""
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()

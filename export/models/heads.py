@@ -23,9 +23,7 @@ class PoolAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.q_bias, self.k_bias, self.v_bias = (
-            nn.Parameter(torch.zeros(width)) for _ in range(3)
-        )
+        self.q_bias, self.k_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(3))
         self.proj = nn.Linear(width, out_width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -88,7 +88,10 @@ class InternVL(nn.Module):
         self, pixel_values: Tensor, input_ids: Tensor, mode: Mode = "c"
     ) -> tuple[Tensor, Tensor]:
         """Similarity logits of images and texts: (images, texts) and its transpose."""
-        image, text = _unit(self.encode_image(pixel_values, mode)), _unit(self.encode_text(input_ids))
+        image, text = (
+            _unit(self.encode_image(pixel_values, mode)),
+            _unit(self.encode_text(input_ids)),
+        )
         logits = self.logit_scale.exp() * image @ text.T
         return logits, logits.T
 

@@ -204,7 +204,7 @@ class QLlama(nn.Module):
         return self.model.norm(x), presents
 
     def rope(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin of ``positions`` (B, T), or of 0 … length − 1: (B|1, T, d/2) each."""
+        """Cos and sin of ``positions`` (B, T), or of 0 … length − 1: (B|1, T, d/2) each."""
         if positions is None:
             return self.rope_cos[None, :length], self.rope_sin[None, :length]
         return self.rope_cos[positions], self.rope_sin[positions]

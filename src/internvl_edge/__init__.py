@@ -1,0 +1,38 @@
+"""Compile InternVL checkpoints into fast inference engines, and run them.
+
+    import internvl_edge
+
+    with internvl_edge.load("compiled") as model:
+        embeddings = model.encode_image(["photo.jpg"], normalize=True)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from internvl_edge._version import __version__
+from internvl_edge.errors import InternVLError
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.model import load
+    from internvl_edge.runtime.session import open_session
+
+__all__ = ["InternVLError", "__version__", "load", "open_session"]
+
+_LAZY = {
+    "load": "internvl_edge.runtime.model",
+    "open_session": "internvl_edge.runtime.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

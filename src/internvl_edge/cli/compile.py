@@ -100,7 +100,14 @@ def build(
         for e in engines
     ]
     output.table(("component", "target", "file", "size"), rows)
-    output.result({"out": out, "engines": [dict(zip(("component", "target", "file", "size"), r, strict=True)) for r in rows]})
+    output.result(
+        {
+            "out": out,
+            "engines": [
+                dict(zip(("component", "target", "file", "size"), r, strict=True)) for r in rows
+            ],
+        }
+    )
 
 
 @click.command()
@@ -203,7 +210,9 @@ def _show_artifact(output: Output, artifact: Any) -> None:
     output.table(("component", "weights", "cosine", "SQNR", "max |Δ|"), rows)
     for engine in manifest.engines:
         size = manifest.files[engine.file].nbytes
-        output.say(f"engine {engine.component} ({engine.target}): {engine.file}, {size / 1e6:.1f} MB")
+        output.say(
+            f"engine {engine.component} ({engine.target}): {engine.file}, {size / 1e6:.1f} MB"
+        )
     output.result({"out": artifact.path, **manifest.to_json()})
 
 

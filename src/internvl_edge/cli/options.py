@@ -40,4 +40,6 @@ backend = click.option(
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """A comma-separated list, or None."""
-    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
+    return (
+        None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
+    )

@@ -23,6 +23,7 @@ from internvl_edge.compiler.calibration import load_samples, quantize_weights, s
 from internvl_edge.compiler.check import Checker, reason_not_to_verify
 from internvl_edge.compiler.emit import Emitted, emit, store_weights, trace_all
 from internvl_edge.compiler.engines import add_engines, build, engine_graph, require_targets
+from internvl_edge.compiler.forecast import forecast
 from internvl_edge.compiler.options import (
     ExportOptions,
     Plan,
@@ -36,7 +37,16 @@ from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint import header_fingerprint, open_checkpoint
 from internvl_edge.publish import record, staging, write_manifest
 
-__all__ = ["ExportOptions", "Plan", "Progress", "build", "export", "make_plan", "verify"]
+__all__ = [
+    "ExportOptions",
+    "Plan",
+    "Progress",
+    "build",
+    "export",
+    "forecast",
+    "make_plan",
+    "verify",
+]
 
 # Files of a checkpoint that a runtime reads; copied as they are.
 SIDE_FILES = (

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.compiler.options import Plan, Verify
+from internvl_edge.compiler.options import Verify
 from internvl_edge.export.blocks import Samples
 from internvl_edge.export.checkpoint import Checkpoint, load_reference
 from internvl_edge.export.verify import sample_feeds, verify_component, with_hidden_state
 from internvl_edge.export.widen import infer_dtypes, widen
 from internvl_edge.runtime.ort import OrtSession
-
 
 Array = np.ndarray[Any, Any]
 SAMPLES = 4  # of the calibration set, to compare quantized components on

@@ -1,0 +1,171 @@
+"""Recipes: everything that decides how a model is quantized, as one frozen dataclass.
+
+A recipe is written into the manifest of what it made, and a JSON file of the same keys given to
+``--recipe`` makes it again. Keys left out of a file keep the defaults below; a key that is not
+one of them, or a value that cannot be, is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from internvl_edge.errors import InputError, UsageError
+from internvl_edge.quantize.observers import RangeMethod
+
+FormatName = Literal["int8", "fp8"]
+Granularity = Literal["per-channel", "per-tensor"]
+Base = Literal["fp32", "fp16", "bf16"]
+EngineBase = Literal["fp16", "bf16"]
+
+MAX_FILE_NBYTES = 1 << 20
+PRESETS: dict[str, dict[str, Any]] = {
+    "int8": {"activations": "int8", "weights": "int8", "range_method": "mse", "smooth": 0.5},
+    # The exponent of E4M3 absorbs outlier channels: smoothing has nothing to win.
+    "fp8": {"activations": "fp8", "weights": "fp8", "range_method": "mse", "smooth": None},
+}
+_CHOICES: dict[str, Any] = {
+    "activations": FormatName,
+    "weights": FormatName,
+    "granularity": Granularity,
+    "range_method": RangeMethod,
+    "engine_base": EngineBase,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How linear layers are put into 8 bits, and what they are calibrated on."""
+
+    name: str
+    activations: FormatName = "int8"  # per tensor, static
+    weights: FormatName = "int8"  # the same: no kernel multiplies int8 by fp8
+    granularity: Granularity = "per-channel"  # of weight scales; a channel is an output
+    range_method: RangeMethod = "mse"  # of activations; weights always use their maximum
+    percentile: float = 99.99  # percent of |x| that do not saturate; for range_method percentile
+    smooth: float | None = None  # SmoothQuant's alpha in [0, 1] behind norms; None: no smoothing
+    exclude: tuple[str, ...] = ()  # patterns found in names of linears that keep 16 or 32 bits
+    base: Base | None = None  # of what is not quantized, in ONNX Runtime's graphs; None: fp32
+    engine_base: EngineBase = "fp16"  # the same, in TensorRT's engines
+    min_features: int = 16  # narrower inputs or outputs than this do not pay (vendor's rule)
+    seed: int = 0  # of the choice of samples
+    num_samples: int = 32  # images, each with a caption
+
+    def __post_init__(self) -> None:
+        for field in ("activations", "weights", "granularity", "range_method", "engine_base"):
+            _require_choice(field, getattr(self, field), get_args(_CHOICES[field]))
+        _require_choice("base", self.base, (None, *get_args(Base)))
+        if self.activations != self.weights:
+            raise InputError(
+                f"recipe: weights must be of the activations' format {self.activations!r}, "
+                f"found {self.weights!r}"
+            )
+        _require(isinstance(self.name, str) and self.name != "", "name", "a name", self.name)
+        _require_number("percentile", self.percentile, above=0.0, most=100.0)
+        if self.smooth is not None:
+            _require_number("smooth", self.smooth, least=0.0, most=1.0)
+        for field, least in (("min_features", 1), ("seed", 0), ("num_samples", 1)):
+            value = getattr(self, field)
+            _require(type(value) is int and value >= least, field, f"an integer ≥ {least}", value)
+        _require_patterns(self.exclude)
+
+    def excludes(self, linear_name: str) -> bool:
+        """Whether the linear layer called ``linear_name`` keeps its precision."""
+        return any(re.search(pattern, linear_name) for pattern in self.exclude)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON types; the inverse of :meth:`from_json`."""
+        return dataclasses.asdict(self) | {"exclude": list(self.exclude)}
+
+    @classmethod
+    def from_json(cls, data: object) -> Recipe:
+        """The recipe that a JSON object describes.
+
+        Raises:
+            InputError: not an object, an unknown key, or a value that cannot be.
+        """
+        if not isinstance(data, dict):
+            raise InputError(f"recipe: expected a JSON object, found {type(data).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(str(key) for key in data if key not in known)
+        if unknown or "name" not in data:
+            raise InputError(
+                f"recipe: expected a name and any of {', '.join(known)}; "
+                f"found {'no name' if not unknown else 'also ' + ', '.join(unknown)}"
+            )
+        exclude = data.get("exclude", [])
+        _require(isinstance(exclude, list), "exclude", "a list of patterns", exclude)
+        return cls(**data | {"exclude": tuple(exclude)})
+
+
+def recipe_for(precision: str) -> Recipe:
+    """The default recipe of a precision.
+
+    Raises:
+        UsageError: the precision does not quantize, or is unknown.
+    """
+    if precision not in PRESETS:
+        raise UsageError(
+            f"expected a precision out of {', '.join(PRESETS)} for a recipe, found {precision!r}"
+        )
+    return Recipe(name=precision, **PRESETS[precision])
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from a JSON file.
+
+    Raises:
+        InputError: absent, not JSON, or not a recipe; the message names the file.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_NBYTES:
+            raise InputError(f"{path}: larger than {MAX_FILE_NBYTES} bytes; not a recipe")
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a recipe in JSON: {error}") from error
+    try:
+        return Recipe.from_json(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _require(holds: bool, field: str, expected: str, found: object) -> None:
+    if not holds:
+        raise InputError(f"recipe: {field} must be {expected}, found {found!r}")
+
+
+def _require_choice(field: str, value: object, choices: tuple[object, ...]) -> None:
+    known = value is None or isinstance(value, str)  # what is unhashable or 1 == True is neither
+    _require(known and value in choices, field, f"one of {choices}", value)
+
+
+def _require_number(
+    field: str, value: object, *, most: float, least: float = 0.0, above: float | None = None
+) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = number and least <= value <= most and (above is None or value > above)  # type: ignore[operator]
+    span = f"a number from {least:g} to {most:g}" if above is None else f"in ({above:g}, {most:g}]"
+    _require(inside, field, span, value)
+
+
+def _require_patterns(patterns: object) -> None:
+    _require(isinstance(patterns, tuple), "exclude", "a tuple of patterns", patterns)
+    assert isinstance(patterns, tuple)
+    for pattern in patterns:
+        _require(isinstance(pattern, str), "exclude", "regular expressions", pattern)
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(
+                f"recipe: exclude must be regular expressions, found {pattern!r}: {error}"
+            ) from error

@@ -1,0 +1,205 @@
+"""ONNX Runtime behind the ``Session`` protocol: on the CPU, or with its CUDA provider.
+
+The CPU provider computes float32, float16 and every Q/DQ graph (INT8 and FP8). It has no
+bfloat16 arithmetic: MatMul, Conv, Add, Softmax, RMSNormalization and all other operators that
+compute are missing there, only those that move data exist. A bfloat16 graph needs a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+try:
+    import onnxruntime
+except ImportError as error:
+    from internvl_edge.errors import MissingDependency
+
+    raise MissingDependency.of("onnxruntime", "ort") from error
+
+from internvl_edge.artifact import Artifact, TensorSpec
+from internvl_edge.errors import (
+    ArtifactError,
+    FeedError,
+    HardwareError,
+    InternVLError,
+    MissingDependency,
+    ResourceError,
+    UsageError,
+)
+from internvl_edge.runtime.session import Array, check_feeds, check_outputs, cuda_device_count
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# ONNX Runtime's name of a type → NumPy's, where they differ.
+NUMPY_NAMES = {"float": "float32", "double": "float64"}
+FATAL_ONLY = 4  # its log goes to stderr, and a library does not print: errors come as exceptions
+OUT_OF_MEMORY = re.compile(
+    r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",
+    re.IGNORECASE,
+)
+NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
+
+
+class OrtSession:
+    """An ONNX file, opened by ONNX Runtime; ``Session`` says what it does.
+
+    Args:
+        path: the file; its external data lies beside it.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
+        num_threads: threads within an operator; None is every core this process may use.
+
+    Raises:
+        ArtifactError: ONNX Runtime refuses the file.
+        HardwareError, MissingDependency: the device is not there, or cannot compute the graph.
+        ResourceError: memory ran out.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, device: str = "cpu", num_threads: int | None = None
+    ) -> None:
+        self._path = Path(path)
+        self._providers = _providers(device)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = FATAL_ONLY
+        options.intra_op_num_threads = available_cores() if num_threads is None else num_threads
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.enable_cpu_mem_arena = True  # intermediate buffers are kept between runs
+        try:
+            session = onnxruntime.InferenceSession(
+                os.fspath(path), options, providers=self._providers
+            )
+        except Exception as error:
+            raise self._load_error(error) from error
+        if len(session.get_providers()) < len(self._providers):  # it falls back without an error
+            raise HardwareError(
+                f"device {device!r}: ONNX Runtime could not start its CUDA provider; its CUDA and "
+                "cuDNN libraries are missing or do not fit; use device 'cpu'"
+            )
+        self._session: Any = session
+        self._process = os.getpid()
+        self._inputs = {value.name: _spec(value) for value in session.get_inputs()}
+        self._outputs = {value.name: _spec(value) for value in session.get_outputs()}
+        self._names = list(self._outputs)
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return self._outputs
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        *,
+        check: bool = True,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Array]:
+        """See ``Session.run``."""
+        session = self._session  # a close() by another thread waits for this reference
+        if session is None:
+            raise UsageError(f"the session of {self._path} is closed; open it again")
+        if os.getpid() != self._process:
+            raise UsageError(
+                f"the session of {self._path} was opened before a fork and its threads did not "
+                "come along; open it in the process that runs it"
+            )
+        names = self._names if outputs is None else check_outputs(self._outputs, outputs)
+        arrays = check_feeds(self._inputs, feeds, check)
+        try:
+            return dict(zip(names, session.run(names, arrays), strict=True))
+        except Exception as error:
+            raise self._run_error(error) from error
+
+    def close(self) -> None:
+        """Free the session once the runs that are under way have ended."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _load_error(self, error: Exception) -> InternVLError:
+        message = _message(error)
+        missing = NO_KERNEL.search(message)
+        if missing:
+            where = "CUDA" if CUDA in _names(self._providers) else "CPU"
+            return HardwareError(
+                f"{self._path}: bfloat16 needs a GPU; this ONNX Runtime "
+                f"({onnxruntime.__version__}) has no {where} kernel for {missing[1]} of node "
+                f"{missing[2]!r} in its dtype; export at fp32, fp16, int8 or fp8 to run there"
+            )
+        if _is_memory(error, message):
+            return ResourceError(f"not enough memory to open {self._path}: {message}")
+        return ArtifactError(f"ONNX Runtime cannot open {self._path}: {message}")
+
+    def _run_error(self, error: Exception) -> InternVLError:
+        message = _message(error)
+        if _is_memory(error, message):
+            return ResourceError(
+                f"not enough memory to run {self._path.name}: {message}; use a smaller batch"
+            )
+        if type(error).__name__ == "InvalidArgument":  # such as an id outside the vocabulary
+            return FeedError(f"{self._path.name} cannot run on these values: {message}")
+        return InternVLError(f"ONNX Runtime failed to run {self._path}: {message}")
+
+
+def open_component(artifact: Artifact, component: str, device: str = "auto") -> OrtSession:
+    """Open the ONNX graph of a component; see ``OrtSession``."""
+    return OrtSession(artifact.onnx_path(component), device=device)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _providers(device: str) -> list[str | tuple[str, dict[str, str]]]:
+    """ONNX Runtime's providers for a device, in the order of preference."""
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
+    has_provider = CUDA in onnxruntime.get_available_providers()
+    if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
+        return [CPU]
+    if not has_provider:
+        raise MissingDependency.of("onnxruntime-gpu", "ort-gpu")
+    index = int(match[1] or 0)
+    if index >= cuda_device_count():
+        raise HardwareError(
+            f"device {device!r}: found {cuda_device_count()} CUDA devices; use device 'cpu'"
+        )
+    return [(CUDA, {"device_id": str(index)}), CPU]
+
+
+def _names(providers: Sequence[str | tuple[str, dict[str, str]]]) -> list[str]:
+    return [entry if isinstance(entry, str) else entry[0] for entry in providers]
+
+
+def _spec(value: Any) -> TensorSpec:
+    """A graph input or output; a dimension without a name gets one of its own."""
+    inner = re.fullmatch(r"tensor\((\w+)\)", value.type)
+    dtype = inner[1] if inner else value.type
+    shape = tuple(
+        size if isinstance(size, (int, str)) and size != "" else f"{value.name}.{axis}"
+        for axis, size in enumerate(value.shape)
+    )
+    return TensorSpec(name=value.name, dtype=NUMPY_NAMES.get(dtype, dtype), shape=shape)
+
+
+def _message(error: Exception) -> str:
+    """ONNX Runtime's own words, on one line and without its prefix."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _is_memory(error: Exception, message: str) -> bool:
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(message) is not None

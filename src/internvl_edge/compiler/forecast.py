@@ -1,0 +1,178 @@
+"""What an export will need, before it is done: memory, disk and time of each step.
+
+Sizes of files follow exactly from shapes and dtypes. Memory and time are estimates from what the
+steps were measured to take per byte and per operation on two CPU cores; they scale with the
+model, and are meant to tell minutes from hours and 2 GB from 20.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from internvl_edge.compiler.check import reason_not_to_verify, reference_nbytes
+from internvl_edge.compiler.emit import quantized_layout
+from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
+from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX
+from internvl_edge.export.checkpoint import DTYPES
+
+IMPORTS_NBYTES = 450_000_000  # PyTorch, ONNX and the exporter, loaded
+TRACE_SECONDS_PER_COMPONENT = 2.0
+TRACE_SECONDS_PER_BLOCK = 0.35
+CONVERT_NBYTES_PER_SECOND = 250e6
+CALIBRATION_FLOPS = 60e9  # of a block's float32 forwards, observers included
+VERIFY_NBYTES_PER_SECOND = 200e6
+BUILD_NBYTES_PER_SECOND = 90e6
+BUILD_SECONDS = 2.0
+STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step of an export will need."""
+
+    name: str
+    memory_nbytes: int
+    disk_nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """All steps of an export."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def peak_nbytes(self) -> int:
+        return max(step.memory_nbytes for step in self.steps)
+
+    @property
+    def disk_nbytes(self) -> int:
+        return sum(step.disk_nbytes for step in self.steps)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """For a table: step, memory, disk, time."""
+        total = Step(
+            name="all",
+            memory_nbytes=self.peak_nbytes,
+            disk_nbytes=self.disk_nbytes,
+            seconds=sum(step.seconds for step in self.steps),
+        )
+        return [
+            (
+                step.name,
+                f"{step.memory_nbytes / 1e9:.2f} GB",
+                f"{step.disk_nbytes / 1e9:.3f} GB",
+                f"{step.seconds:.0f} s",
+            )
+            for step in (*self.steps, total)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "steps": [asdict(step) for step in self.steps],
+            "peak_memory_nbytes": self.peak_nbytes,
+            "disk_nbytes": self.disk_nbytes,
+        }
+
+
+def forecast(options: ExportOptions) -> Forecast:
+    """Check the options as an export would, and say what it would need.
+
+    Raises:
+        UsageError, CheckpointError: as ``export`` would.
+    """
+    plan = make_plan(options)
+    tensors = {
+        name: (entry.dtype, entry.shape) for name, entry in plan.checkpoint.tensors.items()
+    }
+    written = _written_nbytes(plan, tensors)
+    engines = len(options.targets) - ("onnx" in options.targets)
+    steps = [_trace(plan), _weights(plan, written)]
+    if plan.recipe is not None:
+        steps.append(_quantize(plan))
+    if reason_not_to_verify(plan.checkpoint, options.verify) is None:
+        steps.append(_verify(plan))
+    if engines:
+        steps.append(_build(plan, written, engines))
+    return Forecast(steps=tuple(steps))
+
+
+def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
+    if plan.recipe is not None:
+        layout = quantized_layout(plan, {name: dtype for name, (dtype, _) in tensors.items()})
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+    if plan.options.weights == "link":
+        return 0
+    itemsize = DTYPES[STORED_AS[plan.options.precision]].itemsize
+    return sum(math.prod(shape) for _, shape in tensors.values()) * itemsize
+
+
+def _blocks(plan: Plan) -> dict[str, int]:
+    """Parameters of every block."""
+    sizes: dict[str, int] = {}
+    for name, entry in plan.checkpoint.tensors.items():
+        for prefix in (VISION_PREFIX, LLAMA_PREFIX):
+            if name.startswith(f"{prefix}."):
+                block = name[: name.index(".", len(prefix) + 1)]
+                sizes[block] = sizes.get(block, 0) + math.prod(entry.shape)
+    return sizes
+
+
+def _trace(plan: Plan) -> Step:
+    graphs = 1 if plan.base == plan.engine_base else 2
+    blocks = len(_blocks(plan))
+    seconds = TRACE_SECONDS_PER_COMPONENT * len(plan.components) + TRACE_SECONDS_PER_BLOCK * blocks
+    return Step(
+        name="trace",
+        memory_nbytes=IMPORTS_NBYTES + 2_000_000 * blocks,
+        disk_nbytes=100_000 * blocks * graphs,
+        seconds=seconds * graphs,
+    )
+
+
+def _weights(plan: Plan, written: int) -> Step:
+    largest = max(math.prod(entry.shape) for entry in plan.checkpoint.tensors.values())
+    return Step(
+        name="weights",
+        memory_nbytes=IMPORTS_NBYTES + 10 * largest,  # stored, float32 and converted, at once
+        disk_nbytes=written,
+        seconds=written / CONVERT_NBYTES_PER_SECOND,
+    )
+
+
+def _quantize(plan: Plan) -> Step:
+    assert plan.recipe is not None
+    vision = plan.checkpoint.config.vision
+    tokens = plan.recipe.num_samples * vision.num_tokens(plan.image_size)
+    blocks = _blocks(plan)
+    activations = 4 * tokens * (4 * vision.hidden_size + vision.intermediate_size)
+    return Step(
+        name="quantize",
+        memory_nbytes=IMPORTS_NBYTES + 12 * max(blocks.values()) + activations,
+        disk_nbytes=0,
+        seconds=2.0 * sum(blocks.values()) * tokens / CALIBRATION_FLOPS,
+    )
+
+
+def _verify(plan: Plan) -> Step:
+    needed = reference_nbytes(plan.checkpoint)
+    return Step(
+        name="verify",
+        memory_nbytes=IMPORTS_NBYTES + 2 * needed,
+        disk_nbytes=0,
+        seconds=len(plan.components) * (1.0 + needed / VERIFY_NBYTES_PER_SECOND),
+    )
+
+
+def _build(plan: Plan, written: int, targets: int) -> Step:
+    count = len(plan.components) * targets
+    return Step(
+        name="build",
+        memory_nbytes=IMPORTS_NBYTES + 2 * written,
+        disk_nbytes=written * targets,
+        seconds=count * BUILD_SECONDS + written * targets / BUILD_NBYTES_PER_SECOND,
+    )

@@ -1,0 +1,117 @@
+"""Small checkpoints of chosen shapes with seeded weights, in the published layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from internvl_edge.export.config import InternVLConfig, QLlamaConfig, VisionConfig
+from internvl_edge.export.models import InternViT, InternVL
+
+TINY = InternVLConfig(
+    vision=VisionConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        patch_size=14,
+        image_size=28,
+    ),
+    qllama=QLlamaConfig(
+        hidden_size=48,
+        num_attention_heads=3,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        vocab_size=300,
+        max_position_embeddings=128,
+    ),
+    clip_embed_dim=16,
+    attn_pool_num_heads=4,
+    num_query_token=5,
+    cross_attention_frequency=2,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A checkpoint directory and the state it holds."""
+
+    path: Path
+    state: dict[str, torch.Tensor]
+
+
+def write_internvl(
+    path: Path,
+    config: InternVLConfig = TINY,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
+) -> Written:
+    """Write an InternVL checkpoint."""
+    torch.manual_seed(seed)
+    state = _randomised(InternVL(config))
+    raw = {
+        "model_type": "internvl",
+        "architectures": ["InternVLModel"],
+        "vision_config": asdict(config.vision),
+        "qllama_config": asdict(config.qllama),
+        "clip_embed_dim": config.clip_embed_dim,
+        "attn_pool_num_heads": config.attn_pool_num_heads,
+        "num_query_token": config.num_query_token,
+        "cross_attention_frequency": config.cross_attention_frequency,
+        "tie_word_embeddings": False,
+    }
+    return write_raw(path, raw, state, dtype=dtype, shards=shards)
+
+
+def write_vit(path: Path, config: VisionConfig = TINY.vision, *, seed: int = 0) -> Written:
+    """Write a bare InternViT checkpoint."""
+    torch.manual_seed(seed)
+    raw = {"model_type": "intern_vit_6b", **asdict(config)}
+    return write_raw(path, raw, _randomised(InternViT(config)))
+
+
+def write_raw(
+    path: Path,
+    config: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
+) -> Written:
+    """Write a config and a state dict, in one file or in several with an index."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+    if shards == 1:
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        return Written(path=path, state=state)
+    names = list(state)
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: state[name] for name in names[i::shards]}
+        save_file(part, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return Written(path=path, state=state)
+
+
+def _randomised(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights that leave every part of the computation visible in the output."""
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if "norm" in name and name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.ndim > 1:
+                parameter.normal_(0, 0.7 / parameter.shape[-1] ** 0.5)
+            elif name != "logit_scale":
+                parameter.normal_(0, 0.3)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,160 @@
+"""Placing Q/DQ: the numbers a rewritten graph gives, and the rules of placement."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internvl_edge.errors import InternVLError
+from internvl_edge.export import graph as graphs
+from internvl_edge.export.models.vit import RMSNorm
+from internvl_edge.export.precision import POLICIES, apply_policy
+from internvl_edge.export.weights import WeightsWriter, bind, save, weights_without_data
+from internvl_edge.quantize import formats
+from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
+
+WIDTH, OUT = 32, 48
+
+
+class Branches(nn.Module):
+    """A norm read by two linear layers, and a third behind an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(WIDTH, 1e-6)
+        self.q, self.k = nn.Linear(WIDTH, OUT, bias=False), nn.Linear(WIDTH, OUT)
+        self.proj = nn.Linear(OUT, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x).to(self.q.weight.dtype)
+        return (x + self.proj(F.gelu(self.q(h) + self.k(h))).to(x.dtype)).float()
+
+
+SCALES = {"q.weight": 0.03, "k.weight": 0.03, "proj.weight": 0.05}
+
+
+@pytest.fixture(scope="module")
+def module() -> Branches:
+    torch.manual_seed(0)
+    return Branches().eval()
+
+
+def quantized(
+    module: Branches, directory: Path, fmt: str, base: str = "fp32", layers: Any = SCALES
+) -> tuple[Path, ir.Model, dict[str, Any]]:
+    """Trace, quantize and write; the path, the graph and the stored weights."""
+    with torch.device("meta"):
+        traced = Branches().eval()
+    apply_policy(traced, POLICIES[base])
+    example = torch.empty(2, 5, WIDTH, device="meta", dtype=traced.norm1.weight.dtype)
+    model = graphs.trace(traced, [example], [{0: "batch"}], ["x"], ["y"])
+    graphs.simplify(model)
+    needed = weights_without_data([model])
+    state = module.state_dict()
+    tensors = {name: state[name].numpy() for name in needed}
+    for name in layers:
+        scale = formats.weight_scale(tensors[name], fmt, axis=0)
+        values = formats.quantize(tensors[name], scale, fmt, axis=0)
+        tensors[name], tensors[name + SCALE_SUFFIX] = np.ascontiguousarray(values.T), scale
+    linears = {
+        name: QuantizedLinear(weight=name, activation_scale=scale, format=fmt)
+        for name, scale in layers.items()
+    }
+    assert insert_qdq(model, linears) == len(layers)
+    sizes = {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    with WeightsWriter(directory / "w.safetensors", sizes) as writer:
+        for name, values in tensors.items():
+            writer.write(name, values)
+    bind(model, writer.stored, directory)
+    save(model, directory / "m.onnx")
+    return directory / "m.onnx", model, tensors
+
+
+def by_hand(module: Branches, x: np.ndarray[Any, Any], fmt: str) -> np.ndarray[Any, Any]:
+    """The same computation in numpy, every pair an explicit fake quantization."""
+
+    def linear(name: str, activation: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        layer = module.get_submodule(name)
+        weight = layer.weight.detach().numpy()
+        scale = formats.weight_scale(weight, fmt, axis=0)
+        w = formats.fake_quantize(weight, scale, fmt, axis=0)
+        a = formats.fake_quantize(activation, SCALES[f"{name}.weight"], fmt)
+        bias = 0 if layer.bias is None else layer.bias.detach().numpy()
+        return a @ w.T + bias
+
+    with torch.inference_mode():
+        h = module.norm1(torch.from_numpy(x)).numpy()
+    return x + linear("proj", F.gelu(torch.from_numpy(linear("q", h) + linear("k", h))).numpy())
+
+
+@pytest.mark.parametrize("fmt", ["int8", "fp8"])
+def test_the_graph_computes_fake_quantization(module: Branches, tmp_path: Path, fmt: str) -> None:
+    path, _, _ = quantized(module, tmp_path, fmt)
+    x = np.random.default_rng(1).standard_normal((3, 5, WIDTH)).astype(np.float32)
+    (y,) = ort.InferenceSession(path).run(None, {"x": x})
+    expected = by_hand(module, x, fmt)
+    # one activation may round to the other neighbour where the norms differ in the last bit
+    assert np.abs(y - expected).max() < 0.02
+    assert np.abs(y - expected).mean() < 1e-4
+
+
+@pytest.mark.parametrize("fmt", ["int8", "fp8"])
+def test_placement(module: Branches, tmp_path: Path, fmt: str) -> None:
+    _, model, _ = quantized(module, tmp_path, fmt)
+    counts = Counter(node.op_type for node in model.graph)
+    assert counts["QuantizeLinear"] == 2  # q and k share the norm's pair
+    assert counts["DequantizeLinear"] == 2 + 3
+    assert counts["Transpose"] == 0
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            assert [v.producer().op_type for v in node.inputs] == ["DequantizeLinear"] * 2
+        if node.op_type == "QuantizeLinear":
+            reader = {use.node.op_type for use in node.outputs[0].uses()}
+            assert reader == {"DequantizeLinear"}
+
+
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_scales_stay_float32_in_a_16_bit_graph(
+    module: Branches, tmp_path: Path, base: str
+) -> None:
+    _, model, _ = quantized(module, tmp_path, "int8", base)
+    compute = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[base]
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert node.inputs[1].dtype == ir.DataType.FLOAT
+        if node.op_type == "DequantizeLinear":
+            assert node.attributes["output_dtype"].as_int() == compute
+
+
+def test_a_float16_graph_runs_and_agrees(module: Branches, tmp_path: Path) -> None:
+    path, _, _ = quantized(module, tmp_path, "int8", "fp16")
+    x = np.random.default_rng(2).standard_normal((3, 5, WIDTH)).astype(np.float32)
+    (y,) = ort.InferenceSession(path).run(None, {"x": x})
+    assert np.abs(y - by_hand(module, x, "int8")).max() < 0.05
+
+
+def test_layers_left_out_keep_their_weights(module: Branches, tmp_path: Path) -> None:
+    _, model, _ = quantized(module, tmp_path, "int8", layers={"proj.weight": 0.05})
+    assert model.graph.initializers["q.weight"].dtype == ir.DataType.FLOAT
+    assert model.graph.initializers["proj.weight"].dtype == ir.DataType.INT8
+    counts = Counter(node.op_type for node in model.graph)
+    assert (counts["QuantizeLinear"], counts["Transpose"]) == (1, 2)
+
+
+def test_a_weight_that_is_no_linear_layer_is_refused(module: Branches) -> None:
+    with torch.device("meta"):
+        traced = Branches().eval()
+    example = torch.empty(2, 5, WIDTH, device="meta")
+    model = graphs.simplify(graphs.trace(traced, [example], [{0: "batch"}], ["x"], ["y"]))
+    norm = QuantizedLinear(weight="norm1.weight", activation_scale=1.0, format="int8")
+    with pytest.raises(InternVLError, match="expected one Transpose"):
+        insert_qdq(model, {"norm1.weight": norm})
