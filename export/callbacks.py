@@ -1,0 +1,189 @@
+"""What a TensorRT builder calls back: its log, the engine's bytes, its progress.
+
+TensorRT wants objects of its own classes. An exception that leaves one of them is lost in native
+code, and the build goes on to report success: a writer that raised or wrote too little still ends
+in ``True``. So nothing raises here. Each object keeps what went wrong, and the caller asks for it
+when the builder has returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from internvl_edge.errors import ResourceError
+
+logger = logging.getLogger(__name__)
+
+LEVELS = {
+    "INTERNAL_ERROR": logging.ERROR,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.DEBUG,  # on sound graphs too; of interest to who debugs only
+    "INFO": logging.DEBUG,
+    "VERBOSE": logging.DEBUG,
+}
+# A builder without a GPU says this beside every real error.
+NOISE = ("CUDA driver version is insufficient",)
+MAX_LINES, MAX_LINE_LENGTH = 6, 600
+
+
+def callback(base: Any, **methods: Callable[..., Any]) -> Any:
+    """An object of a builder's callback class whose methods are the given functions."""
+    bodies = {name: _method(function) for name, function in methods.items()}
+    # pybind11 requires the base's own __init__, called explicitly
+    bodies["__init__"] = lambda self: base.__init__(self)
+    return type(f"Our{base.__name__}", (base,), bodies)()
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args: function(*args)
+
+
+class BuildLog:
+    """The errors a builder reported, and everything forwarded to Python's logging."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        level = LEVELS.get(severity.name, logging.DEBUG)
+        if level == logging.ERROR:
+            self.errors.append(message)
+        logger.log(logging.DEBUG, "%s: %s", severity.name, message)  # the error is raised, once
+
+    def mentions(self, text: str) -> bool:
+        """Whether an error line contains ``text``."""
+        return any(text in line for line in self.errors)
+
+    def decisive(self) -> str:
+        """The error lines that say what happened: no repetitions, no noise, not too many."""
+        return decisive_lines(self.errors)
+
+
+def decisive_lines(messages: list[str]) -> str:
+    """Keep the lines that matter of native error messages; "" where there were none."""
+    lines = [line.strip()[:MAX_LINE_LENGTH] for text in messages for line in text.splitlines()]
+    lines = [line for line in dict.fromkeys(lines) if line]
+    telling = [line for line in lines if not any(noise in line for noise in NOISE)]
+    return "\n  ".join((telling or lines)[:MAX_LINES])
+
+
+class Monitor:
+    """A builder's progress, told to a function that may stop the build by raising."""
+
+    def __init__(self, report: Callable[[str, int, int], None]) -> None:
+        self.report = report  # phase, steps done, steps
+        self.stopped_by: BaseException | None = None
+        self._steps: dict[str, int] = {}
+
+    def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+        self._steps[phase] = steps
+        self._tell(phase, 0)
+
+    def step_complete(self, phase: str, step: int) -> bool:
+        """True to go on."""
+        return self._tell(phase, step + 1)
+
+    def phase_finish(self, phase: str) -> None:
+        self._tell(phase, self._steps.pop(phase, 0), known=self._steps.get(phase))
+
+    def _tell(self, phase: str, done: int, known: int | None = None) -> bool:
+        if self.stopped_by is None:
+            try:
+                self.report(phase, done, max(done, known or self._steps.get(phase, 0)))
+            except BaseException as error:  # an interrupt too; raised again after the build
+                self.stopped_by = error
+        return self.stopped_by is None
+
+
+class StreamedFile:
+    """A file that appears whole or not at all, hashed as its pieces are written.
+
+    It is written under a temporary name; ``publish`` syncs and renames it. Left as a context
+    manager without that, it disappears.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self.nbytes, self.error = 0, None
+        self._sha256 = hashlib.sha256()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial.open("wb")
+        except OSError as error:
+            raise self._failed(error) from error
+
+    error: OSError | None
+
+    def __enter__(self) -> StreamedFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(OSError):  # the flush of what did not fit
+            self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+    def write(self, data: bytes) -> int:
+        """Append; the number of bytes taken, 0 after a failure."""
+        if self.error is not None:
+            return 0
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            return 0
+        self._sha256.update(data)
+        self.nbytes += len(data)
+        return len(data)
+
+    def publish(self) -> None:
+        """Make the file durable under its own name.
+
+        Raises:
+            ResourceError: some of it could not be written; nothing appears.
+        """
+        try:
+            if self.error is not None:
+                raise self.error
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self.partial.replace(self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> ResourceError:
+        reason = error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some disk space" if full else "choose a directory that can be written"
+        return ResourceError(
+            f"{self.path}: could not be written after {self.nbytes:,} bytes: {reason}; {advice}"
+        )
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable, where the system has such a call."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

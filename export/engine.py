@@ -1,0 +1,445 @@
+"""Engines: an ONNX component through the builder of TensorRT-RTX or TensorRT.
+
+The two builders share one Python interface under two module names, so there is one code path; the
+module is passed in, and ``TARGETS`` holds what differs. TensorRT-RTX needs no GPU to build, and
+its engines are portable over GPUs; TensorRT builds for the GPU it runs on.
+
+Precision lives in the graph. The network is strongly typed, so the builder picks no types: it
+fuses explicit Q/DQ pairs and refuses types that disagree. TF32 is off, so that float32 products
+are float32.
+
+Memory: the parser maps the weights from their file, and the plan leaves the builder in pieces of
+some 64 MB that go straight to disk.
+
+Attention. A layer with no fused kernel fails the build unless it may be decomposed into MatMul,
+Softmax and MatMul. There are kernels for float16 and bfloat16 heads of up to 256 channels with
+more than 8 (or they are padded) and more than one query. Layers without a kernel are marked
+decomposable and the others are not, so that a lost fusion cannot pass unseen. Where the builder
+knows better the build is repeated with every layer decomposable; the sidecar counts both kinds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_edge._version import __version__
+from internvl_edge.artifact import EngineRecord, TensorSpec
+from internvl_edge.engineinfo import EngineInfo, Profile, Range
+from internvl_edge.errors import (
+    ArtifactError,
+    BuildError,
+    HardwareError,
+    InternVLError,
+    MissingDependency,
+    ResourceError,
+    UsageError,
+)
+from internvl_edge.export.callbacks import (
+    BuildLog,
+    Monitor,
+    StreamedFile,
+    callback,
+    decisive_lines,
+)
+
+__all__ = ["TARGETS", "Profile", "Target", "build_engine", "load_builder"]
+
+ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A builder: what it is called, and whether its engines leave the machine."""
+
+    name: str
+    module: str
+    extra: str
+    portable: bool  # builds for any GPU, without one
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(name="tensorrt-rtx", module="tensorrt_rtx", extra="rtx", portable=True),
+        Target(name="tensorrt", module="tensorrt", extra="trt", portable=False),
+    )
+}
+
+# The first compute capability with the types of a precision; portable engines start at SM80.
+MINIMUM_SM = {"fp32": 80, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
+PORTABLE_SM = 80
+NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 9, 256  # of fused attention kernels
+
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+    "FP8": "float8_e4m3fn",
+}
+
+
+def build_engine(
+    onnx_path: Path,
+    out_dir: Path,
+    *,
+    component: str,
+    target: str = "tensorrt-rtx",
+    profile: Profile,
+    precision: str,
+    inputs: Sequence[TensorSpec],
+    onnx_sha256: str,
+    compute_capabilities: Sequence[str] | None = None,
+    progress: ReportPhase | None = None,
+    trt: Any = None,
+) -> EngineRecord:
+    """Build one component's engine into ``out_dir``, with its sidecar beside it.
+
+    Args:
+        onnx_path: the graph; its external data is found relative to it.
+        out_dir: the ``engines`` directory of an artifact.
+        component: its name.
+        target: a name in ``TARGETS``.
+        profile: sizes of the symbolic dimensions.
+        precision: the artifact's; decides which GPUs can run the engine.
+        inputs: the component's contract, which the graph must keep.
+        onnx_sha256: identifies the graph and its weights.
+        compute_capabilities: as ``("SM89", "SM120")``; None: every GPU that the target reaches.
+        progress: told (phase, steps done, steps); raising stops the build and comes back.
+        trt: the builder's module; None imports the target's.
+
+    Returns:
+        The engine and its sidecar, relative to the parent of ``out_dir``.
+
+    Raises:
+        UsageError: unknown target, compute capability or symbolic dimension.
+        MissingDependency: the builder is not installed.
+        HardwareError: a GPU is missing, or one asked for cannot run this precision.
+        ArtifactError: no such graph, or one with other inputs.
+        BuildError: the builder refused the graph; its own words are in the message.
+        ResourceError: memory or disk did not suffice; no partial engine is left.
+    """
+    chosen = _target(target)
+    if not onnx_path.is_file():
+        raise ArtifactError(f"{onnx_path}: expected the ONNX graph of {component}, found no file")
+    ranges = {spec.name: _ranges(spec, profile) for spec in inputs}
+    trt = load_builder(chosen) if trt is None else trt
+    capabilities = _capabilities(trt, chosen, precision, compute_capabilities)
+    key = _key(chosen, trt, onnx_sha256, precision, profile, capabilities)
+    stem = f"{component}.{target}-{key}"
+
+    started = time.monotonic()
+    log = BuildLog()
+    network = _parse(trt, chosen, component, onnx_path, log)
+    _check_inputs(network, component, inputs)
+    config = _configure(trt, chosen, network, ranges, capabilities)
+    with StreamedFile(out_dir / f"{stem}.plan") as plan:
+        fused, decomposed = _build(trt, network, config, plan, log, component, progress)
+        plan.publish()
+    info = EngineInfo(
+        component=component,
+        target=target,
+        precision=precision,
+        builder_version=str(trt.__version__),
+        tool_version=__version__,
+        compute_capabilities=capabilities,
+        minimum_sm=_minimum_sm(precision, capabilities),
+        profile=profile,
+        onnx_sha256=onnx_sha256,
+        nbytes=plan.nbytes,
+        sha256=plan.sha256,
+        fused_attention=fused,
+        decomposed_attention=decomposed,
+        build_seconds=round(time.monotonic() - started, 3),
+        inputs=tuple(inputs),
+        outputs=_outputs(network),
+    )
+    with StreamedFile(out_dir / f"{stem}.json") as sidecar:
+        sidecar.write(json.dumps(info.to_json(), indent=2).encode())
+        sidecar.publish()
+    folder = out_dir.name
+    return EngineRecord(
+        component=component,
+        target=target,
+        file=f"{folder}/{stem}.plan",
+        sidecar=f"{folder}/{stem}.json",
+    )
+
+
+def load_builder(target: Target) -> Any:
+    """Import a target's module.
+
+    Raises:
+        MissingDependency: it is not installed.
+        HardwareError: it is, and its libraries do not load.
+    """
+    try:
+        return importlib.import_module(target.module)
+    except ModuleNotFoundError as error:
+        raise MissingDependency.of(target.name, target.extra) from error
+    except (ImportError, OSError) as error:
+        raise HardwareError(f"{target.name} is installed but does not load: {error}") from error
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        raise UsageError(f"target must be one of {', '.join(TARGETS)}, found {name!r}")
+    return TARGETS[name]
+
+
+# --- what determines an engine ---------------------------------------------------------------
+
+
+def _ranges(spec: TensorSpec, profile: Profile) -> list[Range]:
+    """Of each dimension of an input, the smallest, typical and largest size."""
+    return [(n, n, n) if isinstance(n, int) else profile.range_of(n) for n in spec.shape]
+
+
+def _capabilities(
+    trt: Any, target: Target, precision: str, asked: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The compute capabilities to build for; empty is the target's portable engine."""
+    if not target.portable:
+        if asked:
+            raise UsageError(
+                f"{target.name} builds for the GPU it runs on; leave compute capabilities "
+                f"{', '.join(asked)} out, or use tensorrt-rtx"
+            )
+        return (local_capability(),)
+    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    unknown = [name for name in asked or () if name not in known]
+    if unknown:
+        raise UsageError(
+            f"compute capability {', '.join(unknown)}: {target.name} {trt.__version__} knows "
+            f"{', '.join(known)}"
+        )
+    needed = MINIMUM_SM.get(precision, 0)
+    old = [name for name in asked or () if _sm(name) < needed]
+    if old:
+        raise HardwareError(
+            f"{precision} needs SM{needed} or later, asked for {', '.join(old)}; leave it out or "
+            "choose fp16 or int8"
+        )
+    return tuple(dict.fromkeys(asked or ()))
+
+
+def local_capability() -> str:
+    """The compute capability of this machine's GPU, as ``SM90``."""
+    try:
+        from cuda.core import Device
+    except ImportError as error:
+        raise MissingDependency.of("cuda-core", "trt") from error
+    try:
+        capability = Device().compute_capability
+    except Exception as error:  # the driver's absence has many exceptions
+        raise HardwareError(
+            f"tensorrt builds for the GPU it runs on, and none can be used here: {error}; "
+            "tensorrt-rtx builds without one"
+        ) from error
+    return f"SM{capability.major}{capability.minor}"
+
+
+def _sm(name: str) -> int:
+    return int(name.removeprefix("SM"))
+
+
+def _minimum_sm(precision: str, capabilities: Sequence[str]) -> int:
+    if capabilities:
+        return min(map(_sm, capabilities))
+    return max(PORTABLE_SM, MINIMUM_SM.get(precision, 0))
+
+
+def _key(
+    target: Target,
+    trt: Any,
+    onnx_sha256: str,
+    precision: str,
+    profile: Profile,
+    capabilities: Sequence[str],
+) -> str:
+    """Short hash of everything that decides what the engine is."""
+    parts = [target.name, trt.__version__, __version__, onnx_sha256, precision]
+    parts += [profile.batch, profile.length, profile.past, list(capabilities)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+# --- the builder -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Network:
+    """A parsed graph, and what must live as long: the parser owns the mapped weights."""
+
+    definition: Any
+    builder: Any
+    parser: Any
+    logger: Any
+
+
+def _parse(trt: Any, target: Target, component: str, path: Path, log: BuildLog) -> _Network:
+    logger = callback(trt.ILogger, log=log.log)
+    try:
+        builder = trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # the factory gave no builder
+        raise HardwareError(
+            f"{target.name} cannot start a builder: {log.decisive() or error}"
+        ) from error
+    flags = trt.NetworkDefinitionCreationFlag.__members__
+    typed = 1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0
+    definition = builder.create_network(typed)
+    parser = trt.OnnxParser(definition, logger)
+    if not parser.parse_from_file(str(path)) or parser.num_errors:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        told = (
+            "\n  ".join(map(_parser_error, errors[:3])) or log.decisive() or "it does not say why"
+        )
+        raise BuildError(f"{target.name} cannot parse {component} ({path}):\n  {told}")
+    if definition.num_outputs == 0:
+        raise BuildError(f"{target.name} found no outputs in {path}: is it an ONNX model?")
+    return _Network(definition=definition, builder=builder, parser=parser, logger=logger)
+
+
+def _parser_error(error: Any) -> str:
+    """Which node of the graph, and why."""
+    code = str(error.code()).removeprefix("ErrorCode.")
+    reason = decisive_lines([error.desc()])
+    if code == "UNSUPPORTED_NODE" and reason in ("", "false"):
+        reason = "the operator is not supported in this form"
+    operator = error.node_operator()
+    where = f"{operator} node {error.node_name() or error.node()!r}: " if operator else ""
+    return f"{where}{code}: {reason}"
+
+
+def _check_inputs(network: _Network, component: str, specs: Sequence[TensorSpec]) -> None:
+    """The graph must take what the manifest says, or its profile would be of other tensors."""
+    definition = network.definition
+    tensors = [definition.get_input(index) for index in range(definition.num_inputs)]
+    found = sorted((t.name, DTYPES.get(t.dtype.name), tuple(t.shape)) for t in tensors)
+    expected = sorted(
+        (s.name, s.dtype, tuple(n if isinstance(n, int) else -1 for n in s.shape)) for s in specs
+    )
+    if found != expected:
+        raise ArtifactError(f"{component}: expected inputs {expected}, the graph has {found}")
+
+
+def _outputs(network: _Network) -> tuple[TensorSpec, ...]:
+    """The engine's outputs; a graph does not name their symbolic dimensions after the first."""
+    definition = network.definition
+    tensors = [definition.get_output(index) for index in range(definition.num_outputs)]
+    return tuple(
+        TensorSpec(
+            name=tensor.name,
+            dtype=DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()),
+            shape=tuple(
+                int(n) if n >= 0 else "batch" if axis == 0 else f"axis_{axis}"
+                for axis, n in enumerate(tensor.shape)
+            ),
+        )
+        for tensor in tensors
+    )
+
+
+def _configure(
+    trt: Any,
+    target: Target,
+    network: _Network,
+    ranges: dict[str, list[Range]],
+    capabilities: Sequence[str],
+) -> Any:
+    config = network.builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if target.portable and capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for index, name in enumerate(capabilities):
+            if not config.set_compute_capability(trt.ComputeCapability.__members__[name], index):
+                raise HardwareError(f"{target.name} {trt.__version__} refuses to build for {name}")
+    profile = network.builder.create_optimization_profile()
+    for name, sizes in ranges.items():
+        low, typical, high = zip(*sizes, strict=True)
+        profile.set_shape(name, low, typical, high)
+    config.add_optimization_profile(profile)
+    return config
+
+
+def _build(
+    trt: Any,
+    network: _Network,
+    config: Any,
+    plan: StreamedFile,
+    log: BuildLog,
+    component: str,
+    progress: ReportPhase | None,
+) -> tuple[int, int]:
+    """Stream the engine into ``plan``; how many attention layers are fused and decomposed."""
+    monitor = Monitor(progress or _silent)
+    config.progress_monitor = callback(
+        trt.IProgressMonitor,
+        phase_start=monitor.phase_start,
+        step_complete=monitor.step_complete,
+        phase_finish=monitor.phase_finish,
+    )
+    writer = callback(trt.IStreamWriter, write=plan.write)
+    for everything in (False, True):
+        counts = _mark_attention(trt, network.definition, everything=everything)
+        built = network.builder.build_serialized_network_to_stream(
+            network.definition, config, writer
+        )
+        if monitor.stopped_by is not None:
+            raise monitor.stopped_by
+        if built or plan.error is not None:
+            break
+        if everything or not log.mentions(NO_FUSED_KERNEL):
+            raise _failure(component, log)
+        log.errors.clear()
+    if plan.error is None and plan.nbytes == 0:
+        raise BuildError(f"{component}: the builder reported success and wrote nothing")
+    return counts
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def _mark_attention(trt: Any, definition: Any, *, everything: bool) -> tuple[int, int]:
+    """Let attention layers without a fused kernel be decomposed; (fused, decomposed) layers."""
+    fused = decomposed = 0
+    for index in range(definition.num_layers):
+        layer = definition.get_layer(index)
+        if layer.type != trt.LayerType.ATTENTION_INPUT:
+            continue
+        if everything or not _has_fused_kernel(layer.get_input(0)):
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings return a plain ILayer
+            layer.attention.decomposable = True
+            decomposed += 1
+        else:
+            fused += 1
+    return fused, decomposed
+
+
+def _has_fused_kernel(query: Any) -> bool:
+    """Whether there is one for queries (B, heads, T, d) of this type and shape."""
+    *_, length, head_size = query.shape
+    half = query.dtype.name in ("HALF", "BF16")
+    return half and length != 1 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
+
+
+def _failure(component: str, log: BuildLog) -> InternVLError:
+    """The error for a build that gave no engine, from what the builder logged."""
+    told = log.decisive() or "the builder logged no reason"
+    if log.mentions("OutOfMemory") or log.mentions("bad_alloc"):
+        return ResourceError(f"{component}: not enough memory to build the engine:\n  {told}")
+    if log.mentions("Cannot compile"):
+        return HardwareError(f"{component}: the graph needs newer GPUs than asked for:\n  {told}")
+    return BuildError(f"{component}: no engine was built:\n  {told}")

@@ -1,0 +1,289 @@
+"""Timing that can be repeated: warm-up until steady, raw samples, contenders interleaved.
+
+One sample is the host's time of one call, from before it to after it. From the sorted samples
+x₀ ≤ … ≤ xₙ₋₁
+
+    p(q)   = xₖ + f (xₖ₊₁ − xₖ),   k + f = (n − 1) q/100       (linear between order statistics)
+    std    = sqrt( Σ (xᵢ − mean)² / n )                        (of the samples, not an estimate)
+    throughput = n · items per call / Σ xᵢ
+
+and percentiles come from all the samples, never from averaged percentiles. Latencies have long
+upper tails, so p50 says what a call usually takes and p99 what to plan for; a mean alone says
+neither.
+
+Warm-up runs for a time *and* a number of calls, and then until it is steady: the median of the
+last calls is within a tenth of the median of those before. It gives up after ten times its time,
+and the result says so. Contenders that are compared take turns, in an order that rotates every
+round, so that a machine that slows down slows all of them.
+
+The JSON has AIPerf's field names (``unit``, ``avg``, ``p99``, …) under trtexec's metric names
+(``latency``, ``throughput``).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_edge._version import __version__
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime.session import Array, Session
+
+__all__ = ["Timing", "environment", "measure", "measure_many"]
+
+WARMUP_S, MIN_DURATION_S, MIN_ITERATIONS = 0.2, 3.0, 100  # trtexec's, with more calls for p99
+WARMUP_ITERATIONS = 10
+STEADY_WINDOW = 5  # calls in each of the two medians that are compared
+STEADY_TOLERANCE = 0.1
+WARMUP_PATIENCE = 10  # times the warm-up's time
+NS_PER_S, NS_PER_MS = 1_000_000_000, 1_000_000
+PERCENTILES = (50, 90, 95, 99)
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch")
+
+Clock = Callable[[], int]  # nanoseconds, monotonic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """The samples of one contender, in the order measured."""
+
+    samples_ms: tuple[float, ...]
+    items: int  # per call: its batch
+    warmup_iterations: int
+    is_steady: bool  # the warm-up ended because it was
+
+    def percentile_ms(self, q: float) -> float:
+        """Between the order statistics, linearly."""
+        return float(np.percentile(self.samples_ms, q))
+
+    @property
+    def mean_ms(self) -> float:
+        return float(np.mean(self.samples_ms))
+
+    @property
+    def std_ms(self) -> float:
+        return float(np.std(self.samples_ms))
+
+    @property
+    def throughput(self) -> float:
+        """Items per second."""
+        return 1e3 * self.items * len(self.samples_ms) / sum(self.samples_ms)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the raw samples."""
+        return {
+            "latency": {
+                "unit": "ms",
+                "avg": self.mean_ms,
+                "min": min(self.samples_ms),
+                "max": max(self.samples_ms),
+                **{f"p{q}": self.percentile_ms(q) for q in PERCENTILES},
+                "std": self.std_ms,
+                "count": len(self.samples_ms),
+            },
+            "throughput": {"unit": "items/s", "avg": self.throughput},
+            "batch_size": self.items,
+            "warmup_iterations": self.warmup_iterations,
+            "is_steady": self.is_steady,
+        }
+
+
+def measure(
+    target: Session | Callable[[Mapping[str, Array]], object],
+    feeds: Mapping[str, Array],
+    *,
+    warmup_s: float = WARMUP_S,
+    min_duration_s: float = MIN_DURATION_S,
+    min_iterations: int = MIN_ITERATIONS,
+    clock: Clock = time.perf_counter_ns,
+) -> Timing:
+    """Time a session, or a function of feeds.
+
+    Args:
+        target: what runs.
+        feeds: on what; the first dimension of the first is the number of items in a call.
+        warmup_s: unmeasured time before.
+        min_duration_s: measure at least so long,
+        min_iterations: and at least so many calls.
+        clock: the time in nanoseconds.
+
+    Raises:
+        UsageError: no feeds, or a duration or count that is not positive.
+    """
+    if not feeds:
+        raise UsageError("measure: expected feeds, found none")
+    run = target if callable(target) else target.run
+    items = next(iter(feeds.values())).shape[0]
+    timings = measure_many(
+        {"target": lambda: run(feeds)},
+        items=items,
+        warmup_s=warmup_s,
+        min_duration_s=min_duration_s,
+        min_iterations=min_iterations,
+        clock=clock,
+    )
+    return timings["target"]
+
+
+def measure_many(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    items: int = 1,
+    warmup_s: float = WARMUP_S,
+    min_duration_s: float = MIN_DURATION_S,
+    min_iterations: int = MIN_ITERATIONS,
+    clock: Clock = time.perf_counter_ns,
+) -> dict[str, Timing]:
+    """Time several functions that do the same job, taking turns; each gets as many calls.
+
+    Args:
+        contenders: name → what to call.
+        items: in one call, for the throughput.
+        warmup_s: of each.
+        min_duration_s: of all the measured calls of each contender, on average.
+        min_iterations: calls of each.
+        clock: the time in nanoseconds.
+
+    Raises:
+        UsageError: nothing to measure, or a duration or count that is not positive.
+    """
+    if not contenders or items < 1 or min_iterations < 1 or min(warmup_s, min_duration_s) < 0:
+        raise UsageError(
+            "measure: expected contenders, items and min_iterations of at least 1 and times of at "
+            f"least 0, found {len(contenders)} contenders, items={items}, min_iterations="
+            f"{min_iterations}, warmup_s={warmup_s}, min_duration_s={min_duration_s}"
+        )
+    warmups = {name: _warm_up(run, warmup_s, clock) for name, run in contenders.items()}
+    samples: dict[str, list[int]] = {name: [] for name in contenders}
+    order = list(contenders)
+    budget_ns = min_duration_s * NS_PER_S * len(order)
+    spent_ns = iterations = 0
+    while iterations < min_iterations or spent_ns < budget_ns:
+        for name in order:
+            elapsed = _timed(contenders[name], clock)
+            samples[name].append(elapsed)
+            spent_ns += elapsed
+        iterations += 1
+        order = order[1:] + order[:1]
+        if not spent_ns and iterations >= min_iterations:
+            raise UsageError("measure: the clock does not advance; the calls take no time")
+    return {
+        name: Timing(
+            samples_ms=tuple(ns / NS_PER_MS for ns in samples[name]),
+            items=items,
+            warmup_iterations=warmups[name][0],
+            is_steady=warmups[name][1],
+        )
+        for name in contenders
+    }
+
+
+def _timed(run: Callable[[], object], clock: Clock) -> int:
+    start = clock()
+    run()
+    return clock() - start
+
+
+def _warm_up(run: Callable[[], object], warmup_s: float, clock: Clock) -> tuple[int, bool]:
+    """Call until steady; the number of calls, and whether it became so."""
+    samples: list[int] = []
+    start = clock()
+    while True:
+        samples.append(_timed(run, clock))
+        elapsed_s = (clock() - start) / NS_PER_S
+        if elapsed_s < warmup_s or len(samples) < WARMUP_ITERATIONS:
+            continue
+        if _is_steady(samples):
+            return len(samples), True
+        if elapsed_s >= WARMUP_PATIENCE * warmup_s:
+            return len(samples), False
+
+
+def _is_steady(samples: Sequence[int]) -> bool:
+    before = float(np.median(samples[-2 * STEADY_WINDOW : -STEADY_WINDOW]))
+    last = float(np.median(samples[-STEADY_WINDOW:]))
+    return abs(last - before) <= STEADY_TOLERANCE * before
+
+
+# --- where it was measured -----------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to compare figures; None where the system does not say."""
+    return {
+        "internvl_edge": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_features": _cpu_features(),
+        "cores_usable": _usable_cores(),
+        "cores_online": os.cpu_count(),
+        "clock_mhz": _clock_mhz(),
+        "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "memory_bytes": _memory_bytes(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_model() -> str | None:
+    return _cpuinfo("model name") or platform.processor() or None
+
+
+def _cpu_features() -> list[str]:
+    """The instruction sets that decide how fast products of 8 and 16 bits are."""
+    known = r"avx2|avx_vnni|avx512f|avx512_vnni|avx512_bf16|avx512_fp16|amx_int8|amx_bf16|amx_fp16"
+    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+    return [flag for flag in flags if re.fullmatch(rf"{known}|asimddp|i8mm|bf16", flag)]
+
+
+def _clock_mhz() -> float | None:
+    """The clock of the first core, now."""
+    khz = _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    if khz is not None:
+        return float(khz) / 1e3
+    mhz = _cpuinfo("cpu MHz")
+    return None if mhz is None else float(mhz)
+
+
+def _usable_cores() -> int | None:
+    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return os.cpu_count() if affinity is None else len(affinity(0))
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _cpuinfo(field: str) -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(rf"^{field}\s*: *(.*)$", text, re.MULTILINE)
+    return match[1].strip() if match else None
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,458 @@
+"""What people ask of a compiled directory: encode, classify, retrieve, match.
+
+The embeddings (internvl-spec sections 3.3 and 6) are
+
+    InternVL-C   u, the attention pool over the ViT's tokens
+    InternVL-G   u/|u| + v/|v|, v from the queries that QLLaMA put to the image; |·| up to 2
+    text         the last token of a causal LLaMA, projected
+
+and none of them has unit length unless ``normalize=True``. A video is the mean of its frames'
+embeddings. Each image goes through the ViT once per call, whatever else is computed from it; images
+and texts are independent of what else is in their batch, up to float rounding.
+
+Every task has the image transform its published numbers were measured with (section 4):
+``"classification"`` crops, ``"retrieval"`` (also for matching) squeezes to a square, ``"clip"``
+is for video frames.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from internvl_edge.artifact import Artifact, open_artifact
+from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime.session import Array, Session, did_you_mean, open_component
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.image import Preprocessing
+    from internvl_edge.runtime.tokenizer import Tokenizer
+
+__all__ = ["Model", "Retrieval", "load"]
+
+TOKENIZER_FILE = "tokenizer.model"
+MAX_TEXT_LENGTH = 80  # tokens
+TEXT_BATCH = 64
+LOGIT_SCALE = 100.0  # of zero-shot classification; the learned scale is for training
+DEFAULT_TEMPLATES = ("a photo of a {}",)
+MAX_CLASSIFIERS = 16  # sets of labels whose text embeddings are kept
+MODES = ("c", "g")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retrieval:
+    """Images and texts, ranked by similarity both ways."""
+
+    similarity: Array  # float32 [images, texts], cosine
+    texts_of_image: Array  # int64 [images, texts]: indices of the texts, best first
+    images_of_text: Array  # int64 [texts, images]: indices of the images, best first
+
+
+def load(out: str | os.PathLike[str], backend: str = "auto", device: str = "auto") -> Model:
+    """Open a compiled directory; components open when they are first used.
+
+    Args:
+        out: the directory that ``internvl-edge export`` published.
+        backend: ``"auto"``, ``"onnxruntime"``, ``"tensorrt-rtx"`` or ``"tensorrt"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+
+    Raises:
+        ArtifactError: the directory is not what its manifest says.
+    """
+    artifact = open_artifact(out)
+    return Model(artifact, partial(open_component, artifact, backend=backend, device=device))
+
+
+class Model:
+    """The components of a directory, as one model. Thread-safe; a context manager.
+
+    Images are paths, bytes, PIL images, HWC uint8 arrays, one or a sequence of them, or float32
+    ``pixel_values`` [B,3,H,W] that are normalised already. Texts are strings, one or a sequence,
+    or token ids, int [B,T], 0 where padded.
+
+    Every method raises ``UsageError`` when the directory lacks a component it needs or the model
+    is closed, ``MediaError`` when an image or text cannot be read, ``FeedError`` when an array
+    does not fit the component, and ``HardwareError`` or ``ResourceError`` when a session does.
+
+    Args:
+        artifact: the open directory.
+        open_one: opens the session of a component.
+    """
+
+    def __init__(self, artifact: Artifact, open_one: Callable[[str], Session]) -> None:
+        self.artifact = artifact
+        self._open_one = open_one
+        self._sessions: dict[str, Session] = {}
+        self._classifiers: OrderedDict[tuple[tuple[str, ...], ...], Array] = OrderedDict()
+        self._lock = RLock()
+        self._closed = False
+
+    # --- encode ----------------------------------------------------------------------------------
+
+    def encode_image(
+        self,
+        images: Any,
+        mode: str = "c",
+        normalize: bool = False,
+        batch_size: int = 8,
+        transform: str | None = None,
+    ) -> Array:
+        """Embeddings of images, float32 [B,E].
+
+        Args:
+            images: see ``Model``.
+            mode: ``"c"`` (InternVL-C) or ``"g"`` (InternVL-G).
+            normalize: give them unit length.
+            batch_size: images that are decoded and computed at a time.
+            transform: ``"retrieval"``, ``"classification"`` or ``"clip"``; None is the
+                directory's own.
+        """
+        if mode not in MODES:
+            raise UsageError(f"mode {mode!r}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
+        embed = self._embed_c if mode == "c" else self._embed_g
+        batches = self._pixel_batches(images, transform, batch_size)
+        embeds = np.concatenate([embed(pixels) for pixels in batches])
+        return unit(embeds) if normalize else embeds
+
+    def encode_text(
+        self, texts: Any, normalize: bool = False, batch_size: int = TEXT_BATCH
+    ) -> Array:
+        """Embeddings of texts, float32 [B,E]; strings get the prefix the model was trained with."""
+        self._require("text_embed")
+        given = _texts(texts)
+        embeds = np.concatenate(
+            [
+                self._run("text_embed", "text_embeds", **self._contrastive(batch))
+                for batch in _chunks(given, batch_size)
+            ]
+        )
+        return unit(embeds) if normalize else embeds
+
+    def encode_video(
+        self,
+        frames: Any,
+        num_frames: int | None = None,
+        mode: str = "c",
+        normalize: bool = False,
+        batch_size: int = 8,
+    ) -> Array:
+        """The embedding of one video, float32 [E]: the mean of its frames' embeddings.
+
+        Args:
+            frames: a video file, a folder of frames, or a sequence of images.
+            num_frames: sample so many of them; None takes every frame of a sequence, and 8 of a
+                file or folder.
+            mode: ``"c"`` or ``"g"``.
+            normalize: give the mean unit length.
+            batch_size: frames that are computed at a time.
+        """
+        chosen = _frames(frames, num_frames)
+        mean = self.encode_image(chosen, mode, False, batch_size, "clip").mean(axis=0)
+        return unit(mean) if normalize else mean
+
+    # --- compare ---------------------------------------------------------------------------------
+
+    def text_classifier(
+        self, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+    ) -> Array:
+        """One unit vector per label, float32 [K,E]: the mean over the templates' unit vectors.
+
+        The last sets of labels are remembered, so that classifying again costs no text.
+
+        Raises:
+            UsageError: no labels, a label twice, a template without one ``{}`` or ``{c}``.
+        """
+        key = (_distinct(labels), _checked_templates(templates))
+        with self._lock:
+            if key in self._classifiers:
+                self._classifiers.move_to_end(key)
+                return self._classifiers[key]
+        prompts = [_fill(template, label) for label in key[0] for template in key[1]]
+        embeds = self.encode_text(prompts, normalize=True)
+        weights = unit(embeds.reshape(len(key[0]), len(key[1]), -1).mean(axis=1))  # (K, E)
+        weights.flags.writeable = False  # it is shared from here on
+        with self._lock:
+            self._classifiers[key] = weights
+            while len(self._classifiers) > MAX_CLASSIFIERS:
+                self._classifiers.popitem(last=False)
+        return weights
+
+    def classify(
+        self,
+        images: Any,
+        labels: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        mode: str = "c",
+        batch_size: int = 8,
+    ) -> list[list[dict[str, Any]]]:
+        """Zero-shot classification, softmax over 100 · cosine (internvl-spec section 6).
+
+        Args:
+            images: see ``Model``.
+            labels: the classes.
+            templates: each with ``{}`` or ``{c}`` where the label goes.
+            mode: ``"c"`` or ``"g"``.
+            batch_size: images that are computed at a time.
+
+        Returns:
+            For every image its labels, best first: ``{"label": str, "score": float}``.
+        """
+        weights = self.text_classifier(labels, templates)
+        embeds = self.encode_image(images, mode, True, batch_size, "classification")
+        scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
+        return [
+            [{"label": labels[k], "score": float(row[k])} for k in _ranked(row)] for row in scores
+        ]
+
+    def retrieve(
+        self, images: Any, texts: Any, mode: str = "c", batch_size: int = 8
+    ) -> Retrieval:
+        """Rank texts for every image and images for every text by cosine similarity."""
+        image_embeds = self.encode_image(images, mode, True, batch_size, "retrieval")
+        similarity = image_embeds @ self.encode_text(texts, normalize=True).T
+        return Retrieval(
+            similarity=similarity,
+            texts_of_image=_ranked(similarity),
+            images_of_text=_ranked(similarity.T),
+        )
+
+    def match(self, images: Any, texts: Any, batch_size: int = 8) -> Array:
+        """How likely each text describes its image, float32 [B] in 0..1, from the ITM head.
+
+        Image i goes with text i; one image or one text goes with all of the other. Slower and more
+        precise than ``retrieve``: QLLaMA reads the text and the image together.
+        """
+        self._require("vision", "matcher")
+        ids = self._ids(_texts(texts), "match")
+        hidden = np.concatenate(
+            [self._hidden(p) for p in self._pixel_batches(images, "retrieval", batch_size)]
+        )  # (B, N, C)
+        count = max(len(hidden), len(ids))
+        if {len(hidden), len(ids)} - {1, count}:
+            raise UsageError(
+                f"match: expected as many texts as images, or one of either, found {len(hidden)} "
+                f"images and {len(ids)} texts"
+            )
+        hidden = np.broadcast_to(hidden, (count, *hidden.shape[1:]))
+        ids = np.broadcast_to(ids, (count, ids.shape[1]))
+        logits = np.concatenate(
+            [
+                self._run(
+                    "matcher", "match_logits", last_hidden_state=hidden[rows], **_masked(ids[rows])
+                )
+                for rows in _slices(count, batch_size)
+            ]
+        )  # (B, 2): no, yes
+        return np.ascontiguousarray(softmax(logits)[:, 1])
+
+    # --- sessions --------------------------------------------------------------------------------
+
+    def session(self, component: str) -> Session:
+        """The session of a component, opened when first asked for; the model closes it."""
+        self._require(component)
+        with self._lock:
+            if self._closed:
+                raise UsageError(f"the model of {self.artifact.path} is closed; load it again")
+            if component not in self._sessions:
+                self._sessions[component] = self._open_one(component)
+            return self._sessions[component]
+
+    def close(self) -> None:
+        """Close every session; may be called again."""
+        with self._lock:
+            self._closed = True
+            while self._sessions:
+                self._sessions.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """The transforms of the directory."""
+        from internvl_edge.runtime.image import Preprocessing
+
+        return Preprocessing.from_json(self.artifact.manifest.preprocessing)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the directory."""
+        from internvl_edge.runtime.tokenizer import Tokenizer
+
+        return Tokenizer(self.artifact.file(TOKENIZER_FILE))
+
+    def _has(self, component: str) -> bool:
+        return component in self.artifact.manifest.components
+
+    def _require(self, *components: str) -> None:
+        missing = [name for name in components if not self._has(name)]
+        if missing:
+            present = list(self.artifact.manifest.components)
+            raise UsageError(
+                f"{self.artifact.path} has no component {', '.join(missing)} (it has "
+                f"{', '.join(present)}){did_you_mean(missing[0], present)}; run: internvl-edge "
+                f"export CHECKPOINT -o OUT --components {','.join([*present, *missing])}"
+            )
+
+    def _run(self, component: str, output: str, **feeds: Array) -> Array:
+        return self.session(component).run(feeds, outputs=[output])[output]
+
+    def _hidden(self, pixels: Array) -> Array:
+        return self._run("vision", "last_hidden_state", pixel_values=pixels)  # (B, N, C)
+
+    def _embed_c(self, pixels: Array) -> Array:
+        if self._has("image_embed") or not self._has("vision"):
+            return self._run("image_embed", "image_embeds", pixel_values=pixels)
+        self._require("image_pool")
+        return self._run("image_pool", "image_embeds", last_hidden_state=self._hidden(pixels))
+
+    def _embed_g(self, pixels: Array) -> Array:
+        self._require("vision", "image_pool", "image_queries")
+        hidden = self._hidden(pixels)
+        u = self._run("image_pool", "image_embeds", last_hidden_state=hidden)
+        v = self._run("image_queries", "query_embeds", last_hidden_state=hidden)
+        return unit(u) + unit(v)
+
+    def _pixel_batches(
+        self, images: Any, transform: str | None, batch_size: int
+    ) -> Iterator[Array]:
+        """``pixel_values`` of a few images at a time, so that memory does not grow with them."""
+        if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8:
+            yield from _chunks(images, batch_size)  # normalised already
+            return
+        from internvl_edge.runtime.image import pixel_values
+
+        for batch in _chunks(_images(images), batch_size):
+            yield pixel_values(batch, self.preprocessing, transform)
+
+    def _contrastive(self, texts: list[str] | Array) -> dict[str, Array]:
+        return _masked(self._ids(texts, "contrastive"))
+
+    def _ids(self, texts: list[str] | Array, use: str) -> Array:
+        """Token ids, int64 [B,T], 0 where padded."""
+        if isinstance(texts, np.ndarray):
+            return texts
+        if use == "match":
+            return self.tokenizer.match(texts, MAX_TEXT_LENGTH)
+        return self.tokenizer.contrastive(texts, MAX_TEXT_LENGTH, pad_to="longest")
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def unit(rows: Array) -> Array:
+    """Each row divided by its length; a row of zeros stays."""
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    result: Array = rows / np.where(norms > 0, norms, 1)
+    return result
+
+
+def softmax(logits: Array) -> Array:
+    """Over the last axis, in the dtype given."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _ranked(scores: Array) -> Array:
+    """Indices over the last axis, best first; equal scores in the order given."""
+    return np.argsort(-scores, axis=-1, kind="stable")
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def _images(images: Any) -> list[Any]:
+    """One image or many, as a list."""
+    is_one = (
+        isinstance(images, (str, bytes, os.PathLike))
+        or (isinstance(images, np.ndarray) and images.ndim < 4)
+        or hasattr(images, "getbands")  # a PIL image
+    )
+    return [images] if is_one else list(images)
+
+
+def _texts(texts: Any) -> list[str] | Array:
+    """Strings as a list, or ids as int64 [B,T]."""
+    if isinstance(texts, np.ndarray) and texts.dtype.kind in "iu":
+        if texts.ndim != 2 or not texts.size:
+            raise MediaError(f"text ids: expected int [B,T], found {list(texts.shape)}")
+        return texts.astype(np.int64)
+    given = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(given):
+        if not isinstance(text, str):
+            raise MediaError(
+                f"text {i}: expected a string, or all ids as one int array [B,T], "
+                f"found {type(text).__name__}"
+            )
+    return given
+
+
+def _frames(frames: Any, num_frames: int | None) -> Any:
+    """The frames of a video that are encoded."""
+    from internvl_edge.runtime import video
+
+    if isinstance(frames, (str, os.PathLike)):
+        return video.read_frames(frames, num_frames or 8)
+    if num_frames is None:
+        return frames
+    given = frames if isinstance(frames, np.ndarray) else list(frames)
+    return [given[i] for i in video.sample_frames(len(given), num_frames)]
+
+
+def _masked(ids: Array) -> dict[str, Array]:
+    return {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    if size < 1:
+        raise UsageError(f"batch_size {size}: expected at least 1")
+    for start in range(0, count, size):
+        yield slice(start, start + size)
+
+
+def _chunks(items: Any, size: int) -> Iterator[Any]:
+    if not len(items):
+        raise MediaError("expected at least one image or text, found none")
+    for rows in _slices(len(items), size):
+        yield items[rows]
+
+
+def _distinct(labels: Iterable[str]) -> tuple[str, ...]:
+    given = (labels,) if isinstance(labels, str) else tuple(labels)
+    if not given or not all(isinstance(label, str) and label.strip() for label in given):
+        raise UsageError(f"labels: expected one or more non-empty strings, found {list(given)!r}")
+    if len(set(given)) < len(given):
+        twice = next(label for label in given if given.count(label) > 1)
+        raise UsageError(f"labels: {twice!r} is there more than once")
+    return given
+
+
+def _checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
+    given = (templates,) if isinstance(templates, str) else tuple(templates)
+    for template in given:
+        places = template.count("{}") + template.count("{c}")
+        rest = _fill(template, "")
+        if places != 1 or "{" in rest or "}" in rest:
+            raise UsageError(
+                f"template {template!r}: expected one {{}} or {{c}} where the label goes"
+            )
+    if not given:
+        raise UsageError("templates: expected one or more, found none")
+    return given
+
+
+def _fill(template: str, label: str) -> str:
+    return template.replace("{}", "{c}").replace("{c}", label)
