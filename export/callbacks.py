@@ -16,19 +16,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from internvl_edge.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
-LEVELS = {
-    "INTERNAL_ERROR": logging.ERROR,
-    "ERROR": logging.ERROR,
-    "WARNING": logging.DEBUG,  # on sound graphs too; of interest to who debugs only
-    "INFO": logging.DEBUG,
-    "VERBOSE": logging.DEBUG,
-}
+ERRORS = ("INTERNAL_ERROR", "ERROR")
 # A builder without a GPU says this beside every real error.
 NOISE = ("CUDA driver version is insufficient",)
 MAX_LINES, MAX_LINE_LENGTH = 6, 600
@@ -53,10 +47,9 @@ class BuildLog:
         self.errors: list[str] = []
 
     def log(self, severity: Any, message: str) -> None:
-        level = LEVELS.get(severity.name, logging.DEBUG)
-        if level == logging.ERROR:
+        if severity.name in ERRORS:
             self.errors.append(message)
-        logger.log(logging.DEBUG, "%s: %s", severity.name, message)  # the error is raised, once
+        logger.debug("%s: %s", severity.name, message)  # errors too: they are raised, once
 
     def mentions(self, text: str) -> bool:
         """Whether an error line contains ``text``."""
@@ -85,19 +78,20 @@ class Monitor:
 
     def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
         self._steps[phase] = steps
-        self._tell(phase, 0)
+        self._tell(phase, 0, steps)
 
     def step_complete(self, phase: str, step: int) -> bool:
         """True to go on."""
-        return self._tell(phase, step + 1)
+        return self._tell(phase, step + 1, self._steps.get(phase, step + 1))
 
     def phase_finish(self, phase: str) -> None:
-        self._tell(phase, self._steps.pop(phase, 0), known=self._steps.get(phase))
+        steps = self._steps.pop(phase, 0)
+        self._tell(phase, steps, steps)
 
-    def _tell(self, phase: str, done: int, known: int | None = None) -> bool:
+    def _tell(self, phase: str, done: int, steps: int) -> bool:
         if self.stopped_by is None:
             try:
-                self.report(phase, done, max(done, known or self._steps.get(phase, 0)))
+                self.report(phase, done, steps)
             except BaseException as error:  # an interrupt too; raised again after the build
                 self.stopped_by = error
         return self.stopped_by is None
@@ -112,7 +106,8 @@ class StreamedFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.partial = path, path.with_name(f".{path.name}.partial")
-        self.nbytes, self.error = 0, None
+        self.nbytes = 0
+        self.error: OSError | None = None  # the first failed write
         self._sha256 = hashlib.sha256()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,9 +115,7 @@ class StreamedFile:
         except OSError as error:
             raise self._failed(error) from error
 
-    error: OSError | None
-
-    def __enter__(self) -> StreamedFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,8 +1,7 @@
 """Engines: an ONNX component through the builder of TensorRT-RTX or TensorRT.
 
 The two builders share one Python interface under two module names, so there is one code path; the
-module is passed in, and ``TARGETS`` holds what differs. TensorRT-RTX needs no GPU to build, and
-its engines are portable over GPUs; TensorRT builds for the GPU it runs on.
+module is passed in, and ``targets`` knows what differs.
 
 Precision lives in the graph. The network is strongly typed, so the builder picks no types: it
 fuses explicit Q/DQ pairs and refuses types that disagree. TF32 is off, so that float32 products
@@ -21,7 +20,6 @@ knows better the build is repeated with every layer decomposable; the sidecar co
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -37,9 +35,7 @@ from internvl_edge.errors import (
     BuildError,
     HardwareError,
     InternVLError,
-    MissingDependency,
     ResourceError,
-    UsageError,
 )
 from internvl_edge.export.callbacks import (
     BuildLog,
@@ -48,33 +44,19 @@ from internvl_edge.export.callbacks import (
     callback,
     decisive_lines,
 )
+from internvl_edge.export.targets import (
+    Target,
+    choose_capabilities,
+    find_target,
+    load_builder,
+    minimum_sm,
+)
 
-__all__ = ["TARGETS", "Profile", "Target", "build_engine", "load_builder"]
+__all__ = ["Profile", "build_engine"]
 
 ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A builder: what it is called, and whether its engines leave the machine."""
-
-    name: str
-    module: str
-    extra: str
-    portable: bool  # builds for any GPU, without one
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target(name="tensorrt-rtx", module="tensorrt_rtx", extra="rtx", portable=True),
-        Target(name="tensorrt", module="tensorrt", extra="trt", portable=False),
-    )
-}
-
-# The first compute capability with the types of a precision; portable engines start at SM80.
-MINIMUM_SM = {"fp32": 80, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
-PORTABLE_SM = 80
 NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 9, 256  # of fused attention kernels
 
@@ -131,13 +113,13 @@ def build_engine(
         BuildError: the builder refused the graph; its own words are in the message.
         ResourceError: memory or disk did not suffice; no partial engine is left.
     """
-    chosen = _target(target)
+    chosen = find_target(target)
     if not onnx_path.is_file():
         raise ArtifactError(f"{onnx_path}: expected the ONNX graph of {component}, found no file")
-    ranges = {spec.name: _ranges(spec, profile) for spec in inputs}
+    ranges = {spec.name: _ranges(spec, profile) for spec in inputs}  # errors before work
     trt = load_builder(chosen) if trt is None else trt
-    capabilities = _capabilities(trt, chosen, precision, compute_capabilities)
-    key = _key(chosen, trt, onnx_sha256, precision, profile, capabilities)
+    capabilities = choose_capabilities(trt, chosen, precision, compute_capabilities)
+    key = _key(target, trt.__version__, __version__, onnx_sha256, precision, ranges, capabilities)
     stem = f"{component}.{target}-{key}"
 
     started = time.monotonic()
@@ -155,7 +137,7 @@ def build_engine(
         builder_version=str(trt.__version__),
         tool_version=__version__,
         compute_capabilities=capabilities,
-        minimum_sm=_minimum_sm(precision, capabilities),
+        minimum_sm=minimum_sm(precision, capabilities),
         profile=profile,
         onnx_sha256=onnx_sha256,
         nbytes=plan.nbytes,
@@ -178,100 +160,13 @@ def build_engine(
     )
 
 
-def load_builder(target: Target) -> Any:
-    """Import a target's module.
-
-    Raises:
-        MissingDependency: it is not installed.
-        HardwareError: it is, and its libraries do not load.
-    """
-    try:
-        return importlib.import_module(target.module)
-    except ModuleNotFoundError as error:
-        raise MissingDependency.of(target.name, target.extra) from error
-    except (ImportError, OSError) as error:
-        raise HardwareError(f"{target.name} is installed but does not load: {error}") from error
-
-
-def _target(name: str) -> Target:
-    if name not in TARGETS:
-        raise UsageError(f"target must be one of {', '.join(TARGETS)}, found {name!r}")
-    return TARGETS[name]
-
-
-# --- what determines an engine ---------------------------------------------------------------
-
-
 def _ranges(spec: TensorSpec, profile: Profile) -> list[Range]:
     """Of each dimension of an input, the smallest, typical and largest size."""
     return [(n, n, n) if isinstance(n, int) else profile.range_of(n) for n in spec.shape]
 
 
-def _capabilities(
-    trt: Any, target: Target, precision: str, asked: Sequence[str] | None
-) -> tuple[str, ...]:
-    """The compute capabilities to build for; empty is the target's portable engine."""
-    if not target.portable:
-        if asked:
-            raise UsageError(
-                f"{target.name} builds for the GPU it runs on; leave compute capabilities "
-                f"{', '.join(asked)} out, or use tensorrt-rtx"
-            )
-        return (local_capability(),)
-    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
-    unknown = [name for name in asked or () if name not in known]
-    if unknown:
-        raise UsageError(
-            f"compute capability {', '.join(unknown)}: {target.name} {trt.__version__} knows "
-            f"{', '.join(known)}"
-        )
-    needed = MINIMUM_SM.get(precision, 0)
-    old = [name for name in asked or () if _sm(name) < needed]
-    if old:
-        raise HardwareError(
-            f"{precision} needs SM{needed} or later, asked for {', '.join(old)}; leave it out or "
-            "choose fp16 or int8"
-        )
-    return tuple(dict.fromkeys(asked or ()))
-
-
-def local_capability() -> str:
-    """The compute capability of this machine's GPU, as ``SM90``."""
-    try:
-        from cuda.core import Device
-    except ImportError as error:
-        raise MissingDependency.of("cuda-core", "trt") from error
-    try:
-        capability = Device().compute_capability
-    except Exception as error:  # the driver's absence has many exceptions
-        raise HardwareError(
-            f"tensorrt builds for the GPU it runs on, and none can be used here: {error}; "
-            "tensorrt-rtx builds without one"
-        ) from error
-    return f"SM{capability.major}{capability.minor}"
-
-
-def _sm(name: str) -> int:
-    return int(name.removeprefix("SM"))
-
-
-def _minimum_sm(precision: str, capabilities: Sequence[str]) -> int:
-    if capabilities:
-        return min(map(_sm, capabilities))
-    return max(PORTABLE_SM, MINIMUM_SM.get(precision, 0))
-
-
-def _key(
-    target: Target,
-    trt: Any,
-    onnx_sha256: str,
-    precision: str,
-    profile: Profile,
-    capabilities: Sequence[str],
-) -> str:
+def _key(*parts: object) -> str:
     """Short hash of everything that decides what the engine is."""
-    parts = [target.name, trt.__version__, __version__, onnx_sha256, precision]
-    parts += [profile.batch, profile.length, profile.past, list(capabilities)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 

@@ -32,7 +32,7 @@ from internvl_edge.runtime.image import load_image
 Image = NDArray[np.uint8]  # (height, width, 3)
 T = TypeVar("T")
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})  # what load_image takes from a file
 MAX_CORRUPT = 0.05  # of the images looked at; beyond, the folder is not what it should be
 NUM_CHECKED = 256  # images decoded to tell, at least, where the folder has as many
 MAX_CAPTIONS_NBYTES = 64 << 20
@@ -266,17 +266,19 @@ def _captions_of(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     else:
         return {}, bundled_captions()
     try:
-        if path.stat().st_size > MAX_CAPTIONS_NBYTES:
-            raise ValueError(f"larger than {MAX_CAPTIONS_NBYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if path.suffix == ".txt":
-            entries: Any = lines
-        else:
-            entries = json.loads(text) if path.suffix == ".json" else [*map(json.loads, lines)]
-        return _parse_captions(entries)
+        return _parse_captions(_caption_entries(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CalibrationError(f"{path}: not understood as captions: {error}") from error
+
+
+def _caption_entries(path: Path) -> Any:
+    if path.stat().st_size > MAX_CAPTIONS_NBYTES:
+        raise ValueError(f"larger than {MAX_CAPTIONS_NBYTES} bytes")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
 
 
 def _parse_captions(entries: Any) -> tuple[dict[str, str], tuple[str, ...]]:

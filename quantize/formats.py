@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import ml_dtypes
@@ -45,7 +46,7 @@ from internvl_edge.errors import CalibrationError, InputError, UsageError, Verif
 
 Array = NDArray[Any]
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2⁻¹²⁶
-_CHUNK = 1 << 20  # elements per step where a float64 copy is made
+_CHUNK = 1 << 18  # elements per step where a wider copy is made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +99,16 @@ def quantize(x: Array, scale: ArrayLike, fmt: Format | str, axis: int | None = N
         An array of ``fmt.dtype``, shaped as ``x``.
     """
     fmt = as_format(fmt)
-    divisor = _broadcast(scale, x.ndim, axis)
-    with np.errstate(over="ignore"):  # an overflowing quotient saturates like any other
-        q = np.asarray(np.divide(np.asarray(x, np.float32), divisor))
-    if fmt.dtype == np.int8:
-        np.rint(q, out=q)
-    np.clip(q, fmt.lowest, fmt.max_value, out=q)
-    return q.astype(fmt.dtype)
+    x = np.asarray(x)
+    divisor = np.broadcast_to(_broadcast(scale, x.ndim, axis), x.shape)
+    result = np.empty(x.shape, fmt.dtype)
+    for block in _blocks(x.shape):
+        with np.errstate(over="ignore"):  # an overflowing quotient saturates like any other
+            q = np.asarray(np.divide(np.asarray(x[block], np.float32), divisor[block]))
+        if fmt.dtype == np.int8:
+            np.rint(q, out=q)
+        result[block] = np.clip(q, fmt.lowest, fmt.max_value, out=q).astype(fmt.dtype)
+    return result
 
 
 def dequantize(q: Array, scale: ArrayLike, axis: int | None = None) -> NDArray[np.float32]:
@@ -210,6 +214,15 @@ def _broadcast(scale: ArrayLike, ndim: int, axis: int | None) -> NDArray[np.floa
     shape = [1] * ndim
     shape[axis] = -1
     return value.reshape(shape)
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice | EllipsisType]:
+    """Rows by rows of a large array, so that its temporaries stay small."""
+    if not shape:
+        yield ...
+        return
+    step = max(_CHUNK // max(math.prod(shape[1:]), 1), 1)
+    yield from (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 def _chunks(x: Array) -> Iterator[NDArray[np.float64]]:

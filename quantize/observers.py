@@ -109,17 +109,22 @@ class RangeObserver:
         channels = np.zeros(rows.shape[1], np.uint32)
         counts = np.zeros(NUM_BINS, np.int64)
         step = max(_CHUNK // rows.shape[1], 1)
+        # Reused: temporaries of this size would be returned to the system after every chunk.
+        bits = np.empty((min(step, len(rows)), rows.shape[1]), np.uint32)
+        bins = np.empty(bits.size, np.intp)
         for start in range(0, len(rows), step):
             with np.errstate(over="ignore"):  # beyond float32 is refused as infinity
                 values = np.ascontiguousarray(rows[start : start + step], np.float32)
-            bits = values.view(np.uint32) & _MAGNITUDE
-            np.maximum(channels, bits.max(axis=0), out=channels)
+            chunk, index = bits[: len(values)], bins[: values.size]
+            np.bitwise_and(values.view(np.uint32), _MAGNITUDE, out=chunk)
+            np.maximum(channels, chunk.max(axis=0), out=channels)
             if channels.max() >= _INFINITY:
                 raise CalibrationError(
                     f"{self.name}: expected finite activations, found NaN or infinity (channel "
                     f"{int(channels.argmax())}); is the checkpoint sound?"
                 )
-            counts += np.bincount(bits.reshape(-1) >> _SHIFT, minlength=NUM_BINS)
+            np.right_shift(chunk.reshape(-1), _SHIFT, out=index)
+            counts += np.bincount(index, minlength=NUM_BINS)
         self._add(counts, channels)
 
     def merge(self, other: RangeObserver) -> None:

@@ -17,57 +17,46 @@ offset is worth up to 1.0 in normalised units. Each is what some published numbe
 is torchvision's arithmetic (ToTensor, Normalize). The processor multiplies by 1/255 in float64
 before it rounds to float32; for the 256 values that exist, both give the same float32.
 
-Two deviations from the original, which opens files with Pillow's defaults: the EXIF orientation is
-applied (a photograph of a phone is otherwise seen lying on its side), and 16-bit greyscale is
-refused (it would be clipped to white).
-
-What arrives here comes from strangers. Only JPEG, PNG and WebP are decoded, chosen by their first
-bytes, and by Pillow's own classes for them: `Image.open` tries more formats, and its guard against
-decompression bombs is a warning where ours is an error. Sizes are checked before anything is
-decompressed. No decoder ever warns: silencing warnings is not safe in threads, so what could make
-Pillow warn does not reach it.
+How pictures are read, and what is refused, stands in `internvl_edge.runtime.decode`.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import stat
-import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
-from internvl_edge.errors import ArtifactError, InputError, MediaError, ResourceError, UsageError
-
-ImageSource: TypeAlias = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
+from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
+from internvl_edge.runtime.decode import (
+    ACCEPTED,
+    MAX_PIXELS,
+    ImageSource,
+    image_label,
+    load_image,
 )
+
+__all__ = [
+    "ImageSource",
+    "Preprocessing",
+    "Transform",
+    "load_image",
+    "pixel_values",
+    "tile",
+    "tile_grid",
+]
+
 Transform = Literal["retrieval", "classification", "clip"]
 
-MAX_NBYTES = 64 << 20  # of an image file
-MAX_PIXELS = 50_000_000  # of a picture, as given and after resizing
-MAX_SIZE = 8192  # S
-ACCEPTED = "a path, bytes, a PIL image or an array uint8 [H, W, 3]"
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-UPRIGHT = {  # EXIF orientation → what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+TRANSFORMS = get_args(Transform)
+MAX_SIZE = 4096  # S
+MAX_TILES = 64
+MIN_STD = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +75,12 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if type(self.size) is not int or not 1 <= self.size <= MAX_SIZE:
             raise InputError(f"size must be an integer from 1 to {MAX_SIZE}, found {self.size!r}")
-        if not (_three_numbers(self.mean) and _three_numbers(self.std) and min(self.std) > 0):
+        if not (_three(self.mean, -1e3) and _three(self.std, MIN_STD)):
             raise InputError(
-                "mean and std must be three finite numbers each (R, G, B) and std positive, "
+                f"mean and std must be three numbers each (R, G, B), std at least {MIN_STD}, "
                 f"found {self.mean!r} and {self.std!r}"
             )
-        if self.transform not in get_args(Transform):
+        if self.transform not in TRANSFORMS:
             raise InputError(_not_a_transform(self.transform))
 
     def to_json(self) -> dict[str, Any]:
@@ -109,29 +98,14 @@ class Preprocessing:
         if not isinstance(raw, dict) or set(raw) - known or "size" not in raw:
             found = sorted(map(str, raw)) if isinstance(raw, dict) else raw
             raise ArtifactError(
-                f"preprocessing must be an object of {sorted(known)}, size required; found {found!r}"
+                f"preprocessing must be an object of {sorted(known)} with at least size, "
+                f"found {found!r}"
             )
         triples = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
         try:
             return cls(**raw | triples)
         except InputError as error:
             raise ArtifactError(f"preprocessing: {error}") from error
-
-
-def load_image(source: ImageSource) -> Image.Image:
-    """Decode one image: upright, RGB, at its own size.
-
-    Args:
-        source: the path of a JPEG, PNG or WebP file, its bytes, a PIL image of any format, or an
-            array uint8 [H, W, 3]. Greyscale, palette, CMYK and 16-bit colour become RGB;
-            transparency is dropped, not composited, as the original does; of an animation
-            the first frame counts.
-
-    Raises:
-        MediaError: it is none of these, too large, truncated or corrupt.
-        ResourceError: it does not fit into memory.
-    """
-    return _load(source, _label(source))
 
 
 def pixel_values(
@@ -153,7 +127,7 @@ def pixel_values(
         UsageError: there is no such transform.
     """
     transform = preprocessing.transform if transform is None else transform
-    if transform not in get_args(Transform):
+    if transform not in TRANSFORMS:
         raise UsageError(_not_a_transform(transform))
     size = preprocessing.size
     if isinstance(images, np.ndarray) and images.dtype != np.uint8:
@@ -165,8 +139,8 @@ def pixel_values(
     )
     out = np.empty((len(sources), 3, size, size), np.float32)
     for i, source in enumerate(sources):
-        label = _label(source, i, len(sources))
-        picture = _fit(_load(source, label), size, transform, label)
+        label = image_label(source, i, len(sources))
+        picture = _fit(load_image(source, label), size, transform, label)
         levels = np.asarray(picture).transpose(2, 0, 1)  # (3, S, S)
         np.divide(levels, np.float32(255), out=out[i])
         np.subtract(out[i], mean, out=out[i])
@@ -175,7 +149,7 @@ def pixel_values(
 
 
 def tile(
-    image: Image.Image,
+    image: ImageSource,
     size: int,
     min_num: int = 1,
     max_num: int = 12,
@@ -187,27 +161,32 @@ def tile(
     more than one tile are followed by the whole image at S×S (``use_thumbnail``).
 
     Args:
-        image: RGB, as `load_image` returns it.
+        image: as `load_image` takes it.
         size: S.
         min_num: the fewest tiles, without the thumbnail.
         max_num: the most.
         use_thumbnail: whether the whole image comes last.
 
     Raises:
-        UsageError: ``1 <= min_num <= max_num`` does not hold.
-        MediaError: the stretched image would be too large.
+        UsageError: the number of tiles or their size cannot be.
+        MediaError: the image is not accepted, or would become too large.
     """
-    if not 1 <= min_num <= max_num:
-        raise UsageError(f"1 <= min_num <= max_num must hold, found {min_num} and {max_num}")
-    columns, rows = tile_grid(image.size, size, min_num, max_num)
-    stretched = _resize(image, (size * columns, size * rows), "image to tile")
+    if not (1 <= min_num <= max_num <= MAX_TILES and 1 <= size <= MAX_SIZE):
+        raise UsageError(
+            f"expected 1 <= min_num <= max_num <= {MAX_TILES} and 1 <= size <= {MAX_SIZE}, "
+            f"found min_num {min_num}, max_num {max_num}, size {size}"
+        )
+    label = image_label(image)
+    picture = load_image(image, label)
+    columns, rows = tile_grid(picture.size, size, min_num, max_num)
+    stretched = _resize(picture, (size * columns, size * rows), label)
     tiles = [
         stretched.crop((x, y, x + size, y + size))
         for y in range(0, size * rows, size)
         for x in range(0, size * columns, size)
     ]
     if use_thumbnail and len(tiles) > 1:
-        tiles.append(_resize(image, (size, size), "image to tile"))
+        tiles.append(_resize(picture, (size, size), label))
     return tiles
 
 
@@ -256,8 +235,9 @@ def _resize(image: Image.Image, shape: tuple[int, int], label: str) -> Image.Ima
 
 def _sources(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
     """One image or several, as a list."""
-    single = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
-    if isinstance(images, single) or (isinstance(images, np.ndarray) and images.ndim != 4):
+    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
+        return [images]
+    if isinstance(images, np.ndarray) and images.ndim != 4:
         return [images]
     if not isinstance(images, Iterable):
         raise MediaError(f"expected {ACCEPTED}, or several; found {type(images).__name__}")
@@ -278,145 +258,13 @@ def _normalised(array: NDArray[Any], size: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(array)
 
 
-def _load(source: object, label: str) -> Image.Image:
-    if isinstance(source, np.ndarray):
-        return _image_from_array(source, label)
-    if isinstance(source, str | os.PathLike):
-        source = _read(source, label)
-    if isinstance(source, bytes | bytearray | memoryview):
-        if len(source) > MAX_NBYTES:
-            raise MediaError(f"{label}: at most {MAX_NBYTES} bytes are accepted")
-        source = _open(bytes(source), label)
-    if not isinstance(source, Image.Image):
-        raise MediaError(f"{label}: expected {ACCEPTED}")
-    _check_shape(source.width, source.height, label)
-    if source.mode not in MODES:
-        raise MediaError(
-            f"{label}: pixels of mode {source.mode} do not fit into 8 bits; convert it to RGB first"
-        )
-    return _decoding(_rgb, source, label)
-
-
-def _read(path: str | os.PathLike[str], label: str) -> bytes:
-    """The bytes of a regular file; a FIFO or a device is refused without waiting for it."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise MediaError(f"{label}: expected an image file, found something else")
-            return file.read(MAX_NBYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"{label}: the image cannot be read: {reason}") from error
-
-
-def _open(data: bytes, label: str) -> Image.Image:
-    """Parse the header; nothing is decompressed yet."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return _decoding(_Jpeg, io.BytesIO(data), label)
-    if data.startswith(PNG_MAGIC):
-        return _decoding(PngImageFile, io.BytesIO(_png_picture(data, label)), label)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _decoding(WebPImageFile, io.BytesIO(data), label)
-    found = f"a file that starts with {data[:12]!r}" if data else "an empty file"
-    raise MediaError(f"{label}: expected a JPEG, PNG or WebP image, found {found}")
-
-
-def _decoding(step: Any, source: Any, label: str) -> Image.Image:
-    try:
-        image: Image.Image = step(source)
-    except MemoryError as error:
-        raise ResourceError(f"{label}: not enough memory to decode it") from error
-    except Exception as error:  # on corrupt data Pillow raises whatever its parsers run into
-        raise MediaError(f"{label}: the image is truncated or corrupt: {error}") from error
-    return image
-
-
-class _Jpeg(JpegImageFile):
-    def _read_dpi_from_exif(self) -> None:
-        """Decides no pixel, and warns of every oddity in the EXIF block."""
-
-
-def _png_picture(data: bytes, label: str) -> bytes:
-    """The chunks that make the picture, and its orientation.
-
-    The others are text and profiles to unpack, and animation, of which Pillow warns when broken.
-    """
-    kept, at = [PNG_MAGIC], len(PNG_MAGIC)
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
-        if end <= len(data) and (kind[:1].isupper() or kind == b"eXIf"):
-            kept.append(data[at:end])
-        if kind == b"IEND":
-            return b"".join(kept)
-        at = end
-    raise MediaError(f"{label}: the PNG is truncated: it ends before its last chunk")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    orientation = _orientation(image.info.get("exif"))
-    if image.mode in ("P", "PA"):  # straight to RGB, Pillow warns of some kinds of transparency
-        image = image.convert("RGBA")
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return image if orientation == 1 else image.transpose(UPRIGHT[orientation])
-
-
-def _orientation(exif: object) -> int:
-    """The orientation, 1 to 8, in an EXIF block; 1 where there is none or the block is broken."""
-    tiff = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return 1
-    try:
-        (directory,) = struct.unpack_from(f"{order}4xI", tiff)
-        (count,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for entry in range(count):
-            at = directory + 2 + 12 * entry
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", tiff, at)
-            if tag == 0x0112:
-                return value if value in UPRIGHT else 1
-    except struct.error:
-        pass
-    return 1
-
-
-def _image_from_array(array: NDArray[Any], label: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise MediaError(f"{label}: expected uint8 [H, W, 3] in RGB; repeat a grey channel thrice")
-    _check_shape(array.shape[1], array.shape[0], label)
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _check_shape(width: int, height: int, label: str) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise MediaError(f"{label}: expected 1 to {MAX_PIXELS} pixels, found {width}x{height}")
-
-
-def _label(source: object, index: int = 0, count: int = 1) -> str:
-    """How messages name an image."""
-    if isinstance(source, str | os.PathLike):
-        what = os.fspath(source)
-    elif isinstance(source, bytes | bytearray | memoryview):
-        what = f"bytes, {len(source)} bytes"
-    elif isinstance(source, np.ndarray):
-        what = f"array, {source.dtype} {list(source.shape)}"
-    elif isinstance(source, Image.Image):
-        what = f"PIL image, {source.mode} {source.width}x{source.height}"
-    else:
-        what = type(source).__name__
-    return f"image {index + 1} of {count} ({what})" if count > 1 else f"image ({what})"
-
-
-def _three_numbers(values: object) -> bool:
+def _three(values: object, lowest: float) -> bool:
     return (
         isinstance(values, tuple)
         and len(values) == 3
-        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        and all(isinstance(v, int | float) and lowest <= v <= 1e3 for v in values)
     )
 
 
 def _not_a_transform(found: object) -> str:
-    return f"transform must be one of {', '.join(get_args(Transform))}, found {found!r}"
+    return f"transform must be one of {', '.join(TRANSFORMS)}, found {found!r}"

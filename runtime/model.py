@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from threading import RLock
@@ -28,11 +28,22 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from internvl_edge.artifact import Artifact, open_artifact
-from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime.requests import (
+    batches_of,
+    distinct_labels,
+    fill_template,
+    image_list,
+    is_normalised,
+    masked,
+    one_place_templates,
+    slices,
+    text_list,
+)
 from internvl_edge.runtime.session import Array, Session, did_you_mean, open_component
 
 if TYPE_CHECKING:
-    from internvl_edge.runtime.image import Preprocessing
+    from internvl_edge.runtime.image import Preprocessing, Transform
     from internvl_edge.runtime.tokenizer import Tokenizer
 
 __all__ = ["Model", "Retrieval", "load"]
@@ -102,7 +113,7 @@ class Model:
         mode: str = "c",
         normalize: bool = False,
         batch_size: int = 8,
-        transform: str | None = None,
+        transform: Transform | None = None,
     ) -> Array:
         """Embeddings of images, float32 [B,E].
 
@@ -117,7 +128,7 @@ class Model:
         if mode not in MODES:
             raise UsageError(f"mode {mode!r}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
         embed = self._embed_c if mode == "c" else self._embed_g
-        batches = self._pixel_batches(images, transform, batch_size)
+        batches = self._pixel_batches(image_list(images), transform, batch_size)
         embeds = np.concatenate([embed(pixels) for pixels in batches])
         return unit(embeds) if normalize else embeds
 
@@ -126,11 +137,10 @@ class Model:
     ) -> Array:
         """Embeddings of texts, float32 [B,E]; strings get the prefix the model was trained with."""
         self._require("text_embed")
-        given = _texts(texts)
         embeds = np.concatenate(
             [
-                self._run("text_embed", "text_embeds", **self._contrastive(batch))
-                for batch in _chunks(given, batch_size)
+                self._run("text_embed", "text_embeds", **masked(self._contrastive(batch)))
+                for batch in batches_of(text_list(texts), batch_size)
             ]
         )
         return unit(embeds) if normalize else embeds
@@ -169,12 +179,12 @@ class Model:
         Raises:
             UsageError: no labels, a label twice, a template without one ``{}`` or ``{c}``.
         """
-        key = (_distinct(labels), _checked_templates(templates))
+        key = (distinct_labels(labels), one_place_templates(templates))
         with self._lock:
             if key in self._classifiers:
                 self._classifiers.move_to_end(key)
                 return self._classifiers[key]
-        prompts = [_fill(template, label) for label in key[0] for template in key[1]]
+        prompts = [fill_template(template, label) for label in key[0] for template in key[1]]
         embeds = self.encode_text(prompts, normalize=True)
         weights = unit(embeds.reshape(len(key[0]), len(key[1]), -1).mean(axis=1))  # (K, E)
         weights.flags.writeable = False  # it is shared from here on
@@ -204,16 +214,15 @@ class Model:
         Returns:
             For every image its labels, best first: ``{"label": str, "score": float}``.
         """
-        weights = self.text_classifier(labels, templates)
+        names = distinct_labels(labels)
+        weights = self.text_classifier(names, templates)
         embeds = self.encode_image(images, mode, True, batch_size, "classification")
         scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
         return [
-            [{"label": labels[k], "score": float(row[k])} for k in _ranked(row)] for row in scores
+            [{"label": names[k], "score": float(row[k])} for k in _ranked(row)] for row in scores
         ]
 
-    def retrieve(
-        self, images: Any, texts: Any, mode: str = "c", batch_size: int = 8
-    ) -> Retrieval:
+    def retrieve(self, images: Any, texts: Any, mode: str = "c", batch_size: int = 8) -> Retrieval:
         """Rank texts for every image and images for every text by cosine similarity."""
         image_embeds = self.encode_image(images, mode, True, batch_size, "retrieval")
         similarity = image_embeds @ self.encode_text(texts, normalize=True).T
@@ -230,27 +239,21 @@ class Model:
         precise than ``retrieve``: QLLaMA reads the text and the image together.
         """
         self._require("vision", "matcher")
-        ids = self._ids(_texts(texts), "match")
-        hidden = np.concatenate(
-            [self._hidden(p) for p in self._pixel_batches(images, "retrieval", batch_size)]
-        )  # (B, N, C)
-        count = max(len(hidden), len(ids))
-        if {len(hidden), len(ids)} - {1, count}:
+        given, ids = image_list(images), text_list(texts)
+        if not isinstance(ids, np.ndarray):
+            ids = self.tokenizer.match(ids, MAX_TEXT_LENGTH)
+        count = max(len(given), len(ids))
+        if {len(given), len(ids)} - {1, count}:
             raise UsageError(
-                f"match: expected as many texts as images, or one of either, found {len(hidden)} "
+                f"match: expected as many texts as images, or one of either, found {len(given)} "
                 f"images and {len(ids)} texts"
             )
-        hidden = np.broadcast_to(hidden, (count, *hidden.shape[1:]))
         ids = np.broadcast_to(ids, (count, ids.shape[1]))
-        logits = np.concatenate(
-            [
-                self._run(
-                    "matcher", "match_logits", last_hidden_state=hidden[rows], **_masked(ids[rows])
-                )
-                for rows in _slices(count, batch_size)
-            ]
-        )  # (B, 2): no, yes
-        return np.ascontiguousarray(softmax(logits)[:, 1])
+        logits = []
+        for rows, hidden in self._hidden_batches(given, count, batch_size):
+            feeds = {"last_hidden_state": hidden, **masked(ids[rows])}
+            logits.append(self._run("matcher", "match_logits", **feeds))
+        return softmax(np.concatenate(logits))[:, 1].copy()  # of (B, 2): no, yes
 
     # --- sessions --------------------------------------------------------------------------------
 
@@ -325,27 +328,34 @@ class Model:
         v = self._run("image_queries", "query_embeds", last_hidden_state=hidden)
         return unit(u) + unit(v)
 
+    def _hidden_batches(
+        self, images: Any, count: int, batch_size: int
+    ) -> Iterator[tuple[slice, Array]]:
+        """Vision tokens of ``count`` pairs: of every image, or of the only one each time."""
+        hiddens = map(self._hidden, self._pixel_batches(images, "retrieval", batch_size))
+        if len(images) == count:
+            yield from zip(slices(count, batch_size), hiddens, strict=True)
+            return
+        only = next(hiddens)
+        for rows in slices(count, batch_size):
+            yield rows, np.broadcast_to(only, (rows.stop - rows.start, *only.shape[1:]))
+
     def _pixel_batches(
-        self, images: Any, transform: str | None, batch_size: int
+        self, images: Any, transform: Transform | None, batch_size: int
     ) -> Iterator[Array]:
         """``pixel_values`` of a few images at a time, so that memory does not grow with them."""
-        if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8:
-            yield from _chunks(images, batch_size)  # normalised already
+        if is_normalised(images):
+            yield from batches_of(images, batch_size)
             return
         from internvl_edge.runtime.image import pixel_values
 
-        for batch in _chunks(_images(images), batch_size):
+        for batch in batches_of(images, batch_size):
             yield pixel_values(batch, self.preprocessing, transform)
 
-    def _contrastive(self, texts: list[str] | Array) -> dict[str, Array]:
-        return _masked(self._ids(texts, "contrastive"))
-
-    def _ids(self, texts: list[str] | Array, use: str) -> Array:
-        """Token ids, int64 [B,T], 0 where padded."""
+    def _contrastive(self, texts: list[str] | Array) -> Array:
+        """Token ids for ``text_embed``, int64 [B,T]."""
         if isinstance(texts, np.ndarray):
             return texts
-        if use == "match":
-            return self.tokenizer.match(texts, MAX_TEXT_LENGTH)
         return self.tokenizer.contrastive(texts, MAX_TEXT_LENGTH, pad_to="longest")
 
 
@@ -371,88 +381,14 @@ def _ranked(scores: Array) -> Array:
     return np.argsort(-scores, axis=-1, kind="stable")
 
 
-# --- requests ------------------------------------------------------------------------------------
-
-
-def _images(images: Any) -> list[Any]:
-    """One image or many, as a list."""
-    is_one = (
-        isinstance(images, (str, bytes, os.PathLike))
-        or (isinstance(images, np.ndarray) and images.ndim < 4)
-        or hasattr(images, "getbands")  # a PIL image
-    )
-    return [images] if is_one else list(images)
-
-
-def _texts(texts: Any) -> list[str] | Array:
-    """Strings as a list, or ids as int64 [B,T]."""
-    if isinstance(texts, np.ndarray) and texts.dtype.kind in "iu":
-        if texts.ndim != 2 or not texts.size:
-            raise MediaError(f"text ids: expected int [B,T], found {list(texts.shape)}")
-        return texts.astype(np.int64)
-    given = [texts] if isinstance(texts, str) else list(texts)
-    for i, text in enumerate(given):
-        if not isinstance(text, str):
-            raise MediaError(
-                f"text {i}: expected a string, or all ids as one int array [B,T], "
-                f"found {type(text).__name__}"
-            )
-    return given
-
-
 def _frames(frames: Any, num_frames: int | None) -> Any:
     """The frames of a video that are encoded."""
     from internvl_edge.runtime import video
 
     if isinstance(frames, (str, os.PathLike)):
         return video.read_frames(frames, num_frames or 8)
+    given = image_list(frames)
     if num_frames is None:
-        return frames
-    given = frames if isinstance(frames, np.ndarray) else list(frames)
-    return [given[i] for i in video.sample_frames(len(given), num_frames)]
-
-
-def _masked(ids: Array) -> dict[str, Array]:
-    return {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    if size < 1:
-        raise UsageError(f"batch_size {size}: expected at least 1")
-    for start in range(0, count, size):
-        yield slice(start, start + size)
-
-
-def _chunks(items: Any, size: int) -> Iterator[Any]:
-    if not len(items):
-        raise MediaError("expected at least one image or text, found none")
-    for rows in _slices(len(items), size):
-        yield items[rows]
-
-
-def _distinct(labels: Iterable[str]) -> tuple[str, ...]:
-    given = (labels,) if isinstance(labels, str) else tuple(labels)
-    if not given or not all(isinstance(label, str) and label.strip() for label in given):
-        raise UsageError(f"labels: expected one or more non-empty strings, found {list(given)!r}")
-    if len(set(given)) < len(given):
-        twice = next(label for label in given if given.count(label) > 1)
-        raise UsageError(f"labels: {twice!r} is there more than once")
-    return given
-
-
-def _checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
-    given = (templates,) if isinstance(templates, str) else tuple(templates)
-    for template in given:
-        places = template.count("{}") + template.count("{c}")
-        rest = _fill(template, "")
-        if places != 1 or "{" in rest or "}" in rest:
-            raise UsageError(
-                f"template {template!r}: expected one {{}} or {{c}} where the label goes"
-            )
-    if not given:
-        raise UsageError("templates: expected one or more, found none")
-    return given
-
-
-def _fill(template: str, label: str) -> str:
-    return template.replace("{}", "{c}").replace("{c}", label)
+        return given
+    chosen = video.sample_frames(len(given), num_frames)
+    return given[chosen] if isinstance(given, np.ndarray) else [given[i] for i in chosen]

@@ -44,7 +44,7 @@ def qdq_model(fmt: Format, axis: int | None) -> bytes:
     """x, scale → QuantizeLinear → q (as bytes' own type) → DequantizeLinear → y."""
     code = getattr(onnx.TensorProto, fmt.onnx_type)
     shape = [None] if axis is not None else []
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     nodes = [
         onnx.helper.make_node(
             "QuantizeLinear", ["x", "s"], ["q"], output_dtype=code, saturate=1, **attributes
@@ -242,6 +242,21 @@ def test_grid_and_names(fmt: Format) -> None:
     assert (
         onnx.helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, fmt.onnx_type)) == fmt.dtype
     )
+
+
+@BOTH
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+def test_a_large_array_is_quantized_like_its_elements(fmt: Format, axis: int | None) -> None:
+    x = np.random.default_rng(6).standard_normal((700, 3, 250)).astype(np.float32)
+    scale = weight_scale(x, fmt, axis)
+    shape = [1, 1, 1]
+    if axis is not None:
+        shape[axis] = -1
+    quotients = np.clip(x / scale.reshape(shape), fmt.lowest, fmt.max_value)
+    expected = (np.rint(quotients) if fmt is INT8 else quotients).astype(fmt.dtype)
+    assert_same_bits(quantize(x, scale, fmt, axis), expected)
+    for shape_of_none in ((), (0,), (3, 0), (0, 3)):
+        assert quantize(np.ones(shape_of_none, np.float32), 1.0, fmt).shape == shape_of_none
 
 
 def test_an_empty_weight_has_no_range() -> None:

@@ -1,9 +1,9 @@
 """Compile InternVL checkpoints into fast inference engines, and run them.
 
-    import internvl_edge
+import internvl_edge
 
-    with internvl_edge.load("compiled") as model:
-        embeddings = model.encode_image(["photo.jpg"], normalize=True)
+with internvl_edge.load("compiled") as model:
+    embeddings = model.encode_image(["photo.jpg"], normalize=True)
 """
 
 from __future__ import annotations

@@ -199,9 +199,9 @@ def _spec(value: object) -> TensorSpec:
 
 
 def _list(value: object) -> list[object]:
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         raise TypeError(f"expected a list, found {value!r:.80}")
-    return value
+    return list(value)
 
 
 _READERS: dict[str, Any] = {

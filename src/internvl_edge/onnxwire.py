@@ -1,4 +1,4 @@
-"""Protobuf's wire format, read by a schema: an ONNX file as plain dictionaries, without its weights.
+"""Protobuf's wire format, read by a schema: an ONNX file as dictionaries, without its weights.
 
 The wire format is a sequence of fields, each a varint key = number << 3 | type and a value:
     0  varint: 7 bits a byte, least significant first, the high bit says that more follow

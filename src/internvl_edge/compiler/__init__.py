@@ -22,7 +22,13 @@ from internvl_edge.artifact import Artifact, ComponentRecord, Manifest, open_art
 from internvl_edge.compiler.calibration import load_samples, quantize_weights, samples_for
 from internvl_edge.compiler.check import Checker, reason_not_to_verify
 from internvl_edge.compiler.emit import Emitted, emit, store_weights, trace_all
-from internvl_edge.compiler.engines import add_engines, build, engine_graph, require_targets
+from internvl_edge.compiler.engines import (
+    add_engines,
+    build,
+    engine_graph,
+    profile_from,
+    require_targets,
+)
 from internvl_edge.compiler.forecast import forecast
 from internvl_edge.compiler.options import (
     ExportOptions,
@@ -45,6 +51,7 @@ __all__ = [
     "export",
     "forecast",
     "make_plan",
+    "profile_from",
     "verify",
 ]
 

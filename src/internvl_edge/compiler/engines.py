@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,21 @@ def require_targets(targets: Sequence[str]) -> None:
 def engine_graph(component: str, base: str) -> str:
     """The graph that engines are built from, where it is not the component's own."""
     return f"{component}.{base}.onnx"
+
+
+def profile_from(**sizes: str) -> Profile:
+    """A profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
+
+    Raises:
+        UsageError: not three whole numbers in order.
+    """
+    ranges = {}
+    for name, text in sizes.items():
+        parts = text.split(",")
+        if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+            raise UsageError(f"--{name}: expected three sizes such as 1,4,16, found {text!r}")
+        ranges[name] = (int(parts[0]), int(parts[1]), int(parts[2]))
+    return Profile(**ranges)
 
 
 def build(
@@ -100,13 +116,20 @@ def _add_engine(
         profile=profile,
         precision=manifest.precision,
         inputs=manifest.components[name].inputs,
-        onnx_sha256=manifest.files[source].sha256,
+        onnx_sha256=_fingerprint(manifest, source),
     )
     files = {**manifest.files}
     for file in (built.file, built.sidecar):
         files[file] = record(directory / file)
     others = tuple(e for e in manifest.engines if e.file != built.file)
     return replace(manifest, engines=(*others, built), files=files)
+
+
+def _fingerprint(manifest: Manifest, graph: str) -> str:
+    """Identifies a graph together with the weights files it may read."""
+    files = [graph, *sorted(n for n in manifest.files if n.endswith(".safetensors"))]
+    hashes = "".join(manifest.files[name].sha256 for name in files)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def _graph_file(manifest: Manifest, component: str) -> str:

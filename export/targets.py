@@ -1,0 +1,113 @@
+"""The builders of engines, and the GPUs their engines run on.
+
+TensorRT-RTX builds without a GPU. Its engines run on SM80 and later when no compute capability is
+named; Turing (SM75) has to be asked for, and costs the others speed. TensorRT builds for the GPU
+it runs on, and its engines stay there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A builder: what it is called, and whether its engines leave the machine."""
+
+    name: str
+    module: str
+    extra: str
+    portable: bool  # builds for any GPU, without one
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(name="tensorrt-rtx", module="tensorrt_rtx", extra="rtx", portable=True),
+        Target(name="tensorrt", module="tensorrt", extra="trt", portable=False),
+    )
+}
+
+# The first compute capability with the types of a precision; portable engines start at SM80.
+MINIMUM_SM = {"fp32": 80, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
+PORTABLE_SM = 80
+
+
+def load_builder(target: Target) -> Any:
+    """Import a target's module.
+
+    Raises:
+        MissingDependency: it is not installed.
+        HardwareError: it is, and its libraries do not load.
+    """
+    try:
+        return importlib.import_module(target.module)
+    except ModuleNotFoundError as error:
+        raise MissingDependency.of(target.name, target.extra) from error
+    except (ImportError, OSError) as error:
+        raise HardwareError(f"{target.name} is installed but does not load: {error}") from error
+
+
+def find_target(name: str) -> Target:
+    if name not in TARGETS:
+        raise UsageError(f"target must be one of {', '.join(TARGETS)}, found {name!r}")
+    return TARGETS[name]
+
+
+def choose_capabilities(
+    trt: Any, target: Target, precision: str, asked: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The compute capabilities to build for; empty is the target's portable engine."""
+    if not target.portable:
+        if asked:
+            raise UsageError(
+                f"{target.name} builds for the GPU it runs on; leave compute capabilities "
+                f"{', '.join(asked)} out, or use tensorrt-rtx"
+            )
+        return (local_capability(),)
+    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    unknown = [name for name in asked or () if name not in known]
+    if unknown:
+        raise UsageError(
+            f"compute capability {', '.join(unknown)}: {target.name} {trt.__version__} knows "
+            f"{', '.join(known)}"
+        )
+    needed = MINIMUM_SM.get(precision, 0)
+    old = [name for name in asked or () if _sm(name) < needed]
+    if old:
+        raise HardwareError(
+            f"{precision} needs SM{needed} or later, asked for {', '.join(old)}; leave it out or "
+            "choose fp16 or int8"
+        )
+    return tuple(dict.fromkeys(asked or ()))
+
+
+def local_capability() -> str:
+    """The compute capability of this machine's GPU, as ``SM90``."""
+    try:
+        from cuda.core import Device
+    except ImportError as error:
+        raise MissingDependency.of("cuda-core", "trt") from error
+    try:
+        capability = Device().compute_capability
+    except Exception as error:  # the driver's absence has many exceptions
+        raise HardwareError(
+            f"tensorrt builds for the GPU it runs on, and none can be used here: {error}; "
+            "tensorrt-rtx builds without one"
+        ) from error
+    return f"SM{capability.major}{capability.minor}"
+
+
+def _sm(name: str) -> int:
+    return int(name.removeprefix("SM"))
+
+
+def minimum_sm(precision: str, capabilities: Sequence[str]) -> int:
+    if capabilities:
+        return min(map(_sm, capabilities))
+    return max(PORTABLE_SM, MINIMUM_SM.get(precision, 0))

@@ -1,0 +1,140 @@
+"""What callers hand over, as lists and arrays: images, texts, labels, templates.
+
+Everything here refuses before any work, and says which item is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime.session import Array
+
+__all__ = [
+    "batches_of",
+    "distinct_labels",
+    "fill_template",
+    "image_list",
+    "is_normalised",
+    "masked",
+    "one_place_templates",
+    "slices",
+    "text_list",
+]
+
+
+def is_normalised(images: Any) -> bool:
+    """Whether images are ``pixel_values`` already; uint8 arrays are pictures."""
+    return isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8
+
+
+def image_list(images: Any) -> Any:
+    """One image or many as a list; normalised ``pixel_values`` as they are.
+
+    Raises:
+        MediaError: none, or nothing that could be images.
+    """
+    is_one = (
+        isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview))
+        or (isinstance(images, np.ndarray) and images.ndim < 4)
+        or hasattr(images, "getbands")  # a PIL image
+    )
+    if not is_one and not isinstance(images, Iterable):
+        raise MediaError(f"expected an image or several, found {type(images).__name__}")
+    given = [images] if is_one else images if is_normalised(images) else list(images)
+    if not len(given):
+        raise MediaError("expected at least one image, found none")
+    return given
+
+
+def text_list(texts: Any) -> list[str] | Array:
+    """Strings as a list, or ids as int64 [B,T].
+
+    Raises:
+        MediaError: none, neither strings nor ids, or a negative id.
+    """
+    if isinstance(texts, np.ndarray) and texts.dtype.kind in "iu":
+        if texts.ndim != 2 or not texts.size or texts.min() < 0:
+            raise MediaError(
+                "text ids: expected int [B,T] of at least one id, all at least 0, found "
+                f"{list(texts.shape)}" + (f" from {texts.min()}" if texts.size else "")
+            )
+        return texts.astype(np.int64)
+    if not isinstance(texts, Iterable):
+        raise MediaError(f"expected a text or several, found {type(texts).__name__}")
+    given = [texts] if isinstance(texts, str) else list(texts)
+    if not given:
+        raise MediaError("expected at least one text, found none")
+    for i, text in enumerate(given):
+        if not isinstance(text, str):
+            raise MediaError(
+                f"text {i}: expected a string, or all ids as one int array [B,T], "
+                f"found {type(text).__name__}"
+            )
+    return given
+
+
+def masked(ids: Array) -> dict[str, Array]:
+    """The feeds of ids, int64 [B,T]: 0 is padding (internvl-spec section 3.4)."""
+    return {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """0…count in steps of ``size``.
+
+    Raises:
+        UsageError: a size below 1.
+    """
+    if size < 1:
+        raise UsageError(f"batch_size {size}: expected at least 1")
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def batches_of(items: Any, size: int) -> Iterator[Any]:
+    """``items`` in slices of ``size``."""
+    for rows in slices(len(items), size):
+        yield items[rows]
+
+
+def distinct_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """The classes.
+
+    Raises:
+        UsageError: none, an empty one, not a string, or one twice.
+    """
+    given = (labels,) if isinstance(labels, str) else tuple(labels)
+    if not given or not all(isinstance(label, str) and label.strip() for label in given):
+        raise UsageError(f"labels: expected one or more non-empty strings, found {list(given)!r}")
+    if len(set(given)) < len(given):
+        twice = next(label for label in given if given.count(label) > 1)
+        raise UsageError(f"labels: {twice!r} is there more than once")
+    return given
+
+
+def one_place_templates(templates: Iterable[str]) -> tuple[str, ...]:
+    """The templates.
+
+    Raises:
+        UsageError: none, or one without exactly one ``{}`` or ``{c}``.
+    """
+    given = (templates,) if isinstance(templates, str) else tuple(templates)
+    for template in given:
+        rest = fill_template(template, "")
+        if template.count("{}") + template.count("{c}") != 1 or "{" in rest or "}" in rest:
+            raise UsageError(
+                f"template {template!r}: expected one {{}} or {{c}} where the label goes"
+            )
+    if not given:
+        raise UsageError("templates: expected one or more, found none")
+    return given
+
+
+def fill_template(template: str, label: str) -> str:
+    """The template with the label in its place; a label's own braces mean nothing."""
+    place = "{}" if "{}" in template else "{c}"
+    return template.replace(place, label)

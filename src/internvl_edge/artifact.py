@@ -1,0 +1,209 @@
+"""A compiled directory, opened: nothing in it reaches a native parser before it was checked.
+
+Opening trusts the manifest alone, and checks everything else against it:
+    every listed file is there, a regular file (no link, pipe or device) of its size and sha256;
+    every graph is sound and points only into listed files, within their bounds (``onnxfile``);
+    every component's graph has the inputs and outputs that the manifest promises.
+
+Files are opened relative to the directory's descriptor, never through a link, so a name cannot
+lead out of it. What the manifest does not list is left alone and never opened: an engine build
+that died may leave such a file, as may a file browser, and it does no harm where nothing reads it.
+
+Reads with ``read`` and never by mapping: a mapped file that another process truncates kills.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_edge import onnxfile
+from internvl_edge.errors import ArtifactError, UsageError
+from internvl_edge.manifest import (
+    MANIFEST,
+    MAX_NBYTES,
+    SCHEMA_VERSION,
+    ComponentRecord,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    TensorSpec,
+)
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Artifact",
+    "ComponentRecord",
+    "EngineRecord",
+    "FileRecord",
+    "Manifest",
+    "TensorSpec",
+    "open_artifact",
+]
+
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+HASHING_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A compiled directory that was found to be what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+    def onnx_path(self, component: str) -> Path:
+        """The graph of a component.
+
+        Raises:
+            UsageError: the directory has no such component.
+        """
+        components = self.manifest.components
+        if component not in components:
+            raise UsageError(f"{self.path} has no {component!r}, only {', '.join(components)}")
+        return self.file(components[component].file)
+
+    def file(self, name: str) -> Path:
+        """A listed file.
+
+        Raises:
+            ArtifactError: it is not listed.
+        """
+        if name not in self.manifest.files:
+            raise ArtifactError(f"{self.path}: {MANIFEST} lists no {name!r}; export again")
+        return self.path / name
+
+    def engines(self, component: str, target: str | None = None) -> list[EngineRecord]:
+        """Engines of a component, of one target or of all, in the order they were built."""
+        return [
+            engine
+            for engine in self.manifest.engines
+            if engine.component == component and target in (None, engine.target)
+        ]
+
+
+def open_artifact(path: str | os.PathLike[str], *, hash_files: bool = True) -> Artifact:
+    """Open a compiled directory.
+
+    Args:
+        path: the directory; it may be a link to one.
+        hash_files: compare the sha256 of every file; without it, only kind and size.
+
+    Raises:
+        ArtifactError: it is no such directory, or a file is not what the manifest says.
+    """
+    path = Path(path)
+    directory = _open_directory(path)
+    try:
+        manifest = _read_manifest(path, directory)
+        names = sorted(manifest.files, key=lambda name: -manifest.files[name].nbytes)
+        for name in names:
+            _check_file(path, directory, name, manifest.files[name], with_hash=False)
+        if hash_files:
+            with ThreadPoolExecutor(HASHING_THREADS) as pool:
+                for _ in pool.map(
+                    lambda n: _check_file(path, directory, n, manifest.files[n], with_hash=True),
+                    names,
+                ):
+                    pass
+        _check_graphs(path, directory, manifest)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(directory)
+    return Artifact(path=path, manifest=manifest)
+
+
+def sha256(file: io.BufferedReader) -> str:
+    """Hash a file from its beginning, in bounded memory."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_directory(path: Path) -> int:
+    try:
+        return os.open(path, FOLDER_FLAGS)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: expected a directory written by internvl-edge export: {error.strerror}"
+        ) from error
+
+
+def _read_manifest(path: Path, directory: int) -> Manifest:
+    with _open_regular(path, directory, MANIFEST) as file:
+        data = file.read(MAX_NBYTES + 1)
+    try:
+        return Manifest.from_bytes(data)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path / MANIFEST}: {error}") from error
+
+
+@contextmanager
+def _open_regular(path: Path, directory: int, name: str) -> Iterator[io.BufferedReader]:
+    """A regular file of the directory, reached through no link."""
+    folder, _, base = name.rpartition("/")
+    try:
+        parent = directory
+        if folder:
+            parent = os.open(folder, FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=directory)
+        try:
+            descriptor = os.open(base, onnxfile.READ_FLAGS, dir_fd=parent)
+        finally:
+            if folder:
+                os.close(parent)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path / name}: expected a regular file: {os.strerror(error.errno or 0)}; export again"
+        ) from error
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ArtifactError(f"{path / name}: expected a regular file, no device or pipe")
+        yield file
+
+
+def _check_file(
+    path: Path, directory: int, name: str, record: FileRecord, *, with_hash: bool
+) -> None:
+    with _open_regular(path, directory, name) as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes != record.nbytes:
+            raise ArtifactError(
+                f"{path / name}: {MANIFEST} says {record.nbytes} bytes, it has {nbytes}; "
+                "export again"
+            )
+        if with_hash and (found := sha256(file)) != record.sha256:
+            raise ArtifactError(
+                f"{path / name}: {MANIFEST} says sha256 {record.sha256}, it has {found}: "
+                "the file was changed; export again"
+            )
+
+
+def _check_graphs(path: Path, directory: int, manifest: Manifest) -> None:
+    """Scan every graph, those that engines are built from too."""
+    sizes = {name: record.nbytes for name, record in manifest.files.items()}
+    promised = {record.file: record for record in manifest.components.values()}
+    for name in sorted({*promised, *(n for n in sizes if n.endswith(".onnx"))}):
+        if sizes[name] > onnxfile.MAX_NBYTES:
+            raise ArtifactError(f"{path / name}: more than {onnxfile.MAX_NBYTES} bytes")
+        with _open_regular(path, directory, name) as file:
+            data = file.read(sizes[name])
+        summary = onnxfile.scan(data, files=sizes, where=str(path / name))
+        if name in promised:
+            record = promised[name]
+            _check_names(path / name, "inputs", record.inputs, summary.inputs)
+            _check_names(path / name, "outputs", record.outputs, summary.outputs)
+
+
+def _check_names(
+    path: Path, which: str, specs: tuple[TensorSpec, ...], found: tuple[str, ...]
+) -> None:
+    promised = tuple(spec.name for spec in specs)
+    if promised != found:
+        raise ArtifactError(f"{path}: {MANIFEST} promises {which} {promised}, it has {found}")

@@ -1,0 +1,237 @@
+"""``benchmark`` and ``doctor``: how fast, and on what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from internvl_edge._version import __version__
+from internvl_edge.cli.console import Output
+from internvl_edge.cli.options import DIRECTORY, answers, backend, names
+from internvl_edge.errors import UsageError
+
+# Package → what it unlocks, and the extra that installs it.
+PACKAGES = {
+    "torch": ("export", "export"),
+    "onnx": ("export", "export"),
+    "onnx-ir": ("export", "export"),
+    "onnxscript": ("export", "export"),
+    "safetensors": ("export", "export"),
+    "onnxruntime": ("run on the CPU, verify", "ort"),
+    "onnxruntime-gpu": ("run on an NVIDIA GPU", "ort-gpu"),
+    "tensorrt-rtx": ("build RTX engines, without a GPU", "rtx"),
+    "tensorrt": ("build TensorRT engines, on a GPU", "trt"),
+    "cuda-core": ("run engines", "rtx"),
+    "scikit-image": ("the default calibration photographs", "quantize"),
+    "scikit-learn": ("the demo's digits", "demo"),
+}
+DEFAULT_LENGTH = 32  # of texts, in tokens
+EMPTY_TABLE = ("out", "component", "batch", "p50", "p90", "p99", "images/s")
+
+
+@click.command()
+@click.argument("outs", type=DIRECTORY, nargs=-1, required=True)
+@click.option("--against", type=click.Choice(("pytorch",)), help="Time this beside them, in turns.")
+@click.option("--checkpoint", type=DIRECTORY, help="For --against; default: the bundled demo.")
+@click.option("--components", callback=names, help="Comma-separated; default: all there are.")
+@click.option("--batch", default="1", show_default=True, help="Batch sizes, comma-separated.")
+@click.option("--seconds", default=3.0, show_default=True, help="Least time for each measurement.")
+@backend
+@answers
+def benchmark(
+    output: Output,
+    outs: tuple[Path, ...],
+    against: str | None,
+    checkpoint: Path | None,
+    components: tuple[str, ...] | None,
+    batch: str,
+    seconds: float,
+    backend: str,
+) -> None:
+    """Time every component of each OUT, all contenders taking turns.
+
+    Latency is that of one call on the host: p50, p90 and p99 of the raw samples, after a warm-up
+    that ends when the latency is steady.
+    """
+    from contextlib import ExitStack
+
+    from internvl_edge.artifact import open_artifact
+    from internvl_edge.runtime.bench import environment, measure_many
+    from internvl_edge.runtime.session import open_component
+
+    artifacts = {str(out): open_artifact(out) for out in outs}
+    chosen = _components(artifacts, components)
+    reference = _reference(checkpoint) if against else None
+    results = []
+    for component in chosen:
+        for size in _batch_sizes(batch):
+            with ExitStack() as stack:
+                contenders: dict[str, Callable[[], object]] = {}
+                for label, artifact in artifacts.items():
+                    session = stack.enter_context(
+                        open_component(artifact, component, backend=backend)
+                    )
+                    feeds = _feeds(artifact, component, size)
+                    contenders[label] = lambda s=session, f=feeds: s.run(f)  # type: ignore[misc]
+                if reference is not None:
+                    contenders["pytorch"] = reference(component, feeds)
+                timings = measure_many(contenders, items=size, min_duration_s=seconds)
+            results += [
+                {"out": label, "component": component, **timing.to_json()}
+                for label, timing in timings.items()
+            ]
+    card = environment()
+    output.table(EMPTY_TABLE, [_row(result) for result in results])
+    output.say("  ".join(f"{key}: {value}" for key, value in _flat(card).items()))
+    output.result({"environment": card, "results": results})
+
+
+def _components(
+    artifacts: Mapping[str, Any], chosen: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """Components that every directory has, or those asked for."""
+    shared = [
+        name
+        for name in next(iter(artifacts.values())).manifest.components
+        if all(name in artifact.manifest.components for artifact in artifacts.values())
+    ]
+    unknown = [name for name in chosen or () if name not in shared]
+    if unknown or not shared:
+        raise UsageError(
+            f"component {', '.join(unknown) or 'list'}: all of the directories have "
+            f"{', '.join(shared) or 'none in common'}"
+        )
+    return chosen or tuple(shared)
+
+
+def _batch_sizes(batch: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in batch.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UsageError(f"--batch: expected positive numbers such as 1,8, found {batch!r}")
+    return sizes
+
+
+def _feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Seeded inputs of the right shapes; speed does not depend on the values."""
+    rng = np.random.default_rng(0)
+    feeds: dict[str, np.ndarray[Any, Any]] = {}
+    for spec in artifact.manifest.components[component].inputs:
+        sizes = {"batch": batch, "length": DEFAULT_LENGTH}
+        shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
+        if spec.dtype == "float32":
+            feeds[spec.name] = rng.standard_normal(shape).astype(np.float32)
+        elif spec.name == "attention_mask":
+            feeds[spec.name] = np.ones(shape, np.int64)
+        else:
+            feeds[spec.name] = rng.integers(3, 100, shape)
+    return feeds
+
+
+def _reference(
+    checkpoint: Path | None,
+) -> Callable[[str, Mapping[str, np.ndarray[Any, Any]]], Callable[[], object]]:
+    """PyTorch eager on the same threads: component, feeds → what to time."""
+    import torch
+
+    from internvl_edge.compiler.options import demo_checkpoint
+    from internvl_edge.export.checkpoint import load_reference
+    from internvl_edge.export.components import COMPONENTS, build_component
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = load_reference(checkpoint or demo_checkpoint())
+
+    def contender(
+        component: str, feeds: Mapping[str, np.ndarray[Any, Any]]
+    ) -> Callable[[], object]:
+        module = build_component(COMPONENTS[component], model)
+        tensors = [torch.from_numpy(feeds[name]) for name in COMPONENTS[component].inputs]
+
+        def run() -> object:
+            with torch.inference_mode():
+                return module(*tensors)
+
+        return run
+
+    return contender
+
+
+def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    latency = result["latency"]
+    return (
+        result["out"],
+        result["component"],
+        str(result["batch_size"]),
+        *(f"{latency[p]:.2f} ms" for p in ("p50", "p90", "p99")),
+        f"{result['throughput']['avg']:.1f}",
+    )
+
+
+def _flat(card: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
+        for key, value in card.items()
+        if value
+    }
+
+
+@click.command()
+@backend
+@answers
+def doctor(output: Output, backend: str) -> None:
+    """Say what is installed, what this machine has, and what each missing piece would unlock."""
+    from internvl_edge.runtime.session import cuda_device_count
+
+    rows, missing = [], {}
+    for package, (unlocks, extra) in PACKAGES.items():
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = ""
+            missing[package] = f'pip install "internvl-edge[{extra}]"'
+        rows.append((package, version or "missing", unlocks, missing.get(package, "")))
+    machine = _machine() | {"cuda_devices": cuda_device_count()}
+    output.table(("package", "version", "unlocks", "install"), rows)
+    for key, value in machine.items():
+        output.say(f"{key}: {value}")
+    output.result(
+        {
+            "version": __version__,
+            "machine": machine,
+            "packages": {name: version for name, version, _, _ in rows},
+            "missing": missing,
+            "execution_providers": _providers(),
+        }
+    )
+
+
+def _machine() -> dict[str, Any]:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB free",
+        "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
+    }
+
+
+def _providers() -> list[str]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return []
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())

@@ -1,0 +1,248 @@
+"""``manifest.json``: what a compiled directory is, and every file that belongs to it.
+
+Written once, last, in one canonical form (fields in the order of these classes, files by name,
+two spaces, ASCII). Read as from a stranger: exact types, no unknown, missing or repeated key, no
+NaN, every file name a plain one, every reference to a file one that is listed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from internvl_edge.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_NBYTES = 16 * 2**20
+FOLDERS = ("engines", "reports")  # the only ones a directory may have
+DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"}
+DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)}
+DTYPES |= {"float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn"}
+NONE = type(None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """An input or output of a component."""
+
+    name: str
+    dtype: str  # numpy's or ml_dtypes' name: "float32", "bfloat16", "int64"
+    shape: tuple[int | str, ...]  # a string is a dimension decided at run time, such as "batch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """A regular file of the directory."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentRecord:
+    """One ONNX graph, and how it was found to compute."""
+
+    file: str  # "vision.onnx"
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    nbytes: int  # of weights that it reads
+    verification: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecord:
+    """One engine built from a component."""
+
+    component: str
+    target: str  # "tensorrt-rtx" or "tensorrt"
+    file: str  # "engines/vision.tensorrt-rtx-1a2b3c4d.plan"
+    sidecar: str  # its .json: versions, profile, what it was built from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything a compiled directory says of itself."""
+
+    tool_version: str
+    precision: str
+    model: dict[str, Any]  # the checkpoint's configuration
+    image_size: int
+    preprocessing: dict[str, Any]
+    recipe: dict[str, Any] | None  # None: nothing is quantized
+    source: dict[str, Any]  # the checkpoint's name, its files' fingerprints
+    components: dict[str, ComponentRecord]
+    engines: tuple[EngineRecord, ...] = ()
+    files: dict[str, FileRecord]  # every file but the manifest itself
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; the schema version first, files by name."""
+        fields = asdict(replace(self, files=dict(sorted(self.files.items()))))
+        return {"schema_version": fields.pop("schema_version"), **_lists(fields)}
+
+    def to_bytes(self) -> bytes:
+        """The canonical text of ``manifest.json``."""
+        return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Manifest:
+        """The manifest that JSON values describe.
+
+        Raises:
+            ArtifactError: a key, a type or a reference is not as it must be.
+        """
+        _check_version(raw)
+        kinds = {
+            "schema_version": int,
+            "tool_version": str,
+            "precision": str,
+            "model": dict,
+            "image_size": int,
+            "preprocessing": dict,
+            "recipe": (dict, NONE),
+            "source": dict,
+            "components": dict,
+            "engines": list,
+            "files": dict,
+        }
+        fields = _fields(raw, "manifest", kinds)
+        fields["components"] = {
+            name: _component(record, f"components[{name!r}]")
+            for name, record in fields["components"].items()
+        }
+        fields["files"] = {name: _file(name, record) for name, record in fields["files"].items()}
+        fields["engines"] = tuple(
+            EngineRecord(**_fields(record, f"engines[{i}]", dict.fromkeys(ENGINE_KEYS, str)))
+            for i, record in enumerate(fields["engines"])
+        )
+        manifest = cls(**fields)
+        _check_references(manifest)
+        return manifest
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """The manifest in the bytes of ``manifest.json``.
+
+        Raises:
+            ArtifactError: it is not JSON, or ``from_json`` refuses it.
+        """
+        if len(data) > MAX_NBYTES:
+            raise ArtifactError(f"more than {MAX_NBYTES} bytes")
+        try:
+            text = data.decode("utf-8")
+            raw = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"not JSON in UTF-8: {error}") from error
+        return cls.from_json(raw)
+
+
+ENGINE_KEYS = ("component", "target", "file", "sidecar")
+
+
+def check_name(name: str) -> None:
+    """Refuse a file name that is not ``file`` or ``folder/file`` of an artifact directory."""
+    folder, slash, base = name.rpartition("/")
+    if slash and folder not in FOLDERS:
+        raise ArtifactError(f"{name!r}: files lie in the directory itself or in {FOLDERS}")
+    if not base.isprintable() or "\\" in base or base in ("", ".", "..") or name == MANIFEST:
+        raise ArtifactError(f"{name!r} is not a plain file name")
+
+
+def _check_version(raw: Any) -> None:
+    version = raw.get("schema_version") if type(raw) is dict else None
+    if type(version) is not int or version < 1:
+        raise ArtifactError("not a manifest of internvl-edge: no schema_version")
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"schema version {version} is newer than this internvl-edge knows "
+            f"({SCHEMA_VERSION}); upgrade internvl-edge"
+        )
+
+
+def _check_references(manifest: Manifest) -> None:
+    if not manifest.components or manifest.image_size < 1:
+        raise ArtifactError("expected at least one component and a positive image_size")
+    for name, record in manifest.components.items():
+        if not name.isidentifier() or record.file not in manifest.files or "/" in record.file:
+            raise ArtifactError(f"component {name!r}: its file {record.file!r} is not listed")
+    for engine in manifest.engines:
+        missing = {engine.file, engine.sidecar} - set(manifest.files)
+        if missing or engine.component not in manifest.components:
+            raise ArtifactError(
+                f"engine {engine.file!r} of {engine.component!r}: its component, or a file of "
+                f"{sorted({engine.file, engine.sidecar})}, is not listed"
+            )
+
+
+def _component(raw: Any, where: str) -> ComponentRecord:
+    kinds = {"file": str, "inputs": list, "outputs": list, "nbytes": int}
+    fields = _fields(raw, where, {**kinds, "verification": (dict, NONE)})
+    for which in ("inputs", "outputs"):
+        specs = (_spec(spec, f"{where}.{which}[{i}]") for i, spec in enumerate(fields[which]))
+        fields[which] = tuple(specs)
+    _natural(fields["nbytes"], where)
+    return ComponentRecord(**fields)
+
+
+def _spec(raw: Any, where: str) -> TensorSpec:
+    fields = _fields(raw, where, {"name": str, "dtype": str, "shape": list})
+    if fields["dtype"] not in DTYPES:
+        raise ArtifactError(f"{where}: unknown dtype {fields['dtype']!r}")
+    for dimension in fields["shape"]:
+        if type(dimension) is not str:
+            _natural(dimension, where)
+    return TensorSpec(name=fields["name"], dtype=fields["dtype"], shape=tuple(fields["shape"]))
+
+
+def _file(name: str, raw: Any) -> FileRecord:
+    check_name(name)
+    fields = _fields(raw, f"files[{name!r}]", {"nbytes": int, "sha256": str})
+    _natural(fields["nbytes"], f"files[{name!r}]")
+    if not re.fullmatch("[0-9a-f]{64}", fields["sha256"]):
+        raise ArtifactError(f"files[{name!r}]: sha256 must be 64 lower-case hexadecimal digits")
+    return FileRecord(**fields)
+
+
+def _fields(raw: Any, where: str, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The values of an object that has exactly these keys, of exactly these types."""
+    if type(raw) is not dict:
+        raise ArtifactError(f"{where}: expected an object, found {type(raw).__name__}")
+    unknown, missing = sorted(set(raw) - set(kinds)), sorted(set(kinds) - set(raw))
+    if unknown or missing:
+        raise ArtifactError(f"{where}: unknown keys {unknown}, missing keys {missing}")
+    for name, kind in kinds.items():
+        allowed = kind if type(kind) is tuple else (kind,)
+        if type(raw[name]) not in allowed:
+            names = " or ".join("null" if k is NONE else k.__name__ for k in allowed)
+            raise ArtifactError(
+                f"{where}.{name}: expected {names}, found {type(raw[name]).__name__}"
+            )
+    return dict(raw)
+
+
+def _natural(value: Any, where: str) -> None:
+    if type(value) is not int or value < 0:
+        raise ArtifactError(f"{where}: expected a whole number from 0, found {value!r}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ArtifactError(f"keys given twice: {repeated}")
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise ArtifactError(f"{text} is not JSON")
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as JSON has them."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,201 @@
+"""Every component, traced without weights, against the reference: numbers, names, shapes, ops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from internvl_edge.errors import InternVLError, UsageError
+from internvl_edge.export import graph as graphs
+from internvl_edge.export.checkpoint import Checkpoint, load_reference, open_checkpoint
+from internvl_edge.export.components import (
+    COMPONENTS,
+    build_component,
+    choose_components,
+    example_inputs,
+    input_specs,
+)
+from internvl_edge.export.config import CheckpointConfig, VisionConfig
+from internvl_edge.export.models import InternVL
+from internvl_edge.export.models.attention import rotary_tables
+from internvl_edge.export.precision import POLICIES, apply_policy
+from internvl_edge.export.verify import agreement, reference_outputs, sample_feeds, with_hidden_state
+from internvl_edge.export.weights import WeightsWriter, bind, save, weights_without_data
+from internvl_edge.export.widen import widen
+
+from checkpoints import TINY, write_internvl
+
+STANDARD = {"", "ai.onnx"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: Any) -> Checkpoint:
+    return open_checkpoint(write_internvl(tmp_path_factory.mktemp("c") / "checkpoint").path)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoint) -> InternVL:
+    loaded = load_reference(checkpoint.path)
+    assert isinstance(loaded, InternVL)
+    return loaded
+
+
+def traced(checkpoint: Checkpoint, name: str, base: str) -> ir.Model:
+    component, config = COMPONENTS[name], checkpoint.config
+    with torch.device("meta"):
+        model = InternVL(config.internvl)
+    apply_policy(model, POLICIES[base])
+    specs = input_specs(component, config, config.vision.image_size)
+    graph = graphs.trace(
+        build_component(component, model),
+        example_inputs(specs),
+        [{i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs],
+        component.inputs,
+        component.output_names(config),
+    )
+    llama = config.internvl.qllama
+    cos, sin = rotary_tables(llama.max_position_embeddings, llama.head_dim)
+    graphs.set_constants(graph, {"qllama.rope_cos": cos.numpy(), "qllama.rope_sin": sin.numpy()})
+    return graphs.simplify(graph)
+
+
+def write(checkpoint: Checkpoint, graph: ir.Model, directory: Path) -> Path:
+    needed = weights_without_data([graph])
+    layout = {name: (dtype, checkpoint.tensors[name].shape) for name, dtype in needed.items()}
+    with WeightsWriter(directory / "weights.safetensors", layout) as writer:
+        for name, dtype in needed.items():
+            writer.write(name, checkpoint.read(name).astype(dtype))
+    bind(graph, writer.stored, directory)
+    save(graph, directory / "component.onnx")
+    return directory / "component.onnx"
+
+
+def run(path: Path, feeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    session = ort.InferenceSession(path)
+    outputs = session.run(names, {i.name: feeds[i.name] for i in session.get_inputs()})
+    return dict(zip(names, outputs, strict=True))
+
+
+@pytest.mark.parametrize("base", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", list(COMPONENTS))
+def test_component(
+    checkpoint: Checkpoint, model: InternVL, tmp_path: Path, name: str, base: str
+) -> None:
+    graph = traced(checkpoint, name, base)
+    assert {node.domain for node in graph.graph} <= STANDARD
+    assert graph.opset_imports[""] >= 23
+    assert not any(node.op_type.startswith("Sequence") for node in graph.graph)
+    path = write(checkpoint, graph, tmp_path)
+    onnx.checker.check_model(path, full_check=True)
+    if base == "bf16":
+        widen(path, tmp_path / "wide.onnx")
+        path = tmp_path / "wide.onnx"
+    bound = {"fp32": 90, "fp16": 45, "bf16": 25}[base]
+    names = COMPONENTS[name].output_names(checkpoint.config)
+    for batch, length, seed in ((1, 5, 1), (3, 11, 2)):  # neither is the traced size
+        feeds = sample_feeds(checkpoint.config, 28, seed=seed, batch=batch, length=length)
+        feeds = with_hidden_state(model, feeds, checkpoint.config)
+        expected = reference_outputs(model, name, feeds, checkpoint.config)
+        actual = run(path, feeds, names)
+        for output in names:
+            assert agreement(expected[output], actual[output]).sqnr_db > bound, output
+
+
+@pytest.mark.parametrize("name", list(COMPONENTS))
+def test_interface_is_the_contract(checkpoint: Checkpoint, name: str) -> None:
+    graph = traced(checkpoint, name, "fp16").graph
+    assert [v.name for v in graph.inputs] == list(COMPONENTS[name].inputs)
+    for value in (*graph.inputs, *graph.outputs):
+        integer = value.name in ("input_ids", "attention_mask")
+        half = str(value.name).startswith("present.")
+        expected = ir.DataType.INT64 if integer else ir.DataType.FLOAT
+        assert value.dtype == (ir.DataType.FLOAT16 if half else expected)
+        assert str(value.shape[0]) == "batch"
+    presents = [v.name for v in graph.outputs if str(v.name).startswith("present.")]
+    layers = TINY.qllama.num_hidden_layers if name == "image_queries" else 0
+    expected_names = [f"present.{i}.{k}" for i in range(layers) for k in ("key", "value")]
+    assert presents == expected_names
+
+
+def test_the_float16_stream_is_float32(checkpoint: Checkpoint) -> None:
+    """Residual additions happen in float32, matrix products in float16."""
+    from internvl_edge.export.widen import infer_dtypes
+
+    graph = traced(checkpoint, "vision", "fp16").graph
+    infer_dtypes(graph)
+    adds = [n for n in graph if n.op_type == "Add" and str(n.name).startswith("vision_model.encoder")]
+    residual = [n for n in adds if "attn" not in str(n.name) and "mlp" not in str(n.name)]
+    assert len(residual) == 2 * TINY.vision.num_hidden_layers
+    assert {n.outputs[0].dtype for n in residual} == {ir.DataType.FLOAT}
+    products = [n for n in graph if n.op_type == "MatMul"]
+    assert {n.inputs[0].dtype for n in products} == {ir.DataType.FLOAT16}
+
+
+def test_node_names_tell_the_module(checkpoint: Checkpoint) -> None:
+    names = [str(node.name) for node in traced(checkpoint, "vision", "fp32").graph]
+    assert len(set(names)) == len(names)
+    assert "vision_model.encoder.layers.1.mlp.fc2/MatMul" in names
+
+
+def test_tracing_reads_no_weight(checkpoint: Checkpoint) -> None:
+    graph = traced(checkpoint, "image_embed", "fp32").graph
+    parameters = [v for v in graph.initializers.values() if "." in str(v.name)]
+    assert len(parameters) > 20
+    assert all(value.const_value is None for value in parameters)
+
+
+def test_a_frozen_batch_is_refused() -> None:
+    class Frozen(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.ones(len(x), 1, device=x.device)
+
+    example = torch.empty(2, 3, device="meta")
+    with pytest.raises(InternVLError, match="froze batch"):
+        graphs.trace(Frozen(), [example], [{0: "batch"}], ["x"], ["y"])
+
+
+def test_components_of_a_bare_tower() -> None:
+    config = CheckpointConfig(kind="vit", vision=VisionConfig())
+    assert choose_components(config, None) == ("vision",)
+    with pytest.raises(UsageError, match="text_embed"):
+        choose_components(config, ["text_embed"])
+
+
+def test_unknown_component_is_named() -> None:
+    config = CheckpointConfig(kind="internvl", vision=TINY.vision, internvl=TINY)
+    assert choose_components(config, ["text_embed", "vision"]) == ("vision", "text_embed")
+    for names in (["visoin"], []):
+        with pytest.raises(UsageError, match="expected some of vision"):
+            choose_components(config, names)
+
+
+def test_values_beyond_float16_stay_finite(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Massive residual activations, as large vision transformers have them."""
+    state = {name: checkpoint.read(name).copy() for name in checkpoint.tensors}
+    state["vision_model.embeddings.position_embedding"][0, 1, 3] = 3e5
+    graph = traced(checkpoint, "vision", "fp16")
+    needed = weights_without_data([graph])
+    layout = {name: (dtype, state[name].shape) for name, dtype in needed.items()}
+    with WeightsWriter(tmp_path / "w", layout) as writer:
+        for name, dtype in needed.items():
+            writer.write(name, state[name].astype(dtype))
+    bind(graph, writer.stored, tmp_path)
+    save(graph, tmp_path / "m.onnx")
+    feeds = sample_feeds(checkpoint.config, 28)
+    hidden = run(tmp_path / "m.onnx", feeds, ["last_hidden_state"])["last_hidden_state"]
+    assert np.isfinite(hidden).all()
+    assert np.abs(hidden).max() > 2e5
+
+
+def test_other_resolution_needs_other_positions(checkpoint: Checkpoint) -> None:
+    specs = input_specs(COMPONENTS["matcher"], checkpoint.config, 56)
+    assert specs[0].shape == ("batch", 17, TINY.vision.hidden_size)
+    assert replace(specs[0], name="x").dtype == "float32"

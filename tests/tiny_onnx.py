@@ -1,0 +1,78 @@
+"""Tiny ONNX files, and open directories around them, made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from internvl_edge.artifact import Artifact, ComponentRecord, FileRecord, Manifest, TensorSpec
+
+FLOAT, INT64, BFLOAT16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BFLOAT16
+Value = tuple[str, int, Sequence[int | str | None]]
+
+
+def write_onnx(
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    constants: Mapping[str, np.ndarray[Any, Any]] | None = None,
+) -> Path:
+    graph = helper.make_graph(
+        list(nodes),
+        "tiny",
+        [helper.make_tensor_value_info(*value) for value in inputs],
+        [helper.make_tensor_value_info(*value) for value in outputs],
+        [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()],
+    )
+    opset = helper.make_opsetid("", 23)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    return path
+
+
+def linear(path: Path, seed: int = 0) -> Path:
+    """``y = x W``, float32 [batch, 4] to [batch, 3]; and ``total``, the sum of each row of x."""
+    weight = np.random.default_rng(seed).standard_normal((4, 3)).astype(np.float32)
+    return write_onnx(
+        path,
+        [
+            helper.make_node("MatMul", ["x", "weight"], ["y"]),
+            helper.make_node("ReduceSum", ["x", "axes"], ["total"], keepdims=0),
+        ],
+        [("x", FLOAT, ["batch", 4])],
+        [("y", FLOAT, ["batch", 3]), ("total", FLOAT, ["batch"])],
+        {"weight": weight, "axes": np.array([1], np.int64)},
+    )
+
+
+def spec(name: str, dtype: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+def open_directory(path: Path, components: Sequence[str], **fields: Any) -> Artifact:
+    """A directory of ``<component>.onnx`` files, without going through its validation."""
+    records = {
+        name: ComponentRecord(
+            file=f"{name}.onnx", inputs=(), outputs=(), nbytes=0, verification=None
+        )
+        for name in components
+    }
+    names = [record.file for record in records.values()] + ["tokenizer.model"]
+    manifest = Manifest(
+        tool_version="0",
+        precision="fp32",
+        model={},
+        image_size=4,
+        preprocessing={"size": 4},
+        recipe=None,
+        source={},
+        components=records,
+        files={name: FileRecord(nbytes=0, sha256="0" * 64) for name in names},
+        **fields,
+    )
+    return Artifact(path=path, manifest=manifest)
