@@ -90,9 +90,7 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     with ExitStack() as stack:
         contenders: dict[str, Any] = {"pytorch": eager}
         for precision, artifact in artifacts.items():
-            session = stack.enter_context(
-                internvl_edge.open_session(artifact.path, "image_embed")
-            )
+            session = stack.enter_context(internvl_edge.open_session(artifact.path, "image_embed"))
             contenders[precision] = lambda s=session: s.run({"pixel_values": pixels})
         return measure_many(contenders, min_duration_s=SECONDS)
 

@@ -94,7 +94,9 @@ class TrainingBatches(Dataset[Batch]):
     ) -> tuple[list[str], Tensor]:
         """A text for each scene, and (B, B) whether text j is true of scene i."""
         captions = np.array([s.caption for s in drawn])
-        digits = np.array([s.truth.items[0].digit if len(s.truth.items) == 1 else -1 for s in drawn])
+        digits = np.array(
+            [s.truth.items[0].digit if len(s.truth.items) == 1 else -1 for s in drawn]
+        )
         is_named = (digits >= 0) & (rng.random(len(drawn)) < TEMPLATE_SHARE)
         templates = [TEMPLATES[i] for i in rng.integers(len(TEMPLATES), size=len(drawn))]
         texts = [

@@ -64,9 +64,7 @@ def random_description(rng: np.random.Generator, count: int) -> Description:
     """``count`` items of different digits and colours along a random axis."""
     digits = rng.permutation(len(DIGITS))[:count]
     colours = rng.permutation(len(COLOURS))[:count]
-    items = tuple(
-        Item(digit=int(d), colour=int(c)) for d, c in zip(digits, colours, strict=True)
-    )
+    items = tuple(Item(digit=int(d), colour=int(c)) for d, c in zip(digits, colours, strict=True))
     return Description(items=items, axis=AXES[int(rng.integers(2))])
 
 

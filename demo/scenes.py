@@ -113,9 +113,7 @@ def _background(rng: np.random.Generator) -> Floats:
     return shade + ramp[:, None, None] * slope[0] + ramp[None, :, None] * slope[1]
 
 
-def _layout(
-    count: int, vertical: bool, rng: np.random.Generator
-) -> Iterator[tuple[int, int, int]]:
+def _layout(count: int, vertical: bool, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
     """Place ``count`` squares along an axis, one to a cell: (x, y, side) of each."""
     cell = CANVAS // count
     largest = (28, 23, 16)[count - 1]

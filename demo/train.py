@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from internvl_edge.demo.batches import BOS, EOS, IGNORED, PATCH, Batch, TrainingBatches
@@ -69,13 +70,14 @@ CONFIG = InternVLConfig(
 class Plan:
     """How to train."""
 
-    steps: int = 1300
+    steps: int = 1100
     batch_size: int = 128
-    learning_rate: float = 1.5e-3  # the peak
+    learning_rate: float = 2e-3  # the peak
     warmup_steps: int = 100
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
     seed: int = 0
-    threads: int = 2
+    # One: with two, every operation waits for the slower core, and a busy machine costs fourfold.
+    threads: int = 1
 
 
 class PatchHeads(nn.Module):
@@ -159,21 +161,20 @@ def train(plan: Plan, out: Path) -> None:
 
 
 def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[Batch]) -> None:
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, heads, plan), lr=plan.learning_rate, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan))
+    optimizers = _optimizers(model, heads, plan)
+    schedules = [LambdaLR(optimizer, lambda step: _rate(step, plan)) for optimizer in optimizers]
     parameters = [*model.parameters(), *heads.parameters()]
     began = time.perf_counter()
     for step, batch in enumerate(batches):
         # PyTorch's fused attention has a slow bfloat16 backward on the CPU.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             parts = losses(model, heads, batch)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
+        heads.zero_grad(set_to_none=True)
         torch.stack(list(parts.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         if step % 20 == 0 or step == plan.steps - 1:
@@ -181,15 +182,26 @@ def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[
             print(f"{step:5d}  {time.perf_counter() - began:5.0f} s  {figures}", flush=True)
 
 
-def _parameter_groups(model: InternVL, heads: PatchHeads, plan: Plan) -> list[dict[str, Any]]:
-    """Weight decay on matrices that multiply activations, on nothing else."""
+def _optimizers(model: InternVL, heads: PatchHeads, plan: Plan) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else.
+
+    Muon orthogonalises each matrix's momentum; on this model it needs about half of AdamW's steps.
+    """
     named = [*model.named_parameters(), *heads.named_parameters()]
-    free = [p for name, p in named if p.ndim < 2 or "embed" in name or "token" in name]
-    ids = {id(p) for p in free}
-    return [
-        {"params": [p for _, p in named if id(p) not in ids], "weight_decay": plan.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
+    inner = {name for name, p in named if ".layers." in name and p.ndim == 2}
+    muon = torch.optim.Muon(
+        [p for name, p in named if name in inner],
+        lr=plan.learning_rate,
+        weight_decay=plan.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(
+        [p for name, p in named if name not in inner],
+        lr=plan.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    return [muon, adamw]
 
 
 def _rate(step: int, plan: Plan) -> float:
@@ -262,7 +274,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the demo's InternVL on handwritten digits.")
     parser.add_argument("out", type=Path, help="directory for the checkpoint")
-    parser.add_argument("--steps", type=int, default=Plan.steps)
+    parser.add_argument("--steps", type=int, default=Plan().steps)
     options = parser.parse_args()
     train(Plan(steps=options.steps), options.out)
 

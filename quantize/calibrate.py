@@ -211,5 +211,7 @@ def _quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeigh
     if not np.isfinite(weight).all():
         raise CalibrationError(f"{name}.weight holds NaN or infinity")
     scales = formats.weight_scale(weight, recipe.weights, axis=0)
+    if recipe.granularity == "per-tensor":
+        scales[:] = scales.max()
     values = formats.quantize(weight, scales, recipe.weights, axis=0)
     return QuantizedWeight(values=np.ascontiguousarray(values.T), scales=scales)

@@ -41,6 +41,7 @@ READ_FLAGS = os.O_RDONLY | sum(
 ACCEPTED = "a path, bytes, a PIL image or an array uint8 [H, W, 3]"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf")
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {  # EXIF orientation → what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -145,19 +146,19 @@ class _Jpeg(JpegImageFile):
         """Decides no pixel, and warns of every oddity in the EXIF block."""
 
 
-def _png_picture(data: bytes, label: str) -> bytes:
+def _png_picture(data: bytes, label: str) -> bytearray:
     """The chunks that make the picture, and its orientation.
 
     The others are text and profiles to unpack, and animation, of which Pillow warns when broken.
     """
-    kept, at = [PNG_MAGIC], len(PNG_MAGIC)
+    kept, at = bytearray(PNG_MAGIC), len(PNG_MAGIC)
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
-        if end <= len(data) and (kind[:1].isupper() or kind == b"eXIf"):
-            kept.append(data[at:end])
+        if end <= len(data) and kind in PNG_CHUNKS:
+            kept += data[at:end]
         if kind == b"IEND":
-            return b"".join(kept)
+            return kept
         at = end
     raise MediaError(f"{label}: the image is truncated: a PNG that ends before its last chunk")
 

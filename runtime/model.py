@@ -41,6 +41,7 @@ from internvl_edge.runtime.requests import (
     text_list,
 )
 from internvl_edge.runtime.session import Array, Session, did_you_mean, open_component
+from internvl_edge.runtime.video import pool_frames, read_frames, sample_frames
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.image import Preprocessing, Transform
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["Model", "Retrieval", "load"]
 
 TOKENIZER_FILE = "tokenizer.model"
-MAX_TEXT_LENGTH = 80  # tokens
 TEXT_BATCH = 64
 LOGIT_SCALE = 100.0  # of zero-shot classification; the learned scale is for training
 DEFAULT_TEMPLATES = ("a photo of a {}",)
@@ -125,9 +125,7 @@ class Model:
             transform: ``"retrieval"``, ``"classification"`` or ``"clip"``; None is the
                 directory's own.
         """
-        if mode not in MODES:
-            raise UsageError(f"mode {mode!r}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
-        embed = self._embed_c if mode == "c" else self._embed_g
+        embed = self._embedder(mode)
         batches = self._pixel_batches(image_list(images), transform, batch_size)
         embeds = np.concatenate([embed(pixels) for pixels in batches])
         return unit(embeds) if normalize else embeds
@@ -156,15 +154,14 @@ class Model:
         """The embedding of one video, float32 [E]: the mean of its frames' embeddings.
 
         Args:
-            frames: a video file, a folder of frames, or a sequence of images.
-            num_frames: sample so many of them; None takes every frame of a sequence, and 8 of a
-                file or folder.
+            frames: a folder of frames, or a sequence of images.
+            num_frames: sample at most so many of them; None takes all.
             mode: ``"c"`` or ``"g"``.
             normalize: give the mean unit length.
             batch_size: frames that are computed at a time.
         """
         chosen = _frames(frames, num_frames)
-        mean = self.encode_image(chosen, mode, False, batch_size, "clip").mean(axis=0)
+        mean = pool_frames(self.encode_image(chosen, mode, False, batch_size, "clip"))
         return unit(mean) if normalize else mean
 
     # --- compare ---------------------------------------------------------------------------------
@@ -214,9 +211,10 @@ class Model:
         Returns:
             For every image its labels, best first: ``{"label": str, "score": float}``.
         """
-        names = distinct_labels(labels)
-        weights = self.text_classifier(names, templates)
+        names, templates = distinct_labels(labels), one_place_templates(templates)
+        self._require("text_embed")
         embeds = self.encode_image(images, mode, True, batch_size, "classification")
+        weights = self.text_classifier(names, templates)
         scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
         return [
             [{"label": names[k], "score": float(row[k])} for k in _ranked(row)] for row in scores
@@ -224,8 +222,10 @@ class Model:
 
     def retrieve(self, images: Any, texts: Any, mode: str = "c", batch_size: int = 8) -> Retrieval:
         """Rank texts for every image and images for every text by cosine similarity."""
+        self._require("text_embed")
+        given = text_list(texts)
         image_embeds = self.encode_image(images, mode, True, batch_size, "retrieval")
-        similarity = image_embeds @ self.encode_text(texts, normalize=True).T
+        similarity = image_embeds @ self.encode_text(given, normalize=True).T
         return Retrieval(
             similarity=similarity,
             texts_of_image=_ranked(similarity),
@@ -241,7 +241,7 @@ class Model:
         self._require("vision", "matcher")
         given, ids = image_list(images), text_list(texts)
         if not isinstance(ids, np.ndarray):
-            ids = self.tokenizer.match(ids, MAX_TEXT_LENGTH)
+            ids = self.tokenizer.match(ids)
         count = max(len(given), len(ids))
         if {len(given), len(ids)} - {1, count}:
             raise UsageError(
@@ -315,18 +315,25 @@ class Model:
     def _hidden(self, pixels: Array) -> Array:
         return self._run("vision", "last_hidden_state", pixel_values=pixels)  # (B, N, C)
 
-    def _embed_c(self, pixels: Array) -> Array:
-        if self._has("image_embed") or not self._has("vision"):
-            return self._run("image_embed", "image_embeds", pixel_values=pixels)
-        self._require("image_pool")
-        return self._run("image_pool", "image_embeds", last_hidden_state=self._hidden(pixels))
+    def _embedder(self, mode: str) -> Callable[[Array], Array]:
+        """What makes embeddings of ``pixel_values``; refused before any work if it cannot."""
+        if mode not in MODES:
+            raise UsageError(f"mode {mode!r}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
+        if mode == "g":
+            self._require("vision", "image_pool", "image_queries")
+            return self._embed_g
+        if self._has("vision") and self._has("image_pool") and not self._has("image_embed"):
+            return lambda pixels: self._pool(self._hidden(pixels))
+        self._require("image_embed")
+        return lambda pixels: self._run("image_embed", "image_embeds", pixel_values=pixels)
+
+    def _pool(self, hidden: Array) -> Array:
+        return self._run("image_pool", "image_embeds", last_hidden_state=hidden)
 
     def _embed_g(self, pixels: Array) -> Array:
-        self._require("vision", "image_pool", "image_queries")
         hidden = self._hidden(pixels)
-        u = self._run("image_pool", "image_embeds", last_hidden_state=hidden)
         v = self._run("image_queries", "query_embeds", last_hidden_state=hidden)
-        return unit(u) + unit(v)
+        return unit(self._pool(hidden)) + unit(v)
 
     def _hidden_batches(
         self, images: Any, count: int, batch_size: int
@@ -356,7 +363,7 @@ class Model:
         """Token ids for ``text_embed``, int64 [B,T]."""
         if isinstance(texts, np.ndarray):
             return texts
-        return self.tokenizer.contrastive(texts, MAX_TEXT_LENGTH, pad_to="longest")
+        return self.tokenizer.contrastive(texts, pad_to="longest")
 
 
 # --- numbers -------------------------------------------------------------------------------------
@@ -383,12 +390,10 @@ def _ranked(scores: Array) -> Array:
 
 def _frames(frames: Any, num_frames: int | None) -> Any:
     """The frames of a video that are encoded."""
-    from internvl_edge.runtime import video
-
     if isinstance(frames, (str, os.PathLike)):
-        return video.read_frames(frames, num_frames or 8)
+        return read_frames(frames, num_frames)
     given = image_list(frames)
     if num_frames is None:
         return given
-    chosen = video.sample_frames(len(given), num_frames)
+    chosen = sample_frames(len(given), num_frames)
     return given[chosen] if isinstance(given, np.ndarray) else [given[i] for i in chosen]

@@ -66,7 +66,7 @@ def read_frames(folder: str | os.PathLike[str], num_frames: int | None = None) -
         raise MediaError(f"{path}: the frames cannot be listed: {error}") from error
     if not files:
         raise MediaError(f"{path}: expected image files ({', '.join(FRAME_SUFFIXES)}), found none")
-    files.sort(key=lambda file: _natural(file.name))
+    files.sort(key=lambda file: _natural(file.name.lower()))
     if num_frames is None:
         return files
     return [files[i] for i in sample_frames(len(files), num_frames)]

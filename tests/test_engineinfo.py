@@ -75,7 +75,7 @@ def test_total_is_past_and_length() -> None:
 
 
 def test_an_unknown_symbolic_dimension_is_refused() -> None:
-    with pytest.raises(UsageError, match="'frames'.*batch, length, past"):
+    with pytest.raises(UsageError, match=r"'frames'.*batch, length, past"):
         Profile().range_of("frames")
 
 

@@ -145,7 +145,7 @@ def half_linear(path: Path, dtype: int) -> Path:
 
 def test_bfloat16_needs_a_gpu(tmp_path: Path) -> None:
     path = half_linear(tmp_path / "g.onnx", BFLOAT16)
-    with pytest.raises(HardwareError, match="bfloat16 needs a GPU.*MatMul.*layer/MatMul"):
+    with pytest.raises(HardwareError, match=r"bfloat16 needs a GPU.*MatMul.*layer/MatMul"):
         OrtSession(path)
 
 
@@ -159,7 +159,7 @@ def test_float16_does_not(tmp_path: Path) -> None:
 def test_float8_quantization_runs(tmp_path: Path) -> None:
     path = tmp_path / "g.onnx"
     zero = helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], [0.0])
-    scale = onnx.numpy_helper.from_array(np.float32(0.5), "scale")
+    scale = onnx.numpy_helper.from_array(np.array(0.5, np.float32), "scale")
     graph = helper.make_graph(
         [
             helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
@@ -235,10 +235,8 @@ def test_unknown_device(tmp_path: Path) -> None:
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = {"providers": [ort.CPU], "devices": 2}
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: list(machine["providers"])
-    )
+    machine: dict[str, Any] = {"providers": [ort.CPU], "devices": 2}
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(machine["providers"]))
     monkeypatch.setattr(ort, "cuda_device_count", lambda: machine["devices"])
     assert ort._providers("auto") == ort._providers("cpu") == [ort.CPU]
     with pytest.raises(MissingDependency, match="ort-gpu"):

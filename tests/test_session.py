@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,9 @@ def test_not_a_directory_of_ours(tmp_path: Path) -> None:
 
 
 def test_tensorrt_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = EngineRecord(component="vision", target="tensorrt-rtx", file="e.plan", sidecar="e.json")
+    engine = EngineRecord(
+        component="vision", target="tensorrt-rtx", file="e.plan", sidecar="e.json"
+    )
     bare = open_directory(tmp_path, ["vision"])
     built = open_directory(tmp_path, ["vision"], engines=(engine,))
     found = {"package": False, "devices": 0}
@@ -204,7 +207,7 @@ def test_tensorrt_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(HardwareError, match="no CUDA device"):
         open_component(built, "vision", "tensorrt-rtx")
     found["devices"] = 1
-    with pytest.raises(UsageError, match="internvl-edge build .* --target tensorrt-rtx"):
+    with pytest.raises(UsageError, match=r"internvl-edge build .* --target tensorrt-rtx"):
         open_component(bare, "vision", "tensorrt-rtx")
     with pytest.raises(HardwareError, match="does not run them"):
         open_component(built, "vision", "tensorrt-rtx")
@@ -214,7 +217,7 @@ def test_counting_devices_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> N
     def no_library(name: str) -> Any:
         raise OSError(name)
 
-    monkeypatch.setattr(sessions.ctypes, "CDLL", no_library)
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
     assert sessions.cuda_device_count() == 0
 
 
@@ -229,7 +232,7 @@ def test_counting_devices_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
             count._obj.value = 3
             return 0
 
-    monkeypatch.setattr(sessions.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     assert sessions.cuda_device_count() == 3
     monkeypatch.setattr(Driver, "status", 100)  # CUDA_ERROR_NO_DEVICE
     assert sessions.cuda_device_count() == 0

@@ -54,7 +54,14 @@ def spec(name: str, dtype: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
-def open_directory(path: Path, components: Sequence[str], **fields: Any) -> Artifact:
+def open_directory(
+    path: Path,
+    components: Sequence[str],
+    *,
+    image_size: int = 4,
+    preprocessing: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Artifact:
     """A directory of ``<component>.onnx`` files, without going through its validation."""
     records = {
         name: ComponentRecord(
@@ -67,8 +74,8 @@ def open_directory(path: Path, components: Sequence[str], **fields: Any) -> Arti
         tool_version="0",
         precision="fp32",
         model={},
-        image_size=4,
-        preprocessing={"size": 4},
+        image_size=image_size,
+        preprocessing=preprocessing or {"size": 4},
         recipe=None,
         source={},
         components=records,

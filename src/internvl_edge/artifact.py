@@ -17,14 +17,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_edge import onnxfile
+from internvl_edge.disk import FOLDER_FLAGS, open_regular
 from internvl_edge.errors import ArtifactError, UsageError
 from internvl_edge.manifest import (
     MANIFEST,
@@ -49,7 +47,6 @@ __all__ = [
     "open_artifact",
 ]
 
-FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 HASHING_THREADS = 2
 
 
@@ -129,7 +126,7 @@ def sha256(file: io.BufferedReader) -> str:
 
 def _open_directory(path: Path) -> int:
     try:
-        return os.open(path, FOLDER_FLAGS)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise ArtifactError(
             f"{path}: expected a directory written by internvl-edge export: {error.strerror}"
@@ -137,7 +134,7 @@ def _open_directory(path: Path) -> int:
 
 
 def _read_manifest(path: Path, directory: int) -> Manifest:
-    with _open_regular(path, directory, MANIFEST) as file:
+    with _open(path, directory, MANIFEST) as file:
         data = file.read(MAX_NBYTES + 1)
     try:
         return Manifest.from_bytes(data)
@@ -145,33 +142,27 @@ def _read_manifest(path: Path, directory: int) -> Manifest:
         raise ArtifactError(f"{path / MANIFEST}: {error}") from error
 
 
-@contextmanager
-def _open_regular(path: Path, directory: int, name: str) -> Iterator[io.BufferedReader]:
-    """A regular file of the directory, reached through no link."""
+def _open(path: Path, directory: int, name: str) -> io.BufferedReader:
+    """A listed file, reached through no link."""
     folder, _, base = name.rpartition("/")
     try:
-        parent = directory
-        if folder:
-            parent = os.open(folder, FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=directory)
+        if not folder:
+            return open_regular(base, directory=directory)
+        parent = os.open(folder, FOLDER_FLAGS, dir_fd=directory)
         try:
-            descriptor = os.open(base, onnxfile.READ_FLAGS, dir_fd=parent)
+            return open_regular(base, directory=parent)
         finally:
-            if folder:
-                os.close(parent)
+            os.close(parent)
     except OSError as error:
         raise ArtifactError(
-            f"{path / name}: expected a regular file: {os.strerror(error.errno or 0)}; export again"
+            f"{path / name}: expected a regular file: {error.strerror}; export again"
         ) from error
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ArtifactError(f"{path / name}: expected a regular file, no device or pipe")
-        yield file
 
 
 def _check_file(
     path: Path, directory: int, name: str, record: FileRecord, *, with_hash: bool
 ) -> None:
-    with _open_regular(path, directory, name) as file:
+    with _open(path, directory, name) as file:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes != record.nbytes:
             raise ArtifactError(
@@ -192,7 +183,7 @@ def _check_graphs(path: Path, directory: int, manifest: Manifest) -> None:
     for name in sorted({*promised, *(n for n in sizes if n.endswith(".onnx"))}):
         if sizes[name] > onnxfile.MAX_NBYTES:
             raise ArtifactError(f"{path / name}: more than {onnxfile.MAX_NBYTES} bytes")
-        with _open_regular(path, directory, name) as file:
+        with _open(path, directory, name) as file:
             data = file.read(sizes[name])
         summary = onnxfile.scan(data, files=sizes, where=str(path / name))
         if name in promised:

@@ -12,22 +12,20 @@ as dims and data type ask for, in a file that the caller's list has.
 from __future__ import annotations
 
 import math
-import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from internvl_edge.disk import open_regular
 from internvl_edge.errors import ArtifactError
 from internvl_edge.onnxwire import Message, read_message
 
 MAX_NBYTES = 2**31 - 1  # protobuf's own limit
 MAX_ELEMENTS = 2**48
 EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
-READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
 
 # TensorProto.DataType → bits of an element; a string has no size
 STRING = 8
@@ -70,6 +68,8 @@ def scan(
     """
     try:
         data = source if isinstance(source, bytes) else _read(source)
+        if len(data) > MAX_NBYTES:
+            raise ArtifactError(f"more than {MAX_NBYTES} bytes")
         return _summary(read_message(data, "Model"), files)
     except ArtifactError as error:
         name = where or ("ONNX model" if isinstance(source, bytes) else str(source))
@@ -78,13 +78,11 @@ def scan(
 
 def _read(path: Path) -> bytes:
     try:
-        with open(os.open(path, READ_FLAGS), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_NBYTES:
-                raise ArtifactError(f"expected a regular file of at most {MAX_NBYTES} bytes")
-            return file.read()
+        with open_regular(path) as file:
+            data = file.read(MAX_NBYTES + 1)
     except OSError as error:
         raise ArtifactError(f"cannot be read: {error.strerror}") from error
+    return data
 
 
 def _summary(model: Message, files: Mapping[str, int]) -> OnnxSummary:

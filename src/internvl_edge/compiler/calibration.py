@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from internvl_edge.compiler.emit import copy_rest, quantized_layout, write_block
+from internvl_edge.compiler.emit import WEIGHTS_FILE, copy_rest, quantized_layout, write_block
 from internvl_edge.compiler.options import Plan, Progress, Report
 from internvl_edge.export.blocks import COMPONENT_STREAM, Samples, calibration_blocks
 from internvl_edge.export.weights import StoredTensor, WeightsWriter, weights_without_data
@@ -95,7 +95,6 @@ def quantize_weights(
     models: Mapping[str, ir.Model],
     samples: Samples,
     directory: Path,
-    file: str,
     report: Report,
 ) -> tuple[dict[str, StoredTensor], dict[str, dict[str, float]]]:
     """Calibrate block by block and write each block's 8-bit weights as they come.
@@ -109,7 +108,7 @@ def quantize_weights(
     streams = {COMPONENT_STREAM[name] for name in models if name in COMPONENT_STREAM}
     activations: dict[str, dict[str, float]] = {stream: {} for stream in streams}
     total = _num_blocks(plan, streams)
-    with WeightsWriter(directory / file, layout) as writer:
+    with WeightsWriter(directory / WEIGHTS_FILE, layout) as writer:
         blocks = calibration_blocks(plan.checkpoint, samples, streams, plan.image_size)
         for done, (block, current) in enumerate(blocks):
             report(Progress(step="quantize", detail=block.name, done=done, total=total))

@@ -1,0 +1,89 @@
+"""How well a model does the demo's tasks, on scenes of scans that it was never trained on.
+
+The functions take anything with the methods of a loaded model: a compiled directory on any
+backend, at any precision, or :class:`internvl_edge.demo.reference.ReferenceModel`. Every figure
+is a share of right answers in 0..1, on scenes that ``seed`` decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from internvl_edge.demo import scenes
+from internvl_edge.demo.language import DIGITS, TEMPLATES
+
+MAX_NEW_TOKENS = 24  # the longest caption has 16, and the end
+
+
+class Embeds(Protocol):
+    """What classification and retrieval need."""
+
+    def encode_image(self, images: Any, mode: str = "c", normalize: bool = False) -> Any:
+        """Embeddings of images, (B, E)."""
+
+    def encode_text(self, texts: Any, normalize: bool = False) -> Any:
+        """Embeddings of texts, (B, E)."""
+
+
+class Matches(Protocol):
+    """What matching needs."""
+
+    def match(self, images: Any, texts: Any) -> Any:
+        """The probability that text i is true of image i, (B,)."""
+
+
+class Speaks(Protocol):
+    """What captioning and answering need."""
+
+    def caption(self, images: Any, *, num_beams: int = 1, max_new_tokens: int = 30) -> Any:
+        """A caption for each image."""
+
+    def answer(self, images: Any, prompts: Any, *, max_new_tokens: int = 30) -> Any:
+        """The continuation of prompt i on image i."""
+
+
+def zero_shot_accuracy(model: Embeds, n: int = 500, mode: str = "c", seed: int = 1) -> float:
+    """Which of ten digits a scene shows: the class of the nearest mean over the templates."""
+    images, labels = scenes.classification_scenes(n, seed)
+    texts = [template.format(digit) for digit in DIGITS for template in TEMPLATES]
+    embeds = np.asarray(model.encode_text(texts, normalize=True))
+    classes = embeds.reshape(len(DIGITS), len(TEMPLATES), -1).mean(axis=1)  # (10, E)
+    classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
+    similarity = np.asarray(model.encode_image(images, mode=mode, normalize=True)) @ classes.T
+    return float(np.mean(similarity.argmax(axis=1) == labels))
+
+
+def retrieval_recall_at_1(model: Embeds, n: int = 100, mode: str = "c", seed: int = 2) -> float:
+    """How often the nearest of ``n`` different captions is the image's own."""
+    images, captions = scenes.retrieval_scenes(n, seed)
+    image = np.asarray(model.encode_image(images, mode=mode, normalize=True))
+    text = np.asarray(model.encode_text(captions, normalize=True))
+    return float(np.mean((image @ text.T).argmax(axis=1) == np.arange(n)))
+
+
+def matching_accuracy(model: Matches, n: int = 500, seed: int = 4) -> float:
+    """How often a caption is told from a near miss, half the pairs being each."""
+    images, texts, is_match = scenes.matching_pairs(n, seed)
+    return float(np.mean((np.asarray(model.match(images, texts)) > 0.5) == is_match))
+
+
+def caption_exact_match(model: Speaks, n: int = 300, seed: int = 3) -> float:
+    """How often the greedy caption is the scene's, word for word."""
+    images, captions = scenes.caption_scenes(n, seed)
+    return _exact(model.caption(images, num_beams=1, max_new_tokens=MAX_NEW_TOKENS), captions)
+
+
+def vqa_accuracy(model: Speaks, n: int = 300, seed: int = 5) -> float:
+    """How often the greedy answer to a question is the right one."""
+    images, questions = scenes.question_scenes(n, seed)
+    prompts = [question.prompt for question in questions]
+    answers = model.answer(images, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    return _exact(answers, [question.answer for question in questions])
+
+
+def _exact(found: Sequence[str], expected: Sequence[str]) -> float:
+    pairs = zip(found, expected, strict=True)
+    return float(np.mean([text.strip() == truth for text, truth in pairs]))

@@ -1,0 +1,276 @@
+"""What the disk is asked to do: whole files, durable names, locks, and its errors as ours.
+
+A name is durable once its directory was synced, contents once the file was; rename is the one
+step that is atomic. A failed fsync is final: the kernel may have dropped the data, and a second
+call would report success.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import io
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from internvl_edge.errors import InternVLError, ResourceError, UsageError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+EXHAUSTED = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+REFUSED |= {errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY}
+NO_SUCH_RENAME = {errno.ENOSYS, errno.EINVAL}  # the kernel or the file system lacks the flag
+READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # renameat2(2)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block as an error of ours that names the path and the reason.
+
+    Raises:
+        ResourceError: the disk is full or fails, or descriptors or memory ran out.
+        UsageError: the path cannot be written.
+        InternVLError: anything else.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _translated(error, path) from error
+
+
+@contextlib.contextmanager
+def work_errors(path: Path, directory: Path) -> Iterator[None]:
+    """The same for a block that also touches other files: a full disk, and errors in a directory.
+
+    Args:
+        path: what the errors name.
+        directory: where the block writes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL or str(error.filename).startswith(str(directory)):
+            raise _translated(error, path) from error
+        raise
+
+
+def _translated(error: OSError, path: Path) -> InternVLError:
+    name = errno.errorcode.get(error.errno or 0, "no errno")
+    text = f"{path}: {error.strerror or error} ({name})"
+    if error.filename is not None and str(error.filename) != str(path):
+        text += f" at {error.filename}"
+    if error.errno in FULL:
+        return ResourceError(f"{text}; free some disk space or choose another disk")
+    if error.errno in EXHAUSTED:
+        return ResourceError(text)
+    if error.errno in REFUSED:
+        return UsageError(f"{text}; choose a path that can be written")
+    return InternVLError(text)
+
+
+def require_free_disk(path: Path, nbytes: int) -> None:
+    """Refuse to begin what the disk of ``path``, which need not exist yet, cannot hold.
+
+    Raises:
+        ResourceError: less than ``nbytes`` are free.
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    with os_errors(path):
+        free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise ResourceError(
+            f"{path}: needs {nbytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+            "free some or choose another disk"
+        )
+
+
+def open_regular(path: str | Path, *, directory: int | None = None) -> io.BufferedReader:
+    """Open a regular file to read, through no final link; nothing else is ever waited for.
+
+    Args:
+        path: the file; relative to ``directory``, a descriptor, where that is given.
+        directory: what a relative path begins at.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a folder, a pipe or a device.
+    """
+    descriptor = os.open(path, READ_FLAGS, dir_fd=directory)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+# --- durable writing -----------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is absent, the old one or the complete new one at any moment.
+
+    Raises:
+        ResourceError: the disk is full or fails.
+        UsageError: the path cannot be written.
+    """
+    partial = sibling(path, "partial")
+    with os_errors(path):
+        try:
+            with partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def sibling(path: Path, suffix: str) -> Path:
+    """A hidden name of its own beside ``path``: ``.NAME.1a2b3c4d.SUFFIX``."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+
+
+def sync(path: Path) -> None:
+    """Make a file's contents, or the names in a directory, durable."""
+    descriptor = os.open(path, READ_FLAGS)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync directories, and need not
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Make a directory durable: files first, then the names that lead to them."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(Path(folder))
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a directory.
+
+    Raises:
+        FileExistsError: the target exists.
+    """
+    try:
+        _renameat2(source, target, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in NO_SUCH_RENAME:
+            raise
+        if target.exists():  # where this is not atomic, rename still replaces only what is empty
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        os.rename(source, target)
+
+
+def exchange(source: Path, target: Path) -> None:
+    """Exchange two directories' names in one step.
+
+    Where that cannot be, the target stands aside as a sibling ``.old`` between two renames.
+    """
+    try:
+        _renameat2(source, target, RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in NO_SUCH_RENAME:
+            raise
+    else:
+        return
+    aside = sibling(target, "old")
+    os.rename(target, aside)
+    try:
+        os.rename(source, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    os.rename(aside, source)
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> None:
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if function(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+
+def lock(directory: Path) -> int:
+    """Hold a directory until the descriptor is closed or the process dies.
+
+    Where the file system has no locks, the descriptor holds nothing.
+
+    Raises:
+        UsageError: another run holds it.
+        OSError: it cannot be opened, or is no longer what has the name.
+    """
+    descriptor = os.open(directory, FOLDER_FLAGS)
+    try:
+        flock(descriptor)
+        found = os.stat(directory)
+        same = os.path.samestat(found, os.fstat(descriptor))
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise _busy(directory) from error
+        raise
+    if not same:  # replaced between open and lock
+        os.close(descriptor)
+        raise _busy(directory)
+    return descriptor
+
+
+def _busy(directory: Path) -> UsageError:
+    return UsageError(f"another run is writing to {directory}; wait until it is done")
+
+
+def flock(descriptor: int) -> bool:
+    """Lock without waiting; False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: it is locked.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def is_abandoned(directory: Path) -> bool:
+    """Whether no process holds a directory, on a file system whose locks can tell."""
+    try:
+        with contextlib.ExitStack() as stack:
+            first, second = (os.open(directory, FOLDER_FLAGS) for _ in range(2))
+            stack.callback(os.close, first)
+            stack.callback(os.close, second)
+            if not flock(first):
+                return False
+            try:
+                flock(second)
+            except BlockingIOError:
+                return True
+            return False  # locks that everybody gets prove nothing
+    except OSError:
+        return False

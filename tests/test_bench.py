@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime import bench
+from internvl_edge.runtime.bench import Timing, environment, measure, measure_many
+
+MS = 1_000_000
+
+
+class FakeTime:
+    """A clock that advances when a call says so."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+    def call(self, durations_ms: Iterable[float]) -> Callable[..., None]:
+        durations = iter(durations_ms)
+
+        def run(*feeds: object) -> None:
+            self.now_ns += round(next(durations) * MS)
+
+        return run
+
+
+def timing(samples_ms: Iterable[float], items: int = 1) -> Timing:
+    return Timing(samples_ms=tuple(samples_ms), items=items, warmup_iterations=10, is_steady=True)
+
+
+def test_figures_of_known_samples() -> None:
+    found = timing(range(1, 101), items=8).to_json()
+    assert found["latency"] == {
+        "unit": "ms",
+        "avg": 50.5,
+        "min": 1,
+        "max": 100,
+        "p50": 50.5,
+        "p90": pytest.approx(90.1),  # k + f = 99 · 0.9 = 89.1: between the 90th and 91st
+        "p95": pytest.approx(95.05),
+        "p99": pytest.approx(99.01),
+        "std": pytest.approx(math.sqrt((100**2 - 1) / 12)),
+        "count": 100,
+    }
+    assert found["throughput"] == {"unit": "items/s", "avg": pytest.approx(8 * 100 / 5.050)}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_percentiles_of_a_long_tail() -> None:
+    """Exponential latencies: p(q) = −mean · ln(1 − q)."""
+    samples = np.random.default_rng(0).exponential(10.0, 200_000)
+    found = timing(samples)
+    for q in (50, 90, 99):
+        assert found.percentile_ms(q) == pytest.approx(-10 * math.log(1 - q / 100), rel=0.03)
+    assert found.std_ms == pytest.approx(10, rel=0.03)
+
+
+def test_one_sample_is_every_percentile() -> None:
+    found = timing([7.0])
+    assert [found.percentile_ms(q) for q in bench.PERCENTILES] == [7.0] * 4
+    assert found.std_ms == 0
+
+
+def test_the_samples_are_what_the_clock_said() -> None:
+    clock = FakeTime()
+    measured = itertools.cycle([1.0, 3.0])
+    run = clock.call(itertools.chain([2.0] * 10, measured))
+    found = measure(
+        run,
+        {"x": np.zeros((4, 2))},
+        warmup_s=0.005,
+        min_duration_s=0,
+        min_iterations=6,
+        clock=clock,
+    )
+    assert found.samples_ms == (1.0, 3.0, 1.0, 3.0, 1.0, 3.0)
+    assert found.items == 4
+    assert found.throughput == pytest.approx(4 * 6 / 0.012)
+    assert (found.warmup_iterations, found.is_steady) == (10, True)
+
+
+def test_it_lasts_as_long_as_asked() -> None:
+    clock = FakeTime()
+    run = clock.call(itertools.repeat(2.0))
+    arguments: dict[str, Any] = {"warmup_s": 0.1, "min_iterations": 3, "clock": clock}
+    found = measure(run, {"x": np.zeros(1)}, min_duration_s=1.0, **arguments)
+    assert len(found.samples_ms) == 500
+    assert found.warmup_iterations == 50
+
+
+def test_warm_up_ends_when_it_is_steady() -> None:
+    clock = FakeTime()
+    slowing = [100 * 0.8**i for i in range(20)]  # 20 % per call, a window of five is 67 %
+    run = clock.call(itertools.chain(slowing, itertools.repeat(1.0)))
+    found = measure_many({"a": run}, warmup_s=0.1, min_duration_s=0, min_iterations=3, clock=clock)[
+        "a"
+    ]
+    assert found.samples_ms == (1.0, 1.0, 1.0)
+    assert found.is_steady
+    assert found.warmup_iterations > 20
+
+
+def test_warm_up_gives_up_and_says_so() -> None:
+    clock = FakeTime()
+    run = clock.call(1.05**i for i in itertools.count())
+    found = measure_many({"a": run}, warmup_s=0.1, min_duration_s=0, min_iterations=1, clock=clock)[
+        "a"
+    ]
+    assert not found.is_steady
+
+
+def test_contenders_take_turns_in_a_rotating_order() -> None:
+    clock, calls = FakeTime(), []
+
+    def contender(name: str) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            clock.now_ns += MS
+
+        return run
+
+    contenders = {name: contender(name) for name in "abc"}
+    measure_many(contenders, warmup_s=0, min_duration_s=0, min_iterations=4, clock=clock)
+    measured = "".join(calls)[-12:]
+    assert measured == "abcbcacababc"
+
+
+def test_a_machine_that_slows_down_slows_all() -> None:
+    """Twice the work is twice the time, though the machine ends up at a tenth of its speed."""
+    clock = FakeTime()
+
+    def contender(work_ms: float) -> Callable[[], None]:
+        def run() -> None:
+            slowdown = 1 + 9 * min(clock.now_ns / (2000 * MS), 1)
+            clock.now_ns += round(work_ms * slowdown * MS)
+
+        return run
+
+    found = measure_many(
+        {"once": contender(1), "twice": contender(2)},
+        warmup_s=0.01,
+        min_duration_s=1,
+        min_iterations=50,
+        clock=clock,
+    )
+    assert found["twice"].percentile_ms(50) / found["once"].percentile_ms(50) == pytest.approx(
+        2, rel=0.02
+    )
+
+
+def test_a_session_is_run_on_the_feeds() -> None:
+    seen = []
+
+    class FakeSession:
+        def run(self, feeds: dict[str, Any]) -> None:
+            seen.append(feeds)
+
+    feeds = {"pixel_values": np.zeros((2, 3))}
+    found = measure(FakeSession(), feeds, warmup_s=0, min_duration_s=0, min_iterations=5)  # type: ignore[arg-type]
+    assert found.items == 2
+    assert len(found.samples_ms) == 5
+    assert min(found.samples_ms) > 0
+    assert all(given is feeds for given in seen)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"items": 0}, {"min_iterations": 0}, {"warmup_s": -1}, {"min_duration_s": -1}],
+)
+def test_rejections(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="measure: expected"):
+        measure_many({"a": lambda: None}, **arguments)
+
+
+def test_nothing_to_measure() -> None:
+    with pytest.raises(UsageError, match="0 contenders"):
+        measure_many({})
+    with pytest.raises(UsageError, match="expected feeds"):
+        measure(lambda feeds: None, {})
+
+
+def test_the_environment_is_a_card_of_json() -> None:
+    card = environment()
+    assert json.loads(json.dumps(card)) == card
+    assert card["packages"]["numpy"] == np.__version__
+    assert 1 <= card["cores_usable"] <= card["cores_online"]
+
+
+def test_what_the_system_does_not_say_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoFile:
+        def __init__(self, path: str) -> None: ...
+
+        def read_text(self, encoding: str) -> str:
+            raise FileNotFoundError
+
+    monkeypatch.setattr(bench, "Path", NoFile)
+    monkeypatch.setattr(bench, "PACKAGES", ("no-such-package",))
+    card = environment()
+    assert (card["clock_mhz"], card["governor"]) == (None, None)
+    assert card["cpu_features"] == []
+    assert card["packages"] == {"no-such-package": None}

@@ -1,0 +1,123 @@
+"""Frames: which are sampled, in which order they are read, what becomes of their embeddings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime.video import dual_softmax, pool_frames, read_frames, sample_frames
+
+
+@given(st.integers(1, 10_000), st.integers(1, 200))
+def test_sampling_follows_the_originals_formula(length: int, num_frames: int) -> None:
+    interval = -(-length // num_frames)
+    expected = np.arange(0, length, interval) + interval // 2
+    assert sample_frames(length, num_frames) == np.minimum(expected, length - 1).tolist()
+
+
+@given(st.integers(1, 10_000), st.integers(1, 200))
+def test_samples_are_distinct_frames_of_the_video(length: int, num_frames: int) -> None:
+    indices = sample_frames(length, num_frames)
+    assert 1 <= len(indices) <= num_frames
+    assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < length
+    if num_frames >= length:
+        assert indices == list(range(length))
+
+
+@pytest.mark.parametrize(
+    ("length", "num_frames", "expected"),
+    [(8, 4, [1, 3, 5, 7]), (100, 1, [50]), (10, 4, [1, 4, 7, 9]), (10, 6, [1, 3, 5, 7, 9])],
+)
+def test_samples_of_known_videos(length: int, num_frames: int, expected: list[int]) -> None:
+    assert sample_frames(length, num_frames) == expected
+
+
+def test_an_empty_video_is_refused() -> None:
+    with pytest.raises(MediaError, match="no frames"):
+        sample_frames(0, 8)
+
+
+def test_no_frames_wanted_is_refused() -> None:
+    with pytest.raises(UsageError, match="num_frames must be 1 or more, found 0"):
+        sample_frames(10, 0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    names = ["10.png", "2.png", "1.PNG", "01.png", "b2c.webp", "b10a.jpeg", "a.jpg", "٣.jpg"]
+    for name in [*names, ".hidden.png", "notes.txt", "Thumbs.db"]:
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def test_frames_are_read_in_natural_order(folder: Path) -> None:
+    found = [path.name for path in read_frames(folder)]
+    expected = ["01.png", "1.PNG", "2.png", "10.png", "a.jpg", "b2c.webp", "b10a.jpeg", "٣.jpg"]
+    assert found == expected
+
+
+def test_frames_are_sampled(folder: Path) -> None:
+    every = read_frames(folder)
+    assert read_frames(str(folder), 4) == [every[i] for i in (1, 3, 5, 7)]
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="found none"):
+        read_frames(tmp_path)
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "film.mp4").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("film.mp4", "pipe", "absent"):
+        with pytest.raises(MediaError, match=f"{name}: expected a folder of frames"):
+            read_frames(tmp_path / name)
+    with pytest.raises(MediaError):
+        read_frames(f"{tmp_path}/a\0b")
+
+
+def test_embeddings_are_averaged_unnormalised() -> None:
+    features = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    pooled = pool_frames(features)
+    assert pooled.shape == (7,) and pooled.dtype == np.float32
+    np.testing.assert_allclose(pooled, sum(features.astype(np.float64)) / 5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 7), (2, 3, 4), (3, 0)])
+def test_embeddings_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(MediaError, match="expected frame embeddings"):
+        pool_frames(np.zeros(shape, np.float32))
+
+
+def test_dual_softmax_equals_its_formula() -> None:
+    similarity = np.random.default_rng(0).normal(size=(6, 4)) * 30
+    expected = np.empty_like(similarity)
+    for column in range(4):
+        total = sum(np.exp(similarity[row, column]) for row in range(6))
+        for row in range(6):
+            value = similarity[row, column]
+            expected[row, column] = value * np.exp(value) / total
+    np.testing.assert_allclose(dual_softmax(similarity), expected, rtol=1e-12)
+
+
+def test_dual_softmax_does_not_overflow() -> None:
+    similarity = np.array([[1000.0, -1000.0], [999.0, -1000.0]], np.float32)
+    found = dual_softmax(similarity)
+    assert found.dtype == np.float32 and np.isfinite(found).all()
+    np.testing.assert_allclose(found[:, 1], -500.0)
+
+
+@pytest.mark.parametrize(
+    "similarity",
+    [np.zeros(3), np.zeros((0, 3)), np.zeros((2, 2), np.int64)],
+    ids=["1-D", "0", "int"],
+)
+def test_other_similarities_are_refused(similarity: np.ndarray) -> None:
+    with pytest.raises(MediaError, match="floating-point array"):
+        dual_softmax(similarity)
