@@ -161,20 +161,21 @@ def train(plan: Plan, out: Path) -> None:
 
 
 def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[Batch]) -> None:
-    optimizers = _optimizers(model, heads, plan)
-    schedules = [LambdaLR(optimizer, lambda step: _rate(step, plan)) for optimizer in optimizers]
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, heads, plan), lr=plan.learning_rate, betas=(0.9, 0.98)
+    )
+    schedule = LambdaLR(optimizer, lambda step: _rate(step, plan))
     parameters = [*model.parameters(), *heads.parameters()]
     began = time.perf_counter()
     for step, batch in enumerate(batches):
         # PyTorch's fused attention has a slow bfloat16 backward on the CPU.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             parts = losses(model, heads, batch)
-        model.zero_grad(set_to_none=True)
-        heads.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         torch.stack(list(parts.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for stepper in (*optimizers, *schedules):
-            stepper.step()
+        optimizer.step()
+        schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         if step % 20 == 0 or step == plan.steps - 1:
@@ -182,26 +183,14 @@ def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[
             print(f"{step:5d}  {time.perf_counter() - began:5.0f} s  {figures}", flush=True)
 
 
-def _optimizers(model: InternVL, heads: PatchHeads, plan: Plan) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else.
-
-    Muon orthogonalises each matrix's momentum; on this model it needs about half of AdamW's steps.
-    """
+def _parameter_groups(model: InternVL, heads: PatchHeads, plan: Plan) -> list[dict[str, Any]]:
+    """Weight decay on the matrices inside the blocks, on nothing else."""
     named = [*model.named_parameters(), *heads.named_parameters()]
     inner = {name for name, p in named if ".layers." in name and p.ndim == 2}
-    muon = torch.optim.Muon(
-        [p for name, p in named if name in inner],
-        lr=plan.learning_rate,
-        weight_decay=plan.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adamw = torch.optim.AdamW(
-        [p for name, p in named if name not in inner],
-        lr=plan.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
-    return [muon, adamw]
+    return [
+        {"params": [p for k, p in named if k in inner], "weight_decay": plan.weight_decay},
+        {"params": [p for k, p in named if k not in inner], "weight_decay": 0.0},
+    ]
 
 
 def _rate(step: int, plan: Plan) -> float:

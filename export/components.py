@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from internvl_edge.artifact import TensorSpec
 from torch import Tensor, nn
 
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.export.models import InternViT, InternVL

@@ -10,11 +10,11 @@ are float32.
 Memory: the parser maps the weights from their file, and the plan leaves the builder in pieces of
 some 64 MB that go straight to disk.
 
-Attention. A layer with no fused kernel fails the build unless it may be decomposed into MatMul,
-Softmax and MatMul. There are kernels for float16 and bfloat16 heads of up to 256 channels with
-more than 8 (or they are padded) and more than one query. Layers without a kernel are marked
-decomposable and the others are not, so that a lost fusion cannot pass unseen. Where the builder
-knows better the build is repeated with every layer decomposable; the sidecar counts both kinds.
+Attention. A layer without a fused kernel fails the build unless it may be decomposed into MatMul,
+Softmax and MatMul. The kernels take float16 and bfloat16, heads of 9 to 256 channels and more than
+one query (found by trying). Only layers outside of that are marked decomposable, so that a lost
+fusion cannot pass unseen; where the builder still has no kernel, the build is repeated with every
+layer decomposable. The sidecar counts both kinds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ from internvl_edge.export.targets import (
 __all__ = ["Profile", "build_engine"]
 
 ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
-
 
 NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 9, 256  # of fused attention kernels
@@ -148,9 +147,7 @@ def build_engine(
         inputs=tuple(inputs),
         outputs=_outputs(network),
     )
-    with StreamedFile(out_dir / f"{stem}.json") as sidecar:
-        sidecar.write(json.dumps(info.to_json(), indent=2).encode())
-        sidecar.publish()
+    _write_sidecar(out_dir / f"{stem}.json", info)
     folder = out_dir.name
     return EngineRecord(
         component=component,
@@ -158,6 +155,12 @@ def build_engine(
         file=f"{folder}/{stem}.plan",
         sidecar=f"{folder}/{stem}.json",
     )
+
+
+def _write_sidecar(path: Path, info: EngineInfo) -> None:
+    with StreamedFile(path) as sidecar:
+        sidecar.write((json.dumps(info.to_json(), indent=2) + "\n").encode())
+        sidecar.publish()
 
 
 def _ranges(spec: TensorSpec, profile: Profile) -> list[Range]:

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from internvl_edge import onnxfile, onnxwire
+from internvl_edge import onnxwire
 from internvl_edge.errors import ArtifactError
 from internvl_edge.onnxfile import BITS, OnnxSummary, scan
 
@@ -415,9 +415,9 @@ def test_file_and_what_is_none(tmp_path: Path) -> None:
 
 
 def test_too_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert onnxfile.MAX_NBYTES == 2**31 - 1
+    assert onnxwire.MAX_NBYTES == 2**31 - 1
     (tmp_path / "model.onnx").write_bytes(_tiny())
-    monkeypatch.setattr(onnxfile, "MAX_NBYTES", len(_tiny()) - 1)
+    monkeypatch.setattr(onnxwire, "MAX_NBYTES", len(_tiny()) - 1)
     for source in (tmp_path / "model.onnx", _tiny()):
         with pytest.raises(ArtifactError, match="more than"):
             scan(source, files=FILES)

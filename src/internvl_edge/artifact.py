@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_edge import onnxfile
 from internvl_edge.disk import FOLDER_FLAGS, open_regular
 from internvl_edge.errors import ArtifactError, UsageError
 from internvl_edge.manifest import (
@@ -34,6 +33,8 @@ from internvl_edge.manifest import (
     Manifest,
     TensorSpec,
 )
+from internvl_edge.onnxfile import scan
+from internvl_edge.onnxwire import MAX_NBYTES as MAX_ONNX_NBYTES
 
 __all__ = [
     "MANIFEST",
@@ -98,24 +99,16 @@ def open_artifact(path: str | os.PathLike[str], *, hash_files: bool = True) -> A
         ArtifactError: it is no such directory, or a file is not what the manifest says.
     """
     path = Path(path)
-    directory = _open_directory(path)
     try:
-        manifest = _read_manifest(path, directory)
-        names = sorted(manifest.files, key=lambda name: -manifest.files[name].nbytes)
-        for name in names:
-            _check_file(path, directory, name, manifest.files[name], with_hash=False)
-        if hash_files:
-            with ThreadPoolExecutor(HASHING_THREADS) as pool:
-                for _ in pool.map(
-                    lambda n: _check_file(path, directory, n, manifest.files[n], with_hash=True),
-                    names,
-                ):
-                    pass
-        _check_graphs(path, directory, manifest)
+        directory = _open_directory(path)
+        try:
+            manifest = _read_manifest(path, directory)
+            _check_files(path, directory, manifest.files, hash_files)
+            _check_graphs(path, directory, manifest)
+        finally:
+            os.close(directory)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
-    finally:
-        os.close(directory)
     return Artifact(path=path, manifest=manifest)
 
 
@@ -159,6 +152,21 @@ def _open(path: Path, directory: int, name: str) -> io.BufferedReader:
         ) from error
 
 
+def _check_files(path: Path, directory: int, files: dict[str, FileRecord], hashed: bool) -> None:
+    """Kind and size of all files first, then their bytes, the largest first."""
+    names = sorted(files, key=lambda name: -files[name].nbytes)
+    for name in names:
+        _check_file(path, directory, name, files[name], with_hash=False)
+    if hashed:
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            checks = [
+                pool.submit(_check_file, path, directory, name, files[name], with_hash=True)
+                for name in names
+            ]
+            for check in checks:
+                check.result()
+
+
 def _check_file(
     path: Path, directory: int, name: str, record: FileRecord, *, with_hash: bool
 ) -> None:
@@ -181,11 +189,11 @@ def _check_graphs(path: Path, directory: int, manifest: Manifest) -> None:
     sizes = {name: record.nbytes for name, record in manifest.files.items()}
     promised = {record.file: record for record in manifest.components.values()}
     for name in sorted({*promised, *(n for n in sizes if n.endswith(".onnx"))}):
-        if sizes[name] > onnxfile.MAX_NBYTES:
-            raise ArtifactError(f"{path / name}: more than {onnxfile.MAX_NBYTES} bytes")
+        if sizes[name] > MAX_ONNX_NBYTES:
+            raise ArtifactError(f"{path / name}: more than {MAX_ONNX_NBYTES} bytes")
         with _open(path, directory, name) as file:
             data = file.read(sizes[name])
-        summary = onnxfile.scan(data, files=sizes, where=str(path / name))
+        summary = scan(data, files=sizes, where=str(path / name))
         if name in promised:
             record = promised[name]
             _check_names(path / name, "inputs", record.inputs, summary.inputs)

@@ -51,7 +51,7 @@ def os_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def work_errors(path: Path, directory: Path) -> Iterator[None]:
-    """The same for a block that also touches other files: a full disk, and errors in a directory.
+    """The same for a block that also touches other files: a bad disk, and errors in a directory.
 
     Args:
         path: what the errors name.
@@ -60,7 +60,7 @@ def work_errors(path: Path, directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL or str(error.filename).startswith(str(directory)):
+        if error.errno in FULL | EXHAUSTED or str(error.filename).startswith(str(directory)):
             raise _translated(error, path) from error
         raise
 

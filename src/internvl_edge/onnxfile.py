@@ -21,9 +21,8 @@ from pathlib import Path
 
 from internvl_edge.disk import open_regular
 from internvl_edge.errors import ArtifactError
-from internvl_edge.onnxwire import Message, read_message
+from internvl_edge.onnxwire import MAX_NBYTES, Message, read_message
 
-MAX_NBYTES = 2**31 - 1  # protobuf's own limit
 MAX_ELEMENTS = 2**48
 EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 
@@ -68,8 +67,6 @@ def scan(
     """
     try:
         data = source if isinstance(source, bytes) else _read(source)
-        if len(data) > MAX_NBYTES:
-            raise ArtifactError(f"more than {MAX_NBYTES} bytes")
         return _summary(read_message(data, "Model"), files)
     except ArtifactError as error:
         name = where or ("ONNX model" if isinstance(source, bytes) else str(source))

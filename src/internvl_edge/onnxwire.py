@@ -16,6 +16,7 @@ from typing import Any
 
 from internvl_edge.errors import ArtifactError
 
+MAX_NBYTES = 2**31 - 1  # protobuf's own limit
 MAX_DEPTH = 32  # messages inside one another; each subgraph takes three
 MAX_FIELDS = 1_000_000  # in a whole file: some seconds; 48 transformer layers have 30 thousand
 
@@ -83,6 +84,8 @@ def read_message(data: bytes, kind: str) -> Message:
     Raises:
         ArtifactError: it is cut off, broken, ambiguous, or beyond the limits of this module.
     """
+    if len(data) > MAX_NBYTES:
+        raise ArtifactError(f"more than {MAX_NBYTES} bytes")
     return _Reader().message(memoryview(data), kind)
 
 

@@ -132,6 +132,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         before = Manifest.from_bytes((directory / MANIFEST).read_bytes())
         if _top_files(before) != _top_files(manifest):
             raise UsageError(f"{directory} was replaced by another run meanwhile; run again")
+        with os_errors(directory):
+            _sync_added(directory, manifest)
     write_atomically(directory / MANIFEST, data)
 
 
@@ -185,8 +187,13 @@ def _is_ours(out: Path) -> bool:
 
 def _hold(directory: Path, cleanup: ExitStack) -> int:
     descriptor = lock(directory)
-    cleanup.callback(os.close, descriptor)
+    cleanup.callback(_release, descriptor)
     return descriptor
+
+
+def _release(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def _make_staging(out: Path, cleanup: ExitStack) -> Path:
@@ -260,6 +267,15 @@ def _check_listed(directory: Path, manifest: Manifest) -> None:
             raise InternVLError(
                 f"{path}: listed as a file of {expected.nbytes} bytes, found {status.st_size}"
             )
+
+
+def _sync_added(directory: Path, manifest: Manifest) -> None:
+    """Make what is new in a published directory durable before the manifest promises it."""
+    added = [directory / name for name in manifest.files if "/" in name]
+    for path in added:
+        sync(path)
+    for folder in sorted({path.parent for path in added}):
+        sync(folder)
 
 
 def _top_files(manifest: Manifest) -> dict[str, FileRecord]:

@@ -96,9 +96,7 @@ def benchmark(
     output.result({"environment": card, "results": results})
 
 
-def _components(
-    artifacts: Mapping[str, Any], chosen: tuple[str, ...] | None
-) -> tuple[str, ...]:
+def _components(artifacts: Mapping[str, Any], chosen: tuple[str, ...] | None) -> tuple[str, ...]:
     """Components that every directory has, or those asked for."""
     shared = [
         name
@@ -181,7 +179,9 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _flat(card: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
+        key: ", ".join(f"{k} {v}" for k, v in value.items())
+        if isinstance(value, Mapping)
+        else value
         for key, value in card.items()
         if value
     }

@@ -20,8 +20,13 @@ from typing import Any
 from internvl_edge._version import __version__
 from internvl_edge.artifact import Artifact, ComponentRecord, Manifest, open_artifact
 from internvl_edge.compiler.calibration import load_samples, quantize_weights, samples_for
-from internvl_edge.compiler.check import Checker, reason_not_to_verify
-from internvl_edge.compiler.emit import Emitted, emit, store_weights, trace_all
+from internvl_edge.compiler.check import (
+    Checker,
+    Quantization,
+    reason_not_to_verify,
+    stored_norms,
+)
+from internvl_edge.compiler.emit import WEIGHTS_FILE, Emitted, emit, store_weights, trace_all
 from internvl_edge.compiler.engines import (
     add_engines,
     build,
@@ -39,9 +44,11 @@ from internvl_edge.compiler.options import (
     silent,
 )
 from internvl_edge.compiler.readme import readme
+from internvl_edge.compiler.simulate import read_scales, write_scales
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint import header_fingerprint, open_checkpoint
 from internvl_edge.publish import record, staging, write_manifest
+from internvl_edge.quantize.recipe import Recipe
 
 __all__ = [
     "ExportOptions",
@@ -115,7 +122,14 @@ def verify(
         raise UsageError(
             f"{out} was not made from {checkpoint}: expected shards {expected}, found {found}"
         )
-    checker = Checker(opened, artifact.manifest.image_size, None)
+    quantization = None
+    if artifact.manifest.recipe is not None:
+        quantization = Quantization(
+            recipe=Recipe.from_json(artifact.manifest.recipe),
+            scales=read_scales(artifact.path),
+            folded=stored_norms(artifact.file(WEIGHTS_FILE)),
+        )
+    checker = Checker(opened, artifact.manifest.image_size, quantization=quantization)
     figures = {}
     for done, name in enumerate(artifact.manifest.components):
         total = len(artifact.manifest.components)
@@ -145,7 +159,14 @@ def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
         for name, model in trace_all(plan, plan.engine_base, report).items():
             file = engine_graph(name, plan.engine_base)
             emit(plan, name, model, stored, scales, directory, file)
-    checker = None if reason else Checker(plan.checkpoint, plan.image_size, samples)
+    quantization = None
+    if plan.recipe is not None:
+        write_scales(directory, scales)
+        norms = stored_norms(directory / WEIGHTS_FILE)
+        quantization = Quantization(recipe=plan.recipe, scales=scales, folded=norms)
+    checker = None
+    if reason is None:
+        checker = Checker(plan.checkpoint, plan.image_size, samples, quantization)
     records = {}
     for done, (name, graph) in enumerate(emitted.items()):
         report(Progress(step="verify", detail=name, done=done, total=len(emitted)))
@@ -164,10 +185,12 @@ def _component(
     """A component's record, once both of its graphs agree with the reference."""
     figures: dict[str, Any] = {"skipped": reason}
     if checker is not None:
-        figures = checker.check(name, directory / graph.file, plan.options.precision)
+        precision = plan.options.precision
+        figures = checker.check(name, directory / graph.file, precision, base=plan.base)
         other = directory / engine_graph(name, plan.engine_base)
         if other.exists():
-            figures["engine_graph"] = checker.check(name, other, plan.options.precision)
+            found = checker.check(name, other, precision, base=plan.engine_base)
+            figures["engine_graph"] = found
     return ComponentRecord(
         file=graph.file,
         inputs=graph.inputs,

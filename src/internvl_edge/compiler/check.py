@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,18 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.compiler.options import Verify
-from internvl_edge.export.blocks import Samples
-from internvl_edge.export.checkpoint import Checkpoint, load_reference
-from internvl_edge.export.verify import sample_feeds, verify_component, with_hidden_state
+from internvl_edge.compiler.simulate import Scales, fake_quantized
+from internvl_edge.export.blocks import COMPONENT_STREAM, LLAMA_NORMS, VISION_NORMS, Samples
+from internvl_edge.export.checkpoint import Checkpoint, load_reference, read_header
+from internvl_edge.export.verify import (
+    compare,
+    require_agreement,
+    sample_feeds,
+    summary,
+    with_hidden_state,
+)
 from internvl_edge.export.widen import infer_dtypes, widen
+from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.runtime.ort import OrtSession
 
 Array = np.ndarray[Any, Any]
@@ -22,12 +33,28 @@ SAMPLES = 4  # of the calibration set, to compare quantized components on
 FLOAT32_NBYTES = 4
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """What the simulation of a quantized directory needs."""
+
+    recipe: Recipe
+    scales: Scales
+    folded: Mapping[str, Array]  # norm gains and biases as stored
+
+
 class Checker:
     """The reference model and the inputs that all components are compared on."""
 
-    def __init__(self, checkpoint: Checkpoint, image_size: int, samples: Samples | None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        image_size: int,
+        samples: Samples | None = None,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.config = checkpoint.config
         self.model = load_reference(checkpoint.path)
+        self.quantization = quantization
         feeds = sample_feeds(self.config, image_size)
         if samples is not None:
             feeds = sample_feeds(
@@ -38,33 +65,65 @@ class Checker:
             )
         self.feeds = with_hidden_state(self.model, feeds, self.config)
 
-    def check(self, component: str, path: Path, precision: str) -> dict[str, Any]:
+    def check(
+        self, component: str, path: Path, precision: str, *, base: str = "fp32"
+    ) -> dict[str, Any]:
         """Compare the graph at ``path``; the figures for the manifest.
 
+        Args:
+            component: its name.
+            path: its graph.
+            precision: decides the bound beside the reference.
+            base: what the graph computes in around its 8-bit products.
+
         Raises:
-            VerificationError: it disagrees with the reference.
+            VerificationError: it disagrees with the reference, or with the simulation of what
+                its quantization should do.
         """
-        runnable = _runnable(path)
-        try:
-            with OrtSession(runnable) as session:
-                return verify_component(
-                    session.run, self.model, component, precision, self.config, self.feeds
-                )
-        finally:
-            if runnable != path:
-                runnable.unlink()
+        with _runnable(path) as runnable, OrtSession(runnable) as session:
+            found = compare(session.run, self.model, component, self.config, self.feeds)
+            require_agreement(found, component, precision)
+            figures = summary(found, len(self.feeds["pixel_values"]))
+            quantization = self.quantization
+            if quantization is not None and component in COMPONENT_STREAM:
+                with fake_quantized(
+                    self.model,
+                    component,
+                    quantization.recipe,
+                    quantization.scales,
+                    quantization.folded,
+                ):
+                    found = compare(session.run, self.model, component, self.config, self.feeds)
+                bound = "simulated" if base == "fp32" else "simulated, 16-bit"
+                require_agreement(found, component, bound)
+                figures["simulated_sqnr_db"] = min(f.sqnr_db for f in found.values())
+        return figures
 
 
-def _runnable(path: Path) -> Path:
-    """``path``, or its float32 twin where it computes in bfloat16."""
+@contextmanager
+def _runnable(path: Path) -> Iterator[Path]:
+    """``path``, or its float32 twin for a while where it computes in bfloat16."""
     graph = ir.load(path).graph
     infer_dtypes(graph)
     values = (output for node in graph for output in node.outputs)
     if not any(value.dtype == ir.DataType.BFLOAT16 for value in values):
-        return path
-    twin = path.with_name(f".{path.name}.widened")
+        yield path
+        return
+    twin = path.with_name(f".{path.name}.{os.getpid()}.widened")
     widen(path, twin)
-    return twin
+    try:
+        yield twin
+    finally:
+        twin.unlink()
+
+
+def stored_norms(weights: Path) -> dict[str, Array]:
+    """Every norm gain and bias that a weights file holds, folded or not."""
+    suffixes = tuple(
+        f".{norm}.{part}" for norm in (*VISION_NORMS, *LLAMA_NORMS) for part in ("weight", "bias")
+    )
+    entries = read_header(weights)
+    return {name: entry.read() for name, entry in entries.items() if name.endswith(suffixes)}
 
 
 def reference_nbytes(checkpoint: Checkpoint) -> int:

@@ -86,9 +86,7 @@ def forecast(options: ExportOptions) -> Forecast:
         UsageError, CheckpointError: as ``export`` would.
     """
     plan = make_plan(options)
-    tensors = {
-        name: (entry.dtype, entry.shape) for name, entry in plan.checkpoint.tensors.items()
-    }
+    tensors = {name: (entry.dtype, entry.shape) for name, entry in plan.checkpoint.tensors.items()}
     written = _written_nbytes(plan, tensors)
     engines = len(options.targets) - ("onnx" in options.targets)
     steps = [_trace(plan), _weights(plan, written)]
