@@ -77,15 +77,17 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     import torch
 
     from internvl_edge.export.checkpoint import load_reference
+    from internvl_edge.export.components import COMPONENTS, build_component
 
-    reference = load_reference(demo_checkpoint())
+    model = load_reference(demo_checkpoint())
+    reference = build_component(COMPONENTS["image_embed"], model)
     size = next(iter(artifacts.values())).manifest.image_size
     pixels = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
     tensor = torch.from_numpy(pixels)
 
     def eager() -> object:
         with torch.inference_mode():
-            return reference.encode_image(tensor)
+            return reference(tensor)
 
     with ExitStack() as stack:
         contenders: dict[str, Any] = {"pytorch": eager}

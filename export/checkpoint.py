@@ -284,9 +284,7 @@ def header_fingerprint(path: Path) -> dict[str, Any]:
 
 def _parse_header(path: Path, raw: bytes, start: int, size: int) -> dict[str, TensorEntry]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-        if not raw.startswith(b"{"):
-            raise ValueError("does not begin with {")
+        header = json.loads(_begins_with_brace(raw).decode(), object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
         entries = [_entry(path, name, item, start) for name, item in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -316,6 +314,13 @@ def _entry(path: Path, name: str, item: dict[str, Any], start: int) -> TensorEnt
     return TensorEntry(
         name=name, dtype=dtype, shape=shape, file=path, offset=start + begin, nbytes=end - begin
     )
+
+
+def _begins_with_brace(raw: bytes) -> bytes:
+    """The format forbids white space in front; JSON would allow it."""
+    if not raw.startswith(b"{"):
+        raise ValueError("does not begin with {")
+    return raw
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -148,7 +148,9 @@ def require_agreement(found: Mapping[str, Agreement], component: str, bound: str
     cosine, sqnr = BOUNDS[bound]
     for name, figure in found.items():
         if figure.cosine < cosine or figure.sqnr_db < sqnr:
-            against = "the simulation of its quantization" if bound.startswith("simulated") else "PyTorch"
+            against = (
+                "the simulation of its quantization" if bound.startswith("simulated") else "PyTorch"
+            )
             raise VerificationError(
                 f"{component}, output {name!r}: expected cosine ≥ {cosine} and SQNR ≥ {sqnr} dB "
                 f"beside {against} ({bound}), found {figure.cosine:.5f} and "

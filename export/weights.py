@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -97,7 +97,7 @@ class WeightsWriter:
         os.close(self._descriptor)
         self._descriptor = -1
 
-    def __enter__(self) -> WeightsWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -84,10 +84,10 @@ def _rewrite(
         shared[key] = _activation_pair(graph, matmul, activation, linear, compute)
     matmul.replace_input_with(0, shared[key])
 
-    features_out, features_in = weight.shape
+    features_out, features_in = (int(n) for n in weight.shape.numpy())
     weight.type = ir.TensorType(STORAGE[linear.format])
     weight.shape = ir.Shape((features_in, features_out))  # (K, N)
-    scale = _initializer(graph, f"{weight.name}{SCALE_SUFFIX}", (int(features_out),))
+    scale = _initializer(graph, f"{weight.name}{SCALE_SUFFIX}", (features_out,))
     dequantize = ir.node(
         "DequantizeLinear",
         [weight, scale],

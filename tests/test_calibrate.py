@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.export.blocks import Samples, calibration_blocks
 from internvl_edge.export.checkpoint import Checkpoint, load_reference, open_checkpoint
-from internvl_edge.export.models import InternVL, InternViT
+from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.calibrate import CalibratedBlock, calibrate_block
 from internvl_edge.quantize.recipe import Recipe, recipe_for
-
-from checkpoints import TINY, write_internvl, write_vit
 
 STREAMS = {"image", "queries", "text", "match"}
 

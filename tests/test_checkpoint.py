@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -231,10 +232,8 @@ def test_malformed_headers(tmp_path: Path, header: Any, data: bytes) -> None:
 def test_any_bytes_are_read_or_refused(raw: bytes, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
     path.write_bytes(raw)
-    try:
+    with contextlib.suppress(CheckpointError):
         assert isinstance(read_header(path), dict)
-    except CheckpointError:
-        pass
 
 
 def test_index_names_a_missing_shard(tmp_path: Path) -> None:

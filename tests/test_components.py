@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from checkpoints import TINY, write_internvl
 
 from internvl_edge.errors import InternVLError, UsageError
 from internvl_edge.export import graph as graphs
@@ -27,11 +28,14 @@ from internvl_edge.export.config import CheckpointConfig, VisionConfig
 from internvl_edge.export.models import InternVL
 from internvl_edge.export.models.attention import rotary_tables
 from internvl_edge.export.precision import POLICIES, apply_policy
-from internvl_edge.export.verify import agreement, reference_outputs, sample_feeds, with_hidden_state
+from internvl_edge.export.verify import (
+    agreement,
+    reference_outputs,
+    sample_feeds,
+    with_hidden_state,
+)
 from internvl_edge.export.weights import WeightsWriter, bind, save, weights_without_data
 from internvl_edge.export.widen import widen
-
-from checkpoints import TINY, write_internvl
 
 STANDARD = {"", "ai.onnx"}
 
@@ -131,7 +135,9 @@ def test_the_float16_stream_is_float32(checkpoint: Checkpoint) -> None:
 
     graph = traced(checkpoint, "vision", "fp16").graph
     infer_dtypes(graph)
-    adds = [n for n in graph if n.op_type == "Add" and str(n.name).startswith("vision_model.encoder")]
+    adds = [
+        n for n in graph if n.op_type == "Add" and str(n.name).startswith("vision_model.encoder")
+    ]
     residual = [n for n in adds if "attn" not in str(n.name) and "mlp" not in str(n.name)]
     assert len(residual) == 2 * TINY.vision.num_hidden_layers
     assert {n.outputs[0].dtype for n in residual} == {ir.DataType.FLOAT}

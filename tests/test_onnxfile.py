@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -28,7 +29,8 @@ FLOATS = TensorProto.FLOAT
 
 
 def external(name: str = "w", dims: tuple[int, ...] = (4, 8), **entries: str) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=FLOATS, dims=dims, data_location=1)
+    tensor = TensorProto(name=name, data_type=FLOATS, dims=dims)
+    tensor.data_location = TensorProto.EXTERNAL
     given = {"location": "w.bin", "offset": "0", "length": str(math.prod(dims) * 4), **entries}
     for key, value in given.items():
         tensor.external_data.add(key=key, value=value)
@@ -115,7 +117,7 @@ INLINE = sorted(set(BITS) - {27, 28}) + [TensorProto.STRING]
 @pytest.mark.parametrize("data_type", INLINE)
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_values_of_every_type_as_a_list(data_type: int, count: int) -> None:
-    values = [b"s"] * count if data_type == TensorProto.STRING else [1] * count
+    values: Any = [b"s"] * count if data_type == TensorProto.STRING else [1] * count
     tensor = helper.make_tensor("w", data_type, [count], values)
     scan_tensor(tensor)
     tensor.dims[0] += 4
@@ -360,7 +362,7 @@ def _check_against_protobuf(data: bytes) -> bool:
 
 def _tiny() -> bytes:
     bias = helper.make_tensor("b", FLOATS, [8], np.arange(8, dtype=np.float32))
-    return model_of(external(), bias).SerializeToString()
+    return bytes(model_of(external(), bias).SerializeToString())
 
 
 def test_truncated_at_every_byte() -> None:

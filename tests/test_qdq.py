@@ -123,9 +123,7 @@ def test_placement(module: Branches, tmp_path: Path, fmt: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["fp16", "bf16"])
-def test_scales_stay_float32_in_a_16_bit_graph(
-    module: Branches, tmp_path: Path, base: str
-) -> None:
+def test_scales_stay_float32_in_a_16_bit_graph(module: Branches, tmp_path: Path, base: str) -> None:
     _, model, _ = quantized(module, tmp_path, "int8", base)
     compute = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[base]
     for node in model.graph:

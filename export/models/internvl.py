@@ -155,7 +155,7 @@ class InternVL(nn.Module):
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
     ) -> Tensor:
-        """Greedy continuation of left-padded prompts: new ids (B, ≤ max_new_tokens), 0 after EOS."""
+        """Greedy continuation of left-padded prompts: (B, ≤ max_new_tokens) ids, 0 after EOS."""
         eos, vision = self.config.qllama.eos_token_id, self.vision_model(pixel_values)
         logits, cache = self.prefill(vision, input_ids, attention_mask)
         mask = F.pad(attention_mask, (self.query_tokens.shape[1], 0), value=1)

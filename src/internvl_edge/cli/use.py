@@ -55,7 +55,7 @@ def embed(
         if texts:
             results["texts"] = model.encode_text(list(texts), normalize=normalize)
     if save is not None:
-        np.savez(save, **results)
+        np.savez(save, allow_pickle=False, **results)
         output.say(f"{save}: {', '.join(f'{k} {v.shape}' for k, v in results.items())}")
     elif not output.as_json:
         for array in results.values():
@@ -127,7 +127,7 @@ def retrieve(
     paths, queries = expand(images), read_texts(texts, file)
     with _load(out, backend) as model:
         found = model.retrieve(paths, queries, mode=mode)
-    by_text = [
+    by_text: list[dict[str, Any]] = [
         {
             "text": text,
             "images": [
@@ -137,7 +137,7 @@ def retrieve(
         }
         for j, text in enumerate(queries)
     ]
-    by_image = [
+    by_image: list[dict[str, Any]] = [
         {
             "file": str(path),
             "texts": [

@@ -103,6 +103,7 @@ def verify(
     Args:
         out: the directory; its hashes and structure are always checked.
         checkpoint: what it was made from; None leaves the comparison out.
+        report: told before each component.
 
     Returns:
         Component → figures; empty dictionaries without a checkpoint.
@@ -143,12 +144,13 @@ def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
     """Write everything but the manifest and the engines."""
     reason = reason_not_to_verify(plan.checkpoint, plan.options.verify)
     samples = None if plan.recipe is None else samples_for(plan, load_samples(plan))
+    scales: dict[str, dict[str, float]] = {}
     if plan.options.verify != "none":
         report(Progress(step="check", detail="weights are finite", done=0, total=1))
         plan.checkpoint.check_finite(plan.checkpoint.tensors)
     models = trace_all(plan, plan.base, report)
     if samples is None:
-        stored, scales = store_weights(plan, models, directory, report), {}
+        stored = store_weights(plan, models, directory, report)
     else:
         stored, scales = quantize_weights(plan, models, samples, directory, report)
     emitted = {

@@ -167,9 +167,10 @@ def quantized_layers(checkpoint: Checkpoint, recipe: Recipe, needed: Iterable[st
     found = []
     for name in needed:
         shape = checkpoint.tensors[name].shape
-        if name.startswith(prefixes) and name.endswith(".weight") and len(shape) == 2:
-            if is_quantized(recipe, name.removesuffix(".weight"), shape[1], shape[0]):
-                found.append(name)
+        layer = name.removesuffix(".weight")
+        is_linear = name.startswith(prefixes) and layer != name and len(shape) == 2
+        if is_linear and is_quantized(recipe, layer, shape[1], shape[0]):
+            found.append(name)
     return found
 
 

@@ -102,7 +102,8 @@ def forecast(options: ExportOptions) -> Forecast:
 def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
     if plan.recipe is not None:
         layout = quantized_layout(plan, {name: dtype for name, (dtype, _) in tensors.items()})
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+        sizes = [math.prod(shape) * int(dtype.itemsize) for dtype, shape in layout.values()]
+        return sum(sizes)
     if plan.options.weights == "link":
         return 0
     itemsize = DTYPES[STORED_AS[plan.options.precision]].itemsize

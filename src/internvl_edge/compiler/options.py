@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from internvl_edge.errors import CheckpointError, UsageError
+from internvl_edge.errors import CheckpointError, InputError, UsageError
 from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.components import choose_components
 from internvl_edge.export.config import check_image_size
@@ -129,13 +129,12 @@ def read_preprocessing(checkpoint: Path, image_size: int) -> Preprocessing:
         return Preprocessing(size=image_size)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        figures = {
-            ours: tuple(float(v) for v in raw[theirs])
-            for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
-            if theirs in raw
-        }
-        return Preprocessing(size=image_size, **figures)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        default = Preprocessing(size=image_size)
+        red, green, blue = (float(v) for v in raw.get("image_mean", default.mean))
+        mean = red, green, blue
+        red, green, blue = (float(v) for v in raw.get("image_std", default.std))
+        return replace(default, mean=mean, std=(red, green, blue))
+    except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
         raise CheckpointError(f"{path}: not a preprocessor configuration: {error}") from error
 
 

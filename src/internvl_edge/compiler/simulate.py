@@ -126,6 +126,6 @@ def _round(x: Tensor, fmt: str) -> Tensor:
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
-def _restore(parameter: nn.Parameter, values: Tensor) -> None:
+def _restore(parameter: Tensor, values: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(values)
