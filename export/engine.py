@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def build_engine(
     inputs: Sequence[TensorSpec],
     onnx_sha256: str,
     compute_capabilities: Sequence[str] | None = None,
+    known: Container[str] = (),
     progress: ReportPhase | None = None,
     trt: Any = None,
 ) -> EngineRecord:
@@ -98,6 +99,7 @@ def build_engine(
         inputs: the component's contract, which the graph must keep.
         onnx_sha256: identifies the graph and its weights.
         compute_capabilities: as ``("SM89", "SM120")``; None: every GPU that the target reaches.
+        known: files of the directory; an engine among them is not built again.
         progress: told (phase, steps done, steps); raising stops the build and comes back.
         trt: the builder's module; None imports the target's.
 
@@ -120,6 +122,14 @@ def build_engine(
     capabilities = choose_capabilities(trt, chosen, precision, compute_capabilities)
     key = _key(target, trt.__version__, __version__, onnx_sha256, precision, ranges, capabilities)
     stem = f"{component}.{target}-{key}"
+    record = EngineRecord(
+        component=component,
+        target=target,
+        file=f"{out_dir.name}/{stem}.plan",
+        sidecar=f"{out_dir.name}/{stem}.json",
+    )
+    if record.file in known and record.sidecar in known:
+        return record
 
     started = time.monotonic()
     log = BuildLog()
@@ -148,13 +158,7 @@ def build_engine(
         outputs=_outputs(network),
     )
     _write_sidecar(out_dir / f"{stem}.json", info)
-    folder = out_dir.name
-    return EngineRecord(
-        component=component,
-        target=target,
-        file=f"{folder}/{stem}.plan",
-        sidecar=f"{folder}/{stem}.json",
-    )
+    return record
 
 
 def _write_sidecar(path: Path, info: EngineInfo) -> None:

@@ -112,6 +112,35 @@ def _randomised(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 parameter.uniform_(0.5, 1.5)
             elif parameter.ndim > 1:
                 parameter.normal_(0, 0.7 / parameter.shape[-1] ** 0.5)
+                if name.endswith("weight"):  # output channels of different sizes, as trained ones
+                    rows = torch.empty(len(parameter)).log_normal_(0, 0.5)
+                    parameter.mul_(rows.reshape(-1, *[1] * (parameter.ndim - 1)))
             elif name != "logit_scale":
                 parameter.normal_(0, 0.3)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
+    """Train a tiny SentencePiece model into a checkpoint directory."""
+    import sentencepiece
+
+    texts = [
+        "a photo of a red seven",
+        "summarize:a blue three",
+        "English caption:",
+        "left of above",
+    ]
+    with (path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 4),
+            model_writer=file,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            pad_id=-1,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )

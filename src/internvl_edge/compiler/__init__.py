@@ -26,7 +26,7 @@ from internvl_edge.compiler.check import (
     reason_not_to_verify,
     stored_norms,
 )
-from internvl_edge.compiler.emit import WEIGHTS_FILE, Emitted, emit, store_weights, trace_all
+from internvl_edge.compiler.emit import WEIGHTS_FILE, Emitted, store_weights, trace_all, write_graph
 from internvl_edge.compiler.engines import (
     add_engines,
     build,
@@ -34,7 +34,7 @@ from internvl_edge.compiler.engines import (
     profile_from,
     require_targets,
 )
-from internvl_edge.compiler.forecast import forecast
+from internvl_edge.compiler.estimate import forecast
 from internvl_edge.compiler.options import (
     ExportOptions,
     Plan,
@@ -154,13 +154,13 @@ def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
     else:
         stored, scales = quantize_weights(plan, models, samples, directory, report)
     emitted = {
-        name: emit(plan, name, model, stored, scales, directory, f"{name}.onnx")
+        name: write_graph(plan, name, model, stored, scales, directory, f"{name}.onnx")
         for name, model in models.items()
     }
     if plan.engine_base != plan.base:
         for name, model in trace_all(plan, plan.engine_base, report).items():
             file = engine_graph(name, plan.engine_base)
-            emit(plan, name, model, stored, scales, directory, file)
+            write_graph(plan, name, model, stored, scales, directory, file)
     quantization = None
     if plan.recipe is not None:
         write_scales(directory, scales)

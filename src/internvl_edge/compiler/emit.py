@@ -106,13 +106,15 @@ def _trace(plan: Plan, name: str, module: torch.nn.Module) -> ir.Model:
 
 
 def read_tensor(plan: Plan, name: str) -> Array:
-    """A parameter as the graphs of this resolution need it, in its stored dtype."""
+    """A parameter as the graphs of this resolution need it; resampled positions in float32."""
     values = plan.checkpoint.read(name)
     if name != POSITIONS:
         return values
     side = plan.image_size // plan.checkpoint.config.vision.patch_size
-    resized = resize_position_embedding(torch_from_numpy(values), (side, side))
-    return resized.float().numpy().astype(values.dtype)
+    resized: Array = resize_position_embedding(
+        torch_from_numpy(values).float(), (side, side)
+    ).numpy()
+    return resized
 
 
 def store_weights(
@@ -189,7 +191,8 @@ def quantized_layout(
         else:
             # gains may be folded, and are small; what is large stays as the checkpoint has it
             held = plan.checkpoint.tensors[name].dtype
-            layout[name] = (FLOAT32 if len(shape) == 1 or held.itemsize > 4 else held), shape
+            is_wide = len(shape) == 1 or name == POSITIONS or held.itemsize > 4
+            layout[name] = (FLOAT32 if is_wide else held), shape
     return layout
 
 
@@ -207,7 +210,7 @@ def write_block(writer: WeightsWriter, block: CalibratedBlock) -> None:
 # --- graphs --------------------------------------------------------------------------------------
 
 
-def emit(
+def write_graph(
     plan: Plan,
     name: str,
     model: ir.Model,

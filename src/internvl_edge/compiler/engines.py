@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from internvl_edge.artifact import EngineRecord, Manifest, open_artifact
+from internvl_edge.artifact import EngineRecord, Manifest
 from internvl_edge.compiler.options import TARGETS, Progress, Report, require_choice, silent
 from internvl_edge.errors import MissingDependency, UsageError
 from internvl_edge.export.engine import Profile, build_engine
@@ -70,14 +70,13 @@ def build(
         BuildError: TensorRT refused a graph; what was built before stays.
     """
     require_targets(targets)
-    artifact = open_artifact(out)
-    unknown = set(components or ()) - set(artifact.manifest.components)
-    if unknown:
-        raise UsageError(
-            f"component {', '.join(sorted(unknown))}: {out} has "
-            f"{', '.join(artifact.manifest.components)}"
-        )
-    with update(out):
+    with update(out) as artifact:
+        unknown = set(components or ()) - set(artifact.manifest.components)
+        if unknown:
+            raise UsageError(
+                f"component {', '.join(sorted(unknown))}: {out} has "
+                f"{', '.join(artifact.manifest.components)}"
+            )
         manifest = add_engines(
             out, artifact.manifest, targets, components=components, profile=profile, report=report
         )
@@ -117,6 +116,7 @@ def _add_engine(
         precision=manifest.precision,
         inputs=manifest.components[name].inputs,
         onnx_sha256=_fingerprint(manifest, source),
+        known=manifest.files,
     )
     files = {**manifest.files}
     for file in (built.file, built.sidecar):

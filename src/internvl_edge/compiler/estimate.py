@@ -106,7 +106,7 @@ def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
         return sum(sizes)
     if plan.options.weights == "link":
         return 0
-    itemsize = DTYPES[STORED_AS[plan.options.precision]].itemsize
+    itemsize = int(DTYPES[STORED_AS[plan.options.precision]].itemsize)
     return sum(math.prod(shape) for _, shape in tensors.values()) * itemsize
 
 

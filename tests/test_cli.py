@@ -1,0 +1,243 @@
+"""The command line as a user types it: answers, JSON on the last line, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import write_internvl, write_tokenizer, write_vit
+from PIL import Image
+
+from internvl_edge import cli
+from internvl_edge.cli import run
+
+COMMANDS = [
+    "export",
+    "build",
+    "verify",
+    "inspect",
+    "convert",
+    "embed",
+    "classify",
+    "retrieve",
+    "match",
+    "benchmark",
+    "doctor",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: Any) -> Path:
+    """A checkpoint, three pictures and a compiled directory."""
+    folder = tmp_path_factory.mktemp("cli")
+    written = write_internvl(folder / "checkpoint")
+    write_tokenizer(written.path)
+    (folder / "pictures").mkdir()
+    for i in range(3):
+        picture = np.random.default_rng(i).integers(0, 256, (32, 40, 3), np.uint8)
+        Image.fromarray(picture).save(folder / "pictures" / f"{i}.png")
+    assert run(["export", str(written.path), "-o", str(folder / "out"), "-q"]) == 0
+    return folder
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    """The JSON object of a command that succeeds."""
+    assert run([*map(str, arguments), "--json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.strip().splitlines()[-1])
+    assert isinstance(result, dict)
+    return result
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert "--backend" in text
+
+
+def test_every_command_is_tested() -> None:
+    assert sorted(cli.app.commands) == sorted(COMMANDS)
+
+
+def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "inspect", place / "checkpoint")
+    assert found["kind"] == "internvl"
+    assert "matcher" in found["components"]
+    compiled = answer(capsys, "inspect", place / "out")
+    assert compiled["precision"] == "fp32"
+    assert compiled["components"].keys() == set(found["components"])
+
+
+def test_verify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "verify", place / "out")["ok"] is True
+    found = answer(capsys, "verify", place / "out", "--checkpoint", place / "checkpoint")
+    assert found["components"]["vision"]["sqnr_db"] > 90
+
+
+def test_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(
+        capsys, "export", place / "checkpoint", "-o", place / "new", "-p", "fp16", "--dry-run"
+    )
+    assert found["disk_nbytes"] > 0
+    assert not (place / "new").exists()
+
+
+def test_embed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures, save = place / "pictures", tmp_path / "e.npz"
+    found = answer(capsys, "embed", place / "out", pictures, "--text", "a seven", "--normalize")
+    images = np.array(found["images"])
+    assert images.shape == (3, 16)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-5)
+    assert np.array(found["texts"]).shape == (1, 16)
+    answer(capsys, "embed", place / "out", pictures / "0.png", "--mode", "g", "--save", save)
+    assert np.load(save)["images"].shape == (1, 16)
+
+
+def test_classify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(
+        capsys,
+        "classify",
+        place / "out",
+        place / "pictures",
+        "--labels",
+        "one, two,three",
+        "--template",
+        "a {}",
+        "--template",
+        "the digit {}",
+        "--top",
+        "2",
+    )
+    for result in found["results"]:
+        assert len(result["labels"]) == 2
+        assert result["labels"][0]["score"] >= result["labels"][1]["score"]
+
+
+def test_retrieve(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a red seven\n\na blue three\n")
+    found = answer(capsys, "retrieve", place / "out", place / "pictures", "--texts", texts)
+    assert [item["text"] for item in found["by_text"]] == ["a red seven", "a blue three"]
+    scores = [hit["score"] for hit in found["by_text"][0]["images"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_match(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = place / "pictures" / "0.png"
+    found = answer(capsys, "match", place / "out", picture, "--text", "a", "--text", "b")
+    assert {item["text"] for item in found["results"]} == {"a", "b"}
+    assert all(0 <= item["probability"] <= 1 for item in found["results"])
+
+
+def test_answers_without_json_are_on_stdout(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = place / "pictures" / "0.png"
+    assert run(["classify", str(place / "out"), str(picture), "--labels", "one,two"]) == 0
+    assert "0.png: " in capsys.readouterr().out
+
+
+def test_benchmark(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(
+        capsys,
+        "benchmark",
+        place / "out",
+        "--components",
+        "image_pool",
+        "--batch",
+        "1,2",
+        "--seconds",
+        "0.05",
+        "--against",
+        "pytorch",
+        "--checkpoint",
+        place / "checkpoint",
+    )
+    assert len(found["results"]) == 4
+    latency = found["results"][0]["latency"]
+    assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
+    assert found["environment"]
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "doctor")
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["machine"]["cores"] >= 1
+
+
+def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = write_vit(tmp_path / "vit")
+    (written.path / "model.safetensors").unlink()
+    torch.save(written.state, written.path / "pytorch_model.bin")
+    found = answer(capsys, "convert", written.path, tmp_path / "new")
+    assert found["tensors"] == len(written.state)
+    assert answer(capsys, "inspect", tmp_path / "new")["kind"] == "vit"
+
+
+def test_convert_runs_no_code(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    source = tmp_path / "evil"
+    source.mkdir()
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return Path.touch, (canary,)
+
+    torch.save({"weight": Payload()}, source / "pytorch_model.bin")
+    assert run(["convert", str(source), str(tmp_path / "new")]) == 3
+    assert not canary.exists()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["export", "nowhere", "-o", "OUT"], 3, "does not exist"),
+        (["export", "CHECKPOINT", "-o", "OUT", "-p", "int7"], 2, "int8"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--components", "x"], 2, "vision"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--image-size", "29"], 2, "28 and 42"),
+        (["export", "CHECKPOINT", "-o", "COMPILED"], 2, "--force"),
+        (["export", "CHECKPOINT"], 2, "out"),
+        (["exprt"], 2, "No such command"),
+        (["classify", "COMPILED", "CHECKPOINT/config.json", "--labels", "a,b"], 3, "config.json"),
+        (["classify", "COMPILED", "missing.png", "--labels", "a,b"], 3, "missing.png"),
+        (["classify", "CHECKPOINT", "PICTURE", "--labels", "a,b"], 3, "manifest"),
+        (["embed", "COMPILED"], 2, "expected an image"),
+        (["retrieve", "COMPILED", "PICTURE"], 2, "--text"),
+        (["benchmark", "COMPILED", "--batch", "0"], 2, "positive"),
+        (["build", "COMPILED", "--batch", "4,1"], 2, "three sizes"),
+        (["build", "COMPILED", "--target", "x"], 2, "target must be"),
+        (["verify", "nowhere"], 3, "nowhere"),
+        (["match", "COMPILED", "PICTURE", "--text", "a", "--backend", "tensorrt"], 4, "tensorrt"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    names = {
+        "OUT": tmp_path / "out",
+        "COMPILED": place / "out",
+        "CHECKPOINT": place / "checkpoint",
+        "PICTURE": place / "pictures" / "0.png",
+    }
+    for name, path in names.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    assert run([*arguments, "--json"]) == code
+    captured = capsys.readouterr()
+    error = json.loads(captured.out.strip().splitlines()[-1])["error"]
+    assert error["exit_code"] == code
+    assert message in error["message"]
+    assert len(captured.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
