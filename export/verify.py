@@ -17,7 +17,7 @@ bfloat16 graphs, for which ONNX Runtime has no CPU kernels, are run as ``widen``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,24 +118,8 @@ def reference_outputs(
     return {n: t.float().numpy() for n, t in zip(names, outputs, strict=True)}
 
 
-def compare(
-    run: Callable[[Arrays], Arrays],
-    model: InternVL | InternViT,
-    component: str,
-    config: CheckpointConfig,
-    feeds: Arrays,
-) -> dict[str, Agreement]:
-    """Run a compiled component beside the reference: how close each output is.
-
-    Args:
-        run: the compiled component.
-        model: the float32 reference.
-        component: its name.
-        config: the checkpoint's.
-        feeds: ``sample_feeds``, with the reference's ``last_hidden_state`` where it is an input.
-    """
-    expected = reference_outputs(model, component, feeds, config)
-    actual = run({name: feeds[name] for name in COMPONENTS[component].inputs})
+def agreements(expected: Arrays, actual: Arrays) -> dict[str, Agreement]:
+    """How close each output is to what was expected of it."""
     return {name: agreement(expected[name], np.asarray(actual[name])) for name in expected}
 
 

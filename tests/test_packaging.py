@@ -62,6 +62,8 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
+        else:
+            (copy / name).unlink(missing_ok=True)
     build(copy, tmp_path / "direct", "--wheel")
     (direct,) = (tmp_path / "direct").glob("*.whl")
     assert contents(direct) == tracked()

@@ -106,8 +106,8 @@ def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
         return sum(sizes)
     if plan.options.weights == "link":
         return 0
-    itemsize = int(DTYPES[STORED_AS[plan.options.precision]].itemsize)
-    return sum(math.prod(shape) for _, shape in tensors.values()) * itemsize
+    count = sum(math.prod(shape) for _, shape in tensors.values())
+    return int(count * DTYPES[STORED_AS[plan.options.precision]].itemsize)
 
 
 def _blocks(plan: Plan) -> dict[str, int]:

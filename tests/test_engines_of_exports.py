@@ -1,0 +1,67 @@
+"""TensorRT-RTX engines of every component at every precision, for shapes nobody tuned for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import TINY, write_internvl, write_tokenizer
+
+from internvl_edge import compiler
+from internvl_edge.artifact import open_artifact
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.engineinfo import read_engine_info
+
+pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
+
+pytestmark = [pytest.mark.rtx, pytest.mark.slow]
+
+OTHER = replace(
+    TINY,
+    vision=replace(TINY.vision, hidden_size=96, num_attention_heads=3, intermediate_size=160),
+    qllama=replace(TINY.qllama, hidden_size=64, num_attention_heads=2, num_hidden_layers=2),
+    num_query_token=7,
+    cross_attention_frequency=1,
+    attn_pool_num_heads=2,
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
+def test_every_component_builds(tmp_path: Path, precision: str) -> None:
+    written = write_internvl(tmp_path / "checkpoint", OTHER, seed=4)
+    write_tokenizer(written.path)
+    options = ExportOptions(
+        checkpoint=written.path,
+        out=tmp_path / "out",
+        precision=precision,
+        targets=("onnx", "tensorrt-rtx"),
+    )
+    artifact = compiler.export(options)
+    built = {engine.component: engine for engine in artifact.manifest.engines}
+    assert built.keys() == artifact.manifest.components.keys()
+    for engine in built.values():
+        info = read_engine_info(artifact.file(engine.sidecar))
+        plan = artifact.file(engine.file)
+        assert info.precision == precision
+        assert info.nbytes == plan.stat().st_size
+        assert artifact.manifest.files[engine.file].sha256 == info.sha256
+    again = compiler.build(artifact.path, ["tensorrt-rtx"])
+    assert {e.file for e in again} == {e.file for e in built.values()}, "engines are reused"
+
+
+def test_engines_are_added_to_a_published_directory(tmp_path: Path) -> None:
+    written = write_internvl(tmp_path / "checkpoint")
+    options = ExportOptions(
+        checkpoint=written.path, out=tmp_path / "out", precision="fp16", components=("image_pool",)
+    )
+    before = compiler.export(options)
+    assert before.manifest.engines == ()
+    profile = compiler.profile_from(batch="1,2,3", length="1,8,16")
+    (engine,) = compiler.build(tmp_path / "out", ["tensorrt-rtx"], profile=profile)
+    after = open_artifact(tmp_path / "out")
+    assert after.manifest.engines == (engine,)
+    sidecar = json.loads(after.file(engine.sidecar).read_text())
+    assert sidecar["profile"]["batch"] == [1, 2, 3]
+    assert not list((tmp_path / "out").glob("**/*.partial"))
