@@ -5,7 +5,7 @@ Batch ``i`` of a seed is always the same. For each scene it holds
 - a contrastive text, and which other scenes of the batch the text is also true of
 - a text that is true or a near miss, for matching
 - a prompt and its continuation, for generation: a caption or an answer
-- for every patch, the digit and the colour under it
+- for every patch, the digit under it, its colour, and its place among the others
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from torch.utils.data import Dataset
 
 from internvl_edge.demo import scenes
 from internvl_edge.demo.language import (
+    AXES,
     CAPTION_PROMPT,
     CONTRASTIVE_PREFIX,
     DIGITS,
     TEMPLATES,
+    Description,
     near_miss,
     random_question,
 )
 
 PATCH = 8
+NUM_PLACES = 11  # alone; first or second, in a row or a column; first to third, likewise
 BOS, EOS, PAD, IGNORED = 1, 2, 0, -100
 TEMPLATE_SHARE = 0.6  # of the contrastive texts of scenes of one digit
 QUESTION_SHARE = 0.4  # of the generated texts
@@ -45,6 +48,7 @@ class Batch:
     pixels: Tensor  # float32 (B, 3, H, W), normalised
     patch_digits: Tensor  # int64 (B, h·w), IGNORED where there is no ink
     patch_colours: Tensor  # int64 (B, h·w)
+    patch_places: Tensor  # int64 (B, h·w), below NUM_PLACES
     text_ids: Tensor  # int64 (B, T): contrastive
     positives: Tensor  # bool (B, B): is text j true of scene i
     match_ids: Tensor  # int64 (B, T)
@@ -138,19 +142,27 @@ def pixel_values(images: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 
 def _patch_labels(drawn: Sequence[scenes.Scene]) -> dict[str, Tensor]:
-    """The digit and the colour that own most ink of each patch, row by row, (B, h·w) each."""
+    """What owns most ink of each patch, row by row: digit, colour and place, (B, h·w) each."""
     owner = np.stack([s.owner for s in drawn])  # (B, H, W)
     side = scenes.CANVAS // PATCH
     tiles = owner.reshape(-1, side, PATCH, side, PATCH).swapaxes(2, 3)
     tiles = tiles.reshape(len(drawn), side * side, PATCH * PATCH)
     ink = (tiles[..., None] == np.arange(3)).sum(axis=2)  # (B, h·w, items)
     best = np.where(ink.max(axis=2) >= PATCH, ink.argmax(axis=2), 3)
-    digits = np.full((len(drawn), 4), IGNORED)
-    colours = np.full((len(drawn), 4), IGNORED)
+    known = np.full((3, len(drawn), 4), IGNORED)  # of each item, and of bare canvas
     for row, s in enumerate(drawn):
-        digits[row, : len(s.truth.items)] = [item.digit for item in s.truth.items]
-        colours[row, : len(s.truth.items)] = [item.colour for item in s.truth.items]
+        for number, item in enumerate(s.truth.items):
+            known[:, row, number] = item.digit, item.colour, _place(s.truth, number)
+    digits, colours, places = (np.take_along_axis(part, best, axis=1) for part in known)
     return {
-        "patch_digits": torch.from_numpy(np.take_along_axis(digits, best, axis=1)),
-        "patch_colours": torch.from_numpy(np.take_along_axis(colours, best, axis=1)),
+        "patch_digits": torch.from_numpy(digits),
+        "patch_colours": torch.from_numpy(colours),
+        "patch_places": torch.from_numpy(places),
     }
+
+
+def _place(truth: Description, number: int) -> int:
+    """A class for every position of every layout."""
+    count = len(truth.items)
+    first = (0, 1, 5)[count - 1]
+    return first + number + (count if count > 1 and truth.axis == AXES[1] else 0)

@@ -7,9 +7,9 @@ vision tower (masks and sequence layouts: internvl-spec section 2.4):
     contrast, G   the same of clip_projector2(queries)
     matching      true caption or near miss, queries and text seeing each other
     generation    caption or answer after [queries | prompt], cross-entropy on the continuation
-    patches       which digit and colour lie under each patch of the vision tower
+    patches       which digit, colour and place lie under each patch of the vision tower
 
-The last uses two linear heads that are thrown away afterwards: it is a dense signal from the
+The last uses three linear heads that are thrown away afterwards: it is a dense signal from the
 drawing itself, and the vision tower starts with it alone. The result is rounded to bfloat16 and
 written in the layout of the published checkpoints.
 """
@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from internvl_edge.demo.batches import BOS, EOS, IGNORED, PATCH, Batch, TrainingBatches
+from internvl_edge.demo.batches import BOS, EOS, IGNORED, NUM_PLACES, PATCH, Batch, TrainingBatches
 from internvl_edge.demo.language import COLOURS, DIGITS
 from internvl_edge.demo.scenes import CANVAS
 from internvl_edge.demo.tokenizer import TOKENIZER_FILE, VOCAB_SIZE, train_tokenizer
@@ -91,11 +91,13 @@ class PatchHeads(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.digits = nn.Linear(width, len(DIGITS))
         self.colours = nn.Linear(width, len(COLOURS))
+        self.places = nn.Linear(width, NUM_PLACES)
 
     def forward(self, vision: Tensor, batch: Batch) -> Tensor:
         patches = self.norm(vision[:, 1:])  # (B, h·w, C)
         digits = _cross_entropy(self.digits(patches), batch.patch_digits)
-        return digits + _cross_entropy(self.colours(patches), batch.patch_colours)
+        colours = _cross_entropy(self.colours(patches), batch.patch_colours)
+        return digits + colours + _cross_entropy(self.places(patches), batch.patch_places)
 
 
 def initialise(model: InternVL) -> None:
@@ -131,9 +133,10 @@ def _look_nearby(vision: InternViT) -> None:
     )  # (side, side, C)
     table = vision.embeddings.position_embedding
     table.copy_(F.pad(grid.flatten(0, 1), (0, 0, 1, 0))[None])
-    for block in vision.encoder.layers:
-        both = nn.init.orthogonal_(torch.empty(width, width))
-        block.attn.qkv.weight[: 2 * width] = torch.cat((both, both))
+    for name, weight in vision.named_parameters():
+        if name.endswith("attn.qkv.weight"):
+            both = nn.init.orthogonal_(torch.empty(width, width))
+            weight[: 2 * width] = torch.cat((both, both))
 
 
 def losses(
@@ -202,8 +205,9 @@ def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[
             parameter.grad = None
         torch.stack(list(parts.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for stepper in (*optimizers, *schedules):
-            stepper.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         if step % 20 == 0 or step == plan.steps - 1:

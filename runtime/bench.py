@@ -13,8 +13,11 @@ neither.
 
 Warm-up runs for a time *and* a number of calls, and then until it is steady: the median of the
 last calls is within a tenth of the median of those before. It gives up after ten times its time,
-and the result says so. Contenders that are compared take turns, in an order that rotates every
-round, so that a machine that slows down slows all of them.
+and the result says so. Contenders that are compared take turns of a few calls, in an order that
+rotates every round, so that a machine that slows down slows all of them. Between turns nothing
+runs for a moment: thread pools of inference libraries spin for work after a call, and on the same
+cores one library's idle threads would be measured as the other's latency (a factor of 50 on two
+cores, before there was a pause).
 
 The JSON has AIPerf's field names (``unit``, ``avg``, ``p99``, …) under trtexec's metric names
 (``latency``, ``throughput``).
@@ -46,6 +49,8 @@ STEADY_WINDOW = 5  # calls in each of the two medians that are compared
 STEADY_TOLERANCE = 0.1
 WARMUP_PATIENCE = 10  # times the warm-up's time
 NS_PER_S, NS_PER_MS = 1_000_000_000, 1_000_000
+TURN_CALLS = 10  # of one contender before the next
+SETTLE_S = 0.05  # before a turn: threads of the last contender stop spinning for work
 PERCENTILES = (50, 90, 95, 99)
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch")
 
@@ -142,6 +147,7 @@ def measure_many(
     min_duration_s: float = MIN_DURATION_S,
     min_iterations: int = MIN_ITERATIONS,
     clock: Clock = time.perf_counter_ns,
+    pause: Callable[[float], None] = time.sleep,
 ) -> dict[str, Timing]:
     """Time several functions that do the same job, taking turns; each gets as many calls.
 
@@ -152,6 +158,7 @@ def measure_many(
         min_duration_s: of all the measured calls of each contender, on average.
         min_iterations: calls of each.
         clock: the time in nanoseconds.
+        pause: waits so many seconds.
 
     Raises:
         UsageError: nothing to measure, or a duration or count that is not positive.
@@ -167,12 +174,16 @@ def measure_many(
     order = list(contenders)
     budget_ns = min_duration_s * NS_PER_S * len(order)
     spent_ns = iterations = 0
+    turn_calls = min(TURN_CALLS, min_iterations) if len(order) > 1 else 1
     while iterations < min_iterations or spent_ns < budget_ns:
         for name in order:
-            elapsed = _timed(contenders[name], clock)
-            samples[name].append(elapsed)
-            spent_ns += elapsed
-        iterations += 1
+            if len(order) > 1:
+                pause(SETTLE_S)
+                contenders[name]()  # wakes its own threads, unmeasured
+            turn = [_timed(contenders[name], clock) for _ in range(turn_calls)]
+            samples[name] += turn
+            spent_ns += sum(turn)
+        iterations += turn_calls
         order = order[1:] + order[:1]
     return {
         name: Timing(

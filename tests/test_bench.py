@@ -11,7 +11,14 @@ import pytest
 
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime import bench
-from internvl_edge.runtime.bench import Timing, environment, measure, measure_many
+from internvl_edge.runtime.bench import (
+    TURN_CALLS,
+    WARMUP_ITERATIONS,
+    Timing,
+    environment,
+    measure,
+    measure_many,
+)
 
 MS = 1_000_000
 
@@ -130,9 +137,20 @@ def test_contenders_take_turns_in_a_rotating_order() -> None:
         return run
 
     contenders = {name: contender(name) for name in "abc"}
-    measure_many(contenders, warmup_s=0, min_duration_s=0, min_iterations=4, clock=clock)
-    measured = "".join(calls)[-12:]
-    assert measured == "abcbcacababc"
+    pauses: list[float] = []
+    found = measure_many(
+        contenders,
+        warmup_s=0,
+        min_duration_s=0,
+        min_iterations=2 * TURN_CALLS,
+        clock=clock,
+        pause=pauses.append,
+    )
+    turns = ["".join(group) for _, group in itertools.groupby(calls[3 * WARMUP_ITERATIONS :])]
+    # one unmeasured call to wake up, then the measured ones
+    assert turns == [name * (1 + TURN_CALLS) for name in "abcbca"]
+    assert len(pauses) == 6
+    assert all(len(timing.samples_ms) == 2 * TURN_CALLS for timing in found.values())
 
 
 def test_a_machine_that_slows_down_slows_all() -> None:

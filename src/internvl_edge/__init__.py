@@ -8,6 +8,7 @@ with internvl_edge.load("compiled") as model:
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.session import open_session
 
 __all__ = ["InternVLError", "__version__", "load", "open_session"]
+
+# A library leaves it to its user where messages go.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY = {
     "load": "internvl_edge.runtime.model",

@@ -6,6 +6,7 @@ else on stderr. Exit codes are those of ``internvl_edge.errors``; Ctrl-C exits w
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line; its exit code."""
     output = Output(as_json="--json" in arguments)
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     try:
         app.main(arguments, prog_name="internvl-edge", standalone_mode=False)
         flush()

@@ -34,7 +34,7 @@ from internvl_edge.compiler.engines import (
     profile_from,
     require_targets,
 )
-from internvl_edge.compiler.estimate import forecast
+from internvl_edge.compiler.estimate import forecast, forecast_plan
 from internvl_edge.compiler.options import (
     ExportOptions,
     Plan,
@@ -47,7 +47,7 @@ from internvl_edge.compiler.readme import readme
 from internvl_edge.compiler.simulate import read_scales, write_scales
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint import header_fingerprint, open_checkpoint
-from internvl_edge.publish import record, staging, write_manifest
+from internvl_edge.publish import record, require_free_disk, staging, write_manifest
 from internvl_edge.quantize.recipe import Recipe
 
 __all__ = [
@@ -86,6 +86,7 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
     plan = make_plan(options)
     targets = [target for target in options.targets if target != "onnx"]
     require_targets(targets)
+    require_free_disk(options.out.absolute().parent, forecast_plan(plan).disk_nbytes)
     with staging(options.out, force=options.force) as directory:
         manifest = _compile_into(plan, directory, report)
         if targets:

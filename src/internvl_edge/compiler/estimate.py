@@ -85,7 +85,12 @@ def forecast(options: ExportOptions) -> Forecast:
     Raises:
         UsageError, CheckpointError: as ``export`` would.
     """
-    plan = make_plan(options)
+    return forecast_plan(make_plan(options))
+
+
+def forecast_plan(plan: Plan) -> Forecast:
+    """What a checked plan will need."""
+    options = plan.options
     tensors = {name: (entry.dtype, entry.shape) for name, entry in plan.checkpoint.tensors.items()}
     written = _written_nbytes(plan, tensors)
     engines = len(options.targets) - ("onnx" in options.targets)
