@@ -89,6 +89,18 @@ class WeightsWriter:
         _pwrite(self._descriptor, data.data, place.offset)
         self._pending.discard(name)
 
+    def write_part(self, name: str, start: int, values: np.ndarray[Any, Any]) -> None:
+        """Write some elements of a tensor, flat from ``start`` on; the last part comes last."""
+        place = self.stored[name]
+        itemsize = place.dtype.itemsize
+        end = (start + values.size) * itemsize
+        if values.dtype != place.dtype or end > place.nbytes:
+            raise InternVLError(f"tensor {name!r}: a part of {values.dtype} up to byte {end}")
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        _pwrite(self._descriptor, data.data, place.offset + start * itemsize)
+        if end == place.nbytes:
+            self._pending.discard(name)
+
     def close(self) -> None:
         """Finish the file; every announced tensor must have been written."""
         if self._pending:

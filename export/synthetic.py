@@ -1,0 +1,267 @@
+"""Checkpoints of the real shapes with made-up weights.
+
+The published checkpoints are 12 to 28 GB. These have their exact layout (names, shapes, bfloat16,
+shards, index, config) and values of plausible sizes, so that everything but accuracy can be tried
+on them. They are streamed: memory does not grow with the model.
+
+    python -m internvl_edge.export.synthetic internvit-6b-224 DIRECTORY --layers 4
+
+Two options give what makes real towers hard to quantize, without changing the function computed:
+
+    --outliers   a few channels of every norm are 64 times larger, and the columns of the linear
+                 layers that read them 64 times smaller (a power of two: exact in bfloat16)
+    --massive    a few tokens carry residual values of some thousands in a few channels, and some
+                 rows of v are 64 times larger, the columns of proj that read them smaller
+
+Values come from one pool of normal numbers, read from places that a hash of (seed, tensor name)
+decides: the same arguments give the same bytes on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from internvl_edge.export.blocks import LLAMA_NORMS, VISION_NORMS
+from internvl_edge.export.checkpoint import expected_shapes
+from internvl_edge.export.config import (
+    CheckpointConfig,
+    InternVLConfig,
+    QLlamaConfig,
+    VisionConfig,
+)
+from internvl_edge.export.weights import WeightsWriter
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+POOL_SIZE = 1 << 22
+CHUNK = 1 << 20  # elements in memory at a time
+MAX_SHARD_NBYTES = 9_990_000_000  # gives InternVL-14B its three shards
+FACTOR = 64.0
+OUTLIER_CHANNELS = 6  # of every norm, and of every v
+MASSIVE_TOKENS, MASSIVE_CHANNELS, MASSIVE_VALUE = 3, 4, 2000.0
+
+_VIT_6B = VisionConfig()
+PRESETS: dict[str, CheckpointConfig] = {
+    "internvit-6b-224": CheckpointConfig(kind="vit", vision=_VIT_6B),
+    "internvit-6b-448-v1-5": CheckpointConfig(
+        kind="vit", vision=replace(_VIT_6B, image_size=448, num_hidden_layers=45)
+    ),
+    # QLLaMA is not published alone: the vision tower in front of it is one block deep.
+    "qllama-8b": CheckpointConfig(
+        kind="internvl",
+        vision=replace(_VIT_6B, num_hidden_layers=1),
+        internvl=InternVLConfig(vision=replace(_VIT_6B, num_hidden_layers=1)),
+    ),
+    "internvl-14b-224": CheckpointConfig(
+        kind="internvl", vision=_VIT_6B, internvl=InternVLConfig(vision=_VIT_6B)
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synthesis:
+    """What to write."""
+
+    config: CheckpointConfig
+    seed: int = 0
+    outliers: bool = False
+    massive: bool = False
+
+
+def shrink(config: CheckpointConfig, layers: int | None) -> CheckpointConfig:
+    """The same widths with fewer layers; None keeps them."""
+    if layers is None:
+        return config
+    vision = replace(config.vision, num_hidden_layers=min(layers, config.vision.num_hidden_layers))
+    if config.internvl is None:
+        return replace(config, vision=vision)
+    depth = min(layers, config.internvl.qllama.num_hidden_layers)
+    llama: QLlamaConfig = replace(config.internvl.qllama, num_hidden_layers=depth)
+    internvl = replace(config.internvl, vision=vision, qllama=llama)
+    return replace(config, vision=vision, internvl=internvl)
+
+
+def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:
+    """Write a checkpoint into a new directory; its size in bytes."""
+    directory.mkdir(parents=True)
+    prefix = "vision_model." if synthesis.config.kind == "vit" else ""
+    shapes = {
+        name.removeprefix(prefix): shape
+        for name, shape in expected_shapes(synthesis.config).items()
+    }
+    shards = list(_shards(shapes))
+    weight_map: dict[str, str] = {}
+    pool = np.random.default_rng(synthesis.seed).standard_normal(POOL_SIZE, dtype=np.float32)
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        layout = {name: (BFLOAT16, shapes[name]) for name in names}
+        with WeightsWriter(directory / file, layout) as writer:
+            for name in names:
+                for start, values in _values(synthesis, name, shapes[name], pool):
+                    writer.write_part(name, start, values.astype(BFLOAT16))
+        weight_map |= dict.fromkeys(names, file)
+    total = 2 * sum(math.prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(directory / "model.safetensors.index.json", index)
+    _write_json(directory / "config.json", published_config(synthesis.config))
+    return total
+
+
+def published_config(config: CheckpointConfig) -> dict[str, Any]:
+    """``config.json`` as the published checkpoints have it, without what decides nothing."""
+    vision = {"model_type": "intern_vit_6b", **asdict(config.vision)}
+    if config.internvl is None:
+        return vision | {"architectures": ["InternVisionModel"], "torch_dtype": "bfloat16"}
+    return {
+        "model_type": "internvl",
+        "architectures": ["InternVLModel"],
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "vision_config": vision,
+        "qllama_config": {"model_type": "llama", **asdict(config.internvl.qllama)},
+        "clip_embed_dim": config.internvl.clip_embed_dim,
+        "attn_pool_num_heads": config.internvl.attn_pool_num_heads,
+        "num_query_token": config.internvl.num_query_token,
+        "cross_attention_frequency": config.internvl.cross_attention_frequency,
+    }
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    names: list[str] = []
+    nbytes = 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        if names and nbytes + size > MAX_SHARD_NBYTES:
+            yield names
+            names, nbytes = [], 0
+        names.append(name)
+        nbytes += size
+    yield names
+
+
+def _values(
+    synthesis: Synthesis, name: str, shape: tuple[int, ...], pool: np.ndarray[Any, Any]
+) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """A tensor in flat pieces of whole rows: (first element, values)."""
+    width = shape[-1] if shape else 1
+    count = math.prod(shape)
+    rows_at_once = max(CHUNK // width, 1)
+    mean, deviation = _distribution(name, shape)
+    rng = _rng(synthesis.seed, name)
+    for start in range(0, count, rows_at_once * width):
+        size = min(rows_at_once * width, count - start)
+        place = int(rng.integers(0, POOL_SIZE))
+        values = mean + deviation * _cut(pool, place, size)
+        rows = values.reshape(-1, width) if shape else values
+        _inject(synthesis, name, rows, start // width)
+        yield start, values
+
+
+def _cut(pool: np.ndarray[Any, Any], place: int, size: int) -> np.ndarray[Any, Any]:
+    """``size`` numbers from ``place`` on, around the end if need be."""
+    end = place + size
+    if end <= len(pool):
+        return pool[place:end]
+    return np.concatenate((pool[place:], pool[: end - len(pool)]))
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that keep activations of the size real ones have."""
+    leaf = name.rsplit(".", 1)[-1]
+    is_norm = "norm" in name
+    if name == "logit_scale":
+        return math.log(100.0), 0.0
+    if leaf in ("ls1", "ls2"):
+        return 0.1, 0.02
+    if is_norm and leaf == "weight":
+        return 1.0, 0.1
+    if len(shape) == 1 or name.endswith("bias"):
+        return 0.0, 0.02
+    if "embedding" in name or "embed_tokens" in name or name == "query_tokens":
+        return 0.0, 0.02 if "patch" in name else 0.5
+    fan_in = math.prod(shape[1:]) if name != "text_projection" else shape[0]
+    return 0.0, 1.0 / math.sqrt(fan_in)
+
+
+def _inject(synthesis: Synthesis, name: str, rows: np.ndarray[Any, Any], first_row: int) -> None:
+    """Outlier channels and massive activations, in place, in rows from ``first_row`` on."""
+    if synthesis.outliers:
+        norm = _norm_of(name)
+        if norm is not None:
+            channels = _channels(synthesis.seed, norm, rows.shape[-1])
+            rows[..., channels] *= FACTOR if name == f"{norm}.weight" else 1 / FACTOR
+    if not synthesis.massive:
+        return
+    if name.endswith("position_embedding"):
+        # token t of the table is row t; class token excluded
+        for token in range(1, 1 + MASSIVE_TOKENS):
+            if first_row <= token < first_row + len(rows):
+                picked = _channels(synthesis.seed, name, rows.shape[-1])[:MASSIVE_CHANNELS]
+                rows[token - first_row, picked] = MASSIVE_VALUE * (1 + token)
+    block, _, leaf = name.rpartition(".attn.")
+    if leaf == "qkv.weight":
+        width = rows.shape[-1]
+        for channel in _channels(synthesis.seed, f"{block}.attn.v", width):
+            row = 2 * width + channel - first_row
+            if 0 <= row < len(rows):
+                rows[row] *= FACTOR
+    if leaf == "proj.weight":
+        rows[:, _channels(synthesis.seed, f"{block}.attn.v", rows.shape[-1])] /= FACTOR
+
+
+def _norm_of(name: str) -> str | None:
+    """The norm that a gain belongs to, or that a linear layer's weight reads; None of neither."""
+    for norms in (VISION_NORMS, LLAMA_NORMS):
+        for norm, readers in norms.items():
+            for suffix in (f".{norm}.weight", *(f".{reader}.weight" for reader in readers)):
+                block = name.removesuffix(suffix)
+                if block != name and ".layers." in block and block.rsplit(".", 1)[-1].isdecimal():
+                    return f"{block}.{norm}"
+    return None
+
+
+def _channels(seed: int, name: str, width: int) -> np.ndarray[Any, Any]:
+    return _rng(seed, f"channels of {name}").choice(width, OUTLIER_CHANNELS, replace=False)
+
+
+def _rng(seed: int, name: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("preset", choices=sorted(PRESETS))
+    parser.add_argument("directory", type=Path, help="a new directory")
+    parser.add_argument("--layers", type=int, help="keep the widths, have fewer layers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--outliers", action="store_true")
+    parser.add_argument("--massive", action="store_true")
+    chosen = parser.parse_args()
+    synthesis = Synthesis(
+        config=shrink(PRESETS[chosen.preset], chosen.layers),
+        seed=chosen.seed,
+        outliers=chosen.outliers,
+        massive=chosen.massive,
+    )
+    total = write_checkpoint(synthesis, chosen.directory)
+    sys.stdout.write(f"{chosen.directory}: {total / 1e9:.2f} GB\n")
+
+
+if __name__ == "__main__":
+    main()
