@@ -48,6 +48,7 @@ from internvl_edge.compiler.simulate import read_scales, write_scales
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint import header_fingerprint, open_checkpoint
 from internvl_edge.publish import record, require_free_disk, staging, write_manifest
+from internvl_edge.quantize.data import CalibrationSet
 from internvl_edge.quantize.recipe import Recipe
 
 __all__ = [
@@ -144,7 +145,8 @@ def verify(
 def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
     """Write everything but the manifest and the engines."""
     reason = reason_not_to_verify(plan.checkpoint, plan.options.verify)
-    samples = None if plan.recipe is None else samples_for(plan, load_samples(plan))
+    calibration = None if plan.recipe is None else load_samples(plan)
+    samples = None if calibration is None else samples_for(plan, calibration)
     scales: dict[str, dict[str, float]] = {}
     if plan.options.verify != "none":
         report(Progress(step="check", detail="weights are finite", done=0, total=1))
@@ -174,7 +176,7 @@ def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
     for done, (name, graph) in enumerate(emitted.items()):
         report(Progress(step="verify", detail=name, done=done, total=len(emitted)))
         records[name] = _component(plan, name, graph, checker, reason, directory)
-    return _manifest(plan, records, directory)
+    return _manifest(plan, records, calibration, directory)
 
 
 def _component(
@@ -203,7 +205,12 @@ def _component(
     )
 
 
-def _manifest(plan: Plan, records: dict[str, ComponentRecord], directory: Path) -> Manifest:
+def _manifest(
+    plan: Plan,
+    records: dict[str, ComponentRecord],
+    calibration: CalibrationSet | None,
+    directory: Path,
+) -> Manifest:
     """Copy what a runtime needs beside the graphs, and list it all."""
     for name in SIDE_FILES:
         if (plan.checkpoint.path / name).is_file():
@@ -218,6 +225,14 @@ def _manifest(plan: Plan, records: dict[str, ComponentRecord], directory: Path) 
         source={
             "checkpoint": plan.checkpoint.path.resolve().name,
             "files": _source_files(plan.checkpoint.shards),
+            "calibration": None
+            if calibration is None
+            else {
+                "name": calibration.name,
+                "samples": len(calibration),
+                "sha256": calibration.digest,
+                "skipped": list(calibration.skipped),
+            },
         },
         components=records,
         files={},

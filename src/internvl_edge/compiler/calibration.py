@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample
 from internvl_edge.runtime.image import pixel_values
 from internvl_edge.runtime.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 BATCH = 8  # samples that flow through the blocks together
 MAX_TEXT_LENGTH = 80  # tokens (internvl-spec section 3.4)
 TOKENIZER_FILE = "tokenizer.model"
@@ -36,7 +39,15 @@ def load_samples(plan: Plan) -> CalibrationSet:
     assert plan.recipe is not None
     count, seed = plan.recipe.num_samples, plan.recipe.seed
     if plan.options.calibration is not None:
-        return load_calibration(plan.options.calibration, count, seed)
+        found = load_calibration(plan.options.calibration, count, seed)
+        if found.skipped:
+            logger.warning(
+                "%s: skipped %d image(s) that do not decode: %s",
+                plan.options.calibration,
+                len(found.skipped),
+                ", ".join(found.skipped[:5]),
+            )
+        return found
     if plan.is_demo:
         from internvl_edge.demo import scenes  # training scans only; needs scikit-learn
 
@@ -45,7 +56,7 @@ def load_samples(plan: Plan) -> CalibrationSet:
             scenes.calibration_texts(count, seed),
             name="demo training scenes",
         )
-    return sample_set("photographs")
+    return sample_set("photographs", count, seed)
 
 
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array] | None:
