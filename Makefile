@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test check format bench-demo clean
 
 install: $(VENV)/.installed
 
@@ -26,8 +26,8 @@ check: install
 format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: install
-	$(BIN)/internvl-edge benchmark out/demo/* --against pytorch
+bench-demo: install
+	$(BIN)/python -m internvl_edge.demo --out out/bench --force --json > benchmarks/results/demo.json
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -17,7 +17,7 @@ its own with its own ranges:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class _Sequence:
     rope: tuple[Tensor, Tensor]
     vision: Tensor | None = None
     num_queries: int = 0
+    rows: Tensor | None = None  # (B, T), true where there is no padding; None: nowhere
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class Streams:
 
 
 def calibration_blocks(
-    checkpoint: Checkpoint, samples: Samples, streams: set[str], image_size: int
+    checkpoint: Checkpoint, samples: Samples, streams: set[str]
 ) -> Iterator[tuple[Block, Streams]]:
     """Every block that the wanted streams run through, in order.
 
@@ -106,7 +107,7 @@ def calibration_blocks(
     """
     vision_out: list[Tensor] = []
     if streams & {"image", "queries", "match"}:
-        current = Streams(states={"image": _embed_images(checkpoint, samples, image_size)})
+        current = Streams(states={"image": _embed_images(checkpoint, samples)})
         for block in _vision_blocks(checkpoint):
             yield block, current
         vision_out = current.states["image"]
@@ -117,18 +118,12 @@ def calibration_blocks(
 
 
 @torch.inference_mode()
-def _embed_images(checkpoint: Checkpoint, samples: Samples, image_size: int) -> list[State]:
+def _embed_images(checkpoint: Checkpoint, samples: Samples) -> list[State]:
     config = checkpoint.config.vision
     with torch.device("meta"):
-        embeddings = InternViT(_without_layers(config)).embeddings
+        embeddings = InternViT(replace(config, num_hidden_layers=1)).embeddings
     load_into(embeddings, checkpoint, "vision_model.embeddings.", torch.float32)
     return [embeddings(pixels) for pixels in samples.pixel_values]
-
-
-def _without_layers(config: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, num_hidden_layers=1)
 
 
 def _vision_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
@@ -177,13 +172,14 @@ def _queries(front: QLlama, queries: Tensor, vision: Tensor) -> _Sequence:
 
 def _text(front: QLlama, ids: Tensor) -> _Sequence:
     mask = causal_mask(ids.shape[1], ids.device) & padding_mask(ids > 0)
-    return _Sequence(x=front.embed(ids), mask=mask, rope=front.rope(ids.shape[1]))
+    return _Sequence(x=front.embed(ids), mask=mask, rope=front.rope(ids.shape[1]), rows=ids > 0)
 
 
 def _match(front: QLlama, queries: Tensor, vision: Tensor, ids: Tensor) -> _Sequence:
     state = _queries(front, queries, vision[: ids.shape[0]])
     state.x = torch.cat((state.x, front.embed(ids)), dim=1)
-    state.mask = padding_mask(F.pad(ids > 0, (state.num_queries, 0), value=True))
+    state.rows = F.pad(ids > 0, (state.num_queries, 0), value=True)
+    state.mask = padding_mask(state.rows)
     state.rope = front.rope(state.x.shape[1])
     return state
 
@@ -204,12 +200,6 @@ def _llama_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
 def _run_layer(layer: Layer) -> Callable[[_Sequence], _Sequence]:
     def run(state: _Sequence) -> _Sequence:
         x, _ = layer(state.x, state.rope, state.mask, None, state.vision, state.num_queries)
-        return _Sequence(
-            x=x,
-            mask=state.mask,
-            rope=state.rope,
-            vision=state.vision,
-            num_queries=state.num_queries,
-        )
+        return replace(state, x=x)
 
     return run

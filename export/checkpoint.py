@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import stat
@@ -31,8 +30,6 @@ from torch import nn
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config import CheckpointConfig, load_config
 from internvl_edge.export.models import InternViT, InternVL
-
-logger = logging.getLogger(__name__)
 
 MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 MAX_LISTED = 20  # problems named one by one before the rest is counted

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from internvl_edge.errors import CheckpointError, UsageError
+
+logger = logging.getLogger(__name__)
 
 MAX_CONFIG_NBYTES = 4 << 20
 # The modules whose behaviour we re-implement; a config that points elsewhere is not ours to run.
@@ -81,7 +84,11 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QLlamaConfig:
-    """QLLaMA: LLaMA with learnable queries and cross-attention (internvl-spec section 2.1)."""
+    """QLLaMA: LLaMA with learnable queries and cross-attention (internvl-spec section 2.1).
+
+    ``rope_theta``, ``rope_scaling`` and ``num_key_value_heads`` stand in published configs and
+    are ignored here as in the original, whose rotary base and head count are fixed.
+    """
 
     hidden_size: int = 4096  # D
     num_attention_heads: int = 32
@@ -172,6 +179,12 @@ def load_config(directory: Path) -> CheckpointConfig:
     _refuse_remote_code(raw, path)
     nested_vision = raw.get("vision_config")
     if isinstance(raw.get("qllama_config"), dict):
+        if raw.get("tie_word_embeddings"):
+            logger.warning(
+                "%s: tie_word_embeddings is true at the top level, where it would make a loader "
+                "overwrite one of two different tensors; lm_head and embed_tokens are both kept",
+                path,
+            )
         vision = _vision_config(_section(raw, "vision_config", path), path, raw)
         return CheckpointConfig(
             kind="internvl", vision=vision, internvl=_internvl(raw, vision, path)

@@ -18,12 +18,15 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from internvl_edge.errors import CheckpointError, MissingDependency
+from internvl_edge.disk import os_errors
+from internvl_edge.errors import CheckpointError, MissingDependency, ResourceError, UsageError
 from internvl_edge.export.checkpoint import PICKLE_SUFFIXES
 
 OLDEST_TORCH = (2, 10)  # CVE-2026-24747
+DISK_FULL = 28  # exit code of the subprocess
 RENAMED = (
     (re.compile(r"^cls_token$"), "embeddings.class_embedding"),
     (re.compile(r"^pos_embed$"), "embeddings.position_embedding"),
@@ -44,8 +47,9 @@ def convert_pickles(source: Path, out: Path) -> int:
         The number of tensors.
 
     Raises:
-        CheckpointError: nothing to convert, a file that is not a plain pickle of tensors, or
-            ``out`` exists.
+        CheckpointError: nothing to convert, or a file that is not a plain pickle of tensors.
+        UsageError: ``out`` exists or cannot be written.
+        ResourceError: the disk is full.
         MissingDependency: PyTorch is older than the last fix of its restricted loader.
     """
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
@@ -54,27 +58,41 @@ def convert_pickles(source: Path, out: Path) -> int:
             f'{".".join(map(str, OLDEST_TORCH))}: pip install "internvl-edge[export]"'
         )
     if out.exists():
-        raise CheckpointError(f"{out}: already exists; convert writes a new directory")
-    pickles = sorted(p for p in source.glob("*") if p.suffix in PICKLE_SUFFIXES)
+        raise UsageError(f"{out}: already exists; convert writes a new directory")
+    pickles = _weights_of(source)
     if not pickles:
         raise CheckpointError(f"{source}: no {', '.join(PICKLE_SUFFIXES)} file to convert")
-    staged = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    staged.mkdir(parents=True)
-    try:
-        count = sum(_convert_in_subprocess(p, staged / f"{p.stem}.safetensors") for p in pickles)
-        for side in source.glob("*"):
-            if side.suffix in (".json", ".model") and not side.name.endswith(".index.json"):
-                shutil.copyfile(side, staged / side.name)
-        staged.rename(out)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+    staged = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
+    with os_errors(out):
+        staged.mkdir(parents=True)
+        try:
+            count = sum(
+                _convert_in_subprocess(p, staged / f"{p.stem}.safetensors") for p in pickles
+            )
+            for side in source.glob("*"):
+                if side.suffix in (".json", ".model") and not side.name.endswith(".index.json"):
+                    shutil.copyfile(side, staged / side.name)
+            staged.rename(out)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
     return count
 
 
+def _weights_of(source: Path) -> list[Path]:
+    """The pickles that hold the model, not the trainer's state beside them."""
+    pickles = sorted(p for p in source.glob("*") if p.suffix in PICKLE_SUFFIXES)
+    named = [p for p in pickles if p.name.startswith(("pytorch_model", "model"))]
+    return named or pickles
+
+
 def _convert_in_subprocess(pickle: Path, target: Path) -> int:
-    command = [sys.executable, "-m", "internvl_edge.export.convert", str(pickle), str(target)]
+    # -P keeps the current directory, which may be the download itself, off the import path.
+    module = "internvl_edge.export.convert"
+    command = [sys.executable, "-P", "-m", module, str(pickle), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == DISK_FULL:
+        raise ResourceError(f"{target.parent}: the disk is full; free some space")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CheckpointError(f"{pickle}: not a plain pickle of tensors: {reason}")
@@ -88,7 +106,10 @@ def convert_file(pickle: Path, target: Path) -> int:
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise CheckpointError(f"{pickle}: expected a dictionary of tensors")
     tensors = {rename(str(name)): tensor.contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, target, metadata={"format": "pt"})
+    try:
+        save_file(tensors, target, metadata={"format": "pt"})
+    except SafetensorError as error:
+        sys.exit(DISK_FULL if "space" in str(error) else str(error))
     return len(tensors)
 
 

@@ -12,8 +12,9 @@ applied to it directly, therefore stays float32 at fp16; it is a thousandth of t
 its casts fuse into the neighbouring operations. bfloat16 has float32's range and is what the
 published weights are stored in, so there the stream is bfloat16 as in the original.
 
-Norm statistics and softmax are float32 at every precision (``RMSNormalization`` and ``Attention``
-define it so).
+Norm statistics are float32 at every precision (``stash_type`` of ``RMSNormalization``). A softmax's
+precision is the runtime's choice: fused kernels accumulate in float32, and TensorRT's parser
+refuses the attribute that would demand it.
 """
 
 from __future__ import annotations

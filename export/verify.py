@@ -63,7 +63,7 @@ def agreement(reference: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> 
         raise VerificationError(f"expected shape {reference.shape}, found {actual.shape}")
     r = reference.astype(np.float64).reshape(-1, reference.shape[-1])
     a = actual.astype(np.float64).reshape(r.shape)
-    if not np.isfinite(a).all():
+    if not (np.isfinite(a).all() and np.isfinite(r).all()):
         return Agreement(cosine=-1.0, sqnr_db=-np.inf, max_abs=np.inf)
     error = r - a
     norms = np.linalg.norm(r, axis=1) * np.linalg.norm(a, axis=1)
@@ -138,7 +138,7 @@ def require_agreement(found: Mapping[str, Agreement], component: str, bound: str
             raise VerificationError(
                 f"{component}, output {name!r}: expected cosine ≥ {cosine} and SQNR ≥ {sqnr} dB "
                 f"beside {against} ({bound}), found {figure.cosine:.5f} and "
-                f"{figure.sqnr_db:.1f} dB; nothing was published"
+                f"{figure.sqnr_db:.1f} dB"
             )
 
 

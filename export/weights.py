@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.errors import InternVLError
+from internvl_edge.errors import InternVLError, UsageError
 from internvl_edge.export.checkpoint import DTYPES, Checkpoint, read_header
 
 Transfer = Literal["auto", "link", "copy"]
@@ -36,19 +36,6 @@ Transfer = Literal["auto", "link", "copy"]
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 # The header is padded so that the data begins at a page: offsets then keep a tensor's alignment.
 DATA_ALIGNMENT = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LazyTensor:
-    """A tensor that is computed or read when its turn to be written comes."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    load: Callable[[], np.ndarray[Any, Any]]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,32 +149,39 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 def bring_shards(
     checkpoint: Checkpoint, directory: Path, transfer: Transfer
-) -> tuple[dict[str, StoredTensor], str]:
-    """Put the checkpoint's own shards into ``directory`` and say where each tensor lies.
+) -> dict[str, StoredTensor]:
+    """Put the checkpoint's own shards into ``directory``; canonical name → place.
 
-    Returns:
-        Canonical name → place, and how the files came there: "hard link" or "copy".
+    Raises:
+        UsageError: a shard cannot be hard-linked there.
     """
-    how = "copy"
     for shard in checkpoint.shards:
         target = directory / shard.name
         source = shard.resolve(strict=True)  # a cache snapshot is a symlink to a blob
         if transfer == "link":
-            os.link(source, target)
-            how = "hard link"
+            _link(source, target)
         else:
             shutil.copyfile(source, target)
-    placed = {entry.file: entry.file.name for entry in checkpoint.tensors.values()}
     return {
         name: StoredTensor(
-            location=placed[entry.file],
+            location=entry.file.name,
             offset=entry.offset,
             nbytes=entry.nbytes,
             dtype=entry.dtype,
             shape=entry.shape,
         )
         for name, entry in checkpoint.tensors.items()
-    }, how
+    }
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise UsageError(
+            f"{source} cannot be hard-linked beside {target.parent.name}: {error.strerror}; "
+            "they must be on one file system, or use --weights copy"
+        ) from error
 
 
 def read_stored(directory: Path, location: str) -> dict[str, StoredTensor]:

@@ -42,16 +42,18 @@ def _result_dtype(node: ir.Node) -> ir.DataType | None:
     return None if source is None else source.dtype
 
 
-def widen(source: Path, target: Path) -> None:
-    """Write the twin of the graph at ``source`` to ``target``, in the same directory.
+def widen(source: Path) -> bytes | None:
+    """The twin of the graph at ``source``, or None if that has no bfloat16 to widen.
 
-    The external data stays where it is; both files refer to it.
+    The external data stays where it is; both graphs refer to it.
     """
     model = ir.load(source)
     graph = model.graph
     infer_dtypes(graph)
     values = [output for node in graph for output in node.outputs]
     rounded = [value for value in values if value.dtype == ir.DataType.BFLOAT16]
+    if not rounded:
+        return None
     stored = [v for v in graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
     for value in stored:
         _insert_casts(graph, value, [ir.DataType.FLOAT])
@@ -64,7 +66,8 @@ def widen(source: Path, target: Path) -> None:
             _insert_casts(graph, value, [ir.DataType.BFLOAT16, ir.DataType.FLOAT])
         else:
             _insert_casts(graph, value, [ir.DataType.FLOAT])
-    ir.save(model, target)
+    twin: bytes = ir.to_proto(model).SerializeToString()
+    return twin
 
 
 def _insert_casts(graph: ir.Graph, value: ir.Value, dtypes: list[ir.DataType]) -> None:

@@ -100,8 +100,12 @@ def calibrate_block(
     seen: dict[str, _Seen] = {}
     for stream, batch in states.items():
         seen[stream] = _Seen()
-        with _watching(block, linears, groups, seen[stream]):
-            states[stream] = [block.run(state) for state in batch]
+        with _watching(block, linears, groups, seen[stream]) as look_at:
+            outputs = []
+            for state in batch:
+                look_at(getattr(state, "rows", None))
+                outputs.append(block.run(state))
+        states[stream] = outputs
 
     result = CalibratedBlock(activations={stream: {} for stream in states})
     weights = {name: linear.weight.float().numpy() for name, linear in linears.items()}
@@ -130,14 +134,27 @@ def _watching(
     linears: Mapping[str, nn.Linear],
     groups: Mapping[str, list[str]],
     seen: _Seen,
-) -> Iterator[None]:
-    """Look at the input of every quantized linear layer while the block runs."""
+) -> Iterator[Callable[[Tensor | None], None]]:
+    """Look at the input of every quantized linear layer while the block runs.
+
+    Yields:
+        A function that says which rows (B, T) of the next run are not padding; None: all.
+    """
     grouped = {name: norm for norm, names in groups.items() for name in names}
     first = {names[0] for names in groups.values()}
 
+    rows: Tensor | None = None
+
+    def look_at(wanted: Tensor | None) -> None:
+        nonlocal rows
+        rows = wanted
+
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1]).numpy()
+            x = inputs[0].detach().float()
+            # cross-attention looks at other sequences, which have no padding
+            is_masked = rows is not None and x.shape[:2] == rows.shape
+            values = (x[rows] if is_masked else x.reshape(-1, x.shape[-1])).numpy()
             if not np.isfinite(values).all():
                 raise CalibrationError(
                     f"{name}: calibration met NaN or infinity in its input; is the checkpoint "
@@ -154,7 +171,7 @@ def _watching(
         for name, linear in linears.items():
             if name not in grouped or name in first:  # readers of one norm see one tensor
                 stack.callback(linear.register_forward_pre_hook(watch(name)).remove)
-        yield
+        yield look_at
 
 
 def _fold_norm(
@@ -174,7 +191,7 @@ def _fold_norm(
     factors = np.ones(everything[0].shape[1], np.float32)
     if recipe.smooth is not None:
         peaks = np.max([np.abs(values).max(axis=0) for values in everything], axis=0)
-        columns = np.max([np.abs(weights[name]).max(axis=0) for name in readers], axis=0)
+        columns = smooth.column_absmax([weights[name] for name in readers])
         factors = smooth.smoothing_factors(peaks, columns, recipe.smooth)
         gain, bias, scaled = smooth.fold(
             *_norm_arrays(block, norm), [weights[n] for n in readers], factors

@@ -40,6 +40,7 @@ OUT_OF_MEMORY = re.compile(
     r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",
     re.IGNORECASE,
 )
+EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
 
@@ -48,6 +49,7 @@ class OrtSession:
 
     Args:
         path: the file; its external data lies beside it.
+        graph: open these bytes in place of the file's, with the external data beside ``path``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
         num_threads: threads within an operator; None is every core this process may use.
 
@@ -58,7 +60,12 @@ class OrtSession:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, device: str = "cpu", num_threads: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        graph: bytes | None = None,
+        device: str = "cpu",
+        num_threads: int | None = None,
     ) -> None:
         self._path = Path(path)
         self._providers = _providers(device)
@@ -67,9 +74,11 @@ class OrtSession:
         options.intra_op_num_threads = available_cores() if num_threads is None else num_threads
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.enable_cpu_mem_arena = True  # intermediate buffers are kept between runs
+        if graph is not None:
+            options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._path.parent))
         try:
             session = onnxruntime.InferenceSession(
-                os.fspath(path), options, providers=self._providers
+                os.fspath(path) if graph is None else graph, options, providers=self._providers
             )
         except Exception as error:
             raise self._load_error(error) from error
@@ -131,9 +140,9 @@ class OrtSession:
         if missing:
             where = "CUDA" if CUDA in _names(self._providers) else "CPU"
             return HardwareError(
-                f"{self._path}: bfloat16 needs a GPU; this ONNX Runtime "
-                f"({onnxruntime.__version__}) has no {where} kernel for {missing[1]} of node "
-                f"{missing[2]!r} in its dtype; export at fp32, fp16, int8 or fp8 to run there"
+                f"{self._path}: ONNX Runtime {onnxruntime.__version__} has no {where} kernel for "
+                f"{missing[1]} of node {missing[2]!r} in its dtype; bfloat16 needs a GPU, "
+                "export at fp32, fp16, int8 or fp8 to run there"
             )
         if _is_memory(error, message):
             return ResourceError(f"not enough memory to open {self._path}: {message}")

@@ -25,6 +25,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from internvl_edge.artifact import Artifact, TensorSpec, open_artifact
+from internvl_edge.engineinfo import check_engine, read_engine_info
 from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
 
 __all__ = [
@@ -154,6 +155,12 @@ def _no_tensorrt_session(
             f"{artifact.path} has no {backend} engine of {component!r}; "
             f"run: internvl-edge build {artifact.path} --target {backend}"
         )
+    for engine in artifact.engines(component, backend):
+        info = read_engine_info(artifact.file(engine.sidecar))
+        try:
+            check_engine(info, importlib.import_module(package))
+        except HardwareError as error:
+            return error
     return HardwareError(
         f"this release builds {backend} engines and does not run them itself; load the .plan of "
         f"{artifact.path} with {package}, or use backend 'onnxruntime'"

@@ -42,7 +42,7 @@ def calibrate(
     checkpoint: Checkpoint, samples: Samples, recipe: Recipe, streams: set[str]
 ) -> tuple[list[CalibratedBlock], dict[str, Any]]:
     results, states = [], {}
-    for block, current in calibration_blocks(checkpoint, samples, streams, 28):
+    for block, current in calibration_blocks(checkpoint, samples, streams):
         results.append(calibrate_block(block, current.states, recipe))
         states |= current.states
     return results, states

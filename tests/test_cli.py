@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,47 @@ def test_convert_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_convert_imports_nothing_from_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write_vit(tmp_path / "vit")
+    (written.path / "model.safetensors").unlink()
+    torch.save(written.state, written.path / "pytorch_model.bin")
+    canary = tmp_path / "canary"
+    (written.path / "safetensors.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    monkeypatch.chdir(written.path)
+    assert run(["convert", ".", str(tmp_path / "new")]) == 0
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (MemoryError(), 5),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 5),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 5),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2),
+        (ZeroDivisionError("oops"), 7),
+    ],
+)
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_every_failure_has_a_code_and_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: Exception,
+    code: int,
+    debug: list[str],
+) -> None:
+    def fail(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr("internvl_edge.artifact.open_artifact", fail)
+    assert run([*debug, "verify", "x", "--json"]) == code
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"]["exit_code"] == code
+    assert ("Traceback" in captured.err) == bool(debug)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -213,7 +255,13 @@ def test_convert_runs_no_code(tmp_path: Path) -> None:
         (["retrieve", "COMPILED", "PICTURE"], 2, "--text"),
         (["benchmark", "COMPILED", "--batch", "0"], 2, "positive"),
         (["build", "COMPILED", "--batch", "4,1"], 2, "three sizes"),
-        (["build", "COMPILED", "--target", "x"], 2, "target must be"),
+        (["build", "COMPILED", "--target", "x"], 2, "x"),
+        (["build", "COMPILED", "--target", "onnx"], 2, "onnx"),
+        (["build", "COMPILED", "--length", "1,8,999"], 2, "positions for"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--calib", "x", "-p", "int8", "--dry-run"], 3, "x"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--calib", "CHECKPOINT"], 2, "calibrate"),
+        (["embed", "COMPILED", "PICTURE", "--save", "/nonexistent/x.npz"], 2, "/nonexistent"),
+        (["inspect", "nowhere"], 2, "does not exist"),
         (["verify", "nowhere"], 3, "nowhere"),
         (["match", "COMPILED", "PICTURE", "--text", "a", "--backend", "tensorrt"], 4, "tensorrt"),
     ],

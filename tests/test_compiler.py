@@ -14,12 +14,14 @@ import pytest
 import torch
 from checkpoints import Written, write_internvl, write_tokenizer, write_vit
 from PIL import Image
+from safetensors.torch import save_file
 
 import internvl_edge
 from internvl_edge import compiler
 from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import (
+    BuildError,
     CalibrationError,
     CheckpointError,
     InternVLError,
@@ -277,8 +279,6 @@ def test_empty_calibration_folder(tiny: Written, tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     written = write_internvl(tmp_path / "c")
-    from safetensors.torch import save_file
-
     state = dict(written.state)
     state["clip_projector.norm1_q.weight"][3] = torch.nan
     save_file(state, written.path / "model.safetensors")
@@ -294,6 +294,45 @@ def test_an_existing_directory_is_kept_without_force(tiny: Written, tmp_path: Pa
     with pytest.raises(UsageError, match="--force"):
         compiler.export(options(tiny, out))
     assert (out / "precious").read_text() == "x"
+
+
+def test_channels_that_are_switched_off(tmp_path: Path, pictures: Path) -> None:
+    """A norm gain of zero moves nothing into the columns that it hides."""
+    written = write_vit(tmp_path / "vit")
+    state = dict(written.state)
+    state["encoder.layers.0.norm1.weight"][5] = 0
+    save_file(state, written.path / "model.safetensors")
+    for precision in ("int8", "fp8"):
+        chosen = ExportOptions(
+            checkpoint=written.path,
+            out=tmp_path / precision,
+            precision=precision,
+            calibration=pictures,
+        )
+        verification = compiler.export(chosen).manifest.components["vision"].verification
+        assert verification is not None
+        assert verification["simulated_sqnr_db"] > 40
+
+
+def test_an_engine_that_fails_does_not_cost_the_export(
+    tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from internvl_edge.compiler import engines
+
+    original = engines.build_engine
+
+    def failing(path: Path, *args: Any, component: str, **kwargs: Any) -> Any:
+        if component == "image_pool":
+            raise BuildError("no kernel")
+        return original(path, *args, component=component, **kwargs)
+
+    monkeypatch.setattr(engines, "build_engine", failing)
+    pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
+    chosen = options(tiny, tmp_path / "out", precision="fp16", targets=("tensorrt-rtx",))
+    with pytest.raises(BuildError, match="is published, with 1 engine"):
+        compiler.export(chosen)
+    artifact = open_artifact(tmp_path / "out")
+    assert [engine.component for engine in artifact.manifest.engines] == ["vision"]
 
 
 def test_force_replaces_only_what_is_complete(tiny: Written, tmp_path: Path) -> None:

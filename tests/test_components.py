@@ -100,8 +100,12 @@ def test_component(
     path = write(checkpoint, graph, tmp_path)
     onnx.checker.check_model(path, full_check=True)
     if base == "bf16":
-        widen(path, tmp_path / "wide.onnx")
+        twin = widen(path)
+        assert twin is not None
         path = tmp_path / "wide.onnx"
+        path.write_bytes(twin)
+    else:
+        assert widen(path) is None
     bound = {"fp32": 90, "fp16": 45, "bf16": 25}[base]
     names = COMPONENTS[name].output_names(checkpoint.config)
     for batch, length, seed in ((1, 5, 1), (3, 11, 2)):  # neither is the traced size

@@ -140,7 +140,7 @@ def test_shards_are_brought(tmp_path: Path, transfer: Any, links: int) -> None:
     checkpoint = open_checkpoint(write_internvl(tmp_path / "c", shards=2).path)
     out = tmp_path / "out"
     out.mkdir()
-    stored, _ = bring_shards(checkpoint, out, transfer)
+    stored = bring_shards(checkpoint, out, transfer)
     for name, place in stored.items():
         path = out / place.location
         assert path.stat().st_nlink == links

@@ -8,8 +8,11 @@ has no Reshape or Transpose of ours, and TensorRT maps the op to its fused kerne
 is exported the functions emit those ops; in eager mode they are PyTorch's own, which keeps them
 an independent check of the exported graph.
 
-The softmax runs in float32 at every precision. A boolean mask is True where a query may look,
-which avoids the half-precision overflow of summed additive masks.
+The softmax runs in float32 in PyTorch and in fused kernels. The exported op leaves it to the
+runtime: its ``softmax_precision`` would say so, but TensorRT's parser refuses the attribute.
+
+A boolean mask is True where a query may look, which avoids the half-precision overflow of summed
+additive masks.
 
 Rotary positions follow LLaMA: the two halves of a head are the two parts of the rotated pair,
     (x₁, x₂) → (x₁ cos φ − x₂ sin φ,  x₂ cos φ + x₁ sin φ),   φ = position · base^(−2i/d).

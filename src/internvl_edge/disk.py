@@ -46,7 +46,7 @@ def os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _translated(error, path) from error
+        raise translated(error, path) from error
 
 
 @contextlib.contextmanager
@@ -61,11 +61,12 @@ def work_errors(path: Path, directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL | EXHAUSTED or str(error.filename).startswith(str(directory)):
-            raise _translated(error, path) from error
+            raise translated(error, path) from error
         raise
 
 
-def _translated(error: OSError, path: Path) -> InternVLError:
+def translated(error: OSError, path: Path) -> InternVLError:
+    """An operating system's error as ours, naming ``path``."""
     name = errno.errorcode.get(error.errno or 0, "no errno")
     text = f"{path}: {error.strerror or error} ({name})"
     if error.filename is not None and str(error.filename) != str(path):

@@ -44,6 +44,7 @@ from internvl_edge.errors import ArtifactError, InternVLError, UsageError
 from internvl_edge.manifest import FOLDERS, MANIFEST, FileRecord, Manifest
 
 __all__ = [
+    "check_out",
     "os_errors",
     "record",
     "require_free_disk",
@@ -76,7 +77,7 @@ def staging(out: Path, *, force: bool) -> Iterator[Path]:
             _make_parents(out.parent, cleanup)
             _restore(out)
             _reclaim(out)
-            _check_replaceable(out, force=force)
+            check_out(out, force=force)
             held = _hold(out, cleanup) if out.exists() else None
             directory = _make_staging(out, cleanup)
         with work_errors(out, directory):
@@ -159,8 +160,12 @@ def _remove_if_empty(path: Path) -> None:
         path.rmdir()
 
 
-def _check_replaceable(out: Path, *, force: bool) -> None:
-    """Refuse whatever is at ``out`` unless it is a directory of ours and may be replaced."""
+def check_out(out: Path, *, force: bool) -> None:
+    """Refuse whatever is at ``out`` unless it is a directory of ours and may be replaced.
+
+    Raises:
+        UsageError: it says what is there.
+    """
     try:
         mode = out.lstat().st_mode
     except FileNotFoundError:
@@ -289,7 +294,7 @@ def _publish(directory: Path, out: Path, force: bool, held: int | None, cleanup:
         try:
             rename_new(directory, out)
         except FileExistsError:
-            _check_replaceable(out, force=force)
+            check_out(out, force=force)
         else:
             return
         try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +18,7 @@ from internvl_edge._version import __version__
 from internvl_edge.cli import compile as compile_commands
 from internvl_edge.cli import measure, use
 from internvl_edge.cli.console import Output, error_line, flush
+from internvl_edge.disk import translated
 from internvl_edge.errors import InternVLError, ResourceError
 
 __all__ = ["app", "main"]
@@ -63,14 +66,23 @@ def run(arguments: list[str]) -> int:
         return _fail(output, error.format_message(), error.exit_code, "UsageError")
     except click.Abort:
         return 130
-    except MemoryError:
-        raised: InternVLError = ResourceError("out of memory; see --dry-run for what is needed")
-        return _fail(output, str(raised), raised.exit_code, type(raised).__name__)
-    except InternVLError as error:
+    except Exception as error:
         if "--debug" in arguments:
-            raise
-        return _fail(output, str(error), error.exit_code, type(error).__name__)
+            traceback.print_exc()
+        ours = as_ours(error)
+        return _fail(output, str(ours), ours.exit_code, type(ours).__name__)
     return 0
+
+
+def as_ours(error: Exception) -> InternVLError:
+    """Any failure as one of our errors, so that none leaves without its exit code."""
+    if isinstance(error, InternVLError):
+        return error
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return ResourceError("out of memory; --dry-run says what is needed")
+    if isinstance(error, OSError):
+        return translated(error, Path(str(error.filename or "")))
+    return InternVLError(f"unexpected {type(error).__name__}: {error}; --debug shows where")
 
 
 def _fail(output: Output, message: str, code: int, kind: str) -> int:

@@ -9,7 +9,7 @@ import click
 
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, backend, names
-from internvl_edge.errors import MissingDependency
+from internvl_edge.errors import MissingDependency, UsageError
 
 PRECISIONS = "fp32, fp16, bf16, int8 or fp8"
 
@@ -142,6 +142,8 @@ def inspect(output: Output, path: Path, backend: str) -> None:
 
         _show_artifact(output, open_artifact(path))
         return
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; expected a checkpoint or a compiled directory")
     _require_export()
     from internvl_edge.export.checkpoint import open_checkpoint
     from internvl_edge.export.components import available_components
@@ -208,6 +210,9 @@ def _show_artifact(output: Output, artifact: Any) -> None:
     ]
     output.say(f"{artifact.path}: {manifest.precision}, {manifest.image_size} px")
     output.table(("component", "weights", "cosine", "SQNR", "max |Δ|"), rows)
+    for reason in {(r.verification or {}).get("skipped") for r in manifest.components.values()}:
+        if reason:
+            output.say(reason)
     for engine in manifest.engines:
         size = manifest.files[engine.file].nbytes
         output.say(

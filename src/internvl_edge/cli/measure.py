@@ -36,7 +36,7 @@ PACKAGES = {
     "scikit-learn": ("the demo's digits", "demo"),
 }
 DEFAULT_LENGTH = 32  # of texts, in tokens
-EMPTY_TABLE = ("out", "component", "batch", "p50", "p90", "p99", "images/s")
+COLUMNS = ("out", "component", "batch", "p50", "p90", "p99", "images/s")
 
 
 @click.command()
@@ -71,7 +71,7 @@ def benchmark(
 
     artifacts = {str(out): open_artifact(out) for out in outs}
     chosen = _components(artifacts, components)
-    reference = _reference(checkpoint) if against else None
+    reference = _reference(checkpoint, artifacts) if against else None
     results = []
     for component in chosen:
         for size in _batch_sizes(batch):
@@ -91,7 +91,7 @@ def benchmark(
                 for label, timing in timings.items()
             ]
     card = environment()
-    output.table(EMPTY_TABLE, [_row(result) for result in results])
+    output.table(COLUMNS, [_row(result) for result in results])
     output.say("  ".join(f"{key}: {value}" for key, value in _flat(card).items()))
     output.result({"environment": card, "results": results})
 
@@ -134,22 +134,34 @@ def _feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndarray[An
         elif spec.name == "attention_mask":
             feeds[spec.name] = np.ones(shape, np.int64)
         else:
-            feeds[spec.name] = rng.integers(3, 100, shape)
+            vocabulary = artifact.manifest.model["internvl"]["qllama"]["vocab_size"]
+            feeds[spec.name] = rng.integers(1, vocabulary, shape)
     return feeds
 
 
 def _reference(
-    checkpoint: Path | None,
+    checkpoint: Path | None, artifacts: Mapping[str, Any]
 ) -> Callable[[str, Mapping[str, np.ndarray[Any, Any]]], Callable[[], object]]:
     """PyTorch eager on the same threads: component, feeds → what to time."""
     import torch
 
     from internvl_edge.compiler.options import demo_checkpoint
-    from internvl_edge.export.checkpoint import load_reference
+    from internvl_edge.export.checkpoint import (
+        header_fingerprint,
+        load_reference,
+        open_checkpoint,
+    )
     from internvl_edge.export.components import COMPONENTS, build_component
 
+    source = checkpoint or demo_checkpoint()
+    shards = {path.name: header_fingerprint(path) for path in open_checkpoint(source).shards}
+    for label, artifact in artifacts.items():
+        if artifact.manifest.source["files"] != shards:
+            raise UsageError(
+                f"{label} was not made from {source}; name its checkpoint with --checkpoint"
+            )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = load_reference(checkpoint or demo_checkpoint())
+    model = load_reference(source)
 
     def contender(
         component: str, feeds: Mapping[str, np.ndarray[Any, Any]]

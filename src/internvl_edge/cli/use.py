@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
 
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, backend
+from internvl_edge.disk import os_errors
 from internvl_edge.errors import UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -55,7 +56,8 @@ def embed(
         if texts:
             results["texts"] = model.encode_text(list(texts), normalize=normalize)
     if save is not None:
-        np.savez(save, allow_pickle=False, **results)
+        with os_errors(save), save.open("wb") as file:
+            np.savez(file, **cast(dict[str, Any], results))
         output.say(f"{save}: {', '.join(f'{k} {v.shape}' for k, v in results.items())}")
     elif not output.as_json:
         for array in results.values():

@@ -45,7 +45,7 @@ from internvl_edge.compiler.options import (
 )
 from internvl_edge.compiler.readme import readme
 from internvl_edge.compiler.simulate import read_scales, write_scales
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import BuildError, InternVLError, ResourceError, UsageError
 from internvl_edge.export.checkpoint import header_fingerprint, open_checkpoint
 from internvl_edge.publish import record, require_free_disk, staging, write_manifest
 from internvl_edge.quantize.data import CalibrationSet
@@ -86,14 +86,22 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
     """
     plan = make_plan(options)
     targets = [target for target in options.targets if target != "onnx"]
-    require_targets(targets)
+    require_targets(targets, options.precision)
     require_free_disk(options.out.absolute().parent, forecast_plan(plan).disk_nbytes)
     with staging(options.out, force=options.force) as directory:
         manifest = _compile_into(plan, directory, report)
-        if targets:
-            manifest = add_engines(directory, manifest, targets, report=report)
+        failure: InternVLError | None = None
+        try:
+            for grown in add_engines(directory, manifest, targets, report=report):
+                manifest = grown
+        except (BuildError, ResourceError) as error:
+            failure = error  # hours of quantization are not thrown away for one engine
         report(Progress(step="publish", detail=str(options.out), done=0, total=1))
         write_manifest(directory, manifest)
+    if failure is not None:
+        raise type(failure)(
+            f"{failure}; {options.out} is published, with {len(manifest.engines)} engine(s)"
+        ) from failure
     return open_artifact(options.out)
 
 
@@ -126,9 +134,12 @@ def verify(
             f"{out} was not made from {checkpoint}: expected shards {expected}, found {found}"
         )
     quantization = None
+    base = engine_base = artifact.manifest.precision
     if artifact.manifest.recipe is not None:
+        recipe = Recipe.from_json(artifact.manifest.recipe)
+        base, engine_base = recipe.base or "fp32", recipe.engine_base
         quantization = Quantization(
-            recipe=Recipe.from_json(artifact.manifest.recipe),
+            recipe=recipe,
             scales=read_scales(artifact.path),
             folded=stored_norms(artifact.file(WEIGHTS_FILE)),
         )
@@ -138,7 +149,12 @@ def verify(
         total = len(artifact.manifest.components)
         report(Progress(step="verify", detail=name, done=done, total=total))
         path = artifact.onnx_path(name)
-        figures[name] = checker.check(name, path, artifact.manifest.precision)
+        figures[name] = checker.check(name, path, artifact.manifest.precision, base=base)
+        other = engine_graph(name, engine_base)
+        if other in artifact.manifest.files:
+            figures[name]["engine_graph"] = checker.check(
+                name, artifact.file(other), artifact.manifest.precision, base=engine_base
+            )
     return figures
 
 
@@ -148,7 +164,8 @@ def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
     calibration = None if plan.recipe is None else load_samples(plan)
     samples = None if calibration is None else samples_for(plan, calibration)
     scales: dict[str, dict[str, float]] = {}
-    if plan.options.verify != "none":
+    # Linked shards are not read at all, which is the point of --weights link --verify none.
+    if plan.options.verify != "none" or plan.options.weights != "link":
         report(Progress(step="check", detail="weights are finite", done=0, total=1))
         plan.checkpoint.check_finite(plan.checkpoint.tensors)
     models = trace_all(plan, plan.base, report)

@@ -73,13 +73,12 @@ def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array] | None:
 
 def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
     """Batches of normalised images and of ids."""
-    images = [calibration.image(i) for i in range(len(calibration))]
-    pixels = pixel_values(images, plan.preprocessing)
-    captions = [calibration.captions[i % len(calibration.captions)] for i in range(len(images))]
-    ids = tokenize(plan, captions)
-    if ids is None:
-        ids = random_ids(plan, len(images)), random_ids(plan, len(images))
-    text, match = ids
+    count = len(calibration)
+    # one by one: photographs are large until they are resized
+    each = [pixel_values(calibration.image(i), plan.preprocessing) for i in range(count)]
+    pixels = np.concatenate(each)
+    ids = tokenize(plan, list(calibration.captions))
+    text, match = ids or (random_ids(plan, count), random_ids(plan, count))
     return Samples(
         pixel_values=_batches(pixels), input_ids=_batches(text), match_ids=_batches(match)
     )
@@ -120,7 +119,7 @@ def quantize_weights(
     activations: dict[str, dict[str, float]] = {stream: {} for stream in streams}
     total = _num_blocks(plan, streams)
     with WeightsWriter(directory / WEIGHTS_FILE, layout) as writer:
-        blocks = calibration_blocks(plan.checkpoint, samples, streams, plan.image_size)
+        blocks = calibration_blocks(plan.checkpoint, samples, streams)
         for done, (block, current) in enumerate(blocks):
             report(Progress(step="quantize", detail=block.name, done=done, total=total))
             calibrated = calibrate_block(block, current.states, plan.recipe)

@@ -2,8 +2,8 @@
 
 A directory has one weights file for all of its components. At fp32, fp16 and bf16 it holds the
 parameters in the dtypes the graphs ask for; quantized, the linear layers' weights in 8 bits with
-their scales, and the rest as the checkpoint stores it. ``--weights link`` brings the checkpoint's
-own shards instead, and the graphs cast.
+their scales, and the rest as the checkpoint stores it. ``--weights link`` or ``copy`` bring the
+checkpoint's own shards instead, and the graphs cast.
 
 A quantized component has two graphs on the same weights: ``vision.onnx`` computes in float32
 around its 8-bit products, which is what ONNX Runtime's CPU kernels fuse; ``vision.fp16.onnx``
@@ -123,8 +123,8 @@ def store_weights(
     """Put every parameter the graphs need into ``directory``; nothing is quantized."""
     needed = weights_without_data(models.values())
     resized = plan.image_size != plan.checkpoint.config.vision.image_size
-    if plan.options.weights == "link":
-        stored, _ = bring_shards(plan.checkpoint, directory, "link")
+    if plan.options.weights != "auto":
+        stored = bring_shards(plan.checkpoint, directory, plan.options.weights)
         needed = {name: needed[name] for name in needed if name == POSITIONS and resized}
     else:
         stored = {}

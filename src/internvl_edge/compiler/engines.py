@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.artifact import EngineRecord, Manifest
-from internvl_edge.compiler.options import TARGETS, Progress, Report, require_choice, silent
-from internvl_edge.errors import MissingDependency, UsageError
+from internvl_edge.compiler.options import Progress, Report, silent
+from internvl_edge.errors import UsageError
 from internvl_edge.export.engine import Profile, build_engine
+from internvl_edge.export.targets import choose_capabilities, find_target, load_builder
 from internvl_edge.publish import record, update, write_manifest
 
 ENGINES = "engines"
-PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
 
 
-def require_targets(targets: Sequence[str]) -> None:
-    """Raise MissingDependency unless the builder of every target is installed."""
-    for target in targets:
-        require_choice("target", target, TARGETS)
-        module, extra = PACKAGES[target]
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependency.of(target, extra)
+def require_targets(targets: Sequence[str], precision: str) -> None:
+    """Make sure, before any work, that engines can be built for every target.
+
+    Raises:
+        UsageError: not a target that has engines.
+        MissingDependency, HardwareError: its package, or the GPU that it builds on, is missing.
+    """
+    for name in targets:
+        target = find_target(name)
+        choose_capabilities(load_builder(target), target, precision, None)
 
 
 def engine_graph(component: str, base: str) -> str:
@@ -45,6 +47,29 @@ def profile_from(**sizes: str) -> Profile:
             raise UsageError(f"--{name}: expected three sizes such as 1,4,16, found {text!r}")
         ranges[name] = (int(parts[0]), int(parts[1]), int(parts[2]))
     return Profile(**ranges)
+
+
+def profile_for(manifest: Manifest, component: str, profile: Profile | None) -> Profile:
+    """The profile of a component, no longer than the positions its model has.
+
+    Raises:
+        UsageError: a profile that was asked for is longer.
+    """
+    internvl = manifest.model.get("internvl")
+    if internvl is None:
+        return profile or Profile()
+    queries = internvl["num_query_token"] if component == "matcher" else 0
+    longest = internvl["qllama"]["max_position_embeddings"] - queries
+    if profile is None:
+        usual = Profile()
+        low, typical, high = (min(n, longest) for n in usual.length)
+        return replace(usual, length=(low, typical, high))
+    if profile.length[2] > longest:
+        raise UsageError(
+            f"--length: {component} has positions for {longest} tokens, asked for up to "
+            f"{profile.length[2]}"
+        )
+    return profile
 
 
 def build(
@@ -69,18 +94,20 @@ def build(
         MissingDependency: a target's package is not installed.
         BuildError: TensorRT refused a graph; what was built before stays.
     """
-    require_targets(targets)
     with update(out) as artifact:
+        require_targets(targets, artifact.manifest.precision)
         unknown = set(components or ()) - set(artifact.manifest.components)
         if unknown:
             raise UsageError(
                 f"component {', '.join(sorted(unknown))}: {out} has "
                 f"{', '.join(artifact.manifest.components)}"
             )
-        manifest = add_engines(
-            out, artifact.manifest, targets, components=components, profile=profile, report=report
-        )
-        write_manifest(out, manifest)
+        manifest = artifact.manifest
+        for grown in add_engines(
+            out, manifest, targets, components=components, profile=profile, report=report
+        ):
+            write_manifest(out, grown)
+            manifest = grown
     return list(manifest.engines)
 
 
@@ -92,18 +119,18 @@ def add_engines(
     components: Sequence[str] | None = None,
     profile: Profile | None = None,
     report: Report = silent,
-) -> Manifest:
-    """Build into ``directory``; the manifest with the new engines, which the caller writes."""
+) -> Iterator[Manifest]:
+    """Build into ``directory``: the manifest after each engine, which the caller writes."""
     chosen = list(components or manifest.components)
     jobs = [(target, name) for target in targets for name in chosen]
     for done, (target, name) in enumerate(jobs):
         report(Progress(step="build", detail=f"{name} ({target})", done=done, total=len(jobs)))
-        manifest = _add_engine(directory, manifest, target, name, profile or Profile())
-    return manifest
+        manifest = _add_engine(directory, manifest, target, name, profile)
+        yield manifest
 
 
 def _add_engine(
-    directory: Path, manifest: Manifest, target: str, name: str, profile: Profile
+    directory: Path, manifest: Manifest, target: str, name: str, profile: Profile | None
 ) -> Manifest:
     (directory / ENGINES).mkdir(exist_ok=True)
     source = _graph_file(manifest, name)
@@ -112,7 +139,7 @@ def _add_engine(
         directory / ENGINES,
         component=name,
         target=target,
-        profile=profile,
+        profile=profile_for(manifest, name, profile),
         precision=manifest.precision,
         inputs=manifest.components[name].inputs,
         onnx_sha256=_fingerprint(manifest, source),

@@ -12,11 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from internvl_edge.compiler.check import reason_not_to_verify, reference_nbytes
 from internvl_edge.compiler.emit import quantized_layout
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
 from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX
-from internvl_edge.export.checkpoint import DTYPES
+from internvl_edge.export.checkpoint import DTYPES, build_model
+from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.models import InternViT
 
 IMPORTS_NBYTES = 450_000_000  # PyTorch, ONNX and the exporter, loaded
 TRACE_SECONDS_PER_COMPONENT = 2.0
@@ -91,7 +95,8 @@ def forecast(options: ExportOptions) -> Forecast:
 def forecast_plan(plan: Plan) -> Forecast:
     """What a checked plan will need."""
     options = plan.options
-    tensors = {name: (entry.dtype, entry.shape) for name, entry in plan.checkpoint.tensors.items()}
+    entries = plan.checkpoint.tensors
+    tensors = {name: (entries[name].dtype, entries[name].shape) for name in read_by(plan)}
     written = _written_nbytes(plan, tensors)
     engines = len(options.targets) - ("onnx" in options.targets)
     steps = [_trace(plan), _weights(plan, written)]
@@ -104,6 +109,18 @@ def forecast_plan(plan: Plan) -> Forecast:
     return Forecast(steps=tuple(steps))
 
 
+def read_by(plan: Plan) -> set[str]:
+    """The parameters that the chosen components read."""
+    with torch.device("meta"):
+        model = build_model(plan.checkpoint.config)
+    if isinstance(model, InternViT):
+        return set(plan.checkpoint.tensors)
+    names: set[str] = set()
+    for component in plan.components:
+        names |= build_component(COMPONENTS[component], model).state_dict().keys()
+    return names - {"qllama.lm_head.weight"}  # of the decoder, which these components are not
+
+
 def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
     if plan.recipe is not None:
         layout = quantized_layout(plan, {name: dtype for name, (dtype, _) in tensors.items()})
@@ -111,6 +128,8 @@ def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
         return sum(sizes)
     if plan.options.weights == "link":
         return 0
+    if plan.options.weights == "copy":
+        return sum(shard.stat().st_size for shard in plan.checkpoint.shards)
     count = sum(math.prod(shape) for _, shape in tensors.values())
     return int(count * DTYPES[STORED_AS[plan.options.precision]].itemsize)
 

@@ -9,11 +9,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from internvl_edge.errors import CheckpointError, InputError, UsageError
+from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
 from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.components import choose_components
 from internvl_edge.export.config import check_image_size
 from internvl_edge.export.weights import Transfer
+from internvl_edge.publish import check_out
 from internvl_edge.quantize.recipe import Recipe, load_recipe, recipe_for
 from internvl_edge.runtime.image import Preprocessing
 
@@ -89,11 +90,19 @@ def make_plan(options: ExportOptions) -> Plan:
     require_choice("precision", options.precision, PRECISIONS)
     for target in options.targets:
         require_choice("target", target, TARGETS)
+    check_out(options.out, force=options.force)
     recipe = _recipe(options)
-    if recipe is not None and options.weights == "link":
+    if options.calibration is not None and not options.calibration.is_dir():
+        raise CalibrationError(f"{options.calibration}: expected a folder of images")
+    if recipe is not None and options.weights != "auto":
         raise UsageError(
-            f"--weights link keeps the checkpoint's own bytes, which {options.precision} replaces; "
-            "leave --weights out"
+            f"--weights {options.weights} keeps the checkpoint's own bytes, which "
+            f"{options.precision} replaces; leave --weights out"
+        )
+    if recipe is None and options.calibration is not None:
+        raise UsageError(
+            f"--calib {options.calibration} is for int8 and fp8; {options.precision} has nothing "
+            "to calibrate"
         )
     checkpoint = open_checkpoint(options.checkpoint or demo_checkpoint())
     image_size = check_image_size(checkpoint.config.vision, options.image_size)

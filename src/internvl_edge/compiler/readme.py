@@ -24,14 +24,27 @@ Compiled by internvl-edge {manifest.tool_version} for images of {manifest.image_
 ```python
 import internvl_edge
 
-with internvl_edge.load("{manifest.source["checkpoint"]}-{manifest.precision}") as model:
-    embeddings = model.encode_image(["photo.jpg"])
+{_example(manifest)}
 ```
 
 `manifest.json` lists every file with its size and sha256; `internvl-edge verify` checks them.
 Engines under `engines/` are bound to the TensorRT version they were built with and, like any
 engine, must not be loaded from a source you do not trust: rebuild them with `internvl-edge build`.
 """
+
+
+def _example(manifest: Manifest) -> str:
+    if "image_embed" in manifest.components:
+        return (
+            'with internvl_edge.load("this directory") as model:\n'
+            '    embeddings = model.encode_image(["photo.jpg"])'
+        )
+    name, record = next(iter(manifest.components.items()))
+    feeds = ", ".join(f'"{spec.name}": {spec.name}' for spec in record.inputs)
+    return (
+        f'with internvl_edge.open_session("this directory", "{name}") as session:\n'
+        f"    outputs = session.run({{{feeds}}})"
+    )
 
 
 def _figure(verification: dict[str, object] | None) -> str:

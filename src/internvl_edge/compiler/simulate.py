@@ -97,7 +97,9 @@ def _factors(
             continue
         path = name.removesuffix(".weight")
         norm = max((n for n in readers if path.endswith(f".{n}")), key=len)
-        moved = parameters[name].detach() / torch.from_numpy(np.array(values, np.float32))
+        stored = torch.from_numpy(np.array(values, np.float32))
+        gain = parameters[name].detach()
+        moved = torch.where(stored == 0, 1.0, gain / stored)  # a channel that is switched off
         block = path.removesuffix(f".{norm}")
         factors |= {f"{block}.{reader}.weight": moved for reader in readers[norm]}
     return factors
