@@ -148,13 +148,10 @@ def verify(
     for done, name in enumerate(artifact.manifest.components):
         total = len(artifact.manifest.components)
         report(Progress(step="verify", detail=name, done=done, total=total))
-        path = artifact.onnx_path(name)
-        figures[name] = checker.check(name, path, artifact.manifest.precision, base=base)
-        other = engine_graph(name, engine_base)
-        if other in artifact.manifest.files:
-            figures[name]["engine_graph"] = checker.check(
-                name, artifact.file(other), artifact.manifest.precision, base=engine_base
-            )
+        other = artifact.path / engine_graph(name, engine_base)
+        figures[name] = checker.check(
+            name, artifact.onnx_path(name), artifact.manifest.precision, base=base
+        ) | _engine_figures(checker, name, other, artifact.manifest.precision, engine_base)
     return figures
 
 
@@ -208,11 +205,10 @@ def _component(
     figures: dict[str, Any] = {"skipped": reason}
     if checker is not None:
         precision = plan.options.precision
-        figures = checker.check(name, directory / graph.file, precision, base=plan.base)
         other = directory / engine_graph(name, plan.engine_base)
-        if other.exists():
-            found = checker.check(name, other, precision, base=plan.engine_base)
-            figures["engine_graph"] = found
+        figures = checker.check(
+            name, directory / graph.file, precision, base=plan.base
+        ) | _engine_figures(checker, name, other, precision, plan.engine_base)
     return ComponentRecord(
         file=graph.file,
         inputs=graph.inputs,
@@ -220,6 +216,15 @@ def _component(
         nbytes=graph.nbytes,
         verification=figures,
     )
+
+
+def _engine_figures(
+    checker: Checker, component: str, path: Path, precision: str, base: str
+) -> dict[str, Any]:
+    """Figures of the graph for engines, where a component has one of its own."""
+    if not path.exists():
+        return {}
+    return {"engine_graph": checker.check(component, path, precision, base=base)}
 
 
 def _manifest(
