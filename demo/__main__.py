@@ -8,7 +8,6 @@ scans, agreement with PyTorch, size, and latency on this machine's CPU, all cont
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import time
 from contextlib import ExitStack
@@ -130,14 +129,18 @@ def main(out: Path, force: bool, as_json: bool) -> None:
     columns = ("precision", "zero-shot", "R@1 C / G", "matching", "cosine", "weights", "CPU p50")
     output.table(columns, rows)
     output.say(f"PyTorch eager fp32, the same image: {timings['pytorch'].percentile_ms(50):.2f} ms")
-    output.say(json.dumps(environment(), default=str))
+    card = environment()
+    packages = ", ".join(
+        f"{name} {version}" for name, version in card["packages"].items() if version
+    )
+    output.say(f"{card['cpu']}, {card['cores_usable']} cores; {packages}")
     output.result(
         {
             "out": out,
             "quality": found,
             "latency": {name: timing.to_json() for name, timing in timings.items()},
             "weights_nbytes": {name: weights_nbytes(a) for name, a in artifacts.items()},
-            "environment": environment(),
+            "environment": card,
         }
     )
 
