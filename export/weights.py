@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.errors import InternVLError, UsageError
-from internvl_edge.export.checkpoint import DTYPES, Checkpoint, read_header
+from internvl_edge.export.checkpoint import DTYPES, Checkpoint
 
 Transfer = Literal["auto", "link", "copy"]
 
@@ -182,16 +182,6 @@ def _link(source: Path, target: Path) -> None:
             f"{source} cannot be hard-linked beside {target.parent.name}: {error.strerror}; "
             "they must be on one file system, or use --weights copy"
         ) from error
-
-
-def read_stored(directory: Path, location: str) -> dict[str, StoredTensor]:
-    """Where the tensors of a weights file lie, from its own header."""
-    return {
-        name: StoredTensor(
-            location=location, offset=e.offset, nbytes=e.nbytes, dtype=e.dtype, shape=e.shape
-        )
-        for name, e in read_header(directory / location).items()
-    }
 
 
 def weights_without_data(models: Iterable[ir.Model]) -> dict[str, np.dtype[Any]]:
