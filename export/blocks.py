@@ -12,14 +12,18 @@ its own with its own ranges:
     queries   queries looking at an image            image_queries
     text      causal text                            text_embed
     match     queries and text, all seeing all       matcher
+
+What changes from block to block is a batch's hidden states; they lie in a spool, in memory or on
+disk. What a batch's blocks look at besides (masks, rotary tables, the image) is its context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +33,9 @@ from internvl_edge.export.config import InternVLConfig
 from internvl_edge.export.models.qllama import Layer, QLlama, causal_mask, padding_mask
 from internvl_edge.export.models.vit import Block as VisionBlock
 from internvl_edge.export.models.vit import InternViT
+from internvl_edge.spool import Spool
+
+Array = np.ndarray[Any, Any]
 
 COMPONENT_STREAM = {
     "vision": "image",
@@ -48,8 +55,6 @@ LLAMA_NORMS = {
     "cross_attn.norm2": ("cross_attn.k_proj", "cross_attn.v_proj"),
 }
 
-State = Any  # what a stream carries from block to block: a Tensor, or a _Text
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
@@ -58,7 +63,7 @@ class Block:
     name: str  # prefix of its parameters' names
     module: nn.Module
     norms: Mapping[str, tuple[str, ...]]  # norm → linear layers that read it
-    run: Callable[[State], State]
+    run: Callable[[Tensor, Context | None], Tensor]  # hidden states (B, T, C) → the same
 
     def linears(self) -> dict[str, nn.Linear]:
         """Its linear layers by full name, without the ``.weight``."""
@@ -78,80 +83,134 @@ class Samples:
     match_ids: Sequence[Tensor] = ()  # (B, T) each, as for matching; pairs with pixel_values
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """A QLLaMA stream's state: hidden states, and what its layers look at."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What QLLaMA's layers look at besides a batch's hidden states."""
 
-    x: Tensor
     mask: Tensor | None
     rope: tuple[Tensor, Tensor]
-    vision: Tensor | None = None
-    num_queries: int = 0
     rows: Tensor | None = None  # (B, T), true where there is no padding; None: nowhere
+    num_queries: int = 0
+    vision: Sequence[Array] = ()  # the vision tower's output, by batch
+    index: int = 0  # of this batch's vision
+
+    def vision_states(self) -> Tensor | None:
+        """(B, N, C), brought into memory for as long as a block needs it; None for texts."""
+        if not self.vision:
+            return None
+        states = torch.from_numpy(self.vision[self.index])
+        return states if self.rows is None else states[: self.rows.shape[0]]
 
 
 @dataclass(slots=True)
-class Streams:
-    """The states of every stream; replaced block by block by the calibrator."""
+class Stream:
+    """One use of a tower on all samples."""
 
-    states: dict[str, list[State]] = field(default_factory=dict)
+    hidden: Spool  # (B, T, C) of each batch; replaced block by block by the calibrator
+    contexts: list[Context | None]
+
+
+class Store(Protocol):
+    """Where hidden states lie between two blocks, and how many blocks an earlier run finished."""
+
+    @property
+    def num_done(self) -> int: ...
+    def hidden(self, stream: str) -> Spool:
+        """A new spool for a stream's hidden states behind the block under way."""
+        ...
+
+    def restore(self, stream: str) -> Spool:
+        """The hidden states that the last finished block of the stream left."""
+        ...
 
 
 def calibration_blocks(
-    checkpoint: Checkpoint, samples: Samples, streams: set[str]
-) -> Iterator[tuple[Block, Streams]]:
-    """Every block that the wanted streams run through, in order.
+    checkpoint: Checkpoint, samples: Samples, streams: set[str], store: Store
+) -> Iterator[tuple[Block, dict[str, Stream]]]:
+    """Every block that the wanted streams run through and that is not done yet, in order.
 
-    The consumer runs ``block.run`` on each of ``streams.states`` and puts the results back before
-    it asks for the next block. Tower outputs flow on by themselves.
+    The consumer runs ``block.run`` on each batch of each stream, and replaces the stream's hidden
+    states by the results before it asks for the next block. Tower outputs flow on by themselves.
     """
-    vision_out: list[Tensor] = []
+    depth = 0
+    image: Sequence[Array] = ()
     if streams & {"image", "queries", "match"}:
-        current = Streams(states={"image": _embed_images(checkpoint, samples)})
-        for block in _vision_blocks(checkpoint):
+        depth = checkpoint.config.vision.num_hidden_layers
+        current = {"image": _images(checkpoint, samples, store)}
+        for block in _vision_blocks(checkpoint, range(store.num_done, depth)):
             yield block, current
-        vision_out = current.states["image"]
+        image = current["image"].hidden
     if streams & {"queries", "text", "match"}:
-        current = _llama_streams(checkpoint, samples, streams, vision_out)
-        for block in _llama_blocks(checkpoint):
+        start = max(store.num_done - depth, 0)
+        current = _llama_streams(checkpoint, samples, streams, image, store, resumed=start > 0)
+        for block in _llama_blocks(checkpoint, start):
             yield block, current
 
 
 @torch.inference_mode()
-def _embed_images(checkpoint: Checkpoint, samples: Samples) -> list[State]:
-    config = checkpoint.config.vision
+def _images(checkpoint: Checkpoint, samples: Samples, store: Store) -> Stream:
+    contexts: list[Context | None] = [None] * len(samples.pixel_values)
+    if store.num_done:
+        return Stream(hidden=store.restore("image"), contexts=contexts)
     with torch.device("meta"):
-        embeddings = InternViT(replace(config, num_hidden_layers=1)).embeddings
+        one = replace(checkpoint.config.vision, num_hidden_layers=1)
+        embeddings = InternViT(one).embeddings
     load_into(embeddings, checkpoint, "vision_model.embeddings.", torch.float32)
-    return [embeddings(pixels) for pixels in samples.pixel_values]
+    hidden = store.hidden("image")
+    for pixels in samples.pixel_values:
+        hidden.append(embeddings(pixels).numpy())
+    return Stream(hidden=hidden, contexts=contexts)
 
 
-def _vision_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
+def _vision_blocks(checkpoint: Checkpoint, layers: Iterable[int]) -> Iterator[Block]:
     config = checkpoint.config.vision
-    for i in range(config.num_hidden_layers):
+    for i in layers:
         with torch.device("meta"):
             module = VisionBlock(config)
         name = f"{VISION_PREFIX}.{i}"
         load_into(module, checkpoint, f"{name}.", torch.float32)
-        yield Block(name=name, module=module.eval(), norms=VISION_NORMS, run=module)
+        yield Block(name=name, module=module.eval(), norms=VISION_NORMS, run=_run_vit(module))
+
+
+def _run_vit(module: VisionBlock) -> Callable[[Tensor, Context | None], Tensor]:
+    def run(x: Tensor, _: Context | None) -> Tensor:
+        y: Tensor = module(x)
+        return y
+
+    return run
 
 
 @torch.inference_mode()
 def _llama_streams(
-    checkpoint: Checkpoint, samples: Samples, streams: set[str], vision: Sequence[Tensor]
-) -> Streams:
+    checkpoint: Checkpoint,
+    samples: Samples,
+    streams: set[str],
+    image: Sequence[Array],
+    store: Store,
+    *,
+    resumed: bool,
+) -> dict[str, Stream]:
     config = checkpoint.config.internvl
     assert config is not None
     front = _llama_front(checkpoint, config)
     queries = checkpoint.read_torch("query_tokens")
-    current = Streams()
-    if "queries" in streams:
-        current.states["queries"] = [_queries(front, queries, seen) for seen in vision]
-    if "text" in streams:
-        current.states["text"] = [_text(front, ids) for ids in samples.input_ids]
-    if "match" in streams:
-        pairs = zip(vision, samples.match_ids, strict=False)
-        current.states["match"] = [_match(front, queries, seen, ids) for seen, ids in pairs]
+    batches: dict[str, Iterator[tuple[Tensor, Context]]] = {
+        "queries": (_queries(front, queries, image, i) for i in range(len(image))),
+        "text": (_text(front, ids) for ids in samples.input_ids),
+        "match": (
+            _match(front, queries, image, i, ids)
+            for i, ids in zip(range(len(image)), samples.match_ids, strict=False)
+        ),
+    }
+    current = {}
+    for name in [name for name in batches if name in streams]:
+        hidden = store.restore(name) if resumed else store.hidden(name)
+        contexts: list[Context | None] = []
+        for x, context in batches[name]:
+            contexts.append(context)
+            if not resumed:
+                hidden.append(x.numpy())
+        current[name] = Stream(hidden=hidden, contexts=contexts)
     return current
 
 
@@ -164,30 +223,41 @@ def _llama_front(checkpoint: Checkpoint, config: InternVLConfig) -> QLlama:
     return front
 
 
-def _queries(front: QLlama, queries: Tensor, vision: Tensor) -> _Sequence:
+def _queries(
+    front: QLlama, queries: Tensor, image: Sequence[Array], index: int
+) -> tuple[Tensor, Context]:
     count = queries.shape[1]
-    x = queries.expand(vision.shape[0], -1, -1)
-    return _Sequence(x=x, mask=None, rope=front.rope(count), vision=vision, num_queries=count)
+    x = queries.expand(image[index].shape[0], -1, -1)
+    return x, Context(
+        mask=None, rope=front.rope(count), num_queries=count, vision=image, index=index
+    )
 
 
-def _text(front: QLlama, ids: Tensor) -> _Sequence:
+def _text(front: QLlama, ids: Tensor) -> tuple[Tensor, Context]:
     mask = causal_mask(ids.shape[1], ids.device) & padding_mask(ids > 0)
-    return _Sequence(x=front.embed(ids), mask=mask, rope=front.rope(ids.shape[1]), rows=ids > 0)
+    return front.embed(ids), Context(mask=mask, rope=front.rope(ids.shape[1]), rows=ids > 0)
 
 
-def _match(front: QLlama, queries: Tensor, vision: Tensor, ids: Tensor) -> _Sequence:
-    state = _queries(front, queries, vision[: ids.shape[0]])
-    state.x = torch.cat((state.x, front.embed(ids)), dim=1)
-    state.rows = F.pad(ids > 0, (state.num_queries, 0), value=True)
-    state.mask = padding_mask(state.rows)
-    state.rope = front.rope(state.x.shape[1])
-    return state
+def _match(
+    front: QLlama, queries: Tensor, image: Sequence[Array], index: int, ids: Tensor
+) -> tuple[Tensor, Context]:
+    count = queries.shape[1]
+    x = torch.cat((queries.expand(ids.shape[0], -1, -1), front.embed(ids)), dim=1)
+    rows = F.pad(ids > 0, (count, 0), value=True)
+    return x, Context(
+        mask=padding_mask(rows),
+        rope=front.rope(x.shape[1]),
+        rows=rows,
+        num_queries=count,
+        vision=image,
+        index=index,
+    )
 
 
-def _llama_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
+def _llama_blocks(checkpoint: Checkpoint, start: int) -> Iterator[Block]:
     config = checkpoint.config.internvl
     assert config is not None
-    for i in range(config.qllama.num_hidden_layers):
+    for i in range(start, config.qllama.num_hidden_layers):
         has_cross = i % config.cross_attention_frequency == 0
         with torch.device("meta"):
             layer = Layer(config.qllama, config.vision.hidden_size, has_cross=has_cross)
@@ -197,9 +267,11 @@ def _llama_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
         yield Block(name=name, module=layer.eval(), norms=norms, run=_run_layer(layer))
 
 
-def _run_layer(layer: Layer) -> Callable[[_Sequence], _Sequence]:
-    def run(state: _Sequence) -> _Sequence:
-        x, _ = layer(state.x, state.rope, state.mask, None, state.vision, state.num_queries)
-        return replace(state, x=x)
+def _run_layer(layer: Layer) -> Callable[[Tensor, Context | None], Tensor]:
+    def run(x: Tensor, context: Context | None) -> Tensor:
+        assert context is not None
+        vision = context.vision_states()
+        y, _ = layer(x, context.rope, context.mask, None, vision, context.num_queries)
+        return y
 
     return run

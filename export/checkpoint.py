@@ -1,9 +1,8 @@
 """Checkpoints on disk: a Hugging Face directory, read tensor by tensor and never as a whole.
 
 The safetensors headers of all shards are parsed and validated when a checkpoint is opened; the
-tensors stay on disk as (file, offset, length) until something asks for one, which is then read
-with pread. Mapping the files instead would turn a shard that is truncated while we read into a
-bus error that kills the process.
+tensors stay on disk as (file, offset, length) until something asks for one. Nothing is ever
+written there. A checkpoint that changes while we read it is refused in the end.
 
 Names are canonical: those of InternVL-14B, with ``vision_model.`` in front of a bare InternViT's.
 ``lm_head`` and ``embed_tokens`` are two tensors and are never tied (internvl-spec section 2.6).
@@ -13,16 +12,12 @@ Pickle files are refused here; ``internvl-edge convert`` turns them into safeten
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import os
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
@@ -30,63 +25,38 @@ from torch import nn
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config import CheckpointConfig, load_config
 from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.shards import (
+    DTYPES,
+    MAX_LISTED,
+    PICKLE_SUFFIXES,
+    FileState,
+    TensorEntry,
+    all_entries,
+    file_state,
+    find_shards,
+    header_fingerprint,
+    raise_problems,
+    read_header,
+)
 
-MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
-MAX_LISTED = 20  # problems named one by one before the rest is counted
-PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+__all__ = [
+    "DTYPES",
+    "FLOATS",
+    "PICKLE_SUFFIXES",
+    "Checkpoint",
+    "TensorEntry",
+    "build_model",
+    "expected_shapes",
+    "header_fingerprint",
+    "load_into",
+    "load_reference",
+    "open_checkpoint",
+    "read_header",
+    "torch_from_numpy",
+]
+
+READING_THREADS = 2
 FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorEntry:
-    """Where one tensor lies on disk."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    file: Path
-    offset: int  # from the start of the file
-    nbytes: int
-
-    def read(self) -> np.ndarray[Any, Any]:
-        """The values, copied into memory of their own.
-
-        Raises:
-            CheckpointError: the file ended early: it was changed while we read it.
-        """
-        buffer = bytearray(self.nbytes)
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            done, view = 0, memoryview(buffer)
-            while done < self.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"{self.file}: ends inside tensor {self.name!r} "
-                        f"({done} of {self.nbytes} bytes); was it changed while being read?"
-                    )
-                done += count
-        return np.frombuffer(buffer, dtype=self.dtype).reshape(self.shape)
-
-    def is_finite(self) -> bool:
-        """Whether no value is NaN or infinite."""
-        values = self.read()
-        if self.dtype == DTYPES["BF16"]:  # all exponent bits set; ml_dtypes' isfinite is slow
-            return not bool(((values.view(np.uint16) & 0x7F80) == 0x7F80).any())
-        return bool(np.isfinite(values).all())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +67,7 @@ class Checkpoint:
     config: CheckpointConfig
     tensors: Mapping[str, TensorEntry]  # canonical name → place
     shards: tuple[Path, ...]
+    states: tuple[FileState | None, ...]  # of the shards, before their headers were read
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor by canonical name, in its stored dtype."""
@@ -106,16 +77,42 @@ class Checkpoint:
         """One tensor by canonical name, as a torch tensor of ``dtype``."""
         return torch_from_numpy(self.read(name)).to(dtype)
 
-    def check_finite(self, names: Iterable[str]) -> None:
-        """Refuse NaN and infinities; reads every tensor once, one at a time.
+    def content_sha256(self, done: Callable[[int], None] = lambda nbytes: None) -> str:
+        """A hash of every tensor's values; refuses NaN and infinities on the way.
+
+        Args:
+            done: told the bytes of each tensor that was read.
 
         Raises:
             CheckpointError: names every tensor that is not finite.
         """
-        bad = [
-            f"{name}: holds NaN or infinity" for name in names if not self.tensors[name].is_finite()
+        bad, digest = [], hashlib.sha256()
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            hashes = pool.map(TensorEntry.finite_sha256, self.tensors.values())
+            for (name, entry), found in zip(self.tensors.items(), hashes, strict=True):
+                if found is None:
+                    bad.append(f"{name}: holds NaN or infinity")
+                digest.update(f"{name} {entry.dtype} {entry.shape} {found}\n".encode())
+                done(entry.nbytes)
+        raise_problems(self.path, bad)
+        return digest.hexdigest()
+
+    def require_unchanged(self) -> None:
+        """Make sure that no shard was changed or replaced since this checkpoint was opened.
+
+        Raises:
+            CheckpointError: names every shard that was.
+        """
+        changed = [
+            f"{shard.name}: {before} when it was opened, now {now or 'gone'}"
+            for shard, before in zip(self.shards, self.states, strict=True)
+            if (now := file_state(shard)) != before
         ]
-        _raise_problems(self.path, bad)
+        if changed:
+            raise CheckpointError(
+                f"{self.path}: changed while it was read: {'; '.join(changed[:MAX_LISTED])}; "
+                "run again once nothing writes there"
+            )
 
 
 def torch_from_numpy(values: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -137,11 +134,12 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; expected a Hugging Face checkpoint directory")
     config = load_config(path)
-    shards = _shards(path)
-    found = _canonical(config, _all_entries(shards))
+    shards = tuple(find_shards(path))
+    states = tuple(file_state(shard) for shard in shards)
+    found = _canonical(config, all_entries(shards))
     tensors, problems = _match(config, found)
-    _raise_problems(path, problems)
-    return Checkpoint(path=path, config=config, tensors=tensors, shards=tuple(shards))
+    raise_problems(path, problems)
+    return Checkpoint(path=path, config=config, tensors=tensors, shards=shards, states=states)
 
 
 def build_model(config: CheckpointConfig) -> InternVL | InternViT:
@@ -187,146 +185,6 @@ def load_into(module: nn.Module, source: Checkpoint, prefix: str, dtype: torch.d
             restore()
 
 
-# --- shards --------------------------------------------------------------------------------------
-
-
-def _shards(path: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index where it has one."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        return [path / name for name in _indexed(index)]
-    single = sorted(path.glob("*.safetensors"))
-    if single:
-        return single
-    pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLE_SUFFIXES]
-    if pickles:
-        raise CheckpointError(
-            f"{path}: holds pickle files only ({', '.join(pickles[:3])}), which can run code when "
-            f"loaded; convert them first: internvl-edge convert {path} NEW_DIRECTORY"
-        )
-    raise CheckpointError(f"{path}: no *.safetensors file found")
-
-
-def _indexed(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: shard must be a plain *.safetensors name: {name!r}")
-        if not (index.parent / name).exists():
-            raise CheckpointError(f"{index}: names shard {name}, which is missing")
-    absent = _index_disagreements(index, weight_map)
-    _raise_problems(index, absent)
-    return names
-
-
-def _index_disagreements(index: Path, weight_map: dict[str, str]) -> list[str]:
-    held = {name: read_header(index.parent / name) for name in set(weight_map.values())}
-    return [
-        f"{tensor}: the index places it in {shard}, which does not hold it"
-        for tensor, shard in weight_map.items()
-        if tensor not in held[shard]
-    ]
-
-
-def _all_entries(shards: list[Path]) -> dict[str, TensorEntry]:
-    entries: dict[str, TensorEntry] = {}
-    for shard in shards:
-        for name, entry in read_header(shard).items():
-            if name in entries:
-                raise CheckpointError(
-                    f"tensor {name!r} is in two shards: {entries[name].file.name}, {shard.name}"
-                )
-            entries[name] = entry
-    return entries
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Parse and validate one safetensors file's header.
-
-    Raises:
-        CheckpointError: not a regular file, not safetensors, or offsets that are not exactly one
-            contiguous run from the header to the end of the file.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-    with open(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        prefix = os.pread(descriptor, 8, 0)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER_NBYTES, status.st_size - 8):
-            raise CheckpointError(
-                f"{path}: not a safetensors file, or truncated: header of {length} bytes in a file "
-                f"of {status.st_size}"
-            )
-        raw = os.pread(descriptor, length, 8)
-        file.close()
-    return _parse_header(path, raw, 8 + length, status.st_size)
-
-
-def header_fingerprint(path: Path) -> dict[str, Any]:
-    """Size of a shard and sha256 of its header, which lists every tensor and its place."""
-    with open(path, "rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
-        digest = hashlib.sha256(file.read(min(length, MAX_HEADER_NBYTES))).hexdigest()
-    return {"nbytes": path.stat().st_size, "header_sha256": digest}
-
-
-def _parse_header(path: Path, raw: bytes, start: int, size: int) -> dict[str, TensorEntry]:
-    try:
-        header = json.loads(_begins_with_brace(raw).decode(), object_pairs_hook=_no_duplicates)
-        header.pop("__metadata__", None)
-        entries = [_entry(path, name, item, start) for name, item in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: malformed safetensors header: {error}") from error
-    end = start
-    for entry in sorted(entries, key=lambda e: (e.offset, e.nbytes)):
-        if entry.offset != end:
-            raise CheckpointError(f"{path}: tensor {entry.name!r} overlaps or leaves a hole")
-        end += entry.nbytes
-    if end != size:
-        raise CheckpointError(
-            f"{path}: truncated or padded: tensors end at byte {end}, the file at {size}"
-        )
-    return {entry.name: entry for entry in entries}
-
-
-def _entry(path: Path, name: str, item: dict[str, Any], start: int) -> TensorEntry:
-    begin, end = item["data_offsets"]
-    shape = tuple(item["shape"])
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"tensor {name!r}: shape and offsets must be non-negative integers")
-    if item["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name!r}: dtype {item['dtype']!r} is not supported")
-    dtype = DTYPES[item["dtype"]]
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name!r}: {end - begin} bytes do not hold {shape} of {dtype}")
-    return TensorEntry(
-        name=name, dtype=dtype, shape=shape, file=path, offset=start + begin, nbytes=end - begin
-    )
-
-
-def _begins_with_brace(raw: bytes) -> bytes:
-    """The format forbids white space in front; JSON would allow it."""
-    if not raw.startswith(b"{"):
-        raise ValueError("does not begin with {")
-    return raw
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result
-
-
 # --- names ---------------------------------------------------------------------------------------
 
 
@@ -354,11 +212,3 @@ def _match(
         elif entry.dtype not in FLOATS:
             problems.append(f"{name}: expected a float type, found {entry.dtype}")
     return {name: found[name] for name in expected if name in found}, problems
-
-
-def _raise_problems(path: Path, problems: list[str]) -> None:
-    if not problems:
-        return
-    listed = "; ".join(problems[:MAX_LISTED])
-    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    raise CheckpointError(f"{path}: {len(problems)} problem(s): {listed}{more}")

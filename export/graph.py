@@ -128,9 +128,32 @@ def _clean(model: ir.Model) -> None:
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.ClearMetadataAndDocStringPass(),
-        passes.NameFixPass(),
     ):
         clean(model)
+    name_values(model)
+
+
+def name_values(model: ir.Model) -> None:
+    """Name values after the nodes that make them, and constants by the order of their use.
+
+    Names then follow from the graph alone, however it was made.
+    """
+    graph = model.graph
+    named = {*graph.inputs, *graph.outputs}
+    used: dict[ir.Value, None] = {}
+    for node in graph:
+        for i, value in enumerate(node.outputs):
+            if value not in named:
+                value.name = f"{node.name}:{i}" if i else node.name
+            value.metadata_props.clear()
+        used |= dict.fromkeys(v for v in node.inputs if v is not None and v.is_initializer())
+    graph.initializers.clear()
+    count = 0
+    for value in used:
+        value.metadata_props.clear()
+        if value.const_value is not None:
+            value.name, count = f"constant_{count}", count + 1
+        graph.initializers[str(value.name)] = value
 
 
 def _reads_no_weight(node: ir.Node) -> bool | None:

@@ -6,36 +6,39 @@ all components of a directory share one weights file, whatever tensors they have
 stored once, and ordinary tools can read it.
 
 Two ways to get there:
-    bring   the checkpoint's own shards, hard-linked or copied; a graph that computes in another
-            dtype than the stored one gets a Cast behind the initializer, folded by every builder
+    bring   the checkpoint's own shards, linked or copied (``bring``); a graph that computes in
+            another dtype than the stored one gets a Cast behind the initializer, which every
+            builder folds
     write   a new file in the dtypes the graphs ask for, streamed tensor by tensor
 
 Offsets are known before the first byte of data is written, since shapes and dtypes are; tensors
-may therefore be written in any order, as a quantizer produces them.
+may therefore be written in any order, as a quantizer produces them. The format allows no holes:
+where offsets are to be multiples of more than the item size, tensors of zeros named
+``__padding__.N`` lie between; nothing of ours reads them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.errors import InternVLError, UsageError
-from internvl_edge.export.checkpoint import DTYPES, Checkpoint
-
-Transfer = Literal["auto", "link", "copy"]
+from internvl_edge.errors import InternVLError
+from internvl_edge.export.shards import DTYPES
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 # The header is padded so that the data begins at a page: offsets then keep a tensor's alignment.
 DATA_ALIGNMENT = 4096
+PADDING = "__padding__"
+Layout = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]  # name → dtype and shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +53,32 @@ class StoredTensor:
 
 
 class WeightsWriter:
-    """A safetensors file whose tensors are written in any order, each exactly once."""
+    """A safetensors file whose tensors are written in any order, each exactly once.
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]):
+    Args:
+        path: the file.
+        tensors: all that will be written.
+        align: a power of two that every tensor's offset in the file is to be a multiple of;
+            None: of its item size.
+        done: names that an earlier writer of the same tensors has written to ``path``, which may
+            then exist; None: it must not.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Layout,
+        *,
+        align: int | None = None,
+        done: Collection[str] | None = None,
+    ) -> None:
         self.path = path
-        raw, self.stored = _layout(path.name, tensors)
-        self._pending = set(tensors)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        raw, self.stored, size = _layout(path.name, tensors, align or 1)
+        self._pending = set(tensors) - set(done or ())
+        exclusive = os.O_EXCL if done is None else 0
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | exclusive | os.O_CLOEXEC, 0o644)
         _pwrite(self._descriptor, raw, 0)
+        os.ftruncate(self._descriptor, size)  # padding is never written
 
     @property
     def pending(self) -> list[str]:
@@ -88,6 +109,10 @@ class WeightsWriter:
         if end == place.nbytes:
             self._pending.discard(name)
 
+    def sync(self) -> None:
+        """Make what was written so far durable."""
+        os.fdatasync(self._descriptor)
+
     def close(self) -> None:
         """Finish the file; every announced tensor must have been written."""
         if self._pending:
@@ -112,21 +137,25 @@ class WeightsWriter:
 
 
 def _layout(
-    location: str, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
-) -> tuple[bytes, dict[str, StoredTensor]]:
-    """The header's bytes, and where each tensor will lie."""
+    location: str, tensors: Layout, align: int
+) -> tuple[bytes, dict[str, StoredTensor], int]:
+    """The header's bytes, where each tensor will lie, and the size of the file."""
     # wide types first, so that every tensor is aligned to its own item size
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     header: dict[str, Any] = {}
     end = 0
     for name in order:
         dtype, shape = tensors[name]
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        offsets = [end, end + nbytes]
+        if gap := -end % align:
+            padding = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
+            header[f"{PADDING}.{len(header)}"] = padding
+            end += gap
+        offsets = [end, end + math.prod(shape) * dtype.itemsize]
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": offsets}
-        end += nbytes
+        end = offsets[1]
     raw = json.dumps(header, separators=(",", ":")).encode()
-    start = -(-(8 + len(raw)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+    step = max(DATA_ALIGNMENT, align)
+    start = -(-(8 + len(raw)) // step) * step
     stored = {
         name: StoredTensor(
             location=location,
@@ -137,7 +166,7 @@ def _layout(
         )
         for name in order
     }
-    return (start - 8).to_bytes(8, "little") + raw.ljust(start - 8), stored
+    return (start - 8).to_bytes(8, "little") + raw.ljust(start - 8), stored, start + end
 
 
 def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -145,43 +174,6 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
-
-
-def bring_shards(
-    checkpoint: Checkpoint, directory: Path, transfer: Transfer
-) -> dict[str, StoredTensor]:
-    """Put the checkpoint's own shards into ``directory``; canonical name → place.
-
-    Raises:
-        UsageError: a shard cannot be hard-linked there.
-    """
-    for shard in checkpoint.shards:
-        target = directory / shard.name
-        source = shard.resolve(strict=True)  # a cache snapshot is a symlink to a blob
-        if transfer == "link":
-            _link(source, target)
-        else:
-            shutil.copyfile(source, target)
-    return {
-        name: StoredTensor(
-            location=entry.file.name,
-            offset=entry.offset,
-            nbytes=entry.nbytes,
-            dtype=entry.dtype,
-            shape=entry.shape,
-        )
-        for name, entry in checkpoint.tensors.items()
-    }
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        raise UsageError(
-            f"{source} cannot be hard-linked beside {target.parent.name}: {error.strerror}; "
-            "they must be on one file system, or use --weights copy"
-        ) from error
 
 
 def weights_without_data(models: Iterable[ir.Model]) -> dict[str, np.dtype[Any]]:

@@ -3,7 +3,7 @@
 The block is run once on what the previous block left. While it runs, every activation that enters
 a linear layer is seen:
 
-- behind a norm, the activations are kept until the block is done. Per-channel maxima of
+- behind a norm, the activations are spooled until the block is done. Per-channel maxima of
   activations and weights give SmoothQuant's factors s; they move from the norm's gain into the
   columns of the linear layers that read it (``smooth``), and the range is that of x / s;
 - elsewhere the activation goes straight into its range observer and is forgotten.
@@ -12,12 +12,13 @@ Then each weight is quantized per output channel and stored (K, N), as ``qdq`` n
 that runs in several streams (texts, image queries, pairs) has one set of weights and one smoothing,
 made from all of them, and one activation range per stream.
 
-Only this block's weights, its kept activations and the streams' states are in memory.
+In memory are this block's weights, which are changed in place, and whatever of the activations
+the spools' budget allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,9 +31,10 @@ from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import formats, smooth
 from internvl_edge.quantize.observers import RangeObserver
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.spool import Spool
 
 Array = np.ndarray[Any, Any]
-State = Any
+NewSpool = Callable[[], Spool]
 
 
 class Block(Protocol):
@@ -45,8 +47,17 @@ class Block(Protocol):
     @property
     def norms(self) -> Mapping[str, tuple[str, ...]]: ...
     @property
-    def run(self) -> Callable[[State], State]: ...
+    def run(self) -> Callable[[Tensor, Any], Tensor]: ...
     def linears(self) -> dict[str, nn.Linear]: ...
+
+
+class Stream(Protocol):
+    """What calibration needs of one use of a block; see ``export.blocks.Stream``."""
+
+    hidden: Spool
+
+    @property
+    def contexts(self) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +83,20 @@ class CalibratedBlock:
 class _Seen:
     """What the hooks collected of one stream."""
 
+    new_spool: NewSpool
     observers: dict[str, RangeObserver] = field(default_factory=dict)  # by linear
-    kept: dict[str, list[Array]] = field(default_factory=dict)  # by norm
+    kept: dict[str, Spool] = field(default_factory=dict)  # by norm
+    peaks: dict[str, Array] = field(default_factory=dict)  # by norm: largest |x| of each channel
+
+    def observe(self, linear: str, values: Array) -> None:
+        self.observers.setdefault(linear, RangeObserver()).update(values)
+
+    def keep(self, norm: str, values: Array) -> None:
+        if norm not in self.kept:
+            self.kept[norm] = self.new_spool()
+        self.kept[norm].append(values)
+        peak = np.maximum(values.max(axis=0), -values.min(axis=0))
+        self.peaks[norm] = np.maximum(self.peaks.get(norm, peak), peak)
 
 
 def is_quantized(recipe: Recipe, name: str, in_features: int, out_features: int) -> bool:
@@ -84,9 +107,20 @@ def is_quantized(recipe: Recipe, name: str, in_features: int, out_features: int)
 
 @torch.inference_mode()
 def calibrate_block(
-    block: Block, states: dict[str, list[State]], recipe: Recipe
+    block: Block,
+    streams: Mapping[str, Stream],
+    recipe: Recipe,
+    behind: Callable[[str], Spool],
+    new_spool: NewSpool,
 ) -> CalibratedBlock:
-    """Run a block on every stream, replace the states by its outputs, quantize its weights.
+    """Run a block on every stream, replace the hidden states by its outputs, quantize its weights.
+
+    Args:
+        block: its weights are folded in place; it is of no use afterwards.
+        streams: the uses of the block.
+        recipe: what to quantize, and how.
+        behind: a spool for the hidden states of a stream behind the block.
+        new_spool: a spool for what is kept while the block runs.
 
     Raises:
         CalibrationError: an activation or weight is not finite, by name.
@@ -97,23 +131,24 @@ def calibrate_block(
         if is_quantized(recipe, name, linear.in_features, linear.out_features)
     }
     groups = _groups(block, linears)
-    seen: dict[str, _Seen] = {}
-    for stream, batch in states.items():
-        seen[stream] = _Seen()
-        with _watching(block, linears, groups, seen[stream]) as look_at:
-            outputs = []
-            for state in batch:
-                look_at(getattr(state, "rows", None))
-                outputs.append(block.run(state))
-        states[stream] = outputs
+    seen = {name: _Seen(new_spool=new_spool) for name in streams}
+    for name, stream in streams.items():
+        outputs = behind(name)
+        with _watching(block, linears, groups, seen[name]) as look_at:
+            for x, context in zip(stream.hidden, stream.contexts, strict=True):
+                look_at(getattr(context, "rows", None))
+                outputs.append(block.run(torch.from_numpy(x), context).numpy())
+        stream.hidden.close()
+        stream.hidden = outputs
 
-    result = CalibratedBlock(activations={stream: {} for stream in states})
-    weights = {name: linear.weight.float().numpy() for name, linear in linears.items()}
+    result = CalibratedBlock(activations={stream: {} for stream in streams})
+    weights = {name: linear.weight.detach().numpy() for name, linear in linears.items()}
     for norm, readers in groups.items():
         _fold_norm(block, norm, readers, weights, seen, recipe, result)
-    for stream, watched in seen.items():
+    for stream_name, watched in seen.items():
+        scales = result.activations[stream_name]
         for name, observer in watched.observers.items():
-            result.activations[stream][f"{name}.weight"] = _range(observer, name, stream, recipe)
+            scales[f"{name}.weight"] = _range(observer, name, stream_name, recipe)
     for name, weight in weights.items():
         result.weights[f"{name}.weight"] = _quantize_weight(weight, name, recipe)
     return result
@@ -161,9 +196,9 @@ def _watching(
                     "sound, and are the images those that it was trained for?"
                 )
             if name in grouped:
-                seen.kept.setdefault(grouped[name], []).append(values)
+                seen.keep(grouped[name], values)
             else:
-                seen.observers.setdefault(name, RangeObserver()).update(values)
+                seen.observe(name, values)
 
         return hook
 
@@ -184,27 +219,23 @@ def _fold_norm(
     result: CalibratedBlock,
 ) -> None:
     """Smooth one norm and its readers, in ``weights`` and ``result``; observe what is left."""
-    batches = {stream: watched.kept.get(norm, []) for stream, watched in seen.items()}
-    everything = [values for kept in batches.values() for values in kept]
-    if not everything:
+    peaks = [watched.peaks[norm] for watched in seen.values() if norm in watched.peaks]
+    if not peaks:
         return
-    factors = np.ones(everything[0].shape[1], np.float32)
+    factors = np.ones(peaks[0].shape, np.float32)
     if recipe.smooth is not None:
-        peaks = np.max([np.abs(values).max(axis=0) for values in everything], axis=0)
         columns = smooth.column_absmax([weights[name] for name in readers])
-        factors = smooth.smoothing_factors(peaks, columns, recipe.smooth)
-        gain, bias, scaled = smooth.fold(
-            *_norm_arrays(block, norm), [weights[n] for n in readers], factors
-        )
-        weights.update(zip(readers, scaled, strict=True))
+        factors = smooth.smoothing_factors(np.max(peaks, axis=0), columns, recipe.smooth)
+        gain, bias = smooth.fold(*_norm_arrays(block, norm), [weights[n] for n in readers], factors)
         result.folded[f"{block.name}.{norm}.weight"] = gain
         if bias is not None:
             result.folded[f"{block.name}.{norm}.bias"] = bias
-    for stream, kept in batches.items():
-        if kept:
+    for stream, watched in seen.items():
+        if norm in watched.kept:
             observer = RangeObserver()
-            for values in kept:
+            for values in watched.kept[norm]:
                 observer.update(values / factors)
+            watched.kept[norm].close()
             scale = _range(observer, f"{block.name}.{norm}", stream, recipe)
             result.activations[stream].update({f"{name}.weight": scale for name in readers})
 

@@ -42,7 +42,8 @@ MAX_FACTOR = 4096.0
 
 def column_absmax(linear_weights: Sequence[Array]) -> Array:
     """The largest magnitude of each input channel over all weights (outputs, channels)."""
-    maxima = [np.abs(weight).max(axis=0) for weight in linear_weights]
+    # not the maximum of |w|: that would copy weights of hundreds of megabytes
+    maxima = [np.maximum(w.max(axis=0), -w.min(axis=0)) for w in linear_weights]
     return np.asarray(np.maximum.reduce(maxima))
 
 
@@ -83,18 +84,18 @@ def fold(
     norm_bias: Array | None,
     linear_weights: Sequence[Array],
     factors: Array,
-) -> tuple[Array, Array | None, list[Array]]:
-    """Divide a norm's output by ``factors`` and multiply its readers' columns by them.
+) -> tuple[Array, Array | None]:
+    """Divide a norm's output by ``factors`` and multiply its readers' columns by them, in place.
 
     Args:
         norm_weight: the gain (channels,).
         norm_bias: the bias (channels,) of a LayerNorm; None for RMSNorm.
         linear_weights: every weight (outputs, channels) that reads the norm. A reader left out
-            would see the divided activations.
+            would see the divided activations. Changed in place: they are large.
         factors: s (channels,), from :func:`smoothing_factors`.
 
     Returns:
-        New gain, bias and weights, of the types they came in.
+        New gain and bias, of the types they came in.
 
     Raises:
         CalibrationError: numbers of channels that differ.
@@ -107,9 +108,10 @@ def fold(
             f"found {sorted(found)}"
         )
 
-    def typed(result: Array, like: Array) -> Array:
-        return result.astype(like.dtype, copy=False)
+    for weight in linear_weights:
+        np.multiply(weight, factors, out=weight, casting="same_kind")
 
-    bias = None if norm_bias is None else typed(norm_bias / factors, norm_bias)
-    weights = [typed(weight * factors, weight) for weight in linear_weights]
-    return typed(norm_weight / factors, norm_weight), bias, weights
+    def divided(values: Array) -> Array:
+        return (values / factors).astype(values.dtype, copy=False)
+
+    return divided(norm_weight), None if norm_bias is None else divided(norm_bias)

@@ -31,7 +31,7 @@ def contents(weights: bytes = bytes(192), *, engine: bytes | None = None) -> dic
     return files
 
 
-def manifest_of(files: dict[str, bytes], **changed: Any) -> Manifest:
+def manifest_of(files: dict[str, bytes], /, **changed: Any) -> Manifest:
     """The manifest of these files."""
     engines = (
         EngineRecord(component="vision", target="tensorrt-rtx", file=ENGINE, sidecar=SIDECAR),
@@ -69,7 +69,7 @@ def write_files(directory: Path, files: dict[str, bytes]) -> None:
         (directory / name).write_bytes(data)
 
 
-def write_artifact(directory: Path, files: dict[str, bytes], **changed: Any) -> Path:
+def write_artifact(directory: Path, files: dict[str, bytes], /, **changed: Any) -> Path:
     """A directory, written without the code under test but for the manifest's text."""
     directory.mkdir(exist_ok=True)
     write_files(directory, files)

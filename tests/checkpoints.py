@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,6 +103,21 @@ def write_raw(
     index = {"metadata": {}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return Written(path=path, state=state)
+
+
+def as_snapshot(path: Path, cache: Path) -> Path:
+    """A checkpoint directory as a Hugging Face cache has it: a snapshot of links to blobs."""
+    repository = cache / "models--OpenGVLab--InternVL"
+    snapshot, blobs = repository / "snapshots" / ("c0ffee" * 7)[:40], repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in path.iterdir():
+        data = file.read_bytes()
+        large = file.suffix == ".safetensors"  # LFS files by SHA-256, others as git names them
+        name = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
+        (blobs / name).write_bytes(data)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", name))
+    return snapshot
 
 
 def _randomised(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -72,15 +74,23 @@ GOLDEN = """{
   "files": {
     "engines/v.json": {
       "nbytes": 2,
-      "sha256": "%(a)s"
+      "sha256": "%(a)s",
+      "header_sha256": null
     },
     "engines/v.plan": {
       "nbytes": 3,
-      "sha256": "%(a)s"
+      "sha256": "%(a)s",
+      "header_sha256": null
     },
     "vision.onnx": {
       "nbytes": 0,
-      "sha256": "%(b)s"
+      "sha256": "%(b)s",
+      "header_sha256": null
+    },
+    "w.safetensors": {
+      "nbytes": 9,
+      "sha256": null,
+      "header_sha256": "%(a)s"
     }
   }
 }
@@ -336,6 +346,7 @@ def test_golden_bytes() -> None:
             ),
         ),
         files={
+            "w.safetensors": FileRecord(nbytes=9, sha256=None, header_sha256="a" * 64),
             "vision.onnx": FileRecord(nbytes=0, sha256="0" * 64),
             "engines/v.plan": FileRecord(nbytes=3, sha256="a" * 64),
             "engines/v.json": FileRecord(nbytes=2, sha256="a" * 64),
@@ -357,11 +368,13 @@ JSON = st.recursive(
     max_leaves=8,
 )  # fmt: skip
 OBJECT = st.dictionaries(st.text(max_size=5), JSON, max_size=3)
+SHARDS = st.sampled_from(["model.safetensors", "model-00001-of-00002.safetensors"])
 NAME = st.text("abcXYZ019._- é", min_size=1, max_size=12).filter(lambda n: n not in {".", ".."})
-FILE = st.builds(
-    FileRecord, nbytes=st.integers(0, 2**50), sha256=st.text("0123456789abcdef", min_size=64,
-    max_size=64),
-)  # fmt: skip
+HASH = st.text("0123456789abcdef", min_size=64, max_size=64)
+FILE = st.builds(FileRecord, nbytes=st.integers(0, 2**50), sha256=HASH)
+SHARD = st.builds(
+    FileRecord, nbytes=st.integers(0, 2**50), sha256=st.none() | HASH, header_sha256=HASH
+)
 SPEC = st.builds(
     TensorSpec,
     name=st.text(max_size=8),
@@ -401,7 +414,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         source=draw(OBJECT),
         components=components,
         engines=tuple(draw(st.lists(engine, max_size=3))),
-        files=top | folder,
+        files=top | folder | draw(st.dictionaries(SHARDS, SHARD, max_size=2)),
     )
 
 
@@ -449,7 +462,12 @@ def edited(change: Callable[[dict[str, Any]], object]) -> bytes:
 
 
 def _file(name: str) -> Callable[[dict[str, Any]], object]:
-    record = {"nbytes": 1, "sha256": "0" * 64}
+    record = {"nbytes": 1, "sha256": "0" * 64, "header_sha256": None}
+    return lambda raw: raw["files"].update({name: record})
+
+
+def _hashes(name: str, whole: Any, header: Any) -> Callable[[dict[str, Any]], object]:
+    record = {"nbytes": 1, "sha256": whole, "header_sha256": header}
     return lambda raw: raw["files"].update({name: record})
 
 
@@ -485,6 +503,15 @@ RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "file size": (lambda r: r["files"]["README.md"].update(nbytes=-1), "from 0, found -1"),
     "hash": (lambda r: r["files"]["README.md"].update(sha256="A" * 64), "hexadecimal"),
     "hash length": (lambda r: r["files"]["README.md"].update(sha256="a" * 63), "hexadecimal"),
+    "hash of nothing": (_hashes("w.safetensors", None, None), "expected a sha256, or a header_sha"),
+    "header's hash": (_hashes("w.safetensors", None, "a" * 63), "header_sha256 must be 64"),
+    "header of a graph": (
+        _hashes("vision.onnx", None, "a" * 64),
+        r"only \*\.safetensors files may",
+    ),
+    "header of an engine": (_hashes(ENGINE, "a" * 64, "a" * 64), r"only \*\.safetensors files may"),
+    "header in a folder": (_hashes("engines/w.safetensors", None, "a" * 64), "only"),
+    "header's hash as a number": (_hashes("w.safetensors", None, 1), "expected str or null"),
     "manifest itself": (_file("manifest.json"), "not a plain file name"),
     "no name": (_file(""), "not a plain file name"),
     "no name in folder": (_file("engines/"), "not a plain file name"),
@@ -542,6 +569,63 @@ def test_file_names_that_are_plain() -> None:
     names = ("model-00001-of-00002.safetensors", ".hidden", "a b.bin", "größe.txt", "reports/x")
     for name in names:
         Manifest.from_bytes(edited(_file(name)))
+
+
+SHARD_HEADER = b'{"a":{"dtype":"U8","shape":[9],"data_offsets":[0,9]}}'
+SHARD_BYTES = struct.pack("<Q", len(SHARD_HEADER)) + SHARD_HEADER + bytes(9)
+
+
+def with_shard(out: Path, *, whole: str | None) -> Path:
+    """A directory with a linked shard, of which the whole hash may be known."""
+    record = FileRecord(
+        nbytes=len(SHARD_BYTES),
+        sha256=whole,
+        header_sha256=hashlib.sha256(SHARD_HEADER).hexdigest(),
+    )
+    files = contents() | {"w.safetensors": SHARD_BYTES}
+    listed = manifest_of(files).files | {"w.safetensors": record}
+    return write_artifact(out, files, files=listed)
+
+
+@pytest.mark.parametrize("whole", [None, hashlib.sha256(SHARD_BYTES).hexdigest()])
+def test_linked_shards_are_known_by_their_header(tmp_path: Path, whole: str | None) -> None:
+    out = with_shard(tmp_path / "out", whole=whole)
+    shard = out / "w.safetensors"
+    open_artifact(out)
+    open_artifact(out, whole=True)
+    for offset in range(8, 8 + len(SHARD_HEADER)):
+        changed = bytearray(SHARD_BYTES)
+        changed[offset] ^= 1
+        shard.write_bytes(changed)
+        refused(out, r"w\.safetensors: .* says header_sha256 .*the file was changed")
+        open_artifact(out, hash_files=False)
+    shard.write_bytes(SHARD_BYTES + b"\0")
+    refused(out, "it has", hash_files=False)
+    _flip_to(shard, SHARD_BYTES)
+    open_artifact(out)  # the data is not read
+    if whole is None:
+        open_artifact(out, whole=True)
+    else:
+        refused(out, r"w\.safetensors: .* says sha256 .*the file was changed", whole=True)
+
+
+def _flip_to(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _flip(path)
+
+
+@pytest.mark.parametrize("length", [0, 2**40, 2**64 - 1])
+def test_a_header_that_says_a_wrong_length(tmp_path: Path, length: int) -> None:
+    out = with_shard(tmp_path / "out", whole=None)
+    (out / "w.safetensors").write_bytes(struct.pack("<Q", length) + SHARD_BYTES[8:])
+    refused(out, "says header_sha256")
+
+
+def test_hard_links_of_a_manifest() -> None:
+    weights = {"a": "hard link", "b": "reflink", "c": "copy", "d": "hard link"}
+    assert manifest_of(contents(), source={"weights": weights}).hard_links == ("a", "d")
+    for source in ({}, {"weights": None}, {"weights": ["hard link"]}):
+        assert manifest_of(contents(), source=source).hard_links == ()
 
 
 def test_hash_is_of_the_whole_file(tmp_path: Path) -> None:

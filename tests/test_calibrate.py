@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.calibrate import CalibratedBlock, calibrate_block
 from internvl_edge.quantize.recipe import Recipe, recipe_for
+from internvl_edge.resume import Workspace
+from internvl_edge.spool import Budget
 
 STREAMS = {"image", "queries", "text", "match"}
 
@@ -44,13 +48,37 @@ def samples() -> Samples:
 
 
 def calibrate(
-    checkpoint: Checkpoint, samples: Samples, recipe: Recipe, streams: set[str]
-) -> tuple[list[CalibratedBlock], dict[str, Any]]:
-    results, states = [], {}
-    for block, current in calibration_blocks(checkpoint, samples, streams):
-        results.append(calibrate_block(block, current.states, recipe))
-        states |= current.states
+    checkpoint: Checkpoint,
+    samples: Samples,
+    recipe: Recipe,
+    streams: set[str],
+    budget_nbytes: int = 1 << 30,
+) -> tuple[list[CalibratedBlock], dict[str, list[torch.Tensor]]]:
+    """Every block's result, and the hidden states that each stream ends with."""
+    results: list[CalibratedBlock] = []
+    states: dict[str, list[torch.Tensor]] = {}
+    with ExitStack() as cleanup:
+        folder = cleanup.enter_context(TemporaryDirectory())
+        work = Workspace(Path(folder), Budget(budget_nbytes))
+        cleanup.callback(work.close)
+        for block, current in calibration_blocks(checkpoint, samples, streams, work):
+            results.append(calibrate_block(block, current, recipe, work.hidden, work.scratch))
+            work.finish(block.name, {}, {name: s.hidden for name, s in current.items()})
+            states |= {n: [torch.from_numpy(x) for x in s.hidden] for n, s in current.items()}
     return results, states
+
+
+def test_results_do_not_depend_on_the_memory_budget(
+    checkpoint: Checkpoint, samples: Samples
+) -> None:
+    recipe = recipe_for("int8")
+    held, held_states = calibrate(checkpoint, samples, recipe, STREAMS)
+    spooled, spooled_states = calibrate(checkpoint, samples, recipe, STREAMS, budget_nbytes=0)
+    torch.testing.assert_close(held_states, spooled_states, rtol=0, atol=0)
+    for one, other in zip(held, spooled, strict=True):
+        assert one.activations == other.activations
+        for name, weight in one.weights.items():
+            assert np.array_equal(weight.values, other.weights[name].values)
 
 
 def test_streams_flow_as_the_whole_model_does(checkpoint: Checkpoint, samples: Samples) -> None:
@@ -62,16 +90,14 @@ def test_streams_flow_as_the_whole_model_does(checkpoint: Checkpoint, samples: S
         for i, pixels in enumerate(samples.pixel_values):
             vision = model.vision_model(pixels)
             torch.testing.assert_close(states["image"][i], vision)
-            torch.testing.assert_close(
-                norm(states["queries"][i].x), model.encode_queries(vision)[0]
-            )
+            torch.testing.assert_close(norm(states["queries"][i]), model.encode_queries(vision)[0])
         for i, ids in enumerate(samples.input_ids):
             text = model.text_states(ids, (ids > 0).long())
-            torch.testing.assert_close(norm(states["text"][i].x), text)
+            torch.testing.assert_close(norm(states["text"][i]), text)
         ids = samples.match_ids[0]
         vision = model.vision_model(samples.pixel_values[0])
         matched = model.match_states(vision, ids, (ids > 0).long())
-        torch.testing.assert_close(norm(states["match"][0].x)[:, : TINY.num_query_token], matched)
+        torch.testing.assert_close(norm(states["match"][0])[:, : TINY.num_query_token], matched)
 
 
 @pytest.mark.parametrize(("precision", "least_db"), [("int8", 36.0), ("fp8", 28.0)])

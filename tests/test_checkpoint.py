@@ -129,7 +129,7 @@ def test_non_finite_weights_are_named(tiny: Written, dtype: Any, value: float) -
     edit_tensors(tiny.path, spoil)
     checkpoint = open_checkpoint(tiny.path)
     with pytest.raises(CheckpointError, match="NaN or infinity") as caught:
-        checkpoint.check_finite(checkpoint.tensors)
+        checkpoint.content_sha256()
     assert "itm_head.weight" in str(caught.value)
     assert "query_tokens" in str(caught.value)
 
@@ -187,7 +187,7 @@ def test_file_truncated_after_opening(tiny: Written) -> None:
     checkpoint = open_checkpoint(tiny.path)
     os.truncate(tiny.path / "model.safetensors", 20_000)
     with pytest.raises(CheckpointError, match="was it changed"):
-        checkpoint.check_finite(checkpoint.tensors)
+        checkpoint.content_sha256()
 
 
 def header_file(path: Path, header: Any, data: bytes = b"") -> Path:
@@ -251,6 +251,35 @@ def test_index_places_a_tensor_in_the_wrong_shard(tmp_path: Path) -> None:
     file.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="ghost: the index places it"):
         open_checkpoint(written.path)
+
+
+def test_index_leaves_out_a_tensor(tmp_path: Path) -> None:
+    written = write_internvl(tmp_path / "many", shards=2)
+    file = written.path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    shard = index["weight_map"].pop("text_projection")
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"text_projection: {shard} holds it"):
+        open_checkpoint(written.path)
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_index_names_a_tensor_twice(tmp_path: Path, shard: int) -> None:
+    written = write_internvl(tmp_path / "many", shards=2)
+    file = written.path / "model.safetensors.index.json"
+    again = f'"text_projection": "model-{shard:05}-of-00002.safetensors"'
+    file.write_text(file.read_text().replace('"weight_map": {', f'"weight_map": {{{again}, '))
+    with pytest.raises(CheckpointError, match=r"stand twice: \['text_projection'\]"):
+        open_checkpoint(written.path)
+
+
+def test_unchanged(tmp_path: Path) -> None:
+    """Reading, and links that come and go, are no change; what changes one is in test_bring."""
+    written = write_internvl(tmp_path / "many", shards=2)
+    checkpoint = open_checkpoint(written.path)
+    os.link(checkpoint.shards[0], tmp_path / "link")
+    checkpoint.read("text_projection")
+    checkpoint.require_unchanged()
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.bin"])

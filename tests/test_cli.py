@@ -228,7 +228,7 @@ def test_every_failure_has_a_code_and_a_line(
     code: int,
     debug: list[str],
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise failure
 
     monkeypatch.setattr("internvl_edge.artifact.open_artifact", fail)

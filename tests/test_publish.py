@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import resource
@@ -21,7 +22,7 @@ import pytest
 from artifacts import ENGINE, SIDECAR, contents, manifest_of, write_artifact, write_files
 
 from internvl_edge import disk
-from internvl_edge.artifact import FileRecord, open_artifact
+from internvl_edge.artifact import FileRecord, Manifest, open_artifact
 from internvl_edge.errors import ArtifactError, InternVLError, ResourceError, UsageError
 from internvl_edge.publish import (
     os_errors,
@@ -29,6 +30,7 @@ from internvl_edge.publish import (
     require_free_disk,
     staging,
     update,
+    verify_whole,
     write_atomically,
     write_manifest,
 )
@@ -612,6 +614,81 @@ def test_record(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     with pytest.raises(UsageError, match="ELOOP"):
         record(tmp_path / "link")
+
+
+# --- hashes of linked shards ---------------------------------------------------------------------
+
+SHARD = b"\x02\0\0\0\0\0\0\0{}" + bytes(9)
+WHOLE = hashlib.sha256(SHARD).hexdigest()
+
+
+def with_shard(sha256: str | None) -> dict[str, FileRecord]:
+    header = hashlib.sha256(b"{}").hexdigest()
+    shard = FileRecord(nbytes=len(SHARD), sha256=sha256, header_sha256=header)
+    return manifest_of(OLD).files | {"w.safetensors": shard}
+
+
+@pytest.fixture
+def linked(out: Path) -> Path:
+    return write_artifact(out, OLD | {"w.safetensors": SHARD}, files=with_shard(None))
+
+
+def test_a_hash_that_was_not_known_is_recorded(linked: Path) -> None:
+    artifact, recorded = verify_whole(linked)
+    assert recorded == ("w.safetensors",)
+    assert artifact == open_artifact(linked, whole=True)
+    assert artifact.manifest.files == with_shard(WHOLE)
+    again, recorded = verify_whole(linked)
+    assert (again, recorded) == (artifact, ())
+    assert sorted(os.listdir(linked)) == sorted([*OLD, "w.safetensors", "manifest.json"])
+
+
+def test_a_changed_byte_is_found_from_then_on(linked: Path) -> None:
+    verify_whole(linked)
+    before = (linked / "manifest.json").read_bytes()
+    (linked / "w.safetensors").write_bytes(SHARD[:-1] + b"\1")
+    open_artifact(linked)
+    with pytest.raises(ArtifactError, match=r"w\.safetensors.*the file was changed"):
+        verify_whole(linked)
+    assert (linked / "manifest.json").read_bytes() == before
+
+
+def test_a_changed_file_is_found_before_anything_is_recorded(linked: Path) -> None:
+    (linked / "README.md").write_bytes(b"# Tiny\n")
+    with pytest.raises(ArtifactError, match="README"):
+        verify_whole(linked)
+    assert Manifest.from_bytes((linked / "manifest.json").read_bytes()).files == with_shard(None)
+
+
+def test_recording_waits_for_no_one(linked: Path) -> None:
+    with update(linked), pytest.raises(UsageError, match="another run"):
+        verify_whole(linked)
+    verify_whole(linked)
+    with update(linked):
+        assert verify_whole(linked)[1] == ()  # nothing to record, nothing to lock
+
+
+def test_known_hashes_can_be_proved_where_nothing_can_be_written(
+    linked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may do anything
+    with pytest.raises(UsageError, match="cannot be written"):
+        verify_whole(linked)
+    monkeypatch.undo()
+    verify_whole(linked)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    verify_whole(linked)
+
+
+def test_only_an_unknown_hash_may_be_added(linked: Path) -> None:
+    write_manifest(linked, manifest_of(OLD, files=with_shard(None)))
+    write_manifest(linked, manifest_of(OLD, files=with_shard(WHOLE)))
+    for other in ("a" * 64, None):
+        with pytest.raises(UsageError, match="replaced by another run"):
+            write_manifest(linked, manifest_of(OLD, files=with_shard(other)))
+    without = {n: r for n, r in with_shard(WHOLE).items() if n != "w.safetensors"}
+    with pytest.raises(UsageError, match="replaced by another run"):
+        write_manifest(linked, manifest_of(OLD, files=without))
 
 
 def test_require_free_disk(tmp_path: Path) -> None:

@@ -12,18 +12,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import safetensors.numpy
-from checkpoints import write_internvl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.errors import InternVLError
-from internvl_edge.export.checkpoint import DTYPES, open_checkpoint, read_header
+from internvl_edge.export.checkpoint import DTYPES, read_header
 from internvl_edge.export.weights import (
     DATA_ALIGNMENT,
     StoredTensor,
     WeightsWriter,
     bind,
-    bring_shards,
     save,
 )
 
@@ -136,15 +134,36 @@ def test_bind_refuses_another_shape(tmp_path: Path) -> None:
         bind(doubling_model(ir.DataType.FLOAT), {"w": place}, tmp_path)
 
 
-@pytest.mark.parametrize(("transfer", "links"), [("link", 2), ("copy", 1)])
-def test_shards_are_brought(tmp_path: Path, transfer: Any, links: int) -> None:
-    checkpoint = open_checkpoint(write_internvl(tmp_path / "c", shards=2).path)
-    out = tmp_path / "out"
-    out.mkdir()
-    stored = bring_shards(checkpoint, out, transfer)
-    for name, place in stored.items():
-        path = out / place.location
-        assert path.stat().st_nlink == links
-        with open(path, "rb") as file:
-            file.seek(place.offset)
-            assert file.read(place.nbytes) == checkpoint.read(name).tobytes()
+@settings(max_examples=60, deadline=None)
+@given(
+    specs=st.lists(st.tuples(KINDS, SHAPES), max_size=6),
+    align=st.integers(0, 13).map(lambda n: 2**n),
+)
+def test_aligned(specs: list[Any], align: int, tmp_path_factory: Any) -> None:
+    """Every offset in the file is a multiple; both readers see the tensors, and only zeros else."""
+    tensors = {
+        f"t{i}": np.ones(shape).astype(DTYPES[kind]) for i, (kind, shape) in enumerate(specs)
+    }
+    path = tmp_path_factory.mktemp("w") / "w.safetensors"
+    with WeightsWriter(path, layout(tensors), align=align) as writer:
+        assert set(writer.pending) == set(tensors)
+        for name, values in tensors.items():
+            writer.write(name, values)
+    assert set(writer.stored) == set(tensors)
+    found, theirs = read_header(path), safetensors.numpy.load_file(path)
+    for name, values in tensors.items():
+        assert writer.stored[name].offset == found[name].offset
+        assert found[name].offset % max(align, values.dtype.itemsize) == 0
+        np.testing.assert_array_equal(theirs[name], values)
+        np.testing.assert_array_equal(found[name].read(), values)
+    for name in set(found) - set(tensors):
+        assert name.startswith("__padding__.")
+        assert not theirs[name].any()
+
+
+def test_without_alignment_nothing_lies_between(tmp_path: Path) -> None:
+    tensors = {"a": np.ones(3, np.float16), "b": np.ones(1, np.float32), "c": np.ones(1, np.int8)}
+    with WeightsWriter(tmp_path / "w.safetensors", layout(tensors)) as writer:
+        for name, values in tensors.items():
+            writer.write(name, values)
+    assert set(read_header(tmp_path / "w.safetensors")) == {"a", "b", "c"}

@@ -2,6 +2,7 @@
 
 Opening trusts the manifest alone, and checks everything else against it:
     every listed file is there, a regular file (no link, pipe or device) of its size and sha256;
+        of the checkpoint's own shards, the header's sha256, so that opening never reads 12 GB;
     every graph is sound and points only into listed files, within their bounds (``onnxfile``);
     every component's graph has the inputs and outputs that the manifest promises.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 HASHING_THREADS = 2
+MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +91,16 @@ class Artifact:
         ]
 
 
-def open_artifact(path: str | os.PathLike[str], *, hash_files: bool = True) -> Artifact:
+def open_artifact(
+    path: str | os.PathLike[str], *, hash_files: bool = True, whole: bool = False
+) -> Artifact:
     """Open a compiled directory.
 
     Args:
         path: the directory; it may be a link to one.
-        hash_files: compare the sha256 of every file; without it, only kind and size.
+        hash_files: compare the sha256 of every file, of linked shards that of the header;
+            without it, only kind and size.
+        whole: of linked shards too, compare the sha256 of the whole file, where it is known.
 
     Raises:
         ArtifactError: it is no such directory, or a file is not what the manifest says.
@@ -103,7 +110,7 @@ def open_artifact(path: str | os.PathLike[str], *, hash_files: bool = True) -> A
         directory = _open_directory(path)
         try:
             manifest = _read_manifest(path, directory)
-            _check_files(path, directory, manifest.files, hash_files)
+            _check_files(path, directory, manifest.files, hash_files, whole)
             _check_graphs(path, directory, manifest)
         finally:
             os.close(directory)
@@ -114,7 +121,15 @@ def open_artifact(path: str | os.PathLike[str], *, hash_files: bool = True) -> A
 
 def sha256(file: io.BufferedReader) -> str:
     """Hash a file from its beginning, in bounded memory."""
+    file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def header_sha256(file: io.BufferedReader) -> str:
+    """Hash the JSON header of a safetensors file, which lists every tensor and its place."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    return hashlib.sha256(file.read(min(length, MAX_HEADER_NBYTES))).hexdigest()
 
 
 def _open_directory(path: Path) -> int:
@@ -152,36 +167,51 @@ def _open(path: Path, directory: int, name: str) -> io.BufferedReader:
         ) from error
 
 
-def _check_files(path: Path, directory: int, files: dict[str, FileRecord], hashed: bool) -> None:
+def _check_files(
+    path: Path, directory: int, files: dict[str, FileRecord], hashed: bool, whole: bool
+) -> None:
     """Kind and size of all files first, then their bytes, the largest first."""
     names = sorted(files, key=lambda name: -files[name].nbytes)
     for name in names:
-        _check_file(path, directory, name, files[name], with_hash=False)
-    if hashed:
+        with _open(path, directory, name) as file:
+            _check_size(path / name, file, files[name])
+    if hashed or whole:
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             checks = [
-                pool.submit(_check_file, path, directory, name, files[name], with_hash=True)
+                pool.submit(_check_hashes, path, directory, name, files[name], whole)
                 for name in names
             ]
             for check in checks:
                 check.result()
 
 
-def _check_file(
-    path: Path, directory: int, name: str, record: FileRecord, *, with_hash: bool
-) -> None:
+def _check_size(path: Path, file: io.BufferedReader, record: FileRecord) -> None:
+    nbytes = os.fstat(file.fileno()).st_size
+    if nbytes != record.nbytes:
+        raise ArtifactError(
+            f"{path}: {MANIFEST} says {record.nbytes} bytes, it has {nbytes}; export again"
+        )
+
+
+def _check_hashes(path: Path, directory: int, name: str, record: FileRecord, whole: bool) -> None:
+    """The header's hash where there is one; that of the whole file if it is the only one or asked.
+
+    Raises:
+        ArtifactError: another one than the manifest has.
+    """
+    expected: dict[str, tuple[str, Callable[[io.BufferedReader], str]]] = {}
+    if record.header_sha256 is not None:
+        expected["header_sha256"] = record.header_sha256, header_sha256
+    if record.sha256 is not None and (whole or record.header_sha256 is None):
+        expected["sha256"] = record.sha256, sha256
     with _open(path, directory, name) as file:
-        nbytes = os.fstat(file.fileno()).st_size
-        if nbytes != record.nbytes:
-            raise ArtifactError(
-                f"{path / name}: {MANIFEST} says {record.nbytes} bytes, it has {nbytes}; "
-                "export again"
-            )
-        if with_hash and (found := sha256(file)) != record.sha256:
-            raise ArtifactError(
-                f"{path / name}: {MANIFEST} says sha256 {record.sha256}, it has {found}: "
-                "the file was changed; export again"
-            )
+        _check_size(path / name, file, record)
+        for key, (promised, measure) in expected.items():
+            if (found := measure(file)) != promised:
+                raise ArtifactError(
+                    f"{path / name}: {MANIFEST} says {key} {promised}, it has {found}: "
+                    "the file was changed; export again"
+                )
 
 
 def _check_graphs(path: Path, directory: int, manifest: Manifest) -> None:

@@ -26,6 +26,7 @@ EXHAUSTED = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 REFUSED |= {errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY}
 NO_SUCH_RENAME = {errno.ENOSYS, errno.EINVAL}  # the kernel or the file system lacks the flag
+NO_HARD_LINK = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # renameat2(2)
@@ -137,6 +138,16 @@ def write_atomically(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file of ours; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINK:
+            raise
+        shutil.copyfile(source, target)
 
 
 def sibling(path: Path, suffix: str) -> Path:

@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_NBYTES = 16 * 2**20
 FOLDERS = ("engines", "reports")  # the only ones a directory may have
+SHARD_SUFFIX = ".safetensors"
 DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"}
 DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)}
 DTYPES |= {"float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn"}
@@ -35,10 +36,15 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """A regular file of the directory."""
+    """A regular file of the directory.
+
+    A checkpoint's shard that was brought without reading it is known by its header, which lists
+    every tensor and its place; by its whole hash too once that is known. Others by that alone.
+    """
 
     nbytes: int
-    sha256: str
+    sha256: str | None  # None: not known, there is a header_sha256
+    header_sha256: str | None = None  # of a shard's JSON header; None: the file was read whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +78,19 @@ class Manifest:
     image_size: int
     preprocessing: dict[str, Any]
     recipe: dict[str, Any] | None  # None: nothing is quantized
-    source: dict[str, Any]  # the checkpoint's name, its files' fingerprints
+    source: dict[str, Any]  # the checkpoint's name, its files' fingerprints, how they came
     components: dict[str, ComponentRecord]
     engines: tuple[EngineRecord, ...] = ()
     files: dict[str, FileRecord]  # every file but the manifest itself
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def hard_links(self) -> tuple[str, ...]:
+        """Weights files that were written as a second name of the checkpoint's own."""
+        weights = self.source.get("weights")
+        if type(weights) is not dict:
+            return ()
+        return tuple(name for name, how in weights.items() if how == "hard link")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; the schema version first, files by name."""
@@ -199,10 +213,17 @@ def _spec(raw: Any, where: str) -> TensorSpec:
 
 def _file(name: str, raw: Any) -> FileRecord:
     check_name(name)
-    fields = _fields(raw, f"files[{name!r}]", {"nbytes": int, "sha256": str})
-    _natural(fields["nbytes"], f"files[{name!r}]")
-    if not re.fullmatch("[0-9a-f]{64}", fields["sha256"]):
-        raise ArtifactError(f"files[{name!r}]: sha256 must be 64 lower-case hexadecimal digits")
+    where = f"files[{name!r}]"
+    hashes = ("sha256", "header_sha256")
+    fields = _fields(raw, where, {"nbytes": int, **dict.fromkeys(hashes, (str, NONE))})
+    _natural(fields["nbytes"], where)
+    for key in hashes:
+        if fields[key] is not None and not re.fullmatch("[0-9a-f]{64}", fields[key]):
+            raise ArtifactError(f"{where}: {key} must be 64 lower-case hexadecimal digits")
+    if fields["header_sha256"] is None and fields["sha256"] is None:
+        raise ArtifactError(f"{where}: expected a sha256, or a header_sha256, or both")
+    if fields["header_sha256"] is not None and ("/" in name or not name.endswith(SHARD_SUFFIX)):
+        raise ArtifactError(f"{where}: only *{SHARD_SUFFIX} files may have a header_sha256")
     return FileRecord(**fields)
 
 

@@ -23,6 +23,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.artifact import Artifact, open_artifact, sha256
@@ -45,11 +46,15 @@ from internvl_edge.manifest import FOLDERS, MANIFEST, FileRecord, Manifest
 
 __all__ = [
     "check_out",
+    "hold",
+    "make_parents",
     "os_errors",
+    "placed",
     "record",
     "require_free_disk",
     "staging",
     "update",
+    "verify_whole",
     "write_atomically",
     "write_manifest",
 ]
@@ -73,12 +78,12 @@ def staging(out: Path, *, force: bool) -> Iterator[Path]:
     """
     with ExitStack() as cleanup:
         with os_errors(out):
-            out = out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
-            _make_parents(out.parent, cleanup)
+            out = placed(out)
+            make_parents(out.parent, cleanup)
             _restore(out)
             _reclaim(out)
             check_out(out, force=force)
-            held = _hold(out, cleanup) if out.exists() else None
+            held = hold(out, cleanup) if out.exists() else None
             directory = _make_staging(out, cleanup)
         with work_errors(out, directory):
             yield directory
@@ -103,7 +108,7 @@ def update(out: Path) -> Iterator[Artifact]:
     open_artifact(out, hash_files=False)
     with ExitStack() as cleanup:
         with os_errors(out):
-            _hold(out.resolve(), cleanup)
+            hold(out.resolve(), cleanup)
             if not os.access(out, os.W_OK | os.X_OK):
                 raise UsageError(f"{out} cannot be written; copy it to a place that can")
             _remove_partial_files(out)
@@ -115,7 +120,8 @@ def update(out: Path) -> Iterator[Artifact]:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, the last file of a directory; it must list what is there.
 
-    Where there is one already, only files in folders, such as engines, may differ.
+    Where there is one already, only files in folders, such as engines, may differ, and hashes
+    may be there that were not known.
 
     Raises:
         InternVLError: a listed file is missing or of another size, or the manifest is not one
@@ -131,11 +137,40 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     _check_listed(directory, manifest)
     if (directory / MANIFEST).exists():
         before = Manifest.from_bytes((directory / MANIFEST).read_bytes())
-        if _top_files(before) != _top_files(manifest):
+        if not _same_compilation(before, manifest):
             raise UsageError(f"{directory} was replaced by another run meanwhile; run again")
         with os_errors(directory):
             _sync_added(directory, manifest)
     write_atomically(directory / MANIFEST, data)
+
+
+def verify_whole(out: Path) -> tuple[Artifact, tuple[str, ...]]:
+    """Hash every file of a published directory whole, the checkpoint's own shards too.
+
+    Returns:
+        The directory, and the shards whose hash was not known: the manifest has it from now on.
+
+    Raises:
+        ArtifactError: a file is not what the manifest says.
+        UsageError: a hash is not known, and the directory cannot be written.
+        ResourceError: the disk is full or fails.
+    """
+    artifact = open_artifact(out, whole=True)
+    if not _unproved(artifact.manifest):
+        return artifact, ()
+    with update(out) as artifact:
+        names = _unproved(artifact.manifest)
+        found = {
+            name: replace(artifact.manifest.files[name], sha256=record(out / name).sha256)
+            for name in names
+        }
+        manifest = replace(artifact.manifest, files={**artifact.manifest.files, **found})
+        write_manifest(out, manifest)
+    return replace(artifact, manifest=manifest), names
+
+
+def _unproved(manifest: Manifest) -> tuple[str, ...]:
+    return tuple(name for name, file in manifest.files.items() if file.sha256 is None)
 
 
 def record(path: Path) -> FileRecord:
@@ -147,7 +182,12 @@ def record(path: Path) -> FileRecord:
 # --- before the work -----------------------------------------------------------------------------
 
 
-def _make_parents(parent: Path, cleanup: ExitStack) -> None:
+def placed(out: Path) -> Path:
+    """The absolute path of a directory that may not exist; a final link is not followed."""
+    return out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+
+
+def make_parents(parent: Path, cleanup: ExitStack) -> None:
     """Create parents; those that are empty in the end, because nothing came, go again."""
     missing = [path for path in (parent, *parent.parents) if not path.exists()]
     for path in reversed(missing):
@@ -190,7 +230,12 @@ def _is_ours(out: Path) -> bool:
         return False
 
 
-def _hold(directory: Path, cleanup: ExitStack) -> int:
+def hold(directory: Path, cleanup: ExitStack) -> int:
+    """Lock a directory until ``cleanup`` is closed.
+
+    Raises:
+        UsageError: another run holds it.
+    """
     descriptor = lock(directory)
     cleanup.callback(_release, descriptor)
     return descriptor
@@ -207,7 +252,7 @@ def _make_staging(out: Path, cleanup: ExitStack) -> Path:
         directory = sibling(out, "partial")
         directory.mkdir()
         try:
-            _hold(directory, cleanup)
+            hold(directory, cleanup)
         except (UsageError, FileNotFoundError):  # taken for a leftover before it was locked
             continue
         cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -283,9 +328,16 @@ def _sync_added(directory: Path, manifest: Manifest) -> None:
         sync(folder)
 
 
-def _top_files(manifest: Manifest) -> dict[str, FileRecord]:
-    """What two manifests of one compilation share: all but engines and reports."""
-    return {name: record for name, record in manifest.files.items() if "/" not in name}
+def _same_compilation(before: Manifest, after: Manifest) -> bool:
+    """Whether two manifests list the same files, but for engines, reports and hashes now known."""
+    old, new = (
+        {name: record for name, record in manifest.files.items() if "/" not in name}
+        for manifest in (before, after)
+    )
+    for name, known in old.items():
+        if known.sha256 is None and name in new:
+            new[name] = replace(new[name], sha256=None)
+    return old == new
 
 
 def _publish(directory: Path, out: Path, force: bool, held: int | None, cleanup: ExitStack) -> None:
@@ -299,7 +351,7 @@ def _publish(directory: Path, out: Path, force: bool, held: int | None, cleanup:
             return
         try:
             if held is None or not os.path.samestat(out.stat(), os.fstat(held)):
-                held = _hold(out, cleanup)  # it appeared while this run was at work
+                held = hold(out, cleanup)  # it appeared while this run was at work
             exchange(directory, out)
         except FileNotFoundError:
             continue  # it has gone again

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, backend, names
+from internvl_edge.cli.options import DIRECTORY, answers, backend, memory, names
 from internvl_edge.errors import MissingDependency, UsageError
 
 PRECISIONS = "fp32, fp16, bf16, int8 or fp8"
@@ -34,8 +34,10 @@ PRECISIONS = "fp32, fp16, bf16, int8 or fp8"
     type=click.Choice(("auto", "link", "copy")),
     default="auto",
     show_default=True,
-    help="Bring the checkpoint's own files by hard link, or write them.",
+    help="The checkpoint's own files: as reflinks or hard links, or copied. auto: reflinks, copies "
+    "up to 2 GB, else hard links; files of our own where the dtype differs.",
 )
+@click.option("--align", type=int, help="Write weights at multiples of this many bytes: 256.")
 @click.option(
     "--verify",
     type=click.Choice(("auto", "full", "none")),
@@ -44,6 +46,9 @@ PRECISIONS = "fp32, fp16, bf16, int8 or fp8"
     help="Compare every component with PyTorch before publishing.",
 )
 @click.option("--recipe", type=DIRECTORY, help="Quantization recipe (JSON).")
+@click.option(
+    "--memory-budget", callback=memory, help="Most memory to take, such as 3GB; default: all free."
+)
 @click.option("--force", is_flag=True, help="Replace OUT, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything and forecast; write nothing.")
 @backend
@@ -113,22 +118,38 @@ def build(
 @click.command()
 @click.argument("out", type=DIRECTORY)
 @click.option("--checkpoint", type=DIRECTORY, help="Compare with this checkpoint in PyTorch too.")
+@click.option("--full", is_flag=True, help="Hash the checkpoint's own linked files whole, too.")
 @backend
 @answers
-def verify(output: Output, out: Path, checkpoint: Path | None, backend: str) -> None:
-    """Check that OUT is what its manifest says, and with --checkpoint that it computes it."""
-    if checkpoint is None:
-        from internvl_edge.artifact import open_artifact
+def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backend: str) -> None:
+    """Check that OUT is what its manifest says, and with --checkpoint that it computes it.
 
-        figures: dict[str, Any] = {name: {} for name in open_artifact(out).manifest.components}
+    Weights that were linked are checked by size and header. --full reads them whole: it compares
+    their sha256 where it is known, and records it in the manifest where it is not.
+    """
+    from internvl_edge.artifact import open_artifact
+    from internvl_edge.publish import verify_whole
+
+    recorded: tuple[str, ...] = ()
+    if full:
+        artifact, recorded = verify_whole(out)
     else:
+        artifact = open_artifact(out, hash_files=checkpoint is None)
+    figures: dict[str, Any] = {name: {} for name in artifact.manifest.components}
+    if checkpoint is not None:
         with output.progress() as report:
             figures = _compiler().verify(out, checkpoint, report)
-    rows = [(name, *_figures(f)) for name, f in figures.items()]
-    if checkpoint is not None:
+        rows = [(name, *_figures(f)) for name, f in figures.items()]
         output.table(("component", "cosine", "SQNR", "max |Δ|"), rows)
+    linked = [n for n, record in artifact.manifest.files.items() if record.header_sha256]
+    if recorded:
+        output.say(f"sha256 now known, and recorded: {', '.join(recorded)}")
+    if linked and not full:
+        output.say(f"by size and header only, --full reads them whole: {', '.join(linked)}")
     output.say(f"{out}: every file matches its sha256, every graph is sound")
-    output.result({"out": out, "ok": True, "components": figures})
+    output.result(
+        {"out": out, "ok": True, "full": full, "recorded": recorded, "components": figures}
+    )
 
 
 @click.command()
@@ -217,6 +238,12 @@ def _show_artifact(output: Output, artifact: Any) -> None:
         size = manifest.files[engine.file].nbytes
         output.say(
             f"engine {engine.component} ({engine.target}): {engine.file}, {size / 1e6:.1f} MB"
+        )
+    if links := manifest.hard_links:
+        output.say(
+            f"hard links to the checkpoint's own files: {', '.join(links)}. What edits the one "
+            "edits the other. ONNX Runtime and TensorRT accept them, onnx.checker and onnx-ir "
+            "refuse files of two names; --weights copy makes files of their own"
         )
     output.result({"out": artifact.path, **manifest.to_json()})
 

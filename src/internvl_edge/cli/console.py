@@ -76,7 +76,12 @@ class Output:
                     tasks[progress.step] = bar.add_task(
                         progress.step, total=progress.total, detail=""
                     )
-                bar.update(tasks[progress.step], completed=progress.done, detail=progress.detail)
+                bar.update(
+                    tasks[progress.step],
+                    completed=progress.done,
+                    total=progress.total,
+                    detail=progress.detail,
+                )
 
             yield report
 

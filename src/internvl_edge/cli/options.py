@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,3 +44,14 @@ def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str
     return (
         None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
     )
+
+
+def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Bytes from a size such as ``3GB``, ``800 MB`` or ``2GiB``; None stays None."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"expected a size such as 3GB, found {value!r}")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))

@@ -12,10 +12,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact import Artifact, ComponentRecord, Manifest, open_artifact
@@ -34,7 +37,7 @@ from internvl_edge.compiler.engines import (
     profile_from,
     require_targets,
 )
-from internvl_edge.compiler.estimate import forecast, forecast_plan
+from internvl_edge.compiler.estimate import forecast, require_fit, spool_budget
 from internvl_edge.compiler.options import (
     ExportOptions,
     Plan,
@@ -45,11 +48,14 @@ from internvl_edge.compiler.options import (
 )
 from internvl_edge.compiler.readme import readme
 from internvl_edge.compiler.simulate import read_scales, write_scales
+from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import BuildError, InternVLError, ResourceError, UsageError
+from internvl_edge.export.bring import Brought
 from internvl_edge.export.checkpoint import header_fingerprint, open_checkpoint
-from internvl_edge.publish import record, require_free_disk, staging, write_manifest
+from internvl_edge.publish import record, staging, write_manifest
 from internvl_edge.quantize.data import CalibrationSet
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.resume import Workspace, workspace
 
 __all__ = [
     "ExportOptions",
@@ -63,6 +69,7 @@ __all__ = [
     "verify",
 ]
 
+MB = 10**6
 # Files of a checkpoint that a runtime reads; copied as they are.
 SIDE_FILES = (
     "tokenizer.model",
@@ -87,15 +94,22 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
     plan = make_plan(options)
     targets = [target for target in options.targets if target != "onnx"]
     require_targets(targets, options.precision)
-    require_free_disk(options.out.absolute().parent, forecast_plan(plan).disk_nbytes)
-    with staging(options.out, force=options.force) as directory:
-        manifest = _compile_into(plan, directory, report)
+    require_fit(plan)
+    calibration = None if plan.recipe is None else load_samples(plan)
+    content = _content(plan, report)
+    with (
+        workspace(options.out, _key(plan, content, calibration), spool_budget(plan)) as work,
+        staging(options.out, force=options.force) as directory,
+    ):
+        manifest = _compile_into(plan, directory, work, calibration, report)
         failure: InternVLError | None = None
         try:
-            for grown in add_engines(directory, manifest, targets, report=report):
+            built = add_engines(directory, manifest, targets, keep=work.engines, report=report)
+            for grown in built:
                 manifest = grown
         except (BuildError, ResourceError) as error:
             failure = error  # hours of quantization are not thrown away for one engine
+        plan.checkpoint.require_unchanged()
         report(Progress(step="publish", detail=str(options.out), done=0, total=1))
         write_manifest(directory, manifest)
     if failure is not None:
@@ -103,6 +117,43 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
             f"{failure}; {options.out} is published, with {len(manifest.engines)} engine(s)"
         ) from failure
     return open_artifact(options.out)
+
+
+def _content(plan: Plan, report: Report) -> str:
+    """What the checkpoint holds. Linked shards are not read, which is the point of linking."""
+    if plan.options.weights == "link" and plan.options.verify == "none":
+        return repr(
+            [header_fingerprint(p) for p in plan.checkpoint.shards] + [*plan.checkpoint.states]
+        )
+    total, done = sum(entry.nbytes for entry in plan.checkpoint.tensors.values()), 0
+
+    def read(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        report(Progress(step="check", detail="MB of weights", done=done // MB, total=total // MB))
+
+    return plan.checkpoint.content_sha256(read)
+
+
+def _key(plan: Plan, content: str, calibration: CalibrationSet | None) -> dict[str, Any]:
+    """Everything that decides the bytes of a compilation; other work must not be taken up."""
+    tokenizer = plan.checkpoint.path / "tokenizer.model"
+    return {
+        "versions": {"internvl-edge": __version__, "torch": torch.__version__}
+        | {package: version(package) for package in ("numpy", "onnx-ir", "onnxscript")},
+        "threads": torch.get_num_threads(),  # float sums are split by them
+        "checkpoint": content,
+        "config": plan.checkpoint.config.to_json(),
+        "tokenizer": record(tokenizer).sha256 if tokenizer.is_file() else None,
+        "precision": plan.options.precision,
+        "components": list(plan.components),
+        "image_size": plan.image_size,
+        "preprocessing": plan.preprocessing.to_json(),
+        "weights": plan.options.weights,
+        "align": plan.options.align,
+        "recipe": None if plan.recipe is None else plan.recipe.to_json(),
+        "calibration": None if calibration is None else calibration.digest,
+    }
 
 
 def verify(
@@ -155,21 +206,24 @@ def verify(
     return figures
 
 
-def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
+def _compile_into(
+    plan: Plan,
+    directory: Path,
+    work: Workspace,
+    calibration: CalibrationSet | None,
+    report: Report,
+) -> Manifest:
     """Write everything but the manifest and the engines."""
     reason = reason_not_to_verify(plan.checkpoint, plan.options.verify)
-    calibration = None if plan.recipe is None else load_samples(plan)
     samples = None if calibration is None else samples_for(plan, calibration)
     scales: dict[str, dict[str, float]] = {}
-    # Linked shards are not read at all, which is the point of --weights link --verify none.
-    if plan.options.verify != "none" or plan.options.weights != "link":
-        report(Progress(step="check", detail="weights are finite", done=0, total=1))
-        plan.checkpoint.check_finite(plan.checkpoint.tensors)
     models = trace_all(plan, plan.base, report)
+    brought: dict[str, Brought] = {}
     if samples is None:
-        stored = store_weights(plan, models, directory, report)
+        stored, brought = store_weights(plan, models, directory, report)
     else:
-        stored, scales = quantize_weights(plan, models, samples, directory, report)
+        stored, scales = quantize_weights(plan, models, samples, work, report)
+        link_or_copy(work.path / WEIGHTS_FILE, directory / WEIGHTS_FILE)
     emitted = {
         name: write_graph(plan, name, model, stored, scales, directory, f"{name}.onnx")
         for name, model in models.items()
@@ -190,7 +244,7 @@ def _compile_into(plan: Plan, directory: Path, report: Report) -> Manifest:
     for done, (name, graph) in enumerate(emitted.items()):
         report(Progress(step="verify", detail=name, done=done, total=len(emitted)))
         records[name] = _component(plan, name, graph, checker, reason, directory)
-    return _manifest(plan, records, calibration, directory)
+    return _manifest(plan, records, calibration, directory, brought)
 
 
 def _component(
@@ -232,8 +286,9 @@ def _manifest(
     records: dict[str, ComponentRecord],
     calibration: CalibrationSet | None,
     directory: Path,
+    brought: Mapping[str, Brought],
 ) -> Manifest:
-    """Copy what a runtime needs beside the graphs, and list it all."""
+    """Copy what a runtime needs beside the graphs, and list it all; what was brought is known."""
     for name in SIDE_FILES:
         if (plan.checkpoint.path / name).is_file():
             shutil.copyfile(plan.checkpoint.path / name, directory / name)
@@ -247,6 +302,7 @@ def _manifest(
         source={
             "checkpoint": plan.checkpoint.path.resolve().name,
             "files": _source_files(plan.checkpoint.shards),
+            "weights": {name: shard.how for name, shard in brought.items()},
             "calibration": None
             if calibration is None
             else {
@@ -260,7 +316,11 @@ def _manifest(
         files={},
     )
     (directory / "README.md").write_text(readme(manifest), encoding="utf-8")
-    files = {path.name: record(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    files = {
+        path.name: brought[path.name].record if path.name in brought else record(path)
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+    }
     return replace(manifest, files=files)
 
 

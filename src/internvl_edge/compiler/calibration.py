@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from internvl_edge.compiler.emit import WEIGHTS_FILE, copy_rest, quantized_layout, write_block
 from internvl_edge.compiler.options import Plan, Progress, Report
+from internvl_edge.errors import ResourceError
 from internvl_edge.export.blocks import COMPONENT_STREAM, Samples, calibration_blocks
 from internvl_edge.export.weights import StoredTensor, WeightsWriter, weights_without_data
 from internvl_edge.quantize.calibrate import calibrate_block
 from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
+from internvl_edge.resume import Workspace
 from internvl_edge.runtime.image import pixel_values
 from internvl_edge.runtime.tokenizer import Tokenizer
 
@@ -104,31 +106,63 @@ def quantize_weights(
     plan: Plan,
     models: Mapping[str, ir.Model],
     samples: Samples,
-    directory: Path,
+    work: Workspace,
     report: Report,
 ) -> tuple[dict[str, StoredTensor], dict[str, dict[str, float]]]:
     """Calibrate block by block and write each block's 8-bit weights as they come.
 
+    Blocks that an earlier run finished are taken from ``work``. The weights file lies there too,
+    for the next run, should this one not end.
+
     Returns:
         Where every tensor lies, and the activation scales: stream → weight → scale.
+
+    Raises:
+        ResourceError: the memory budget was exceeded.
     """
     assert plan.recipe is not None
     needed = weights_without_data(models.values())
     layout = quantized_layout(plan, needed)
     streams = {COMPONENT_STREAM[name] for name in models if name in COMPONENT_STREAM}
-    activations: dict[str, dict[str, float]] = {stream: {} for stream in streams}
     total = _num_blocks(plan, streams)
-    with WeightsWriter(directory / WEIGHTS_FILE, layout) as writer:
-        blocks = calibration_blocks(plan.checkpoint, samples, streams)
-        for done, (block, current) in enumerate(blocks):
-            report(Progress(step="quantize", detail=block.name, done=done, total=total))
-            calibrated = calibrate_block(block, current.states, plan.recipe)
-            write_block(writer, calibrated)
-            for stream, scales in calibrated.activations.items():
-                activations.setdefault(stream, {}).update(scales)
+    blocks = calibration_blocks(plan.checkpoint, samples, streams, work)
+    done = {name for entry in work.entries for name in entry["weights"]}
+    path = work.path / WEIGHTS_FILE
+    with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
+        for block, current in blocks:
+            report(Progress(step="quantize", detail=block.name, done=work.num_done, total=total))
+            calibrated = calibrate_block(block, current, plan.recipe, work.hidden, work.scratch)
+            written = write_block(writer, calibrated)
+            writer.sync()
+            finished = {"weights": written, "activations": calibrated.activations}
+            work.finish(block.name, finished, {s: stream.hidden for s, stream in current.items()})
+            require_within_budget(plan.options.memory_budget, work.num_done, total)
         rest = {name: layout[name][0] for name in writer.pending}
         copy_rest(plan, writer, rest, report)
+    activations: dict[str, dict[str, float]] = {stream: {} for stream in streams}
+    for entry in work.entries:
+        for stream, scales in entry["activations"].items():
+            activations.setdefault(stream, {}).update(scales)
     return writer.stored, activations
+
+
+def require_within_budget(budget: int | None, done: int, total: int) -> None:
+    """Stop a run that takes more memory than it was given.
+
+    Raises:
+        ResourceError: with what it took.
+    """
+    peak = peak_memory()
+    if budget is not None and peak > budget:
+        raise ResourceError(
+            f"--memory-budget {budget / 1e9:.2f} GB: {peak / 1e9:.2f} GB were needed after "
+            f"{done} of {total} blocks; the same command with a larger budget goes on from there"
+        )
+
+
+def peak_memory() -> int:
+    """The most memory that this process had resident so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _num_blocks(plan: Plan, streams: set[str]) -> int:

@@ -2,8 +2,9 @@
 
 A directory has one weights file for all of its components. At fp32, fp16 and bf16 it holds the
 parameters in the dtypes the graphs ask for; quantized, the linear layers' weights in 8 bits with
-their scales, and the rest as the checkpoint stores it. ``--weights link`` or ``copy`` bring the
-checkpoint's own shards instead, and the graphs cast.
+their scales, and the rest as the checkpoint stores it. Where that would be the checkpoint's own
+bytes, its shards are brought instead; ``--weights link`` or ``copy`` bring them in any case, and
+the graphs cast.
 
 A quantized component has two graphs on the same weights: ``vision.onnx`` computes in float32
 around its 8-bit products, which is what ONNX Runtime's CPU kernels fuse; ``vision.fp16.onnx``
@@ -12,8 +13,9 @@ computes in 16 bits, which is what engines are built from.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,33 @@ import onnx_ir as ir
 import torch
 
 from internvl_edge.artifact import TensorSpec
-from internvl_edge.compiler.options import Plan, Progress, Report
+from internvl_edge.compiler.options import ExportOptions, Plan, Progress, Report
+from internvl_edge.errors import UsageError
 from internvl_edge.export import graph as graphs
 from internvl_edge.export.blocks import COMPONENT_STREAM, LLAMA_PREFIX, VISION_PREFIX
-from internvl_edge.export.checkpoint import Checkpoint, build_model, torch_from_numpy
+from internvl_edge.export.bring import Brought, bring_shards
+from internvl_edge.export.checkpoint import (
+    Checkpoint,
+    TensorEntry,
+    build_model,
+    torch_from_numpy,
+)
 from internvl_edge.export.components import (
     COMPONENTS,
     build_component,
     example_inputs,
     input_specs,
 )
+from internvl_edge.export.config import CheckpointConfig
+from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.models.attention import rotary_tables
-from internvl_edge.export.models.internvl import InternVL
 from internvl_edge.export.models.vit import resize_position_embedding
 from internvl_edge.export.precision import POLICIES, apply_policy
+from internvl_edge.export.stamp import blocks_of, shallow_depth, stamp
 from internvl_edge.export.weights import (
     StoredTensor,
     WeightsWriter,
     bind,
-    bring_shards,
     save,
     weights_without_data,
 )
@@ -50,6 +60,8 @@ from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
 from internvl_edge.quantize.recipe import Recipe
 
 Array = np.ndarray[Any, Any]
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 POSITIONS = "vision_model.embeddings.position_embedding"
@@ -67,28 +79,71 @@ class Emitted:
 
 
 def trace_all(plan: Plan, base: str, report: Report) -> dict[str, ir.Model]:
-    """Trace every component of a plan at a base precision; the graphs have no weights yet."""
-    with torch.device("meta"):
-        model = build_model(plan.checkpoint.config)
-        vision = model.vision_model if isinstance(model, InternVL) else model
-        tokens = plan.checkpoint.config.vision.num_tokens(plan.image_size)
-        # Resampled once, not in every forward: one graph per resolution.
-        vision.embeddings.position_embedding = torch.nn.Parameter(
-            torch.empty(1, tokens, plan.checkpoint.config.vision.hidden_size)
-        )
-    apply_policy(model, POLICIES[base])
+    """Trace every component of a plan at a base precision; the graphs have no weights yet.
+
+    Towers are traced a few blocks deep and stamped; one that does not repeat is traced in full.
+    """
+    config = plan.checkpoint.config
+    shallow = shallow_config(config)
+    model = _meta_model(plan, shallow, base)
     traced = {}
     for done, name in enumerate(plan.components):
         report(Progress(step="trace", detail=name, done=done, total=len(plan.components)))
-        traced[name] = _trace(plan, name, build_component(COMPONENTS[name], model))
+        traced[name] = _trace(plan, name, shallow, model)
+        if not stamp_towers(traced[name], config):
+            logger.info("%s: blocks that differ, traced one by one", name)
+            traced[name] = _trace(plan, name, config, _meta_model(plan, config, base))
     return traced
 
 
-def _trace(plan: Plan, name: str, module: torch.nn.Module) -> ir.Model:
-    config = plan.checkpoint.config
+def _towers(config: CheckpointConfig) -> dict[str, tuple[int, int]]:
+    """Prefix of each tower's blocks → their period and their number."""
+    towers = {VISION_PREFIX: (1, config.vision.num_hidden_layers)}
+    if config.internvl is not None:
+        period = config.internvl.cross_attention_frequency
+        towers[LLAMA_PREFIX] = period, config.internvl.qllama.num_hidden_layers
+    return towers
+
+
+def shallow_config(config: CheckpointConfig) -> CheckpointConfig:
+    """The same model with no more blocks than stamping needs to see."""
+    depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in _towers(config).items()}
+    vision = replace(config.vision, num_hidden_layers=depth[VISION_PREFIX])
+    if config.internvl is None:
+        return replace(config, vision=vision)
+    qllama = replace(config.internvl.qllama, num_hidden_layers=depth[LLAMA_PREFIX])
+    internvl = replace(config.internvl, vision=vision, qllama=qllama)
+    return replace(config, vision=vision, internvl=internvl)
+
+
+def stamp_towers(model: ir.Model, config: CheckpointConfig) -> bool:
+    """Make the towers of a graph that was traced shallow as deep as they are; False if it fails."""
+    for prefix, (period, depth) in _towers(config).items():
+        if blocks_of(model, prefix) and not stamp(model, prefix, period, depth):
+            return False
+    graphs.name_values(model)
+    return True
+
+
+def _meta_model(plan: Plan, config: CheckpointConfig, base: str) -> InternVL | InternViT:
+    with torch.device("meta"):
+        model = build_model(config)
+        vision = model.vision_model if isinstance(model, InternVL) else model
+        # Resampled once, not in every forward: one graph per resolution.
+        tokens = config.vision.num_tokens(plan.image_size)
+        vision.embeddings.position_embedding = torch.nn.Parameter(
+            torch.empty(1, tokens, config.vision.hidden_size)
+        )
+    apply_policy(model, POLICIES[base])
+    return model
+
+
+def _trace(
+    plan: Plan, name: str, config: CheckpointConfig, model: InternVL | InternViT
+) -> ir.Model:
     specs = input_specs(COMPONENTS[name], config, plan.image_size)
-    model = graphs.trace(
-        module,
+    traced = graphs.trace(
+        build_component(COMPONENTS[name], model),
         example_inputs(specs),
         [{i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs],
         COMPONENTS[name].inputs,
@@ -98,8 +153,8 @@ def _trace(plan: Plan, name: str, module: torch.nn.Module) -> ir.Model:
         llama = config.internvl.qllama
         cos, sin = rotary_tables(llama.max_position_embeddings, llama.head_dim)
         tables = {"qllama.rope_cos": cos.numpy(), "qllama.rope_sin": sin.numpy()}
-        graphs.set_constants(model, tables)
-    return graphs.simplify(model)
+        graphs.set_constants(traced, tables)
+    return graphs.simplify(traced)
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -119,21 +174,61 @@ def read_tensor(plan: Plan, name: str) -> Array:
 
 def store_weights(
     plan: Plan, models: Mapping[str, ir.Model], directory: Path, report: Report
-) -> dict[str, StoredTensor]:
-    """Put every parameter the graphs need into ``directory``; nothing is quantized."""
+) -> tuple[dict[str, StoredTensor], dict[str, Brought]]:
+    """Put every parameter the graphs need into ``directory``; nothing is quantized.
+
+    Returns:
+        Where each lies, and the checkpoint's own shards that were brought.
+    """
+
+    def copied(shard: str, done: int, total: int) -> None:
+        done, total = done // 10**6, -(-total // 10**6)
+        report(Progress(step="copy", detail=f"{shard} (MB)", done=done, total=total))
+
     needed = weights_without_data(models.values())
     resized = plan.image_size != plan.checkpoint.config.vision.image_size
-    if plan.options.weights != "auto":
-        stored = bring_shards(plan.checkpoint, directory, plan.options.weights)
-        needed = {name: needed[name] for name in needed if name == POSITIONS and resized}
-    else:
-        stored = {}
-    if needed:
-        shapes = {name: (dtype, _shape(plan, name)) for name, dtype in needed.items()}
-        with WeightsWriter(directory / WEIGHTS_FILE, shapes) as writer:
-            copy_rest(plan, writer, needed, report)
+    held = {n: plan.checkpoint.tensors[n] for n in needed if n != POSITIONS or not resized}
+    stored: dict[str, StoredTensor] = {}
+    brought: dict[str, Brought] = {}
+    if can_bring(plan.options, needed, held):
+        transfer = plan.options.weights
+        stored, brought = bring_shards(plan.checkpoint, held, directory, transfer, copied)
+    elif plan.options.weights == "copy":  # not as the shards lie, but with the same values
+        needed |= {name: entry.dtype for name, entry in held.items()}
+    own = {name: dtype for name, dtype in needed.items() if name not in stored}
+    if own:
+        layout = {name: (dtype, _shape(plan, name)) for name, dtype in own.items()}
+        path = directory / WEIGHTS_FILE
+        with WeightsWriter(path, layout, align=plan.options.align) as writer:
+            copy_rest(plan, writer, own, report)
         stored |= writer.stored
-    return stored
+    return stored, brought
+
+
+def can_bring(
+    options: ExportOptions,
+    needed: Mapping[str, np.dtype[Any]],
+    held: Mapping[str, TensorEntry],
+) -> bool:
+    """Whether the checkpoint's own shards can be what the graphs read.
+
+    Raises:
+        UsageError: they are to be linked, and a tensor is not aligned to its item size.
+    """
+    is_auto = options.weights == "auto"
+    if options.align is not None:
+        return False
+    if is_auto and any(needed[name] != entry.dtype for name, entry in held.items()):
+        return False
+    crooked = [n for n, entry in held.items() if entry.offset % entry.dtype.itemsize]
+    if crooked and options.weights == "link":
+        entry = held[crooked[0]]
+        raise UsageError(
+            f"--weights link: {entry.file}: expected offsets that are multiples of the item size, "
+            f"found {crooked[0]} at {entry.offset} ({len(crooked)} such tensor(s)); use --weights "
+            "copy, which writes them anew, or --align without --weights"
+        )
+    return not crooked
 
 
 def copy_rest(
@@ -196,15 +291,16 @@ def quantized_layout(
     return layout
 
 
-def write_block(writer: WeightsWriter, block: CalibratedBlock) -> None:
-    """Write what one calibrated block leaves behind."""
-    for name, weight in block.weights.items():
-        if name in writer.stored:  # a component that was not asked for may read others
-            writer.write(name, weight.values)
-            writer.write(name + SCALE_SUFFIX, weight.scales)
-    for name, values in block.folded.items():
-        if name in writer.stored:
-            writer.write(name, values.astype(FLOAT32))
+def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:
+    """Write what one calibrated block leaves behind; the names of the tensors written."""
+    tensors = {name: weight.values for name, weight in block.weights.items()}
+    tensors |= {name + SCALE_SUFFIX: weight.scales for name, weight in block.weights.items()}
+    tensors |= {name: values.astype(FLOAT32) for name, values in block.folded.items()}
+    # a component that was not asked for may read others
+    written = [name for name in tensors if name in writer.stored]
+    for name in written:
+        writer.write(name, tensors[name])
+    return written
 
 
 # --- graphs --------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.artifact import EngineRecord, Manifest
 from internvl_edge.compiler.options import Progress, Report, silent
+from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import UsageError
 from internvl_edge.export.engine import Profile, build_engine
 from internvl_edge.export.targets import choose_capabilities, find_target, load_builder
@@ -118,21 +119,50 @@ def add_engines(
     *,
     components: Sequence[str] | None = None,
     profile: Profile | None = None,
+    keep: Path | None = None,
     report: Report = silent,
 ) -> Iterator[Manifest]:
-    """Build into ``directory``: the manifest after each engine, which the caller writes."""
+    """Build into ``directory``: the manifest after each engine, which the caller writes.
+
+    Args:
+        directory: where the graphs are.
+        manifest: of the directory.
+        targets: what to build for.
+        components: all by default.
+        profile: sizes that the engines accept.
+        keep: a folder where finished engines are linked to as well, and taken from if they are
+            there: those of an earlier run that was interrupted.
+        report: told before each engine, and of the builder's steps.
+    """
+    if not targets:
+        return
+    (directory / ENGINES).mkdir(exist_ok=True)
+    kept = () if keep is None else tuple(keep.iterdir())
+    for path in kept:
+        link_or_copy(path, directory / ENGINES / path.name)
+    known = {f"{ENGINES}/{path.name}" for path in kept}
     chosen = list(components or manifest.components)
     jobs = [(target, name) for target in targets for name in chosen]
     for done, (target, name) in enumerate(jobs):
         report(Progress(step="build", detail=f"{name} ({target})", done=done, total=len(jobs)))
-        manifest = _add_engine(directory, manifest, target, name, profile)
+        manifest, built = _add_engine(directory, manifest, target, name, profile, known, report)
+        if keep is not None and built.file not in known:
+            for file in (built.file, built.sidecar):
+                link_or_copy(directory / file, keep / Path(file).name)
         yield manifest
+    for file in known - set(manifest.files):
+        (directory / file).unlink()
 
 
 def _add_engine(
-    directory: Path, manifest: Manifest, target: str, name: str, profile: Profile | None
-) -> Manifest:
-    (directory / ENGINES).mkdir(exist_ok=True)
+    directory: Path,
+    manifest: Manifest,
+    target: str,
+    name: str,
+    profile: Profile | None,
+    known: Collection[str],
+    report: Report,
+) -> tuple[Manifest, EngineRecord]:
     source = _graph_file(manifest, name)
     built = build_engine(
         directory / source,
@@ -143,19 +173,33 @@ def _add_engine(
         precision=manifest.precision,
         inputs=manifest.components[name].inputs,
         onnx_sha256=_fingerprint(manifest, source),
-        known=manifest.files,
+        known={*manifest.files, *known},
+        progress=_phases(name, report),
     )
     files = {**manifest.files}
     for file in (built.file, built.sidecar):
         files[file] = record(directory / file)
     others = tuple(e for e in manifest.engines if e.file != built.file)
-    return replace(manifest, engines=(*others, built), files=files)
+    return replace(manifest, engines=(*others, built), files=files), built
+
+
+def _phases(name: str, report: Report) -> Callable[[str, int, int], None]:
+    """The builder's own progress as ours."""
+
+    def tell(phase: str, done: int, total: int) -> None:
+        report(Progress(step="build", detail=f"{name}: {phase}", done=done, total=total))
+
+    return tell
 
 
 def _fingerprint(manifest: Manifest, graph: str) -> str:
-    """Identifies a graph together with the weights files it may read."""
-    files = [graph, *sorted(n for n in manifest.files if n.endswith(".safetensors"))]
-    hashes = "".join(manifest.files[name].sha256 for name in files)
+    """Identifies a graph together with the weights files it may read.
+
+    A linked shard counts by its header, whether or not ``verify --full`` has hashed the rest.
+    """
+    names = [graph, *sorted(n for n in manifest.files if n.endswith(".safetensors"))]
+    files = [manifest.files[name] for name in names]
+    hashes = "".join(str(file.header_sha256 or file.sha256) for file in files)
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 

@@ -14,17 +14,28 @@ from typing import Any
 
 import torch
 
-from internvl_edge.compiler.check import reason_not_to_verify, reference_nbytes
+from internvl_edge.compiler.calibration import BATCH
+from internvl_edge.compiler.check import (
+    FLOAT32_NBYTES,
+    available_memory,
+    reason_not_to_verify,
+    reference_nbytes,
+)
 from internvl_edge.compiler.emit import quantized_layout
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
+from internvl_edge.errors import ResourceError
 from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX
 from internvl_edge.export.checkpoint import DTYPES, build_model
 from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.models import InternViT
+from internvl_edge.publish import require_free_disk
+from internvl_edge.spool import Budget
 
 IMPORTS_NBYTES = 450_000_000  # PyTorch, ONNX and the exporter, loaded
 TRACE_SECONDS_PER_COMPONENT = 2.0
 TRACE_SECONDS_PER_BLOCK = 0.35
+BLOCK_NBYTES_PER_PARAMETER = 7.0  # float32, what was read, and what is quantized of it
+MAX_SPOOLED_NBYTES = 1_000_000_000
 CONVERT_NBYTES_PER_SECOND = 250e6
 CALIBRATION_FLOPS = 60e9  # of a block's float32 forwards, observers included
 VERIFY_NBYTES_PER_SECOND = 200e6
@@ -109,6 +120,35 @@ def forecast_plan(plan: Plan) -> Forecast:
     return Forecast(steps=tuple(steps))
 
 
+def require_fit(plan: Plan) -> None:
+    """Refuse, before any work, what this machine or the memory budget cannot hold.
+
+    Raises:
+        ResourceError: the step, what it needs and what there is.
+    """
+    found = forecast_plan(plan)
+    require_free_disk(plan.options.out.absolute().parent, found.disk_nbytes)
+    worst = max(found.steps, key=lambda step: step.memory_nbytes)
+    budget = plan.options.memory_budget
+    limit = available_memory() if budget is None else budget
+    if worst.memory_nbytes > limit:
+        source = "are free" if budget is None else "are allowed by --memory-budget"
+        raise ResourceError(
+            f"step {worst.name!r} needs {worst.memory_nbytes / 1e9:.2f} GB of memory, "
+            f"{limit / 1e9:.2f} GB {source}; --dry-run lists every step"
+        )
+
+
+def spool_budget(plan: Plan) -> Budget:
+    """Memory that calibration may keep activations in; what is more waits on disk."""
+    if plan.recipe is None:
+        return Budget(0)
+    limit = plan.options.memory_budget
+    if limit is None:
+        return Budget(min(MAX_SPOOLED_NBYTES, available_memory() // 4))
+    return Budget(min(MAX_SPOOLED_NBYTES, max(limit - _block_nbytes(plan), 0)))
+
+
 def read_by(plan: Plan) -> set[str]:
     """The parameters that the chosen components read."""
     with torch.device("meta"):
@@ -172,13 +212,22 @@ def _quantize(plan: Plan) -> Step:
     vision = plan.checkpoint.config.vision
     tokens = plan.recipe.num_samples * vision.num_tokens(plan.image_size)
     blocks = _blocks(plan)
-    activations = 4 * tokens * (4 * vision.hidden_size + vision.intermediate_size)
+    kept = 3 * FLOAT32_NBYTES * tokens * vision.hidden_size  # hidden states, before two norms
     return Step(
         name="quantize",
-        memory_nbytes=IMPORTS_NBYTES + 12 * max(blocks.values()) + activations,
+        memory_nbytes=_block_nbytes(plan) + min(kept, spool_budget(plan).free_nbytes),
         disk_nbytes=0,
         seconds=2.0 * sum(blocks.values()) * tokens / CALIBRATION_FLOPS,
     )
+
+
+def _block_nbytes(plan: Plan) -> int:
+    """Memory that calibrating the largest block needs, but for what is spooled."""
+    vision = plan.checkpoint.config.vision
+    tokens = BATCH * vision.num_tokens(plan.image_size)
+    running = FLOAT32_NBYTES * tokens * (2 * vision.intermediate_size + 6 * vision.hidden_size)
+    weights = int(BLOCK_NBYTES_PER_PARAMETER * max(_blocks(plan).values()))
+    return IMPORTS_NBYTES + weights + running
 
 
 def _verify(plan: Plan) -> Step:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
+from internvl_edge.export.bring import Transfer
 from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.components import choose_components
 from internvl_edge.export.config import check_image_size
-from internvl_edge.export.weights import Transfer
 from internvl_edge.publish import check_out
 from internvl_edge.quantize.recipe import Recipe, load_recipe, recipe_for
 from internvl_edge.runtime.image import Preprocessing
@@ -22,6 +22,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 Verify = Literal["auto", "full", "none"]
+MAX_ALIGN = 65536  # the coarsest granularity that any system maps files with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +54,10 @@ class ExportOptions:
     calibration: Path | None = None  # a folder of images; None: a bundled sample set
     targets: tuple[str, ...] = ("onnx",)
     weights: Transfer = "auto"
+    align: int | None = None  # of every weight in its file; None: to its item size
     verify: Verify = "auto"
     recipe: Path | None = None
+    memory_budget: int | None = None  # bytes resident; None: what the machine has
     force: bool = False
 
 
@@ -94,11 +97,7 @@ def make_plan(options: ExportOptions) -> Plan:
     recipe = _recipe(options)
     if options.calibration is not None and not options.calibration.is_dir():
         raise CalibrationError(f"{options.calibration}: expected a folder of images")
-    if recipe is not None and options.weights != "auto":
-        raise UsageError(
-            f"--weights {options.weights} keeps the checkpoint's own bytes, which "
-            f"{options.precision} replaces; leave --weights out"
-        )
+    _check_weights(options)
     if recipe is None and options.calibration is not None:
         raise UsageError(
             f"--calib {options.calibration} is for int8 and fp8; {options.precision} has nothing "
@@ -115,6 +114,20 @@ def make_plan(options: ExportOptions) -> Plan:
         recipe=recipe,
         is_demo=checkpoint.path.resolve() == demo_checkpoint().resolve(),
     )
+
+
+def _check_weights(options: ExportOptions) -> None:
+    kept = f"--weights {options.weights} keeps the checkpoint's own bytes"
+    if options.precision in QUANTIZED and options.weights != "auto":
+        raise UsageError(f"{kept}, which {options.precision} replaces; leave --weights out")
+    if options.align is None:
+        return
+    if not 1 <= options.align <= MAX_ALIGN or options.align & (options.align - 1):
+        raise UsageError(
+            f"--align: expected a power of two from 1 to {MAX_ALIGN}, found {options.align}"
+        )
+    if options.weights != "auto":
+        raise UsageError(f"{kept}, --align {options.align} moves them; leave one of the two out")
 
 
 def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

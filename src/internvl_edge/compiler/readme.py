@@ -26,10 +26,22 @@ import internvl_edge
 
 {_example(manifest)}
 ```
-
-`manifest.json` lists every file with its size and sha256; `internvl-edge verify` checks them.
+{_links(manifest)}
+`manifest.json` lists every file with its size and sha256, shards that were linked with that of
+their header; `internvl-edge verify` checks them, with `--full` every byte.
 Engines under `engines/` are bound to the TensorRT version they were built with and, like any
 engine, must not be loaded from a source you do not trust: rebuild them with `internvl-edge build`.
+"""
+
+
+def _links(manifest: Manifest) -> str:
+    if not manifest.hard_links:
+        return ""
+    return f"""
+{", ".join(f"`{name}`" for name in manifest.hard_links)}: hard links, second names of the
+checkpoint's own files. **What edits the one edits the other.** ONNX Runtime and TensorRT accept
+them; `onnx.checker`, `onnx.load` and onnx-ir refuse files of two names. A plain copy of this
+directory (`cp -r`) has files of its own, as has an export with `--weights copy`.
 """
 
 

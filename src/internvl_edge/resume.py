@@ -1,0 +1,182 @@
+"""What an interrupted compilation has finished, kept beside OUT for the same command to go on.
+
+    .OUT.work/key.json             hashes of everything that decides the result
+              journal.jsonl        a line per finished block
+              weights.safetensors  its 8-bit weights, at the places they have in the end
+              states/image.17      the samples' hidden states behind it
+              engines/             engines that were built
+
+A journal line is written after what it speaks of was made durable, so what it says holds however
+the run ended; a last line that was cut short is dropped. Work under another key is never taken
+up: it is removed. The directory is locked while a run lives, so of two runs on one OUT the second
+is told at once. It goes when the run succeeds, or fails with nothing finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from internvl_edge.disk import os_errors, write_atomically
+from internvl_edge.errors import UsageError
+from internvl_edge.publish import hold, make_parents, placed
+from internvl_edge.spool import Budget, Spool
+
+logger = logging.getLogger(__name__)
+
+KEY, JOURNAL, STATES, ENGINES = "key.json", "journal.jsonl", "states", "engines"
+
+
+class Workspace:
+    """The work of one compilation: finished blocks, and the states behind the last of them."""
+
+    def __init__(self, path: Path, budget: Budget) -> None:
+        self.path, self._budget = path, budget
+        self._spools: list[Spool] = []
+        (path / STATES).mkdir(exist_ok=True)
+        (path / ENGINES).mkdir(exist_ok=True)
+        self.entries = _read_journal(path / JOURNAL)
+        taken = (saved["file"] for saved in self._latest().values())
+        self._number = max((int(name.rpartition(".")[2]) for name in taken), default=0)
+        self._drop_states()
+
+    @property
+    def num_done(self) -> int:
+        """Blocks that are finished."""
+        return len(self.entries)
+
+    @property
+    def engines(self) -> Path:
+        """Where finished engines are kept."""
+        return self.path / ENGINES
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether another run could save time with it."""
+        return bool(self.entries) or any(self.engines.iterdir())
+
+    def hidden(self, stream: str) -> Spool:
+        """A new spool for a stream's hidden states; it stays if ``finish`` names it."""
+        self._number += 1
+        file = _open(self.path / STATES / f"{stream}.{self._number}", "x+b")
+        return self._opened(Spool(file, self._budget, write_through=True))
+
+    def restore(self, stream: str) -> Spool:
+        """The hidden states that the last finished block of a stream left."""
+        saved = self._latest()[stream]
+        file = _open(self.path / STATES / saved["file"], "r+b")
+        return self._opened(Spool.reopen(file, saved["shapes"], self._budget))
+
+    def scratch(self) -> Spool:
+        """A spool that leaves nothing behind."""
+        path = self.path / STATES / "scratch"
+        file = _open(path, "x+b")
+        path.unlink()
+        return self._opened(Spool(file, self._budget))
+
+    def close(self) -> None:
+        """Close every file; what is finished stays."""
+        for spool in self._spools:
+            spool.close()
+
+    def finish(self, block: str, entry: Mapping[str, Any], hidden: Mapping[str, Spool]) -> None:
+        """Note a block as finished; its weights must be durable."""
+        states = {}
+        for stream, spool in hidden.items():
+            spool.sync()
+            states[stream] = {"file": Path(spool.name).name, "shapes": spool.shapes}
+        line = {"block": block, "states": states, **entry}
+        with open(self.path / JOURNAL, "ab", buffering=0) as journal:
+            journal.write(json.dumps(line).encode() + b"\n")
+            os.fsync(journal.fileno())
+        self.entries.append(line)
+        self._drop_states()
+
+    def _opened(self, spool: Spool) -> Spool:
+        self._spools = [*(s for s in self._spools if not s.is_closed), spool]
+        return spool
+
+    def _latest(self) -> dict[str, Any]:
+        """Stream → its newest states."""
+        return {s: saved for entry in self.entries for s, saved in entry["states"].items()}
+
+    def _drop_states(self) -> None:
+        kept = {saved["file"] for saved in self._latest().values()}
+        for path in (self.path / STATES).iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+
+def _open(path: Path, mode: Literal["x+b", "r+b"]) -> BinaryIO:
+    return open(path, mode, buffering=0)
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """Its whole lines; a last one that was cut short is cut off."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+@contextmanager
+def workspace(out: Path, key: Mapping[str, Any], budget: Budget) -> Iterator[Workspace]:
+    """The work that is being done on ``out``, taken up where a dead run of the same key left it.
+
+    Raises:
+        UsageError: another run is writing ``out``, or nothing can be written beside it.
+        ResourceError: the disk is full.
+    """
+    with ExitStack() as cleanup:
+        with os_errors(out):
+            out = placed(out)
+            make_parents(out.parent, cleanup)
+            path = out.with_name(f".{out.name}.work")
+            path.mkdir(exist_ok=True)
+            try:
+                hold(path, cleanup)
+            except UsageError as error:
+                raise UsageError(
+                    f"another run is writing {out}; wait until it is done, or choose another OUT"
+                ) from error
+            _claim(path, key)
+            work = Workspace(path, budget)
+            cleanup.callback(work.close)
+        try:
+            yield work
+        except BaseException:
+            if work.is_worth_keeping:
+                logger.warning(
+                    "%d finished block(s) are kept in %s; the same command goes on from there",
+                    work.num_done,
+                    path,
+                )
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _claim(path: Path, key: Mapping[str, Any]) -> None:
+    """Empty the directory unless its work has this key."""
+    wanted = json.dumps(key, indent=1, sort_keys=True).encode() + b"\n"
+    try:
+        if (path / KEY).read_bytes() == wanted:
+            return
+    except OSError:
+        pass
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    write_atomically(path / KEY, wanted)

@@ -1,0 +1,300 @@
+"""Spools, workspaces, and compilations that were killed and go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from checkpoints import write_internvl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internvl_edge import compiler
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler import calibration as calibration_step
+from internvl_edge.errors import InternVLError, ResourceError, UsageError
+from internvl_edge.resume import JOURNAL, KEY, Workspace, workspace
+from internvl_edge.spool import Budget, Spool
+
+KEY_A = {"checkpoint": "a"}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here" / "out"
+
+
+@pytest.fixture
+def spools(tmp_path: Path) -> Iterator[Any]:
+    with ExitStack() as cleanup:
+
+        def make(budget: Budget, *, write_through: bool = False, name: str = "spool") -> Spool:
+            file = open(tmp_path / name, "w+b", buffering=0)  # noqa: SIM115
+            spool = Spool(file, budget, write_through=write_through)
+            cleanup.callback(spool.close)
+            return spool
+
+        yield make
+
+
+# --- spools --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), max_size=8),
+    st.integers(0, 300),
+    st.booleans(),
+)
+def test_what_comes_out_went_in(
+    shapes: list[tuple[int, int]], budget_nbytes: int, write_through: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    budget = Budget(budget_nbytes)
+    with open(os.memfd_create("spool"), "w+b", buffering=0) as file:
+        spool = Spool(file, budget, write_through=write_through)
+        for values in arrays:
+            spool.append(values)
+        assert budget.free_nbytes >= 0
+        for _ in range(2):
+            for values, found in zip(arrays, spool, strict=True):
+                np.testing.assert_array_equal(values, found)
+        assert [values.shape for values in spool[1:]] == [a.shape for a in arrays[1:]]
+        spool.close()
+        assert budget.free_nbytes == budget_nbytes
+
+
+def test_only_what_the_budget_does_not_hold_is_written(spools: Any, tmp_path: Path) -> None:
+    spool = spools(Budget(100))
+    for _ in range(3):
+        spool.append(np.ones(20, np.float32))
+    assert (tmp_path / "spool").stat().st_size == 160
+
+
+def test_reopened(spools: Any, tmp_path: Path) -> None:
+    spool = spools(Budget(1000), write_through=True)
+    spool.append(np.arange(6).reshape(2, 3))
+    shapes = json.loads(json.dumps(spool.shapes))
+    spool.close()
+    with open(tmp_path / "spool", "r+b", buffering=0) as file:
+        found = Spool.reopen(file, shapes, Budget(0))
+        np.testing.assert_array_equal(found[0], np.arange(6).reshape(2, 3))
+    with (
+        open(tmp_path / "spool", "r+b", buffering=0) as file,
+        pytest.raises(InternVLError, match="expected 48 bytes, found 24"),
+    ):
+        Spool.reopen(file, [*shapes, [6]], Budget(0))
+
+
+def test_a_file_that_was_cut_off(spools: Any, tmp_path: Path) -> None:
+    spool = spools(Budget(0))
+    spool.append(np.ones(4, np.float32))
+    os.truncate(tmp_path / "spool", 8)
+    with pytest.raises(ResourceError, match="cut off"):
+        spool[0]
+
+
+# --- workspaces ----------------------------------------------------------------------------------
+
+
+def work_on(out: Path, key: dict[str, Any], blocks: int, *, fail: bool) -> list[str]:
+    """Finish some blocks more; the names of all that are finished."""
+    with workspace(out, key, Budget(0)) as work:
+        for _ in range(blocks):
+            hidden = work.hidden("image")
+            hidden.append(np.full((2, 2), work.num_done, np.float32))
+            work.finish(f"block {work.num_done}", {}, {"image": hidden})
+        names = [entry["block"] for entry in work.entries]
+        if fail:
+            raise ResourceError("the disk is full")
+    return names
+
+
+def test_goes_on_where_the_other_failed(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ResourceError), caplog.at_level(logging.WARNING):
+        work_on(out, KEY_A, 2, fail=True)
+    assert "2 finished block(s) are kept" in caplog.text
+    with workspace(out, KEY_A, Budget(0)) as work:
+        assert work.num_done == 2
+        np.testing.assert_array_equal(work.restore("image")[0], np.ones((2, 2)))
+        assert len(list((work.path / "states").iterdir())) == 1, "only the newest states stay"
+    assert not list(out.parent.iterdir())
+
+
+def test_work_of_another_key_is_never_taken_up(out: Path) -> None:
+    with pytest.raises(ResourceError):
+        work_on(out, KEY_A, 2, fail=True)
+    assert work_on(out, {"checkpoint": "b"}, 1, fail=False) == ["block 0"]
+
+
+def test_nothing_stays_of_a_run_that_finished_nothing(out: Path) -> None:
+    with pytest.raises(ResourceError):
+        work_on(out, KEY_A, 0, fail=True)
+    assert not list(out.parent.iterdir())
+
+
+def test_a_line_that_was_cut_short_is_dropped(out: Path) -> None:
+    with pytest.raises(ResourceError):
+        work_on(out, KEY_A, 2, fail=True)
+    path = out.with_name(f".{out.name}.work") / JOURNAL
+    path.write_bytes(path.read_bytes() + b'{"block": "half')
+    assert work_on(out, KEY_A, 1, fail=False) == ["block 0", "block 1", "block 2"]
+
+
+def test_second_run_is_told(out: Path) -> None:
+    with (
+        workspace(out, KEY_A, Budget(0)),
+        pytest.raises(UsageError, match=f"another run is writing .*{out.name}"),
+        workspace(out, KEY_A, Budget(0)),
+    ):
+        pass
+    assert not list(out.parent.iterdir())
+
+
+def test_scratch_leaves_nothing(out: Path) -> None:
+    with workspace(out, KEY_A, Budget(0)) as work:
+        work.scratch().append(np.ones(3, np.float32))
+        assert not list((work.path / "states").iterdir())
+
+
+# --- compilations --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_internvl(tmp_path / "checkpoint").path
+
+
+def options(checkpoint: Path, out: Path, **more: Any) -> ExportOptions:
+    components = ("vision", "image_queries")
+    return ExportOptions(
+        checkpoint=checkpoint,
+        out=out,
+        precision="int8",
+        components=components,
+        verify="none",
+        **more,
+    )
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+class Killed(BaseException):
+    """As if the process had died: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("after", [1, 3])  # inside the vision tower, and inside QLLaMA
+def test_interrupted_runs_end_byte_identical(
+    checkpoint: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.export(options(checkpoint, tmp_path / "whole"))
+    finish, calls = Workspace.finish, []
+
+    def finish_some(self: Workspace, *args: Any) -> None:
+        finish(self, *args)
+        calls.append(args[0])
+        if len(calls) == after:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Workspace, "finish", finish_some)
+        compiler.export(options(checkpoint, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+    run = calibration_step.calibrate_block
+    done: list[str] = []
+
+    def calibrate(block: Any, *args: Any) -> Any:
+        done.append(block.name)
+        return run(block, *args)
+
+    monkeypatch.setattr(calibration_step, "calibrate_block", calibrate)
+    compiler.export(options(checkpoint, tmp_path / "out"))
+    assert done
+    assert not set(done) & set(calls), "finished blocks are not calibrated again"
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+KILLED_BY_ITSELF = """
+import os, signal, sys
+from internvl_edge import compiler
+from internvl_edge.resume import Workspace
+finish = Workspace.finish
+def finish_and_die(self, *args):
+    finish(self, *args)
+    if self.num_done == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+Workspace.finish = finish_and_die
+from internvl_edge.cli import main
+main()
+"""
+
+
+def test_kill_9(checkpoint: Path, tmp_path: Path) -> None:
+    def command(out: str) -> list[str]:
+        return ["export", str(checkpoint), "-o", str(tmp_path / out), "-p", "int8",
+                "--components", "image_queries", "--verify", "none"]  # fmt: skip
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    dead = subprocess.run(
+        [sys.executable, "-c", KILLED_BY_ITSELF, *command("out")], env=environment, check=False
+    )
+    assert dead.returncode == -9
+    assert (tmp_path / ".out.work" / JOURNAL).read_text().count("\n") == 2
+    for out in ("out", "whole"):
+        subprocess.run(
+            [sys.executable, "-m", "internvl_edge", *command(out)], env=environment, check=True
+        )
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_stale_work_of_an_edited_checkpoint(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same names, shapes and sizes, and one value that differs."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="memory-budget"):
+        patch.setattr(calibration_step, "peak_memory", lambda: 10**12)
+        compiler.export(options(checkpoint, out, memory_budget=10**11))
+    before = json.loads((tmp_path / ".out.work" / KEY).read_text())
+
+    shard = next(
+        path
+        for path in checkpoint.glob("*.safetensors")
+        if "query_tokens" in safetensors.numpy.load_file(path)
+    )
+    tensors = safetensors.numpy.load_file(shard)
+    tensors["query_tokens"].reshape(-1)[0] += 1
+    safetensors.numpy.save_file(tensors, shard)
+    finished: list[int] = []
+    opened = Workspace.__init__
+
+    def watch(self: Workspace, *args: Any) -> None:
+        opened(self, *args)
+        finished.append(self.num_done)
+        assert json.loads((self.path / KEY).read_text()) != before
+
+    monkeypatch.setattr(Workspace, "__init__", watch)
+    compiler.export(options(checkpoint, out))
+    assert finished == [0]
+
+
+def test_budget_too_small_is_said_before_any_work(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"step .* needs .* GB .* allowed by --memory-budget"):
+        compiler.export(options(checkpoint, tmp_path / "out", memory_budget=1000))
+    assert not (tmp_path / "out").exists()
