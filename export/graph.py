@@ -122,9 +122,11 @@ def simplify(model: ir.Model) -> ir.Model:
 
 def _clean(model: ir.Model) -> None:
     for clean in (
+        passes.LiftConstantsToInitializersPass(size_limit=0),
+        # tables that every block was given a copy of
+        passes.DeduplicateInitializersPass(size_limit=MAX_FOLDED_ELEMENTS),
         passes.CommonSubexpressionEliminationPass(),
         passes.IdentityEliminationPass(),
-        passes.LiftConstantsToInitializersPass(size_limit=0),
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.ClearMetadataAndDocStringPass(),
