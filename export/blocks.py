@@ -28,8 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.export.checkpoint import Checkpoint, load_into
-from internvl_edge.export.config import InternVLConfig
+from internvl_edge.export.checkpoint import Checkpoint, build_model, load_into
+from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.config import InternVLConfig, with_depth
+from internvl_edge.export.models import InternVL
 from internvl_edge.export.models.qllama import Layer, QLlama, causal_mask, padding_mask
 from internvl_edge.export.models.vit import Block as VisionBlock
 from internvl_edge.export.models.vit import InternViT
@@ -275,3 +277,40 @@ def _run_layer(layer: Layer) -> Callable[[Tensor, Context | None], Tensor]:
         return y
 
     return run
+
+
+def component_of_one_block(
+    checkpoint: Checkpoint, component: str, index: int
+) -> tuple[nn.Module, Callable[[str], str]]:
+    """A component's reference with one block of its tower, the others left out, in float32.
+
+    Args:
+        checkpoint: where the weights are.
+        component: its name.
+        index: the block to keep.
+
+    Returns:
+        The module, and the checkpoint's name of each of its parameters.
+    """
+    config, prefix = checkpoint.config, tower_of(component)
+    with torch.device("meta"):
+        model = build_model(with_depth(config, 1, 1))
+        if isinstance(model, InternVL) and config.internvl is not None:
+            has_cross = index % config.internvl.cross_attention_frequency == 0
+            width = config.vision.hidden_size
+            llama = config.internvl.qllama
+            model.qllama.model.layers[0] = Layer(llama, width, has_cross=has_cross)
+            model.qllama.lm_head = nn.Identity()  # type: ignore[assignment]
+    module = build_component(COMPONENTS[component], model)
+
+    def stored(name: str) -> str:
+        return name.replace(f"{prefix}.0.", f"{prefix}.{index}.")
+
+    load_into(module, checkpoint, "", torch.float32, stored)
+    return module, stored
+
+
+def tower_of(component: str) -> str | None:
+    """Prefix of the blocks that a component runs through; None of none."""
+    stream = COMPONENT_STREAM.get(component)
+    return None if stream is None else VISION_PREFIX if stream == "image" else LLAMA_PREFIX

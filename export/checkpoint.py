@@ -175,9 +175,23 @@ def load_reference(
     return model.eval()
 
 
-def load_into(module: nn.Module, source: Checkpoint, prefix: str, dtype: torch.dtype) -> None:
-    """Give a module built on the meta device its weights, read one tensor at a time."""
-    state = {name: source.read_torch(prefix + name, dtype) for name in module.state_dict()}
+def load_into(
+    module: nn.Module,
+    source: Checkpoint,
+    prefix: str,
+    dtype: torch.dtype,
+    rename: Callable[[str], str] = str,
+) -> None:
+    """Give a module built on the meta device its weights, read one tensor at a time.
+
+    Args:
+        module: a part of the model.
+        source: where the weights are.
+        prefix: of the part's parameters in the checkpoint.
+        dtype: every parameter's dtype.
+        rename: what a parameter is called there, where it is another block's.
+    """
+    state = {n: source.read_torch(rename(prefix + n), dtype) for n in module.state_dict()}
     module.load_state_dict(state, assign=True)
     for owner in module.modules():  # tables that are computed, not stored
         restore = getattr(owner, "reset_tables", None)

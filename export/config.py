@@ -18,7 +18,7 @@ import dataclasses
 import json
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -323,3 +323,13 @@ def _require_divisible(width: int, heads: int, where: str) -> None:
 def _require_choice(where: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise CheckpointError(f"{where} must be one of {', '.join(choices)}, found {value!r}")
+
+
+def with_depth(config: CheckpointConfig, vision: int, qllama: int) -> CheckpointConfig:
+    """The same widths with other numbers of blocks; ``qllama`` counts where there is one."""
+    tower = replace(config.vision, num_hidden_layers=vision)
+    if config.internvl is None:
+        return replace(config, vision=tower)
+    llama = replace(config.internvl.qllama, num_hidden_layers=qllama)
+    internvl = replace(config.internvl, vision=tower, qllama=llama)
+    return replace(config, vision=tower, internvl=internvl)

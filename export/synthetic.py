@@ -37,8 +37,8 @@ from internvl_edge.export.checkpoint import expected_shapes
 from internvl_edge.export.config import (
     CheckpointConfig,
     InternVLConfig,
-    QLlamaConfig,
     VisionConfig,
+    with_depth,
 )
 from internvl_edge.export.weights import WeightsWriter
 
@@ -82,13 +82,8 @@ def shrink(config: CheckpointConfig, layers: int | None) -> CheckpointConfig:
     """The same widths with fewer layers; None keeps them."""
     if layers is None:
         return config
-    vision = replace(config.vision, num_hidden_layers=min(layers, config.vision.num_hidden_layers))
-    if config.internvl is None:
-        return replace(config, vision=vision)
-    depth = min(layers, config.internvl.qllama.num_hidden_layers)
-    llama: QLlamaConfig = replace(config.internvl.qllama, num_hidden_layers=depth)
-    internvl = replace(config.internvl, vision=vision, qllama=llama)
-    return replace(config, vision=vision, internvl=internvl)
+    llama = 0 if config.internvl is None else config.internvl.qllama.num_hidden_layers
+    return with_depth(config, min(layers, config.vision.num_hidden_layers), min(layers, llama))
 
 
 def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:

@@ -8,8 +8,6 @@ so the twin shows the rounding error of the real graph, and it reads the same we
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx_ir as ir
 
 _BOOLEAN = frozenset(
@@ -42,18 +40,17 @@ def _result_dtype(node: ir.Node) -> ir.DataType | None:
     return None if source is None else source.dtype
 
 
-def widen(source: Path) -> bytes | None:
-    """The twin of the graph at ``source``, or None if that has no bfloat16 to widen.
+def widen(model: ir.Model) -> bool:
+    """Turn a graph into its twin, in place; False if it has no bfloat16 to widen.
 
     The external data stays where it is; both graphs refer to it.
     """
-    model = ir.load(source)
     graph = model.graph
     infer_dtypes(graph)
     values = [output for node in graph for output in node.outputs]
     rounded = [value for value in values if value.dtype == ir.DataType.BFLOAT16]
     if not rounded:
-        return None
+        return False
     stored = [v for v in graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
     for value in stored:
         _insert_casts(graph, value, [ir.DataType.FLOAT])
@@ -66,8 +63,7 @@ def widen(source: Path) -> bytes | None:
             _insert_casts(graph, value, [ir.DataType.BFLOAT16, ir.DataType.FLOAT])
         else:
             _insert_casts(graph, value, [ir.DataType.FLOAT])
-    twin: bytes = ir.to_proto(model).SerializeToString()
-    return twin
+    return True
 
 
 def _insert_casts(graph: ir.Graph, value: ir.Value, dtypes: list[ir.DataType]) -> None:

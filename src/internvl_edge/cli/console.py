@@ -1,4 +1,8 @@
-"""What the command line shows: progress and tables for people on stderr, JSON on stdout."""
+"""What the command line shows: answers on stdout, everything else on stderr.
+
+An answer is text for people, or one JSON object with ``--json``; ``--quiet`` never touches it.
+Paths, labels and extras such as ``[trt]`` are printed as they are: rich's markup is off.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
-# People read stderr; stdout carries only what a program may want to parse.
 human = Console(stderr=True, highlight=False)
+UNLIMITED = 100_000  # columns: what is read by a program or a file is never cut
 
 
 @dataclass(slots=True)
@@ -29,29 +34,34 @@ class Output:
     quiet: bool = False
 
     def result(self, data: Mapping[str, Any]) -> None:
-        """The machine-readable answer: one JSON object, the last line of stdout."""
+        """The answer for programs: one JSON object, the last line of stdout."""
         if self.as_json:
             click.echo(json.dumps(_plain(data), ensure_ascii=False, allow_nan=False))
 
-    def say(self, text: str) -> None:
-        """A line for people."""
-        if not self.quiet:
-            human.print(text, markup=False)
-
     def lines(self, values: Sequence[str]) -> None:
-        """The answer itself, for people: on stdout, unless JSON goes there."""
+        """The answer for people, in lines."""
         if not self.as_json:
             for value in values:
                 click.echo(value)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table for people."""
-        if self.quiet:
+        """The answer for people, as a table."""
+        if self.as_json:
             return
-        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
-        human.print(table)
+            table.add_row(*(Text(str(cell)) for cell in row))
+        answers = Console(highlight=False)
+        if not answers.is_terminal:
+            answers.width = UNLIMITED
+        answers.print(table)
+
+    def say(self, text: str) -> None:
+        """A line that is not the answer: on stderr, unless quiet."""
+        if not self.quiet:
+            human.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
@@ -60,11 +70,11 @@ class Output:
             yield lambda progress: None
             return
         columns = (
-            TextColumn("{task.description:>9}"),
+            TextColumn("{task.description:>9}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
         with Bar(*columns, console=human, transient=True) as bar:
             tasks: dict[str, Any] = {}

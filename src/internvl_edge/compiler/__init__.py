@@ -26,6 +26,7 @@ from internvl_edge.compiler.calibration import load_samples, quantize_weights, s
 from internvl_edge.compiler.check import (
     Checker,
     Quantization,
+    is_compared_whole,
     reason_not_to_verify,
     stored_norms,
 )
@@ -194,7 +195,12 @@ def verify(
             scales=read_scales(artifact.path),
             folded=stored_norms(artifact.file(WEIGHTS_FILE)),
         )
-    checker = Checker(opened, artifact.manifest.image_size, quantization=quantization)
+    checker = Checker(
+        opened,
+        artifact.manifest.image_size,
+        quantization=quantization,
+        whole=is_compared_whole(opened, "auto"),
+    )
     figures = {}
     for done, name in enumerate(artifact.manifest.components):
         total = len(artifact.manifest.components)
@@ -214,7 +220,7 @@ def _compile_into(
     report: Report,
 ) -> Manifest:
     """Write everything but the manifest and the engines."""
-    reason = reason_not_to_verify(plan.checkpoint, plan.options.verify)
+    reason = reason_not_to_verify(plan.options.verify)
     samples = None if calibration is None else samples_for(plan, calibration)
     scales: dict[str, dict[str, float]] = {}
     models = trace_all(plan, plan.base, report)
@@ -239,7 +245,8 @@ def _compile_into(
         quantization = Quantization(recipe=plan.recipe, scales=scales, folded=norms)
     checker = None
     if reason is None:
-        checker = Checker(plan.checkpoint, plan.image_size, samples, quantization)
+        whole = is_compared_whole(plan.checkpoint, plan.options.verify)
+        checker = Checker(plan.checkpoint, plan.image_size, samples, quantization, whole=whole)
     records = {}
     for done, (name, graph) in enumerate(emitted.items()):
         report(Progress(step="verify", detail=name, done=done, total=len(emitted)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from internvl_edge.export.components import (
     example_inputs,
     input_specs,
 )
-from internvl_edge.export.config import CheckpointConfig
+from internvl_edge.export.config import CheckpointConfig, with_depth
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.models.attention import rotary_tables
 from internvl_edge.export.models.vit import resize_position_embedding
@@ -108,12 +108,7 @@ def _towers(config: CheckpointConfig) -> dict[str, tuple[int, int]]:
 def shallow_config(config: CheckpointConfig) -> CheckpointConfig:
     """The same model with no more blocks than stamping needs to see."""
     depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in _towers(config).items()}
-    vision = replace(config.vision, num_hidden_layers=depth[VISION_PREFIX])
-    if config.internvl is None:
-        return replace(config, vision=vision)
-    qllama = replace(config.internvl.qllama, num_hidden_layers=depth[LLAMA_PREFIX])
-    internvl = replace(config.internvl, vision=vision, qllama=qllama)
-    return replace(config, vision=vision, internvl=internvl)
+    return with_depth(config, depth[VISION_PREFIX], depth.get(LLAMA_PREFIX, 0))
 
 
 def stamp_towers(model: ir.Model, config: CheckpointConfig) -> bool:

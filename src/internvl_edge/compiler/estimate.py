@@ -113,7 +113,7 @@ def forecast_plan(plan: Plan) -> Forecast:
     steps = [_trace(plan), _weights(plan, written)]
     if plan.recipe is not None:
         steps.append(_quantize(plan))
-    if reason_not_to_verify(plan.checkpoint, options.verify) is None:
+    if reason_not_to_verify(options.verify) is None:
         steps.append(_verify(plan))
     if engines:
         steps.append(_build(plan, written, engines))

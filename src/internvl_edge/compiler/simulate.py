@@ -11,7 +11,7 @@ axis, a scale or a pair of Q/DQ is wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.errors import ArtifactError
-from internvl_edge.export.blocks import COMPONENT_STREAM, LLAMA_NORMS, VISION_NORMS
-from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.blocks import LLAMA_NORMS, VISION_NORMS
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.recipe import Recipe
 
@@ -52,33 +51,31 @@ def read_scales(directory: Path) -> Scales:
 
 @contextmanager
 def fake_quantized(
-    model: InternVL | InternViT,
-    component: str,
+    module: nn.Module,
+    scales: Mapping[str, float],
     recipe: Recipe,
-    scales: Scales,
     folded: Mapping[str, np.ndarray[Any, Any]],
+    rename: Callable[[str], str] = str,
 ) -> Iterator[None]:
-    """Make ``model`` compute what the quantized component should, while the context lasts.
+    """Make ``module`` compute what the quantized component should, while the context lasts.
 
     Args:
-        model: the float32 reference; restored at the end.
-        component: its stream decides which activation scales apply.
+        module: the float32 reference; restored at the end.
+        scales: weight → activation scale, of the component's stream.
         recipe: the formats.
-        scales: stream → weight → activation scale.
-        folded: norm gains and biases as they were stored, by parameter name.
+        folded: norm gains and biases as they were stored, by checkpoint name.
+        rename: the checkpoint's name of a parameter of the module.
     """
-    mine = scales[COMPONENT_STREAM[component]]
-    prefix = "" if isinstance(model, InternVL) else "vision_model."
-    parameters = {prefix + name: p for name, p in model.named_parameters()}
+    parameters = {rename(name): p for name, p in module.named_parameters()}
     factors = _factors(parameters, folded)
     with ExitStack() as stack, torch.no_grad():
-        for name, module in model.named_modules():
-            weight = f"{prefix}{name}.weight"
-            if isinstance(module, nn.Linear) and weight in mine:
-                stack.callback(_restore, module.weight, module.weight.clone())
-                module.weight.copy_(_rounded(module.weight * factors.get(weight, 1.0), recipe))
-                hook = _rounding_hook(mine[weight], recipe)
-                stack.callback(module.register_forward_pre_hook(hook).remove)
+        for name, layer in module.named_modules():
+            weight = rename(f"{name}.weight")
+            if isinstance(layer, nn.Linear) and weight in scales:
+                stack.callback(_restore, layer.weight, layer.weight.clone())
+                layer.weight.copy_(_rounded(layer.weight * factors.get(weight, 1.0), recipe))
+                hook = _rounding_hook(scales[weight], recipe)
+                stack.callback(layer.register_forward_pre_hook(hook).remove)
         for name, values in folded.items():
             if name in parameters:
                 stack.callback(_restore, parameters[name], parameters[name].clone())

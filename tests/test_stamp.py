@@ -1,0 +1,198 @@
+"""Stamped graphs against full traces, and graphs of one block against PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from checkpoints import TINY, write_internvl, write_vit
+
+from internvl_edge import compiler
+from internvl_edge.compiler import ExportOptions, Plan, check, emit, make_plan
+from internvl_edge.compiler.options import silent
+from internvl_edge.errors import InternVLError, VerificationError
+from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX
+from internvl_edge.export.config import CheckpointConfig, with_depth
+from internvl_edge.export.stamp import blocks_of, keep_block, shallow_depth, stamp
+from internvl_edge.export.synthetic import PRESETS
+
+
+def deep(depth: int, period: int, norm_type: str = "rms_norm") -> Any:
+    vision = replace(TINY.vision, num_hidden_layers=depth, norm_type=norm_type)
+    qllama = replace(TINY.qllama, num_hidden_layers=depth)
+    return replace(TINY, vision=vision, qllama=qllama, cross_attention_frequency=period)
+
+
+def plan_of(tmp_path: Path, config: Any, **more: Any) -> Plan:
+    checkpoint = write_internvl(tmp_path / "checkpoint", config).path
+    return make_plan(ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", **more))
+
+
+def in_full(plan: Plan, name: str, config: CheckpointConfig | None = None) -> ir.Model:
+    config = config or plan.checkpoint.config
+    return emit._trace(plan, name, config, emit._meta_model(plan, config, plan.base))
+
+
+def serialized(model: ir.Model) -> bytes:
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("depth", "period", "precision", "norm_type"),
+    [(6, 1, "fp32", "rms_norm"), (8, 2, "bf16", "layer_norm"), (12, 3, "fp16", "rms_norm")],
+)
+def test_stamped_is_traced(
+    tmp_path: Path, depth: int, period: int, precision: str, norm_type: str
+) -> None:
+    plan = plan_of(tmp_path, deep(depth, period, norm_type), precision=precision)
+    assert shallow_depth(depth, period) < depth
+    stamped = emit.trace_all(plan, plan.base, silent)
+    for name in ("vision", "image_embed", "image_queries", "matcher"):
+        assert serialized(stamped[name]) == serialized(in_full(plan, name)), name
+
+
+def test_real_widths_are_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the widths of the real model, constants are too large to be shared by accident."""
+    config = PRESETS["internvl-14b-224"]
+    plan: Any = type("P", (), {"image_size": 224})()
+    shallow = with_depth(config, 3, 6)
+    model = in_full(plan_like(plan, config), "image_queries", shallow)
+    assert stamp(model, LLAMA_PREFIX, 2, 32)
+    assert len(blocks_of(model, LLAMA_PREFIX)) == 32
+    assert [o.name for o in model.graph.outputs][-1] == "present.31.value"
+
+
+def plan_like(plan: Any, config: CheckpointConfig) -> Any:
+    plan.base = "bf16"
+    plan.checkpoint = type("C", (), {"config": config})()
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("depth", "period", "expected"), [(48, 1, 3), (32, 2, 6), (2, 2, 2), (45, 2, 7), (5, 2, 5)]
+)
+def test_shallow_depth(depth: int, period: int, expected: int) -> None:
+    found = shallow_depth(depth, period)
+    assert found == expected
+    assert (depth - found) % period == 0
+
+
+def an_attribute(blocks: list[list[ir.Node]]) -> None:
+    node = next(n for n in blocks[-1] if n.op_type == "RMSNormalization")
+    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
+
+
+def an_operator(blocks: list[list[ir.Node]]) -> None:
+    next(n for n in blocks[-1] if n.op_type == "Gelu").op_type = "Relu"
+
+
+def a_weight(blocks: list[list[ir.Node]]) -> None:
+    """The last block reads the gain of the one before."""
+    norms = [next(n for n in block if n.op_type == "RMSNormalization") for block in blocks[-2:]]
+    norms[1].replace_input_with(1, norms[0].inputs[1])
+
+
+def a_skip(blocks: list[list[ir.Node]]) -> None:
+    """The last block reads the stream of two blocks before."""
+    node = next(n for n in blocks[-1] if n.op_type == "RMSNormalization")
+    node.replace_input_with(0, blocks[-3][-1].outputs[0])
+
+
+@pytest.mark.parametrize("change", [an_attribute, an_operator, a_weight, a_skip])
+def test_blocks_that_differ_are_not_stamped(tmp_path: Path, change: Any) -> None:
+    plan = plan_of(tmp_path, deep(4, 2))
+    model = in_full(plan, "vision")
+    change(blocks_of(model, VISION_PREFIX))
+    before = serialized(model)
+    assert not stamp(model, VISION_PREFIX, 1, 9)
+    assert serialized(model) == before
+
+
+def test_fallback_is_the_full_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(tmp_path, deep(5, 1), components=("vision",))
+    monkeypatch.setattr(emit, "stamp", lambda *_: False)
+    found = emit.trace_all(plan, plan.base, silent)["vision"]
+    assert serialized(found) == serialized(in_full(plan, "vision"))
+
+
+def test_blocks_that_are_not_joined(tmp_path: Path) -> None:
+    model = in_full(plan_of(tmp_path, deep(3, 1)), "vision")
+    for node in blocks_of(model, VISION_PREFIX)[0]:
+        node.name = f"{VISION_PREFIX}.0.renamed/{node.name}"
+    with pytest.raises(InternVLError, match="not joined by one value"):
+        keep_block(model, VISION_PREFIX, 1)
+
+
+# --- comparison block by block -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "fp8"])
+def test_compared_block_by_block(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", precision=precision)
+    components = compiler.export(options).manifest.components
+    for name, record in components.items():
+        figures = record.verification
+        assert figures is not None
+        assert figures["cosine"] > 0.99
+        assert figures.get("blocks") == (None if name == "image_pool" else [0, 2, 3]), name
+
+
+def test_a_bare_tower_is_compared_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    checkpoint = write_vit(tmp_path / "vit").path
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", image_size=42)
+    figures = compiler.export(options).manifest.components["vision"].verification
+    assert figures is not None
+    assert figures["sqnr_db"] > 100
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_wrong_block_is_found(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in the weights and in the activation scales."""
+    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    plan = {"fp32": "store_weights", "int8": "quantize_weights"}[precision]
+    run = getattr(compiler, plan)
+
+    def spoil(*args: Any) -> Any:
+        result = run(*args)
+        if precision == "int8":
+            result[1]["image"][f"{VISION_PREFIX}.2.mlp.fc2.weight"] *= 4
+            return result
+        weight = result[0][f"{VISION_PREFIX}.2.mlp.fc2.weight"]
+        path = args[2] / weight.location
+        values = np.fromfile(path, np.uint8)
+        place = slice(weight.offset, weight.offset + weight.nbytes)
+        values[place] = (values[place].view(np.float32) * 2).view(np.uint8)
+        values.tofile(path)
+        return result
+
+    monkeypatch.setattr(compiler, plan, spoil)
+    if precision == "int8":  # the graph is written with the spoiled scales, the check has its own
+        monkeypatch.setattr(compiler, "Quantization", unspoiled)
+    checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
+    options = ExportOptions(
+        checkpoint=checkpoint, out=tmp_path / "out", precision=precision, components=("vision",)
+    )
+    with pytest.raises(VerificationError, match="vision, block 2"):
+        compiler.export(options)
+    assert not (tmp_path / "out").exists()
+
+
+def unspoiled(**fields: Any) -> check.Quantization:
+    image = dict(fields["scales"]["image"])
+    image[f"{VISION_PREFIX}.2.mlp.fc2.weight"] /= 4
+    fields["scales"] = {**fields["scales"], "image": image}
+    return check.Quantization(**fields)
