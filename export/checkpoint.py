@@ -12,8 +12,9 @@ Pickle files are refused here; ``internvl-edge convert`` turns them into safeten
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,24 @@ def build_model(config: CheckpointConfig) -> InternVL | InternViT:
 
 def expected_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name → shape of every tensor that a configuration calls for."""
-    with torch.device("meta"):
+    with torch.device("meta"), _uninitialised():
         model = build_model(config)
     prefix = "" if config.kind == "internvl" else "vision_model."
     return {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Spare layers without data their random values: PyTorch would load its compiler for them."""
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding)
+    usual = [kind.reset_parameters for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.reset_parameters = lambda _: None
+        yield
+    finally:
+        for kind, reset in zip(kinds, usual, strict=True):
+            kind.reset_parameters = reset
 
 
 def load_reference(

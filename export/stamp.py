@@ -6,19 +6,29 @@ them are copied until it has all.
 
 **Why the copy is what a trace would give.** Blocks repeat with a period p: one in the vision
 tower, the cross-attention frequency in QLLaMA. The traced tower has T ≥ 3p blocks, T ≡ depth
-(mod p), so that its end has the phase of the real end. For each block b of the last period,
-``_sources`` holds it against block b − p, node by node. Both must have the same operators and
-attributes, and every input of every node must be one of
+(mod p), so that its end has the phase of the real end. A value's place in its block is its node's
+name behind the block's; each block b of the last period is held against block b − p, node by
+node. Both must have the same operators, attributes, types and shapes at the same places, and every
+input of every node must be one of
 
     parameter   of this block, at the same place in it
     internal    the output of an earlier node of this block
-    carried     an output of the block before, the same one in both cases
-    shared      one and the same value in both, made outside of the last two periods
+    carried     an output of the block before, at the same place in both cases
+    shared      one and the same value in both
 
-and nobody but the block itself, the block after it and the graph's outputs may read it. That is
-the step of an induction: whatever adds blocks T − p … T − 1 to a tower of T − p blocks adds the
-next p to one of T. Where it does not hold, nothing is stamped and the tower is traced in full.
-The first period is never copied: what all blocks share was computed there.
+That is the step of an induction: whatever adds blocks T − p … T − 1 to a tower of T − p blocks
+adds the next p to one of T. It leaves two things to show, of all blocks (``_is_closed``). What
+comes behind the tower must see nothing of it that would be elsewhere in a deeper one: parameters
+are read by their own block, and what every block computes anew by itself and the next one; only
+the last block's values go further. And each block gives the graph the same outputs, all of them
+behind the others. At last, the copied nodes must stand together, so that there is one place for
+more. Where any of this does not hold, nothing is stamped and the tower is traced in full.
+
+The first period is never copied: what all blocks share (masks, rotary tables) is computed there,
+once, at places that no later block has.
+
+What no look at T blocks can show is that the blocks behind them are built alike. The reference
+model does so: it knows of a block only its index modulo p.
 
 ``keep_block`` is the opposite: it takes all blocks but one out of a graph, for a comparison with
 PyTorch that needs no more memory than one block.
@@ -27,17 +37,15 @@ PyTorch that needs no more memory than one block.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from internvl_edge.errors import InternVLError
 
-STACKS = ("vision_model.encoder.layers", "qllama.model.layers")
-Place = tuple[int, int]  # of a value in its block: node, output
+Place = tuple[str, int]  # of a value in its block: its node's name behind the block's, its output
 
 
 def shallow_depth(depth: int, period: int) -> int:
@@ -49,15 +57,33 @@ def blocks_of(model: ir.Model, stack: str) -> list[list[ir.Node]]:
     """The nodes of each block of a tower, in order; no block where there is no such tower."""
     blocks: dict[int, list[ir.Node]] = {}
     for node in model.graph:
-        index = _index(str(node.name), stack)
-        if index is not None:
-            blocks.setdefault(index, []).append(node)
-    return [blocks[i] for i in range(len(blocks))]
+        match = re.match(rf"{re.escape(stack)}\.(\d+)[./]", str(node.name))
+        if match is not None:
+            blocks.setdefault(int(match[1]), []).append(node)
+    return [blocks.get(i, []) for i in range(max(blocks, default=-1) + 1)]
 
 
-def _index(name: str, stack: str) -> int | None:
-    match = re.match(rf"{re.escape(stack)}\.(\d+)[./]", name)
-    return None if match is None else int(match[1])
+class _Block:
+    """A block's nodes, and its values by their places."""
+
+    def __init__(self, stack: str, index: int, nodes: Sequence[ir.Node]) -> None:
+        self.index, self.name, self.nodes = index, f"{stack}.{index}", nodes
+        self.places: dict[ir.Value, Place] = {
+            value: (str(node.name).removeprefix(self.name), i)
+            for node in nodes
+            for i, value in enumerate(node.outputs)
+        }
+        self.values = {place: value for value, place in self.places.items()}
+
+    def parameter(self, value: ir.Value | None) -> str | None:
+        """The name behind the block's, if the value is a parameter of it."""
+        name = "" if value is None else str(value.name)
+        is_own = value is not None and value.is_initializer() and name.startswith(f"{self.name}.")
+        return name.removeprefix(self.name) if is_own else None
+
+
+def _blocks(model: ir.Model, stack: str) -> list[_Block]:
+    return [_Block(stack, i, nodes) for i, nodes in enumerate(blocks_of(model, stack))]
 
 
 # --- stamping ------------------------------------------------------------------------------------
@@ -65,16 +91,18 @@ def _index(name: str, stack: str) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """Where an input of a node of a repeated block comes from."""
+    """Where an input of a node of a repeated block comes from; nothing is set if it is absent."""
 
-    value: ir.Value | None  # shared by all blocks, or absent where None and nothing else is set
     parameter: str | None = None  # its name behind the block's
     internal: Place | None = None
     carried: Place | None = None
+    shared: ir.Value | None = None
 
 
 def stamp(model: ir.Model, stack: str, period: int, depth: int) -> bool:
     """Add blocks to a traced tower until it is ``depth`` deep, in place.
+
+    Values of the new blocks have no names yet; ``graph.name_values`` gives them theirs.
 
     Args:
         model: simplified, its initializers without data, ``shallow_depth`` blocks deep.
@@ -85,182 +113,167 @@ def stamp(model: ir.Model, stack: str, period: int, depth: int) -> bool:
     Returns:
         False, and nothing is changed, where the blocks are not found to repeat.
     """
-    blocks = blocks_of(model, stack)
-    traced = len(blocks)
+    tower = _blocks(model, stack)
+    traced = len(tower)
     if traced == depth:
         return True
-    if traced < 3 * period or (depth - traced) % period:
+    if traced < 3 * period or depth < traced or (depth - traced) % period:
         return False
-    templates = {}
-    for index in range(traced - period, traced):
-        sources = _sources(blocks, index, period, stack)
+    templates = [_template(tower, i, period) for i in range(traced - period, traced)]
+    if not _stand_together(model, tower, period):
+        return False
+    if not all(_is_closed(model, tower, i, period) for i in range(traced)):
+        return False
+    last, inside = tower[-1], set(tower[-1].nodes)
+    tail = [(use, place) for v, place in last.places.items() for use in v.uses()]
+    ends = [v for v in model.graph.outputs if v in last.places and not _is_layer_output(last, v)]
+    for index in range(traced, depth):
+        phase = (index - traced) % period
+        sources = templates[phase]
         if sources is None:
             return False
-        templates[index] = sources
-    last = blocks[-1]
-    tail = [use for v in _outputs(last) for use in v.uses() if use.node not in set(last)]
-    ends = _ends(model, last, blocks[-1 - period])
-    tower = list(blocks)
-    for index in range(traced, depth):
-        template = traced - period + (index - traced) % period
-        tower.append(_copy(model, tower, template, index, templates[template], stack))
-    _move_tail(model, last, tower[-1], tail, ends)
+        tower.append(_copy(model, stack, tower[traced - period + phase], tower[-1], index, sources))
+    for (node, i), place in tail:
+        if node not in inside:
+            node.replace_input_with(i, tower[-1].values[place])
+    for value in ends:
+        moved = tower[-1].values[last.places[value]]
+        moved.name, value.name = value.name, None
+        model.graph.outputs[list(model.graph.outputs).index(value)] = moved
     return True
 
 
-def _ends(model: ir.Model, last: Sequence[ir.Node], earlier: Sequence[ir.Node]) -> list[ir.Value]:
-    """The graph's outputs that the end of the tower gives, and not every block one of its own."""
-    outputs, places = set(model.graph.outputs), _places(earlier)
-    own = {place for value, place in places.items() if value in outputs}
-    return [v for v, place in _places(last).items() if v in outputs and place not in own]
-
-
-def _move_tail(
-    model: ir.Model,
-    old: Sequence[ir.Node],
-    new: Sequence[ir.Node],
-    tail: Sequence[Any],
-    ends: Sequence[ir.Value],
-) -> None:
-    """Let what comes behind the tower read its new last block."""
-    places = _places(old)
-    for node, index in tail:
-        i, j = places[node.inputs[index]]
-        node.replace_input_with(index, new[i].outputs[j])
-    for value in ends:
-        i, j = places[value]
-        moved = new[i].outputs[j]
-        moved.name, value.name = value.name, None
-        model.graph.outputs[list(model.graph.outputs).index(value)] = moved
-
-
-def _sources(
-    blocks: Sequence[Sequence[ir.Node]], index: int, period: int, stack: str
-) -> list[list[_Source]] | None:
+def _template(tower: Sequence[_Block], index: int, period: int) -> list[list[_Source]] | None:
     """The source of every input of a block, if it is the same as ``period`` blocks before."""
-    block, other = blocks[index], blocks[index - period]
-    closed = [index - period, *([] if index == len(blocks) - 1 else [index])]
-    if len(block) != len(other) or not all(_is_closed(blocks, i) for i in closed):
+    block, twin = tower[index], tower[index - period]
+    is_alike = list(block.places.values()) == list(twin.places.values())
+    if not is_alike or not block.nodes or len(block.values) < len(block.places):
         return None
-    places = [_places(nodes) for nodes in (block, blocks[index - 1])]
-    earlier = [_places(nodes) for nodes in (other, blocks[index - period - 1])]
-    found: list[list[_Source]] = []
-    for node, twin in zip(block, other, strict=True):
-        if not _same_operator(node, twin, f"{stack}.{index}", f"{stack}.{index - period}"):
+    template = []
+    for node, like in zip(block.nodes, twin.nodes, strict=True):
+        sources = [_source(value, block, tower[index - 1]) for value in node.inputs]
+        wanted = [_source(value, twin, tower[index - period - 1]) for value in like.inputs]
+        if sources != wanted or not _same_operator(node, like):
             return None
-        sources = []
-        for value, same in zip(node.inputs, twin.inputs, strict=True):
-            source = _source(value, places, f"{stack}.{index}.")
-            if source != _source(same, earlier, f"{stack}.{index - period}."):
-                return None
-            sources.append(source)
-        found.append(sources)
-    return found
+        template.append(sources)
+    return template
 
 
-def _source(
-    value: ir.Value | None, places: Sequence[Mapping[ir.Value, Place]], prefix: str
-) -> _Source:
-    own, previous = places
-    if value is None or (value not in own and value not in previous):
-        name = "" if value is None else str(value.name)
-        if name.startswith(prefix):
-            return _Source(value=None, parameter=name.removeprefix(prefix))
-        return _Source(value=value)
-    return _Source(value=None, internal=own.get(value), carried=previous.get(value))
+def _source(value: ir.Value | None, block: _Block, before: _Block) -> _Source:
+    if value is None:
+        return _Source()
+    if value in block.places:
+        return _Source(internal=block.places[value])
+    if value in before.places:
+        return _Source(carried=before.places[value])
+    parameter = block.parameter(value)
+    return _Source(parameter=parameter) if parameter else _Source(shared=value)
 
 
-def _same_operator(node: ir.Node, twin: ir.Node, name: str, twin_name: str) -> bool:
+def _same_operator(node: ir.Node, twin: ir.Node) -> bool:
     return (
-        str(node.name).removeprefix(name) == str(twin.name).removeprefix(twin_name)
-        and node.op_identifier() == twin.op_identifier()
-        and len(node.inputs) == len(twin.inputs)
-        and len(node.outputs) == len(twin.outputs)
+        node.op_identifier() == twin.op_identifier()
         and node.attributes.keys() == twin.attributes.keys()
         and all(
             a.type == twin.attributes[key].type and a.value == twin.attributes[key].value
             for key, a in node.attributes.items()
         )
-        and all(
-            a.type == b.type and a.shape == b.shape
-            for a, b in zip(node.outputs, twin.outputs, strict=True)
-        )
+        and _same_tensors(node.inputs, twin.inputs)
+        and _same_tensors(node.outputs, twin.outputs)
     )
 
 
-def _is_closed(blocks: Sequence[Sequence[ir.Node]], index: int) -> bool:
-    """Whether no node reads a block's values but its own and those of the next block."""
-    readers = {*blocks[index], *blocks[index + 1]}
-    return all(use.node in readers for value in _outputs(blocks[index]) for use in value.uses())
+def _same_tensors(values: Sequence[ir.Value | None], others: Sequence[ir.Value | None]) -> bool:
+    kinds, wanted = ([v and (v.type, v.shape) for v in some] for some in (values, others))
+    return kinds == wanted
 
 
-def _outputs(nodes: Sequence[ir.Node]) -> Iterator[ir.Value]:
-    return (value for node in nodes for value in node.outputs)
+def _stand_together(model: ir.Model, tower: Sequence[_Block], period: int) -> bool:
+    """Whether the nodes of the last two periods, and the outputs of all, are not interspersed."""
+    wanted = [node for block in tower[-2 * period :] for node in block.nodes]
+    nodes = list(model.graph)
+    start = nodes.index(wanted[0]) if wanted else 0
+    outputs = list(model.graph.outputs)
+    own = [v for block in tower for v in outputs if _is_layer_output(block, v)]
+    return (
+        nodes[start : start + len(wanted)] == wanted and outputs[len(outputs) - len(own) :] == own
+    )
 
 
-def _places(nodes: Sequence[ir.Node]) -> dict[ir.Value, Place]:
-    return {value: (i, j) for i, node in enumerate(nodes) for j, value in enumerate(node.outputs)}
+def _is_closed(model: ir.Model, tower: Sequence[_Block], index: int, period: int) -> bool:
+    """Whether others read of a block, and the graph gives of it, what they do of every block."""
+    block, is_last = tower[index], index == len(tower) - 1
+    template = tower[len(tower) - period + (index - len(tower)) % period]
+    readers, anew = set(block.nodes), [v for node in block.nodes for v in node.inputs]
+    private = [v for v in anew if v is not None and block.parameter(v)]
+    outputs = [v for v in model.graph.outputs if v in block.places]
+    if not is_last:
+        readers |= set(tower[index + 1].nodes)
+        private += [v for place, v in block.values.items() if place in template.values]
+        if not all(_is_layer_output(block, v) for v in outputs):
+            return False
+    same_outputs = _layer_outputs(model, block) == _layer_outputs(model, template)
+    return same_outputs and all(use.node in readers for v in private for use in v.uses())
+
+
+def _is_layer_output(block: _Block, value: ir.Value) -> bool:
+    """Whether a graph output is one that every block has for itself, such as ``present.3.key``."""
+    return value in block.places and f".{block.index}." in str(value.name)
+
+
+def _layer_outputs(model: ir.Model, block: _Block) -> list[tuple[Place, str]]:
+    """Their places and their names, a star for the block's index, in order."""
+    values = [value for value in model.graph.outputs if _is_layer_output(block, value)]
+    return [(block.places[v], str(v.name).replace(f".{block.index}.", ".*.", 1)) for v in values]
 
 
 def _copy(
     model: ir.Model,
-    tower: Sequence[Sequence[ir.Node]],
-    template: int,
+    stack: str,
+    template: _Block,
+    last: _Block,
     index: int,
     sources: Sequence[Sequence[_Source]],
-    stack: str,
-) -> list[ir.Node]:
+) -> _Block:
     """One more block, behind the tower's last one."""
-    old, new = f"{stack}.{template}.", f"{stack}.{index}."
+    name = f"{stack}.{index}"
+    values: dict[Place, ir.Value] = {}
     copies: list[ir.Node] = []
-    for node, wanted in zip(tower[template], sources, strict=True):
-        inputs: list[ir.Value | None] = []
-        for source in wanted:
+    for node, wanted in zip(template.nodes, sources, strict=True):
+        inputs = list(node.inputs)
+        for i, source in enumerate(wanted):
             if source.parameter is not None:
-                inputs.append(_parameter(model, old + source.parameter, new + source.parameter))
+                inputs[i] = _parameter(model, inputs[i], name + source.parameter)
             elif source.internal is not None:
-                inputs.append(copies[source.internal[0]].outputs[source.internal[1]])
+                inputs[i] = values[source.internal]
             elif source.carried is not None:
-                inputs.append(tower[-1][source.carried[0]].outputs[source.carried[1]])
-            else:
-                inputs.append(source.value)
-        name = f"{stack}.{index}" + str(node.name).removeprefix(f"{stack}.{template}")
+                inputs[i] = last.values[source.carried]
         copy = ir.Node(
             node.domain,
             node.op_type,
             inputs,
             node.attributes.values(),
+            overload=node.overload,
             num_outputs=len(node.outputs),
-            name=name,
+            name=name + str(node.name).removeprefix(template.name),
         )
         for value, like in zip(copy.outputs, node.outputs, strict=True):
             value.type, value.shape = like.type, like.shape
+            values[template.places[like]] = value
         copies.append(copy)
-    model.graph.insert_after(tower[-1][-1], copies)
-    for place in _layer_outputs(model, tower[template], template):
-        output = copies[place[0]].outputs[place[1]]
-        like = tower[template][place[0]].outputs[place[1]]
-        output.name = str(like.name).replace(f".{template}.", f".{index}.", 1)
-        model.graph.outputs.append(output)
-    return copies
+    model.graph.insert_after(last.nodes[-1], copies)
+    for place, output in _layer_outputs(model, template):
+        values[place].name = output.replace(".*.", f".{index}.", 1)
+        model.graph.outputs.append(values[place])
+    return _Block(stack, index, copies)
 
 
-def _layer_outputs(model: ir.Model, block: Sequence[ir.Node], index: int) -> list[Place]:
-    """Graph outputs that every block has for itself, such as ``present.3.key``, in order."""
-    places = _places(block)
-    return [
-        places[value]
-        for value in model.graph.outputs
-        if value in places and f".{index}." in str(value.name)
-    ]
-
-
-def _parameter(model: ir.Model, name: str, new: str) -> ir.Value:
+def _parameter(model: ir.Model, like: ir.Value | None, name: str) -> ir.Value:
     initializers = model.graph.initializers
-    if new not in initializers:
-        like = initializers[name]
-        initializers[new] = ir.Value(name=new, type=like.type, shape=like.shape)
-    return initializers[new]
+    if name not in initializers:
+        assert like is not None
+        initializers[name] = ir.Value(name=name, type=like.type, shape=like.shape)
+    return initializers[name]
 
 
 # --- one block -----------------------------------------------------------------------------------
@@ -270,7 +283,7 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
     """Take every block of a tower but one out of a graph, in place.
 
     What comes before the tower feeds the block, and the block feeds what comes behind it; outputs
-    that belong to other blocks go.
+    that belong to other blocks go, inputs stay.
 
     Args:
         model: a component's graph, with or without data, quantized or not.
@@ -278,52 +291,54 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
         index: the block to keep, from 0.
 
     Raises:
-        InternVLError: the blocks are not joined by one value.
+        InternVLError: there is no such block, or the blocks are not joined by one value.
     """
-    blocks = blocks_of(model, stack)
-    if len(blocks) > 1:
-        enter, leave = _stream_into(blocks, 0), _stream_out(blocks, len(blocks) - 1)
-        before, behind = _stream_into(blocks, index), _stream_out(blocks, index)
-        for node, i in [use for use in before.uses() if use.node in set(blocks[index])]:
-            node.replace_input_with(i, enter)
-        inside = set(blocks[-1])
-        for node, i in [use for use in leave.uses() if use.node not in inside]:
-            node.replace_input_with(i, behind)
-        _keep_outputs(model, blocks, index, leave, behind)
+    tower = _blocks(model, stack)
+    if not 0 <= index < len(tower) or not all(block.nodes for block in tower):
+        found = f"{len(tower)} blocks, {sum(not block.nodes for block in tower)} of them empty"
+        raise InternVLError(f"{stack}: expected a block {index}, found {found}")
+    if len(tower) > 1:
+        enter, leave = _stream_into(tower, 0), _stream_behind(tower[-1])
+        before, behind = _stream_into(tower, index), _stream_behind(tower[index])
+        _move(before, enter, [use.node for use in before.uses() if use.node in tower[index].nodes])
+        _move(leave, behind, [u.node for u in leave.uses() if u.node not in tower[-1].nodes])
+        _keep_outputs(model, tower, index)
     passes.RemoveUnusedNodesPass()(model)
 
 
-def _keep_outputs(
-    model: ir.Model,
-    blocks: Sequence[Sequence[ir.Node]],
-    index: int,
-    leave: ir.Value,
-    behind: ir.Value,
-) -> None:
-    removed = {v for i, block in enumerate(blocks) if i != index for v in _outputs(block)}
-    outputs = [behind if value is leave else value for value in model.graph.outputs]
-    if leave in set(model.graph.outputs) and behind is not leave:
+def _move(old: ir.Value, new: ir.Value, readers: Sequence[ir.Node]) -> None:
+    for node, i in list(old.uses()):
+        if node in readers:
+            node.replace_input_with(i, new)
+
+
+def _keep_outputs(model: ir.Model, tower: Sequence[_Block], index: int) -> None:
+    leave, behind = _stream_behind(tower[-1]), _stream_behind(tower[index])
+    removed = {v for block in tower if block.index != index for v in block.places}
+    outputs = list(model.graph.outputs)
+    if leave in outputs and behind is not leave:
         behind.name, leave.name = leave.name, f"{leave.name}.removed"
-    kept = [value for value in outputs if value not in removed]
+        outputs[outputs.index(leave)] = behind
     model.graph.outputs.clear()
-    model.graph.outputs.extend(kept)
+    model.graph.outputs.extend(value for value in outputs if value not in removed)
 
 
-def _stream_out(blocks: Sequence[Sequence[ir.Node]], index: int) -> ir.Value:
+def _stream_behind(block: _Block) -> ir.Value:
     """The residual stream behind a block: what its last addition gives."""
-    return blocks[index][-1].outputs[0]
+    return block.nodes[-1].outputs[0]
 
 
-def _stream_into(blocks: Sequence[Sequence[ir.Node]], index: int) -> ir.Value:
+def _stream_into(tower: Sequence[_Block], index: int) -> ir.Value:
     """The residual stream in front of a block."""
     if index > 0:
-        return _stream_out(blocks, index - 1)
-    stream, names = _stream_out(blocks, 0), {node.name: node for node in blocks[0]}
+        return _stream_behind(tower[index - 1])
+    first, second = tower[:2]
+    nodes = {str(node.name).removeprefix(first.name): node for node in first.nodes}
     found = set()
-    for node, i in stream.uses():
-        twin = names.get(re.sub(r"\.1(?=[./])", ".0", str(node.name), count=1))
-        if node in blocks[1] and twin is not None:
+    for node, i in _stream_behind(first).uses():
+        twin = nodes.get(str(node.name).removeprefix(second.name))
+        if node in second.nodes and twin is not None:
             found.add(twin.inputs[i])
     if len(found) != 1 or None in found:
-        raise InternVLError(f"{blocks[0][0].name}: the blocks are not joined by one value")
+        raise InternVLError(f"{first.name}: the blocks are not joined by one value")
     return found.pop()  # type: ignore[return-value]

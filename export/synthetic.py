@@ -43,8 +43,8 @@ from internvl_edge.export.config import (
 from internvl_edge.export.weights import WeightsWriter
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-POOL_SIZE = 1 << 22
-CHUNK = 1 << 20  # elements in memory at a time
+POOL_SIZE = 1 << 21
+CHUNK = 1 << 18  # elements in memory at a time
 MAX_SHARD_NBYTES = 9_990_000_000  # gives InternVL-14B its three shards
 FACTOR = 64.0
 OUTLIER_CHANNELS = 6  # of every norm, and of every v

@@ -6,9 +6,7 @@ all components of a directory share one weights file, whatever tensors they have
 stored once, and ordinary tools can read it.
 
 Two ways to get there:
-    bring   the checkpoint's own shards, linked or copied (``bring``); a graph that computes in
-            another dtype than the stored one gets a Cast behind the initializer, which every
-            builder folds
+    bring   the checkpoint's own shards, linked or copied (``bring``)
     write   a new file in the dtypes the graphs ask for, streamed tensor by tensor
 
 Offsets are known before the first byte of data is written, since shapes and dtypes are; tensors
@@ -22,14 +20,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import onnx_ir as ir
 
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.shards import DTYPES
@@ -174,69 +171,3 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
-
-
-def weights_without_data(models: Iterable[ir.Model]) -> dict[str, np.dtype[Any]]:
-    """Name → dtype of every initializer that still needs data, over several graphs.
-
-    Where graphs disagree (they never do at one precision) the first one decides and ``bind``
-    casts.
-    """
-    needed: dict[str, np.dtype[Any]] = {}
-    for model in models:
-        for name, value in model.graph.initializers.items():
-            if value.const_value is None:
-                assert value.dtype is not None
-                needed.setdefault(name, np.dtype(value.dtype.numpy()))
-    return needed
-
-
-def bind(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -> int:
-    """Point every initializer without data at its stored tensor, in place.
-
-    A Cast follows where the graph computes in another dtype than the stored one.
-
-    Returns:
-        Bytes of weights that the graph reads.
-    """
-    total = 0
-    for name, value in list(model.graph.initializers.items()):
-        if value.const_value is not None:
-            continue
-        place = stored[name]
-        wanted, held = value.dtype, ir.DataType.from_numpy(place.dtype)
-        if tuple(value.shape or ()) != place.shape:
-            raise InternVLError(f"{name}: the graph has {value.shape}, stored is {place.shape}")
-        value.const_value = ir.ExternalTensor(
-            location=place.location,
-            offset=place.offset,
-            length=place.nbytes,
-            dtype=held,
-            shape=ir.Shape(place.shape),
-            name=name,
-            base_dir=directory,
-        )
-        total += place.nbytes
-        if wanted != held:
-            _cast_behind(model.graph, value, held, wanted)
-    return total
-
-
-def _cast_behind(
-    graph: ir.Graph, value: ir.Value, held: ir.DataType, wanted: ir.DataType | None
-) -> None:
-    assert wanted is not None
-    uses = list(value.uses())
-    value.type = ir.TensorType(held)
-    cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}/Cast")
-    cast.outputs[0].name = f"{value.name}.as_{wanted.name.lower()}"
-    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(wanted), value.shape
-    first = next(node for node in graph if any(use.node is node for use in uses))
-    graph.insert_before(first, cast)
-    for node, index in uses:
-        node.replace_input_with(index, cast.outputs[0])
-
-
-def save(model: ir.Model, path: Path) -> None:
-    """Write the graph; its external tensors stay where they are and are only referred to."""
-    ir.save(model, path)

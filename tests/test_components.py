@@ -16,6 +16,7 @@ from checkpoints import TINY, write_internvl
 
 from internvl_edge.errors import InternVLError, UsageError
 from internvl_edge.export import graph as graphs
+from internvl_edge.export.bind import bind, save, weights_without_data
 from internvl_edge.export.checkpoint import Checkpoint, load_reference, open_checkpoint
 from internvl_edge.export.components import (
     COMPONENTS,
@@ -34,7 +35,7 @@ from internvl_edge.export.verify import (
     sample_feeds,
     with_hidden_state,
 )
-from internvl_edge.export.weights import WeightsWriter, bind, save, weights_without_data
+from internvl_edge.export.weights import WeightsWriter
 from internvl_edge.export.widen import widen
 
 STANDARD = {"", "ai.onnx"}

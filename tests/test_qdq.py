@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from internvl_edge.errors import InternVLError
 from internvl_edge.export import graph as graphs
+from internvl_edge.export.bind import bind, save, weights_without_data
 from internvl_edge.export.models.vit import RMSNorm
 from internvl_edge.export.precision import POLICIES, apply_policy
-from internvl_edge.export.weights import WeightsWriter, bind, save, weights_without_data
+from internvl_edge.export.weights import WeightsWriter
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
 

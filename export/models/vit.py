@@ -105,8 +105,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = _norm(config), _norm(config)
         self.attn, self.mlp = Attention(config), MLP(config)
-        self.ls1 = nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size))
-        self.ls2 = nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size))
+        self.ls1 = nn.Parameter(torch.full((config.hidden_size,), config.initializer_factor))
+        self.ls2 = nn.Parameter(torch.full((config.hidden_size,), config.initializer_factor))
 
     def forward(self, x: Tensor) -> Tensor:
         compute = self.mlp.fc1.weight.dtype

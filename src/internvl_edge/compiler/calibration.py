@@ -15,8 +15,9 @@ from torch import Tensor
 from internvl_edge.compiler.emit import WEIGHTS_FILE, copy_rest, quantized_layout, write_block
 from internvl_edge.compiler.options import Plan, Progress, Report
 from internvl_edge.errors import ResourceError
+from internvl_edge.export.bind import weights_without_data
 from internvl_edge.export.blocks import COMPONENT_STREAM, Samples, calibration_blocks
-from internvl_edge.export.weights import StoredTensor, WeightsWriter, weights_without_data
+from internvl_edge.export.weights import StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibrate import calibrate_block
 from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
 from internvl_edge.resume import Workspace

@@ -27,6 +27,7 @@ from internvl_edge.artifact import TensorSpec
 from internvl_edge.compiler.options import ExportOptions, Plan, Progress, Report
 from internvl_edge.errors import UsageError
 from internvl_edge.export import graph as graphs
+from internvl_edge.export.bind import bind, save, weights_without_data
 from internvl_edge.export.blocks import COMPONENT_STREAM, LLAMA_PREFIX, VISION_PREFIX
 from internvl_edge.export.bring import Brought, bring_shards
 from internvl_edge.export.checkpoint import (
@@ -47,13 +48,7 @@ from internvl_edge.export.models.attention import rotary_tables
 from internvl_edge.export.models.vit import resize_position_embedding
 from internvl_edge.export.precision import POLICIES, apply_policy
 from internvl_edge.export.stamp import blocks_of, shallow_depth, stamp
-from internvl_edge.export.weights import (
-    StoredTensor,
-    WeightsWriter,
-    bind,
-    save,
-    weights_without_data,
-)
+from internvl_edge.export.weights import StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibrate import CalibratedBlock, is_quantized
 from internvl_edge.quantize.formats import FORMATS
 from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq

@@ -18,6 +18,7 @@ from internvl_edge.compiler.calibration import BATCH
 from internvl_edge.compiler.check import (
     FLOAT32_NBYTES,
     available_memory,
+    is_compared_whole,
     reason_not_to_verify,
     reference_nbytes,
 )
@@ -231,12 +232,25 @@ def _block_nbytes(plan: Plan) -> int:
 
 
 def _verify(plan: Plan) -> Step:
-    needed = reference_nbytes(plan.checkpoint)
+    whole = is_compared_whole(plan.checkpoint, plan.options.verify)
+    compared, seconds = reference_nbytes(plan.checkpoint), 1.0
+    if not whole:
+        # one block and what is in front of and behind its tower
+        blocks = _blocks(plan)
+        other = compared // FLOAT32_NBYTES - sum(blocks.values())
+        head = plan.checkpoint.tensors.get("qllama.lm_head.weight")
+        other -= 0 if head is None else math.prod(head.shape)
+        compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
+        seconds = 3.0
+    graphs = 1 if plan.base == plan.engine_base else 2
     return Step(
         name="verify",
-        memory_nbytes=IMPORTS_NBYTES + 2 * needed,
+        memory_nbytes=IMPORTS_NBYTES + 2 * compared,
         disk_nbytes=0,
-        seconds=len(plan.components) * (1.0 + needed / VERIFY_NBYTES_PER_SECOND),
+        seconds=graphs
+        * len(plan.components)
+        * seconds
+        * (1.0 + compared / VERIFY_NBYTES_PER_SECOND),
     )
 
 

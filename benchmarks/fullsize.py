@@ -1,0 +1,375 @@
+"""Full-size models on a small machine: what each step takes, beside what others take.
+
+    python benchmarks/fullsize.py                              # InternViT-6B: all steps, peers
+    python benchmarks/fullsize.py --preset internvl-14b-224 --steps synthetic,bf16
+    python benchmarks/fullsize.py --layers 4 --steps synthetic,int8,run --no-peers
+
+Every step runs as a process of its own. Measured of it: wall time, largest resident set (kernel),
+largest anonymous memory (sampled from /proc, mapped files not counted) and bytes written. The
+checkpoint is synthetic: real shapes, made-up weights. Peers get the same widths with few enough
+layers to live in memory; what they take per layer is what compares.
+
+Free disk is checked first; everything goes into a temporary directory that is removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "fullsize.json"
+STEPS = ("synthetic", "bf16", "int8", "forwards", "engine-bf16", "engine-int8", "run")
+PEERS = ("torch.onnx.export", "onnxruntime quantize_static", "modelopt")
+PEER_LAYERS = 4
+IMAGES = 16  # of the calibration, as the recipe takes
+SAMPLING_SECONDS = 0.05
+PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt-rtx", "nvidia-modelopt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One step of the benchmark."""
+
+    step: str
+    layers: int
+    seconds: float
+    peak_rss_nbytes: int
+    peak_anonymous_nbytes: int
+    written_nbytes: int
+    error: str | None = None  # its last line; the rest is what it took until then
+
+
+def measure(step: str, layers: int, command: list[str]) -> Measured:
+    """Run a command and watch what it takes."""
+    sys.stderr.write(f"{step} ({layers} layers) ...\n")
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        peaks = {"anonymous": 0, "written": 0}
+        watcher = threading.Thread(target=_watch, args=(process.pid, peaks))
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        watcher.join()
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
+    failed = process.returncode != 0
+    measured = Measured(
+        step=step,
+        layers=layers,
+        seconds=round(time.monotonic() - started, 1),
+        peak_rss_nbytes=usage.ru_maxrss * 1024,
+        peak_anonymous_nbytes=peaks["anonymous"],
+        written_nbytes=peaks["written"],
+        error=(lines[-1] if lines else f"exit status {process.returncode}") if failed else None,
+    )
+    sys.stderr.write(f"    {_line(measured)}\n")
+    return measured
+
+
+def _watch(pid: int, peaks: dict[str, int]) -> None:
+    """Sample a process until it ends; of what it starts, nothing is counted."""
+    while True:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+            io = Path(f"/proc/{pid}/io").read_text()
+        except OSError:
+            return
+        fields = dict(line.split(":", 1) for line in (status + io).splitlines())
+        if "RssAnon" not in fields:
+            return
+        anonymous = int(fields["RssAnon"].split()[0]) * 1024
+        peaks["anonymous"] = max(peaks["anonymous"], anonymous)
+        peaks["written"] = int(fields["wchar"])
+        time.sleep(SAMPLING_SECONDS)
+
+
+def _line(m: Measured) -> str:
+    return m.error or (
+        f"{m.seconds:.1f} s, RSS {m.peak_rss_nbytes / 1e9:.2f} GB, anonymous "
+        f"{m.peak_anonymous_nbytes / 1e9:.2f} GB, written {m.written_nbytes / 1e9:.2f} GB"
+    )
+
+
+# --- ours ----------------------------------------------------------------------------------------
+
+
+def run_steps(
+    preset: str, layers: int, steps: list[str], work: Path, keep: Callable[[Measured], None]
+) -> None:
+    """The steps asked for, in order, on one synthetic checkpoint."""
+    python, checkpoint = sys.executable, work / "checkpoint"
+    tool = [python, "-m", "internvl_edge"]
+    bf16 = [*tool, "export", str(checkpoint), "-o", str(work / "bf16"), "-p", "bf16"]
+    worker = [python, __file__, "--worker"]
+    component = "vision" if preset.startswith("internvit") else "image_queries"
+    build = ["--components", component, "--batch", "1,1,4"]
+    commands = {
+        "synthetic": [python, "-m", "internvl_edge.export.synthetic", preset, str(checkpoint),
+                      "--layers", str(layers)],
+        "bf16": [*bf16, "--weights", "link", "--verify", "none"],
+        "int8": [*tool, "export", str(checkpoint), "-o", str(work / "int8"), "-p", "int8",
+                 "--verify", "none"],
+        "forwards": [*worker, "forwards", str(checkpoint)],
+        "engine-bf16": [*tool, "build", str(work / "bf16"), *build],
+        "engine-int8": [*tool, "build", str(work / "int8"), *build],
+        "run": [*worker, "run", str(work / "int8")],
+    }  # fmt: skip
+    for step in (s for s in commands if s in steps):
+        keep(measure(step, layers, commands[step]))
+        if step.startswith("engine"):
+            shutil.rmtree(work / step.removeprefix("engine-") / "engines", ignore_errors=True)
+
+
+def work_forwards(checkpoint: str) -> None:
+    """The calibration's block forwards alone: load each block, run it, forget it."""
+    import numpy as np
+    import torch
+
+    from internvl_edge.compiler.calibration import BATCH
+    from internvl_edge.export.blocks import Samples, calibration_blocks
+    from internvl_edge.export.checkpoint import open_checkpoint
+    from internvl_edge.resume import Workspace
+    from internvl_edge.spool import Budget
+
+    opened = open_checkpoint(checkpoint)
+    side = opened.config.vision.image_size
+    noise = np.random.default_rng(0).standard_normal((IMAGES, 3, side, side), np.float32)
+    pixels = torch.from_numpy(noise)
+    samples = Samples(pixel_values=[pixels[i : i + BATCH] for i in range(0, IMAGES, BATCH)])
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        work = Workspace(Path(folder), Budget(1 << 30))
+        for block, streams in calibration_blocks(opened, samples, {"image"}, work):
+            stream, outputs = streams["image"], work.scratch()
+            for x in stream.hidden:
+                outputs.append(block.run(torch.from_numpy(x), None).numpy())
+            stream.hidden.close()
+            stream.hidden = outputs
+        work.close()
+
+
+def work_run(out: str) -> None:
+    """One image through the INT8 tower, on ONNX Runtime's CPU kernels."""
+    import numpy as np
+
+    from internvl_edge import open_session
+
+    with open_session(out, "vision") as session:
+        side = session.inputs["pixel_values"].shape[-1]
+        pixels = np.random.default_rng(0).standard_normal((1, 3, side, side), np.float32)
+        session.run({"pixel_values": pixels})
+
+
+# --- peers ---------------------------------------------------------------------------------------
+
+
+def run_peers(
+    preset: str, work: Path, keep: Callable[[Measured], None], modelopt: str | None
+) -> None:
+    """What others take on the same widths, ``PEER_LAYERS`` deep, and what we take for that."""
+    run_steps(preset, PEER_LAYERS, ["synthetic", "bf16", "int8", "forwards"], work, keep)
+    for name in PEERS:
+        python = modelopt if name == "modelopt" else sys.executable
+        if python is None:
+            why = "needs an environment of its own, see --modelopt-python"
+            keep(Measured(step=name, layers=PEER_LAYERS, seconds=0.0, peak_rss_nbytes=0,
+                          peak_anonymous_nbytes=0, written_nbytes=0, error=why))  # fmt: skip
+            continue
+        keep(measure(name, PEER_LAYERS, [python, __file__, "--worker", name, str(work)]))
+
+
+def work_torch_export(work: str) -> None:
+    """A loaded model through PyTorch's exporter, weights into external data."""
+    import torch
+
+    from internvl_edge.export.checkpoint import load_reference
+
+    model = load_reference(Path(work) / "checkpoint")
+    (Path(work) / "torch").mkdir()
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, 3, 224, 224),),
+        str(Path(work) / "torch" / "vision.onnx"),
+        dynamo=True,
+        opset_version=23,
+        external_data=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["pixel_values"],
+        output_names=["last_hidden_state"],
+    )
+
+
+def work_quantize_static(work: str) -> None:
+    """ONNX Runtime's static quantization of PyTorch's float32 graph, on as many images."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(_images())
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.left, None)
+
+    quantize_static(
+        str(Path(work) / "torch" / "vision.onnx"),
+        str(Path(work) / "ort.onnx"),
+        Images(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        use_external_data_format=True,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    )
+
+
+def work_modelopt(work: str) -> None:
+    """ModelOpt's ONNX quantization of the same graph, on as many images."""
+    import numpy as np
+    from modelopt.onnx.quantization import quantize
+
+    quantize(
+        str(Path(work) / "torch" / "vision.onnx"),
+        quantize_mode="int8",
+        calibration_data={
+            "pixel_values": np.concatenate([feed["pixel_values"] for feed in _images()])
+        },
+        calibration_eps=["cpu"],
+        use_external_data_format=True,
+        output_path=str(Path(work) / "modelopt.onnx"),
+    )
+
+
+def _images() -> list[dict[str, Any]]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return [
+        {"pixel_values": rng.standard_normal((1, 3, 224, 224), np.float32)} for _ in range(IMAGES)
+    ]
+
+
+WORKERS = {
+    "forwards": work_forwards,
+    "run": work_run,
+    "torch.onnx.export": work_torch_export,
+    "onnxruntime quantize_static": work_quantize_static,
+    "modelopt": work_modelopt,
+}
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """The machine, and the versions of what was measured."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_nbytes": memory,
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+    }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+
+
+def save(key: str, rows: list[Measured]) -> None:
+    """Replace one part of the results file; others stay."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found[key] = {
+        "command": " ".join(["python", "benchmarks/fullsize.py", *sys.argv[1:]]),
+        "environment": environment(),
+        "steps": [asdict(row) for row in rows],
+    }
+    RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
+
+
+def main() -> None:
+    """The command line of this benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="internvit-6b-224")
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--directory", type=Path, help="where the temporary directory goes")
+    parser.add_argument(
+        "--modelopt-python", help='Python of an environment with "nvidia-modelopt[onnx]"'
+    )
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.worker:
+        WORKERS[chosen.worker[0]](chosen.worker[1])
+        return
+    steps = [step for step in chosen.steps.split(",") if step]
+    if unknown := set(steps) - set(STEPS):
+        parser.error(f"--steps: expected some of {', '.join(STEPS)}, found {sorted(unknown)}")
+    _require_disk(chosen.preset, chosen.layers, steps, chosen.directory)
+    name = f"{chosen.preset}, {chosen.layers} layers"
+    parts: list[tuple[str, Callable[[Path, Callable[[Measured], None]], None]]] = []
+    if steps:
+        parts.append((name, lambda work, keep: run_steps(
+            chosen.preset, chosen.layers, steps, work, keep)))  # fmt: skip
+    if not chosen.no_peers:
+        parts.append((f"peers at {PEER_LAYERS} layers", lambda work, keep: run_peers(
+            chosen.preset, work, keep, chosen.modelopt_python)))  # fmt: skip
+    for title, run in parts:
+        rows: list[Measured] = []
+        with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
+            run(Path(folder), rows.append)
+        save(title, rows)
+    for title, _ in parts:
+        sys.stdout.write(f"{title}: {RESULTS}\n")
+
+
+def _require_disk(preset: str, layers: int, steps: list[str], directory: Path | None) -> None:
+    """Refuse to begin what the disk cannot hold: the checkpoint, INT8 weights and one engine."""
+    import math
+
+    from internvl_edge.export.checkpoint import expected_shapes
+    from internvl_edge.export.synthetic import PRESETS, shrink
+
+    shapes = expected_shapes(shrink(PRESETS[preset], layers)).values()
+    checkpoint = 2 * sum(math.prod(shape) for shape in shapes)
+    factor = 1.0 + 0.5 * ("int8" in steps) + 1.0 * any("engine" in step for step in steps)
+    free = shutil.disk_usage(directory or tempfile.gettempdir()).free
+    if free < factor * checkpoint + 2e9:
+        sys.exit(
+            f"{factor * checkpoint / 1e9 + 2:.1f} GB of disk are needed, {free / 1e9:.1f} GB are "
+            "free; choose another --directory, fewer --layers or fewer --steps"
+        )
+
+
+if __name__ == "__main__":
+    main()
