@@ -3,6 +3,7 @@
     session   the ``Session`` protocol, what a feed must be, the choice of a backend
     ort       ONNX Runtime behind that protocol
     image     pictures to ``pixel_values``;  video  frames;  tokenizer  texts to ids
+    requests  what callers hand over;  vectors  arithmetic on embeddings
     model     what people ask for: encode, classify, retrieve, match
     bench     honest timing
 

@@ -112,6 +112,9 @@ def pixel_values(
     images: ImageSource | Iterable[ImageSource],
     preprocessing: Preprocessing,
     transform: Transform | None = None,
+    *,
+    before: int = 0,
+    total: int | None = None,
 ) -> NDArray[np.float32]:
     """Images as a vision graph takes them: float32 [B, 3, S, S], contiguous.
 
@@ -121,6 +124,8 @@ def pixel_values(
             checked and passed through.
         preprocessing: of the model.
         transform: instead of the model's own.
+        before: images of the same request that came before these, for messages.
+        total: images of the whole request, for messages.
 
     Raises:
         MediaError: an image is not accepted; the message says which and why.
@@ -139,7 +144,7 @@ def pixel_values(
     )
     out = np.empty((len(sources), 3, size, size), np.float32)
     for i, source in enumerate(sources):
-        label = image_label(source, i, len(sources))
+        label = image_label(source, before + i, total or len(sources))
         picture = _fit(load_image(source, label), size, transform, label)
         levels = np.asarray(picture).transpose(2, 0, 1)  # (3, S, S)
         np.divide(levels, np.float32(255), out=out[i])

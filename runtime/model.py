@@ -40,7 +40,14 @@ from internvl_edge.runtime.requests import (
     slices,
     text_list,
 )
-from internvl_edge.runtime.session import Array, Session, did_you_mean, open_component
+from internvl_edge.runtime.session import (
+    Array,
+    Session,
+    did_you_mean,
+    open_component,
+    require_backend,
+)
+from internvl_edge.runtime.vectors import ranked, softmax, unit
 from internvl_edge.runtime.video import pool_frames, read_frames, sample_frames
 
 if TYPE_CHECKING:
@@ -76,7 +83,9 @@ def load(out: str | os.PathLike[str], backend: str = "auto", device: str = "auto
 
     Raises:
         ArtifactError: the directory is not what its manifest says.
+        UsageError, MissingDependency, HardwareError: the backend, unknown or not to be had here.
     """
+    require_backend(backend)
     artifact = open_artifact(out)
     return Model(artifact, partial(open_component, artifact, backend=backend, device=device))
 
@@ -86,7 +95,7 @@ class Model:
 
     Images are paths, bytes, PIL images, HWC uint8 arrays, one or a sequence of them, or float32
     ``pixel_values`` [B,3,H,W] that are normalised already. Texts are strings, one or a sequence,
-    or token ids, int [B,T], 0 where padded.
+    or token ids, int [B,T] as an array or as lists of equal length, 0 where padded.
 
     Every method raises ``UsageError`` when the directory lacks a component it needs or the model
     is closed, ``MediaError`` when an image or text cannot be read, ``FeedError`` when an array
@@ -212,24 +221,23 @@ class Model:
             For every image its labels, best first: ``{"label": str, "score": float}``.
         """
         names, templates = distinct_labels(labels), one_place_templates(templates)
-        self._require("text_embed")
-        embeds = self.encode_image(images, mode, True, batch_size, "classification")
+        given = self._embeddable(images, mode)
         weights = self.text_classifier(names, templates)
+        embeds = self.encode_image(given, mode, True, batch_size, "classification")
         scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
         return [
-            [{"label": names[k], "score": float(row[k])} for k in _ranked(row)] for row in scores
+            [{"label": names[k], "score": float(row[k])} for k in ranked(row)] for row in scores
         ]
 
     def retrieve(self, images: Any, texts: Any, mode: str = "c", batch_size: int = 8) -> Retrieval:
         """Rank texts for every image and images for every text by cosine similarity."""
-        self._require("text_embed")
-        given = text_list(texts)
-        image_embeds = self.encode_image(images, mode, True, batch_size, "retrieval")
-        similarity = image_embeds @ self.encode_text(given, normalize=True).T
+        given = self._embeddable(images, mode)
+        text_embeds = self.encode_text(texts, normalize=True)
+        similarity = self.encode_image(given, mode, True, batch_size, "retrieval") @ text_embeds.T
         return Retrieval(
             similarity=similarity,
-            texts_of_image=_ranked(similarity),
-            images_of_text=_ranked(similarity.T),
+            texts_of_image=ranked(similarity),
+            images_of_text=ranked(similarity.T),
         )
 
     def match(self, images: Any, texts: Any, batch_size: int = 8) -> Array:
@@ -291,9 +299,15 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the directory."""
+        """The tokenizer of the directory; UsageError where its checkpoint had none."""
         from internvl_edge.runtime.tokenizer import Tokenizer
 
+        if TOKENIZER_FILE not in self.artifact.manifest.files:
+            raise UsageError(
+                f"{self.artifact.path} has no {TOKENIZER_FILE}, as its checkpoint had none: texts "
+                "must be token ids, int [B,T]; for strings, put the model's file beside the "
+                "checkpoint's config.json and export again"
+            )
         return Tokenizer(self.artifact.file(TOKENIZER_FILE))
 
     def _has(self, component: str) -> bool:
@@ -327,6 +341,12 @@ class Model:
         self._require("image_embed")
         return lambda pixels: self._run("image_embed", "image_embeds", pixel_values=pixels)
 
+    def _embeddable(self, images: Any, mode: str) -> Any:
+        """The images, where nothing is known to refuse them later; texts are computed before."""
+        self._require("text_embed")
+        self._embedder(mode)
+        return image_list(images)
+
     def _pool(self, hidden: Array) -> Array:
         return self._run("image_pool", "image_embeds", last_hidden_state=hidden)
 
@@ -356,36 +376,16 @@ class Model:
             return
         from internvl_edge.runtime.image import pixel_values
 
-        for batch in batches_of(images, batch_size):
-            yield pixel_values(batch, self.preprocessing, transform)
+        for rows in slices(len(images), batch_size):
+            yield pixel_values(
+                images[rows], self.preprocessing, transform, before=rows.start, total=len(images)
+            )
 
     def _contrastive(self, texts: list[str] | Array) -> Array:
         """Token ids for ``text_embed``, int64 [B,T]."""
         if isinstance(texts, np.ndarray):
             return texts
         return self.tokenizer.contrastive(texts, pad_to="longest")
-
-
-# --- numbers -------------------------------------------------------------------------------------
-
-
-def unit(rows: Array) -> Array:
-    """Each row divided by its length; a row of zeros stays."""
-    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    result: Array = rows / np.where(norms > 0, norms, 1)
-    return result
-
-
-def softmax(logits: Array) -> Array:
-    """Over the last axis, in the dtype given."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    result: Array = powers / powers.sum(axis=-1, keepdims=True)
-    return result
-
-
-def _ranked(scores: Array) -> Array:
-    """Indices over the last axis, best first; equal scores in the order given."""
-    return np.argsort(-scores, axis=-1, kind="stable")
 
 
 def _frames(frames: Any, num_frames: int | None) -> Any:

@@ -24,7 +24,10 @@ __all__ = [
     "one_place_templates",
     "slices",
     "text_list",
+    "text_problem",
 ]
+
+MAX_CHARACTERS = 1_000_000  # of a text
 
 
 def is_normalised(images: Any) -> bool:
@@ -52,7 +55,7 @@ def image_list(images: Any) -> Any:
 
 
 def text_list(texts: Any) -> list[str] | Array:
-    """Strings as a list, or ids as int64 [B,T].
+    """Strings as a list, or ids, an array or rows of equal length, as int64 [B,T].
 
     Raises:
         MediaError: none, neither strings nor ids, or a negative id.
@@ -69,13 +72,41 @@ def text_list(texts: Any) -> list[str] | Array:
     given = [texts] if isinstance(texts, str) else list(texts)
     if not given:
         raise MediaError("expected at least one text, found none")
+    if all(isinstance(row, (list, tuple)) for row in given):
+        return text_list(_id_array(given))
     for i, text in enumerate(given):
-        if not isinstance(text, str):
-            raise MediaError(
-                f"text {i}: expected a string, or all ids as one int array [B,T], "
-                f"found {type(text).__name__}"
-            )
+        problem = text_problem(text)
+        if problem is not None:
+            raise MediaError(f"text {i + 1} of {len(given)}: {problem}")
     return given
+
+
+def _id_array(rows: list[Any]) -> Array:
+    try:
+        ids = np.array(rows)
+    except ValueError:  # rows of different lengths
+        ids = np.empty(0)
+    if ids.dtype.kind not in "iu":
+        raise MediaError(
+            f"text ids: expected {len(rows)} rows of as many integers each, padded with 0, found "
+            f"rows of {', '.join(str(len(row)) for row in rows[:8])} items"
+        )
+    return ids
+
+
+def text_problem(text: object) -> str | None:
+    """Why a text cannot be encoded; None where it can."""
+    if not isinstance(text, str):
+        return f"expected a string, or all texts as ids, int [B,T], found {type(text).__name__}"
+    if len(text) > MAX_CHARACTERS:
+        return f"at most {MAX_CHARACTERS} characters are accepted, found {len(text)}"
+    if "\0" in text:
+        return f"expected no NUL character, found one at {text.index(chr(0))}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"expected Unicode text, found a lone surrogate at {error.start}"
+    return None
 
 
 def masked(ids: Array) -> dict[str, Array]:
@@ -105,9 +136,12 @@ def distinct_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """The classes.
 
     Raises:
-        UsageError: none, an empty one, not a string, or one twice.
+        UsageError: one string in place of several, none, an empty one, not a string, one twice.
     """
-    given = (labels,) if isinstance(labels, str) else tuple(labels)
+    if isinstance(labels, str):
+        parts = [part.strip() for part in labels.split(",")]
+        raise UsageError(f"labels: expected a list of strings such as {parts}, found {labels!r}")
+    given = tuple(labels)
     if not given or not all(isinstance(label, str) and label.strip() for label in given):
         raise UsageError(f"labels: expected one or more non-empty strings, found {list(given)!r}")
     if len(set(given)) < len(given):

@@ -38,6 +38,7 @@ __all__ = [
     "did_you_mean",
     "open_component",
     "open_session",
+    "require_backend",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -50,7 +51,9 @@ BACKENDS = {
 }
 # TensorRT backend → its Python package, and the extra that installs it.
 VENDOR_PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
+PACKAGES = VENDOR_PACKAGES | {"onnxruntime": ("onnxruntime", "ort")}
 MAY_BE_EMPTY = frozenset({"past"})
+SIMILAR = 0.75  # of difflib's ratio, 0 to 1: a typo, not another name of the same family
 
 
 class Session(Protocol):
@@ -125,12 +128,7 @@ def open_component(
             f"component {component!r}: {artifact.path} has {', '.join(present)}"
             f"{did_you_mean(component, present)}"
         )
-    if backend not in (*BACKENDS, "auto"):
-        raise UsageError(
-            f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}"
-            f"{did_you_mean(backend, BACKENDS)}"
-        )
-    chosen = "onnxruntime" if backend == "auto" else backend
+    chosen = require_backend(backend)
     if chosen in VENDOR_PACKAGES:
         raise _no_tensorrt_session(artifact, component, chosen)
     module = importlib.import_module(BACKENDS[chosen])
@@ -138,18 +136,36 @@ def open_component(
     return session
 
 
-def _no_tensorrt_session(
-    artifact: Artifact, component: str, backend: str
-) -> UsageError | MissingDependency | HardwareError:
-    """The first thing that stands between this machine and a TensorRT session."""
-    package, extra = VENDOR_PACKAGES[backend]
+def require_backend(backend: str) -> str:
+    """The backend that a name stands for, once its package and its hardware are found.
+
+    Raises:
+        UsageError: an unknown name.
+        MissingDependency: its package is not installed.
+        HardwareError: it needs a GPU and there is none.
+    """
+    if backend not in (*BACKENDS, "auto"):
+        raise UsageError(
+            f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}"
+            f"{did_you_mean(backend, BACKENDS)}"
+        )
+    chosen = "onnxruntime" if backend == "auto" else backend
+    package, extra = PACKAGES[chosen]
     if importlib.util.find_spec(package) is None:
-        return MissingDependency.of(package, extra)
-    if cuda_device_count() == 0:
-        return HardwareError(
+        raise MissingDependency.of(package, extra)
+    if chosen in VENDOR_PACKAGES and cuda_device_count() == 0:
+        raise HardwareError(
             f"backend {backend!r} needs an NVIDIA GPU and found no CUDA device; "
             "use backend 'onnxruntime' on this machine"
         )
+    return chosen
+
+
+def _no_tensorrt_session(
+    artifact: Artifact, component: str, backend: str
+) -> UsageError | HardwareError:
+    """The first thing that stands between this machine's GPU and a TensorRT session."""
+    package, _ = VENDOR_PACKAGES[backend]
     if not artifact.engines(component, backend):
         return UsageError(
             f"{artifact.path} has no {backend} engine of {component!r}; "
@@ -181,7 +197,7 @@ def cuda_device_count() -> int:
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """A hint to append to an error, or nothing."""
-    close = difflib.get_close_matches(name, list(options), n=1)
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=SIMILAR)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.errors import ArtifactError, MediaError, UsageError
+from internvl_edge.runtime.requests import text_problem
 
 Ids: TypeAlias = NDArray[np.int64]
 PadTo = Literal["longest", "max_length"]
@@ -35,7 +36,6 @@ PadTo = Literal["longest", "max_length"]
 PAD_ID = 0
 PREFIX = "summarize:"
 MAX_TEXT_LENGTH = 80  # tokens that the text tower was trained on
-MAX_CHARACTERS = 1_000_000
 MAX_MODEL_NBYTES = 64 << 20
 SPACE = "▁"  # how a piece spells a space
 
@@ -208,24 +208,10 @@ def _checked(texts: str | Iterable[str]) -> list[str]:
     if not given:
         raise MediaError("expected at least one text, found none")
     for i, text in enumerate(given):
-        problem = _problem(text)
+        problem = text_problem(text)
         if problem is not None:
-            raise MediaError(f"text {i} of {len(given)}: {problem}")
+            raise MediaError(f"text {i + 1} of {len(given)}: {problem}")
     return given
-
-
-def _problem(text: object) -> str | None:
-    if not isinstance(text, str):
-        return f"expected a string, found {type(text).__name__}"
-    if len(text) > MAX_CHARACTERS:
-        return f"at most {MAX_CHARACTERS} characters are accepted, found {len(text)}"
-    if "\0" in text:
-        return f"expected no NUL character, found one at {text.index(chr(0))}"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"expected Unicode text, found a lone surrogate at {error.start}"
-    return None
 
 
 def _width(rows: list[list[int]], max_length: int, pad_to: str) -> int:

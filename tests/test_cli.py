@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +19,12 @@ import torch
 from checkpoints import write_internvl, write_tokenizer, write_vit
 from PIL import Image
 
-from internvl_edge import cli
+from internvl_edge import cli, compiler
+from internvl_edge.artifact import EngineRecord, open_artifact
 from internvl_edge.cli import run
+from internvl_edge.cli.console import Output
+from internvl_edge.engineinfo import Profile
+from internvl_edge.errors import ResourceError
 
 COMMANDS = [
     "export",
@@ -96,8 +106,22 @@ def test_embed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert images.shape == (3, 16)
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-5)
     assert np.array(found["texts"]).shape == (1, 16)
-    answer(capsys, "embed", place / "out", pictures / "0.png", "--mode", "g", "--save", save)
+    command = ["embed", place / "out", pictures / "0.png", "--mode", "G", "--save", save]
+    answer(capsys, *command)
     assert np.load(save)["images"].shape == (1, 16)
+    assert run([*map(str, command)]) == 2
+    assert "--force" in capsys.readouterr().err
+    answer(capsys, *command, "--force", "--text", "a")
+    assert np.load(save)["texts"].shape == (1, 16)
+
+
+def test_embeddings_are_labelled(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = place / "pictures" / "0.png"
+    assert run(["embed", str(place / "out"), str(picture), "--text", "a seven"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{picture}: ")
+    assert second.startswith("a seven: ")
+    assert len(second.removeprefix("a seven: ").split()) == 16
 
 
 def test_classify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +152,13 @@ def test_retrieve(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     scores = [hit["score"] for hit in found["by_text"][0]["images"]]
     assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
+    assert run(["retrieve", str(place / "out"), str(place / "pictures"), "--text", "a seven"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "images of each text:"
+    assert lines[1].startswith("  a seven: ")
+    assert lines[2] == "texts of each image:"
+    assert lines[3].startswith(f"  {place / 'pictures' / '0.png'}: a seven ")
+    assert len(lines) == 6
 
 
 def test_match(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +196,190 @@ def test_benchmark(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     latency = found["results"][0]["latency"]
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
     assert found["environment"]
+
+
+@pytest.mark.parametrize("quiet", [[], ["-q"]])
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["inspect", "CHECKPOINT"], "internvl checkpoint"),
+        (["inspect", "COMPILED"], "image_queries"),
+        (["verify", "COMPILED"], "every graph is sound"),
+        (["export", "CHECKPOINT", "-o", "NEW", "-p", "FP16", "--dry-run"], "weights"),
+        (["benchmark", "COMPILED", "--components", "image_pool", "--seconds", "0"], "items/s"),
+        (["doctor"], 'pip install "internvl-edge[trt]"'),
+    ],
+)
+def test_answers_are_on_stdout_and_all_else_is_not(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    shown: str,
+    quiet: list[str],
+) -> None:
+    names = {"CHECKPOINT": "checkpoint", "COMPILED": "out", "NEW": "new"}
+    arguments = [str(place / names[word]) if word in names else word for word in arguments]
+    assert run([*arguments, *quiet]) == 0
+    captured = capsys.readouterr()
+    assert shown in captured.out
+    assert captured.err == ""
+
+
+def test_tables_show_what_they_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/a/[bold]folder[/]/" + "x" * 300
+    Output().table(("file", "extra"), [(path, "[trt]")])
+    shown = capsys.readouterr().out
+    assert path in shown
+    assert "[trt]" in shown
+    Output(quiet=True).say("nothing")
+    Output().say("[note]")
+    assert capsys.readouterr().err == "[note]\n"
+
+
+def test_build_says_what_is_new(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = (
+        EngineRecord(component=c, target="tensorrt-rtx", file=f"engines/{c}", sidecar=c)
+        for c in ("vision", "matcher")
+    )
+    asked: list[tuple[str, ...]] = []
+
+    def build(out: Path, targets: tuple[str, ...], **_: Any) -> list[EngineRecord]:
+        asked.append(targets)
+        return [old, new]
+
+    class Info:
+        nbytes, profile = 1_500_000, Profile(batch=(1, 8, 32))
+        inputs = open_artifact(place / "out").manifest.components["vision"].inputs
+
+    monkeypatch.setattr(compiler, "build", build)
+    monkeypatch.setattr("internvl_edge.cli.compile._engine_files", lambda out: {old.file})
+    monkeypatch.setattr("internvl_edge.engineinfo.read_engine_info", lambda path: Info)
+    target = ["--target", "TensorRT-RTX, tensorrt", "--target", "tensorrt"]
+    found = answer(capsys, "build", place / "out", *target)
+    assert asked == [("tensorrt-rtx", "tensorrt")]
+    assert [engine["is_new"] for engine in found["engines"]] == [False, True]
+    assert found["engines"][1]["nbytes"] == 1_500_000
+    assert found["engines"][1]["profile"] == {"batch": [1, 8, 32]}
+    assert run(["build", str(place / "out")]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert "batch 1/8/32" in first
+    assert " new " not in first
+    assert " new " in second
+
+
+def test_dry_run_refuses_what_does_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(place / "checkpoint"), "-o", str(place / "new"), "--dry-run"]
+    command += ["--memory-budget", "1MB"]
+    assert run(command) == ResourceError.exit_code
+    captured = capsys.readouterr()
+    assert "trace" in captured.out
+    assert "--memory-budget" in captured.err
+    assert run([*command, "--json"]) == ResourceError.exit_code
+    forecast, error = map(json.loads, capsys.readouterr().out.splitlines())
+    assert forecast["peak_memory_nbytes"] > 1e6
+    assert error["error"]["exit_code"] == 5
+
+
+def test_a_checkpoint_without_a_tokenizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = write_internvl(tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    command = [
+        "export",
+        str(written.path),
+        "-o",
+        str(out),
+        "--components",
+        "image_embed,text_embed",
+    ]
+    assert run([*command, "--verify", "none"]) == 0
+    (record,) = [r for r in caplog.records if r.name == "internvl_edge.compiler.options"]
+    assert "no tokenizer.model: text_embed will take token ids only" in record.getMessage()
+    capsys.readouterr()
+    assert run(["embed", str(out), "--text", "a"]) == 2
+    assert "its checkpoint had none" in capsys.readouterr().err
+
+
+def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) > 10
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "word"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (cli.Terminated(), 143, "terminated")],
+)
+def test_a_signal_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: BaseException,
+    code: int,
+    word: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr("internvl_edge.artifact.open_artifact", fail)
+    assert run(["verify", "x", "--json"]) == code
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"]["exit_code"] == code
+    assert captured.err.strip() == f"error: {word}"
+
+
+def test_sigterm_cleans_up(tmp_path: Path) -> None:
+    pipe = tmp_path / "texts"
+    os.mkfifo(pipe)  # reading it waits
+    code = f"""
+import contextlib, pathlib
+from internvl_edge import cli, artifact
+
+@contextlib.contextmanager
+def block():
+    try:
+        yield
+    finally:
+        pathlib.Path({str(tmp_path / "cleaned")!r}).touch()
+
+def wait(*_, **__):
+    with block():
+        open({str(pipe)!r})
+
+artifact.open_artifact = wait
+cli.main(["verify", "x"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # the pipe can be written to once it is being read
+        try:
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            time.sleep(0.05)
+            continue
+        os.close(writer)
+        break
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "error: terminated" in said
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_build_names_its_extras(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torch" else real(name)
+    )
+    assert run(["build", str(place / "out")]) == 4
+    assert 'torch is not installed; run: pip install "internvl-edge[export,rtx]"' in (
+        capsys.readouterr().err
+    )
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +459,12 @@ def test_every_failure_has_a_code_and_a_line(
         (["export", "nowhere", "-o", "OUT"], 3, "does not exist"),
         (["export", "CHECKPOINT", "-o", "OUT", "-p", "int7"], 2, "int8"),
         (["export", "CHECKPOINT", "-o", "OUT", "--components", "x"], 2, "vision"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--components", "visoin"], 2, "mean 'vision'"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--image-size", "100000"], 2, "--image-size"),
+        (["export", "CHECKPOINT", "-o", "PICTURE/out"], 2, "is not a folder"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--target", ","], 2, "at least one name"),
+        (["export", "PICTURES", "-o", "OUT"], 3, "config.json or a compiled directory"),
+        (["export", "COMPILED", "-o", "OUT"], 3, "is a compiled directory"),
         (["export", "CHECKPOINT", "-o", "OUT", "--image-size", "29"], 2, "28 and 42"),
         (["export", "CHECKPOINT", "-o", "COMPILED"], 2, "--force"),
         (["export", "CHECKPOINT"], 2, "out"),
@@ -254,6 +475,9 @@ def test_every_failure_has_a_code_and_a_line(
         (["embed", "COMPILED"], 2, "expected an image"),
         (["retrieve", "COMPILED", "PICTURE"], 2, "--text"),
         (["benchmark", "COMPILED", "--batch", "0"], 2, "positive"),
+        (["benchmark", "COMPILED", "--components", "visoin"], 2, "did you mean 'vision'"),
+        (["benchmark", "COMPILED", "--checkpoint", "CHECKPOINT"], 2, "--against pytorch"),
+        (["benchmark", "COMPILED", "--seconds", "-1"], 2, "x>=0"),
         (["build", "COMPILED", "--batch", "4,1"], 2, "three sizes"),
         (["build", "COMPILED", "--target", "x"], 2, "x"),
         (["build", "COMPILED", "--target", "onnx"], 2, "onnx"),
@@ -261,7 +485,13 @@ def test_every_failure_has_a_code_and_a_line(
         (["export", "CHECKPOINT", "-o", "OUT", "--calib", "x", "-p", "int8", "--dry-run"], 3, "x"),
         (["export", "CHECKPOINT", "-o", "OUT", "--calib", "CHECKPOINT"], 2, "calibrate"),
         (["embed", "COMPILED", "PICTURE", "--save", "/nonexistent/x.npz"], 2, "/nonexistent"),
-        (["inspect", "nowhere"], 2, "does not exist"),
+        (["embed", "COMPILED", "PICTURE", "--save", "keep.png"], 2, ".npz"),
+        (["embed", "COMPILED", "EMPTY"], 3, ".jpg"),
+        (["classify", "COMPILED", "PICTURE", "--labels", "a", "--top", "0"], 2, "x>=1"),
+        (["retrieve", "COMPILED", "PICTURE", "--texts", "nowhere"], 3, "UTF-8"),
+        (["retrieve", "COMPILED", "PICTURE", "--texts", "PICTURE"], 3, "UTF-8"),
+        (["inspect", "nowhere"], 3, "does not exist"),
+        (["inspect", "PICTURES"], 3, "config.json or a compiled directory with manifest.json"),
         (["verify", "nowhere"], 3, "nowhere"),
         (["match", "COMPILED", "PICTURE", "--text", "a", "--backend", "tensorrt"], 4, "tensorrt"),
     ],
@@ -278,8 +508,11 @@ def test_errors_are_one_line_with_a_code(
         "OUT": tmp_path / "out",
         "COMPILED": place / "out",
         "CHECKPOINT": place / "checkpoint",
+        "PICTURES": place / "pictures",
         "PICTURE": place / "pictures" / "0.png",
+        "EMPTY": place / "empty",
     }
+    names["EMPTY"].mkdir(exist_ok=True)
     for name, path in names.items():
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert run([*arguments, "--json"]) == code

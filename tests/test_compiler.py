@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -267,6 +268,27 @@ def test_refusals(
     with pytest.raises(error, match=message):
         compiler.export(options(tiny, tmp_path / "out", **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(
+    tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExportOptions(checkpoint=tiny.path, out=tmp_path / "a" / "b" / "out")
+    compiler.make_plan(options)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UsageError, match=f"{tmp_path} cannot be written"):
+        compiler.make_plan(options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_absurd_resolution_is_not_the_preprocessors_fault(tiny: Written, tmp_path: Path) -> None:
+    (checkpoint := tmp_path / "c").mkdir()
+    for file in tiny.path.iterdir():
+        (checkpoint / file.name).symlink_to(file)
+    (checkpoint / "preprocessor_config.json").write_text("{}")
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", image_size=14 * 7000)
+    with pytest.raises(UsageError, match="--image-size: expected at most 4096, found 98000"):
+        compiler.make_plan(options)
 
 
 def test_empty_calibration_folder(tiny: Written, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,18 @@ from PIL import Image
 from tiny_onnx import linear, open_directory
 
 from internvl_edge.artifact import Artifact, TensorSpec
-from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
-from internvl_edge.runtime.model import Model, load, softmax, unit
+from internvl_edge.errors import (
+    ArtifactError,
+    HardwareError,
+    InputError,
+    MediaError,
+    MissingDependency,
+    UsageError,
+)
+from internvl_edge.runtime import session as sessions
+from internvl_edge.runtime.model import Model, load
 from internvl_edge.runtime.session import Session, check_outputs
+from internvl_edge.runtime.vectors import softmax, unit
 
 Array = np.ndarray[Any, Any]
 ALL = ("vision", "image_embed", "image_pool", "image_queries", "text_embed", "matcher")
@@ -406,12 +416,18 @@ def test_a_missing_component_says_what_to_export(
         (lambda m: m.encode_image(PIXELS, batch_size=0), UsageError, "batch_size 0"),
         (lambda m: m.encode_text([]), MediaError, "at least one text"),
         (lambda m: m.encode_text(7), MediaError, "found int"),
-        (lambda m: m.encode_text(["a", 7]), MediaError, "text 1: .* found int"),
+        (lambda m: m.encode_text(["a", 7]), MediaError, "text 2 of 2: .* found int"),
+        (lambda m: m.encode_text([[1, 2], [3]]), MediaError, "rows of 2, 1 items"),
+        (lambda m: m.encode_text([["a"], ["b"]]), MediaError, "as many integers each"),
+        (lambda m: m.encode_text(["a"] * 70 + ["\0"]), MediaError, "text 71 of 71"),
         (lambda m: m.encode_text(IDS[0]), MediaError, r"found \[4\]"),
         (lambda m: m.encode_text(IDS[:0]), MediaError, r"found \[0, 4\]"),
         (lambda m: m.encode_text(-IDS), MediaError, "from -7"),
         (lambda m: m.encode_text(IDS * 1.0), MediaError, "found ndarray"),
         (lambda m: m.classify(PIXELS, []), UsageError, "labels: expected one or more"),
+        (lambda m: m.classify(PIXELS, "zero, seven"), UsageError, r"\['zero', 'seven'\], found"),
+        (lambda m: m.classify(PIXELS, ["a"], mode="d"), UsageError, "mode 'd'"),
+        (lambda m: m.retrieve([], ["a"]), MediaError, "at least one image"),
         (lambda m: m.classify(PIXELS, ["a", " "]), UsageError, "non-empty"),
         (lambda m: m.classify(PIXELS, ["a", 1]), UsageError, "non-empty strings"),
         (lambda m: m.classify(PIXELS, ["a", "b", "a"]), UsageError, "'a' is there more than once"),
@@ -431,6 +447,33 @@ def test_rejections(counting: Counting, call: Any, error: type[InputError], mess
     assert all(session.batches == [] for session in counting.sessions.values())
 
 
+def test_a_name_of_the_same_family_is_no_typo(tmp_path: Path) -> None:
+    model = Counting(["text_embed"], tmp_path).model
+    with pytest.raises(UsageError) as refusal:
+        model.encode_image(PIXELS)
+    assert "did you mean" not in str(refusal.value)
+    with pytest.raises(UsageError, match="did you mean 'text_embed'"):
+        model.session("text_embd")
+
+
+def test_ids_may_be_lists(counting: Counting) -> None:
+    found = counting.model.encode_text(IDS.tolist())
+    np.testing.assert_array_equal(found, counting.model.encode_text(IDS))
+
+
+def test_an_image_is_counted_in_the_request(counting: Counting) -> None:
+    with pytest.raises(MediaError, match=r"image 13 of 13 \(bytes, 1 bytes\)"):
+        counting.model.encode_image([*pictures(12), b"x"])
+
+
+def test_texts_without_a_tokenizer(counting: Counting) -> None:
+    counting.model.artifact.manifest.files.pop("tokenizer.model")
+    with pytest.raises(UsageError, match=r"has no tokenizer.model.*token ids"):
+        counting.model.retrieve(PIXELS, ["a"])
+    assert counting.opened == [], "refused before the images are encoded"
+    assert counting.model.retrieve(PIXELS, IDS).similarity.shape == (5, 2)
+
+
 def test_a_label_with_braces_is_only_a_label(counting: Counting) -> None:
     seen: list[str] = []
 
@@ -447,6 +490,26 @@ def test_a_label_with_braces_is_only_a_label(counting: Counting) -> None:
 def test_load_refuses_what_is_not_a_directory_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "message"),
+    [
+        ("onxx", UsageError, "backend 'onxx': expected auto, onnxruntime"),
+        ("tensorrt", MissingDependency, r"internvl-edge\[trt\]"),
+        ("tensorrt-rtx", HardwareError, "no CUDA device"),
+    ],
+)
+def test_load_refuses_a_backend_that_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, error: Any, message: str
+) -> None:
+    finding = importlib.util.find_spec("json")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorrt" else finding
+    )
+    monkeypatch.setattr(sessions, "cuda_device_count", lambda: 0)
+    with pytest.raises(error, match=message):
+        load(tmp_path, backend=backend)
 
 
 def test_sessions_are_onnx_runtimes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -292,6 +293,24 @@ def test_stale_work_of_an_edited_checkpoint(
     monkeypatch.setattr(Workspace, "__init__", watch)
     compiler.export(options(checkpoint, out))
     assert finished == [0]
+
+
+def test_disk_full_in_the_middle(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write = calibration_step.write_block
+
+    def full(writer: Any, block: Any) -> list[str]:
+        if any(".1." in name for name in block.weights):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(writer, block)
+
+    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="No space left"):
+        patch.setattr(calibration_step, "write_block", full)
+        compiler.export(options(checkpoint, out))
+    assert (tmp_path / ".out.work" / JOURNAL).read_text().count("\n") == 1
+    compiler.export(options(checkpoint, out))
 
 
 def test_budget_too_small_is_said_before_any_work(checkpoint: Path, tmp_path: Path) -> None:

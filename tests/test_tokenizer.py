@@ -216,7 +216,7 @@ def test_texts_that_cannot_be_encoded_are_refused(
     tokenizer: Tokenizer, text: Any, reason: str
 ) -> None:
     for encode in (tokenizer.contrastive, tokenizer.match, tokenizer.prompt):
-        with pytest.raises(MediaError, match=f"text 1 of 3: .*{reason}"):
+        with pytest.raises(MediaError, match=f"text 2 of 3: .*{reason}"):
             encode(["a dog", text, "a cat"])
 
 

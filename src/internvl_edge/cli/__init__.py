@@ -1,16 +1,18 @@
 """The command line: ``internvl-edge COMMAND``.
 
-Every command takes ``--json``, whose last line on stdout is one JSON object, and says everything
-else on stderr. Exit codes are those of ``internvl_edge.errors``; Ctrl-C exits with 130.
+A command answers on stdout, with ``--json`` as one JSON object on the last line, and says
+everything else on stderr. Exit codes are those of ``internvl_edge.errors``; Ctrl-C exits with 130
+and SIGTERM with 143, both after cleaning up.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -47,10 +49,20 @@ for command in (
     app.add_command(command)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: what cleans up after Ctrl-C cleans up after this."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(given))
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: cleaning up is not interrupted
+    raise Terminated
 
 
 def run(arguments: list[str]) -> int:
@@ -62,10 +74,15 @@ def run(arguments: list[str]) -> int:
         flush()
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+        return 0
     except click.ClickException as error:
         return _fail(output, error.format_message(), error.exit_code, "UsageError")
-    except click.Abort:
-        return 130
+    except (click.Abort, KeyboardInterrupt) as stop:  # click makes Aborts of KeyboardInterrupts
+        if isinstance(stop, Terminated) or isinstance(stop.__cause__, Terminated):
+            return _fail(output, "terminated", 143, "Terminated")
+        return _fail(output, "interrupted", 130, "Interrupted")
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -8,16 +8,26 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, backend, memory, names
-from internvl_edge.errors import MissingDependency, UsageError
+from internvl_edge.cli.options import (
+    DIRECTORY,
+    answers,
+    backend,
+    memory,
+    names,
+    one_of,
+    targets,
+)
+from internvl_edge.errors import CheckpointError, InputError, MissingDependency, UsageError
 
-PRECISIONS = "fp32, fp16, bf16, int8 or fp8"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
+ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
 
 @click.command()
 @click.argument("checkpoint", type=DIRECTORY, required=False)
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to write.")
-@click.option("-p", "--precision", default="fp32", show_default=True, help=f"{PRECISIONS}.")
+@click.option("-p", "--precision", type=one_of(*PRECISIONS), default="fp32", show_default=True)
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option("--image-size", type=int, help="Resolution; default: the checkpoint's own.")
 @click.option("--calib", "calibration", type=DIRECTORY, help="Folder of calibration images.")
@@ -27,11 +37,12 @@ PRECISIONS = "fp32, fp16, bf16, int8 or fp8"
     multiple=True,
     default=("onnx",),
     show_default=True,
-    help="onnx, tensorrt-rtx or tensorrt; repeat for several.",
+    callback=targets,
+    help="onnx, tensorrt-rtx or tensorrt; several comma-separated.",
 )
 @click.option(
     "--weights",
-    type=click.Choice(("auto", "link", "copy")),
+    type=one_of("auto", "link", "copy"),
     default="auto",
     show_default=True,
     help="The checkpoint's own files: as reflinks or hard links, or copied. auto: reflinks, copies "
@@ -40,7 +51,7 @@ PRECISIONS = "fp32, fp16, bf16, int8 or fp8"
 @click.option("--align", type=int, help="Write weights at multiples of this many bytes: 256.")
 @click.option(
     "--verify",
-    type=click.Choice(("auto", "full", "none")),
+    type=one_of("auto", "full", "none"),
     default="auto",
     show_default=True,
     help="Compare every component with PyTorch before publishing.",
@@ -60,9 +71,11 @@ def export(output: Output, backend: str, dry_run: bool, **chosen: Any) -> None:
     PyTorch, builds the engines asked for and publishes OUT in one step.
     """
     compiler = _compiler()
+    _require_checkpoint(chosen["checkpoint"])
+    _require_components(chosen["components"])
     options = compiler.ExportOptions(**chosen)
     if dry_run:
-        _show_forecast(output, compiler.forecast(options))
+        _dry_run(output, compiler, options)
         return
     with output.progress() as report:
         artifact = compiler.export(options, report)
@@ -77,7 +90,8 @@ def export(output: Output, backend: str, dry_run: bool, **chosen: Any) -> None:
     multiple=True,
     default=("tensorrt-rtx",),
     show_default=True,
-    help="tensorrt-rtx or tensorrt; repeat for both.",
+    callback=targets,
+    help="tensorrt-rtx, tensorrt, or both, comma-separated.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option("--batch", default="1,4,16", show_default=True, help="Smallest, usual, largest.")
@@ -94,25 +108,17 @@ def build(
     backend: str,
 ) -> None:
     """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
-    compiler = _compiler()
+    compiler = _compiler("export,rtx" if "tensorrt-rtx" in targets else "export,trt")
+    _require_components(components)
     profile = compiler.profile_from(batch=batch, length=length)
+    before = _engine_files(out)
     with output.progress() as report:
         engines = compiler.build(
             out, targets, components=components, profile=profile, report=report
         )
-    rows = [
-        (e.component, e.target, e.file, f"{(out / e.file).stat().st_size / 1e6:.1f} MB")
-        for e in engines
-    ]
-    output.table(("component", "target", "file", "size"), rows)
-    output.result(
-        {
-            "out": out,
-            "engines": [
-                dict(zip(("component", "target", "file", "size"), r, strict=True)) for r in rows
-            ],
-        }
-    )
+    found = [_engine(out, engine, is_new=engine.file not in before) for engine in engines]
+    output.table(ENGINE_COLUMNS, [_engine_row(engine) for engine in found])
+    output.result({"out": out, "engines": found})
 
 
 @click.command()
@@ -143,10 +149,10 @@ def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backe
         output.table(("component", "cosine", "SQNR", "max |Δ|"), rows)
     linked = [n for n, record in artifact.manifest.files.items() if record.header_sha256]
     if recorded:
-        output.say(f"sha256 now known, and recorded: {', '.join(recorded)}")
+        output.lines([f"sha256 now known, and recorded: {', '.join(recorded)}"])
     if linked and not full:
-        output.say(f"by size and header only, --full reads them whole: {', '.join(linked)}")
-    output.say(f"{out}: every file matches its sha256, every graph is sound")
+        output.lines([f"by size and header only, --full reads them whole: {', '.join(linked)}"])
+    output.lines([f"{out}: every file matches its sha256, every graph is sound"])
     output.result(
         {"out": out, "ok": True, "full": full, "recorded": recorded, "components": figures}
     )
@@ -158,14 +164,14 @@ def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backe
 @answers
 def inspect(output: Output, path: Path, backend: str) -> None:
     """Say what PATH is: a compiled directory, or a checkpoint."""
-    if (path / "manifest.json").exists():
+    if (path / ARTIFACT_FILE).exists():
         from internvl_edge.artifact import open_artifact
 
         _show_artifact(output, open_artifact(path))
         return
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; expected a checkpoint or a compiled directory")
-    _require_export()
+    if not (path / CHECKPOINT_FILE).exists():
+        raise InputError(_neither(path))
+    require_export()
     from internvl_edge.export.checkpoint import open_checkpoint
     from internvl_edge.export.components import available_components
 
@@ -174,11 +180,13 @@ def inspect(output: Output, path: Path, backend: str) -> None:
     count = sum(entry.nbytes // entry.dtype.itemsize for entry in checkpoint.tensors.values())
     components = available_components(checkpoint.config)
     dtypes = sorted({entry.dtype.name for entry in checkpoint.tensors.values()})
-    output.say(
-        f"{path}: {checkpoint.config.kind} checkpoint, {count / 1e6:.1f} M parameters in "
-        f"{len(checkpoint.shards)} file(s), {nbytes / 1e6:.1f} MB, {', '.join(dtypes)}"
+    output.lines(
+        [
+            f"{path}: {checkpoint.config.kind} checkpoint, {count / 1e6:.1f} M parameters in "
+            f"{len(checkpoint.shards)} file(s), {nbytes / 1e6:.1f} MB, {', '.join(dtypes)}",
+            f"components: {', '.join(components)}",
+        ]
     )
-    output.say(f"components: {', '.join(components)}")
     output.result(
         {
             "path": path,
@@ -199,28 +207,102 @@ def inspect(output: Output, path: Path, backend: str) -> None:
 @answers
 def convert(output: Output, source: Path, out: Path, backend: str) -> None:
     """Turn a checkpoint of pickle files (.bin, .pth) into safetensors, in a subprocess."""
-    _require_export()
+    require_export()
     from internvl_edge.export.convert import convert_pickles
 
     with output.progress():
         count = convert_pickles(source, out)
-    output.say(f"{out}: {count} tensors")
+    output.lines([f"{out}: {count} tensors"])
     output.result({"out": out, "tensors": count})
 
 
-def _compiler() -> Any:
-    _require_export()
+def _compiler(extras: str = "export") -> Any:
+    require_export(extras)
     from internvl_edge import compiler
 
     return compiler
 
 
-def _require_export() -> None:
+def require_export(extras: str = "export") -> None:
+    """Refuse where a package is missing that what needs PyTorch needs."""
     import importlib.util
 
     for package in ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"):
         if importlib.util.find_spec(package) is None:
-            raise MissingDependency.of(package, "export")
+            raise MissingDependency.of(package, extras)
+
+
+def _require_checkpoint(path: Path | None) -> None:
+    """Tell a folder of another kind from a checkpoint; what is wrong inside one is said later."""
+    if path is None or not path.is_dir() or (path / CHECKPOINT_FILE).exists():
+        return
+    if (path / ARTIFACT_FILE).exists():
+        raise CheckpointError(
+            f"{path} is a compiled directory ({ARTIFACT_FILE}); expected a checkpoint, the folder "
+            f"with {CHECKPOINT_FILE} and the weights it was made from"
+        )
+    raise CheckpointError(_neither(path))
+
+
+def _neither(path: Path) -> str:
+    found = (
+        "found neither"
+        if path.is_dir()
+        else "it is a file"
+        if path.exists()
+        else "it does not exist"
+    )
+    return (
+        f"{path}: expected a folder, a checkpoint with {CHECKPOINT_FILE} or a compiled directory "
+        f"with {ARTIFACT_FILE}; {found}"
+    )
+
+
+def _require_components(chosen: tuple[str, ...] | None) -> None:
+    """Refuse what no checkpoint has; whether this one has them is seen later."""
+    from internvl_edge.export.components import COMPONENTS
+    from internvl_edge.runtime.session import did_you_mean
+
+    for name in chosen or ():
+        if name not in COMPONENTS:
+            raise UsageError(
+                f"component {name!r}: expected some of {', '.join(COMPONENTS)}"
+                f"{did_you_mean(name, COMPONENTS)}"
+            )
+
+
+def _engine_files(out: Path) -> set[str]:
+    from internvl_edge.artifact import open_artifact
+
+    return {engine.file for engine in open_artifact(out, hash_files=False).manifest.engines}
+
+
+def _engine(out: Path, engine: Any, *, is_new: bool) -> dict[str, Any]:
+    """What there is to know of an engine, from its sidecar."""
+    from internvl_edge.engineinfo import read_engine_info
+
+    info = read_engine_info(out / engine.sidecar)
+    symbols = {size for spec in info.inputs for size in spec.shape if isinstance(size, str)}
+    return {
+        "component": engine.component,
+        "target": engine.target,
+        "file": engine.file,
+        "nbytes": info.nbytes,
+        "profile": {name: info.profile.range_of(name) for name in sorted(symbols)},
+        "is_new": is_new,
+    }
+
+
+def _engine_row(engine: dict[str, Any]) -> tuple[str, ...]:
+    profile = [f"{name} {'/'.join(map(str, sizes))}" for name, sizes in engine["profile"].items()]
+    return (
+        engine["component"],
+        engine["target"],
+        ", ".join(profile),
+        f"{engine['nbytes'] / 1e6:.1f} MB",
+        "new" if engine["is_new"] else "",
+        engine["file"],
+    )
 
 
 def _show_artifact(output: Output, artifact: Any) -> None:
@@ -229,21 +311,22 @@ def _show_artifact(output: Output, artifact: Any) -> None:
         (name, f"{record.nbytes / 1e6:.1f} MB", *_figures(record.verification or {}))
         for name, record in manifest.components.items()
     ]
-    output.say(f"{artifact.path}: {manifest.precision}, {manifest.image_size} px")
+    output.lines([f"{artifact.path}: {manifest.precision}, {manifest.image_size} px"])
     output.table(("component", "weights", "cosine", "SQNR", "max |Δ|"), rows)
     for reason in {(r.verification or {}).get("skipped") for r in manifest.components.values()}:
         if reason:
-            output.say(reason)
+            output.lines([reason])
     for engine in manifest.engines:
         size = manifest.files[engine.file].nbytes
-        output.say(
-            f"engine {engine.component} ({engine.target}): {engine.file}, {size / 1e6:.1f} MB"
+        output.lines(
+            [f"engine {engine.component} ({engine.target}): {engine.file}, {size / 1e6:.1f} MB"]
         )
     if links := manifest.hard_links:
+        output.lines([f"hard links to the checkpoint's own files: {', '.join(links)}"])
         output.say(
-            f"hard links to the checkpoint's own files: {', '.join(links)}. What edits the one "
-            "edits the other. ONNX Runtime and TensorRT accept them, onnx.checker and onnx-ir "
-            "refuse files of two names; --weights copy makes files of their own"
+            "hard links: what edits the one edits the other. ONNX Runtime and TensorRT accept "
+            "them, onnx.checker and onnx-ir refuse files of two names; --weights copy makes files "
+            "of their own"
         )
     output.result({"out": artifact.path, **manifest.to_json()})
 
@@ -258,6 +341,16 @@ def _figures(verification: dict[str, Any]) -> tuple[str, str, str]:
     )
 
 
-def _show_forecast(output: Output, forecast: Any) -> None:
+def _dry_run(output: Output, compiler: Any, options: Any) -> None:
+    """Show what an export will need, and refuse what it would refuse before it begins."""
+    from internvl_edge.compiler.estimate import forecast_plan
+
+    plan = compiler.make_plan(options)
+    engines = [target for target in options.targets if target != "onnx"]
+    compiler.require_targets(engines, options.precision)
+    forecast = forecast_plan(plan)
     output.table(("step", "memory", "disk", "time"), forecast.rows())
     output.result(forecast.to_json())
+    compiler.require_fit(plan)
+    if plan.recipe is not None:
+        compiler.load_samples(plan)

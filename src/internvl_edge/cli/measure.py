@@ -16,9 +16,11 @@ import click
 import numpy as np
 
 from internvl_edge._version import __version__
+from internvl_edge.cli.compile import require_export
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, backend, names
+from internvl_edge.cli.options import DIRECTORY, answers, backend, names, one_of
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime.session import did_you_mean
 
 # Package → what it unlocks, and the extra that installs it.
 PACKAGES = {
@@ -36,16 +38,22 @@ PACKAGES = {
     "scikit-learn": ("the demo's digits", "demo"),
 }
 DEFAULT_LENGTH = 32  # of texts, in tokens
-COLUMNS = ("out", "component", "batch", "p50", "p90", "p99", "images/s")
+COLUMNS = ("out", "component", "batch", "p50", "p90", "p99", "items/s")
 
 
 @click.command()
 @click.argument("outs", type=DIRECTORY, nargs=-1, required=True)
-@click.option("--against", type=click.Choice(("pytorch",)), help="Time this beside them, in turns.")
+@click.option("--against", type=one_of("pytorch"), help="Time this beside them, in turns.")
 @click.option("--checkpoint", type=DIRECTORY, help="For --against; default: the bundled demo.")
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option("--batch", default="1", show_default=True, help="Batch sizes, comma-separated.")
-@click.option("--seconds", default=3.0, show_default=True, help="Least time for each measurement.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    show_default=True,
+    help="Least time for each measurement.",
+)
 @backend
 @answers
 def benchmark(
@@ -69,6 +77,8 @@ def benchmark(
     from internvl_edge.runtime.bench import environment, measure_many
     from internvl_edge.runtime.session import open_component
 
+    if checkpoint is not None and against is None:
+        raise UsageError(f"--checkpoint {checkpoint} is what --against pytorch times; add that")
     artifacts = {str(out): open_artifact(out) for out in outs}
     chosen = _components(artifacts, components)
     reference = _reference(checkpoint, artifacts) if against else None
@@ -92,7 +102,7 @@ def benchmark(
             ]
     card = environment()
     output.table(COLUMNS, [_row(result) for result in results])
-    output.say("  ".join(f"{key}: {value}" for key, value in _flat(card).items()))
+    output.lines(["  ".join(f"{key}: {value}" for key, value in _flat(card).items())])
     output.result({"environment": card, "results": results})
 
 
@@ -105,9 +115,10 @@ def _components(artifacts: Mapping[str, Any], chosen: tuple[str, ...] | None) ->
     ]
     unknown = [name for name in chosen or () if name not in shared]
     if unknown or not shared:
+        hint = did_you_mean(unknown[0], shared) if unknown else ""
         raise UsageError(
             f"component {', '.join(unknown) or 'list'}: all of the directories have "
-            f"{', '.join(shared) or 'none in common'}"
+            f"{', '.join(shared) or 'none in common'}{hint}"
         )
     return chosen or tuple(shared)
 
@@ -143,6 +154,7 @@ def _reference(
     checkpoint: Path | None, artifacts: Mapping[str, Any]
 ) -> Callable[[str, Mapping[str, np.ndarray[Any, Any]]], Callable[[], object]]:
     """PyTorch eager on the same threads: component, feeds → what to time."""
+    require_export()
     import torch
 
     from internvl_edge.compiler.options import demo_checkpoint
@@ -189,14 +201,15 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _flat(card: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: ", ".join(f"{k} {v}" for k, v in value.items())
-        if isinstance(value, Mapping)
-        else value
-        for key, value in card.items()
-        if value
-    }
+def _flat(card: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of the environment, in words."""
+    return {key: _words(value) for key, value in card.items() if value}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {version}" for name, version in value.items() if version)
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 @click.command()
@@ -216,8 +229,7 @@ def doctor(output: Output, backend: str) -> None:
         rows.append((package, version or "missing", unlocks, missing.get(package, "")))
     machine = _machine() | {"cuda_devices": cuda_device_count()}
     output.table(("package", "version", "unlocks", "install"), rows)
-    for key, value in machine.items():
-        output.say(f"{key}: {value}")
+    output.lines([f"{key}: {value}" for key, value in machine.items()])
     output.result(
         {
             "version": __version__,

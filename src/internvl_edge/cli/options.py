@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +26,20 @@ def answers(function: Function) -> Function:
     @click.option("-q", "--quiet", is_flag=True, help="Say nothing but the answer and errors.")
     @functools.wraps(function)
     def wrapped(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+        logging.getLogger("internvl_edge").setLevel(logging.ERROR if quiet else logging.NOTSET)
         return function(*args, output=Output(as_json=as_json, quiet=quiet), **kwargs)
 
     return wrapped  # type: ignore[return-value]
 
 
+def one_of(*choices: str) -> click.Choice[str]:
+    """One of these names, in whatever case."""
+    return click.Choice(choices, case_sensitive=False)
+
+
 backend = click.option(
     "--backend",
-    type=click.Choice(BACKENDS),
+    type=one_of(*BACKENDS),
     default="auto",
     show_default=True,
     help="What runs the components.",
@@ -44,6 +51,14 @@ def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str
     return (
         None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
     )
+
+
+def targets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Every name of an option that may be repeated, and each time be a comma-separated list."""
+    found = [part.strip().lower() for text in value for part in text.split(",")]
+    if not any(found):
+        raise click.BadParameter("expected at least one name, found none")
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,18 +11,21 @@ import click
 import numpy as np
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, backend
-from internvl_edge.disk import os_errors
-from internvl_edge.errors import UsageError
+from internvl_edge.cli.options import DIRECTORY, answers, backend, one_of
+from internvl_edge.disk import write_atomically
+from internvl_edge.errors import MediaError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 mode = click.option(
     "--mode",
-    type=click.Choice(("c", "g")),
+    type=one_of("c", "g"),
     default="c",
     show_default=True,
     help="InternVL-C, or the slower and more precise InternVL-G.",
+)
+top_option = click.option(
+    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="The best so many."
 )
 texts_option = click.option("--text", "texts", multiple=True, help="A text; repeat for several.")
 texts_file = click.option("--texts", "file", type=DIRECTORY, help="A file of texts, one a line.")
@@ -32,7 +37,8 @@ texts_file = click.option("--texts", "file", type=DIRECTORY, help="A file of tex
 @texts_option
 @mode
 @click.option("--normalize", is_flag=True, help="Scale every embedding to length one.")
-@click.option("--save", type=DIRECTORY, help="Write the embeddings to this .npz file.")
+@click.option("--save", type=DIRECTORY, help="Write the embeddings to this new .npz file.")
+@click.option("--force", is_flag=True, help="Replace the file of --save.")
 @backend
 @answers
 def embed(
@@ -43,12 +49,15 @@ def embed(
     mode: str,
     normalize: bool,
     save: Path | None,
+    force: bool,
     backend: str,
 ) -> None:
     """Embed IMAGES (files or folders) and texts with the model in OUT."""
     paths = expand(images)
     if not paths and not texts:
         raise UsageError("embed: expected an image or a --text")
+    if save is not None:
+        _check_save(save, force)
     results: dict[str, np.ndarray[Any, Any]] = {}
     with _load(out, backend) as model:
         if paths:
@@ -56,12 +65,14 @@ def embed(
         if texts:
             results["texts"] = model.encode_text(list(texts), normalize=normalize)
     if save is not None:
-        with os_errors(save), save.open("wb") as file:
-            np.savez(file, **cast(dict[str, Any], results))
-        output.say(f"{save}: {', '.join(f'{k} {v.shape}' for k, v in results.items())}")
-    elif not output.as_json:
-        for array in results.values():
-            output.lines([" ".join(f"{value:.6g}" for value in row) for row in array])
+        buffer = io.BytesIO()
+        np.savez(buffer, **cast(dict[str, Any], results))
+        write_atomically(save, buffer.getvalue())
+        output.lines([f"{save}: {', '.join(f'{k} {v.shape}' for k, v in results.items())}"])
+    else:
+        rows = [row for array in results.values() for row in array]
+        for label, row in zip([*map(str, paths), *texts], rows, strict=True):
+            output.lines([f"{label}: {' '.join(f'{value:.6g}' for value in row)}"])
     output.result({"image_files": paths, "text": texts, **results})
 
 
@@ -77,7 +88,7 @@ def embed(
     show_default=True,
     help="Where {} stands for the label; repeat for an ensemble.",
 )
-@click.option("--top", default=5, show_default=True, help="Labels to show for each image.")
+@top_option
 @mode
 @backend
 @answers
@@ -111,7 +122,7 @@ def classify(
 @click.argument("images", type=DIRECTORY, nargs=-1, required=True)
 @texts_option
 @texts_file
-@click.option("--top", default=5, show_default=True, help="Results to show for each query.")
+@top_option
 @mode
 @backend
 @answers
@@ -149,9 +160,12 @@ def retrieve(
         }
         for i, path in enumerate(paths)
     ]
-    for item in by_text:
-        best = ", ".join(f"{hit['file']} {hit['score']:.3f}" for hit in item["images"])
-        output.lines([f"{item['text']}: {best}"])
+    output.lines(
+        ["images of each text:"]
+        + [_ranking(item["text"], "file", item["images"]) for item in by_text]
+        + ["texts of each image:"]
+        + [_ranking(item["file"], "text", item["texts"]) for item in by_image]
+    )
     output.result({"by_text": by_text, "by_image": by_image})
 
 
@@ -183,7 +197,7 @@ def expand(paths: tuple[Path, ...]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
-                raise UsageError(f"{path}: expected images ({', '.join(IMAGE_SUFFIXES)}) in it")
+                raise MediaError(f"{path}: expected images ({', '.join(IMAGE_SUFFIXES)}) in it")
             found += inside
         else:
             found.append(path)
@@ -197,11 +211,29 @@ def read_texts(texts: tuple[str, ...], file: Path | None) -> list[str]:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{file}: expected a UTF-8 text file: {error}") from error
-        given += [line.strip() for line in lines if line.strip()]
+            raise MediaError(f"{file}: expected a UTF-8 text file: {error}") from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise MediaError(f"{file}: expected texts, one a line, found none")
+        given += found
     if not given:
         raise UsageError("expected at least one --text, or a file of them as --texts")
     return given
+
+
+def _ranking(query: str, kind: str, hits: list[dict[str, Any]]) -> str:
+    """One line of ``retrieve``: what was asked for, and what was found, best first."""
+    return f"  {query}: " + ", ".join(f"{hit[kind]} {hit['score']:.3f}" for hit in hits)
+
+
+def _check_save(save: Path, force: bool) -> None:
+    """Refuse, before any work, to write what is no .npz file or over another file."""
+    if save.suffix != ".npz":
+        raise UsageError(f"--save {save}: expected a name that ends in .npz")
+    if os.path.lexists(save) and not force:
+        raise UsageError(f"--save {save} exists; pass --force to replace it, or choose another")
+    if not os.access(save.absolute().parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--save {save}: {save.absolute().parent} cannot be written or is missing")
 
 
 def _load(out: Path, backend: str) -> Any:

@@ -7,14 +7,16 @@ model, and are meant to tell minutes from hours and 2 GB from 20.
 
 from __future__ import annotations
 
+import functools
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from internvl_edge.compiler.calibration import BATCH
+from internvl_edge.compiler.calibration import BATCH, load_samples
 from internvl_edge.compiler.check import (
     FLOAT32_NBYTES,
     available_memory,
@@ -26,6 +28,7 @@ from internvl_edge.compiler.emit import quantized_layout
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
 from internvl_edge.errors import ResourceError
 from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX
+from internvl_edge.export.bring import AUTO_COPY_NBYTES
 from internvl_edge.export.checkpoint import DTYPES, build_model
 from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.models import InternViT
@@ -33,12 +36,15 @@ from internvl_edge.publish import require_free_disk
 from internvl_edge.spool import Budget
 
 IMPORTS_NBYTES = 450_000_000  # PyTorch, ONNX and the exporter, loaded
-TRACE_SECONDS_PER_COMPONENT = 2.0
-TRACE_SECONDS_PER_BLOCK = 0.35
+START_SECONDS = 3.0
+TRACE_SECONDS_PER_COMPONENT = 3.0
 BLOCK_NBYTES_PER_PARAMETER = 7.0  # float32, what was read, and what is quantized of it
 MAX_SPOOLED_NBYTES = 1_000_000_000
 CONVERT_NBYTES_PER_SECOND = 250e6
-CALIBRATION_FLOPS = 60e9  # of a block's float32 forwards, observers included
+FORWARD_OVERHEAD = 1.15  # of a block's forward over its matrix products
+QUANTIZE_SECONDS_PER_PARAMETER = 17e-9  # reading, folding, rounding and writing it
+USUAL_TEXT_LENGTH = 16  # tokens of a caption
+BUILDER_NBYTES = 700_000_000
 VERIFY_NBYTES_PER_SECOND = 200e6
 BUILD_NBYTES_PER_SECOND = 90e6
 BUILD_SECONDS = 2.0
@@ -50,9 +56,10 @@ class Step:
     """What one step of an export will need."""
 
     name: str
-    memory_nbytes: int
+    memory_nbytes: int  # resident, mapped files included: they give way where memory is short
     disk_nbytes: int
     seconds: float
+    mapped_nbytes: int = 0  # of the memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,15 +136,19 @@ def require_fit(plan: Plan) -> None:
     """
     found = forecast_plan(plan)
     require_free_disk(plan.options.out.absolute().parent, found.disk_nbytes)
-    worst = max(found.steps, key=lambda step: step.memory_nbytes)
+    worst = max(found.steps, key=_needed)
     budget = plan.options.memory_budget
     limit = available_memory() if budget is None else budget
-    if worst.memory_nbytes > limit:
+    if _needed(worst) > limit:
         source = "are free" if budget is None else "are allowed by --memory-budget"
         raise ResourceError(
-            f"step {worst.name!r} needs {worst.memory_nbytes / 1e9:.2f} GB of memory, "
+            f"step {worst.name!r} needs {_needed(worst) / 1e9:.2f} GB of memory, "
             f"{limit / 1e9:.2f} GB {source}; --dry-run lists every step"
         )
+
+
+def _needed(step: Step) -> int:
+    return step.memory_nbytes - step.mapped_nbytes
 
 
 def spool_budget(plan: Plan) -> Budget:
@@ -167,12 +178,16 @@ def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
         layout = quantized_layout(plan, {name: dtype for name, (dtype, _) in tensors.items()})
         sizes = [math.prod(shape) * int(dtype.itemsize) for dtype, shape in layout.values()]
         return sum(sizes)
-    if plan.options.weights == "link":
-        return 0
-    if plan.options.weights == "copy":
-        return sum(shard.stat().st_size for shard in plan.checkpoint.shards)
-    count = sum(math.prod(shape) for _, shape in tensors.values())
-    return int(count * DTYPES[STORED_AS[plan.options.precision]].itemsize)
+    options, wanted = plan.options, DTYPES[STORED_AS[plan.options.precision]]
+    shards = sum(shard.stat().st_size for shard in plan.checkpoint.shards)
+    is_same = options.align is None and all(dtype == wanted for dtype, _ in tensors.values())
+    brought = options.weights
+    if brought == "auto" and is_same:
+        brought = "copy" if shards <= AUTO_COPY_NBYTES else "link"
+    if brought != "auto":
+        return 0 if brought == "link" else shards
+    count: int = sum(math.prod(shape) for _, shape in tensors.values())
+    return int(wanted.itemsize) * count
 
 
 def _blocks(plan: Plan) -> dict[str, int]:
@@ -189,12 +204,11 @@ def _blocks(plan: Plan) -> dict[str, int]:
 def _trace(plan: Plan) -> Step:
     graphs = 1 if plan.base == plan.engine_base else 2
     blocks = len(_blocks(plan))
-    seconds = TRACE_SECONDS_PER_COMPONENT * len(plan.components) + TRACE_SECONDS_PER_BLOCK * blocks
     return Step(
         name="trace",
-        memory_nbytes=IMPORTS_NBYTES + 2_000_000 * blocks,
-        disk_nbytes=100_000 * blocks * graphs,
-        seconds=seconds * graphs,
+        memory_nbytes=IMPORTS_NBYTES + 1_000_000 * blocks,
+        disk_nbytes=15_000 * blocks * graphs,
+        seconds=START_SECONDS + TRACE_SECONDS_PER_COMPONENT * len(plan.components) * graphs,
     )
 
 
@@ -211,15 +225,48 @@ def _weights(plan: Plan, written: int) -> Step:
 def _quantize(plan: Plan) -> Step:
     assert plan.recipe is not None
     vision = plan.checkpoint.config.vision
-    tokens = plan.recipe.num_samples * vision.num_tokens(plan.image_size)
+    images = num_images(plan)
+    tokens = {VISION_PREFIX: images * vision.num_tokens(plan.image_size)}
+    if plan.checkpoint.config.internvl is not None:
+        # queries looking at an image, texts, and both together
+        queries = plan.checkpoint.config.internvl.num_query_token
+        tokens[LLAMA_PREFIX] = 2 * images * (queries + USUAL_TEXT_LENGTH)
     blocks = _blocks(plan)
-    kept = 3 * FLOAT32_NBYTES * tokens * vision.hidden_size  # hidden states, before two norms
+    parameters = {
+        prefix: sum(n for name, n in blocks.items() if name.startswith(prefix)) for prefix in tokens
+    }
+    products = 2.0 * sum(parameters[prefix] * tokens[prefix] for prefix in tokens)
+    # hidden states, and what is kept behind two norms
+    kept = 3 * FLOAT32_NBYTES * tokens[VISION_PREFIX] * vision.hidden_size
     return Step(
         name="quantize",
         memory_nbytes=_block_nbytes(plan) + min(kept, spool_budget(plan).free_nbytes),
         disk_nbytes=0,
-        seconds=2.0 * sum(blocks.values()) * tokens / CALIBRATION_FLOPS,
+        seconds=FORWARD_OVERHEAD * products / matmul_flops()
+        + QUANTIZE_SECONDS_PER_PARAMETER * sum(parameters.values()),
     )
+
+
+def num_images(plan: Plan) -> int:
+    """How many images calibration will see."""
+    assert plan.recipe is not None
+    if plan.options.calibration is not None:
+        found = sum(path.is_file() for path in plan.options.calibration.rglob("*"))
+        return min(found, plan.recipe.num_samples)
+    return plan.recipe.num_samples if plan.is_demo else len(load_samples(plan))
+
+
+@functools.cache
+def matmul_flops() -> float:
+    """Float32 operations that this machine's matrix products do in a second, tried for a moment."""
+    rows, width = 1024, 3200
+    a, b = torch.ones(rows, width), torch.ones(width, width)
+    best = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * rows * width * width / best
 
 
 def _block_nbytes(plan: Plan) -> int:
@@ -256,9 +303,11 @@ def _verify(plan: Plan) -> Step:
 
 def _build(plan: Plan, written: int, targets: int) -> Step:
     count = len(plan.components) * targets
+    weights = written or sum(shard.stat().st_size for shard in plan.checkpoint.shards)
     return Step(
         name="build",
-        memory_nbytes=IMPORTS_NBYTES + 2 * written,
-        disk_nbytes=written * targets,
-        seconds=count * BUILD_SECONDS + written * targets / BUILD_NBYTES_PER_SECOND,
+        memory_nbytes=BUILDER_NBYTES + 2 * weights,  # the engine's, and the graph's mapped
+        mapped_nbytes=weights,
+        disk_nbytes=weights * targets,
+        seconds=count * BUILD_SECONDS + weights * targets / BUILD_NBYTES_PER_SECOND,
     )

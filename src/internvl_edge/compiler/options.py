@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -16,12 +18,15 @@ from internvl_edge.export.components import choose_components
 from internvl_edge.export.config import check_image_size
 from internvl_edge.publish import check_out
 from internvl_edge.quantize.recipe import Recipe, load_recipe, recipe_for
-from internvl_edge.runtime.image import Preprocessing
+from internvl_edge.runtime.image import MAX_SIZE, Preprocessing
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 Verify = Literal["auto", "full", "none"]
+TOKENIZER_FILE = "tokenizer.model"
 MAX_ALIGN = 65536  # the coarsest granularity that any system maps files with
 
 
@@ -93,6 +98,7 @@ def make_plan(options: ExportOptions) -> Plan:
     require_choice("precision", options.precision, PRECISIONS)
     for target in options.targets:
         require_choice("target", target, TARGETS)
+    _check_parent(options.out)
     check_out(options.out, force=options.force)
     recipe = _recipe(options)
     if options.calibration is not None and not options.calibration.is_dir():
@@ -103,17 +109,45 @@ def make_plan(options: ExportOptions) -> Plan:
             f"--calib {options.calibration} is for int8 and fp8; {options.precision} has nothing "
             "to calibrate"
         )
+    if options.image_size is not None and options.image_size > MAX_SIZE:
+        raise UsageError(f"--image-size: expected at most {MAX_SIZE}, found {options.image_size}")
     checkpoint = open_checkpoint(options.checkpoint or demo_checkpoint())
     image_size = check_image_size(checkpoint.config.vision, options.image_size)
+    components = choose_components(checkpoint.config, options.components)
+    _warn_without_tokenizer(checkpoint.path, components)
     return Plan(
         options=options,
         checkpoint=checkpoint,
-        components=choose_components(checkpoint.config, options.components),
+        components=components,
         image_size=image_size,
         preprocessing=read_preprocessing(checkpoint.path, image_size),
         recipe=recipe,
         is_demo=checkpoint.path.resolve() == demo_checkpoint().resolve(),
     )
+
+
+def _check_parent(out: Path) -> None:
+    """Refuse, before any work, a place where OUT cannot be made."""
+    place = out.absolute().parent
+    while not os.path.exists(place) and place != place.parent:  # False where not allowed to look
+        place = place.parent
+    if not place.is_dir():
+        raise UsageError(f"{out}: {place} is not a folder; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{out}: {place} cannot be written; choose a folder that can")
+
+
+def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> None:
+    readers = [name for name in ("text_embed", "matcher") if name in components]
+    if readers and not (checkpoint / TOKENIZER_FILE).is_file():
+        logger.warning(
+            "%s has no %s: %s will take token ids only, and no strings; put the model's "
+            "%s there and export again to embed, classify, retrieve or match texts",
+            checkpoint,
+            TOKENIZER_FILE,
+            " and ".join(readers),
+            TOKENIZER_FILE,
+        )
 
 
 def _check_weights(options: ExportOptions) -> None:
@@ -147,11 +181,11 @@ def read_preprocessing(checkpoint: Path, image_size: int) -> Preprocessing:
     The file is optional: the published models all use ImageNet's figures.
     """
     path = checkpoint / "preprocessor_config.json"
+    default = Preprocessing(size=image_size)
     if not path.exists():
-        return Preprocessing(size=image_size)
+        return default
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        default = Preprocessing(size=image_size)
         red, green, blue = (float(v) for v in raw.get("image_mean", default.mean))
         mean = red, green, blue
         red, green, blue = (float(v) for v in raw.get("image_std", default.std))
