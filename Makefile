@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check format bench-demo clean
+.PHONY: install demo test check format bench-demo bench-fullsize clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ format: install
 
 bench-demo: install
 	$(BIN)/python -m internvl_edge.demo --out out/bench --force --json > benchmarks/results/demo.json
+
+# FLAGS="--layers 4 --steps synthetic,int8" for less; see benchmarks/fullsize.py
+bench-fullsize: install
+	$(BIN)/python benchmarks/fullsize.py $(FLAGS)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

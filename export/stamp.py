@@ -13,7 +13,7 @@ input of every node must be one of
 
     parameter   of this block, at the same place in it
     internal    the output of an earlier node of this block
-    carried     an output of the block before, at the same place in both cases
+    carried     an output of the block before, at a place that all blocks of its phase have
     shared      one and the same value in both
 
 That is the step of an induction: whatever adds blocks T − p … T − 1 to a tower of T − p blocks
@@ -37,7 +37,7 @@ PyTorch that needs no more memory than one block.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -119,52 +119,57 @@ def stamp(model: ir.Model, stack: str, period: int, depth: int) -> bool:
         return True
     if traced < 3 * period or depth < traced or (depth - traced) % period:
         return False
-    templates = [_template(tower, i, period) for i in range(traced - period, traced)]
-    if not _stand_together(model, tower, period):
+    found = [_template(tower, i, period) for i in range(traced - period, traced)]
+    templates = [template for template in found if template is not None]
+    is_closed = all(_is_closed(model, tower, i, period) for i in range(traced))
+    if len(templates) < period or not is_closed or not _stand_together(model, tower, period):
         return False
-    if not all(_is_closed(model, tower, i, period) for i in range(traced)):
-        return False
-    last, inside = tower[-1], set(tower[-1].nodes)
-    tail = [(use, place) for v, place in last.places.items() for use in v.uses()]
+    last = tower[-1]
+    tail = [(v, {use.node for use in v.uses()} - set(last.nodes)) for v in last.places]
     ends = [v for v in model.graph.outputs if v in last.places and not _is_layer_output(last, v)]
     for index in range(traced, depth):
         phase = (index - traced) % period
-        sources = templates[phase]
-        if sources is None:
-            return False
-        tower.append(_copy(model, stack, tower[traced - period + phase], tower[-1], index, sources))
-    for (node, i), place in tail:
-        if node not in inside:
-            node.replace_input_with(i, tower[-1].values[place])
+        like = tower[traced - period + phase]
+        tower.append(_copy(model, stack, like, tower[-1], index, templates[phase]))
+    moved = {v: tower[-1].values[place] for v, place in last.places.items()}
+    for value, readers in tail:
+        _let_read(readers, value, moved[value])
     for value in ends:
-        moved = tower[-1].values[last.places[value]]
-        moved.name, value.name = value.name, None
-        model.graph.outputs[list(model.graph.outputs).index(value)] = moved
+        _let_give(model, value, moved[value])
     return True
 
 
 def _template(tower: Sequence[_Block], index: int, period: int) -> list[list[_Source]] | None:
     """The source of every input of a block, if it is the same as ``period`` blocks before."""
     block, twin = tower[index], tower[index - period]
+    before, twin_before = tower[index - 1], tower[index - period - 1]
+    repeated = _last_like(tower, index - 1, period).values
     is_alike = list(block.places.values()) == list(twin.places.values())
     if not is_alike or not block.nodes or len(block.values) < len(block.places):
         return None
     template = []
     for node, like in zip(block.nodes, twin.nodes, strict=True):
-        sources = [_source(value, block, tower[index - 1]) for value in node.inputs]
-        wanted = [_source(value, twin, tower[index - period - 1]) for value in like.inputs]
+        sources = [_source(value, block, before, repeated) for value in node.inputs]
+        wanted = [_source(value, twin, twin_before, repeated) for value in like.inputs]
         if sources != wanted or not _same_operator(node, like):
             return None
         template.append(sources)
     return template
 
 
-def _source(value: ir.Value | None, block: _Block, before: _Block) -> _Source:
+def _last_like(tower: Sequence[_Block], index: int, period: int) -> _Block:
+    """The block of the last period that has a block's phase."""
+    return tower[len(tower) - period + (index - len(tower)) % period]
+
+
+def _source(
+    value: ir.Value | None, block: _Block, before: _Block, repeated: Container[Place]
+) -> _Source:
     if value is None:
         return _Source()
     if value in block.places:
         return _Source(internal=block.places[value])
-    if value in before.places:
+    if before.places.get(value) in repeated:
         return _Source(carried=before.places[value])
     parameter = block.parameter(value)
     return _Source(parameter=parameter) if parameter else _Source(shared=value)
@@ -203,7 +208,7 @@ def _stand_together(model: ir.Model, tower: Sequence[_Block], period: int) -> bo
 def _is_closed(model: ir.Model, tower: Sequence[_Block], index: int, period: int) -> bool:
     """Whether others read of a block, and the graph gives of it, what they do of every block."""
     block, is_last = tower[index], index == len(tower) - 1
-    template = tower[len(tower) - period + (index - len(tower)) % period]
+    template = _last_like(tower, index, period)
     readers, anew = set(block.nodes), [v for node in block.nodes for v in node.inputs]
     private = [v for v in anew if v is not None and block.parameter(v)]
     outputs = [v for v in model.graph.outputs if v in block.places]
@@ -276,6 +281,19 @@ def _parameter(model: ir.Model, like: ir.Value | None, name: str) -> ir.Value:
     return initializers[name]
 
 
+def _let_read(readers: Collection[ir.Node], old: ir.Value, new: ir.Value) -> None:
+    for node, i in list(old.uses()):
+        if node in readers:
+            node.replace_input_with(i, new)
+
+
+def _let_give(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    """Make another value the graph's output, under the same name."""
+    position = list(model.graph.outputs).index(old)
+    new.name, old.name = old.name, None
+    model.graph.outputs[position] = new
+
+
 # --- one block -----------------------------------------------------------------------------------
 
 
@@ -298,29 +316,19 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
         found = f"{len(tower)} blocks, {sum(not block.nodes for block in tower)} of them empty"
         raise InternVLError(f"{stack}: expected a block {index}, found {found}")
     if len(tower) > 1:
-        enter, leave = _stream_into(tower, 0), _stream_behind(tower[-1])
-        before, behind = _stream_into(tower, index), _stream_behind(tower[index])
-        _move(before, enter, [use.node for use in before.uses() if use.node in tower[index].nodes])
-        _move(leave, behind, [u.node for u in leave.uses() if u.node not in tower[-1].nodes])
-        _keep_outputs(model, tower, index)
+        kept, last = tower[index], tower[-1]
+        enter, before = _stream_into(tower, 0), _stream_into(tower, index)
+        leave, behind = _stream_behind(last), _stream_behind(kept)
+        tail = {use.node for use in leave.uses()} - set(last.nodes)
+        _let_read(kept.nodes, before, enter)
+        _let_read(tail, leave, behind)
+        if leave in model.graph.outputs and leave is not behind:
+            _let_give(model, leave, behind)
+        removed = {v for block in tower if block is not kept for v in block.places}
+        outputs = [v for v in model.graph.outputs if v not in removed]
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(outputs)
     passes.RemoveUnusedNodesPass()(model)
-
-
-def _move(old: ir.Value, new: ir.Value, readers: Sequence[ir.Node]) -> None:
-    for node, i in list(old.uses()):
-        if node in readers:
-            node.replace_input_with(i, new)
-
-
-def _keep_outputs(model: ir.Model, tower: Sequence[_Block], index: int) -> None:
-    leave, behind = _stream_behind(tower[-1]), _stream_behind(tower[index])
-    removed = {v for block in tower if block.index != index for v in block.places}
-    outputs = list(model.graph.outputs)
-    if leave in outputs and behind is not leave:
-        behind.name, leave.name = leave.name, f"{leave.name}.removed"
-        outputs[outputs.index(leave)] = behind
-    model.graph.outputs.clear()
-    model.graph.outputs.extend(value for value in outputs if value not in removed)
 
 
 def _stream_behind(block: _Block) -> ir.Value:

@@ -43,19 +43,32 @@ def serialized(model: ir.Model) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("depth", "period", "precision", "norm_type"),
-    [(6, 1, "fp32", "rms_norm"), (8, 2, "bf16", "layer_norm"), (12, 3, "fp16", "rms_norm")],
+    ("name", "depth", "period", "precision", "norm_type"),
+    [
+        ("vision", 4, 1, "fp32", "rms_norm"),
+        ("vision", 5, 1, "fp16", "layer_norm"),
+        ("image_embed", 4, 1, "bf16", "layer_norm"),
+        ("image_embed", 5, 1, "fp16", "rms_norm"),
+        ("image_queries", 4, 1, "fp32", "rms_norm"),
+        ("text_embed", 5, 1, "fp16", "rms_norm"),
+        ("matcher", 4, 1, "bf16", "rms_norm"),
+        ("text_embed", 8, 2, "fp32", "rms_norm"),
+        ("matcher", 9, 2, "fp16", "rms_norm"),
+        ("image_queries", 13, 3, "fp16", "rms_norm"),
+    ],
 )
 def test_stamped_is_traced(
-    tmp_path: Path, depth: int, period: int, precision: str, norm_type: str
+    name: str, depth: int, period: int, precision: str, norm_type: str
 ) -> None:
-    names = ("image_embed", "image_queries", "matcher")
-    config = deep(depth, period, norm_type)
-    plan = plan_of(tmp_path, config, precision=precision, components=names)
+    """To the byte; and stamped indeed, where a tower traced in full would be equal as well."""
+    internvl = deep(depth, period, norm_type)
+    config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
+    plan = plan_like(type("P", (), {"image_size": 28})(), config, precision)
+    shallow = emit.shallow_config(config)
     assert shallow_depth(depth, period) < depth
-    stamped = emit.trace_all(plan, plan.base, silent)
-    for name in plan.components:
-        assert serialized(stamped[name]) == serialized(in_full(plan, name)), name
+    model = in_full(plan, name, shallow)
+    assert emit.stamp_towers(model, config)
+    assert serialized(model) == serialized(in_full(plan, name))
 
 
 def test_real_widths_are_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,8 +82,8 @@ def test_real_widths_are_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [o.name for o in model.graph.outputs][-1] == "present.31.value"
 
 
-def plan_like(plan: Any, config: CheckpointConfig) -> Any:
-    plan.base = "bf16"
+def plan_like(plan: Any, config: CheckpointConfig, base: str = "bf16") -> Any:
+    plan.base = base
     plan.checkpoint = type("C", (), {"config": config})()
     return plan
 
@@ -105,14 +118,115 @@ def a_skip(blocks: list[list[ir.Node]]) -> None:
     node.replace_input_with(0, blocks[-3][-1].outputs[0])
 
 
-@pytest.mark.parametrize("change", [an_attribute, an_operator, a_weight, a_skip])
-def test_blocks_that_differ_are_not_stamped(tmp_path: Path, change: Any) -> None:
-    plan = plan_of(tmp_path, deep(4, 2))
-    model = in_full(plan, "vision")
+def an_earlier_attribute(blocks: list[list[ir.Node]]) -> None:
+    """Of the block that the last one is held against."""
+    an_attribute(blocks[:-1])
+
+
+def a_dtype(blocks: list[list[ir.Node]]) -> None:
+    node = next(n for n in blocks[-1] if n.op_type == "RMSNormalization")
+    node.inputs[1].type = ir.TensorType(ir.DataType.FLOAT16)  # type: ignore[union-attr]
+
+
+def a_foreign_node(blocks: list[list[ir.Node]]) -> None:
+    """Between the nodes of the last block."""
+    graph = blocks[-1][0].graph
+    stray = ir.node("Identity", [graph.inputs[0]], name="stray")  # type: ignore[union-attr]
+    stray.outputs[0].name = "stray"
+    graph.insert_before(blocks[-1][3], stray)  # type: ignore[union-attr]
+
+
+def an_output_of(index: int) -> Any:
+    """A block's stream as one more output of the graph: elsewhere in a deeper tower."""
+
+    def change(blocks: list[list[ir.Node]]) -> None:
+        value = blocks[index][-1].outputs[0]
+        value.name = "middle"
+        blocks[0][0].graph.outputs.append(value)  # type: ignore[union-attr]
+
+    return change
+
+
+def read_behind(of: Any) -> Any:
+    """Something of a block is read behind the tower as well."""
+
+    def change(blocks: list[list[ir.Node]]) -> None:
+        graph: Any = blocks[0][0].graph
+        node = ir.node("Add", [graph.outputs[0], of(blocks)], name="tail/Add")
+        node.outputs[0].name, graph.outputs[0].name = "last_hidden_state", "inner"
+        node.outputs[0].type, node.outputs[0].shape = graph.outputs[0].type, graph.outputs[0].shape
+        graph.append(node)
+        graph.outputs[0] = node.outputs[0]
+
+    return change
+
+
+REFUSED = {
+    "attribute": an_attribute,
+    "earlier attribute": an_earlier_attribute,
+    "operator": an_operator,
+    "weight": a_weight,
+    "skip": a_skip,
+    "dtype": a_dtype,
+    "foreign node": a_foreign_node,
+    "output of the block before": an_output_of(-2),
+    "output of the first block": an_output_of(0),
+    "stream of the block before, behind": read_behind(lambda blocks: blocks[-2][-1].outputs[0]),
+    "stream of the first block, behind": read_behind(lambda blocks: blocks[0][-1].outputs[0]),
+    "parameter, behind": read_behind(lambda blocks: blocks[-1][0].inputs[1]),
+    "no nodes": lambda blocks: [setattr(node, "name", f"x/{node.name}") for node in blocks[1]],
+}
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[str, ir.Model]:
+    """To be cloned: a vision tower of three blocks, and six blocks that look at queries."""
+    internvl = deep(6, 2)
+    config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
+    plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp32")
+    shallow = emit.shallow_config(config)
+    return {name: in_full(plan, name, shallow) for name in ("vision", "image_queries")}
+
+
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED.keys())
+def test_blocks_that_differ_are_not_stamped(traced: dict[str, ir.Model], change: Any) -> None:
+    model = traced["vision"].clone()
     change(blocks_of(model, VISION_PREFIX))
     before = serialized(model)
     assert not stamp(model, VISION_PREFIX, 1, 9)
     assert serialized(model) == before
+
+
+def test_a_tower_that_repeats_is_stamped(traced: dict[str, ir.Model]) -> None:
+    """What the refusals above start from."""
+    assert stamp(traced["vision"].clone(), VISION_PREFIX, 1, 9)
+    assert stamp(traced["image_queries"].clone(), LLAMA_PREFIX, 2, 10)
+
+
+@pytest.mark.parametrize(("period", "depth"), [(2, 9), (2, 4), (2, 0), (1, 10), (3, 12)])
+def test_wrong_depths_and_periods_are_not_stamped(
+    traced: dict[str, ir.Model], period: int, depth: int
+) -> None:
+    assert not stamp(traced["image_queries"].clone(), LLAMA_PREFIX, period, depth)
+
+
+@pytest.mark.parametrize("change", ["missing", "swapped", "not last"])
+def test_outputs_of_blocks_that_differ(traced: dict[str, ir.Model], change: str) -> None:
+    model = traced["image_queries"].clone()
+    outputs = model.graph.outputs
+    if change == "missing":
+        outputs.pop()
+    elif change == "swapped":
+        outputs[-1].name, outputs[-2].name = outputs[-2].name, outputs[-1].name
+    else:
+        outputs.append(outputs.pop(0))
+    assert not stamp(model, LLAMA_PREFIX, 2, 10)
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_block_that_is_not_there_is_not_kept(traced: dict[str, ir.Model], index: int) -> None:
+    with pytest.raises(InternVLError, match="found 3 blocks"):
+        keep_block(traced["vision"].clone(), VISION_PREFIX, index)
 
 
 def test_fallback_is_the_full_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
