@@ -32,7 +32,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fullsize.json"
-STEPS = ("synthetic", "bf16", "int8", "forwards", "engine-bf16", "engine-int8", "run")
+STEPS = ("synthetic", "bf16", "int8", "run", "forwards", "engine-bf16", "engine-int8")
 PEERS = ("torch.onnx.export", "onnxruntime quantize_static", "modelopt")
 PEER_LAYERS = 4
 IMAGES = 16  # of the calibration, as the recipe takes
@@ -125,14 +125,14 @@ def run_steps(
         "int8": [*tool, "export", str(checkpoint), "-o", str(work / "int8"), "-p", "int8",
                  "--verify", "none"],
         "forwards": [*worker, "forwards", str(checkpoint)],
+        "run": [*worker, "run", str(work / "int8")],
         "engine-bf16": [*tool, "build", str(work / "bf16"), *build],
         "engine-int8": [*tool, "build", str(work / "int8"), *build],
-        "run": [*worker, "run", str(work / "int8")],
     }  # fmt: skip
     for step in (s for s in commands if s in steps):
         keep(measure(step, layers, commands[step]))
-        if step.startswith("engine"):
-            shutil.rmtree(work / step.removeprefix("engine-") / "engines", ignore_errors=True)
+        if step.startswith("engine"):  # as large as the checkpoint, and of no more use
+            shutil.rmtree(work / step.removeprefix("engine-"))
 
 
 def work_forwards(checkpoint: str) -> None:
@@ -305,14 +305,15 @@ def _cpu() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
 
 
-def save(key: str, rows: list[Measured]) -> None:
-    """Replace one part of the results file; others stay."""
+def save(key: str, rows: list[Measured], chosen: argparse.Namespace) -> None:
+    """Put steps into the results file, in the place of older ones; others stay."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found[key] = {
-        "command": " ".join(["python", "benchmarks/fullsize.py", *sys.argv[1:]]),
-        "environment": environment(),
-        "steps": [asdict(row) for row in rows],
-    }
+    part = found.setdefault(key, {"steps": {}})
+    part["environment"] = environment()
+    local = {str(chosen.modelopt_python): "PYTHON", str(chosen.directory): "DIRECTORY"}
+    words = [local.get(word, word) for word in sys.argv[1:]]
+    command = " ".join(["python", "benchmarks/fullsize.py", *words])
+    part["steps"] |= {row.step: {**asdict(row), "command": command} for row in rows}
     RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
 
 
@@ -348,7 +349,7 @@ def main() -> None:
         rows: list[Measured] = []
         with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
             run(Path(folder), rows.append)
-        save(title, rows)
+        save(title, rows, chosen)
     for title, _ in parts:
         sys.stdout.write(f"{title}: {RESULTS}\n")
 

@@ -24,7 +24,7 @@ import internvl_edge
 from internvl_edge import compiler
 from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.cli import run
-from internvl_edge.compiler import ExportOptions, engines
+from internvl_edge.compiler import ExportOptions, engines, pipeline
 from internvl_edge.errors import ArtifactError, CheckpointError, UsageError
 from internvl_edge.export import bring
 from internvl_edge.export.checkpoint import expected_shapes, read_header
@@ -344,13 +344,13 @@ def test_refusals(half: Written, changes: dict[str, Any], message: str) -> None:
 def test_changed_while_compiling(
     half: Written, monkeypatch: pytest.MonkeyPatch, chosen: Any
 ) -> None:
-    original = compiler.write_graph
+    original = pipeline.write_graph
 
     def change(*arguments: Any) -> Any:
         os.utime(half.path / SHARDS[0], ns=(0, 0))
         return original(*arguments)
 
-    monkeypatch.setattr(compiler, "write_graph", change)
+    monkeypatch.setattr(pipeline, "write_graph", change)
     with pytest.raises(CheckpointError, match=f"changed while it was read: {SHARDS[0]}"):
         exported(half.path, **chosen)
     assert not (half.path.parent / "out").exists()

@@ -12,8 +12,8 @@ import pytest
 from checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge import compiler
-from internvl_edge.compiler import ExportOptions, Plan, check, emit, make_plan
-from internvl_edge.compiler.options import silent
+from internvl_edge.compiler import ExportOptions, Plan, check, emit, make_plan, pipeline
+from internvl_edge.compiler.progress import silent
 from internvl_edge.errors import InternVLError, VerificationError
 from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX
 from internvl_edge.export.config import CheckpointConfig, with_depth
@@ -285,7 +285,7 @@ def test_a_wrong_block_is_found(
     """Both in the weights and in the activation scales."""
     monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
     plan = {"fp32": "store_weights", "int8": "quantize_weights"}[precision]
-    run = getattr(compiler, plan)
+    run = getattr(pipeline, plan)
 
     def spoil(*args: Any) -> Any:
         result = run(*args)
@@ -300,9 +300,9 @@ def test_a_wrong_block_is_found(
         values.tofile(path)
         return result
 
-    monkeypatch.setattr(compiler, plan, spoil)
+    monkeypatch.setattr(pipeline, plan, spoil)
     if precision == "int8":  # the graph is written with the spoiled scales, the check has its own
-        monkeypatch.setattr(compiler, "Quantization", unspoiled)
+        monkeypatch.setattr(pipeline, "Quantization", unspoiled)
     checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
     options = ExportOptions(
         checkpoint=checkpoint, out=tmp_path / "out", precision=precision, components=("vision",)

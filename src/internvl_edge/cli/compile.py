@@ -108,14 +108,13 @@ def build(
     backend: str,
 ) -> None:
     """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
-    compiler = _compiler("export,rtx" if "tensorrt-rtx" in targets else "export,trt")
-    _require_components(components)
-    profile = compiler.profile_from(batch=batch, length=length)
+    from internvl_edge.compiler.engines import build as build_engines
+    from internvl_edge.compiler.engines import profile_from
+
+    profile = profile_from(batch=batch, length=length)
     before = _engine_files(out)
     with output.progress() as report:
-        engines = compiler.build(
-            out, targets, components=components, profile=profile, report=report
-        )
+        engines = build_engines(out, targets, components=components, profile=profile, report=report)
     found = [_engine(out, engine, is_new=engine.file not in before) for engine in engines]
     output.table(ENGINE_COLUMNS, [_engine_row(engine) for engine in found])
     output.result({"out": out, "engines": found})
@@ -216,20 +215,20 @@ def convert(output: Output, source: Path, out: Path, backend: str) -> None:
     output.result({"out": out, "tensors": count})
 
 
-def _compiler(extras: str = "export") -> Any:
-    require_export(extras)
+def _compiler() -> Any:
+    require_export()
     from internvl_edge import compiler
 
     return compiler
 
 
-def require_export(extras: str = "export") -> None:
+def require_export() -> None:
     """Refuse where a package is missing that what needs PyTorch needs."""
     import importlib.util
 
     for package in ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"):
         if importlib.util.find_spec(package) is None:
-            raise MissingDependency.of(package, extras)
+            raise MissingDependency.of(package, "export")
 
 
 def _require_checkpoint(path: Path | None) -> None:
@@ -343,14 +342,16 @@ def _figures(verification: dict[str, Any]) -> tuple[str, str, str]:
 
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:
     """Show what an export will need, and refuse what it would refuse before it begins."""
-    from internvl_edge.compiler.estimate import forecast_plan
+    from internvl_edge.compiler.calibration import load_samples
+    from internvl_edge.compiler.engines import require_targets
+    from internvl_edge.compiler.estimate import forecast_plan, require_fit
 
     plan = compiler.make_plan(options)
     engines = [target for target in options.targets if target != "onnx"]
-    compiler.require_targets(engines, options.precision)
+    require_targets(engines, options.precision)
     forecast = forecast_plan(plan)
     output.table(("step", "memory", "disk", "time"), forecast.rows())
     output.result(forecast.to_json())
-    compiler.require_fit(plan)
+    require_fit(plan)
     if plan.recipe is not None:
-        compiler.load_samples(plan)
+        load_samples(plan)

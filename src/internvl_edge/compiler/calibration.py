@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from internvl_edge.compiler.emit import WEIGHTS_FILE, copy_rest, quantized_layout, write_block
-from internvl_edge.compiler.options import Plan, Progress, Report
+from internvl_edge.compiler.options import Plan
+from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.errors import ResourceError
 from internvl_edge.export.bind import weights_without_data
 from internvl_edge.export.blocks import COMPONENT_STREAM, Samples, calibration_blocks

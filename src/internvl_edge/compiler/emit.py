@@ -24,7 +24,8 @@ import onnx_ir as ir
 import torch
 
 from internvl_edge.artifact import TensorSpec
-from internvl_edge.compiler.options import ExportOptions, Plan, Progress, Report
+from internvl_edge.compiler.options import ExportOptions, Plan
+from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.errors import UsageError
 from internvl_edge.export import graph as graphs
 from internvl_edge.export.bind import bind, save, weights_without_data

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.artifact import EngineRecord, Manifest
-from internvl_edge.compiler.options import Progress, Report, silent
+from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import UsageError
 from internvl_edge.export.engine import Profile, build_engine
 from internvl_edge.export.targets import choose_capabilities, find_target, load_builder
 from internvl_edge.publish import record, update, write_manifest
+from internvl_edge.runtime.session import did_you_mean
 
 ENGINES = "engines"
 
@@ -97,12 +98,12 @@ def build(
     """
     with update(out) as artifact:
         require_targets(targets, artifact.manifest.precision)
-        unknown = set(components or ()) - set(artifact.manifest.components)
-        if unknown:
-            raise UsageError(
-                f"component {', '.join(sorted(unknown))}: {out} has "
-                f"{', '.join(artifact.manifest.components)}"
-            )
+        known = artifact.manifest.components
+        for name in components or ():
+            if name not in known:
+                raise UsageError(
+                    f"component {name!r}: {out} has {', '.join(known)}{did_you_mean(name, known)}"
+                )
         manifest = artifact.manifest
         for grown in add_engines(
             out, manifest, targets, components=components, profile=profile, report=report

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -28,23 +27,6 @@ TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 Verify = Literal["auto", "full", "none"]
 TOKENIZER_FILE = "tokenizer.model"
 MAX_ALIGN = 65536  # the coarsest granularity that any system maps files with
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a step has come."""
-
-    step: str  # check, trace, weights, quantize, verify, build, publish
-    detail: str
-    done: int
-    total: int
-
-
-Report = Callable[[Progress], None]
-
-
-def silent(progress: Progress) -> None:
-    """The report of who does not want one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
