@@ -19,6 +19,7 @@ the spools' budget allows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from internvl_edge.quantize.observers import RangeObserver
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.spool import Spool
 
+QUANTIZING_THREADS = 2
 Array = np.ndarray[Any, Any]
 NewSpool = Callable[[], Spool]
 
@@ -149,8 +151,12 @@ def calibrate_block(
         scales = result.activations[stream_name]
         for name, observer in watched.observers.items():
             scales[f"{name}.weight"] = _range(observer, name, stream_name, recipe)
-    for name, weight in weights.items():
-        result.weights[f"{name}.weight"] = _quantize_weight(weight, name, recipe)
+    with ThreadPoolExecutor(QUANTIZING_THREADS) as pool:
+        quantized = pool.map(
+            lambda item: _quantize_weight(item[1], item[0], recipe), weights.items()
+        )
+        for name, weight in zip(weights, quantized, strict=True):
+            result.weights[f"{name}.weight"] = weight
     return result
 
 
