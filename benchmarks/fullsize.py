@@ -59,11 +59,10 @@ def measure(step: str, layers: int, command: list[str]) -> Measured:
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        peaks = {"anonymous": 0, "written": 0}
+        peaks = {"resident": 0, "anonymous": 0, "written": 0}
         watcher = threading.Thread(target=_watch, args=(process.pid, peaks))
         watcher.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process.wait()
         watcher.join()
         errors.seek(0)
         lines = errors.read().strip().splitlines()
@@ -72,7 +71,7 @@ def measure(step: str, layers: int, command: list[str]) -> Measured:
         step=step,
         layers=layers,
         seconds=round(time.monotonic() - started, 1),
-        peak_rss_nbytes=usage.ru_maxrss * 1024,
+        peak_rss_nbytes=peaks["resident"],
         peak_anonymous_nbytes=peaks["anonymous"],
         written_nbytes=peaks["written"],
         error=(lines[-1] if lines else f"exit status {process.returncode}") if failed else None,
@@ -82,7 +81,11 @@ def measure(step: str, layers: int, command: list[str]) -> Measured:
 
 
 def _watch(pid: int, peaks: dict[str, int]) -> None:
-    """Sample a process until it ends; of what it starts, nothing is counted."""
+    """Sample a process until it ends; of what it starts, nothing is counted.
+
+    Resident memory is the kernel's own high-water mark of this program. ``ru_maxrss`` is not: it
+    begins at the size of the process that started it.
+    """
     while True:
         try:
             status = Path(f"/proc/{pid}/status").read_text()
@@ -92,6 +95,7 @@ def _watch(pid: int, peaks: dict[str, int]) -> None:
         fields = dict(line.split(":", 1) for line in (status + io).splitlines())
         if "RssAnon" not in fields:
             return
+        peaks["resident"] = int(fields["VmHWM"].split()[0]) * 1024
         anonymous = int(fields["RssAnon"].split()[0]) * 1024
         peaks["anonymous"] = max(peaks["anonymous"], anonymous)
         peaks["written"] = int(fields["wchar"])

@@ -57,8 +57,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[st
 @pytest.mark.parametrize("step", ["synthetic", "bf16", "int8"])
 def test_memory_does_not_grow_with_depth(measured: dict[Any, Any], step: str) -> None:
     shallow, deep = (measured[step, layers].peak_anonymous_nbytes for layers in DEPTHS)
-    more = measured["size", 4] - measured["size", 2]
-    assert deep - shallow < 0.2 * more, "less than a fifth of the bfloat16 weights that were added"
+    more = measured["size", 4] - measured["size", 2]  # bfloat16; resident, they would be twice that
+    assert deep - shallow < 0.5 * more, "allocators keep some; a tower held whole takes 2 times"
 
 
 def test_linking_writes_next_to_nothing(measured: dict[Any, Any]) -> None:
