@@ -25,18 +25,33 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import peers
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fullsize.json"
-STEPS = ("synthetic", "bf16", "int8", "run", "forwards", "engine-bf16", "engine-int8")
+PRECISIONS = ("bf16", "fp16", "int8", "fp8")
+STEPS = ("synthetic", *PRECISIONS, "run", "forwards", *(f"engine-{p}" for p in PRECISIONS))
 PEERS = ("torch.onnx.export", "onnxruntime quantize_static", "modelopt")
 PEER_LAYERS = 4
-IMAGES = 16  # of the calibration, as the recipe takes
 SAMPLING_SECONDS = 0.05
+LABELS = {
+    "synthetic": "write the checkpoint",
+    "bf16": "`export -p bf16 --weights link --verify none`",
+    **{p: f"`export -p {p} --verify none`" for p in ("fp16", "int8", "fp8")},
+    "forwards": "block forwards of the calibration alone",
+    "run": "INT8: one image on ONNX Runtime, CPU",
+    **{f"engine-{p}": f"`build`: {p} engine" for p in PRECISIONS},
+    "modelopt": "ModelOpt 0.47, INT8",
+    "torch.onnx.export": "`torch.onnx.export`",
+    "onnxruntime quantize_static": "ONNX Runtime `quantize_static`",
+}
+TOOL = [sys.executable, "-m", "internvl_edge"]
+ENGINE_BATCH = "1,1,4"  # of engines: smallest, typical and largest
 PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt-rtx", "nvidia-modelopt")
 
 
@@ -51,6 +66,7 @@ class Measured:
     peak_anonymous_nbytes: int
     written_nbytes: int
     error: str | None = None  # its last line; the rest is what it took until then
+    forecast: dict[str, float] | None = None  # what --dry-run said before
 
 
 def measure(step: str, layers: int, command: list[str]) -> Measured:
@@ -117,26 +133,49 @@ def run_steps(
 ) -> None:
     """The steps asked for, in order, on one synthetic checkpoint."""
     python, checkpoint = sys.executable, work / "checkpoint"
-    tool = [python, "-m", "internvl_edge"]
-    bf16 = [*tool, "export", str(checkpoint), "-o", str(work / "bf16"), "-p", "bf16"]
     worker = [python, __file__, "--worker"]
     component = "vision" if preset.startswith("internvit") else "image_queries"
-    build = ["--components", component, "--batch", "1,1,4"]
     commands = {
         "synthetic": [python, "-m", "internvl_edge.export.synthetic", preset, str(checkpoint),
                       "--layers", str(layers)],
-        "bf16": [*bf16, "--weights", "link", "--verify", "none"],
-        "int8": [*tool, "export", str(checkpoint), "-o", str(work / "int8"), "-p", "int8",
-                 "--verify", "none"],
         "forwards": [*worker, "forwards", str(checkpoint)],
-        "run": [*worker, "run", str(work / "int8")],
-        "engine-bf16": [*tool, "build", str(work / "bf16"), *build],
-        "engine-int8": [*tool, "build", str(work / "int8"), *build],
     }  # fmt: skip
+    for precision in PRECISIONS:
+        commands[precision] = [*TOOL, *_export(work, precision)]
+        if precision == "int8":
+            commands["run"] = [*worker, "run", str(work / "int8")]
+        build = [*TOOL, "build", str(work / precision), "--components", component]
+        commands[f"engine-{precision}"] = [*build, "--batch", ENGINE_BATCH]
     for step in (s for s in commands if s in steps):
-        keep(measure(step, layers, commands[step]))
+        precision = step.removeprefix("engine-")
+        said = forecast(work, precision, step) if precision in PRECISIONS else None
+        keep(replace(measure(step, layers, commands[step]), forecast=said))
         if step.startswith("engine"):  # as large as the checkpoint, and of no more use
-            shutil.rmtree(work / step.removeprefix("engine-"))
+            shutil.rmtree(work / precision)
+
+
+def _export(work: Path, precision: str) -> list[str]:
+    checkpoint, out = str(work / "checkpoint"), str(work / precision)
+    links = ["--weights", "link"] if precision == "bf16" else []
+    return ["export", checkpoint, "-o", out, "-p", precision, *links, "--verify", "none"]
+
+
+def forecast(work: Path, precision: str, step: str) -> dict[str, float]:
+    """What ``--dry-run`` says of an export without its engine, or of the engine alone."""
+    command = _export(work, precision)
+    command[3] += "-dry"  # what is there already cannot be exported again
+    command += ["--target", "tensorrt-rtx", "--dry-run", "--json"]
+    said = subprocess.run([*TOOL, *command], capture_output=True, text=True, check=True).stdout
+    found = json.loads(said.splitlines()[-1])["steps"]
+    parts = [part for part in found if (part["name"] == "build") == step.startswith("engine")]
+    return {
+        "seconds": round(sum(part["seconds"] for part in parts), 1),
+        "peak_rss_nbytes": max(part["memory_nbytes"] for part in parts),
+        "peak_anonymous_nbytes": max(
+            part["memory_nbytes"] - part["mapped_nbytes"] for part in parts
+        ),
+        "disk_nbytes": sum(part["disk_nbytes"] for part in parts),
+    }
 
 
 def work_forwards(checkpoint: str) -> None:
@@ -152,9 +191,9 @@ def work_forwards(checkpoint: str) -> None:
 
     opened = open_checkpoint(checkpoint)
     side = opened.config.vision.image_size
-    noise = np.random.default_rng(0).standard_normal((IMAGES, 3, side, side), np.float32)
+    noise = np.random.default_rng(0).standard_normal((peers.IMAGES, 3, side, side), np.float32)
     pixels = torch.from_numpy(noise)
-    samples = Samples(pixel_values=[pixels[i : i + BATCH] for i in range(0, IMAGES, BATCH)])
+    samples = Samples(pixel_values=[pixels[i : i + BATCH] for i in range(0, peers.IMAGES, BATCH)])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         work = Workspace(Path(folder), Budget(1 << 30))
         for block, streams in calibration_blocks(opened, samples, {"image"}, work):
@@ -196,89 +235,12 @@ def run_peers(
         keep(measure(name, PEER_LAYERS, [python, __file__, "--worker", name, str(work)]))
 
 
-def work_torch_export(work: str) -> None:
-    """A loaded model through PyTorch's exporter, weights into external data."""
-    import torch
-
-    from internvl_edge.export.checkpoint import load_reference
-
-    model = load_reference(Path(work) / "checkpoint")
-    (Path(work) / "torch").mkdir()
-    torch.onnx.export(
-        model,
-        (torch.zeros(2, 3, 224, 224),),
-        str(Path(work) / "torch" / "vision.onnx"),
-        dynamo=True,
-        opset_version=23,
-        external_data=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=["pixel_values"],
-        output_names=["last_hidden_state"],
-    )
-
-
-def work_quantize_static(work: str) -> None:
-    """ONNX Runtime's static quantization of PyTorch's float32 graph, on as many images."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
-
-    class Images(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.left = iter(_images())
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self.left, None)
-
-    quantize_static(
-        str(Path(work) / "torch" / "vision.onnx"),
-        str(Path(work) / "ort.onnx"),
-        Images(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        use_external_data_format=True,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-    )
-
-
-def work_modelopt(work: str) -> None:
-    """ModelOpt's ONNX quantization of the same graph, on as many images."""
-    import numpy as np
-    from modelopt.onnx.quantization import quantize
-
-    quantize(
-        str(Path(work) / "torch" / "vision.onnx"),
-        quantize_mode="int8",
-        calibration_data={
-            "pixel_values": np.concatenate([feed["pixel_values"] for feed in _images()])
-        },
-        calibration_eps=["cpu"],
-        use_external_data_format=True,
-        output_path=str(Path(work) / "modelopt.onnx"),
-    )
-
-
-def _images() -> list[dict[str, Any]]:
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    return [
-        {"pixel_values": rng.standard_normal((1, 3, 224, 224), np.float32)} for _ in range(IMAGES)
-    ]
-
-
 WORKERS = {
     "forwards": work_forwards,
     "run": work_run,
-    "torch.onnx.export": work_torch_export,
-    "onnxruntime quantize_static": work_quantize_static,
-    "modelopt": work_modelopt,
+    "torch.onnx.export": peers.torch_export,
+    "onnxruntime quantize_static": peers.ort_quantize_static,
+    "modelopt": peers.modelopt_quantize,
 }
 
 
@@ -321,6 +283,26 @@ def save(key: str, rows: list[Measured], chosen: argparse.Namespace) -> None:
     RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
 
 
+def table() -> str:
+    """The results file as Markdown, a table per model."""
+    lines: list[str] = []
+    for title, part in json.loads(RESULTS.read_text()).items():
+        lines += ["", f"**{title}**", "", "| step | time | RSS | anonymous | written |"]
+        lines += ["|---|--:|--:|--:|--:|"]
+        for step, row in part["steps"].items():
+            measured = Measured(**{k: v for k, v in row.items() if k != "command"})
+            lines.append(f"| {LABELS.get(step, step)} | {_cells(measured)} |")
+    return "\n".join(lines[1:])
+
+
+def _cells(m: Measured) -> str:
+    sizes = (m.peak_rss_nbytes, m.peak_anonymous_nbytes, m.written_nbytes)
+    return " | ".join(
+        [m.error, "", "", ""] if m.error else
+        [f"{m.seconds:.0f} s", *(f"{size / 1e9:.2f} GB" for size in sizes)]
+    )  # fmt: skip
+
+
 def main() -> None:
     """The command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -332,10 +314,14 @@ def main() -> None:
     parser.add_argument(
         "--modelopt-python", help='Python of an environment with "nvidia-modelopt[onnx]"'
     )
+    parser.add_argument("--table", action="store_true", help="show the results file and end")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
         WORKERS[chosen.worker[0]](chosen.worker[1])
+        return
+    if chosen.table:
+        sys.stdout.write(table() + "\n")
         return
     steps = [step for step in chosen.steps.split(",") if step]
     if unknown := set(steps) - set(STEPS):
@@ -359,7 +345,7 @@ def main() -> None:
 
 
 def _require_disk(preset: str, layers: int, steps: list[str], directory: Path | None) -> None:
-    """Refuse to begin what the disk cannot hold: the checkpoint, INT8 weights and one engine."""
+    """Refuse to begin what the disk cannot hold: the checkpoint, and exports until their engine."""
     import math
 
     from internvl_edge.export.checkpoint import expected_shapes
@@ -367,7 +353,10 @@ def _require_disk(preset: str, layers: int, steps: list[str], directory: Path | 
 
     shapes = expected_shapes(shrink(PRESETS[preset], layers)).values()
     checkpoint = 2 * sum(math.prod(shape) for shape in shapes)
-    factor = 1.0 + 0.5 * ("int8" in steps) + 1.0 * any("engine" in step for step in steps)
+    part = {"bf16": 0.0, "fp16": 1.0, "int8": 0.5, "fp8": 0.5}  # of the checkpoint, per export
+    kept = sum(part[p] for p in PRECISIONS if p in steps and f"engine-{p}" not in steps)
+    engines = [part[p] + (1.0 if "16" in p else 0.5) for p in PRECISIONS if f"engine-{p}" in steps]
+    factor = 1.0 + kept + max(engines, default=0.0)
     free = shutil.disk_usage(directory or tempfile.gettempdir()).free
     if free < factor * checkpoint + 2e9:
         sys.exit(

@@ -27,7 +27,7 @@ from internvl_edge.compiler.check import (
 from internvl_edge.compiler.emit import quantized_layout
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
 from internvl_edge.errors import ResourceError
-from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX
+from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX, tower_of
 from internvl_edge.export.bring import AUTO_COPY_NBYTES
 from internvl_edge.export.checkpoint import DTYPES, build_model
 from internvl_edge.export.components import COMPONENTS, build_component
@@ -44,10 +44,14 @@ CONVERT_NBYTES_PER_SECOND = 250e6
 FORWARD_OVERHEAD = 1.15  # of a block's forward over its matrix products
 QUANTIZE_SECONDS_PER_PARAMETER = 17e-9  # reading, folding, rounding and writing it
 USUAL_TEXT_LENGTH = 16  # tokens of a caption
-BUILDER_NBYTES = 700_000_000
+BUILDER_NBYTES = 250_000_000
+BUILDER_NBYTES_PER_BLOCK = 11_500_000
+BUILDER_MAPPED_NBYTES = 110_000_000  # its library
 VERIFY_NBYTES_PER_SECOND = 200e6
-BUILD_NBYTES_PER_SECOND = 90e6
-BUILD_SECONDS = 2.0
+BUILD_NBYTES_PER_SECOND = 290e6
+BUILD_SECONDS_PER_BLOCK = 0.7
+BUILD_SECONDS = 1.0
+TOWERS = (f"{VISION_PREFIX}.", f"{LLAMA_PREFIX}.")
 STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -213,7 +217,10 @@ def _trace(plan: Plan) -> Step:
 
 
 def _weights(plan: Plan, written: int) -> Step:
-    largest = max(math.prod(entry.shape) for entry in plan.checkpoint.tensors.values())
+    sizes = {name: math.prod(entry.shape) for name, entry in plan.checkpoint.tensors.items()}
+    if plan.recipe is not None:  # the rest is calibration's
+        sizes = {n: size for n, size in sizes.items() if not n.startswith(TOWERS)}
+    largest = max(sizes.values()) if written else 0
     return Step(
         name="weights",
         memory_nbytes=IMPORTS_NBYTES + 10 * largest,  # stored, float32 and converted, at once
@@ -302,12 +309,19 @@ def _verify(plan: Plan) -> Step:
 
 
 def _build(plan: Plan, written: int, targets: int) -> Step:
-    count = len(plan.components) * targets
     weights = written or sum(shard.stat().st_size for shard in plan.checkpoint.shards)
+    blocks = list(_blocks(plan))
+    depths = [
+        sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
+        for component in plan.components
+    ]
+    own = BUILDER_NBYTES + BUILDER_NBYTES_PER_BLOCK * max(depths) + weights  # the engine's
+    seconds = BUILD_SECONDS * len(depths) + BUILD_SECONDS_PER_BLOCK * sum(depths)
+    mapped = weights + BUILDER_MAPPED_NBYTES  # the graph's weights
     return Step(
         name="build",
-        memory_nbytes=BUILDER_NBYTES + 2 * weights,  # the engine's, and the graph's mapped
-        mapped_nbytes=weights,
+        memory_nbytes=own + mapped,
+        mapped_nbytes=mapped,
         disk_nbytes=weights * targets,
-        seconds=count * BUILD_SECONDS + weights * targets / BUILD_NBYTES_PER_SECOND,
+        seconds=targets * (seconds + weights / BUILD_NBYTES_PER_SECOND),
     )
