@@ -11,8 +11,9 @@ from checkpoints import TINY, write_internvl, write_tokenizer
 
 from internvl_edge import compiler
 from internvl_edge.artifact import open_artifact
-from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler import ExportOptions, memory
 from internvl_edge.engineinfo import read_engine_info
+from internvl_edge.errors import ResourceError
 
 pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
 
@@ -65,3 +66,23 @@ def test_engines_are_added_to_a_published_directory(tmp_path: Path) -> None:
     sidecar = json.loads(after.file(engine.sidecar).read_text())
     assert sidecar["profile"]["batch"] == [1, 2, 3]
     assert not list((tmp_path / "out").glob("**/*.partial"))
+
+
+def test_an_engine_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write_internvl(tmp_path / "checkpoint")
+    options = ExportOptions(
+        checkpoint=written.path, out=tmp_path / "out", precision="fp16", components=("image_pool",)
+    )
+    compiler.export(options)
+    monkeypatch.setattr(memory, "available_memory", lambda: 200_000_000)
+    with pytest.raises(ResourceError, match=r"image_pool: .* of memory to build, 0.20 GB are free"):
+        compiler.build(tmp_path / "out", ["tensorrt-rtx"])
+    assert open_artifact(tmp_path / "out").manifest.engines == ()
+
+
+def test_merged_weights_count_twice() -> None:
+    vision, text = (memory.builder_nbytes(c, 10**9, 4) for c in ("vision", "text_embed"))
+    assert vision == pytest.approx(1.296e9)
+    assert text - vision == pytest.approx(0.66e9)

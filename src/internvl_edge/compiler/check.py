@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,17 +238,6 @@ def reference_nbytes(checkpoint: Checkpoint) -> int:
     """Memory of the float32 reference."""
     parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
     return parameters * FLOAT32_NBYTES
-
-
-def available_memory() -> int:
-    """Memory that can be had without swapping, page cache included, in bytes."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def reason_not_to_verify(verify: Verify) -> str | None:

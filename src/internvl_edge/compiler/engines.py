@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.artifact import EngineRecord, Manifest
+from internvl_edge.compiler.memory import LLAMA_COMPONENTS, require_memory_to_build
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import UsageError
@@ -165,6 +166,7 @@ def _add_engine(
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:
     source = _graph_file(manifest, name)
+    require_memory_to_build(name, manifest.components[name].nbytes, _num_blocks(manifest, name))
     built = build_engine(
         directory / source,
         directory / ENGINES,
@@ -182,6 +184,13 @@ def _add_engine(
         files[file] = record(directory / file)
     others = tuple(e for e in manifest.engines if e.file != built.file)
     return replace(manifest, engines=(*others, built), files=files), built
+
+
+def _num_blocks(manifest: Manifest, component: str) -> int:
+    internvl = manifest.model.get("internvl")
+    if component in LLAMA_COMPONENTS and internvl is not None:
+        return int(internvl["qllama"]["num_hidden_layers"])
+    return int(manifest.model["vision"]["num_hidden_layers"])
 
 
 def _phases(name: str, report: Report) -> Callable[[str, int, int], None]:

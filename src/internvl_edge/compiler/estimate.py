@@ -19,12 +19,12 @@ import torch
 from internvl_edge.compiler.calibration import BATCH, load_samples
 from internvl_edge.compiler.check import (
     FLOAT32_NBYTES,
-    available_memory,
     is_compared_whole,
     reason_not_to_verify,
     reference_nbytes,
 )
 from internvl_edge.compiler.emit import quantized_layout
+from internvl_edge.compiler.memory import available_memory, builder_nbytes
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
 from internvl_edge.errors import ResourceError
 from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX, tower_of
@@ -44,8 +44,6 @@ CONVERT_NBYTES_PER_SECOND = 250e6
 FORWARD_OVERHEAD = 1.15  # of a block's forward over its matrix products
 QUANTIZE_SECONDS_PER_PARAMETER = 17e-9  # reading, folding, rounding and writing it
 USUAL_TEXT_LENGTH = 16  # tokens of a caption
-BUILDER_NBYTES = 250_000_000
-BUILDER_NBYTES_PER_BLOCK = 11_500_000
 BUILDER_MAPPED_NBYTES = 110_000_000  # its library
 VERIFY_NBYTES_PER_SECOND = 200e6
 BUILD_NBYTES_PER_SECOND = 290e6
@@ -311,16 +309,16 @@ def _verify(plan: Plan) -> Step:
 def _build(plan: Plan, written: int, targets: int) -> Step:
     weights = written or sum(shard.stat().st_size for shard in plan.checkpoint.shards)
     blocks = list(_blocks(plan))
-    depths = [
-        sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
+    depths = {
+        component: sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
         for component in plan.components
-    ]
-    own = BUILDER_NBYTES + BUILDER_NBYTES_PER_BLOCK * max(depths) + weights  # the engine's
-    seconds = BUILD_SECONDS * len(depths) + BUILD_SECONDS_PER_BLOCK * sum(depths)
+    }
+    seconds = BUILD_SECONDS * len(depths) + BUILD_SECONDS_PER_BLOCK * sum(depths.values())
     mapped = weights + BUILDER_MAPPED_NBYTES  # the graph's weights
     return Step(
         name="build",
-        memory_nbytes=own + mapped,
+        memory_nbytes=mapped
+        + max(builder_nbytes(c, weights, depth) for c, depth in depths.items()),
         mapped_nbytes=mapped,
         disk_nbytes=weights * targets,
         seconds=targets * (seconds + weights / BUILD_NBYTES_PER_SECOND),

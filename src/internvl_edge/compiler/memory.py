@@ -1,0 +1,53 @@
+"""Memory: what there is, and what a builder of engines takes.
+
+TensorRT-RTX reads weights from the mapped file and keeps the engine's bytes in memory until the
+last of them is written. Of linear layers that read one tensor (q, k and v, gate and up) it makes
+one product, whose weight is one more copy. Measured with TensorRT-RTX 1.7 at the widths of
+InternViT-6B and QLLaMA; see ``docs/LOG.md``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from internvl_edge.errors import ResourceError
+
+BUILDER_NBYTES = 250_000_000
+BUILDER_NBYTES_PER_BLOCK = 11_500_000
+# A vision block has one qkv and no gate: nothing is merged. Of QLLaMA's weights two thirds are.
+MERGED_SHARE = 0.66
+LLAMA_COMPONENTS = ("image_queries", "text_embed", "matcher", "decoder")
+
+
+def available_memory() -> int:
+    """Memory that can be had without swapping, page cache included, in bytes."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def builder_nbytes(component: str, weights_nbytes: int, num_blocks: int) -> int:
+    """Anonymous memory that building a component's engine takes."""
+    copies = 1.0 + (MERGED_SHARE if component in LLAMA_COMPONENTS else 0.0)
+    own = BUILDER_NBYTES + BUILDER_NBYTES_PER_BLOCK * num_blocks
+    return own + int(copies * weights_nbytes)
+
+
+def require_memory_to_build(component: str, weights_nbytes: int, num_blocks: int) -> None:
+    """Refuse an engine that this machine cannot build, before the system kills the builder.
+
+    Raises:
+        ResourceError: what it needs, and what there is.
+    """
+    need, free = builder_nbytes(component, weights_nbytes, num_blocks), available_memory()
+    if need > free:
+        raise ResourceError(
+            f"{component}: an engine of {weights_nbytes / 1e9:.2f} GB of weights takes "
+            f"{need / 1e9:.2f} GB of memory to build, {free / 1e9:.2f} GB are free; choose "
+            "int8 or fp8, other --components, or a larger machine"
+        )
