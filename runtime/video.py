@@ -1,9 +1,9 @@
 """Videos as frames: which are looked at, and what becomes of their embeddings.
 
-A video is a folder of image files, or a sequence of images. Its embedding is the mean of the
-embeddings of n frames, which are not normalised before (internvl-spec section 4). The video is cut
-into pieces of ceil(length / n) frames and the middle one of each is taken; a length that n does
-not divide can give fewer than n pieces.
+A video is a folder of image files, a video file (read by PyAV, an extra), or a sequence of images.
+Its embedding is the mean of the embeddings of n frames, which are not normalised before
+(internvl-spec section 4). The video is cut into pieces of ceil(length / n) frames and the middle
+one of each is taken; a length that n does not divide can give fewer than n pieces.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.errors import MediaError, MissingDependency, UsageError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -53,10 +54,7 @@ def read_frames(folder: str | os.PathLike[str], num_frames: int | None = None) -
     path = Path(folder)
     try:
         if not path.is_dir():
-            raise MediaError(
-                f"{path}: expected a folder of frames; extract them from a video file, "
-                "for example with ffmpeg -i VIDEO FOLDER/%06d.jpg"
-            )
+            raise MediaError(f"{path}: expected a folder of frames, or a video file")
         files = [
             file
             for file in path.iterdir()
@@ -70,6 +68,49 @@ def read_frames(folder: str | os.PathLike[str], num_frames: int | None = None) -
     if num_frames is None:
         return files
     return [files[i] for i in sample_frames(len(files), num_frames)]
+
+
+def decode_frames(
+    path: str | os.PathLike[str], num_frames: int | None = None
+) -> list[NDArray[np.uint8]]:
+    """The frames of a video file as RGB arrays [H, W, 3], in the order they are shown in.
+
+    Containers are often wrong about how many frames they hold, so the file is decoded once to
+    count them, and once more for those that are wanted.
+
+    Args:
+        path: of a file in any format that FFmpeg reads.
+        num_frames: how many to sample (`sample_frames`); None: all.
+
+    Raises:
+        MissingDependency: PyAV is not installed.
+        MediaError: it is not a file, not a video, or holds no frame.
+    """
+    count = sum(1 for _ in _decoded(path))
+    if not count:
+        raise MediaError(f"{path}: expected a video, found no frames")
+    wanted = range(count) if num_frames is None else sample_frames(count, num_frames)
+    chosen = set(wanted)
+    return [
+        np.asarray(frame.to_ndarray(format="rgb24"))
+        for i, frame in enumerate(_decoded(path))
+        if i in chosen
+    ]
+
+
+def _decoded(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Every frame of the first video stream, not converted yet."""
+    try:
+        import av
+    except ImportError as error:
+        raise MissingDependency.of("PyAV, which reads video files,", "video") from error
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path}: expected a video, found no video stream")
+            yield from container.decode(container.streams.video[0])
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"{path}: expected a video file: {error}") from error
 
 
 def pool_frames(features: NDArray[Any]) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime.video import dual_softmax, pool_frames, read_frames, sample_frames
+from internvl_edge.errors import MediaError, MissingDependency, UsageError
+from internvl_edge.runtime.video import (
+    decode_frames,
+    dual_softmax,
+    pool_frames,
+    read_frames,
+    sample_frames,
+)
 
 
 @given(st.integers(1, 10_000), st.integers(1, 200))
@@ -121,3 +128,47 @@ def test_dual_softmax_does_not_overflow() -> None:
 def test_other_similarities_are_refused(similarity: np.ndarray) -> None:
     with pytest.raises(MediaError, match="floating-point array"):
         dual_softmax(similarity)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve grey frames, each twenty levels lighter than the one before."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    path: Path = tmp_path_factory.mktemp("film") / "film.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(12):
+            image = np.full((48, 64, 3), 20 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_a_video_file_gives_its_frames_in_order(film: Path) -> None:
+    frames = decode_frames(film)
+    assert {frame.shape for frame in frames} == {(48, 64, 3)}
+    assert {frame.dtype.name for frame in frames} == {"uint8"}
+    levels = [frame.mean() for frame in frames]
+    np.testing.assert_allclose(levels, 20.0 * np.arange(12), atol=6.0)
+
+
+def test_a_video_file_is_sampled_as_a_folder_is(film: Path) -> None:
+    levels = [frame.mean() for frame in decode_frames(film, 4)]
+    np.testing.assert_allclose(levels, 20.0 * np.array(sample_frames(12, 4)), atol=6.0)
+
+
+def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    path = tmp_path / "film.mp4"
+    with pytest.raises(MediaError, match=r"film.mp4: expected a video file"):
+        decode_frames(path)
+    path.write_bytes(b"not a film" * 100)
+    with pytest.raises(MediaError, match=r"film.mp4: expected a video file"):
+        decode_frames(path)
+
+
+def test_without_pyav_the_extra_is_named(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingDependency, match=r"internvl-edge\[video\]"):
+        decode_frames(film)
