@@ -31,6 +31,7 @@ COMMANDS = [
     "verify",
     "inspect",
     "convert",
+    "lint",
     "embed",
     "classify",
     "retrieve",

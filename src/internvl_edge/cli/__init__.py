@@ -18,7 +18,7 @@ import click
 
 from internvl_edge._version import __version__
 from internvl_edge.cli import compile as compile_commands
-from internvl_edge.cli import measure, use
+from internvl_edge.cli import examine, measure, use
 from internvl_edge.cli.console import Output, error_line, flush
 from internvl_edge.disk import translated
 from internvl_edge.errors import InternVLError, ResourceError
@@ -39,6 +39,7 @@ for command in (
     compile_commands.verify,
     compile_commands.inspect,
     compile_commands.convert,
+    examine.lint,
     use.embed,
     use.classify,
     use.retrieve,
@@ -70,7 +71,7 @@ def run(arguments: list[str]) -> int:
     output = Output(as_json="--json" in arguments)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     try:
-        app.main(arguments, prog_name="internvl-edge", standalone_mode=False)
+        code = app.main(arguments, prog_name="internvl-edge", standalone_mode=False)
         flush()
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -88,7 +89,7 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         ours = as_ours(error)
         return _fail(output, str(ours), ours.exit_code, type(ours).__name__)
-    return 0
+    return code if isinstance(code, int) else 0  # click returns what a command exits with
 
 
 def as_ours(error: Exception) -> InternVLError:

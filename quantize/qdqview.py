@@ -1,0 +1,315 @@
+"""A Q/DQ graph as its products see it: which inputs are pairs, weights, or neither.
+
+Nodes that only move or convert numbers (``MOVES``) stand between a pair and its product in many
+exports: the Transpose of a weight, the Reshape and Transpose that split heads. Builders see
+through them, and so does this view; an output axis is followed back through every Transpose.
+
+Nothing here loads weights: sizes come from shapes, and of constants only scales and zero points
+are read, up to ``MAX_CONSTANT`` elements of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+Array = np.ndarray[Any, Any]
+MAX_CONSTANT = 1 << 20  # elements of a constant that is looked at
+
+MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast"}
+MOVES |= {"Slice", "Split", "Gather", "Expand"}  # their first input is what they move
+JOINS = {"Concat"}
+PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
+ATTENTIONS = {"Attention", "MultiHeadAttention"}
+SCORE_STEPS = {"Mul", "Div", "Add", "Where", "Cast", "Identity", "QuantizeLinear"}
+SCORE_STEPS |= {"DequantizeLinear"}  # between the scores and their softmax
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """One input of a product."""
+
+    value: ir.Value  # what the product reads
+    dequantize: ir.Node | None  # None: it is not quantized
+    quantize: ir.Node | None  # None: not quantized, or stored in 8 bits
+    source: ir.Value  # what is behind the pair
+    is_constant: bool  # a weight
+    output_axis: int | None  # of the source, for a weight; None: not known, or no weight
+    input_axis: int | None
+
+    @property
+    def element(self) -> ir.DataType | None:
+        """The type of its 8-bit values; None where it is not quantized."""
+        return None if self.dequantize is None else dtype_of(self.dequantize.inputs[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A matrix product or convolution."""
+
+    node: ir.Node
+    operands: tuple[Operand, ...]
+
+    @property
+    def weight(self) -> Operand | None:
+        """The constant operand, where one is constant and the other is not."""
+        constant = [operand for operand in self.operands if operand.is_constant]
+        return constant[0] if len(constant) == 1 else None
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(operand.dequantize is not None for operand in self.operands)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCore:
+    """softmax(q kᵀ) v as one node, or as two products around a softmax."""
+
+    name: str
+    operands: tuple[Operand, ...]  # q, k, v and, where there is a node for it, the softmax
+    probabilities: Operand | None  # the softmax's output; None inside one node
+    head_size: int | None
+    length: int | None  # of the keys
+
+
+class View:
+    """What the rules ask of a model."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+        graphs = [model.graph, *(function.graph for function in model.functions.values())]
+        self.nodes = [node for g in graphs for node in ir.traversal.RecursiveGraphIterator(g)]
+
+    @cached_property
+    def quantizers(self) -> list[ir.Node]:
+        return [node for node in self.nodes if node.op_type == "QuantizeLinear"]
+
+    @cached_property
+    def dequantizers(self) -> list[ir.Node]:
+        return [node for node in self.nodes if node.op_type == "DequantizeLinear"]
+
+    @cached_property
+    def products(self) -> list[Product]:
+        return [_product(node) for node in self.nodes if node.op_type in PRODUCTS]
+
+    @cached_property
+    def attentions(self) -> list[AttentionCore]:
+        fused = [_fused(node) for node in self.nodes if node.op_type in ATTENTIONS]
+        parts = [_decomposed(node) for node in self.nodes if node.op_type == "Softmax"]
+        return [core for core in (*fused, *parts) if core is not None]
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def name_of(node: ir.Node) -> str:
+    """A node's name, or that of its first output, by which editors find it too."""
+    return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether a value is stored in the model."""
+    if value is None:
+        return False
+    producer = value.producer()
+    return value.is_initializer() or (producer is not None and producer.op_type == "Constant")
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """A small constant's numbers; None of what is computed, large, or in a file that is absent."""
+    if value is None or not is_constant(value):
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.size > MAX_CONSTANT:
+        return None
+    if isinstance(tensor, ir.ExternalTensor) and not _is_file_beside(tensor):
+        return None
+    try:
+        return np.asarray(tensor.numpy())
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _is_file_beside(tensor: ir.ExternalTensor) -> bool:
+    """Whether an external tensor lies in a regular file in the model's folder or below it."""
+    folder, path = (Path(p).resolve() for p in (tensor.base_dir or ".", tensor.path))
+    return path.is_relative_to(folder) and path.is_file()
+
+
+def dtype_of(value: ir.Value | None) -> ir.DataType | None:
+    return None if value is None else value.dtype
+
+
+def size_of(value: ir.Value | None, axis: int | None) -> int | None:
+    """The size of a dimension; None where it is not known."""
+    if value is None or value.shape is None or axis is None:
+        return None
+    if not -len(value.shape) <= axis < len(value.shape):
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else None
+
+
+def readers(value: ir.Value) -> Iterator[ir.Node | None]:
+    """The nodes that use a value's numbers, seen through ``MOVES``; None for a graph output."""
+    pending, seen = [value], {value}
+    while pending:
+        current = pending.pop()
+        if current.is_graph_output():
+            yield None
+        for use in current.uses():
+            if use.node.op_type not in MOVES | JOINS:
+                yield use.node
+            elif use.node.op_type in JOINS or use.idx == 0:
+                fresh = [output for output in use.node.outputs if output not in seen]
+                seen.update(fresh)
+                pending += fresh
+
+
+def behind(value: ir.Value, steps: set[str] = MOVES) -> ir.Value:
+    """The value that nodes of some kinds made this one from, by their first inputs."""
+    seen = {value}
+    while (node := value.producer()) is not None and node.op_type in steps:
+        source = node.inputs[0] if node.inputs else None
+        if source is None or source in seen:
+            break
+        seen.add(source)
+        value = source
+    return value
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+def _product(node: ir.Node) -> Product:
+    operands = [
+        _operand(value, *_axes(node, i, value))
+        for i, value in enumerate(node.inputs[:2])
+        if value is not None
+    ]
+    return Product(node=node, operands=tuple(operands))
+
+
+def _axes(node: ir.Node, index: int, value: ir.Value) -> tuple[int | None, int | None]:
+    """Which axes of an input, were it the weight, are the product's outputs and inputs."""
+    if node.op_type == "Conv":
+        return 0, 1
+    if node.op_type == "ConvTranspose":
+        return 1, 0
+    if node.op_type == "Gemm":
+        attribute = node.attributes.get("transB" if index else "transA")
+        is_transposed = attribute is not None and bool(attribute.value)
+        first = bool(index) == is_transposed
+        return (0, 1) if first else (1, 0)
+    rank = None if value.shape is None else len(value.shape)
+    if rank is None or rank < 2:
+        return None, None
+    return (rank - 1, rank - 2) if index else (rank - 2, rank - 1)
+
+
+def _operand(value: ir.Value, output_axis: int | None, input_axis: int | None) -> Operand:
+    """Follow an input back to its pair, and on to what was quantized."""
+    axes: list[int | None] = [output_axis, input_axis]
+    source = _back(value, axes)
+    dequantize = source.producer()
+    quantize = None
+    if dequantize is not None and dequantize.op_type == "DequantizeLinear" and dequantize.inputs[0]:
+        source = _back(dequantize.inputs[0], axes)
+        quantize = source.producer()
+        if quantize is not None and quantize.op_type == "QuantizeLinear" and quantize.inputs[0]:
+            source = _back(quantize.inputs[0], axes)
+        else:
+            quantize = None
+    else:
+        dequantize = None
+    is_weight = is_constant(source)
+    return Operand(
+        value=value,
+        dequantize=dequantize,
+        quantize=quantize,
+        source=source,
+        is_constant=is_weight,
+        output_axis=axes[0] if is_weight else None,
+        input_axis=axes[1] if is_weight else None,
+    )
+
+
+def _back(value: ir.Value, axes: list[int | None]) -> ir.Value:
+    """The value behind every move, and the axes in it; unknown behind what reshapes."""
+    seen = {value}
+    while (node := value.producer()) is not None and node.op_type in MOVES:
+        source = node.inputs[0] if node.inputs else None
+        if source is None or source in seen:
+            break
+        seen.add(source)
+        if node.op_type == "Transpose":
+            order = node.attributes.get("perm")
+            rank = len(source.shape) if source.shape is not None else 2
+            perm = list(order.value) if order is not None else list(range(rank))[::-1]
+            axes[:] = [None if a is None or a >= len(perm) else int(perm[a]) for a in axes]
+        elif node.op_type not in ("Identity", "Cast"):
+            axes[:] = [None, None]
+        value = source
+    return value
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def _fused(node: ir.Node) -> AttentionCore | None:
+    values = [value for value in node.inputs[:3] if value is not None]
+    if len(values) < 3:
+        return None
+    attribute = node.attributes.get("q_num_heads") or node.attributes.get("num_heads")
+    heads = int(attribute.value) if attribute is not None else 0
+    query, key = values[:2]
+    size = size_of(query, -1)
+    rank = 0 if query.shape is None else len(query.shape)
+    if rank == 3:
+        size = None if size is None or heads < 1 else size // heads
+    return AttentionCore(
+        name=name_of(node),
+        operands=tuple(_operand(value, None, None) for value in values),
+        probabilities=None,
+        head_size=size,
+        length=size_of(key, -2),
+    )
+
+
+def _decomposed(softmax: ir.Node) -> AttentionCore | None:
+    """The products in front of and behind a softmax, where neither has a weight."""
+    if not softmax.inputs or softmax.inputs[0] is None:
+        return None
+    scores = behind(softmax.inputs[0], MOVES | SCORE_STEPS).producer()
+    through = [softmax.outputs[0]]
+    through += [
+        output
+        for node in readers(softmax.outputs[0])
+        if node is not None and node.op_type == "QuantizeLinear"
+        for pair in readers(node.outputs[0])
+        if pair is not None and pair.op_type == "DequantizeLinear"
+        for output in pair.outputs
+    ]
+    mixes = [n for v in through for n in readers(v) if n is not None and n.op_type == "MatMul"]
+    if scores is None or scores.op_type != "MatMul" or not mixes:
+        return None
+    first, second = _product(scores), _product(mixes[0])
+    if len(first.operands) < 2 or len(second.operands) < 2:
+        return None
+    probabilities, values = second.operands
+    if any(operand.is_constant for operand in (*first.operands, probabilities, values)):
+        return None
+    return AttentionCore(
+        name=name_of(softmax),
+        operands=(*first.operands, values, probabilities),
+        probabilities=probabilities,
+        head_size=size_of(first.operands[0].value, -1),
+        length=size_of(values.value, -2),
+    )
