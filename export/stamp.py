@@ -331,6 +331,18 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
+def residual_stream(model: ir.Model, stack: str, index: int) -> tuple[ir.Value, ir.Value]:
+    """The residual stream in front of a block of a tower, and behind it.
+
+    Raises:
+        InternVLError: there is no such block, or the blocks are not joined by one value.
+    """
+    tower = _blocks(model, stack)
+    if not 0 <= index < len(tower) or len(tower) < 2 or not all(b.nodes for b in tower):
+        raise InternVLError(f"{stack}: expected a block {index} of two or more in {len(tower)}")
+    return _stream_into(tower, index), _stream_behind(tower[index])
+
+
 def _stream_behind(block: _Block) -> ir.Value:
     """The residual stream behind a block: what its last addition gives."""
     return block.nodes[-1].outputs[0]

@@ -32,6 +32,7 @@ COMMANDS = [
     "inspect",
     "convert",
     "lint",
+    "bisect",
     "embed",
     "classify",
     "retrieve",

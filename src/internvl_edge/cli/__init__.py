@@ -40,6 +40,7 @@ for command in (
     compile_commands.inspect,
     compile_commands.convert,
     examine.lint,
+    examine.bisect,
     use.embed,
     use.classify,
     use.retrieve,

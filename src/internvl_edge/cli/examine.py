@@ -13,6 +13,7 @@ from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, backend
 from internvl_edge.errors import VerificationError
 
+BLOCK_COLUMNS = ("block", "isolated", "accumulated", "unrounded", "worst tensor", "")
 EXAMPLES = 3  # of each rule, in the answer for people
 
 
@@ -51,3 +52,53 @@ def _verdict(counts: dict[str, int], clean: bool) -> str:
         return "every rule of Q/DQ placement is kept"
     kinds = f"{sum(counts.values())} finding(s) of {len(counts)} rule(s)"
     return f"clean, with notes: {kinds}" if clean else kinds
+
+
+@click.command()
+@click.argument("out", type=DIRECTORY)
+@click.option("--checkpoint", type=DIRECTORY, help="What OUT was made from; default: the demo's.")
+@click.option("--component", help="One of OUT's; default: all that run through a tower.")
+@click.option("--min-sqnr", type=float, help="In dB, of every tensor; default: by precision.")
+@backend
+@answers
+def bisect(
+    output: Output,
+    backend: str,
+    out: Path,
+    checkpoint: Path | None,
+    component: str | None,
+    min_sqnr: float | None,
+) -> None:
+    """Name the first tensor of OUT that is not what PyTorch or the simulated quantization has.
+
+    Every block is run on its own, one in memory at a time. Exit code 6 where a tensor is bad.
+    """
+    require_export()
+    from internvl_edge.compiler.bisect import bisect as bisect_graphs
+    from internvl_edge.compiler.options import demo_checkpoint
+
+    with output.progress() as report:
+        graphs = bisect_graphs(out, checkpoint or demo_checkpoint(), component, min_sqnr, report)
+    for graph in graphs:
+        output.lines([f"{graph.file}: SQNR in dB beside PyTorch; tensors beside {graph.against}"])
+        output.table(BLOCK_COLUMNS, [_block_row(block) for block in graph.blocks])
+        bad = graph.first_bad
+        output.lines(
+            [f"every tensor is above {graph.bound_db:g} dB"]
+            if bad is None
+            else [
+                f"first bad tensor: {bad.name}, {bad.sqnr_db:.1f} dB of {graph.bound_db:g}, "
+                f"its worst channel {bad.channel_db:.1f} dB"
+            ]
+        )
+    ok = all(graph.first_bad is None for graph in graphs)
+    output.result({"out": out, "ok": ok, "graphs": [graph.to_json() for graph in graphs]})
+    if not ok:
+        raise click.exceptions.Exit(VerificationError.exit_code)
+
+
+def _block_row(block: Any) -> tuple[str, ...]:
+    worst = min(block.tensors, key=lambda tensor: float(tensor.sqnr_db))
+    unrounded = "" if block.unrounded_db is None else f"{block.unrounded_db:.1f}"
+    figures = f"{block.isolated_db:.1f}", f"{block.accumulated_db:.1f}", unrounded
+    return str(block.index), *figures, f"{worst.sqnr_db:.1f}", worst.name

@@ -7,6 +7,7 @@
     calibration   weights quantized block by block, straight into that file
     check         every component beside PyTorch
     engines       TensorRT engines, into a directory that is already published
+    bisect        block by block beside PyTorch, when something is wrong
 
 ``export`` does all of it; ``build`` and ``verify`` take up a published directory again. Names are
 imported when they are used: ``build`` needs a builder, and no PyTorch.

@@ -35,7 +35,7 @@ from internvl_edge.compiler.simulate import read_scales, write_scales
 from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import BuildError, InternVLError, ResourceError, UsageError
 from internvl_edge.export.bring import Brought
-from internvl_edge.export.checkpoint import header_fingerprint, open_checkpoint
+from internvl_edge.export.checkpoint import Checkpoint, header_fingerprint, open_checkpoint
 from internvl_edge.publish import record, staging, write_manifest
 from internvl_edge.quantize.data import CalibrationSet
 from internvl_edge.quantize.recipe import Recipe
@@ -149,23 +149,11 @@ def verify(
     artifact = open_artifact(out)
     if checkpoint is None:
         return {name: {} for name in artifact.manifest.components}
-    opened = open_checkpoint(checkpoint)
-    expected = artifact.manifest.source["files"]
-    found = _source_files(opened.shards)
-    if found != expected:
-        raise UsageError(
-            f"{out} was not made from {checkpoint}: expected shards {expected}, found {found}"
-        )
-    quantization = None
+    opened = open_source(artifact, checkpoint)
+    quantization = quantization_of(artifact)
     base = engine_base = artifact.manifest.precision
-    if artifact.manifest.recipe is not None:
-        recipe = Recipe.from_json(artifact.manifest.recipe)
-        base, engine_base = recipe.base or "fp32", recipe.engine_base
-        quantization = Quantization(
-            recipe=recipe,
-            scales=read_scales(artifact.path),
-            folded=stored_norms(artifact.file(WEIGHTS_FILE)),
-        )
+    if quantization is not None:
+        base, engine_base = quantization.recipe.base or "fp32", quantization.recipe.engine_base
     checker = Checker(
         opened,
         artifact.manifest.image_size,
@@ -181,6 +169,34 @@ def verify(
             name, artifact.onnx_path(name), artifact.manifest.precision, base=base
         ) | _engine_figures(checker, name, other, artifact.manifest.precision, engine_base)
     return figures
+
+
+def open_source(artifact: Artifact, checkpoint: Path) -> Checkpoint:
+    """The checkpoint that a directory was made from.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    opened = open_checkpoint(checkpoint)
+    expected = artifact.manifest.source["files"]
+    found = _source_files(opened.shards)
+    if found != expected:
+        raise UsageError(
+            f"{artifact.path} was not made from {checkpoint}: expected shards {expected}, "
+            f"found {found}"
+        )
+    return opened
+
+
+def quantization_of(artifact: Artifact) -> Quantization | None:
+    """What the simulation of a directory needs; None where nothing is quantized."""
+    if artifact.manifest.recipe is None:
+        return None
+    return Quantization(
+        recipe=Recipe.from_json(artifact.manifest.recipe),
+        scales=read_scales(artifact.path),
+        folded=stored_norms(artifact.file(WEIGHTS_FILE)),
+    )
 
 
 def _compile_into(
