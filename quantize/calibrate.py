@@ -32,6 +32,7 @@ from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import formats, smooth
 from internvl_edge.quantize.observers import RangeObserver
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.statistics import LayerStatistics, input_sqnr_db, weight_sqnr_db
 from internvl_edge.spool import Spool
 
 QUANTIZING_THREADS = 2
@@ -68,6 +69,7 @@ class QuantizedWeight:
 
     values: Array  # (K, N) int8 or float8_e4m3fn
     scales: Array  # (N,) float32
+    sqnr_db: float  # beside the weight that it was made from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,16 @@ class CalibratedBlock:
     activations: dict[str, dict[str, float]] = field(
         default_factory=dict
     )  # stream → weight → scale
+    statistics: list[LayerStatistics] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Range:
+    """An activation's scale, and what it costs."""
+
+    absmax: float
+    scale: float
+    sqnr_db: float
 
 
 @dataclass(slots=True)
@@ -87,6 +99,7 @@ class _Seen:
 
     new_spool: NewSpool
     observers: dict[str, RangeObserver] = field(default_factory=dict)  # by linear
+    ranges: dict[str, _Range] = field(default_factory=dict)  # by weight
     kept: dict[str, Spool] = field(default_factory=dict)  # by norm
     peaks: dict[str, Array] = field(default_factory=dict)  # by norm: largest |x| of each channel
 
@@ -148,16 +161,34 @@ def calibrate_block(
     for norm, readers in groups.items():
         _fold_norm(block, norm, readers, weights, seen, recipe, result)
     for stream_name, watched in seen.items():
-        scales = result.activations[stream_name]
         for name, observer in watched.observers.items():
-            scales[f"{name}.weight"] = _range(observer, name, stream_name, recipe)
+            watched.ranges[f"{name}.weight"] = _range(observer, name, stream_name, recipe)
+        scales = {name: found.scale for name, found in watched.ranges.items()}
+        result.activations[stream_name].update(scales)
     with ThreadPoolExecutor(QUANTIZING_THREADS) as pool:
         quantized = pool.map(
             lambda item: _quantize_weight(item[1], item[0], recipe), weights.items()
         )
         for name, weight in zip(weights, quantized, strict=True):
             result.weights[f"{name}.weight"] = weight
+    result.statistics.extend(_statistics(seen, result.weights, recipe))
     return result
+
+
+def _statistics(
+    seen: Mapping[str, _Seen], weights: Mapping[str, QuantizedWeight], recipe: Recipe
+) -> Iterator[LayerStatistics]:
+    for stream, watched in seen.items():
+        for name, found in watched.ranges.items():
+            yield LayerStatistics(
+                stream=stream,
+                weight=name,
+                absmax=found.absmax,
+                clip=found.scale * formats.as_format(recipe.activations).max_value,
+                scale=found.scale,
+                input_sqnr_db=found.sqnr_db,
+                weight_sqnr_db=weights[name].sqnr_db,
+            )
 
 
 def _groups(block: Block, linears: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
@@ -242,8 +273,8 @@ def _fold_norm(
             for values in watched.kept[norm]:
                 observer.update(values / factors)
             watched.kept[norm].close()
-            scale = _range(observer, f"{block.name}.{norm}", stream, recipe)
-            result.activations[stream].update({f"{name}.weight": scale for name in readers})
+            found = _range(observer, f"{block.name}.{norm}", stream, recipe)
+            watched.ranges.update({f"{name}.weight": found for name in readers})
 
 
 def _norm_arrays(block: Block, norm: str) -> tuple[Array, Array | None]:
@@ -253,11 +284,12 @@ def _norm_arrays(block: Block, norm: str) -> tuple[Array, Array | None]:
     return gain.detach().numpy(), bias.detach().numpy() if isinstance(bias, Tensor) else None
 
 
-def _range(observer: RangeObserver, name: str, stream: str, recipe: Recipe) -> float:
+def _range(observer: RangeObserver, name: str, stream: str, recipe: Recipe) -> _Range:
     scale = observer.scale(recipe.range_method, recipe.activations, recipe.percentile)
     if not (np.isfinite(scale) and scale > 0):
         raise CalibrationError(f"{name}: the {stream} stream gave an unusable scale {scale}")
-    return scale
+    sqnr = input_sqnr_db(observer, scale, recipe.activations)
+    return _Range(absmax=observer.absmax, scale=scale, sqnr_db=sqnr)
 
 
 def _quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight:
@@ -268,4 +300,6 @@ def _quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeigh
     if recipe.granularity == "per-tensor":
         scales[:] = scales.max()
     values = formats.quantize(weight, scales, recipe.weights, axis=0)
-    return QuantizedWeight(values=np.ascontiguousarray(values.T), scales=scales)
+    stored = np.ascontiguousarray(values.T)
+    sqnr = weight_sqnr_db(weight, stored, scales)
+    return QuantizedWeight(values=stored, scales=scales, sqnr_db=sqnr)

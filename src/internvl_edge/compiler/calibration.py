@@ -21,6 +21,7 @@ from internvl_edge.export.blocks import COMPONENT_STREAM, Samples, calibration_b
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibrate import calibrate_block
 from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
+from internvl_edge.quantize.statistics import layers_to_json
 from internvl_edge.resume import Workspace
 from internvl_edge.runtime.image import pixel_values
 from internvl_edge.runtime.tokenizer import Tokenizer
@@ -136,7 +137,8 @@ def quantize_weights(
             calibrated = calibrate_block(block, current, plan.recipe, work.hidden, work.scratch)
             written = write_block(writer, calibrated)
             writer.sync()
-            finished = {"weights": written, "activations": calibrated.activations}
+            finished: dict[str, Any] = {"weights": written, "activations": calibrated.activations}
+            finished["statistics"] = layers_to_json(calibrated.statistics)
             work.finish(block.name, finished, {s: stream.hidden for s, stream in current.items()})
             require_within_budget(plan.options.memory_budget, work.num_done, total)
         rest = {name: layout[name][0] for name in writer.pending}

@@ -31,6 +31,7 @@ from internvl_edge.compiler.estimate import require_fit, spool_budget
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.readme import readme
+from internvl_edge.compiler.report import with_report
 from internvl_edge.compiler.simulate import read_scales, write_scales
 from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import BuildError, InternVLError, ResourceError, UsageError
@@ -39,6 +40,7 @@ from internvl_edge.export.checkpoint import Checkpoint, header_fingerprint, open
 from internvl_edge.publish import record, staging, write_manifest
 from internvl_edge.quantize.data import CalibrationSet
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.statistics import write_statistics
 from internvl_edge.resume import Workspace, workspace
 
 MB = 10**6
@@ -82,6 +84,7 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
         except (BuildError, ResourceError) as error:
             failure = error  # hours of quantization are not thrown away for one engine
         plan.checkpoint.require_unchanged()
+        manifest = with_report(directory, manifest)
         report(Progress(step="publish", detail=str(options.out), done=0, total=1))
         write_manifest(directory, manifest)
     if failure is not None:
@@ -228,6 +231,7 @@ def _compile_into(
     quantization = None
     if plan.recipe is not None:
         write_scales(directory, scales)
+        write_statistics(directory, [row for entry in work.entries for row in entry["statistics"]])
         norms = stored_norms(directory / WEIGHTS_FILE)
         quantization = Quantization(recipe=plan.recipe, scales=scales, folded=norms)
     checker = None
