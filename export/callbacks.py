@@ -11,61 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from internvl_edge.errors import ResourceError
-
-logger = logging.getLogger(__name__)
-
-ERRORS = ("INTERNAL_ERROR", "ERROR")
-# A builder without a GPU says this beside every real error.
-NOISE = ("CUDA driver version is insufficient",)
-MAX_LINES, MAX_LINE_LENGTH = 6, 600
-
-
-def callback(base: Any, **methods: Callable[..., Any]) -> Any:
-    """An object of a builder's callback class whose methods are the given functions."""
-    bodies = {name: _method(function) for name, function in methods.items()}
-    # pybind11 requires the base's own __init__, called explicitly
-    bodies["__init__"] = lambda self: base.__init__(self)
-    return type(f"Our{base.__name__}", (base,), bodies)()
-
-
-def _method(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, *args: function(*args)
-
-
-class BuildLog:
-    """The errors a builder reported, and everything forwarded to Python's logging."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity.name in ERRORS:
-            self.errors.append(message)
-        logger.debug("%s: %s", severity.name, message)  # errors too: they are raised, once
-
-    def mentions(self, text: str) -> bool:
-        """Whether an error line contains ``text``."""
-        return any(text in line for line in self.errors)
-
-    def decisive(self) -> str:
-        """The error lines that say what happened: no repetitions, no noise, not too many."""
-        return decisive_lines(self.errors)
-
-
-def decisive_lines(messages: list[str]) -> str:
-    """Keep the lines that matter of native error messages; "" where there were none."""
-    lines = [line.strip()[:MAX_LINE_LENGTH] for text in messages for line in text.splitlines()]
-    lines = [line for line in dict.fromkeys(lines) if line]
-    telling = [line for line in lines if not any(noise in line for noise in NOISE)]
-    return "\n  ".join((telling or lines)[:MAX_LINES])
 
 
 class Monitor:

@@ -37,13 +37,7 @@ from internvl_edge.errors import (
     InternVLError,
     ResourceError,
 )
-from internvl_edge.export.callbacks import (
-    BuildLog,
-    Monitor,
-    StreamedFile,
-    callback,
-    decisive_lines,
-)
+from internvl_edge.export.callbacks import Monitor, StreamedFile
 from internvl_edge.export.targets import (
     Target,
     choose_capabilities,
@@ -51,6 +45,7 @@ from internvl_edge.export.targets import (
     load_builder,
     minimum_sm,
 )
+from internvl_edge.runtime.vendor import DTYPES, NativeLog, callback, decisive_lines
 
 __all__ = ["Profile", "build_engine"]
 
@@ -58,18 +53,6 @@ ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
 
 NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 9, 256  # of fused attention kernels
-
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-    "FP8": "float8_e4m3fn",
-}
 
 
 def build_engine(
@@ -132,7 +115,7 @@ def build_engine(
         return record
 
     started = time.monotonic()
-    log = BuildLog()
+    log = NativeLog()
     network = _parse(trt, chosen, component, onnx_path, log)
     _check_inputs(network, component, inputs)
     config = _configure(trt, chosen, network, ranges, capabilities)
@@ -190,7 +173,7 @@ class _Network:
     logger: Any
 
 
-def _parse(trt: Any, target: Target, component: str, path: Path, log: BuildLog) -> _Network:
+def _parse(trt: Any, target: Target, component: str, path: Path, log: NativeLog) -> _Network:
     logger = callback(trt.ILogger, log=log.log)
     try:
         builder = trt.Builder(logger)
@@ -280,7 +263,7 @@ def _build(
     network: _Network,
     config: Any,
     plan: StreamedFile,
-    log: BuildLog,
+    log: NativeLog,
     component: str,
     progress: ReportPhase | None,
 ) -> tuple[int, int]:
@@ -337,7 +320,7 @@ def _has_fused_kernel(query: Any) -> bool:
     return half and length != 1 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
 
 
-def _failure(component: str, log: BuildLog) -> InternVLError:
+def _failure(component: str, log: NativeLog) -> InternVLError:
     """The error for a build that gave no engine, from what the builder logged."""
     told = log.decisive() or "the builder logged no reason"
     if log.mentions("OutOfMemory") or log.mentions("bad_alloc"):

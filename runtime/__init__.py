@@ -2,6 +2,7 @@
 
     session   the ``Session`` protocol, what a feed must be, the choice of a backend
     ort       ONNX Runtime behind that protocol
+    trt       TensorRT and TensorRT-RTX: device, cuda, vendor, plan, profiles, contexts, slot
     image     pictures to ``pixel_values``;  video  frames;  tokenizer  texts to ids
     requests  what callers hand over;  vectors  arithmetic on embeddings
     model     what people ask for: encode, classify, retrieve, match

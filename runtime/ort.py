@@ -159,8 +159,10 @@ class OrtSession:
         return InternVLError(f"ONNX Runtime failed to run {self._path}: {message}")
 
 
-def open_component(artifact: Artifact, component: str, device: str = "auto") -> OrtSession:
-    """Open the ONNX graph of a component; see ``OrtSession``."""
+def open_component(
+    artifact: Artifact, component: str, device: str = "auto", backend: str = "onnxruntime"
+) -> OrtSession:
+    """Open the ONNX graph of a component; see ``OrtSession``. There is one backend here."""
     return OrtSession(artifact.onnx_path(component), device=device)
 
 

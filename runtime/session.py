@@ -25,8 +25,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from internvl_edge.artifact import Artifact, TensorSpec, open_artifact
-from internvl_edge.engineinfo import check_engine, read_engine_info
 from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
+from internvl_edge.runtime.device_array import DeviceArray
 
 __all__ = [
     "BACKENDS",
@@ -49,9 +49,12 @@ BACKENDS = {
     "tensorrt-rtx": "internvl_edge.runtime.trt",
     "tensorrt": "internvl_edge.runtime.trt",
 }
-# TensorRT backend → its Python package, and the extra that installs it.
-VENDOR_PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
-PACKAGES = VENDOR_PACKAGES | {"onnxruntime": ("onnxruntime", "ort")}
+# Backend → its Python package, and the extra that installs it.
+PACKAGES = {
+    "onnxruntime": ("onnxruntime", "ort"),
+    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
+    "tensorrt": ("tensorrt", "trt"),
+}
 MAY_BE_EMPTY = frozenset({"past"})
 SIMILAR = 0.75  # of difflib's ratio, 0 to 1: a typo, not another name of the same family
 
@@ -129,10 +132,8 @@ def open_component(
             f"{did_you_mean(component, present)}"
         )
     chosen = require_backend(backend)
-    if chosen in VENDOR_PACKAGES:
-        raise _no_tensorrt_session(artifact, component, chosen)
     module = importlib.import_module(BACKENDS[chosen])
-    session: Session = module.open_component(artifact, component, device)
+    session: Session = module.open_component(artifact, component, device, chosen)
     return session
 
 
@@ -153,34 +154,12 @@ def require_backend(backend: str) -> str:
     package, extra = PACKAGES[chosen]
     if importlib.util.find_spec(package) is None:
         raise MissingDependency.of(package, extra)
-    if chosen in VENDOR_PACKAGES and cuda_device_count() == 0:
+    if chosen != "onnxruntime" and cuda_device_count() == 0:
         raise HardwareError(
             f"backend {backend!r} needs an NVIDIA GPU and found no CUDA device; "
             "use backend 'onnxruntime' on this machine"
         )
     return chosen
-
-
-def _no_tensorrt_session(
-    artifact: Artifact, component: str, backend: str
-) -> UsageError | HardwareError:
-    """The first thing that stands between this machine's GPU and a TensorRT session."""
-    package, _ = VENDOR_PACKAGES[backend]
-    if not artifact.engines(component, backend):
-        return UsageError(
-            f"{artifact.path} has no {backend} engine of {component!r}; "
-            f"run: internvl-edge build {artifact.path} --target {backend}"
-        )
-    for engine in artifact.engines(component, backend):
-        info = read_engine_info(artifact.file(engine.sidecar))
-        try:
-            check_engine(info, importlib.import_module(package))
-        except HardwareError as error:
-            return error
-    return HardwareError(
-        f"this release builds {backend} engines and does not run them itself; load the .plan of "
-        f"{artifact.path} with {package}, or use backend 'onnxruntime'"
-    )
 
 
 def cuda_device_count() -> int:
@@ -205,13 +184,13 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 
 def check_feeds(
-    specs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], check_finite: bool = True
-) -> dict[str, Array]:
+    specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any], check_finite: bool = True
+) -> dict[str, Any]:
     """Refuse what a session cannot run; the feeds, contiguous.
 
     Args:
         specs: the session's inputs.
-        feeds: one array per input.
+        feeds: one array per input; a ``DeviceArray`` too, whose values are not looked at.
         check_finite: refuse NaN and infinity too.
 
     Raises:
@@ -270,7 +249,7 @@ def _wrong_names(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) ->
 
 
 def _check_kind(spec: TensorSpec, array: object) -> None:
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray | DeviceArray):
         raise FeedError(
             f"input {spec.name!r}: expected a NumPy array of {_described(spec)}, "
             f"found {type(array).__name__}"
@@ -302,8 +281,8 @@ def _check_sum(
         raise FeedError(_wrong_size(spec, array, axis, f"{expression}={total}"))
 
 
-def _check_finite(name: str, array: Array) -> None:
-    if array.dtype.kind in "iub" or np.isfinite(array).all():
+def _check_finite(name: str, array: Array | DeviceArray) -> None:
+    if isinstance(array, DeviceArray) or array.dtype.kind in "iub" or np.isfinite(array).all():
         return
     count = array.size - int(np.isfinite(array).sum())
     raise FeedError(
@@ -312,8 +291,10 @@ def _check_finite(name: str, array: Array) -> None:
     )
 
 
-def _contiguous(array: Array) -> Array:
+def _contiguous(array: Array | DeviceArray) -> Array | DeviceArray:
     """The array as a plain block of memory: itself where it is one."""
+    if isinstance(array, DeviceArray):
+        return array
     flags = array.flags
     return array if flags.c_contiguous and flags.aligned else array.copy(order="C")
 

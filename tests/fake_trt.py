@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT64")
+DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT64 INT32 FP4")
 LayerType = enum.Enum("LayerType", "CAST ATTENTION_INPUT")
 Severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
 ComputeCapability = enum.Enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120")

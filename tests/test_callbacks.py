@@ -10,7 +10,8 @@ import pytest
 from disk import fill_disk
 
 from internvl_edge.errors import ResourceError
-from internvl_edge.export.callbacks import BuildLog, Monitor, StreamedFile, callback, decisive_lines
+from internvl_edge.export.callbacks import Monitor, StreamedFile
+from internvl_edge.runtime.vendor import NativeLog, callback, decisive_lines
 
 Severity = Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO")
 
@@ -32,10 +33,10 @@ def test_a_callback_object_is_initialised_and_calls_our_function() -> None:
 
 
 def test_only_errors_are_kept_of_the_log() -> None:
-    log = BuildLog()
+    log = NativeLog()
     for severity in Severity:
         log.log(severity, f"{severity.name} line")
-    assert log.errors == ["INTERNAL_ERROR line", "ERROR line"]
+    assert list(log.errors) == ["INTERNAL_ERROR line", "ERROR line"]
     assert log.mentions("ERROR line")
     assert not log.mentions("WARNING")
 

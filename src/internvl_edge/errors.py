@@ -10,6 +10,7 @@
     │   └── FeedError            3  what a session was asked to run on
     ├── MissingDependency        4  a package that an extra installs
     ├── HardwareError            4  a device, driver or engine that does not fit this machine
+    │   └── SessionDead          4  a fault of the GPU that only a new process recovers from
     ├── ResourceError            5  memory or disk
     ├── VerificationError        6  a compiled component disagrees with its reference
     └── BuildError               7  TensorRT refused a graph of ours
@@ -32,6 +33,7 @@ __all__ = [
     "MediaError",
     "MissingDependency",
     "ResourceError",
+    "SessionDead",
     "UsageError",
     "VerificationError",
 ]
@@ -90,6 +92,10 @@ class HardwareError(InternVLError):
     """A device, driver or engine that does not fit this machine."""
 
     exit_code = 4
+
+
+class SessionDead(HardwareError):
+    """A fault of the GPU after which this process cannot use it; a new one can."""
 
 
 class ResourceError(InternVLError):

@@ -1,0 +1,110 @@
+"""What the TensorRT modules have in common: their log, their callbacks, their names of types.
+
+``tensorrt`` and ``tensorrt_rtx`` share one interface, so the module is passed around. TensorRT
+wants objects of its own classes to call back, and an exception that leaves one of them is lost in
+native code: nothing given to ``callback`` may raise. Why a call failed is in its log alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.errors import HardwareError, MissingDependency
+
+__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_vendor", "numpy_dtype"]
+
+logger = logging.getLogger(__name__)
+
+# TensorRT backend → its Python package, and the extra that installs it.
+PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+    "FP8": "float8_e4m3fn",
+}
+MAX_ERRORS = 64
+ERRORS = ("INTERNAL_ERROR", "ERROR")
+# A builder without a GPU says this beside every real error.
+NOISE = ("CUDA driver version is insufficient",)
+MAX_LINES, MAX_LINE_LENGTH = 6, 600
+
+
+def callback(base: Any, **methods: Callable[..., Any]) -> Any:
+    """An object of a builder's callback class whose methods are the given functions."""
+    bodies = {name: _method(function) for name, function in methods.items()}
+    # pybind11 requires the base's own __init__, called explicitly
+    bodies["__init__"] = lambda self: base.__init__(self)
+    return type(f"Our{base.__name__}", (base,), bodies)()
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args: function(*args)
+
+
+class NativeLog:
+    """The last errors that TensorRT logged, and everything forwarded to Python's logging."""
+
+    def __init__(self) -> None:
+        self.errors: deque[str] = deque(maxlen=MAX_ERRORS)  # a session logs for days
+
+    def log(self, severity: Any, message: str) -> None:
+        if severity.name in ERRORS:
+            self.errors.append(message)
+        logger.debug("%s: %s", severity.name, message)  # errors too: they are raised, once
+
+    def mentions(self, text: str) -> bool:
+        """Whether an error line contains ``text``."""
+        return any(text in line for line in self.errors)
+
+    def decisive(self) -> str:
+        """The error lines that say what happened: no repetitions, no noise, not too many."""
+        return decisive_lines(list(self.errors))
+
+
+def decisive_lines(messages: list[str]) -> str:
+    """Keep the lines that matter of native error messages; "" where there were none."""
+    lines = [line.strip()[:MAX_LINE_LENGTH] for text in messages for line in text.splitlines()]
+    lines = [line for line in dict.fromkeys(lines) if line]
+    telling = [line for line in lines if not any(noise in line for noise in NOISE)]
+    return "\n  ".join((telling or lines)[:MAX_LINES])
+
+
+def import_vendor(backend: str) -> Any:
+    """Import a backend's module.
+
+    Raises:
+        MissingDependency: it is not installed.
+        HardwareError: it is, and its libraries do not load.
+    """
+    package, extra = PACKAGES[backend]
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise MissingDependency.of(backend, extra) from error
+    except (ImportError, OSError) as error:
+        raise HardwareError(f"{backend} is installed but does not load: {error}") from error
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """A dtype by name; of those that NumPy lacks, such as bfloat16, from ml_dtypes."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        pass
+    try:
+        found: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+    except ModuleNotFoundError as error:
+        raise MissingDependency.of("ml-dtypes", "export") from error
+    return found

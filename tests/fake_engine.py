@@ -1,0 +1,241 @@
+"""The run-time half of the TensorRT stand-in: engines that compute, on the memory of ``FakeCuda``.
+
+An engine computes, in the stream and when the stream gets there,
+
+    y     float32 [batch, 3]         x W + ½ Σ ids
+    part  float16 [batch, length]    ids / 4
+
+of x float32 [batch, 4] and ids int64 [batch, length]. It keeps the rules of the real one: shapes
+inside the active profile, which forgets them when it changes; addresses aligned to 256 bytes; a
+run of a shape before its capture; a captured graph only as long as its context stays as it was.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from fake_cuda import FakeCuda, Fault
+from fake_trt import DataType, FakeTrt, Severity, _Base
+
+from internvl_edge.artifact import TensorSpec
+
+Mode = enum.Enum("Mode", "INPUT OUTPUT")
+Place = enum.Enum("Place", "DEVICE HOST")
+Seek = enum.Enum("Seek", "SET CUR END")
+Strategy = enum.Enum("Strategy", "STATIC USER_MANAGED")
+GraphStrategy = enum.Enum("GraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
+
+SCRATCH_NBYTES = 1000
+WEIGHT = np.random.default_rng(7).standard_normal((4, 3)).astype(np.float32)
+DTYPES = {"x": np.float32, "ids": np.int64, "y": np.float32, "part": np.float16}
+WIDE = {"x": [[1, 4], [2, 4], [8, 4]], "ids": [[1, 1], [2, 3], [8, 6]]}
+NARROW = {"x": [[1, 4], [2, 4], [4, 4]], "ids": [[1, 1], [2, 1], [4, 1]]}
+PLAN = json.dumps([WIDE, NARROW]).encode() + b" " * 1000
+
+INPUTS = (
+    TensorSpec(name="x", dtype="float32", shape=("batch", 4)),
+    TensorSpec(name="ids", dtype="int64", shape=("batch", "length")),
+)
+OUTPUTS = (
+    TensorSpec(name="y", dtype="float32", shape=("batch", 3)),
+    TensorSpec(name="part", dtype="float16", shape=("batch", "length")),
+)
+
+
+def expected(feeds: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """What the engine computes."""
+    x, ids = feeds["x"], feeds["ids"]
+    product = sum(x[:, i, None] * WEIGHT[i] for i in range(4))  # rounds alike at every batch size
+    return {
+        "y": (product + 0.5 * ids.sum(1, keepdims=True)).astype(np.float32),
+        "part": (ids / 4).astype(np.float16),
+    }
+
+
+class FakeRuntimeTrt(FakeTrt):
+    """The module, with engines. ``refuses`` names the calls that fail."""
+
+    TensorIOMode, TensorLocation = Mode, Place
+    SeekPosition, ExecutionContextAllocationStrategy = Seek, Strategy
+    IStreamReaderV2 = type("IStreamReaderV2", (_Base,), {})
+
+    def __init__(self, cuda: FakeCuda, name: str = "tensorrt", version: str = "11.4.0.106") -> None:
+        super().__init__(name, version)
+        self.cuda = cuda
+        self.refuses: dict[str, str] = {}  # call → what is logged
+        self.runtimes: list[Any] = []
+        self.contexts: list[Context] = []
+        self.changes: dict[str, Any] = {}  # of what the engine says of its tensors
+        self.cache = b"kernels"
+        self.caches: list[Any] = []
+        self.logger: Any = None
+        if name == "tensorrt_rtx":
+            self.CudaGraphStrategy = GraphStrategy
+
+    def Runtime(self, logger: Any) -> Any:  # noqa: N802
+        assert logger.initialised
+        self.logger = logger
+        if self.refuse("Runtime"):
+            raise TypeError("factory function returned nullptr")
+        runtime = SimpleNamespace(
+            deserialize_cuda_engine=self._deserialize, engine_host_code_allowed=False
+        )
+        self.runtimes.append(runtime)
+        return runtime
+
+    def refuse(self, call: str) -> bool:
+        if call in self.refuses:
+            self.logger.log(Severity.ERROR, self.refuses[call])
+        return call in self.refuses
+
+    def _deserialize(self, reader: Any) -> Any:
+        assert reader.initialised
+        assert reader.seek(-16, Seek.END)
+        assert reader.seek(0, Seek.SET)
+        assert not reader.seek(-1, Seek.CUR)
+        data = b""
+        while piece := reader.read(600, 0):
+            assert len(piece) <= 600
+            data += piece
+        if data != PLAN or self.refuse("deserialize"):
+            return None
+        return Engine(self, json.loads(data))
+
+
+class Engine:
+    def __init__(self, trt: FakeRuntimeTrt, profiles: list[Any]) -> None:
+        self.trt, self.profiles = trt, profiles
+        self.device_memory_size_v2 = SCRATCH_NBYTES
+        self.num_io_tensors, self.num_optimization_profiles = 4, len(profiles)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(DTYPES)[index]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return Mode.INPUT if name in ("x", "ids") else Mode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        names = {"x": "FLOAT", "ids": "INT64", "y": "FLOAT", "part": "HALF"}
+        return DataType[self.trt.changes.get(name, names[name])]
+
+    def get_tensor_location(self, name: str) -> Any:
+        return Place.HOST if self.trt.changes.get("host") == name else Place.DEVICE
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> Any:
+        return self.profiles[index][name]
+
+    def create_runtime_config(self) -> Any:
+        assert hasattr(self.trt, "CudaGraphStrategy")
+        config = SimpleNamespace(create_runtime_cache=lambda: Cache(self.trt))
+        config.set_execution_context_allocation_strategy = lambda s: setattr(config, "strategy", s)
+        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
+        return config
+
+    def create_execution_context(self, how: Any) -> Any:
+        config = how if self.trt.__name__ == "tensorrt_rtx" else SimpleNamespace(strategy=how)
+        assert config.strategy is Strategy.USER_MANAGED
+        if self.trt.refuse("create_execution_context"):
+            return None
+        context = Context(self, config)
+        self.trt.contexts.append(context)
+        return context
+
+
+class Cache:
+    def __init__(self, trt: FakeRuntimeTrt) -> None:
+        self.trt = trt
+        self.loaded: bytes | None = None
+        trt.caches.append(self)
+
+    def deserialize(self, data: bytes) -> bool:
+        self.loaded = data
+        return data.startswith(b"kernels")
+
+    def serialize(self) -> bytes:
+        return self.trt.cache
+
+
+class Context:
+    def __init__(self, engine: Engine, config: Any) -> None:
+        self.engine, self.trt, self.config = engine, engine.trt, config
+        self.active_optimization_profile = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch = 0, 0
+        self.generation = 0  # of the settings
+        self.ran = -1  # the generation that ran last
+        self.busy = False
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        assert nbytes >= SCRATCH_NBYTES
+        assert address % 256 == 0
+        self.scratch = address, nbytes
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if self.trt.refuse("set_optimization_profile_async"):
+            return False
+        self.active_optimization_profile, self.shapes = index, {}
+        self.generation += 1
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self.engine.profiles[self.active_optimization_profile][name]
+        inside = all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+        if self.trt.refuse("set_input_shape") or not inside:
+            return False
+        self.shapes[name] = tuple(shape)
+        self.generation += 1
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        if self.trt.refuse("set_tensor_address") or address % 256:
+            return False
+        self.addresses[name] = address
+        self.generation += 1
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if "shape" in self.trt.changes:
+            return (-1, 3)
+        batch, length = self.shapes["ids"]
+        return {"x": (batch, 4), "ids": (batch, length), "y": (batch, 3), "part": (batch, length)}[
+            name
+        ]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if self.trt.refuse("execute_async_v3"):
+            return False
+        assert self.shapes.keys() == {"x", "ids"}
+        assert self.shapes["x"][0] == self.shapes["ids"][0]
+        assert self.addresses.keys() == DTYPES.keys()
+        cuda, generation = self.trt.cuda, self.generation
+        is_captured = cuda.streams[stream].captured is not None
+        if is_captured and self.ran != generation:
+            cuda.streams[stream].invalidated = True  # allocates what the first run would have
+            return True
+        self.ran = generation
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        outputs = {name: self.get_tensor_shape(name) for name in ("y", "part")}
+
+        def kernel() -> None:
+            if is_captured and self.generation != generation:
+                raise Fault("a graph of a context that was changed")
+            cuda.bytes_at(*self.scratch)[:] = 1
+            feeds = {name: load(cuda, addresses[name], shapes[name], name) for name in shapes}
+            for name, array in expected(feeds).items():
+                assert array.shape == outputs[name]
+                data = np.ascontiguousarray(array).view(np.uint8).ravel()
+                cuda.bytes_at(addresses[name], len(data))[:] = data
+
+        cuda.queue(stream, kernel)
+        return True
+
+
+def load(cuda: FakeCuda, address: int, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
+    dtype = np.dtype(DTYPES[name])
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    return cuda.bytes_at(address, nbytes).copy().view(dtype).reshape(shape)
