@@ -3,6 +3,9 @@
 The CPU provider computes float32, float16 and every Q/DQ graph (INT8 and FP8). It has no
 bfloat16 arithmetic: MatMul, Conv, Add, Softmax, RMSNormalization and all other operators that
 compute are missing there, only those that move data exist. A bfloat16 graph needs a GPU.
+
+``run`` takes and gives NumPy arrays. ``run_device`` leaves outputs where they were computed and
+takes them back as inputs: a decoder's cache never crosses to the host.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,9 +34,17 @@ from internvl_edge.errors import (
     ResourceError,
     UsageError,
 )
+from internvl_edge.runtime.device_array import DeviceArray
 from internvl_edge.runtime.session import Array, check_feeds, check_outputs, cuda_device_count
+from internvl_edge.runtime.vendor import numpy_dtype
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# What computes on a GPU → ONNX Runtime's provider; what it does not take goes to CUDA's.
+GPU_PROVIDERS = {
+    "cuda": CUDA,
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
 # ONNX Runtime's name of a type → NumPy's, where they differ.
 NUMPY_NAMES = {"float": "float32", "double": "float64"}
 FATAL_ONLY = 4  # its log goes to stderr, and a library does not print: errors come as exceptions
@@ -44,6 +56,17 @@ EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrtOptions:
+    """How ONNX Runtime computes; the defaults are the fastest of a process that has the cores."""
+
+    num_threads: int | None = None  # within an operator; None: every core this process may use
+    arena: bool = True  # keep intermediate buffers between runs
+    prepack: bool = True  # weights in the layout of the kernels: faster, twice the memory
+    spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
+    gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
+
+
 class OrtSession:
     """An ONNX file, opened by ONNX Runtime; ``Session`` says what it does.
 
@@ -51,7 +74,7 @@ class OrtSession:
         path: the file; its external data lies beside it.
         graph: open these bytes in place of the file's, with the external data beside ``path``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
-        num_threads: threads within an operator; None is every core this process may use.
+        options: how it computes.
 
     Raises:
         ArtifactError: ONNX Runtime refuses the file.
@@ -65,26 +88,22 @@ class OrtSession:
         *,
         graph: bytes | None = None,
         device: str = "cpu",
-        num_threads: int | None = None,
+        options: OrtOptions = OrtOptions(),
     ) -> None:
         self._path = Path(path)
-        self._providers = _providers(device)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = FATAL_ONLY
-        options.intra_op_num_threads = available_cores() if num_threads is None else num_threads
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.enable_cpu_mem_arena = True  # intermediate buffers are kept between runs
+        self._providers = _providers(device, options.gpu_provider)
+        native = _native_options(options)
         if graph is not None:
-            options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._path.parent))
+            native.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._path.parent))
         try:
             session = onnxruntime.InferenceSession(
-                os.fspath(path) if graph is None else graph, options, providers=self._providers
+                os.fspath(path) if graph is None else graph, native, providers=self._providers
             )
         except Exception as error:
             raise self._load_error(error) from error
         if len(session.get_providers()) < len(self._providers):  # it falls back without an error
             raise HardwareError(
-                f"device {device!r}: ONNX Runtime could not start its CUDA provider; its CUDA and "
+                f"device {device!r}: ONNX Runtime could not start its GPU provider; its CUDA and "
                 "cuDNN libraries are missing or do not fit; use device 'cpu'"
             )
         self._session: Any = session
@@ -92,6 +111,7 @@ class OrtSession:
         self._inputs = {value.name: _spec(value) for value in session.get_inputs()}
         self._outputs = {value.name: _spec(value) for value in session.get_outputs()}
         self._names = list(self._outputs)
+        self._place = _place(self._providers)
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -109,6 +129,50 @@ class OrtSession:
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array]:
         """See ``Session.run``."""
+        session = self._opened()
+        names = self._names if outputs is None else check_outputs(self._outputs, outputs)
+        arrays = check_feeds(self._inputs, feeds, check)
+        try:
+            return dict(zip(names, session.run(names, arrays), strict=True))
+        except Exception as error:
+            raise self._run_error(error) from error
+
+    def run_device(
+        self,
+        feeds: Mapping[str, Any],
+        *,
+        check: bool = True,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Like ``run``, but outputs stay where they were computed.
+
+        Args:
+            feeds: NumPy arrays, or ``OrtValue``s of an earlier call, which are not copied.
+            check: scan float arrays for NaN and infinity; values of an ``OrtValue`` are not read.
+            outputs: the outputs that are wanted; None is all.
+
+        Returns:
+            An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
+        """
+        session = self._opened()
+        names = self._names if outputs is None else check_outputs(self._outputs, outputs)
+        given = {n: _described(v) if _is_value(v) else v for n, v in feeds.items()}
+        arrays = check_feeds(self._inputs, given, check)
+        binding = session.io_binding()
+        for name, array in arrays.items():
+            if _is_value(feeds[name]):
+                binding.bind_ortvalue_input(name, feeds[name])
+            else:
+                binding.bind_cpu_input(name, array)
+        for name in names:
+            binding.bind_output(name, *self._place)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._run_error(error) from error
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def _opened(self) -> Any:
         session = self._session  # a close() by another thread waits for this reference
         if session is None:
             raise UsageError(f"the session of {self._path} is closed; open it again")
@@ -117,12 +181,7 @@ class OrtSession:
                 f"the session of {self._path} was opened before a fork and its threads did not "
                 "come along; open it in the process that runs it"
             )
-        names = self._names if outputs is None else check_outputs(self._outputs, outputs)
-        arrays = check_feeds(self._inputs, feeds, check)
-        try:
-            return dict(zip(names, session.run(names, arrays), strict=True))
-        except Exception as error:
-            raise self._run_error(error) from error
+        return session
 
     def close(self) -> None:
         """Free the session once the runs that are under way have ended."""
@@ -173,12 +232,45 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _providers(device: str) -> list[str | tuple[str, dict[str, str]]]:
+def _native_options(options: OrtOptions) -> Any:
+    native = onnxruntime.SessionOptions()
+    native.log_severity_level = FATAL_ONLY
+    threads = options.num_threads
+    native.intra_op_num_threads = available_cores() if threads is None else threads
+    native.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    native.enable_cpu_mem_arena = options.arena
+    native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
+    native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
+    return native
+
+
+def _is_value(value: object) -> bool:
+    return isinstance(value, onnxruntime.OrtValue)
+
+
+def _described(value: Any) -> DeviceArray:
+    """What an OrtValue is, to be checked like an array."""
+    dtype = _dtype(value.data_type())
+    return DeviceArray(
+        pointer=value.data_ptr(), shape=tuple(value.shape()), dtype=numpy_dtype(dtype), owner=value
+    )
+
+
+def _place(providers: Sequence[str | tuple[str, dict[str, str]]]) -> tuple[str, int]:
+    """Device type and index where the preferred provider leaves its outputs."""
+    first = providers[0]
+    return ("cpu", 0) if isinstance(first, str) else ("cuda", int(first[1]["device_id"]))
+
+
+def _providers(device: str, gpu_provider: str = "cuda") -> list[str | tuple[str, dict[str, str]]]:
     """ONNX Runtime's providers for a device, in the order of preference."""
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
-    has_provider = CUDA in onnxruntime.get_available_providers()
+    if gpu_provider not in GPU_PROVIDERS:
+        raise UsageError(f"gpu_provider {gpu_provider!r}: expected {', '.join(GPU_PROVIDERS)}")
+    wanted = dict.fromkeys((GPU_PROVIDERS[gpu_provider], CUDA))
+    has_provider = wanted.keys() <= set(onnxruntime.get_available_providers())
     if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
         return [CPU]
     if not has_provider:
@@ -188,7 +280,7 @@ def _providers(device: str) -> list[str | tuple[str, dict[str, str]]]:
         raise HardwareError(
             f"device {device!r}: found {cuda_device_count()} CUDA devices; use device 'cpu'"
         )
-    return [(CUDA, {"device_id": str(index)}), CPU]
+    return [*((name, {"device_id": str(index)}) for name in wanted), CPU]
 
 
 def _names(providers: Sequence[str | tuple[str, dict[str, str]]]) -> list[str]:
@@ -197,13 +289,18 @@ def _names(providers: Sequence[str | tuple[str, dict[str, str]]]) -> list[str]:
 
 def _spec(value: Any) -> TensorSpec:
     """A graph input or output; a dimension without a name gets one of its own."""
-    inner = re.fullmatch(r"tensor\((\w+)\)", value.type)
-    dtype = inner[1] if inner else value.type
     shape = tuple(
         size if isinstance(size, (int, str)) and size != "" else f"{value.name}.{axis}"
         for axis, size in enumerate(value.shape)
     )
-    return TensorSpec(name=value.name, dtype=NUMPY_NAMES.get(dtype, dtype), shape=shape)
+    return TensorSpec(name=value.name, dtype=_dtype(value.type), shape=shape)
+
+
+def _dtype(kind: str) -> str:
+    """NumPy's name of a type such as ``tensor(float)``."""
+    inner = re.fullmatch(r"tensor\((\w+)\)", kind)
+    name = inner[1] if inner else kind
+    return NUMPY_NAMES.get(name, name)
 
 
 def _message(error: Exception) -> str:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = [
     "PIL",
     "click",
+    "cuda",
     "ml_dtypes",
     "onnx",
     "onnx_ir",

@@ -257,9 +257,9 @@ def test_a_provider_that_does_not_start_is_an_error(
     opened = onnxruntime.InferenceSession(
         linear(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"]
     )
-    monkeypatch.setattr(ort, "_providers", lambda device: [ort.CUDA, ort.CPU])
+    monkeypatch.setattr(ort, "_providers", lambda device, name: [ort.CUDA, ort.CPU])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened)
-    with pytest.raises(HardwareError, match="could not start its CUDA provider"):
+    with pytest.raises(HardwareError, match="could not start its GPU provider"):
         OrtSession(tmp_path / "g.onnx", device="cuda")
 
 

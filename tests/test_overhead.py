@@ -1,0 +1,160 @@
+"""What the runtime costs: time per call and per import, and memory over many of them."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import helper
+from tiny_onnx import FLOAT, linear, write_onnx
+
+from internvl_edge.errors import FeedError, UsageError
+from internvl_edge.runtime import ort
+from internvl_edge.runtime.ort import OrtOptions, OrtSession
+
+MAX_OVERHEAD_S = 30e-6
+MAX_IMPORT_RATIO = 2  # 120 ms of import, of which NumPy is at least a third
+CALLS = 500
+
+
+def seconds_per_call(call: Callable[[], object]) -> float:
+    """The best of several rounds, in time of this process: others' load is not our overhead."""
+    rounds = []
+    for _ in range(9):
+        start = time.process_time()
+        for _ in range(CALLS):
+            call()
+        rounds.append((time.process_time() - start) / CALLS)
+    return min(rounds)
+
+
+def test_a_run_costs_little_more_than_the_bare_one(tmp_path: Path) -> None:
+    feeds = {"x": np.ones((2, 4), np.float32)}
+    with OrtSession(linear(tmp_path / "a.onnx"), options=OrtOptions(num_threads=1)) as session:
+        bare = session._session
+        ours = seconds_per_call(lambda: session.run(feeds))
+        assert ours - seconds_per_call(lambda: bare.run(None, feeds)) < MAX_OVERHEAD_S
+
+
+def test_the_runtime_adds_little_to_the_import_of_numpy() -> None:
+    """Some 45 ms beside NumPy's 50 on the machine of the figures; heavy packages take seconds.
+
+    Held against NumPy's own import in the same process, as a loaded machine slows down both.
+    """
+    code = (
+        "import time; start = time.process_time(); import numpy; middle = time.process_time(); "
+        "import internvl_edge.runtime; "
+        "print((time.process_time() - middle) / (middle - start))"
+    )
+    ratios = []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        ratios.append(float(done.stdout))
+    assert min(ratios) < MAX_IMPORT_RATIO
+
+
+def resident_nbytes() -> int:
+    gc.collect()
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(fields[1]) * 4096
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_nothing_grows(tmp_path: Path) -> None:
+    """100 sessions and 10,000 runs; the first ones fill caches and are not counted."""
+    path = linear(tmp_path / "a.onnx")
+    feeds = {"x": np.ones((2, 4), np.float32)}
+    options = OrtOptions(num_threads=1)
+
+    def open_and_run(times: int) -> None:
+        for _ in range(times):
+            with OrtSession(path, options=options) as session:
+                session.run(feeds)
+
+    open_and_run(20)
+    before = resident_nbytes()
+    open_and_run(100)
+    assert resident_nbytes() - before < 100 * 50_000
+    with OrtSession(path, options=options) as session:
+        for _ in range(1000):
+            session.run(feeds)
+        before = resident_nbytes()
+        for _ in range(10_000):
+            session.run(feeds)
+        assert resident_nbytes() - before < 10_000 * 100
+
+
+# --- device-resident outputs, options -------------------------------------------------------------
+
+
+def counter(path: Path) -> Path:
+    """``present = past + 1``, float32 [batch, 4]: an output that becomes the next input."""
+    nodes = [helper.make_node("Add", ["past", "one"], ["present"])]
+    shape = ["batch", 4]
+    return write_onnx(
+        path, nodes, [("past", FLOAT, shape)], [("present", FLOAT, shape)],
+        {"one": np.ones(1, np.float32)},
+    )  # fmt: skip
+
+
+def test_outputs_become_inputs_without_a_copy(tmp_path: Path) -> None:
+    with OrtSession(counter(tmp_path / "a.onnx")) as session:
+        value = session.run_device({"past": np.zeros((2, 4), np.float32)})["present"]
+        for _ in range(9):
+            value = session.run_device({"past": value}, outputs=["present"])["present"]
+        np.testing.assert_array_equal(value.numpy(), np.full((2, 4), 10))
+
+
+def test_values_are_checked_as_arrays_are(tmp_path: Path) -> None:
+    wrong = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((2, 5), np.float32))
+    other = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((2, 4), np.float16))
+    with OrtSession(counter(tmp_path / "a.onnx")) as session:
+        with pytest.raises(FeedError, match="dimension 1 must be 4"):
+            session.run_device({"past": wrong})
+        with pytest.raises(FeedError, match="expected float32"):
+            session.run_device({"past": other})
+        with pytest.raises(FeedError, match="NaN"):
+            session.run_device({"past": np.full((2, 4), np.nan, np.float32)})
+        with pytest.raises(UsageError, match="output 'y'"):
+            session.run_device({"past": np.zeros((2, 4), np.float32)}, outputs=["y"])
+    with pytest.raises(UsageError, match="is closed"):
+        session.run_device({"past": np.zeros((2, 4), np.float32)})
+
+
+@pytest.mark.parametrize(
+    "options", [OrtOptions(arena=False), OrtOptions(prepack=False), OrtOptions(spin=False)]
+)
+def test_options_change_no_result(tmp_path: Path, options: OrtOptions) -> None:
+    path, feeds = linear(tmp_path / "a.onnx"), {"x": np.ones((2, 4), np.float32)}
+    with OrtSession(path) as plain, OrtSession(path, options=options) as session:
+        np.testing.assert_allclose(session.run(feeds)["y"], plain.run(feeds)["y"], rtol=1e-6)
+
+
+def test_options_reach_onnxruntime() -> None:
+    native = ort._native_options(OrtOptions(num_threads=3, arena=False, prepack=False, spin=False))
+    assert native.intra_op_num_threads == 3
+    assert not native.enable_cpu_mem_arena
+    assert native.get_session_config_entry("session.disable_prepacking") == "1"
+    assert native.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_providers_of_tensorrt_fall_back_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = ["NvTensorRTRTXExecutionProvider", ort.CUDA, ort.CPU]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(ort, "cuda_device_count", lambda: 2)
+    found = ort._providers("cuda:1", "tensorrt-rtx")
+    assert ort._names(found) == available
+    assert ort._place(found) == ("cuda", 1)
+    assert ort._place([ort.CPU]) == ("cpu", 0)
+    assert ort._providers("auto", "tensorrt") == [ort.CPU]  # it is not in this build
+    with pytest.raises(UsageError, match="gpu_provider 'rocm': expected cuda, tensorrt"):
+        ort._providers("cuda", "rocm")
