@@ -19,7 +19,7 @@ disk. What a batch's blocks look at besides (masks, rotary tables, the image) is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 from internvl_edge.export.checkpoint import Checkpoint, build_model, load_into
 from internvl_edge.export.components import COMPONENTS, build_component
-from internvl_edge.export.config import InternVLConfig, with_depth
+from internvl_edge.export.config import CheckpointConfig, InternVLConfig, with_depth
 from internvl_edge.export.models import InternVL
 from internvl_edge.export.models.qllama import Layer, QLlama, causal_mask, padding_mask
 from internvl_edge.export.models.vit import Block as VisionBlock
-from internvl_edge.export.models.vit import InternViT
+from internvl_edge.export.models.vit import InternViT, unrotated
 from internvl_edge.spool import Spool
 
 Array = np.ndarray[Any, Any]
@@ -47,6 +47,7 @@ COMPONENT_STREAM = {
     "matcher": "match",
 }
 VISION_PREFIX, LLAMA_PREFIX = "vision_model.encoder.layers", "qllama.model.layers"
+
 # A norm's output is read by these linear layers alone, so a per-channel factor can move from the
 # norm's gain into their columns without changing the function.
 VISION_NORMS = {"norm1": ("attn.qkv",), "norm2": ("mlp.fc1",)}
@@ -56,6 +57,54 @@ LLAMA_NORMS = {
     "cross_attn.norm1": ("cross_attn.q_proj",),
     "cross_attn.norm2": ("cross_attn.k_proj", "cross_attn.v_proj"),
 }
+OFF_STREAM = ("cross_attn.norm2",)  # norms of what another tower left
+# Linear layers that write into the residual stream, and the LayerScale behind each.
+VISION_WRITERS: dict[str, str | None] = {"attn.proj": "ls1", "mlp.fc2": "ls2"}
+LLAMA_WRITERS: dict[str, str | None] = dict.fromkeys(
+    ("self_attn.o_proj", "cross_attn.o_proj", "mlp.down_proj")
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """An activation that linear layers read, and what in front of it can be changed to suit them.
+
+    Names are relative to the block. Of ``norm`` and ``producer`` at most one is set.
+    """
+
+    readers: tuple[str, ...]  # linear layers; nothing else reads the activation
+    norm: str | None = None  # it is this norm's output
+    producer: str | None = None  # each channel is linear in one row of this linear layer's weight
+    first_row: int = 0  # of those rows
+    head_dim: int | None = None  # it is attention's output: channels of a head may be mixed
+    shift: str | None = None  # it may be moved by this scalar parameter
+
+
+def sites_of(config: CheckpointConfig, block: str) -> tuple[Site, ...]:
+    """The sites of a block by its full name; those with producers first."""
+    if block.startswith(VISION_PREFIX):
+        vision = config.vision
+        return (
+            Site(
+                readers=("attn.proj",),
+                producer="attn.qkv",
+                first_row=2 * vision.hidden_size,
+                head_dim=vision.head_dim,
+            ),
+            Site(readers=("mlp.fc2",), shift="mlp.shift" if vision.has_shift else None),
+            *(Site(readers=readers, norm=norm) for norm, readers in VISION_NORMS.items()),
+        )
+    assert config.internvl is not None
+    llama, every = config.internvl.qllama, config.internvl.cross_attention_frequency
+    has_cross = int(block.rpartition(".")[2]) % every == 0
+    found = (
+        # the values of self-attention leave the graph as its cache: they stay what they are
+        Site(readers=("self_attn.o_proj",)),
+        Site(readers=("cross_attn.o_proj",), producer="cross_attn.v_proj", head_dim=llama.head_dim),
+        Site(readers=("mlp.down_proj",), producer="mlp.up_proj"),
+        *(Site(readers=readers, norm=norm) for norm, readers in LLAMA_NORMS.items()),
+    )
+    return tuple(site for site in found if has_cross or "cross" not in site.readers[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +113,7 @@ class Block:
 
     name: str  # prefix of its parameters' names
     module: nn.Module
-    norms: Mapping[str, tuple[str, ...]]  # norm → linear layers that read it
+    sites: tuple[Site, ...]
     run: Callable[[Tensor, Context | None], Tensor]  # hidden states (B, T, C) → the same
 
     def linears(self) -> dict[str, nn.Linear]:
@@ -125,6 +174,10 @@ class Store(Protocol):
         """The hidden states that the last finished block of the stream left."""
         ...
 
+    def scratch(self) -> Spool:
+        """A spool that leaves nothing behind."""
+        ...
+
 
 def calibration_blocks(
     checkpoint: Checkpoint, samples: Samples, streams: set[str], store: Store
@@ -141,7 +194,7 @@ def calibration_blocks(
         current = {"image": _images(checkpoint, samples, store)}
         for block in _vision_blocks(checkpoint, range(store.num_done, depth)):
             yield block, current
-        image = current["image"].hidden
+        image = _unrotated(checkpoint, current["image"].hidden, streams, store)
     if streams & {"queries", "text", "match"}:
         start = max(store.num_done - depth, 0)
         current = _llama_streams(checkpoint, samples, streams, image, store, resumed=start > 0)
@@ -171,7 +224,8 @@ def _vision_blocks(checkpoint: Checkpoint, layers: Iterable[int]) -> Iterator[Bl
             module = VisionBlock(config)
         name = f"{VISION_PREFIX}.{i}"
         load_into(module, checkpoint, f"{name}.", torch.float32)
-        yield Block(name=name, module=module.eval(), norms=VISION_NORMS, run=_run_vit(module))
+        sites = sites_of(checkpoint.config, name)
+        yield Block(name=name, module=module.eval(), sites=sites, run=_run_vit(module))
 
 
 def _run_vit(module: VisionBlock) -> Callable[[Tensor, Context | None], Tensor]:
@@ -180,6 +234,19 @@ def _run_vit(module: VisionBlock) -> Callable[[Tensor, Context | None], Tensor]:
         return y
 
     return run
+
+
+@torch.inference_mode()
+def _unrotated(
+    checkpoint: Checkpoint, hidden: Spool, streams: set[str], store: Store
+) -> Sequence[Array]:
+    """What the vision tower left, as cross-attention looks at it."""
+    if not checkpoint.config.vision.is_rotated or not streams & {"queries", "match"}:
+        return hidden
+    matrix, states = checkpoint.read_torch("vision_model.unrotation"), store.scratch()
+    for values in hidden:
+        states.append(unrotated(torch.from_numpy(values), matrix).numpy())
+    return states
 
 
 @torch.inference_mode()
@@ -265,8 +332,8 @@ def _llama_blocks(checkpoint: Checkpoint, start: int) -> Iterator[Block]:
             layer = Layer(config.qllama, config.vision.hidden_size, has_cross=has_cross)
         name = f"{LLAMA_PREFIX}.{i}"
         load_into(layer, checkpoint, f"{name}.", torch.float32)
-        norms = {n: r for n, r in LLAMA_NORMS.items() if has_cross or "cross" not in n}
-        yield Block(name=name, module=layer.eval(), norms=norms, run=_run_layer(layer))
+        sites = sites_of(checkpoint.config, name)
+        yield Block(name=name, module=layer.eval(), sites=sites, run=_run_layer(layer))
 
 
 def _run_layer(layer: Layer) -> Callable[[Tensor, Context | None], Tensor]:

@@ -50,6 +50,7 @@ __all__ = [
     "expected_shapes",
     "header_fingerprint",
     "load_into",
+    "load_model",
     "load_reference",
     "open_checkpoint",
     "read_header",
@@ -182,11 +183,15 @@ def load_reference(
         checkpoint: the directory.
         dtype: every parameter's dtype.
     """
-    opened = open_checkpoint(checkpoint)
+    return load_model(open_checkpoint(checkpoint), dtype)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> InternVL | InternViT:
+    """As :func:`load_reference`, of a checkpoint that is open."""
     with torch.device("meta"):
-        model = build_model(opened.config)
-    prefix = "" if opened.config.kind == "internvl" else "vision_model."
-    load_into(model, opened, prefix, dtype)
+        model = build_model(checkpoint.config)
+    prefix = "" if checkpoint.config.kind == "internvl" else "vision_model."
+    load_into(model, checkpoint, prefix, dtype)
     return model.eval()
 
 

@@ -41,6 +41,7 @@ KNOWN_REMOTE_MODULES = frozenset(
 )
 
 Kind = Literal["internvl", "chat", "vit"]
+OURS = ("has_layer_scale", "is_rotated", "has_shift")  # fields that no config.json decides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,10 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     initializer_factor: float = 0.1  # LayerScale at initialisation
     hidden_act: str = "gelu"
+    # The form that a tower takes for quantization; see ``export.folded``.
+    has_layer_scale: bool = True  # False: it is part of proj and fc2
+    is_rotated: bool = False  # the residual stream is in another basis until it leaves the tower
+    has_shift: bool = False  # what fc2 reads is moved by a constant, so that zero is its middle
 
     def __post_init__(self) -> None:
         _require_positive(self, "vision_config")
@@ -102,6 +107,7 @@ class QLlamaConfig:
     eos_token_id: int = 2
     pad_token_id: int = 0
     tie_word_embeddings: bool = False
+    is_rotated: bool = False  # as in VisionConfig
 
     def __post_init__(self) -> None:
         _require_positive(self, "qllama_config", but=("bos_token_id", "pad_token_id"))
@@ -243,7 +249,7 @@ _C = TypeVar("_C", VisionConfig, QLlamaConfig)
 
 
 def _from_raw(cls: type[_C], raw: dict[str, Any], path: Path, prefix: str) -> _C:
-    return cls(**_known(cls, raw, path, prefix))
+    return cls(**_known(cls, raw, path, prefix, skip=OURS))
 
 
 def _known(

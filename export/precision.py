@@ -31,7 +31,7 @@ Base = Literal["fp32", "fp16", "bf16"]
 # Parameters applied to the residual stream itself, before or after a linear layer's branch.
 ON_THE_STREAM = re.compile(
     r"(^|\.)("
-    r"class_embedding|position_embedding|query_tokens|ls1|ls2|"
+    r"class_embedding|position_embedding|query_tokens|ls1|ls2|unrotation|"
     r"norm1|norm2|norm|norm1_q|norm1_k|norm1_v|input_layernorm|post_attention_layernorm"
     r")(\.weight|\.bias)?$"
 )

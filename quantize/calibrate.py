@@ -1,16 +1,22 @@
-"""Calibrate and quantize one block: ranges from its activations, 8-bit weights, folded norms.
+"""Calibrate and quantize one block: ranges from its activations, 8-bit weights, folded factors.
 
 The block is run once on what the previous block left. While it runs, every activation that enters
-a linear layer is seen:
+a linear layer is seen. What can be done about it depends on what made it (``Site``):
 
-- behind a norm, the activations are spooled until the block is done. Per-channel maxima of
-  activations and weights give SmoothQuant's factors s; they move from the norm's gain into the
-  columns of the linear layers that read it (``smooth``), and the range is that of x / s;
-- elsewhere the activation goes straight into its range observer and is forgotten.
+    behind a norm               SmoothQuant's factors s move from the gain into the readers' columns
+    attention's output          s and a rotation of each head, from v's rows into the projection's
+                                columns: attention only mixes rows of v, so both pass through it
+    gate · up                   s, from up's rows into down's columns
+    behind GELU                 a shift that makes its range symmetric; its sum with the weights
+                                goes into the bias
 
-Then each weight is quantized per output channel and stored (K, N), as ``qdq`` needs it. A layer
-that runs in several streams (texts, image queries, pairs) has one set of weights and one smoothing,
-made from all of them, and one activation range per stream.
+The first three are spooled, since s is solved from maxima over all samples, and observed as x / s,
+rotated. The others go straight into their observers. Then the range is chosen, each weight is
+quantized per output channel and stored (K, N), as ``qdq`` needs it, and the mean error that the
+rounding of x and W leaves in the output is taken out of the bias.
+
+A layer that runs in several streams (texts, image queries, pairs) has one set of weights and one
+smoothing, made from all of them, and one activation range per stream.
 
 In memory are this block's weights, which are changed in place, and whatever of the activations
 the spools' budget allows.
@@ -29,15 +35,39 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.errors import CalibrationError
-from internvl_edge.quantize import formats, smooth
-from internvl_edge.quantize.observers import RangeObserver
+from internvl_edge.quantize import choose, formats, smooth
+from internvl_edge.quantize.observers import RANGE_METHODS, RangeObserver
 from internvl_edge.quantize.recipe import Recipe
-from internvl_edge.quantize.statistics import LayerStatistics, input_sqnr_db, weight_sqnr_db
+from internvl_edge.quantize.rotation import Rotation, rotate_heads, rotation
+from internvl_edge.quantize.statistics import (
+    BEST_DB,
+    LayerStatistics,
+    input_sqnr_db,
+    weight_sqnr_db,
+)
 from internvl_edge.spool import Spool
 
 QUANTIZING_THREADS = 2
+SMOOTHING_SUFFIX = ".smoothing"  # of the factors in the columns of a site's readers
 Array = np.ndarray[Any, Any]
 NewSpool = Callable[[], Spool]
+
+
+class Site(Protocol):
+    """What calibration needs of a site; see ``export.blocks.Site``."""
+
+    @property
+    def readers(self) -> tuple[str, ...]: ...
+    @property
+    def norm(self) -> str | None: ...
+    @property
+    def producer(self) -> str | None: ...
+    @property
+    def first_row(self) -> int: ...
+    @property
+    def head_dim(self) -> int | None: ...
+    @property
+    def shift(self) -> str | None: ...
 
 
 class Block(Protocol):
@@ -48,7 +78,7 @@ class Block(Protocol):
     @property
     def module(self) -> nn.Module: ...
     @property
-    def norms(self) -> Mapping[str, tuple[str, ...]]: ...
+    def sites(self) -> Sequence[Site]: ...
     @property
     def run(self) -> Callable[[Tensor, Any], Tensor]: ...
     def linears(self) -> dict[str, nn.Linear]: ...
@@ -77,7 +107,8 @@ class CalibratedBlock:
     """What a block leaves behind: everything by full parameter name."""
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    folded: dict[str, Array] = field(default_factory=dict)  # changed norm gains and biases
+    # changed norm gains, biases and shifts; the factors of each site beside its first reader
+    folded: dict[str, Array] = field(default_factory=dict)
     activations: dict[str, dict[str, float]] = field(
         default_factory=dict
     )  # stream → weight → scale
@@ -85,33 +116,48 @@ class CalibratedBlock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Range:
-    """An activation's scale, and what it costs."""
+class _Group:
+    """Quantized linear layers that read one activation, by full name."""
 
-    absmax: float
-    scale: float
-    sqnr_db: float
+    readers: tuple[str, ...]
+    site: Site | None = None
+    is_folded: bool = False  # whether factors can move between the site and its readers
+
+    @property
+    def key(self) -> str:
+        return self.readers[0]
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What the hooks collected of one stream."""
+class _Inputs:
+    """What one stream brought to one group."""
 
-    new_spool: NewSpool
-    observers: dict[str, RangeObserver] = field(default_factory=dict)  # by linear
-    ranges: dict[str, _Range] = field(default_factory=dict)  # by weight
-    kept: dict[str, Spool] = field(default_factory=dict)  # by norm
-    peaks: dict[str, Array] = field(default_factory=dict)  # by norm: largest |x| of each channel
+    observer: RangeObserver
+    kept: Spool | None
+    sample: choose.RowSample = field(default_factory=choose.RowSample)
+    peaks: Array | None = None  # largest |x| of each channel
+    low: float = np.inf
 
-    def observe(self, linear: str, values: Array) -> None:
-        self.observers.setdefault(linear, RangeObserver()).update(values)
+    def take(self, values: Array) -> None:
+        self.sample.update(values)
+        if self.kept is None:
+            self.observer.update(values)
+            self.low = min(self.low, float(values.min()))
+            return
+        self.kept.append(values)
+        peaks = np.maximum(values.max(axis=0), -values.min(axis=0))
+        self.peaks = peaks if self.peaks is None else np.maximum(self.peaks, peaks)
 
-    def keep(self, norm: str, values: Array) -> None:
-        if norm not in self.kept:
-            self.kept[norm] = self.new_spool()
-        self.kept[norm].append(values)
-        peak = np.maximum(values.max(axis=0), -values.min(axis=0))
-        self.peaks[norm] = np.maximum(self.peaks.get(norm, peak), peak)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settled:
+    """A group's activation after folding, in one stream."""
+
+    rows: Array  # of the sample
+    scale: float
+    shift: float
+    absmax: float
+    sqnr_db: float  # of everything seen
 
 
 def is_quantized(recipe: Recipe, name: str, in_features: int, out_features: int) -> bool:
@@ -146,10 +192,10 @@ def calibrate_block(
         if is_quantized(recipe, name, linear.in_features, linear.out_features)
     }
     groups = _groups(block, linears)
-    seen = {name: _Seen(new_spool=new_spool) for name in streams}
+    seen: dict[str, dict[str, _Inputs]] = {name: {} for name in streams}
     for name, stream in streams.items():
         outputs = behind(name)
-        with _watching(block, linears, groups, seen[name]) as look_at:
+        with _watching(linears, groups, recipe, seen[name], new_spool) as look_at:
             for x, context in zip(stream.hidden, stream.contexts, strict=True):
                 look_at(getattr(context, "rows", None))
                 outputs.append(block.run(torch.from_numpy(x), context).numpy())
@@ -158,70 +204,83 @@ def calibrate_block(
 
     result = CalibratedBlock(activations={stream: {} for stream in streams})
     weights = {name: linear.weight.detach().numpy() for name, linear in linears.items()}
-    for norm, readers in groups.items():
-        _fold_norm(block, norm, readers, weights, seen, recipe, result)
-    for stream_name, watched in seen.items():
-        for name, observer in watched.observers.items():
-            watched.ranges[f"{name}.weight"] = _range(observer, name, stream_name, recipe)
-        scales = {name: found.scale for name, found in watched.ranges.items()}
-        result.activations[stream_name].update(scales)
+    corrections: dict[str, _Settled] = {}
+    ranges: list[tuple[str, str, _Settled]] = []  # stream, linear layer
+    for group in groups:
+        inputs = {stream: found[group.key] for stream, found in seen.items() if group.key in found}
+        change = _fold(block, group, weights, inputs, recipe, result)
+        for name, one in inputs.items():
+            settled = _settle(group, weights, name, one, change, recipe)
+            scales = {f"{reader}.weight": settled.scale for reader in group.readers}
+            result.activations[name].update(scales)
+            ranges += [(name, reader, settled) for reader in group.readers]
+            if len(inputs) == 1:
+                corrections |= dict.fromkeys(group.readers, settled)
     with ThreadPoolExecutor(QUANTIZING_THREADS) as pool:
         quantized = pool.map(
             lambda item: _quantize_weight(item[1], item[0], recipe), weights.items()
         )
         for name, weight in zip(weights, quantized, strict=True):
             result.weights[f"{name}.weight"] = weight
-    result.statistics.extend(_statistics(seen, result.weights, recipe))
+    for name, settled in corrections.items():
+        _correct_bias(block, name, linears[name], settled, recipe, result)
+    _store_shifts(block, groups, corrections, result)
+    result.statistics.extend(_statistics(ranges, result.weights, recipe))
     return result
 
 
 def _statistics(
-    seen: Mapping[str, _Seen], weights: Mapping[str, QuantizedWeight], recipe: Recipe
+    ranges: Sequence[tuple[str, str, _Settled]],
+    weights: Mapping[str, QuantizedWeight],
+    recipe: Recipe,
 ) -> Iterator[LayerStatistics]:
-    for stream, watched in seen.items():
-        for name, found in watched.ranges.items():
-            yield LayerStatistics(
-                stream=stream,
-                weight=name,
-                absmax=found.absmax,
-                clip=found.scale * formats.as_format(recipe.activations).max_value,
-                scale=found.scale,
-                input_sqnr_db=found.sqnr_db,
-                weight_sqnr_db=weights[name].sqnr_db,
-            )
+    for stream, name, found in ranges:
+        yield LayerStatistics(
+            stream=stream,
+            weight=f"{name}.weight",
+            absmax=found.absmax,
+            clip=found.shift + found.scale * formats.as_format(recipe.activations).max_value,
+            scale=found.scale,
+            input_sqnr_db=found.sqnr_db,
+            weight_sqnr_db=weights[f"{name}.weight"].sqnr_db,
+        )
 
 
-def _groups(block: Block, linears: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
-    """Norm → full names of its readers, where all of them are quantized."""
-    groups = {
-        norm: [f"{block.name}.{reader}" for reader in readers]
-        for norm, readers in block.norms.items()
-    }
-    return {norm: names for norm, names in groups.items() if all(n in linears for n in names)}
+def _groups(block: Block, linears: Mapping[str, nn.Linear]) -> list[_Group]:
+    """Every quantized linear layer, with the others that read the same where all are quantized."""
+    groups, alone = [], dict.fromkeys(linears)
+    for site in block.sites:
+        readers = tuple(f"{block.name}.{reader}" for reader in site.readers)
+        if not all(name in linears for name in readers):
+            continue
+        has_producer = f"{block.name}.{site.producer}" in linears
+        is_folded = site.norm is not None or has_producer
+        groups.append(_Group(readers=readers, site=site, is_folded=is_folded))
+        for name in readers:
+            del alone[name]
+    return groups + [_Group(readers=(name,)) for name in alone]
 
 
 @contextmanager
 def _watching(
-    block: Block,
     linears: Mapping[str, nn.Linear],
-    groups: Mapping[str, list[str]],
-    seen: _Seen,
+    groups: Sequence[_Group],
+    recipe: Recipe,
+    seen: dict[str, _Inputs],
+    new_spool: NewSpool,
 ) -> Iterator[Callable[[Tensor | None], None]]:
     """Look at the input of every quantized linear layer while the block runs.
 
     Yields:
         A function that says which rows (B, T) of the next run are not padding; None: all.
     """
-    grouped = {name: norm for norm, names in groups.items() for name in names}
-    first = {names[0] for names in groups.values()}
-
     rows: Tensor | None = None
 
     def look_at(wanted: Tensor | None) -> None:
         nonlocal rows
         rows = wanted
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(group: _Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().float()
             # cross-attention looks at other sequences, which have no padding
@@ -229,67 +288,159 @@ def _watching(
             values = (x[rows] if is_masked else x.reshape(-1, x.shape[-1])).numpy()
             if not np.isfinite(values).all():
                 raise CalibrationError(
-                    f"{name}: calibration met NaN or infinity in its input; is the checkpoint "
-                    "sound, and are the images those that it was trained for?"
+                    f"{group.key}: calibration met NaN or infinity in its input; is the "
+                    "checkpoint sound, and are the images those that it was trained for?"
                 )
-            if name in grouped:
-                seen.keep(grouped[name], values)
-            else:
-                seen.observe(name, values)
+            if group.key not in seen:
+                kept = new_spool() if _is_changed(group, recipe) else None
+                seen[group.key] = _Inputs(observer=RangeObserver(group.key), kept=kept)
+            seen[group.key].take(values)
 
         return hook
 
     with ExitStack() as stack:
-        for name, linear in linears.items():
-            if name not in grouped or name in first:  # readers of one norm see one tensor
-                stack.callback(linear.register_forward_pre_hook(watch(name)).remove)
+        for group in groups:
+            hook = linears[group.key].register_forward_pre_hook(watch(group))
+            stack.callback(hook.remove)
         yield look_at
 
 
-def _fold_norm(
+def _is_changed(group: _Group, recipe: Recipe) -> bool:
+    """Whether what the observers should see is known only when the block has run."""
+    return group.is_folded and (recipe.smooth is not None or _head(group, recipe) is not None)
+
+
+def _head(group: _Group, recipe: Recipe) -> Rotation | None:
+    width = None if group.site is None else group.site.head_dim
+    return rotation(width, recipe.rotation_seed) if recipe.rotate and width else None
+
+
+def _fold(
     block: Block,
-    norm: str,
-    readers: list[str],
+    group: _Group,
     weights: dict[str, Array],
-    seen: Mapping[str, _Seen],
+    inputs: Mapping[str, _Inputs],
     recipe: Recipe,
     result: CalibratedBlock,
-) -> None:
-    """Smooth one norm and its readers, in ``weights`` and ``result``; observe what is left."""
-    peaks = [watched.peaks[norm] for watched in seen.values() if norm in watched.peaks]
-    if not peaks:
-        return
-    factors = np.ones(peaks[0].shape, np.float32)
-    if recipe.smooth is not None:
-        columns = smooth.column_absmax([weights[name] for name in readers])
-        factors = smooth.smoothing_factors(np.max(peaks, axis=0), columns, recipe.smooth)
-        gain, bias = smooth.fold(*_norm_arrays(block, norm), [weights[n] for n in readers], factors)
-        result.folded[f"{block.name}.{norm}.weight"] = gain
+) -> Callable[[Array], Array]:
+    """Move factors, and a rotation of each head, from what makes an activation into its readers.
+
+    Returns:
+        What becomes of the activation's rows.
+    """
+    site, peaks = group.site, [one.peaks for one in inputs.values() if one.peaks is not None]
+    if site is None or not peaks or not _is_changed(group, recipe):
+        return lambda x: x
+    head = _head(group, recipe)
+
+    def turn(x: Array) -> Array:
+        return x if head is None else rotate_heads(x, head)
+
+    readers = [weights[name] for name in group.readers]
+    factors = _factors(readers, np.max(peaks, axis=0), inputs, turn, recipe)
+    if site.norm is not None:
+        gain, bias = smooth.fold(*_arrays(block, site.norm), readers, factors)
+        result.folded[f"{block.name}.{site.norm}.weight"] = gain
         if bias is not None:
-            result.folded[f"{block.name}.{norm}.bias"] = bias
-    for stream, watched in seen.items():
-        if norm in watched.kept:
-            observer = RangeObserver()
-            for values in watched.kept[norm]:
-                observer.update(values / factors)
-            watched.kept[norm].close()
-            found = _range(observer, f"{block.name}.{norm}", stream, recipe)
-            watched.ranges.update({f"{name}.weight": found for name in readers})
+            result.folded[f"{block.name}.{site.norm}.bias"] = bias
+    else:
+        producer = f"{block.name}.{site.producer}"
+        rows = slice(site.first_row, site.first_row + factors.size)
+        bias = _arrays(block, str(site.producer))[1]
+        smooth.fold_rows(weights[producer][rows], bias, rows, readers, factors)
+        if head is not None:
+            weights[producer][rows] = rotate_heads(weights[producer][rows], head, axis=0)
+            for weight in readers:
+                weight[...] = rotate_heads(weight, head)
+            if bias is not None:
+                bias[rows] = rotate_heads(bias[rows], head)
+        if bias is not None:
+            result.folded[f"{producer}.bias"] = bias
+    result.folded[f"{group.key}{SMOOTHING_SUFFIX}"] = factors
+    return lambda x: turn(x / factors)
 
 
-def _norm_arrays(block: Block, norm: str) -> tuple[Array, Array | None]:
-    module = block.module.get_submodule(norm)
-    gain, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    assert isinstance(gain, Tensor)
-    return gain.detach().numpy(), bias.detach().numpy() if isinstance(bias, Tensor) else None
+def _factors(
+    readers: Sequence[Array],
+    peaks: Array,
+    inputs: Mapping[str, _Inputs],
+    turn: Callable[[Array], Array],
+    recipe: Recipe,
+) -> Array:
+    if recipe.smooth is None:
+        return np.ones(peaks.shape, np.float32)
+    columns, alpha = smooth.column_absmax(readers), recipe.smooth
+    if alpha == "auto":
+        samples = [np.array(one.sample.rows) for one in inputs.values()]
+        sample = choose.sample_weights(readers)
+        return choose.best_factors(samples, peaks, columns, sample, turn, recipe.activations)
+    return smooth.smoothing_factors(peaks, columns, alpha)
 
 
-def _range(observer: RangeObserver, name: str, stream: str, recipe: Recipe) -> _Range:
-    scale = observer.scale(recipe.range_method, recipe.activations, recipe.percentile)
-    if not (np.isfinite(scale) and scale > 0):
-        raise CalibrationError(f"{name}: the {stream} stream gave an unusable scale {scale}")
-    sqnr = input_sqnr_db(observer, scale, recipe.activations)
-    return _Range(absmax=observer.absmax, scale=scale, sqnr_db=sqnr)
+def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:
+    """Weight and bias of a submodule."""
+    module = block.module.get_submodule(path)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    return weight.detach().numpy(), bias.detach().numpy() if isinstance(bias, Tensor) else None
+
+
+def _settle(
+    group: _Group,
+    weights: Mapping[str, Array],
+    stream: str,
+    inputs: _Inputs,
+    change: Callable[[Array], Array],
+    recipe: Recipe,
+) -> _Settled:
+    """Observe what was kept of an activation, and choose its range."""
+    if inputs.kept is not None:
+        for values in inputs.kept:
+            inputs.observer.update(change(values))
+        inputs.kept.close()
+    rows = change(np.array(inputs.sample.rows))
+    has_shift = group.site is not None and group.site.shift is not None
+    pairs = [
+        pair
+        for method in (RANGE_METHODS if recipe.range_method == "auto" else (recipe.range_method,))
+        for pair in _ranges(inputs, method, recipe, has_shift=has_shift)
+    ]
+    if not all(np.isfinite(scale) and scale > 0 for scale, _ in pairs):
+        raise CalibrationError(f"{group.key}: the {stream} stream gave an unusable scale {pairs}")
+    scale, shift = pairs[0]
+    if len(pairs) > 1:
+        sample = choose.sample_weights([weights[name] for name in group.readers])
+        scale, shift = choose.best_scale(rows, sample, pairs, recipe.activations)
+    return _Settled(
+        rows=rows,
+        scale=scale,
+        shift=shift,
+        absmax=inputs.observer.absmax,
+        sqnr_db=_input_sqnr_db(inputs.observer, rows, scale, shift, recipe.activations),
+    )
+
+
+def _input_sqnr_db(
+    observer: RangeObserver, rows: Array, scale: float, shift: float, fmt: str
+) -> float:
+    """From the histogram, which does not know of signs; with a shift, from the sample."""
+    if not shift:
+        return input_sqnr_db(observer, scale, fmt)
+    moved = rows - np.float32(shift)
+    rounded = formats.fake_quantize(moved, scale, fmt) + np.float32(shift)
+    return min(formats.sqnr_db(rows, rounded), BEST_DB)
+
+
+def _ranges(
+    inputs: _Inputs, method: Any, recipe: Recipe, *, has_shift: bool
+) -> Iterator[tuple[float, float]]:
+    """The scales, each with its shift, that a method has to offer."""
+    yield inputs.observer.scale(method, recipe.activations, recipe.percentile), 0.0
+    if has_shift:
+        high = inputs.observer.clip(method, formats.SHIFTED_INT8, recipe.percentile)
+        low = max(inputs.low, -high)
+        shift = float(np.float32((high + low) / 2.0))
+        yield float(formats.scale_of(high - low, formats.SHIFTED_INT8)), shift
 
 
 def _quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight:
@@ -303,3 +454,44 @@ def _quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeigh
     stored = np.ascontiguousarray(values.T)
     sqnr = weight_sqnr_db(weight, stored, scales)
     return QuantizedWeight(values=stored, scales=scales, sqnr_db=sqnr)
+
+
+def _correct_bias(
+    block: Block,
+    name: str,
+    linear: nn.Linear,
+    settled: _Settled,
+    recipe: Recipe,
+    result: CalibratedBlock,
+) -> None:
+    """Let the bias take up a shift of x, and the mean error of the output.
+
+        x W + b   ≈   x̂ Ŵ + b + E[x] W − E[x̂] Ŵ       x̂ = round(x − shift)
+
+    The means are those of the sample rows.
+    """
+    if linear.bias is None or not (recipe.correct_bias or settled.shift):
+        return
+    weight = result.weights[f"{name}.weight"]
+    error = np.full(linear.in_features, settled.shift, np.float32)  # of x̂, to be made good
+    bias = linear.bias.detach().numpy()
+    if recipe.correct_bias:
+        moved = settled.rows - np.float32(settled.shift)
+        rounded = formats.fake_quantize(moved, settled.scale, recipe.activations)
+        mean = settled.rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+        error = -rounded.mean(axis=0, dtype=np.float64).astype(np.float32)
+        bias = bias + linear.weight.detach().numpy() @ mean
+    bias = bias + (error @ weight.values.astype(np.float32)) * weight.scales
+    result.folded[f"{name}.bias"] = bias
+
+
+def _store_shifts(
+    block: Block,
+    groups: Sequence[_Group],
+    settled: Mapping[str, _Settled],
+    result: CalibratedBlock,
+) -> None:
+    for group in groups:
+        if group.site is not None and group.site.shift is not None and group.key in settled:
+            value = np.array(settled[group.key].shift, np.float32)
+            result.folded[f"{block.name}.{group.site.shift}"] = value

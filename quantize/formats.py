@@ -70,6 +70,14 @@ FP8 = Format(
     dtype=np.dtype(ml_dtypes.float8_e4m3fn),
     onnx_type="FLOAT8E4M3FN",
 )
+# The grid of int8 over a range that begins at zero: 255 steps, which a shift makes symmetric.
+SHIFTED_INT8 = Format(
+    name="shifted int8",
+    lowest=0.0,
+    max_value=255.0,
+    dtype=np.dtype(np.uint8),
+    onnx_type="UINT8",
+)
 FORMATS = {fmt.name: fmt for fmt in (INT8, FP8)}
 
 
@@ -156,7 +164,7 @@ def grid(fmt: Format | str) -> NDArray[np.float64]:
     """The non-negative values of the format at scale 1, ascending: 0 … ``max_value``."""
     # Bytes 0 … 126 of E4M3FN are its non-negative finite values in order; 0 … 127 those of int8.
     fmt = as_format(fmt)
-    last = 127 if fmt.dtype == np.int8 else 126
+    last = 126 if fmt is FP8 else int(fmt.max_value)
     return np.arange(last + 1, dtype=np.uint8).view(fmt.dtype).astype(np.float64)
 
 

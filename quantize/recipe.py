@@ -15,24 +15,34 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from internvl_edge.errors import InputError, UsageError
-from internvl_edge.quantize.observers import RangeMethod
 
 FormatName = Literal["int8", "fp8"]
 Granularity = Literal["per-channel", "per-tensor"]
 Base = Literal["fp32", "fp16", "bf16"]
 EngineBase = Literal["fp16", "bf16"]
+RangeChoice = Literal["max", "percentile", "mse", "entropy", "auto"]
 
 MAX_FILE_NBYTES = 1 << 20
 PRESETS: dict[str, dict[str, Any]] = {
-    "int8": {"activations": "int8", "weights": "int8", "range_method": "mse", "smooth": 0.5},
-    # The exponent of E4M3 absorbs outlier channels: smoothing has nothing to win.
-    "fp8": {"activations": "fp8", "weights": "fp8", "range_method": "mse", "smooth": None},
+    "int8": {
+        "activations": "int8",
+        "weights": "int8",
+        "fold": True,
+        "rotate": True,
+        "smooth": "auto",
+        "range_method": "auto",
+        "shift": True,
+        "correct_bias": True,
+    },
+    # The exponent of E4M3 absorbs outliers, and mixing channels takes small ones their precision:
+    # nothing is rotated or smoothed.
+    "fp8": {"activations": "fp8", "weights": "fp8", "fold": True, "correct_bias": True},
 }
 _CHOICES: dict[str, Any] = {
     "activations": FormatName,
     "weights": FormatName,
     "granularity": Granularity,
-    "range_method": RangeMethod,
+    "range_method": RangeChoice,
     "engine_base": EngineBase,
 }
 
@@ -45,9 +55,14 @@ class Recipe:
     activations: FormatName = "int8"  # per tensor, static
     weights: FormatName = "int8"  # the same: no kernel multiplies int8 by fp8
     granularity: Granularity = "per-channel"  # of weight scales; a channel is an output
-    range_method: RangeMethod = "mse"  # of activations; weights always use their maximum
+    fold: bool = False  # norm gains and LayerScale into the linear layers beside them
+    rotate: bool = False  # the residual streams, and each head between v and its projection
+    rotation_seed: int = 0
+    range_method: RangeChoice = "mse"  # of activations; weights always use their maximum
     percentile: float = 99.99  # percent of |x| that do not saturate; for range_method percentile
-    smooth: float | None = None  # SmoothQuant's alpha in [0, 1] behind norms; None: no smoothing
+    smooth: float | Literal["auto"] | None = None  # SmoothQuant's alpha in [0, 1]; None: none
+    shift: bool = False  # move GELU's output so that its range is symmetric; one Sub at run time
+    correct_bias: bool = False  # take the mean error of a linear layer's output out of its bias
     exclude: tuple[str, ...] = ()  # patterns found in names of linears that keep 16 or 32 bits
     base: Base | None = None  # of what is not quantized, in ONNX Runtime's graphs; None: fp32
     engine_base: EngineBase = "fp16"  # the same, in TensorRT's engines
@@ -66,9 +81,15 @@ class Recipe:
             )
         _require(isinstance(self.name, str) and self.name != "", "name", "a name", self.name)
         _require_number("percentile", self.percentile, above=0.0, most=100.0)
-        if self.smooth is not None:
+        if self.smooth is not None and self.smooth != "auto":
             _require_number("smooth", self.smooth, least=0.0, most=1.0)
-        for field, least in (("min_features", 1), ("seed", 0), ("num_samples", 1)):
+        for field in ("fold", "rotate", "shift", "correct_bias"):
+            value = getattr(self, field)
+            _require(isinstance(value, bool), field, "true or false", value)
+        _require(self.fold or not self.rotate, "fold", "true with rotate", self.fold)
+        _require(self.fold or not self.shift, "fold", "true with shift", self.fold)
+        counts = ("min_features", 1), ("seed", 0), ("rotation_seed", 0), ("num_samples", 1)
+        for field, least in counts:
             value = getattr(self, field)
             _require(type(value) is int and value >= least, field, f"an integer ≥ {least}", value)
         _require_patterns(self.exclude)

@@ -115,3 +115,35 @@ def fold(
         return (values / factors).astype(values.dtype, copy=False)
 
     return divided(norm_weight), None if norm_bias is None else divided(norm_bias)
+
+
+def fold_rows(
+    producer: Array,
+    bias: Array | None,
+    rows: slice,
+    linear_weights: Sequence[Array],
+    factors: Array,
+) -> None:
+    """As :func:`fold`, from the rows of a linear layer instead of a norm; all in place.
+
+    Args:
+        producer: those rows of its weight, (channels, inputs).
+        bias: its whole bias, or None.
+        rows: which of the bias they are.
+        linear_weights: every weight (outputs, channels) that reads the channels.
+        factors: s (channels,).
+
+    Raises:
+        CalibrationError: numbers of channels that differ.
+    """
+    found = {len(producer), *(weight.shape[-1] for weight in linear_weights)}
+    if found != {factors.size}:
+        raise CalibrationError(
+            f"smoothing: expected {factors.size} channels in the producer and every reader, "
+            f"found {sorted(found)}"
+        )
+    for weight in linear_weights:
+        np.multiply(weight, factors, out=weight, casting="same_kind")
+    np.divide(producer, factors[:, None], out=producer, casting="same_kind")
+    if bias is not None:
+        bias[rows] /= factors

@@ -6,24 +6,24 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import TINY, write_internvl, write_vit
 
+from internvl_edge.compiler.options import source_of
 from internvl_edge.errors import CalibrationError
-from internvl_edge.export.blocks import (
-    LLAMA_NORMS,
-    VISION_NORMS,
-    Samples,
-    calibration_blocks,
+from internvl_edge.export.blocks import Samples, calibration_blocks
+from internvl_edge.export.checkpoint import (
+    Checkpoint,
+    load_model,
+    load_reference,
+    open_checkpoint,
 )
-from internvl_edge.export.checkpoint import Checkpoint, load_reference, open_checkpoint
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.quantize import formats
-from internvl_edge.quantize.calibrate import CalibratedBlock, calibrate_block
+from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX, CalibratedBlock, calibrate_block
 from internvl_edge.quantize.recipe import Recipe, recipe_for
 from internvl_edge.resume import Workspace
 from internvl_edge.spool import Budget
@@ -100,52 +100,60 @@ def test_streams_flow_as_the_whole_model_does(checkpoint: Checkpoint, samples: S
         torch.testing.assert_close(norm(states["match"][0])[:, : TINY.num_query_token], matched)
 
 
-@pytest.mark.parametrize(("precision", "least_db"), [("int8", 36.0), ("fp8", 28.0)])
-def test_stored_weights_are_the_checkpoints(
-    checkpoint: Checkpoint, samples: Samples, precision: str, least_db: float
-) -> None:
-    """Dequantized, and with the folded factors taken out again."""
-    results, _ = calibrate(checkpoint, samples, recipe_for(precision), STREAMS)
-    readers = {**VISION_NORMS, **LLAMA_NORMS}
-    for result in results:
-        moved: dict[str, Any] = {}
-        for name, gain in result.folded.items():
-            path = name.removesuffix(".weight")
-            norm = max((n for n in readers if path.endswith(f".{n}")), key=len)
-            block = path.removesuffix(f".{norm}")
-            factor = gain / checkpoint.read(name)
-            moved |= {f"{block}.{reader}.weight": factor for reader in readers[norm]}
-        assert bool(moved) == (precision == "int8")
-        for name, weight in result.weights.items():
-            stored = formats.dequantize(weight.values, weight.scales, axis=1).T
-            assert formats.sqnr_db(checkpoint.read(name), stored * moved.get(name, 1)) > least_db
+RECIPES = {
+    "smoothed": Recipe(name="smoothed", smooth=0.5),
+    "folded": Recipe(name="folded", fold=True),
+    "rotated": Recipe(name="rotated", fold=True, rotate=True),
+    "int8": recipe_for("int8"),
+    "fp8": recipe_for("fp8"),
+}
+
+
+def stored_model(source: Checkpoint, results: list[CalibratedBlock]) -> InternViT | InternVL:
+    """The model with what calibration left: dequantized weights, gains, biases and shifts."""
+    model = load_model(source)
+    prefix = "" if isinstance(model, InternVL) else "vision_model."
+    parameters = {prefix + name: p for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for result in results:
+            for name, weight in result.weights.items():
+                stored = formats.dequantize(weight.values, weight.scales, axis=1).T
+                parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(stored)))
+            for name, values in result.folded.items():
+                if not name.endswith(SMOOTHING_SUFFIX):
+                    parameters[name].copy_(torch.from_numpy(values))
+    return model
 
 
 @pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
-def test_smoothing_folds_away(tmp_path: Path, samples: Samples, norm_type: str) -> None:
-    """Without rounding, smoothed weights behind divided gains compute the same function."""
-    config = replace(TINY.vision, norm_type=norm_type)
-    checkpoint = open_checkpoint(write_vit(tmp_path / "vit", config).path)
-    fine = replace(recipe_for("int8"), smooth=0.5)
-    rough = replace(fine, smooth=None)
-    smoothed, _ = calibrate(checkpoint, samples, fine, {"image"})
-    plain, _ = calibrate(checkpoint, samples, rough, {"image"})
-    assert any(result.folded for result in smoothed)
-    assert not any(result.folded for result in plain)
-    for changed, same in zip(smoothed, plain, strict=True):
-        for name in ("norm1.weight", "norm1.bias"):
-            full = next((n for n in changed.folded if n.endswith(name)), None)
-            if full is None:
-                assert norm_type == "rms_norm"
-                continue
-            original = checkpoint.read(full)
-            reader = full.replace(name, "attn.qkv.weight")
-            before = formats.dequantize(same.weights[reader].values, same.weights[reader].scales, 1)
-            after = formats.dequantize(
-                changed.weights[reader].values, changed.weights[reader].scales, 1
-            )
-            gain = (changed.folded[full] / original)[:, None]
-            assert formats.sqnr_db(before, after * gain) > 30
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_stored_computes_the_same_function(
+    tmp_path: Path, samples: Samples, name: str, norm_type: str
+) -> None:
+    """But for the rounding of weights: activations are not rounded here."""
+    recipe = RECIPES[name]
+    config = replace(TINY, vision=replace(TINY.vision, norm_type=norm_type))
+    checkpoint = open_checkpoint(write_internvl(tmp_path / "checkpoint", config).path)
+    source = source_of(checkpoint, recipe)
+    results, _ = calibrate(source, samples, recipe, STREAMS)
+    assert any(n.endswith(SMOOTHING_SUFFIX) for r in results for n in r.folded) == (
+        recipe.smooth is not None or recipe.rotate
+    )
+    model, stored = load_model(checkpoint), stored_model(source, results)
+    assert isinstance(model, InternVL)
+    assert isinstance(stored, InternVL)
+    pixels, ids = samples.pixel_values[0], samples.input_ids[0]
+    least_db = 28.0 if recipe.weights == "int8" else 18.0
+    with torch.inference_mode():
+        image = model.vision_model(pixels)
+        for run in (
+            lambda m: m.vision_model(pixels),
+            lambda m: m.encode_queries(image)[0],
+            lambda m: m.encode_text(ids),
+            lambda m: m.encode_queries(image)[1][0][1],  # cached values are in no other basis
+        ):
+            expected, found = (np.asarray(run(m)) for m in (model, stored))
+            assert formats.sqnr_db(expected, found) > least_db
 
 
 def test_every_stream_has_a_range_for_every_layer_it_runs(

@@ -27,7 +27,7 @@ from internvl_edge.export.models.attention import (
     rotate,
     split_heads,
 )
-from internvl_edge.export.models.vit import RMSNorm
+from internvl_edge.export.models.vit import RMSNorm, unrotated, unrotation
 
 KeyValue = tuple[Tensor, Tensor]  # (B, heads, T, d) each, keys after their rotation
 
@@ -155,6 +155,7 @@ class LlamaModel(nn.Module):
             Layer(llama, config.vision.hidden_size, has_cross=i % every == 0)
             for i in range(llama.num_hidden_layers)
         )
+        self.unrotation = unrotation(llama.hidden_size, llama.is_rotated)
         self.norm = RMSNorm(llama.hidden_size, llama.rms_norm_eps)
 
 
@@ -201,7 +202,7 @@ class QLlama(nn.Module):
         for i, layer in enumerate(self.model.layers):
             x, present = layer(x, rope, mask, past and past[i], vision, num_queries)
             presents.append(present)
-        return self.model.norm(x), presents
+        return self.model.norm(unrotated(x, self.model.unrotation)), presents
 
     def rope(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cos and sin of ``positions`` (B, T), or of 0 … length − 1: (B|1, T, d/2) each."""

@@ -95,9 +95,11 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.shift = nn.Parameter(torch.zeros(())) if config.has_shift else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x if self.shift is None else x - self.shift)
 
 
 class Block(nn.Module):
@@ -105,13 +107,22 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = _norm(config), _norm(config)
         self.attn, self.mlp = Attention(config), MLP(config)
-        self.ls1 = nn.Parameter(torch.full((config.hidden_size,), config.initializer_factor))
-        self.ls2 = nn.Parameter(torch.full((config.hidden_size,), config.initializer_factor))
+        self.ls1, self.ls2 = _layer_scale(config), _layer_scale(config)
 
     def forward(self, x: Tensor) -> Tensor:
         compute = self.mlp.fc1.weight.dtype
-        x = x + self.ls1 * self.attn(self.norm1(x).to(compute)).to(x.dtype)
-        return x + self.ls2 * self.mlp(self.norm2(x).to(compute)).to(x.dtype)
+        x = x + _scaled(self.ls1, self.attn(self.norm1(x).to(compute)).to(x.dtype))
+        return x + _scaled(self.ls2, self.mlp(self.norm2(x).to(compute)).to(x.dtype))
+
+
+def _layer_scale(config: VisionConfig) -> nn.Parameter | None:
+    if not config.has_layer_scale:
+        return None
+    return nn.Parameter(torch.full((config.hidden_size,), config.initializer_factor))
+
+
+def _scaled(gain: Tensor | None, branch: Tensor) -> Tensor:
+    return branch if gain is None else gain * branch
 
 
 class Encoder(nn.Module):
@@ -128,12 +139,13 @@ class InternViT(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
+        self.unrotation = unrotation(config.hidden_size, config.is_rotated)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x: Tensor = self.embeddings(pixel_values)
         for block in self.encoder.layers:
             x = block(x)
-        return x
+        return unrotated(x, self.unrotation)
 
     def hidden_states(self, pixel_values: Tensor) -> list[Tensor]:
         """The embeddings and every block's output: num_hidden_layers + 1 of (B, N, C)."""
@@ -141,3 +153,13 @@ class InternViT(nn.Module):
         for block in self.encoder.layers:
             states.append(block(states[-1]))
         return states
+
+
+def unrotation(width: int, is_rotated: bool) -> nn.Parameter | None:
+    """The matrix (C, C) that takes a tower's residual stream back to the checkpoint's basis."""
+    return nn.Parameter(torch.empty(width, width)) if is_rotated else None
+
+
+def unrotated(x: Tensor, matrix: Tensor | None) -> Tensor:
+    """The residual stream (B, T, C) in the checkpoint's basis."""
+    return x if matrix is None else x @ matrix

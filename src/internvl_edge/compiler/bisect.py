@@ -122,7 +122,7 @@ def bisect(
     """
     artifact = open_artifact(out, hash_files=False)
     opened = open_source(artifact, checkpoint)
-    quantization = quantization_of(artifact)
+    quantization = quantization_of(artifact, opened)
     readings = []
     for name in _components(artifact, component):
         for file, base in _graphs(artifact, name, quantization):
@@ -172,7 +172,9 @@ class _Graph:
         component: str,
         file: str,
     ) -> None:
-        self.checkpoint, self.component = checkpoint, component
+        # in the form that was quantized, so that each tensor is in the basis it has in the graph
+        self.checkpoint = checkpoint if quantization is None else quantization.source
+        self.component = component
         self.quantization, self.path = quantization, artifact.path / file
         tower = tower_of(component)
         assert tower is not None
@@ -240,8 +242,8 @@ class _Graph:
         if self.quantization is None:
             return nullcontext()
         scales = self.quantization.scales[COMPONENT_STREAM[self.component]]
-        recipe, folded = self.quantization.recipe, self.quantization.folded
-        return fake_quantized(module, scales, recipe, folded, rename)
+        recipe, stored = self.quantization.recipe, self.quantization.stored
+        return fake_quantized(module, scales, recipe, stored, self.checkpoint.config, rename)
 
     def _watched(self, module: nn.Module, hidden: Array | None) -> Arrays:
         """Run the reference; what went into its block, and the output of every module inside."""

@@ -128,7 +128,7 @@ def quantize_weights(
     layout = quantized_layout(plan, needed)
     streams = {COMPONENT_STREAM[name] for name in models if name in COMPONENT_STREAM}
     total = _num_blocks(plan, streams)
-    blocks = calibration_blocks(plan.checkpoint, samples, streams, work)
+    blocks = calibration_blocks(plan.source, samples, streams, work)
     done = {name for entry in work.entries for name in entry["weights"]}
     path = work.path / WEIGHTS_FILE
     with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:

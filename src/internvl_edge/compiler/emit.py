@@ -14,7 +14,7 @@ computes in 16 bits, which is what engines are built from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.errors import UsageError
 from internvl_edge.export import graph as graphs
 from internvl_edge.export.bind import bind, save, weights_without_data
-from internvl_edge.export.blocks import COMPONENT_STREAM, LLAMA_PREFIX, VISION_PREFIX
+from internvl_edge.export.blocks import COMPONENT_STREAM, LLAMA_PREFIX, VISION_PREFIX, sites_of
 from internvl_edge.export.bring import Brought, bring_shards
 from internvl_edge.export.checkpoint import (
     Checkpoint,
@@ -50,7 +50,7 @@ from internvl_edge.export.models.vit import resize_position_embedding
 from internvl_edge.export.precision import POLICIES, apply_policy
 from internvl_edge.export.stamp import blocks_of, shallow_depth, stamp
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
-from internvl_edge.quantize.calibrate import CalibratedBlock, is_quantized
+from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX, CalibratedBlock, is_quantized
 from internvl_edge.quantize.formats import FORMATS
 from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
 from internvl_edge.quantize.recipe import Recipe
@@ -79,7 +79,7 @@ def trace_all(plan: Plan, base: str, report: Report) -> dict[str, ir.Model]:
 
     Towers are traced a few blocks deep and stamped; one that does not repeat is traced in full.
     """
-    config = plan.checkpoint.config
+    config = plan.source.config
     shallow = shallow_config(config)
     model = _meta_model(plan, shallow, base)
     traced = {}
@@ -153,10 +153,13 @@ def _trace(
 
 def read_tensor(plan: Plan, name: str) -> Array:
     """A parameter as the graphs of this resolution need it; resampled positions in float32."""
-    values = plan.checkpoint.read(name)
+    if name.endswith(SMOOTHING_SUFFIX):  # of a site that nothing was folded at
+        shape = plan.source.tensors[name.replace(SMOOTHING_SUFFIX, ".weight")].shape[1:]
+        return np.ones(shape, np.float32)
+    values = plan.source.read(name)
     if name != POSITIONS:
         return values
-    side = plan.image_size // plan.checkpoint.config.vision.patch_size
+    side = plan.image_size // plan.source.config.vision.patch_size
     resized: Array = resize_position_embedding(
         torch_from_numpy(values).float(), (side, side)
     ).numpy()
@@ -177,8 +180,8 @@ def store_weights(
         report(Progress(step="copy", detail=f"{shard} (MB)", done=done, total=total))
 
     needed = weights_without_data(models.values())
-    resized = plan.image_size != plan.checkpoint.config.vision.image_size
-    held = {n: plan.checkpoint.tensors[n] for n in needed if n != POSITIONS or not resized}
+    resized = plan.image_size != plan.source.config.vision.image_size
+    held = {n: plan.source.tensors[n] for n in needed if n != POSITIONS or not resized}
     stored: dict[str, StoredTensor] = {}
     brought: dict[str, Brought] = {}
     if can_bring(plan.options, needed, held):
@@ -244,9 +247,9 @@ def convert(values: Array, dtype: np.dtype[Any]) -> Array:
 
 def _shape(plan: Plan, name: str) -> tuple[int, ...]:
     if name == POSITIONS:
-        vision = plan.checkpoint.config.vision
+        vision = plan.source.config.vision
         return 1, vision.num_tokens(plan.image_size), vision.hidden_size
-    return plan.checkpoint.tensors[name].shape
+    return plan.source.tensors[name].shape
 
 
 def quantized_layers(checkpoint: Checkpoint, recipe: Recipe, needed: Iterable[str]) -> list[str]:
@@ -268,7 +271,7 @@ def quantized_layout(
     """Dtype and shape of every tensor of a quantized directory's weights file."""
     assert plan.recipe is not None
     layout: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-    layers = set(quantized_layers(plan.checkpoint, plan.recipe, needed))
+    layers = set(quantized_layers(plan.source, plan.recipe, needed))
     for name in needed:
         shape = _shape(plan, name)
         if name in layers:
@@ -276,10 +279,27 @@ def quantized_layout(
             layout[name + SCALE_SUFFIX] = FLOAT32, shape[:1]
         else:
             # gains may be folded, and are small; what is large stays as the checkpoint has it
-            held = plan.checkpoint.tensors[name].dtype
+            held = plan.source.tensors[name].dtype
             is_wide = len(shape) == 1 or name == POSITIONS or held.itemsize > 4
             layout[name] = (FLOAT32 if is_wide else held), shape
+    layout |= {
+        f"{reader}{SMOOTHING_SUFFIX}": (FLOAT32, plan.source.tensors[f"{reader}.weight"].shape[1:])
+        for reader in smoothed_readers(plan, layers)
+    }
     return layout
+
+
+def smoothed_readers(plan: Plan, layers: Container[str]) -> list[str]:
+    """The first reader of every site whose columns calibration may scale or rotate."""
+    config, found = plan.source.config, []
+    for prefix, (_, depth) in _towers(config).items():
+        for block in (f"{prefix}.{i}" for i in range(depth)):
+            for site in sites_of(config, block):
+                names = [f"{block}.{r}.weight" for r in site.readers]
+                producer = f"{block}.{site.producer}.weight"
+                if all(n in layers for n in names) and (site.norm or producer in layers):
+                    found.append(f"{block}.{site.readers[0]}")
+    return found
 
 
 def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:

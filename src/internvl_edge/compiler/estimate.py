@@ -116,7 +116,7 @@ def forecast(options: ExportOptions) -> Forecast:
 def forecast_plan(plan: Plan) -> Forecast:
     """What a checked plan will need."""
     options = plan.options
-    entries = plan.checkpoint.tensors
+    entries = plan.source.tensors
     tensors = {name: (entries[name].dtype, entries[name].shape) for name in read_by(plan)}
     written = _written_nbytes(plan, tensors)
     engines = len(options.targets) - ("onnx" in options.targets)
@@ -166,9 +166,9 @@ def spool_budget(plan: Plan) -> Budget:
 def read_by(plan: Plan) -> set[str]:
     """The parameters that the chosen components read."""
     with torch.device("meta"):
-        model = build_model(plan.checkpoint.config)
+        model = build_model(plan.source.config)
     if isinstance(model, InternViT):
-        return set(plan.checkpoint.tensors)
+        return set(plan.source.tensors)
     names: set[str] = set()
     for component in plan.components:
         names |= build_component(COMPONENTS[component], model).state_dict().keys()
@@ -195,7 +195,7 @@ def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
 def _blocks(plan: Plan) -> dict[str, int]:
     """Parameters of every block."""
     sizes: dict[str, int] = {}
-    for name, entry in plan.checkpoint.tensors.items():
+    for name, entry in plan.source.tensors.items():
         for prefix in (VISION_PREFIX, LLAMA_PREFIX):
             if name.startswith(f"{prefix}."):
                 block = name[: name.index(".", len(prefix) + 1)]
@@ -215,7 +215,7 @@ def _trace(plan: Plan) -> Step:
 
 
 def _weights(plan: Plan, written: int) -> Step:
-    sizes = {name: math.prod(entry.shape) for name, entry in plan.checkpoint.tensors.items()}
+    sizes = {name: math.prod(entry.shape) for name, entry in plan.source.tensors.items()}
     if plan.recipe is not None:  # the rest is calibration's
         sizes = {n: size for n, size in sizes.items() if not n.startswith(TOWERS)}
     largest = max(sizes.values()) if written else 0
@@ -229,12 +229,12 @@ def _weights(plan: Plan, written: int) -> Step:
 
 def _quantize(plan: Plan) -> Step:
     assert plan.recipe is not None
-    vision = plan.checkpoint.config.vision
+    vision = plan.source.config.vision
     images = num_images(plan)
     tokens = {VISION_PREFIX: images * vision.num_tokens(plan.image_size)}
-    if plan.checkpoint.config.internvl is not None:
+    if plan.source.config.internvl is not None:
         # queries looking at an image, texts, and both together
-        queries = plan.checkpoint.config.internvl.num_query_token
+        queries = plan.source.config.internvl.num_query_token
         tokens[LLAMA_PREFIX] = 2 * images * (queries + USUAL_TEXT_LENGTH)
     blocks = _blocks(plan)
     parameters = {
@@ -276,7 +276,7 @@ def matmul_flops() -> float:
 
 def _block_nbytes(plan: Plan) -> int:
     """Memory that calibrating the largest block needs, but for what is spooled."""
-    vision = plan.checkpoint.config.vision
+    vision = plan.source.config.vision
     tokens = BATCH * vision.num_tokens(plan.image_size)
     running = FLOAT32_NBYTES * tokens * (2 * vision.intermediate_size + 6 * vision.hidden_size)
     weights = int(BLOCK_NBYTES_PER_PARAMETER * max(_blocks(plan).values()))
@@ -290,7 +290,7 @@ def _verify(plan: Plan) -> Step:
         # one block and what is in front of and behind its tower
         blocks = _blocks(plan)
         other = compared // FLOAT32_NBYTES - sum(blocks.values())
-        head = plan.checkpoint.tensors.get("qllama.lm_head.weight")
+        head = plan.source.tensors.get("qllama.lm_head.weight")
         other -= 0 if head is None else math.prod(head.shape)
         compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
         seconds = 3.0

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,10 @@ from internvl_edge.export.bring import Transfer
 from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.components import choose_components
 from internvl_edge.export.config import check_image_size
+from internvl_edge.export.folded import folded
 from internvl_edge.publish import check_out
 from internvl_edge.quantize.recipe import Recipe, load_recipe, recipe_for
+from internvl_edge.quantize.rotation import rotation
 from internvl_edge.runtime.image import MAX_SIZE, Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Plan:
     preprocessing: Preprocessing
     recipe: Recipe | None  # None: nothing is quantized
     is_demo: bool
+    source: Checkpoint  # the checkpoint in the form that the recipe quantizes
 
     @property
     def base(self) -> str:
@@ -105,7 +109,16 @@ def make_plan(options: ExportOptions) -> Plan:
         preprocessing=read_preprocessing(checkpoint.path, image_size),
         recipe=recipe,
         is_demo=checkpoint.path.resolve() == demo_checkpoint().resolve(),
+        source=source_of(checkpoint, recipe),
     )
+
+
+def source_of(checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
+    """The checkpoint in the form that a recipe quantizes: the same function in other tensors."""
+    if recipe is None or not recipe.fold:
+        return checkpoint
+    turn = partial(rotation, seed=recipe.rotation_seed) if recipe.rotate else None
+    return folded(checkpoint, turn, has_shift=recipe.shift)
 
 
 def _check_parent(out: Path) -> None:

@@ -19,7 +19,7 @@ from internvl_edge.compiler.check import (
     Quantization,
     is_compared_whole,
     reason_not_to_verify,
-    stored_norms,
+    stored_changes,
 )
 from internvl_edge.compiler.emit import WEIGHTS_FILE, Emitted, store_weights, trace_all, write_graph
 from internvl_edge.compiler.engines import (
@@ -28,7 +28,7 @@ from internvl_edge.compiler.engines import (
     require_targets,
 )
 from internvl_edge.compiler.estimate import require_fit, spool_budget
-from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
+from internvl_edge.compiler.options import ExportOptions, Plan, make_plan, source_of
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.readme import readme
 from internvl_edge.compiler.report import with_report
@@ -153,7 +153,7 @@ def verify(
     if checkpoint is None:
         return {name: {} for name in artifact.manifest.components}
     opened = open_source(artifact, checkpoint)
-    quantization = quantization_of(artifact)
+    quantization = quantization_of(artifact, opened)
     base = engine_base = artifact.manifest.precision
     if quantization is not None:
         base, engine_base = quantization.recipe.base or "fp32", quantization.recipe.engine_base
@@ -191,14 +191,16 @@ def open_source(artifact: Artifact, checkpoint: Path) -> Checkpoint:
     return opened
 
 
-def quantization_of(artifact: Artifact) -> Quantization | None:
+def quantization_of(artifact: Artifact, checkpoint: Checkpoint) -> Quantization | None:
     """What the simulation of a directory needs; None where nothing is quantized."""
     if artifact.manifest.recipe is None:
         return None
+    recipe = Recipe.from_json(artifact.manifest.recipe)
     return Quantization(
-        recipe=Recipe.from_json(artifact.manifest.recipe),
+        recipe=recipe,
         scales=read_scales(artifact.path),
-        folded=stored_norms(artifact.file(WEIGHTS_FILE)),
+        stored=stored_changes(artifact.file(WEIGHTS_FILE)),
+        source=source_of(checkpoint, recipe),
     )
 
 
@@ -232,8 +234,12 @@ def _compile_into(
     if plan.recipe is not None:
         write_scales(directory, scales)
         write_statistics(directory, [row for entry in work.entries for row in entry["statistics"]])
-        norms = stored_norms(directory / WEIGHTS_FILE)
-        quantization = Quantization(recipe=plan.recipe, scales=scales, folded=norms)
+        quantization = Quantization(
+            recipe=plan.recipe,
+            scales=scales,
+            stored=stored_changes(directory / WEIGHTS_FILE),
+            source=plan.source,
+        )
     checker = None
     if reason is None:
         whole = is_compared_whole(plan.checkpoint, plan.options.verify)

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.errors import ArtifactError
-from internvl_edge.export.blocks import LLAMA_NORMS, VISION_NORMS
+from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX, sites_of
+from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.quantize import formats
+from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.rotation import rotation
 
 SCALES_FILE = "quantization.json"  # stream → weight → activation scale
 Scales = Mapping[str, Mapping[str, float]]
@@ -54,52 +57,77 @@ def fake_quantized(
     module: nn.Module,
     scales: Mapping[str, float],
     recipe: Recipe,
-    folded: Mapping[str, np.ndarray[Any, Any]],
+    stored: Mapping[str, np.ndarray[Any, Any]],
+    config: CheckpointConfig,
     rename: Callable[[str], str] = str,
 ) -> Iterator[None]:
     """Make ``module`` compute what the quantized component should, while the context lasts.
 
     Args:
-        module: the float32 reference; restored at the end.
+        module: in float32, in the form that the recipe quantizes; restored at the end.
         scales: weight → activation scale, of the component's stream.
         recipe: the formats.
-        folded: norm gains and biases as they were stored, by checkpoint name.
+        stored: factors, biases and shifts as they were stored, by checkpoint name.
+        config: of that form.
         rename: the checkpoint's name of a parameter of the module.
     """
     parameters = {rename(name): p for name, p in module.named_parameters()}
-    factors = _factors(parameters, folded)
     with ExitStack() as stack, torch.no_grad():
+        for name, parameter in parameters.items():
+            is_stored = name in stored and name.endswith((".bias", ".shift"))
+            if is_stored or (name.removesuffix(".weight") != name and ".layers." in name):
+                stack.callback(_restore, parameter, parameter.clone())
+            if is_stored:
+                parameter.copy_(torch.from_numpy(np.array(stored[name], np.float32)))
+        for name, values in stored.items():
+            reader = name.removesuffix(SMOOTHING_SUFFIX)
+            if reader != name and f"{reader}.weight" in parameters:
+                _fold(parameters, reader, np.array(values, np.float32), recipe, config)
         for name, layer in module.named_modules():
             weight = rename(f"{name}.weight")
             if isinstance(layer, nn.Linear) and weight in scales:
-                stack.callback(_restore, layer.weight, layer.weight.clone())
-                layer.weight.copy_(_rounded(layer.weight * factors.get(weight, 1.0), recipe))
+                layer.weight.copy_(_rounded(layer.weight, recipe))
                 hook = _rounding_hook(scales[weight], recipe)
                 stack.callback(layer.register_forward_pre_hook(hook).remove)
-        for name, values in folded.items():
-            if name in parameters:
-                stack.callback(_restore, parameters[name], parameters[name].clone())
-                parameters[name].copy_(torch.from_numpy(np.array(values, np.float32)))
         yield
 
 
-def _factors(
-    parameters: Mapping[str, Tensor], folded: Mapping[str, np.ndarray[Any, Any]]
-) -> dict[str, Tensor]:
-    """What each folded norm moved into the columns of its readers: the old gain over the new."""
-    factors: dict[str, Tensor] = {}
-    readers = {**VISION_NORMS, **LLAMA_NORMS}
-    for name, values in folded.items():
-        if not name.endswith(".weight") or name not in parameters:
-            continue
-        path = name.removesuffix(".weight")
-        norm = max((n for n in readers if path.endswith(f".{n}")), key=len)
-        stored = torch.from_numpy(np.array(values, np.float32))
-        gain = parameters[name].detach()
-        moved = torch.where(stored == 0, 1.0, gain / stored)  # a channel that is switched off
-        block = path.removesuffix(f".{norm}")
-        factors |= {f"{block}.{reader}.weight": moved for reader in readers[norm]}
-    return factors
+def _fold(
+    parameters: Mapping[str, Tensor],
+    reader: str,
+    values: np.ndarray[Any, Any],
+    recipe: Recipe,
+    config: CheckpointConfig,
+) -> None:
+    """Move a site's factors, and its rotation, into its readers and out of what is in front."""
+    block, path = _split(reader)
+    site = next(s for s in sites_of(config, block) if s.readers[0] == path)
+    factors = torch.from_numpy(values)
+    is_turned = recipe.rotate and site.head_dim is not None
+    if is_turned:
+        assert site.head_dim is not None
+        head = torch.from_numpy(rotation(site.head_dim, recipe.rotation_seed).matrix())
+        turn = torch.kron(torch.eye(factors.numel() // site.head_dim), head)
+    for name in site.readers:
+        weight = parameters[f"{block}.{name}.weight"]
+        weight.mul_(factors)
+        if is_turned:
+            weight.copy_(weight @ turn)
+    if site.norm is not None:  # the bias, if it has one, is stored
+        parameters[f"{block}.{site.norm}.weight"].div_(factors)
+        return
+    weight = parameters[f"{block}.{site.producer}.weight"]
+    rows = weight[site.first_row : site.first_row + factors.numel()]
+    rows.div_(factors[:, None])
+    if is_turned:
+        rows.copy_(turn.T @ rows)
+
+
+def _split(layer: str) -> tuple[str, str]:
+    """A layer's full name as its block's and the rest."""
+    prefix = VISION_PREFIX if layer.startswith(VISION_PREFIX) else LLAMA_PREFIX
+    index, _, path = layer.removeprefix(f"{prefix}.").partition(".")
+    return f"{prefix}.{index}", path
 
 
 def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:

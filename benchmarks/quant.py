@@ -1,0 +1,166 @@
+"""What each step of a quantization recipe is worth, on checkpoints with and without outliers.
+
+    python benchmarks/quant.py [--layers 4] [--seeds 1] [--demo] [--peers] [--json FILE]
+
+Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain,
+with function-preserving outlier channels, and with massive activations and outliers between v and
+its projection as well. Each is calibrated on a few photographs; what it computes is simulated in
+PyTorch (``compiler.simulate``, which every export is held against) on photographs it has not seen,
+and ``last_hidden_state`` is compared with float32. Massive activations carry nearly all of the
+signal's energy, so figures leave out the few channels and tokens that hold them (``ordinary``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from internvl_edge.compiler.options import source_of
+from internvl_edge.compiler.simulate import fake_quantized
+from internvl_edge.export.blocks import Samples, calibration_blocks
+from internvl_edge.export.checkpoint import Checkpoint, load_model, open_checkpoint
+from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
+from internvl_edge.quantize.calibrate import calibrate_block
+from internvl_edge.quantize.data import sample_set
+from internvl_edge.quantize.formats import sqnr_db
+from internvl_edge.quantize.recipe import Recipe, recipe_for
+from internvl_edge.resume import Workspace
+from internvl_edge.runtime.image import Preprocessing, pixel_values
+from internvl_edge.spool import Budget
+
+Array = np.ndarray[Any, Any]
+CHECKPOINTS = {
+    "plain": {},
+    "outliers": {"outliers": True},
+    "massive": {"outliers": True, "massive": True},
+}
+INT8, FP8 = recipe_for("int8"), recipe_for("fp8")
+_NAIVE = Recipe(name="naive, max", range_method="max")
+_FOLDED = replace(_NAIVE, name="+ gains and LayerScale folded, mse", range_method="mse", fold=True)
+_ROTATED = replace(_FOLDED, name="+ rotations", rotate=True)
+_SMOOTHED = replace(_ROTATED, name="+ smoothing, alpha searched", smooth="auto")
+_SHIFTED = replace(_SMOOTHED, name="+ shift behind GELU", shift=True)
+_CHOSEN = replace(_SHIFTED, name="+ ranges by output error", range_method="auto")
+RECIPES = (
+    _NAIVE,
+    replace(_NAIVE, name="SmoothQuant 0.5, mse", range_method="mse", smooth=0.5),
+    _FOLDED,
+    _ROTATED,
+    _SMOOTHED,
+    _SHIFTED,
+    _CHOSEN,
+    replace(INT8, name="int8 (+ bias correction)"),
+    replace(FP8, name="fp8"),
+    replace(FP8, name="fp8, rotated", rotate=True),
+)
+MASSIVE = 50.0  # times the median magnitude: not counted as ordinary
+CALIBRATION_IMAGES, HELD_OUT = 8, 4
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, default=[*CHECKPOINTS])
+    parser.add_argument("--recipes", nargs="+", help="names; all by default")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    recipes = [r for r in RECIPES if chosen.recipes is None or r.name in chosen.recipes]
+    rows = []
+    for seed in chosen.seeds:
+        for kind in chosen.checkpoints:
+            for row in measure(kind, seed, chosen.layers, recipes):
+                rows.append(row)
+                sys.stdout.write(json.dumps(row) + "\n")
+                sys.stdout.flush()
+    if chosen.json is not None:
+        report = {"command": " ".join(sys.argv), "rows": rows}
+        chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(kind: str, seed: int, layers: int, recipes: list[Recipe]) -> Iterator[dict[str, Any]]:
+    """One row per recipe, on one checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint"
+        config = shrink(PRESETS["internvit-6b-224"], layers)
+        write_checkpoint(Synthesis(config=config, seed=seed, **CHECKPOINTS[kind]), path)
+        checkpoint = open_checkpoint(path)
+        pixels = _photographs(config.vision.image_size, seed)
+        seen, held_out = pixels[:CALIBRATION_IMAGES], pixels[CALIBRATION_IMAGES:]
+        with torch.inference_mode():
+            reference = load_model(checkpoint)(held_out).numpy()
+        for recipe in recipes:
+            started = time.perf_counter()
+            found = quantized_output(checkpoint, recipe, seen, held_out)
+            yield {
+                "checkpoint": kind,
+                "seed": seed,
+                "recipe": recipe.name,
+                **figures(reference, found),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+
+
+def quantized_output(
+    checkpoint: Checkpoint, recipe: Recipe, seen: torch.Tensor, held_out: torch.Tensor
+) -> Array:
+    """Calibrate a tower on some images and simulate it on others."""
+    source = source_of(checkpoint, recipe)
+    scales: dict[str, float] = {}
+    stored: dict[str, Array] = {}
+    samples = Samples(pixel_values=[seen])
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        work = Workspace(Path(folder), Budget(2 << 30))
+        for block, streams in calibration_blocks(source, samples, {"image"}, work):
+            done = calibrate_block(block, streams, recipe, work.hidden, work.scratch)
+            work.finish(block.name, {}, {"image": streams["image"].hidden})
+            scales |= done.activations["image"]
+            stored |= done.folded
+        work.close()
+        model = build_component(COMPONENTS["vision"], load_model(source))
+        with fake_quantized(model, scales, recipe, stored, source.config):
+            output: Array = model(held_out).numpy()
+    return output
+
+
+def figures(reference: Array, found: Array) -> dict[str, float]:
+    """SQNR of everything and of what is ordinary, worst cosine of an image and of a token."""
+    magnitude = np.abs(reference)
+    ordinary = magnitude < MASSIVE * np.median(magnitude)
+    return {
+        "sqnr_db": round(sqnr_db(reference, found), 2),
+        "ordinary_db": round(sqnr_db(reference * ordinary, found * ordinary), 2),
+        "cosine": round(_worst_cosine(reference, found, lambda x: x.reshape(len(x), -1)), 6),
+        "token_cosine": round(
+            _worst_cosine(reference, found, lambda x: x.reshape(-1, x.shape[-1])), 6
+        ),
+    }
+
+
+def _worst_cosine(a: Array, b: Array, rows: Callable[[Array], Array]) -> float:
+    x, y = (rows(v.astype(np.float64)) for v in (a, b))
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return float(((x * y).sum(axis=1) / norms).min())
+
+
+def _photographs(size: int, seed: int) -> torch.Tensor:
+    images = sample_set("photographs", CALIBRATION_IMAGES + HELD_OUT, seed)
+    preprocessing = Preprocessing(size=size)
+    each = [pixel_values(images.image(i), preprocessing) for i in range(len(images))]
+    return torch.from_numpy(np.concatenate(each))
+
+
+if __name__ == "__main__":
+    main()

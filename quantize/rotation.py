@@ -1,0 +1,122 @@
+"""Rotations: an orthogonal change of basis that spreads outliers over all channels.
+
+A few channels of a transformer's residual stream are tens or hundreds of times larger than the
+rest, and one scale per tensor spends its levels on them. In another orthonormal basis every
+channel is a mixture of all, and none stands out (QuaRot, Ashkboos et al., 2024; SliceGPT). With an
+orthogonal Q, x' = x Q in place of x costs nothing at inference:
+
+    a reader of the stream     y = norm(x) diag(g) Wᵀ      becomes   norm(x') (W diag(g) Q)ᵀ
+    a writer into it           x += diag(l) (z Wᵀ + b)     becomes   x' += z (Qᵀ diag(l) W)ᵀ + …
+
+since RMSNorm without its gain g commutes with Q: |x Q| = |x|. So gains move into the readers,
+LayerScale l into the writers, embeddings are stored rotated, and x = x' Qᵀ is one product where
+the stream leaves the tower. LayerNorm also subtracts the mean, which is the component along the
+all-ones vector 1; it commutes with Q if 1 Q = 1.
+
+**The Q used** is symmetric, its own inverse, and keeps 1 (all that is needed for both norms):
+
+    Q = U S Uᵀ,     U = H ⊗ D,     S = diag(±1), S₀ = +1
+
+For a width 2ᵏ·m, H is the Hadamard matrix of size 2ᵏ over √2ᵏ and D the orthonormal cosine
+transform of the odd size m. The first column of either is constant, so U e₀ = 1/√n and S₀ = +1
+keeps it. The other signs are random: entry (i, j) of Q is a random sum Σₖ ±Uᵢₖ Uⱼₖ with variance
+close to 1/n, so an outlier of size a leaves with entries near a/√n. Q is never formed for a
+weight: U takes two small products, 128 and 25 wide at width 3200.
+
+Everything is computed in float64 and rounded once. The same seed and width give the same Q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.errors import UsageError
+
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+_CHUNK = 1 << 21  # elements that are float64 at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rotation:
+    """An orthogonal, symmetric matrix Q of some width with 1 Q = 1."""
+
+    hadamard: Floats  # (2ᵏ, 2ᵏ)
+    cosine: Floats  # (m, m), m odd
+    signs: Floats  # (2ᵏ·m,)
+
+    @property
+    def width(self) -> int:
+        """How many channels it rotates."""
+        return int(self.signs.size)
+
+    def apply(self, values: Array, axis: int = -1) -> NDArray[np.float32]:
+        """Multiply every vector along ``axis`` by Q; float32.
+
+        Raises:
+            UsageError: the axis has another length.
+        """
+        if values.shape[axis] != self.width:
+            raise UsageError(
+                f"rotation: expected {self.width} channels along axis {axis}, found an array of "
+                f"shape {values.shape}"
+            )
+        result = np.empty(values.shape, np.float32)
+        source, target = (
+            a.reshape(a.shape[0], -1) if axis == 0 else a.reshape(-1, self.width)
+            for a in (values, result)
+        )
+        if axis == 0:
+            source, target = source.T, target.T
+        step = max(_CHUNK // self.width, 1)
+        for start in range(0, len(source), step):
+            target[start : start + step] = self._rows(source[start : start + step])
+        return result
+
+    def matrix(self) -> NDArray[np.float32]:
+        """Q itself, (width, width) in float32."""
+        return self.apply(np.eye(self.width))
+
+    def _rows(self, rows: Array) -> Floats:
+        x = rows.astype(np.float64).reshape(len(rows), len(self.hadamard), len(self.cosine))
+        x = self.hadamard @ (x @ self.cosine)  # x U; H is symmetric
+        x *= self.signs.reshape(x.shape[1:])
+        return np.asarray(self.hadamard @ (x @ self.cosine.T)).reshape(rows.shape)
+
+
+def rotation(width: int, seed: int) -> Rotation:
+    """The rotation of ``width`` channels that belongs to a seed."""
+    power = width & -width  # the largest power of two that divides it
+    signs = np.random.default_rng((seed, width)).choice((-1.0, 1.0), width)
+    signs[0] = 1.0
+    return Rotation(hadamard=_hadamard(power), cosine=_cosine(width // power), signs=signs)
+
+
+def rotate_heads(values: Array, head: Rotation, axis: int = -1) -> NDArray[np.float32]:
+    """Rotate each head by itself; the heads lie one after the other along ``axis``, 0 or -1."""
+    heads = values.shape[axis] // head.width
+    if axis == 0:
+        split = values.reshape(heads, head.width, -1).transpose(1, 0, 2)
+        turned = head.apply(np.ascontiguousarray(split), axis=0).transpose(1, 0, 2)
+        return np.ascontiguousarray(turned).reshape(values.shape)
+    return head.apply(values.reshape(*values.shape[:-1], heads, head.width)).reshape(values.shape)
+
+
+def _hadamard(size: int) -> Floats:
+    """Sylvester's matrix over √size: symmetric, orthonormal."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2.0)
+    return matrix
+
+
+def _cosine(size: int) -> Floats:
+    """Columns cos(π k (i + ½) / size), normalised; the first is constant."""
+    k = np.arange(size)
+    matrix = np.cos(np.pi * (k[:, None] + 0.5) * k / size) * np.sqrt(2.0 / size)
+    matrix[:, 0] = np.sqrt(1.0 / size)
+    return np.asarray(matrix)
