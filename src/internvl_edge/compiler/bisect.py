@@ -16,6 +16,9 @@ by a wrong weight, scale, axis or operator (or one of its channels is: a channel
 its own). The first one in the order of the graph is where to look, since what comes behind it
 in the block reads it.
 
+PyTorch is the checkpoint in the form that the recipe quantizes (``export.folded``): the same
+function, its residual stream perhaps in another basis, which is the graph's.
+
 The inputs are seeded noise, of which a component needs no sample. The files' hashes are not
 checked: a directory that is broken is what this is for.
 """
@@ -34,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.artifact import Artifact, open_artifact
-from internvl_edge.compiler.check import Quantization
+from internvl_edge.compiler.check import SAME_DB, Quantization
 from internvl_edge.compiler.engines import engine_graph
 from internvl_edge.compiler.pipeline import open_source, quantization_of
 from internvl_edge.compiler.progress import Progress, Report, silent
@@ -55,6 +58,7 @@ from internvl_edge.runtime.session import did_you_mean
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 TENSOR_DB = 30.0  # of a quantized graph: one rounding to the other side shows in a small tensor
+MARGIN_DB = 3.0  # that a graph is nearer to its simulation than that is to PyTorch
 CHANNEL_SLACK_DB = 20.0  # a channel may be this much worse than a tensor
 OUTPUT_LAYERS = ("proj", "o_proj")  # of attention: what they read is attention's own result
 
@@ -123,11 +127,12 @@ def bisect(
     artifact = open_artifact(out, hash_files=False)
     opened = open_source(artifact, checkpoint)
     quantization = quantization_of(artifact, opened)
+    source = opened if quantization is None else quantization.source
     readings = []
     for name in _components(artifact, component):
         for file, base in _graphs(artifact, name, quantization):
             bound = _bound(base, quantization) if min_sqnr_db is None else min_sqnr_db
-            graph = _Graph(artifact, opened, quantization, name, file)
+            graph = _Graph(artifact, source, quantization, name, file, is_wide=base == "fp32")
             readings.append(graph.read(bound, report))
     return readings
 
@@ -171,10 +176,11 @@ class _Graph:
         quantization: Quantization | None,
         component: str,
         file: str,
+        *,
+        is_wide: bool,
     ) -> None:
-        # in the form that was quantized, so that each tensor is in the basis it has in the graph
-        self.checkpoint = checkpoint if quantization is None else quantization.source
-        self.component = component
+        self.checkpoint, self.component = checkpoint, component
+        self.is_wide = is_wide  # in 16 bits, roundings to the other side are many
         self.quantization, self.path = quantization, artifact.path / file
         tower = tower_of(component)
         assert tower is not None
@@ -197,9 +203,9 @@ class _Graph:
             )
             given, reference, expected = self._reference(index, hidden)
             actual, unrounded, drifted = self._run(index, given, drifting, list(expected))
-            tensors = self._tensors(index, expected, actual, bound_db)
+            tensors = self._tensors(index, reference, expected, actual, bound_db)
             if index == 0:
-                tensors.insert(0, _reading("embeddings", given, drifting, bound_db))
+                tensors.insert(0, _reading("embeddings", given, given, drifting, bound_db))
             output = reference[BLOCK_OUTPUT]
             blocks.append(
                 BlockReading(
@@ -282,7 +288,7 @@ class _Graph:
             return session.run(_needed(session, feeds))
 
     def _tensors(
-        self, index: int, expected: Arrays, actual: Arrays, bound_db: float
+        self, index: int, reference: Arrays, expected: Arrays, actual: Arrays, bound_db: float
     ) -> list[TensorReading]:
         """In the order of the graph's outputs, which is that of the modules' ends."""
         inner = [name for name in actual if name in expected and name not in self._tail_names]
@@ -290,7 +296,10 @@ class _Graph:
         prefix = f"{self.tower}.{index}"
         names = {name: f"{prefix}.{name}" for name in inner} | {name: name for name in tail}
         names[BLOCK_OUTPUT] = prefix
-        return [_reading(names[n], expected[n], actual[n], bound_db) for n in (*inner, *tail)]
+        beside = reference if self.is_wide else expected
+        return [
+            _reading(names[n], beside[n], expected[n], actual[n], bound_db) for n in (*inner, *tail)
+        ]
 
     @property
     def _tail_names(self) -> tuple[str, ...]:
@@ -301,9 +310,18 @@ def _sqnr(expected: Array, actual: Array) -> float:
     return agreement(expected, actual).sqnr_db
 
 
-def _reading(name: str, expected: Array, actual: Array, bound_db: float) -> TensorReading:
+def _reading(
+    name: str, reference: Array, expected: Array, actual: Array, bound_db: float
+) -> TensorReading:
+    """A tensor beside what it should be, and that beside what it would be without rounding.
+
+    A scale that is twice too coarse may leave a tensor above any fixed bound, but it moves it
+    further than its quantization does; a few roundings to the other side do not.
+    """
     whole, worst = _sqnr(expected, actual), worst_channel_db(expected, actual)
     is_good = whole >= bound_db and worst >= bound_db - CHANNEL_SLACK_DB
+    if reference is not expected and whole < SAME_DB:
+        is_good &= whole >= _sqnr(reference, expected) + MARGIN_DB
     return TensorReading(name=name, sqnr_db=whole, channel_db=worst, is_bad=not is_good)
 
 
