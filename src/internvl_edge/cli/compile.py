@@ -19,7 +19,9 @@ from internvl_edge.cli.options import (
 )
 from internvl_edge.errors import CheckpointError, InputError, MissingDependency, UsageError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+AUTO = "auto"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", AUTO)
+METRICS = ("cosine", "zero-shot", "recall@1")
 CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
 ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
@@ -58,28 +60,63 @@ ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 )
 @click.option("--recipe", type=DIRECTORY, help="Quantization recipe (JSON).")
 @click.option(
+    "--max-drop",
+    type=click.FloatRange(0.0, 1.0),
+    help="Of --precision auto: how much the metric may lose beside float32, 0 to 1.",
+)
+@click.option(
+    "--metric",
+    type=one_of(*METRICS),
+    help="Of --precision auto. cosine (default): of the towers' outputs, the worst sample; "
+    "zero-shot and recall@1: between the calibration images and their captions.",
+)
+@click.option(
     "--memory-budget", callback=memory, help="Most memory to take, such as 3GB; default: all free."
 )
 @click.option("--force", is_flag=True, help="Replace OUT, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything and forecast; write nothing.")
 @backend
 @answers
-def export(output: Output, backend: str, dry_run: bool, **chosen: Any) -> None:
+def export(
+    output: Output,
+    backend: str,
+    dry_run: bool,
+    max_drop: float | None,
+    metric: str | None,
+    **chosen: Any,
+) -> None:
     """Compile CHECKPOINT (default: the bundled demo model) into OUT.
 
     Traces every component to ONNX, quantizes it if the precision says so, verifies it against
-    PyTorch, builds the engines asked for and publishes OUT in one step.
+    PyTorch, builds the engines asked for and publishes OUT in one step. --precision auto is int8
+    with as few layers in 16 bits as --max-drop allows.
     """
     compiler = _compiler()
     _require_checkpoint(chosen["checkpoint"])
     _require_components(chosen["components"])
-    options = compiler.ExportOptions(**chosen)
+    is_auto = chosen["precision"] == AUTO
+    if is_auto == (max_drop is None) or (metric is not None and not is_auto):
+        raise UsageError("--precision auto and --max-drop go together; --metric is for them")
+    options = compiler.ExportOptions(**chosen | ({"precision": "int8"} if is_auto else {}))
     if dry_run:
         _dry_run(output, compiler, options)
         return
     with output.progress() as report:
-        artifact = compiler.export(options, report)
+        if max_drop is None:
+            artifact = compiler.export(options, report)
+        else:
+            artifact, found = compiler.export_auto(options, max_drop, metric or METRICS[0], report)
+            output.lines(_search_lines(found))
     _show_artifact(output, artifact)
+
+
+def _search_lines(found: Any) -> list[str]:
+    chosen, total = found.chosen, len(found.ranking)
+    return [
+        f"{found.metric} drop {point.drop:.2g} with {point.num_layers} of {total} layers in 16 "
+        f"bits, {point.nbytes / 1e6:.1f} MB{'  <- chosen' if point == chosen else ''}"
+        for point in found.frontier
+    ]
 
 
 @click.command()

@@ -6,6 +6,7 @@
     emit          one ONNX graph per component, one weights file for all of them
     calibration   weights quantized block by block, straight into that file
     check         every component beside PyTorch
+    search        which layers INT8 cannot afford, and a recipe that spares them
     engines       TensorRT engines, into a directory that is already published
     bisect        block by block beside PyTorch, when something is wrong
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.pipeline import export, verify
     from internvl_edge.compiler.progress import Progress
+    from internvl_edge.compiler.search import export_auto
 
 __all__ = [
     "ExportOptions",
@@ -31,6 +33,7 @@ __all__ = [
     "Progress",
     "build",
     "export",
+    "export_auto",
     "forecast",
     "make_plan",
     "profile_from",
@@ -43,6 +46,7 @@ _HOME = {
     "Progress": "progress",
     "build": "engines",
     "export": "pipeline",
+    "export_auto": "search",
     "forecast": "estimate",
     "make_plan": "options",
     "profile_from": "engines",

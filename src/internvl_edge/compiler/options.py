@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -46,9 +47,10 @@ class ExportOptions:
     weights: Transfer = "auto"
     align: int | None = None  # of every weight in its file; None: to its item size
     verify: Verify = "auto"
-    recipe: Path | None = None
+    recipe: Path | Recipe | None = None
     memory_budget: int | None = None  # bytes resident; None: what the machine has
     force: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)  # text files to publish along
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +201,8 @@ def _recipe(options: ExportOptions) -> Recipe | None:
         return None
     if options.recipe is None:
         return recipe_for(options.precision)
+    if isinstance(options.recipe, Recipe):
+        return options.recipe
     recipe = load_recipe(options.recipe)
     if recipe.activations != options.precision:
         raise UsageError(

@@ -319,6 +319,8 @@ def _manifest(
         components=records,
         files={},
     )
+    for name, text in plan.options.notes.items():
+        (directory / name).write_text(text, encoding="utf-8")
     (directory / "README.md").write_text(readme(manifest), encoding="utf-8")
     files = {
         path.name: brought[path.name].record if path.name in brought else record(path)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.artifact import Manifest
+from internvl_edge.compiler.frontier import FrontierPlot, read_frontier
 from internvl_edge.publish import record
 from internvl_edge.quantize.statistics import LayerStatistics, read_statistics
 
@@ -91,13 +92,15 @@ class StreamFigures:
 
 def with_report(directory: Path, manifest: Manifest) -> Manifest:
     """Write the report of a directory that is about to be published; its manifest lists it."""
-    text = render(manifest, read_statistics(directory))
+    text = render(manifest, read_statistics(directory), read_frontier(directory))
     (directory / REPORT_FILE).write_text(text, encoding="utf-8")
     files = {**manifest.files, REPORT_FILE: record(directory / REPORT_FILE)}
     return replace(manifest, files=dict(sorted(files.items())))
 
 
-def render(manifest: Manifest, layers: Sequence[LayerStatistics]) -> str:
+def render(
+    manifest: Manifest, layers: Sequence[LayerStatistics], frontier: FrontierPlot | None = None
+) -> str:
     """The report as HTML."""
     from jinja2 import Environment, StrictUndefined
 
@@ -112,6 +115,7 @@ def render(manifest: Manifest, layers: Sequence[LayerStatistics]) -> str:
             components=_components(manifest),
             weights=[(n, _megabytes(c.nbytes)) for n, c in manifest.components.items()],
             sizes=_sizes(manifest),
+            frontier=frontier,
             recipe=_recipe(manifest.recipe),
             versions=_versions(manifest.tool_version),
             legend=_legend(),
