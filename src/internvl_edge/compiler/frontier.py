@@ -34,9 +34,10 @@ def read_frontier(directory: Path) -> FrontierPlot | None:
 def plot(search: dict[str, Any]) -> FrontierPlot:
     """The plot of a search in JSON types; see ``quantize.search.Search``."""
     found = search["frontier"]
-    sizes = [point["nbytes"] / 1e6 for point in found]
-    top = max([point["drop"] for point in found] + [1e-9]) * 1.05
-    low, span = min(sizes), max(max(sizes) - min(sizes), 1e-9)
+    sizes: list[float] = [point["nbytes"] / 1e6 for point in found]
+    top: float = max([point["drop"] for point in found] + [1e-9]) * 1.05
+    low: float = min(sizes)
+    span: float = max(max(sizes) - low, 1e-9)
 
     def x(megabytes: float) -> float:
         return round(LEFT + MARGIN + (WIDTH - LEFT - 2 * MARGIN) * (megabytes - low) / span, 1)
