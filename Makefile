@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check format bench-demo bench-fullsize clean
+.PHONY: install demo test check format bench-demo bench-fullsize bench-quant clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ bench-demo: install
 # FLAGS="--layers 4 --steps synthetic,int8" for less; see benchmarks/fullsize.py
 bench-fullsize: install
 	$(BIN)/python benchmarks/fullsize.py $(FLAGS)
+
+# FLAGS="--seeds 0 1 --checkpoints massive" for more or less; see benchmarks/quant.py
+bench-quant: install
+	$(BIN)/python benchmarks/quant.py --json benchmarks/results/quant.json $(FLAGS)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

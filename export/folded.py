@@ -17,7 +17,7 @@ Cross-attention's second norm reads the vision tower's output, which has left it
 is folded, nothing is rotated. Self-attention's q and k norms stay, they do not read the stream.
 
 The result is a ``Checkpoint`` as any other, with another config and other tensors; each is made
-when it is read, in float64, so calibration, verification and writing stay as streaming as they
+when it is read, so calibration, verification and writing stay as streaming as they
 are. It holds no shard of its own: hashes and links are those of the original.
 """
 

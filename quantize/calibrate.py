@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import choose, formats, smooth
-from internvl_edge.quantize.observers import RANGE_METHODS, RangeObserver
+from internvl_edge.quantize.observers import RANGE_METHODS, RangeMethod, RangeObserver
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import Rotation, rotate_heads, rotation
 from internvl_edge.quantize.statistics import (
@@ -400,10 +400,13 @@ def _settle(
         inputs.kept.close()
     rows = change(np.array(inputs.sample.rows))
     has_shift = group.site is not None and group.site.shift is not None
+    methods: tuple[RangeMethod, ...] = (
+        (recipe.range_method if recipe.range_method != "auto" else "mse"),
+    )
+    if recipe.range_method == "auto" and len(rows) >= choose.ENOUGH_ROWS:
+        methods = RANGE_METHODS
     pairs = [
-        pair
-        for method in (RANGE_METHODS if recipe.range_method == "auto" else (recipe.range_method,))
-        for pair in _ranges(inputs, method, recipe, has_shift=has_shift)
+        pair for method in methods for pair in _ranges(inputs, method, recipe, has_shift=has_shift)
     ]
     if not all(np.isfinite(scale) and scale > 0 for scale, _ in pairs):
         raise CalibrationError(f"{group.key}: the {stream} stream gave an unusable scale {pairs}")
@@ -432,7 +435,7 @@ def _input_sqnr_db(
 
 
 def _ranges(
-    inputs: _Inputs, method: Any, recipe: Recipe, *, has_shift: bool
+    inputs: _Inputs, method: RangeMethod, recipe: Recipe, *, has_shift: bool
 ) -> Iterator[tuple[float, float]]:
     """The scales, each with its shift, that a method has to offer."""
     yield inputs.observer.scale(method, recipe.activations, recipe.percentile), 0.0

@@ -25,6 +25,7 @@ from internvl_edge.quantize.observers import RangeObserver
 
 Array = NDArray[Any]
 SAMPLE_ROWS = 256  # of activations, per stream, and of weights
+ENOUGH_ROWS = 128  # for what they show to hold for others
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
 # What smoothing must leave of the error to be chosen: it puts every channel's largest value seen
 # at the end of the range, so that of the values not seen more will saturate.
@@ -85,7 +86,7 @@ def best_factors(
     """SmoothQuant's factors at the alpha of the least output error; ones if none is better.
 
     Args:
-        samples: rows of the activation, per stream.
+        samples: rows of the activation, per stream; too few of them choose nothing.
         peaks: largest |x| of each channel over everything seen, (channels,).
         columns: largest |w| of each channel over all outputs, (channels,).
         w: from :func:`sample_weights`.
@@ -103,6 +104,8 @@ def best_factors(
         return total
 
     none = np.ones(peaks.shape, np.float32)
+    if sum(len(rows) for rows in samples) < ENOUGH_ROWS:
+        return none
     tried = [smooth.smoothing_factors(peaks, columns, alpha) for alpha in ALPHAS]
     errors = [error(factors) for factors in tried]
     best = int(np.argmin(errors))
