@@ -99,7 +99,7 @@ def test_weights_are_stored_once_and_in_8_bits(tiny: Written, int8: Artifact) ->
     (weights,) = [n for n in int8.manifest.files if n.endswith(".safetensors")]
     stored = int8.manifest.files[weights].nbytes
     parameters = sum(t.numel() for t in tiny.state.values())
-    # bf16 would be 2, and every component apart far more; patch embedding and un-rotation are float32
+    # bf16 would be 2, and every component apart far more; un-rotation and patches are float32
     assert stored < 1.9 * parameters
     graphs = [n for n in int8.manifest.files if n.endswith(".onnx")]
     assert sorted(graphs) == sorted(

@@ -80,6 +80,10 @@ BAD: list[dict[str, Any]] = [
     {"smooth": -0.1},
     {"smooth": 1.5},
     {"smooth": False},
+    {"smooth": "search"},
+    {"rotate": 1},
+    {"correct_bias": "yes"},
+    {"rotation_seed": -1},
     {"exclude": "fc2"},
     {"exclude": [3]},
     {"exclude": ["("]},
@@ -102,6 +106,12 @@ def test_a_bad_value_is_refused_by_name(change: dict[str, Any]) -> None:
     names = "weights" if change == {"activations": "fp8"} else "|".join(change)
     with pytest.raises(InputError, match=f"recipe: ({names}) must be"):
         Recipe.from_json({"name": "mine"} | change)
+
+
+@pytest.mark.parametrize("field", ["rotate", "shift"])
+def test_what_needs_folding_is_refused_without(field: str) -> None:
+    with pytest.raises(InputError, match=f"recipe: fold must be true with {field}"):
+        Recipe(name="mine", **{field: True})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("data", [None, [], "int8", 3])
