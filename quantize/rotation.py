@@ -100,7 +100,7 @@ def rotation(width: int, seed: int) -> Rotation:
     signs = np.random.default_rng((seed, width)).choice((-1.0, 1.0), width)
     signs[0] = 1.0
     side = min(power, 1 << (width.bit_length() // 2))  # a power of two near √width
-    right = np.kron(_hadamard(power // side), _cosine(width // power))
+    right = np.asarray(np.kron(_hadamard(power // side), _cosine(width // power)), np.float64)
     return Rotation(left=_hadamard(side), right=right, signs=signs)
 
 
