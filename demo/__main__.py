@@ -24,7 +24,8 @@ from internvl_edge.cli.console import Output, error_line
 from internvl_edge.compiler.options import demo_checkpoint
 from internvl_edge.demo import evaluate
 from internvl_edge.errors import InternVLError
-from internvl_edge.runtime.bench import environment, measure_many
+from internvl_edge.runtime.bench import measure_many
+from internvl_edge.runtime.environment import environment
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 ENGINES_AT = "int8"

@@ -6,7 +6,7 @@
     image     pictures to ``pixel_values``;  video  frames;  tokenizer  texts to ids
     requests  what callers hand over;  vectors  arithmetic on embeddings
     model     what people ask for: encode, classify, retrieve, match
-    bench     honest timing
+    bench     honest timing;  scenarios  under load;  environment  where it was measured
 
 Importing this package imports NumPy and nothing heavier; a backend is imported when it opens.
 """

@@ -5,7 +5,7 @@ x₀ ≤ … ≤ xₙ₋₁
 
     p(q)   = xₖ + f (xₖ₊₁ − xₖ),   k + f = (n − 1) q/100       (linear between order statistics)
     std    = sqrt( Σ (xᵢ − mean)² / n )                        (of the samples, not an estimate)
-    throughput = n · items per call / Σ xᵢ
+    throughput = n · items per call / Σ xᵢ                     (or per wall time, of calls at once)
 
 and percentiles come from all the samples, never from averaged percentiles. Latencies have long
 upper tails, so p50 says what a call usually takes and p99 what to plan for; a mean alone says
@@ -19,29 +19,28 @@ runs for a moment: thread pools of inference libraries spin for work after a cal
 cores one library's idle threads would be measured as the other's latency (a factor of 50 on two
 cores, before there was a pause).
 
+How much faster one is than another is the ratio of their medians. Its interval comes from a
+bootstrap over rounds: rounds are drawn with replacement, the same for both contenders since a
+round met both in the same state of the machine, and the middle 95 % of the ratios are kept.
+Calls of one turn are alike, so resampling calls instead would promise too narrow an interval.
+
 The JSON has AIPerf's field names (``unit``, ``avg``, ``p99``, …) under trtexec's metric names
 (``latency``, ``throughput``).
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from internvl_edge._version import __version__
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.session import Array, Session
 
-__all__ = ["Timing", "environment", "measure", "measure_many"]
+__all__ = ["Ratio", "Timing", "measure", "measure_many", "ratio_of"]
 
 WARMUP_S, MIN_DURATION_S, MIN_ITERATIONS = 0.2, 3.0, 100  # trtexec's, with more calls for p99
 WARMUP_ITERATIONS = 10
@@ -52,7 +51,7 @@ NS_PER_S, NS_PER_MS = 1_000_000_000, 1_000_000
 TURN_CALLS = 10  # of one contender before the next
 SETTLE_S = 0.05  # before a turn: threads of the last contender stop spinning for work
 PERCENTILES = (50, 90, 95, 99)
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch")
+BOOTSTRAPS, CONFIDENCE = 2000, 0.95
 
 Clock = Callable[[], int]  # nanoseconds, monotonic
 
@@ -65,6 +64,7 @@ class Timing:
     items: int  # per call: its batch
     warmup_iterations: int
     is_steady: bool  # the warm-up ended because it was
+    wall_s: float | None = None  # of all samples, where several ran at once
 
     def percentile_ms(self, q: float) -> float:
         """Between the order statistics, linearly."""
@@ -81,7 +81,8 @@ class Timing:
     @property
     def throughput(self) -> float:
         """Items per second."""
-        return 1e3 * self.items * len(self.samples_ms) / sum(self.samples_ms)
+        wall_s = sum(self.samples_ms) / 1e3 if self.wall_s is None else self.wall_s
+        return self.items * len(self.samples_ms) / wall_s
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the raw samples."""
@@ -100,6 +101,36 @@ class Timing:
             "warmup_iterations": self.warmup_iterations,
             "is_steady": self.is_steady,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """How many times as long one contender takes as another."""
+
+    median: float
+    low: float  # of the interval
+    high: float
+
+
+def ratio_of(one: Timing, other: Timing, *, seed: int = 0) -> Ratio:
+    """The median latency of ``one`` over that of ``other``, of contenders measured in turns.
+
+    Raises:
+        UsageError: they were not measured together, so that rounds do not correspond.
+    """
+    if len(one.samples_ms) != len(other.samples_ms):
+        raise UsageError(
+            f"a ratio is of contenders measured together: found {len(one.samples_ms)} and "
+            f"{len(other.samples_ms)} samples"
+        )
+    turn = min(TURN_CALLS, len(one.samples_ms))
+    rounds = len(one.samples_ms) // turn
+    a, b = (np.reshape(t.samples_ms[: rounds * turn], (rounds, turn)) for t in (one, other))
+    drawn = np.random.default_rng(seed).integers(0, rounds, (BOOTSTRAPS, rounds))
+    ratios = [np.median(a[rows]) / np.median(b[rows]) for rows in drawn]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(ratios, (tail, 100 - tail))
+    return Ratio(median=float(np.median(a) / np.median(b)), low=float(low), high=float(high))
 
 
 def measure(
@@ -221,78 +252,3 @@ def _is_steady(samples: Sequence[int]) -> bool:
     before = float(np.median(samples[-2 * STEADY_WINDOW : -STEADY_WINDOW]))
     last = float(np.median(samples[-STEADY_WINDOW:]))
     return abs(last - before) <= STEADY_TOLERANCE * before
-
-
-# --- where it was measured -----------------------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-    """What a reader needs to compare figures; None where the system does not say."""
-    return {
-        "internvl_edge": __version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpu_features": _cpu_features(),
-        "cores_usable": _usable_cores(),
-        "cores_online": os.cpu_count(),
-        "clock_mhz": _clock_mhz(),
-        "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "memory_bytes": _memory_bytes(),
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def _cpu_model() -> str | None:
-    return _cpuinfo("model name") or platform.processor() or None
-
-
-def _cpu_features() -> list[str]:
-    """The instruction sets that decide how fast products of 8 and 16 bits are."""
-    known = r"avx2|avx_vnni|avx512f|avx512_vnni|avx512_bf16|avx512_fp16|amx_int8|amx_bf16|amx_fp16"
-    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
-    return [flag for flag in flags if re.fullmatch(rf"{known}|asimddp|i8mm|bf16", flag)]
-
-
-def _clock_mhz() -> float | None:
-    """The clock of the first core, now."""
-    khz = _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-    if khz is not None:
-        return float(khz) / 1e3
-    mhz = _cpuinfo("cpu MHz")
-    return None if mhz is None else float(mhz)
-
-
-def _usable_cores() -> int | None:
-    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
-    return os.cpu_count() if affinity is None else len(affinity(0))
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _cpuinfo(field: str) -> str | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    match = re.search(rf"^{field}\s*: *(.*)$", text, re.MULTILINE)
-    return match[1].strip() if match else None
-
-
-def _first_line(path: str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -11,14 +11,16 @@ import pytest
 
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime import bench
+from internvl_edge.runtime import environment as environment_module
 from internvl_edge.runtime.bench import (
     TURN_CALLS,
     WARMUP_ITERATIONS,
     Timing,
-    environment,
     measure,
     measure_many,
+    ratio_of,
 )
+from internvl_edge.runtime.environment import environment, peak_rss_nbytes
 
 MS = 1_000_000
 
@@ -214,16 +216,61 @@ def test_the_environment_is_a_card_of_json() -> None:
     assert 1 <= card["cores_usable"] <= card["cores_online"]
 
 
+def test_the_peak_of_memory_includes_what_was_freed() -> None:
+    before = peak_rss_nbytes()
+    if before is None:
+        pytest.skip("the system does not say")
+    block = np.ones(1 << 27, np.uint8)  # 134 MB, every page of it
+    del block
+    after = peak_rss_nbytes()
+    assert after is not None
+    assert after >= before
+    assert after > 1 << 27
+
+
 def test_what_the_system_does_not_say_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     class NoFile:
         def __init__(self, path: str) -> None: ...
 
+        def glob(self, pattern: str) -> list[object]:
+            return []
+
         def read_text(self, encoding: str) -> str:
             raise FileNotFoundError
 
-    monkeypatch.setattr(bench, "Path", NoFile)
-    monkeypatch.setattr(bench, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(environment_module, "Path", NoFile)
+    monkeypatch.setattr(environment_module, "PACKAGES", ("no-such-package",))
     card = environment()
     assert (card["clock_mhz"], card["governor"]) == (None, None)
     assert card["cpu_features"] == []
     assert card["packages"] == {"no-such-package": None}
+
+
+# --- ratios --------------------------------------------------------------------------------------
+
+
+def test_a_ratio_of_known_medians() -> None:
+    rng = np.random.default_rng(1)
+    slow, fast = timing(3 * rng.gamma(9, 1 / 9, 1000)), timing(rng.gamma(9, 1 / 9, 1000))
+    found = ratio_of(slow, fast)
+    assert found.low < 3 < found.high
+    assert found.high - found.low < 0.5
+    assert found.median == pytest.approx(slow.percentile_ms(50) / fast.percentile_ms(50))
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Of rounds that each have their own speed, which both contenders share."""
+    rng = np.random.default_rng(2)
+    hits = 0
+    for trial in range(100):
+        speed = np.repeat(rng.lognormal(0, 0.3, 40), TURN_CALLS)
+        noise = rng.lognormal(0, 0.05, (2, len(speed)))
+        a, b = 2 * speed * noise[0], speed * noise[1]
+        found = ratio_of(timing(a), timing(b), seed=trial)
+        hits += found.low <= 2 <= found.high
+    assert hits >= 88
+
+
+def test_a_ratio_needs_the_same_rounds() -> None:
+    with pytest.raises(UsageError, match="found 2 and 3 samples"):
+        ratio_of(timing([1, 2]), timing([1, 2, 3]))

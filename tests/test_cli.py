@@ -474,6 +474,7 @@ def test_every_failure_has_a_code_and_a_line(
         (["benchmark", "COMPILED", "--batch", "0"], 2, "positive"),
         (["benchmark", "COMPILED", "--components", "visoin"], 2, "did you mean 'vision'"),
         (["benchmark", "COMPILED", "--checkpoint", "CHECKPOINT"], 2, "--against pytorch"),
+        (["benchmark", "COMPILED", "--p99", "5"], 2, "--scenario server"),
         (["benchmark", "COMPILED", "--seconds", "-1"], 2, "x>=0"),
         (["build", "COMPILED", "--batch", "4,1"], 2, "three sizes"),
         (["build", "COMPILED", "--target", "x"], 2, "x"),

@@ -9,6 +9,8 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ import click
 import numpy as np
 
 from internvl_edge._version import __version__
-from internvl_edge.cli.compile import require_export
+from internvl_edge.cli.against import AGAINST, contender_of
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, backend, names, one_of
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.runtime.bench import Timing, measure_many, ratio_of
+from internvl_edge.runtime.environment import environment, peak_rss_nbytes
+from internvl_edge.runtime.scenarios import SCENARIOS, run_scenario
+from internvl_edge.runtime.session import did_you_mean, open_component
 
 # Package → what it unlocks, and the extra that installs it.
 PACKAGES = {
@@ -43,8 +48,24 @@ COLUMNS = ("out", "component", "batch", "p50", "p90", "p99", "items/s")
 
 @click.command()
 @click.argument("outs", type=DIRECTORY, nargs=-1, required=True)
-@click.option("--against", type=one_of("pytorch"), help="Time this beside them, in turns.")
-@click.option("--checkpoint", type=DIRECTORY, help="For --against; default: the bundled demo.")
+@click.option("--against", type=one_of(*AGAINST), help="Time this beside them, in turns.")
+@click.option("--checkpoint", type=DIRECTORY, help="What PyTorch runs; default: the bundled demo.")
+@click.option(
+    "--scenario",
+    type=one_of(*SCENARIOS),
+    default="single-stream",
+    show_default=True,
+    help="How calls come in; all but the first measure each contender by itself.",
+)
+@click.option(
+    "--streams", type=click.IntRange(min=1), default=2, show_default=True, help="Calls at once."
+)
+@click.option(
+    "--p99",
+    "p99_ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of the server, in ms: what its highest rate keeps; default: 5 times a single call.",
+)
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option("--batch", default="1", show_default=True, help="Batch sizes, comma-separated.")
 @click.option(
@@ -65,45 +86,81 @@ def benchmark(
     batch: str,
     seconds: float,
     backend: str,
+    scenario: str,
+    streams: int,
+    p99_ms: float | None,
 ) -> None:
     """Time every component of each OUT, all contenders taking turns.
 
     Latency is that of one call on the host: p50, p90 and p99 of the raw samples, after a warm-up
-    that ends when the latency is steady.
+    that ends when the latency is steady. Ratios of latencies come with their 95 % interval.
     """
-    from contextlib import ExitStack
-
     from internvl_edge.artifact import open_artifact
-    from internvl_edge.runtime.bench import environment, measure_many
-    from internvl_edge.runtime.session import open_component
 
-    if checkpoint is not None and against is None:
+    if checkpoint is not None and against in (None, "openvino"):
         raise UsageError(f"--checkpoint {checkpoint} is what --against pytorch times; add that")
+    if p99_ms is not None and scenario != "server":
+        raise UsageError(f"--p99 {p99_ms:g} bounds --scenario server; add that")
     artifacts = {str(out): open_artifact(out) for out in outs}
     chosen = _components(artifacts, components)
-    reference = _reference(checkpoint, artifacts) if against else None
-    results = []
+    reference = contender_of(against, checkpoint, artifacts) if against else None
+    results: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
     for component in chosen:
         for size in _batch_sizes(batch):
             with ExitStack() as stack:
-                contenders: dict[str, Callable[[], object]] = {}
-                for label, artifact in artifacts.items():
-                    session = stack.enter_context(
-                        open_component(artifact, component, backend=backend)
-                    )
-                    feeds = _feeds(artifact, component, size)
-                    contenders[label] = lambda s=session, f=feeds: s.run(f)  # type: ignore[misc]
-                if reference is not None:
-                    contenders["pytorch"] = reference(component, feeds)
-                timings = measure_many(contenders, items=size, min_duration_s=seconds)
+                contenders = _contenders(stack, artifacts, component, size, backend)
+                if reference is not None and against is not None:
+                    feeds = _feeds(next(iter(artifacts.values())), component, size)
+                    contenders[against] = reference(component, feeds)
+                if scenario == "single-stream":
+                    timings = measure_many(contenders, items=size, min_duration_s=seconds)
+                    ratios += _ratios(component, size, timings)
+                else:
+                    load = {"streams": streams, "items": size, "seconds": seconds, "p99_ms": p99_ms}
+                    timings = {
+                        label: run_scenario(scenario, run, **load)  # type: ignore[arg-type]
+                        for label, run in contenders.items()
+                    }
             results += [
-                {"out": label, "component": component, **timing.to_json()}
+                {"out": label, "component": component, "scenario": scenario, **timing.to_json()}
                 for label, timing in timings.items()
             ]
-    card = environment()
+    card = environment() | {"peak_rss_bytes": peak_rss_nbytes()}
     output.table(COLUMNS, [_row(result) for result in results])
     output.lines(["  ".join(f"{key}: {value}" for key, value in _flat(card).items())])
-    output.result({"environment": card, "results": results})
+    output.lines([_ratio_line(ratio) for ratio in ratios])
+    output.result({"environment": card, "results": results, "ratios": ratios})
+
+
+def _contenders(
+    stack: ExitStack, artifacts: Mapping[str, Any], component: str, batch: int, backend: str
+) -> dict[str, Callable[[], object]]:
+    """One call of each directory's component; sessions stay open as long as the stack."""
+    contenders: dict[str, Callable[[], object]] = {}
+    for label, artifact in artifacts.items():
+        session = stack.enter_context(open_component(artifact, component, backend=backend))
+        feeds = _feeds(artifact, component, batch)
+        contenders[label] = lambda s=session, f=feeds: s.run(f)  # type: ignore[misc]
+    return contenders
+
+
+def _ratios(component: str, batch: int, timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
+    """Every contender's latency over that of the first one."""
+    (base, first), *others = timings.items()
+    return [
+        {"out": label, "over": base, "component": component, "batch_size": batch}
+        | asdict(ratio_of(timing, first))
+        for label, timing in others
+    ]
+
+
+def _ratio_line(ratio: Mapping[str, Any]) -> str:
+    return (
+        f"{ratio['component']} at batch {ratio['batch_size']}: {ratio['out']} takes "
+        f"{ratio['median']:.2f} times {ratio['over']}'s latency "
+        f"(95 %: {ratio['low']:.2f} to {ratio['high']:.2f})"
+    )
 
 
 def _components(artifacts: Mapping[str, Any], chosen: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -148,46 +205,6 @@ def _feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndarray[An
             vocabulary = artifact.manifest.model["internvl"]["qllama"]["vocab_size"]
             feeds[spec.name] = rng.integers(1, vocabulary, shape)
     return feeds
-
-
-def _reference(
-    checkpoint: Path | None, artifacts: Mapping[str, Any]
-) -> Callable[[str, Mapping[str, np.ndarray[Any, Any]]], Callable[[], object]]:
-    """PyTorch eager on the same threads: component, feeds → what to time."""
-    require_export()
-    import torch
-
-    from internvl_edge.compiler.options import demo_checkpoint
-    from internvl_edge.export.checkpoint import (
-        header_fingerprint,
-        load_reference,
-        open_checkpoint,
-    )
-    from internvl_edge.export.components import COMPONENTS, build_component
-
-    source = checkpoint or demo_checkpoint()
-    shards = {path.name: header_fingerprint(path) for path in open_checkpoint(source).shards}
-    for label, artifact in artifacts.items():
-        if artifact.manifest.source["files"] != shards:
-            raise UsageError(
-                f"{label} was not made from {source}; name its checkpoint with --checkpoint"
-            )
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = load_reference(source)
-
-    def contender(
-        component: str, feeds: Mapping[str, np.ndarray[Any, Any]]
-    ) -> Callable[[], object]:
-        module = build_component(COMPONENTS[component], model)
-        tensors = [torch.from_numpy(feeds[name]) for name in COMPONENTS[component].inputs]
-
-        def run() -> object:
-            with torch.inference_mode():
-                return module(*tensors)
-
-        return run
-
-    return contender
 
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
