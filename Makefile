@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: install demo test check format bench-demo bench-fullsize bench-quant clean
 
+.PHONY: install demo test check format bench-demo bench-fullsize gpu-check clean
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,6 +38,10 @@ bench-fullsize: install
 # FLAGS="--seeds 0 1 --checkpoints massive" for more or less; see benchmarks/quant.py
 bench-quant: install
 	$(BIN)/python benchmarks/quant.py --json benchmarks/results/quant.json $(FLAGS)
+
+# On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4,48" for 6B widths
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py $(FLAGS)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

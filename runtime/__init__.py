@@ -5,6 +5,7 @@
     trt       TensorRT and TensorRT-RTX: device, cuda, vendor, plan, profiles, contexts, slot
     image     pictures to ``pixel_values``;  video  frames;  tokenizer  texts to ids
     requests  what callers hand over;  vectors  arithmetic on embeddings
+    batching  requests of many threads as few batches
     model     what people ask for: encode, classify, retrieve, match
     bench     honest timing;  scenarios  under load;  environment  where it was measured
 

@@ -111,7 +111,7 @@ def benchmark(
             with ExitStack() as stack:
                 contenders = _contenders(stack, artifacts, component, size, backend)
                 if reference is not None and against is not None:
-                    feeds = _feeds(next(iter(artifacts.values())), component, size)
+                    feeds = seeded_feeds(next(iter(artifacts.values())), component, size)
                     contenders[against] = reference(component, feeds)
                 if scenario == "single-stream":
                     timings = measure_many(contenders, items=size, min_duration_s=seconds)
@@ -140,7 +140,7 @@ def _contenders(
     contenders: dict[str, Callable[[], object]] = {}
     for label, artifact in artifacts.items():
         session = stack.enter_context(open_component(artifact, component, backend=backend))
-        feeds = _feeds(artifact, component, batch)
+        feeds = seeded_feeds(artifact, component, batch)
         contenders[label] = lambda s=session, f=feeds: s.run(f)  # type: ignore[misc]
     return contenders
 
@@ -190,7 +190,7 @@ def _batch_sizes(batch: str) -> list[int]:
     return sizes
 
 
-def _feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndarray[Any, Any]]:
+def seeded_feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndarray[Any, Any]]:
     """Seeded inputs of the right shapes; speed does not depend on the values."""
     rng = np.random.default_rng(0)
     feeds: dict[str, np.ndarray[Any, Any]] = {}
