@@ -3,9 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check format bench-demo bench-fullsize bench-quant clean
-
-.PHONY: install demo test check format bench-demo bench-fullsize gpu-check clean
+.PHONY: install demo test check format bench-demo bench-fullsize bench-quant bench-runtime gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -38,6 +36,10 @@ bench-fullsize: install
 # FLAGS="--seeds 0 1 --checkpoints massive" for more or less; see benchmarks/quant.py
 bench-quant: install
 	$(BIN)/python benchmarks/quant.py --json benchmarks/results/quant.json $(FLAGS)
+
+# On a quiet machine; OpenVINO joins where openvino and nncf are installed
+bench-runtime: install
+	$(BIN)/python benchmarks/runtime.py $(FLAGS)
 
 # On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4,48" for 6B widths
 gpu-check: install
