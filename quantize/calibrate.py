@@ -239,7 +239,7 @@ def _statistics(
             stream=stream,
             weight=f"{name}.weight",
             absmax=found.absmax,
-            clip=found.shift + found.scale * formats.as_format(recipe.activations).max_value,
+            clip=found.scale * formats.as_format(recipe.activations).max_value,
             scale=found.scale,
             input_sqnr_db=found.sqnr_db,
             weight_sqnr_db=weights[f"{name}.weight"].sqnr_db,

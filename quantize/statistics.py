@@ -34,7 +34,7 @@ class LayerStatistics:
     stream: str
     weight: str  # the parameter's name
     absmax: float  # of its input, over all samples, as it is quantized: behind any smoothing
-    clip: float  # beyond which the input saturates
+    clip: float  # beyond which the input saturates, counted from its shift
     scale: float
     input_sqnr_db: float
     weight_sqnr_db: float
