@@ -199,7 +199,7 @@ def _reader(
     checkpoint: Checkpoint, name: str, gain: str, q: Rotation | None
 ) -> Callable[[], Array]:
     def make() -> Array:
-        weight = checkpoint.read(name) * checkpoint.read(gain).astype(np.float32)
+        weight = (checkpoint.read_torch(name) * checkpoint.read_torch(gain)).numpy()
         return weight if q is None else q.apply(weight)
 
     return make
@@ -218,10 +218,13 @@ def _writer(
     checkpoint: Checkpoint, name: str, scale: str | None, q: Rotation | None
 ) -> Callable[[], Array]:
     def make() -> Array:
-        values = checkpoint.read(name)
+        values = checkpoint.read_torch(name)
         if scale is not None:
-            gain = checkpoint.read(scale).astype(np.float32)
-            values = values * gain.reshape(-1, *[1] * (values.ndim - 1))
-        return values if q is None else q.apply(values, axis=0 if values.ndim > 1 else -1)
+            values = values * checkpoint.read_torch(scale).reshape(-1, *[1] * (values.ndim - 1))
+        return (
+            values.numpy()
+            if q is None
+            else q.apply(values.numpy(), axis=0 if values.ndim > 1 else -1)
+        )
 
     return make

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from internvl_edge.quantize import formats, smooth
 from internvl_edge.quantize.observers import RangeObserver
@@ -66,13 +67,21 @@ def output_error(x: Array, w: Array, scale: float, fmt: str, shift: float = 0.0)
         fmt: of both.
         shift: x is moved by it before it is rounded, and back.
     """
+    return _error(_product(x, w), x, _rounded(w, fmt), scale, fmt, shift)
+
+
+def _error(exact: Tensor, x: Array, rough: Array, scale: float, fmt: str, shift: float) -> float:
     fine = formats.fake_quantize(x - np.float32(shift), scale, fmt) + np.float32(shift)
-    rough = formats.fake_quantize(w, formats.weight_scale(w, fmt, 0), fmt, 0)
-    exact, found = (
-        torch.from_numpy(a) @ torch.from_numpy(b).T
-        for a, b in ((np.asarray(x, np.float32), np.asarray(w, np.float32)), (fine, rough))
-    )
-    return float((found - exact).square().sum())
+    return float((_product(fine, rough) - exact).square().sum())
+
+
+def _product(x: Array, w: Array) -> Tensor:
+    a, b = (torch.from_numpy(np.asarray(values, np.float32)) for values in (x, w))
+    return a @ b.T
+
+
+def _rounded(w: Array, fmt: str) -> Array:
+    return formats.fake_quantize(w, formats.weight_scale(w, fmt, 0), fmt, 0)
 
 
 def best_factors(
@@ -93,14 +102,15 @@ def best_factors(
         turn: an orthogonal map of rows that follows the factors on both sides.
         fmt: of both.
     """
+    exact = [_product(rows, w) for rows in samples]  # whatever the factors are
 
     def error(factors: Array) -> float:
-        total, columns_of_w = 0.0, turn(w * factors)
-        for rows in samples:
+        total, rough = 0.0, _rounded(turn(w * factors), fmt)
+        for rows, product in zip(samples, exact, strict=True):
             x = turn(rows / factors)
             observer = RangeObserver()
             observer.update(x)
-            total += output_error(x, columns_of_w, observer.scale("mse", fmt), fmt)
+            total += _error(product, x, rough, observer.scale("mse", fmt), fmt, 0.0)
         return total
 
     none = np.ones(peaks.shape, np.float32)
@@ -116,4 +126,7 @@ def best_scale(
     x: Array, w: Array, scales: Iterable[tuple[float, float]], fmt: str
 ) -> tuple[float, float]:
     """The (scale, shift) of the least output error."""
-    return min(dict.fromkeys(scales), key=lambda pair: output_error(x, w, pair[0], fmt, pair[1]))
+    exact, rough = _product(x, w), _rounded(w, fmt)
+    return min(
+        dict.fromkeys(scales), key=lambda pair: _error(exact, x, rough, pair[0], fmt, pair[1])
+    )

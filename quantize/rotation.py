@@ -35,12 +35,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from internvl_edge.errors import UsageError
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
-_CHUNK = 1 << 21  # elements at a time
+_CHUNK = 1 << 23  # elements at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,30 +69,46 @@ class Rotation:
                 f"shape {values.shape}"
             )
         result = np.empty(values.shape, np.float32)
+        turn = self._columns if axis == 0 else self._rows
         source, target = (
-            a.reshape(a.shape[0], -1) if axis == 0 else a.reshape(-1, self.width)
+            a.reshape(self.width, -1).T if axis == 0 else a.reshape(-1, self.width)
             for a in (values, result)
         )
-        if axis == 0:
-            source, target = source.T, target.T
         step = max(_CHUNK // self.width, 1)
         for start in range(0, len(source), step):
-            target[start : start + step] = self._rows(source[start : start + step])
+            piece = source[start : start + step]
+            target[start : start + step] = turn(piece.T).T if axis == 0 else turn(piece)
         return result
 
     def matrix(self) -> NDArray[np.float32]:
         """Q itself, (width, width) in float32."""
         return self.apply(np.eye(self.width))
 
-    def _rows(self, rows: Array) -> NDArray[np.float32]:
-        left, right, signs = (
-            torch.from_numpy(a.astype(np.float32)) for a in (self.left, self.right, self.signs)
-        )
+    def _rows(self, rows: Array) -> Array:
+        """X Q of rows (n, a·b), as four products of matrices with many rows."""
+        left, right, signs = self._factors()
+        a, b = len(left), len(right)
         x = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
-        x = x.reshape(len(rows), len(left), len(right))
-        x = left @ (x @ right)  # x U
-        x *= signs.reshape(x.shape[1:])
-        return np.asarray(left @ (x @ right.T)).reshape(rows.shape)
+        x = x.reshape(-1, b) @ right  # (n·a, b)
+        x = x.reshape(-1, a, b).transpose(1, 2).reshape(-1, a) @ left  # (n·b, a); x U
+        x = (x.reshape(-1, b, a) * signs.T).reshape(-1, a) @ left
+        x = x.reshape(-1, b, a).transpose(1, 2).reshape(-1, b) @ right.T
+        return x.numpy().reshape(rows.shape)
+
+    def _columns(self, columns: Array) -> Array:
+        """Q x of columns (a·b, n): the same from the other side, where nothing is transposed."""
+        left, right, signs = self._factors()
+        a, b = len(left), len(right)
+        x = torch.from_numpy(np.ascontiguousarray(columns, np.float32))
+        x = right.T @ (left @ x.reshape(a, -1)).reshape(a, b, -1)  # Uᵀ x, (a, b, n)
+        x *= signs[:, :, None]
+        x = right @ (left @ x.reshape(a, -1)).reshape(a, b, -1)
+        return x.numpy().reshape(columns.shape)
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        signs = self.signs.reshape(len(self.left), len(self.right))
+        left, right, s = (torch.from_numpy(x).float() for x in (self.left, self.right, signs))
+        return left, right, s
 
 
 def rotation(width: int, seed: int) -> Rotation:
