@@ -12,6 +12,7 @@ its own with its own ranges:
     queries   queries looking at an image            image_queries
     text      causal text                            text_embed
     match     queries and text, all seeing all       matcher
+    caption   text behind the queries, causal        decoder
 
 What changes from block to block is a batch's hidden states; they lie in a spool, in memory or on
 disk. What a batch's blocks look at besides (masks, rotary tables, the image) is its context.
@@ -32,7 +33,13 @@ from internvl_edge.export.checkpoint import Checkpoint, build_model, load_into
 from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.config import CheckpointConfig, InternVLConfig, with_depth
 from internvl_edge.export.models import InternVL
-from internvl_edge.export.models.qllama import Layer, QLlama, causal_mask, padding_mask
+from internvl_edge.export.models.qllama import (
+    Layer,
+    QLlama,
+    causal_mask,
+    generation_mask,
+    padding_mask,
+)
 from internvl_edge.export.models.vit import Block as VisionBlock
 from internvl_edge.export.models.vit import InternViT, unrotated
 from internvl_edge.spool import Spool
@@ -45,7 +52,9 @@ COMPONENT_STREAM = {
     "image_queries": "queries",
     "text_embed": "text",
     "matcher": "match",
+    "decoder": "caption",
 }
+OF_IMAGES = frozenset({"queries", "match", "caption"})  # QLLaMA's streams that read vision tokens
 VISION_PREFIX, LLAMA_PREFIX = "vision_model.encoder.layers", "qllama.model.layers"
 
 # A norm's output is read by these linear layers alone, so a per-channel factor can move from the
@@ -132,6 +141,7 @@ class Samples:
     pixel_values: Sequence[Tensor] = ()  # (B, 3, H, W) each, normalised
     input_ids: Sequence[Tensor] = ()  # (B, T) each, as for text embedding
     match_ids: Sequence[Tensor] = ()  # (B, T) each, as for matching; pairs with pixel_values
+    caption_ids: Sequence[Tensor] = ()  # (B, T) each, prompt and caption; pairs with pixel_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,13 +199,13 @@ def calibration_blocks(
     """
     depth = 0
     image: Sequence[Array] = ()
-    if streams & {"image", "queries", "match"}:
+    if streams & {"image", *OF_IMAGES}:
         depth = checkpoint.config.vision.num_hidden_layers
         current = {"image": _images(checkpoint, samples, store)}
         for block in _vision_blocks(checkpoint, range(store.num_done, depth)):
             yield block, current
         image = _unrotated(checkpoint, current["image"].hidden, streams, store)
-    if streams & {"queries", "text", "match"}:
+    if streams & {"text", *OF_IMAGES}:
         start = max(store.num_done - depth, 0)
         current = _llama_streams(checkpoint, samples, streams, image, store, resumed=start > 0)
         for block in _llama_blocks(checkpoint, start):
@@ -241,7 +251,7 @@ def _unrotated(
     checkpoint: Checkpoint, hidden: Spool, streams: set[str], store: Store
 ) -> Sequence[Array]:
     """What the vision tower left, as cross-attention looks at it."""
-    if not checkpoint.config.vision.is_rotated or not streams & {"queries", "match"}:
+    if not checkpoint.config.vision.is_rotated or not streams & OF_IMAGES:
         return hidden
     matrix, states = checkpoint.read_torch("vision_model.unrotation"), store.scratch()
     for values in hidden:
@@ -269,6 +279,10 @@ def _llama_streams(
         "match": (
             _match(front, queries, image, i, ids)
             for i, ids in zip(range(len(image)), samples.match_ids, strict=False)
+        ),
+        "caption": (
+            _caption(front, queries, image, i, ids)
+            for i, ids in zip(range(len(image)), samples.caption_ids, strict=False)
         ),
     }
     current = {}
@@ -323,6 +337,19 @@ def _match(
     )
 
 
+def _caption(
+    front: QLlama, queries: Tensor, image: Sequence[Array], index: int, ids: Tensor
+) -> tuple[Tensor, Context]:
+    """As generation sees a prompt and its continuation; the decoder runs the text alone."""
+    x, context = _match(front, queries, image, index, ids)
+    assert context.rows is not None
+    count = context.num_queries
+    mask = generation_mask(context.rows.long(), count)
+    rows = context.rows.clone()
+    rows[:, :count] = False
+    return x, replace(context, mask=mask, rows=rows)
+
+
 def _llama_blocks(checkpoint: Checkpoint, start: int) -> Iterator[Block]:
     config = checkpoint.config.internvl
     assert config is not None
@@ -367,7 +394,8 @@ def component_of_one_block(
             width = config.vision.hidden_size
             llama = config.internvl.qllama
             model.qllama.model.layers[0] = Layer(llama, width, has_cross=has_cross)
-            model.qllama.lm_head = nn.Identity()  # type: ignore[assignment]
+            if component != "decoder":
+                model.qllama.lm_head = nn.Identity()  # type: ignore[assignment]
     module = build_component(COMPONENTS[component], model)
 
     def stored(name: str) -> str:

@@ -12,12 +12,18 @@ key/value tensors have the compute dtype.
     image_queries   last_hidden_state                             query_embeds, present.{i}.*
     text_embed      input_ids, attention_mask                     text_embeds
     matcher         last_hidden_state, input_ids, attention_mask  match_logits
+    decoder         input_ids, attention_mask, position_ids,      logits, present.{i}.*
+                    past_key_values.{i}.*
+
+The decoder is one graph for a prompt and for every token behind it. It never sees an image: what
+``image_queries`` gives as ``present`` are the first positions of its cache. ``attention_mask``
+covers the cache and the new tokens (B, P + T), 0 where there is padding; P may be 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +33,9 @@ from internvl_edge.errors import UsageError
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.export.models import InternViT, InternVL
 
-EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 7  # sizes of the traced example; both dimensions stay dynamic
+TOTAL = "past+length"
+# Sizes of the traced example; all of these dimensions stay dynamic.
+EXAMPLE_BATCH, EXAMPLE_LENGTH, EXAMPLE_PAST = 2, 7, 5
 
 
 class Vision(nn.Module):
@@ -101,6 +109,19 @@ class Matcher(nn.Module):
         return logits.float()
 
 
+class Decoder(nn.Module):
+    def __init__(self, model: InternVL) -> None:
+        super().__init__()
+        self.qllama = model.qllama
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        logits, cache = InternVL.decode_at(self, input_ids, attention_mask, position_ids, pairs)  # type: ignore[arg-type]
+        return logits.float(), *(tensor for pair in cache for tensor in pair)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
     """A part of the model that is compiled on its own."""
@@ -109,15 +130,23 @@ class Component:
     module: Callable[[InternVL], nn.Module]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]  # presents are appended by ``output_names``
-    has_cache: bool = False
+    has_cache: bool = False  # gives presents
+    takes_cache: bool = False
+
+    def input_names(self, config: CheckpointConfig) -> list[str]:
+        """Names of the graph's inputs, key/value tensors of every layer included."""
+        past = _cache_names(config, "past_key_values") if self.takes_cache else ()
+        return [*self.inputs, *past]
 
     def output_names(self, config: CheckpointConfig) -> list[str]:
         """Names of the graph's outputs, key/value tensors of every layer included."""
-        layers = (
-            config.internvl.qllama.num_hidden_layers if self.has_cache and config.internvl else 0
-        )
-        presents = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+        presents = _cache_names(config, "present") if self.has_cache else ()
         return [*self.outputs, *presents]
+
+
+def _cache_names(config: CheckpointConfig, prefix: str) -> Iterator[str]:
+    layers = 0 if config.internvl is None else config.internvl.qllama.num_hidden_layers
+    return (f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))
 
 
 COMPONENTS: dict[str, Component] = {
@@ -160,6 +189,14 @@ COMPONENTS: dict[str, Component] = {
             inputs=("last_hidden_state", "input_ids", "attention_mask"),
             outputs=("match_logits",),
         ),
+        Component(
+            name="decoder",
+            module=Decoder,
+            inputs=("input_ids", "attention_mask", "position_ids"),
+            outputs=("logits",),
+            has_cache=True,
+            takes_cache=True,
+        ),
     )
 }
 
@@ -195,9 +232,9 @@ def build_component(component: Component, model: InternVL | InternViT) -> nn.Mod
 
 
 def input_specs(
-    component: Component, config: CheckpointConfig, image_size: int
+    component: Component, config: CheckpointConfig, image_size: int, compute: str = "float32"
 ) -> tuple[TensorSpec, ...]:
-    """The contract of the component's inputs at a resolution."""
+    """The contract of the component's inputs at a resolution; ``compute`` is the cache's dtype."""
     vision = config.vision
     specs = {
         "pixel_values": TensorSpec(
@@ -212,20 +249,29 @@ def input_specs(
         ),
         "input_ids": TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length")),
         "attention_mask": TensorSpec(
-            name="attention_mask", dtype="int64", shape=("batch", "length")
+            name="attention_mask",
+            dtype="int64",
+            shape=("batch", TOTAL if component.takes_cache else "length"),
         ),
+        "position_ids": TensorSpec(name="position_ids", dtype="int64", shape=("batch", "length")),
     }
-    return tuple(specs[name] for name in component.inputs)
+    if component.takes_cache and config.internvl is not None:
+        llama = config.internvl.qllama
+        shape = ("batch", llama.num_attention_heads, "past", llama.head_dim)
+        past = TensorSpec(name="", dtype=compute, shape=shape)
+        names = component.input_names(config)[len(component.inputs) :]
+        specs |= {name: replace(past, name=name) for name in names}
+    return tuple(specs[name] for name in component.input_names(config))
 
 
 def example_inputs(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
     """Meta tensors of the right shapes to trace with."""
-    sizes = {"batch": EXAMPLE_BATCH, "length": EXAMPLE_LENGTH}
-    dtypes = {"float32": torch.float32, "int64": torch.int64}
+    sizes = {"batch": EXAMPLE_BATCH, "length": EXAMPLE_LENGTH, "past": EXAMPLE_PAST}
+    sizes[TOTAL] = EXAMPLE_PAST + EXAMPLE_LENGTH
     return tuple(
         torch.empty(
             [n if isinstance(n, int) else sizes[n] for n in spec.shape],
-            dtype=dtypes[spec.dtype],
+            dtype=getattr(torch, spec.dtype),
             device="meta",
         )
         for spec in specs

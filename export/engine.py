@@ -23,7 +23,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,9 @@ def build_engine(
     chosen = find_target(target)
     if not onnx_path.is_file():
         raise ArtifactError(f"{onnx_path}: expected the ONNX graph of {component}, found no file")
-    ranges = {spec.name: _ranges(spec, profile) for spec in inputs}  # errors before work
+    ranges = [  # errors before work
+        {spec.name: _ranges(spec, one) for spec in inputs} for one in _profiles(inputs, profile)
+    ]
     trt = load_builder(chosen) if trt is None else trt
     capabilities = choose_capabilities(trt, chosen, precision, compute_capabilities)
     key = _key(target, trt.__version__, __version__, onnx_sha256, precision, ranges, capabilities)
@@ -148,6 +150,12 @@ def _write_sidecar(path: Path, info: EngineInfo) -> None:
     with StreamedFile(path) as sidecar:
         sidecar.write((json.dumps(info.to_json(), indent=2) + "\n").encode())
         sidecar.publish()
+
+
+def _profiles(inputs: Sequence[TensorSpec], profile: Profile) -> list[Profile]:
+    """The profiles of an engine: one with a cache has another, tuned for one token at a time."""
+    has_cache = any("past" in spec.shape for spec in inputs)
+    return [profile, replace(profile, length=(1, 1, 1))] if has_cache else [profile]
 
 
 def _ranges(spec: TensorSpec, profile: Profile) -> list[Range]:
@@ -240,7 +248,7 @@ def _configure(
     trt: Any,
     target: Target,
     network: _Network,
-    ranges: dict[str, list[Range]],
+    ranges: Sequence[dict[str, list[Range]]],
     capabilities: Sequence[str],
 ) -> Any:
     config = network.builder.create_builder_config()
@@ -250,11 +258,12 @@ def _configure(
         for index, name in enumerate(capabilities):
             if not config.set_compute_capability(trt.ComputeCapability.__members__[name], index):
                 raise HardwareError(f"{target.name} {trt.__version__} refuses to build for {name}")
-    profile = network.builder.create_optimization_profile()
-    for name, sizes in ranges.items():
-        low, typical, high = zip(*sizes, strict=True)
-        profile.set_shape(name, low, typical, high)
-    config.add_optimization_profile(profile)
+    for shapes in ranges:
+        profile = network.builder.create_optimization_profile()
+        for name, sizes in shapes.items():
+            low, typical, high = zip(*sizes, strict=True)
+            profile.set_shape(name, low, typical, high)
+        config.add_optimization_profile(profile)
     return config
 
 

@@ -13,6 +13,7 @@ The result has one initializer per parameter under the parameter's checkpoint na
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,14 +51,18 @@ def trace(
 
     Args:
         module: in evaluation mode, all parameters on the meta device.
-        example: meta tensors, one per input.
-        dynamic: for each input, dimension → symbolic name; equal names are equal sizes.
+        example: meta tensors, one per input; a ``*rest`` of the module's takes the last of them.
+        dynamic: for each input, dimension → symbolic name; equal names are equal sizes, and a
+            sum of names such as ``past+length`` follows from them.
         input_names: the graph's inputs.
         output_names: the graph's outputs.
     """
     names = {name for dims in dynamic for name in dims.values()}
-    symbols = {name: torch.export.Dim(name) for name in sorted(names)}
-    shapes = tuple({axis: symbols[name] for axis, name in dims.items()} for dims in dynamic)
+    symbols = {
+        name: torch.export.Dim.DYNAMIC if "+" in name else torch.export.Dim(name)
+        for name in sorted(names)
+    }
+    shapes = [{axis: symbols[name] for axis, name in dims.items()} for dims in dynamic]
     with _quiet_libraries():
         program = torch.onnx.export(
             module,
@@ -66,7 +71,7 @@ def trace(
             opset_version=OPSET,
             optimize=False,
             external_data=False,
-            dynamic_shapes=shapes,
+            dynamic_shapes=_as_arguments(module, shapes),
             input_names=list(input_names),
             output_names=list(output_names),
             verbose=False,
@@ -76,7 +81,36 @@ def trace(
     for value in model.graph.initializers.values():
         value.const_value = None  # a meta tensor, which no pass may mistake for data
     _require_dynamic(model, dynamic)
+    _name_dimensions(model, dynamic)
+    _read_sizes_of_the_first(model)
+    _reshape_by_constants(model)
     return model
+
+
+def _as_arguments(module: nn.Module, shapes: Sequence[Any]) -> tuple[Any, ...]:
+    """One entry per parameter of the module's: ``*rest`` is one, a tuple."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return tuple(shapes)
+    fixed = len(parameters) - 1
+    return (*shapes[:fixed], tuple(shapes[fixed:]))
+
+
+def _name_dimensions(model: ir.Model, dynamic: Sequence[Mapping[int, str]]) -> None:
+    """Give dimensions the names asked for, where the tracer has its own for sums of others."""
+    names = {
+        str(value.shape[axis]): name
+        for value, dims in zip(model.graph.inputs, dynamic, strict=True)
+        for axis, name in dims.items()
+        if value.shape is not None
+    }
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            dims = (d if isinstance(d, int) else str(d.value) for d in value.shape)
+            value.shape = ir.Shape(
+                [d if isinstance(d, int) else names.get(d, d.replace(" + ", "+")) for d in dims]
+            )
 
 
 def _require_dynamic(model: ir.Model, dynamic: Sequence[Mapping[int, str]]) -> None:
@@ -142,6 +176,8 @@ def name_values(model: ir.Model) -> None:
     """
     graph = model.graph
     named = {*graph.inputs, *graph.outputs}
+    for value in graph.inputs:
+        value.metadata_props.clear()
     used: dict[ir.Value, None] = {}
     for node in graph:
         for i, value in enumerate(node.outputs):
@@ -178,6 +214,55 @@ def _name_nodes(model: ir.Model) -> None:
         name = f"{module}/{node.op_type}" if module else node.op_type
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+
+
+def _read_sizes_of_the_first(model: ir.Model) -> None:
+    """Let a size be read of the first input that has it.
+
+    The tracer reads it of the last one: a layer's own cache, which another depth does not have.
+    """
+    for node in model.graph:
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        if value is None or not value.is_graph_input() or value.shape is None:
+            continue
+        axis = node.attributes.get_int("start", 0)
+        if node.attributes.get_int("end", len(value.shape)) == axis + 1:
+            first, place = _first_with(model, str(value.shape[axis]))
+            node.replace_input_with(0, first)
+            node.attributes["start"] = ir.AttrInt64("start", place)
+            node.attributes["end"] = ir.AttrInt64("end", place + 1)
+
+
+def _reshape_by_constants(model: ir.Model) -> None:
+    """Where sizes that are decided at run time stay in their places, a shape says 0 for them.
+
+    The tracer computes the shape from sizes instead: work in every run, and values that all blocks
+    share in the midst of the first.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Reshape":
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape  # type: ignore[union-attr]
+        if before is None or after is None or all(isinstance(n, int) for n in after):
+            continue
+        kept = [isinstance(n, int) or before[i : i + 1] == (n,) for i, n in enumerate(after)]
+        if all(kept):
+            sizes = np.array([n if isinstance(n, int) else 0 for n in after], np.int64)
+            shape = ir.node("Constant", [], {"value": ir.tensor(sizes)})
+            shape.outputs[0].name = f"{node.name}.shape"
+            model.graph.insert_before(node, shape)
+            node.replace_input_with(1, shape.outputs[0])
+            node.attributes.pop("allowzero", None)
+
+
+def _first_with(model: ir.Model, dimension: str) -> tuple[ir.Value, int]:
+    """The first input that has a dimension, and which of its own it is."""
+    return next(
+        (value, axis)
+        for value in model.graph.inputs
+        for axis, size in enumerate(value.shape or ())
+        if str(size) == dimension
+    )
 
 
 @contextlib.contextmanager

@@ -14,18 +14,17 @@ input of every node must be one of
     parameter   of this block, at the same place in it
     internal    the output of an earlier node of this block
     carried     an output of the block before, at a place that all blocks of its phase have
+    fed         an input of the graph that every block has for itself, as ``past.3.key``
     shared      one and the same value in both
 
 That is the step of an induction: whatever adds blocks T − p … T − 1 to a tower of T − p blocks
 adds the next p to one of T. It leaves two things to show, of all blocks (``_is_closed``). What
 comes behind the tower must see nothing of it that would be elsewhere in a deeper one: parameters
 are read by their own block, and what every block computes anew by itself and the next one; only
-the last block's values go further. And each block gives the graph the same outputs, all of them
-behind the others. At last, the copied nodes must stand together, so that there is one place for
-more. Where any of this does not hold, nothing is stamped and the tower is traced in full.
-
-The first period is never copied: what all blocks share (masks, rotary tables) is computed there,
-once, at places that no later block has.
+the last block's values go further. And each block takes the same inputs from the graph and gives
+it the same outputs, all of them behind the others. At last, the copied nodes must stand together.
+Where any of this does not hold, nothing is stamped and the tower is traced in full. The first
+period is never copied: what all blocks share is computed there, at places no later block has.
 
 What no look at T blocks can show is that the blocks behind them are built alike. The reference
 model does so: it knows of a block only its index modulo p.
@@ -81,6 +80,12 @@ class _Block:
         is_own = value is not None and value.is_initializer() and name.startswith(f"{self.name}.")
         return name.removeprefix(self.name) if is_own else None
 
+    def fed(self, value: ir.Value | None) -> str | None:
+        """The name with a star for the block's index, if the value is a graph input of its own."""
+        is_input = value is not None and value.is_graph_input()
+        name = _starred(value, self.index)
+        return name if is_input and ".*." in name else None
+
 
 def _blocks(model: ir.Model, stack: str) -> list[_Block]:
     return [_Block(stack, i, nodes) for i, nodes in enumerate(blocks_of(model, stack))]
@@ -96,13 +101,12 @@ class _Source:
     parameter: str | None = None  # its name behind the block's
     internal: Place | None = None
     carried: Place | None = None
+    fed: str | None = None  # its name with a star for the block's index
     shared: ir.Value | None = None
 
 
 def stamp(model: ir.Model, stack: str, period: int, depth: int) -> bool:
-    """Add blocks to a traced tower until it is ``depth`` deep, in place.
-
-    Values of the new blocks have no names yet; ``graph.name_values`` gives them theirs.
+    """Add blocks to a traced tower until it is ``depth`` deep, in place; values get no names yet.
 
     Args:
         model: simplified, its initializers without data, ``shallow_depth`` blocks deep.
@@ -171,8 +175,8 @@ def _source(
         return _Source(internal=block.places[value])
     if before.places.get(value) in repeated:
         return _Source(carried=before.places[value])
-    parameter = block.parameter(value)
-    return _Source(parameter=parameter) if parameter else _Source(shared=value)
+    parameter, fed = block.parameter(value), block.fed(value)
+    return _Source(parameter=parameter, fed=fed, shared=None if parameter or fed else value)
 
 
 def _same_operator(node: ir.Node, twin: ir.Node) -> bool:
@@ -194,14 +198,17 @@ def _same_tensors(values: Sequence[ir.Value | None], others: Sequence[ir.Value |
 
 
 def _stand_together(model: ir.Model, tower: Sequence[_Block], period: int) -> bool:
-    """Whether the nodes of the last two periods, and the outputs of all, are not interspersed."""
+    """Whether the nodes of the last two periods, and inputs and outputs of all, stand together."""
     wanted = [node for block in tower[-2 * period :] for node in block.nodes]
     nodes = list(model.graph)
     start = nodes.index(wanted[0]) if wanted else 0
-    outputs = list(model.graph.outputs)
+    inputs, outputs = list(model.graph.inputs), list(model.graph.outputs)
+    fed = [v for block in tower for v in inputs if block.fed(v)]
     own = [v for block in tower for v in outputs if _is_layer_output(block, v)]
     return (
-        nodes[start : start + len(wanted)] == wanted and outputs[len(outputs) - len(own) :] == own
+        nodes[start : start + len(wanted)] == wanted
+        and inputs[len(inputs) - len(fed) :] == fed
+        and outputs[len(outputs) - len(own) :] == own
     )
 
 
@@ -210,15 +217,16 @@ def _is_closed(model: ir.Model, tower: Sequence[_Block], index: int, period: int
     block, is_last = tower[index], index == len(tower) - 1
     template = _last_like(tower, index, period)
     readers, anew = set(block.nodes), [v for node in block.nodes for v in node.inputs]
-    private = [v for v in anew if v is not None and block.parameter(v)]
+    private = [v for v in anew if v is not None and (block.parameter(v) or block.fed(v))]
     outputs = [v for v in model.graph.outputs if v in block.places]
     if not is_last:
         readers |= set(tower[index + 1].nodes)
         private += [v for place, v in block.values.items() if place in template.values]
         if not all(_is_layer_output(block, v) for v in outputs):
             return False
-    same_outputs = _layer_outputs(model, block) == _layer_outputs(model, template)
-    return same_outputs and all(use.node in readers for v in private for use in v.uses())
+    is_same = _layer_inputs(model, block) == _layer_inputs(model, template)
+    is_same &= _layer_outputs(model, block) == _layer_outputs(model, template)
+    return is_same and all(use.node in readers for v in private for use in v.uses())
 
 
 def _is_layer_output(block: _Block, value: ir.Value) -> bool:
@@ -226,10 +234,19 @@ def _is_layer_output(block: _Block, value: ir.Value) -> bool:
     return value in block.places and f".{block.index}." in str(value.name)
 
 
+def _starred(value: ir.Value | None, index: int) -> str:
+    return "" if value is None else str(value.name).replace(f".{index}.", ".*.", 1)
+
+
+def _layer_inputs(model: ir.Model, block: _Block) -> list[str]:
+    """Names of the graph inputs that are a block's own, a star for its index, in order."""
+    return [name for name in map(block.fed, model.graph.inputs) if name is not None]
+
+
 def _layer_outputs(model: ir.Model, block: _Block) -> list[tuple[Place, str]]:
     """Their places and their names, a star for the block's index, in order."""
     values = [value for value in model.graph.outputs if _is_layer_output(block, value)]
-    return [(block.places[v], str(v.name).replace(f".{block.index}.", ".*.", 1)) for v in values]
+    return [(block.places[v], _starred(v, block.index)) for v in values]
 
 
 def _copy(
@@ -243,6 +260,7 @@ def _copy(
     """One more block, behind the tower's last one."""
     name = f"{stack}.{index}"
     values: dict[Place, ir.Value] = {}
+    fed = {v.name: v for v in _fed_copies(model, template, index)}
     copies: list[ir.Node] = []
     for node, wanted in zip(template.nodes, sources, strict=True):
         inputs = list(node.inputs)
@@ -253,6 +271,8 @@ def _copy(
                 inputs[i] = values[source.internal]
             elif source.carried is not None:
                 inputs[i] = last.values[source.carried]
+            elif source.fed is not None:
+                inputs[i] = fed[source.fed.replace(".*.", f".{index}.", 1)]
         copy = ir.Node(
             node.domain,
             node.op_type,
@@ -271,6 +291,17 @@ def _copy(
         values[place].name = output.replace(".*.", f".{index}.", 1)
         model.graph.outputs.append(values[place])
     return _Block(stack, index, copies)
+
+
+def _fed_copies(model: ir.Model, template: _Block, index: int) -> list[ir.Value]:
+    """New inputs of the graph for one more block, behind the others."""
+    copies = [
+        ir.Value(name=name.replace(".*.", f".{index}.", 1), type=value.type, shape=value.shape)
+        for value in model.graph.inputs
+        if (name := template.fed(value))
+    ]
+    model.graph.inputs.extend(copies)
+    return copies
 
 
 def _parameter(model: ir.Model, like: ir.Value | None, name: str) -> ir.Value:
@@ -300,8 +331,8 @@ def _let_give(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
 def keep_block(model: ir.Model, stack: str, index: int) -> None:
     """Take every block of a tower but one out of a graph, in place.
 
-    What comes before the tower feeds the block, and the block feeds what comes behind it; outputs
-    that belong to other blocks go, inputs stay.
+    What comes before the tower feeds the block, and the block feeds what comes behind it; inputs
+    and outputs that belong to other blocks go, those that belong to none stay.
 
     Args:
         model: a component's graph, with or without data, quantized or not.
@@ -328,6 +359,10 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
         outputs = [v for v in model.graph.outputs if v not in removed]
         model.graph.outputs.clear()
         model.graph.outputs.extend(outputs)
+        others = [v for b in tower if b is not kept for v in model.graph.inputs if b.fed(v)]
+        passes.RemoveUnusedNodesPass()(model)
+        for value in others:
+            model.graph.inputs.remove(value)
     passes.RemoveUnusedNodesPass()(model)
 
 

@@ -54,6 +54,10 @@ def widen(model: ir.Model) -> bool:
     stored = [v for v in graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
     for value in stored:
         _insert_casts(graph, value, [ir.DataType.FLOAT])
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            _insert_casts(graph, value, [ir.DataType.BFLOAT16, ir.DataType.FLOAT])
     for value in rounded:
         node = value.producer()
         assert node is not None

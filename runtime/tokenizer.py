@@ -35,6 +35,7 @@ PadTo = Literal["longest", "max_length"]
 
 PAD_ID = 0
 PREFIX = "summarize:"
+CAPTION_PROMPT = "English caption:"  # of the published captioning results (section 3.5)
 MAX_TEXT_LENGTH = 80  # tokens that the text tower was trained on
 MAX_MODEL_NBYTES = 64 << 20
 SPACE = "▁"  # how a piece spells a space

@@ -31,6 +31,7 @@ from internvl_edge.export.models.attention import rotary_tables
 from internvl_edge.export.precision import POLICIES, apply_policy
 from internvl_edge.export.verify import (
     agreement,
+    component_feeds,
     reference_outputs,
     sample_feeds,
     with_hidden_state,
@@ -58,12 +59,13 @@ def traced(checkpoint: Checkpoint, name: str, base: str) -> ir.Model:
     with torch.device("meta"):
         model = InternVL(config.internvl)
     apply_policy(model, POLICIES[base])
-    specs = input_specs(component, config, config.vision.image_size)
+    compute = str(POLICIES[base].compute).removeprefix("torch.")
+    specs = input_specs(component, config, config.vision.image_size, compute)
     graph = graphs.trace(
         build_component(component, model),
         example_inputs(specs),
         [{i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs],
-        component.inputs,
+        [spec.name for spec in specs],
         component.output_names(config),
     )
     llama = config.internvl.qllama
@@ -85,7 +87,9 @@ def write(checkpoint: Checkpoint, graph: ir.Model, directory: Path) -> Path:
 
 def run(path: Path, feeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
     session = ort.InferenceSession(path)
-    outputs = session.run(names, {i.name: feeds[i.name] for i in session.get_inputs()})
+    dtypes = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+    inputs = {i.name: feeds[i.name].astype(dtypes[i.type]) for i in session.get_inputs()}
+    outputs = session.run(names, inputs)
     return dict(zip(names, outputs, strict=True))
 
 
@@ -115,6 +119,7 @@ def test_component(
         feeds = sample_feeds(checkpoint.config, 28, seed=seed, batch=batch, length=length)
         feeds = with_hidden_state(model, feeds, checkpoint.config)
         module = build_component(COMPONENTS[name], model)
+        feeds = component_feeds(name, feeds, checkpoint.config)
         expected = reference_outputs(module, name, feeds, checkpoint.config)
         actual = run(path, feeds, names)
         for output in names:
@@ -124,15 +129,15 @@ def test_component(
 @pytest.mark.parametrize("name", list(COMPONENTS))
 def test_interface_is_the_contract(checkpoint: Checkpoint, name: str) -> None:
     graph = traced(checkpoint, name, "fp16").graph
-    assert [v.name for v in graph.inputs] == list(COMPONENTS[name].inputs)
+    assert [v.name for v in graph.inputs] == COMPONENTS[name].input_names(checkpoint.config)
     for value in (*graph.inputs, *graph.outputs):
-        integer = value.name in ("input_ids", "attention_mask")
-        half = str(value.name).startswith("present.")
+        integer = value.name in ("input_ids", "attention_mask", "position_ids")
+        half = str(value.name).startswith(("present.", "past_key_values."))
         expected = ir.DataType.INT64 if integer else ir.DataType.FLOAT
         assert value.dtype == (ir.DataType.FLOAT16 if half else expected)
         assert str(value.shape[0]) == "batch"
     presents = [v.name for v in graph.outputs if str(v.name).startswith("present.")]
-    layers = TINY.qllama.num_hidden_layers if name == "image_queries" else 0
+    layers = TINY.qllama.num_hidden_layers if COMPONENTS[name].has_cache else 0
     expected_names = [f"present.{i}.{k}" for i in range(layers) for k in ("key", "value")]
     assert presents == expected_names
 
@@ -213,3 +218,40 @@ def test_other_resolution_needs_other_positions(checkpoint: Checkpoint) -> None:
     specs = input_specs(COMPONENTS["matcher"], checkpoint.config, 56)
     assert specs[0].shape == ("batch", 17, TINY.vision.hidden_size)
     assert replace(specs[0], name="x").dtype == "float32"
+
+
+def test_the_decoder_goes_on_from_any_cache(
+    checkpoint: Checkpoint, model: InternVL, tmp_path: Path
+) -> None:
+    """A prompt at once, token by token, and without any image: the same logits."""
+    config = checkpoint.config
+    path = write(checkpoint, traced(checkpoint, "decoder", "fp32"), tmp_path)
+    names = COMPONENTS["decoder"].output_names(config)
+    caches = COMPONENTS["decoder"].input_names(config)[3:]
+    ids = np.random.default_rng(3).integers(3, 300, (2, 6))
+    mask = np.ones((2, 6), np.int64)
+    mask[1, :2] = 0  # left padding, with nothing in front of it
+    positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)
+    empty = np.zeros((2, 3, 0, 16), np.float32)
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    whole = run(path, feeds | dict.fromkeys(caches, empty), names)
+    assert np.isfinite(whole["logits"]).all()
+    with torch.inference_mode():
+        alone = model.qllama(model.qllama.embed(torch.from_numpy(ids[1:, 2:])), _causal(4))[0]
+        expected = model.qllama.logits(alone).numpy()
+    np.testing.assert_allclose(whole["logits"][1:, 2:], expected, atol=2e-5)
+    cache = dict.fromkeys(caches, empty)
+    for t in range(6):
+        step = {
+            "input_ids": ids[:, t : t + 1],
+            "attention_mask": mask[:, : t + 1],
+            "position_ids": positions[:, t : t + 1],
+        }
+        found = run(path, step | cache, names)
+        np.testing.assert_allclose(found["logits"], whole["logits"][:, t : t + 1], atol=2e-5)
+        cache = dict(zip(caches, (found[n] for n in names[1:]), strict=True))
+    assert cache[caches[0]].shape == (2, 3, 6, 16)
+
+
+def _causal(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()[None, None]

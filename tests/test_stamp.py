@@ -55,6 +55,8 @@ def serialized(model: ir.Model) -> bytes:
         ("text_embed", 8, 2, "fp32", "rms_norm"),
         ("matcher", 9, 2, "fp16", "rms_norm"),
         ("image_queries", 13, 3, "fp16", "rms_norm"),
+        ("decoder", 4, 1, "bf16", "rms_norm"),
+        ("decoder", 9, 2, "fp16", "rms_norm"),
     ],
 )
 def test_stamped_is_traced(
@@ -185,7 +187,8 @@ def traced() -> dict[str, ir.Model]:
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp32")
     shallow = emit.shallow_config(config)
-    return {name: in_full(plan, name, shallow) for name in ("vision", "image_queries")}
+    names = "vision", "image_queries", "decoder"
+    return {name: in_full(plan, name, shallow) for name in names}
 
 
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED.keys())
@@ -223,6 +226,26 @@ def test_outputs_of_blocks_that_differ(traced: dict[str, ir.Model], change: str)
     assert not stamp(model, LLAMA_PREFIX, 2, 10)
 
 
+@pytest.mark.parametrize("change", ["missing", "swapped", "not last", "shared"])
+def test_inputs_of_blocks_that_differ(traced: dict[str, ir.Model], change: str) -> None:
+    model = traced["decoder"].clone()
+    assert stamp(model.clone(), LLAMA_PREFIX, 2, 10)
+    inputs = model.graph.inputs
+    if change == "missing":
+        other, last = inputs[-3], inputs[-1]
+        for node, i in list(last.uses()):
+            node.replace_input_with(i, other)
+        inputs.pop()
+    elif change == "swapped":
+        inputs[-1].name, inputs[-2].name = inputs[-2].name, inputs[-1].name
+    elif change == "not last":
+        inputs.append(inputs.pop(0))
+    else:  # the last block looks at another one's cache
+        for node, i in list(inputs[-1].uses()):
+            node.replace_input_with(i, inputs[-3])
+    assert not stamp(model, LLAMA_PREFIX, 2, 10)
+
+
 @pytest.mark.parametrize("index", [-1, 3])
 def test_a_block_that_is_not_there_is_not_kept(traced: dict[str, ir.Model], index: int) -> None:
     with pytest.raises(InternVLError, match="found 3 blocks"):
@@ -257,7 +280,7 @@ def test_compared_block_by_block(
         checkpoint=checkpoint,
         out=tmp_path / "out",
         precision=precision,
-        components=("vision", "image_pool", "image_queries"),
+        components=("vision", "image_pool", "image_queries", "decoder"),
     )
     components = compiler.export(options).manifest.components
     for name, record in components.items():

@@ -46,6 +46,22 @@ def attention(
     return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor
+) -> Tensor:
+    """Attention of (B, T, heads·d) on a cache (B, kv heads, S, d); ``mask`` is (B|1, 1, T, S).
+
+    The cache stays as it lies: only the new tokens' heads are split and merged. Where there are
+    fewer heads of keys than of queries, each serves as many neighbouring queries' heads.
+    """
+    q = split_heads(query, num_heads)
+    if torch.onnx.is_in_onnx_export():
+        out, *_ = torch.onnx.ops.attention(q, key, value, mask)
+        return merge_heads(out)
+    out = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, enable_gqa=True)
+    return merge_heads(out)
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, heads·d) → (B, heads, T, d)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

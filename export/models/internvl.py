@@ -25,6 +25,7 @@ from internvl_edge.export.models.qllama import (
     KeyValue,
     QLlama,
     causal_mask,
+    decoding_mask,
     generation_mask,
     generation_positions,
     padding_mask,
@@ -135,15 +136,16 @@ class InternVL(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, past: list[KeyValue]
     ) -> tuple[Tensor, list[KeyValue]]:
         """Logits (B, T, V) of further tokens; ``attention_mask`` (B, nq + all text so far)."""
-        length = input_ids.shape[1]
-        total = attention_mask.shape[1]
-        mask = causal_mask(length, input_ids.device, past=total - length)
-        hidden, cache = self.qllama(
-            self.qllama.embed(input_ids),
-            mask & padding_mask(attention_mask),
-            generation_positions(attention_mask)[:, -length:],
-            past=past,
-        )
+        positions = generation_positions(attention_mask)[:, -input_ids.shape[1] :]
+        return self.decode_at(input_ids, attention_mask, positions, past)
+
+    def decode_at(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, past: list[KeyValue]
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """As :meth:`decode`, at the positions (B, T) given."""
+        mask = decoding_mask(attention_mask, input_ids.shape[1])
+        embeds = self.qllama.embed(input_ids)
+        hidden, cache = self.qllama(embeds, mask, positions, past=past)
         return self.qllama.logits(hidden), cache
 
     @torch.inference_mode()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from internvl_edge.export.config import InternVLConfig, QLlamaConfig
 from internvl_edge.export.models.attention import (
     attention,
-    merge_heads,
+    cached_attention,
     rotary_tables,
     rotate,
     split_heads,
@@ -55,6 +55,20 @@ def generation_mask(attention_mask: Tensor, num_queries: int) -> Tensor:
     return mask
 
 
+def decoding_mask(attention_mask: Tensor, length: int) -> Tensor:
+    """(B, P + T) → (B, 1, T, P + T): the last T positions, none of which looks ahead.
+
+    Padding in front of everything would see nothing at all, and a softmax over nothing is NaN:
+    such a row sees itself, which nobody looks at.
+    """
+    past = attention_mask.shape[1] - length
+    causal = causal_mask(length, attention_mask.device, past=past)
+    is_blind = attention_mask.cumsum(-1)[:, past:] == 0  # (B, T)
+    row = torch.arange(length, device=attention_mask.device)[:, None] + past
+    itself = row == torch.arange(past + length, device=attention_mask.device)[None, :]
+    return (causal & padding_mask(attention_mask)) | (is_blind[:, None, :, None] & itself)
+
+
 def generation_positions(attention_mask: Tensor) -> Tensor:
     """(B, S) → positions (B, S): counted over what is not padding; padding sits at 1."""
     return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
@@ -78,11 +92,12 @@ class SelfAttention(nn.Module):
         q = rotate(self.q_proj(x), *rope, self.num_heads)
         k = rotate(self.k_proj(x), *rope, self.num_heads)
         v = self.v_proj(x)
-        if past is not None:
-            k = torch.cat((merge_heads(past[0]), k), dim=1)
-            v = torch.cat((merge_heads(past[1]), v), dim=1)
         present = split_heads(k, self.num_heads), split_heads(v, self.num_heads)
-        return self.o_proj(attention(q, k, v, self.num_heads, mask)), present
+        if past is None:
+            return self.o_proj(attention(q, k, v, self.num_heads, mask)), present
+        assert mask is not None
+        key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
+        return self.o_proj(cached_attention(q, key, value, self.num_heads, mask)), (key, value)
 
 
 class CrossAttention(nn.Module):
@@ -208,7 +223,7 @@ class QLlama(nn.Module):
         """Cos and sin of ``positions`` (B, T), or of 0 … length − 1: (B|1, T, d/2) each."""
         if positions is None:
             return self.rope_cos[None, :length], self.rope_sin[None, :length]
-        return self.rope_cos[positions], self.rope_sin[positions]
+        return F.embedding(positions, self.rope_cos), F.embedding(positions, self.rope_sin)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) → (B, T, vocabulary)."""

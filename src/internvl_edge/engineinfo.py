@@ -32,7 +32,10 @@ Range = tuple[int, int, int]  # smallest, typical and largest size of a dimensio
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """The sizes an engine accepts for each symbolic dimension; it is tuned for the middle one."""
+    """The sizes an engine accepts for each symbolic dimension; it is tuned for the middle one.
+
+    The engine of a component with a cache has a second optimization profile, where length is 1.
+    """
 
     batch: Range = (1, 4, 16)
     length: Range = (1, 32, 80)  # tokens of one call
@@ -48,7 +51,7 @@ class Profile:
         Raises:
             UsageError: no profile has such a dimension.
         """
-        if symbol == "total":
+        if symbol in ("total", "past+length"):
             low, typical, high = (p + n for p, n in zip(self.past, self.length, strict=True))
             return low, typical, high
         if symbol not in ("batch", "length", "past"):

@@ -195,10 +195,13 @@ def seeded_feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndar
     rng = np.random.default_rng(0)
     feeds: dict[str, np.ndarray[Any, Any]] = {}
     for spec in artifact.manifest.components[component].inputs:
-        sizes = {"batch": batch, "length": DEFAULT_LENGTH}
+        sizes = {"batch": batch, "length": DEFAULT_LENGTH, "past": DEFAULT_LENGTH}
+        sizes["past+length"] = 2 * DEFAULT_LENGTH
         shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
-        if spec.dtype == "float32":
-            feeds[spec.name] = rng.standard_normal(shape).astype(np.float32)
+        if spec.dtype.startswith("float"):
+            feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+        elif spec.name == "position_ids":
+            feeds[spec.name] = np.broadcast_to(np.arange(shape[1]), shape) + DEFAULT_LENGTH
         elif spec.name == "attention_mask":
             feeds[spec.name] = np.ones(shape, np.int64)
         else:

@@ -49,7 +49,14 @@ from internvl_edge.export.components import COMPONENTS
 from internvl_edge.export.config import with_depth
 from internvl_edge.export.isolate import BLOCK_INPUT, BLOCK_OUTPUT, isolate_block, isolate_front
 from internvl_edge.export.stamp import blocks_of
-from internvl_edge.export.verify import BOUNDS, agreement, reference_outputs, sample_feeds
+from internvl_edge.export.verify import (
+    BOUNDS,
+    agreement,
+    component_feeds,
+    reference_outputs,
+    sample_feeds,
+    with_noise,
+)
 from internvl_edge.export.widen import widen
 from internvl_edge.quantize.qdq import bypass_activations
 from internvl_edge.runtime.ort import OrtSession
@@ -342,16 +349,15 @@ def worst_channel_db(expected: Array, actual: Array) -> float:
 
 
 def _needed(session: OrtSession, feeds: Mapping[str, Array]) -> Arrays:
-    return {name: feeds[name] for name in session.inputs}
+    specs = session.inputs  # a cache has the graph's dtype
+    return {n: feeds[n].astype(s.dtype, copy=False) for n, s in specs.items()}
 
 
 def _feeds(checkpoint: Checkpoint, image_size: int, component: str) -> Arrays:
     """Seeded inputs of a component; vision tokens are noise too, since no tower is run for them."""
-    feeds = sample_feeds(checkpoint.config, image_size)
-    vision = checkpoint.config.vision
-    shape = len(feeds["pixel_values"]), vision.num_tokens(image_size), vision.hidden_size
-    feeds["last_hidden_state"] = np.random.default_rng(1).standard_normal(shape, np.float32)
-    return {name: feeds[name] for name in COMPONENTS[component].inputs}
+    config = checkpoint.config
+    feeds = with_noise(sample_feeds(config, image_size), config, image_size)
+    return component_feeds(component, feeds, config)
 
 
 @contextmanager

@@ -17,14 +17,19 @@ from internvl_edge.compiler.options import Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.errors import ResourceError
 from internvl_edge.export.bind import weights_without_data
-from internvl_edge.export.blocks import COMPONENT_STREAM, Samples, calibration_blocks
+from internvl_edge.export.blocks import (
+    COMPONENT_STREAM,
+    OF_IMAGES,
+    Samples,
+    calibration_blocks,
+)
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibrate import calibrate_block
 from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
 from internvl_edge.quantize.statistics import layers_to_json
 from internvl_edge.resume import Workspace
 from internvl_edge.runtime.image import pixel_values
-from internvl_edge.runtime.tokenizer import Tokenizer
+from internvl_edge.runtime.tokenizer import CAPTION_PROMPT, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +69,8 @@ def load_samples(plan: Plan) -> CalibrationSet:
     return sample_set("photographs", count, seed)
 
 
-def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array] | None:
-    """Ids for text embedding and for matching, right-padded with 0; None without a tokenizer."""
+def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
+    """Ids for text embedding, matching and captioning, right-padded; None without a tokenizer."""
     path = plan.checkpoint.path / TOKENIZER_FILE
     if plan.checkpoint.config.internvl is None or not path.exists():
         return None
@@ -73,6 +78,7 @@ def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array] | None:
     return (
         tokenizer.contrastive(captions, MAX_TEXT_LENGTH, pad_to="longest"),
         tokenizer.match(captions, MAX_TEXT_LENGTH),
+        tokenizer.match([f"{CAPTION_PROMPT} {c}" for c in captions], MAX_TEXT_LENGTH),
     )
 
 
@@ -83,9 +89,12 @@ def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
     each = [pixel_values(calibration.image(i), plan.preprocessing) for i in range(count)]
     pixels = np.concatenate(each)
     ids = tokenize(plan, list(calibration.captions))
-    text, match = ids or (random_ids(plan, count), random_ids(plan, count))
+    text, match, caption = ids or (random_ids(plan, count),) * 3
     return Samples(
-        pixel_values=_batches(pixels), input_ids=_batches(text), match_ids=_batches(match)
+        pixel_values=_batches(pixels),
+        input_ids=_batches(text),
+        match_ids=_batches(match),
+        caption_ids=_batches(caption),
     )
 
 
@@ -171,6 +180,6 @@ def peak_memory() -> int:
 
 def _num_blocks(plan: Plan, streams: set[str]) -> int:
     config = plan.checkpoint.config
-    vision = config.vision.num_hidden_layers if streams & {"image", "queries", "match"} else 0
-    text = streams & {"queries", "text", "match"} and config.internvl
+    vision = config.vision.num_hidden_layers if streams & {"image", *OF_IMAGES} else 0
+    text = streams & {"text", *OF_IMAGES} and config.internvl
     return vision + (config.internvl.qllama.num_hidden_layers if text and config.internvl else 0)

@@ -29,11 +29,13 @@ from internvl_edge.export.stamp import keep_block
 from internvl_edge.export.verify import (
     Agreement,
     agreements,
+    component_feeds,
     reference_outputs,
     require_agreement,
     sample_feeds,
     summary,
     with_hidden_state,
+    with_noise,
 )
 from internvl_edge.export.widen import widen
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
@@ -106,7 +108,7 @@ class Checker:
                 self.simulated = load_model(quantization.source)
             self.feeds = with_hidden_state(self.model, self.feeds, self.config)
         else:
-            self.feeds["last_hidden_state"] = self._noise(image_size)
+            self.feeds = with_noise(self.feeds, self.config, image_size)
 
     def check(
         self, component: str, path: Path, precision: str, *, base: str = "fp32"
@@ -152,7 +154,7 @@ class Checker:
     def _compare(
         self, component: str, part: _Part, path: Path, precision: str, base: str
     ) -> dict[str, Any]:
-        feeds = {name: self.feeds[name] for name in COMPONENTS[component].inputs}
+        feeds = component_feeds(component, self.feeds, self.config)
         actual = self._run(component, part, path, feeds)
         reference = self._reference(component, part, feeds)
         found = agreements(reference, actual)
@@ -199,7 +201,8 @@ class Checker:
             keep_block(model, tower, part.block)
         widen(model)
         with OrtSession(path, graph=ir.to_proto(model).SerializeToString()) as session:
-            return session.run(feeds)
+            specs = session.inputs  # a cache has the graph's dtype, and one block's is one layer's
+            return session.run({n: feeds[n].astype(s.dtype, copy=False) for n, s in specs.items()})
 
     def _reference(
         self, component: str, part: _Part, feeds: Mapping[str, Array]
@@ -209,11 +212,6 @@ class Checker:
             return reference_outputs(part.module, component, feeds, self.config)
         found = reference_outputs(part.module, component, feeds, with_depth(self.config, 1, 1))
         return {name.replace(".0.", f".{part.block}."): values for name, values in found.items()}
-
-    def _noise(self, image_size: int) -> Array:
-        vision = self.config.vision
-        shape = len(self.feeds["pixel_values"]), vision.num_tokens(image_size), vision.hidden_size
-        return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
 def _require_no_loss(

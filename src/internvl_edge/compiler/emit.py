@@ -132,12 +132,15 @@ def _meta_model(plan: Plan, config: CheckpointConfig, base: str) -> InternVL | I
 def _trace(
     plan: Plan, name: str, config: CheckpointConfig, model: InternVL | InternViT
 ) -> ir.Model:
-    specs = input_specs(COMPONENTS[name], config, plan.image_size)
+    compute = "float32"
+    if isinstance(model, InternVL):
+        compute = str(model.qllama.lm_head.weight.dtype).removeprefix("torch.")
+    specs = input_specs(COMPONENTS[name], config, plan.image_size, compute)
     traced = graphs.trace(
         build_component(COMPONENTS[name], model),
         example_inputs(specs),
         [{i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs],
-        COMPONENTS[name].inputs,
+        [spec.name for spec in specs],
         COMPONENTS[name].output_names(config),
     )
     if config.internvl is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from internvl_edge.artifact import EngineRecord, Manifest
+from internvl_edge.artifact import EngineRecord, Manifest, TensorSpec
 from internvl_edge.compiler.memory import LLAMA_COMPONENTS, require_memory_to_build
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.disk import link_or_copy
@@ -18,6 +18,7 @@ from internvl_edge.publish import record, update, write_manifest
 from internvl_edge.runtime.session import did_you_mean
 
 ENGINES = "engines"
+COMPUTE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def require_targets(targets: Sequence[str], precision: str) -> None:
@@ -174,7 +175,7 @@ def _add_engine(
         target=target,
         profile=profile_for(manifest, name, profile),
         precision=manifest.precision,
-        inputs=manifest.components[name].inputs,
+        inputs=_engine_inputs(manifest, name, source),
         onnx_sha256=_fingerprint(manifest, source),
         known={*manifest.files, *known},
         progress=_phases(name, report),
@@ -184,6 +185,17 @@ def _add_engine(
         files[file] = record(directory / file)
     others = tuple(e for e in manifest.engines if e.file != built.file)
     return replace(manifest, engines=(*others, built), files=files), built
+
+
+def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[TensorSpec, ...]:
+    """The component's inputs; of a graph for engines, a cache has the type it computes in."""
+    record, base = manifest.components[component], source.split(".")[1]
+    if source == record.file:
+        return record.inputs
+    return tuple(
+        replace(spec, dtype=COMPUTE_DTYPES[base]) if spec.name.startswith("past_") else spec
+        for spec in record.inputs
+    )
 
 
 def _num_blocks(manifest: Manifest, component: str) -> int:

@@ -172,7 +172,7 @@ def read_by(plan: Plan) -> set[str]:
     names: set[str] = set()
     for component in plan.components:
         names |= build_component(COMPONENTS[component], model).state_dict().keys()
-    return names - {"qllama.lm_head.weight"}  # of the decoder, which these components are not
+    return names if "decoder" in plan.components else names - {"qllama.lm_head.weight"}
 
 
 def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
@@ -233,9 +233,10 @@ def _quantize(plan: Plan) -> Step:
     images = num_images(plan)
     tokens = {VISION_PREFIX: images * vision.num_tokens(plan.image_size)}
     if plan.source.config.internvl is not None:
-        # queries looking at an image, texts, and both together
+        # queries looking at an image, texts, and both together, for matching and for captions
         queries = plan.source.config.internvl.num_query_token
-        tokens[LLAMA_PREFIX] = 2 * images * (queries + USUAL_TEXT_LENGTH)
+        both = 2 if "decoder" in plan.components else 1
+        tokens[LLAMA_PREFIX] = (1 + both) * images * (queries + USUAL_TEXT_LENGTH)
     blocks = _blocks(plan)
     parameters = {
         prefix: sum(n for name, n in blocks.items() if name.startswith(prefix)) for prefix in tokens

@@ -135,11 +135,11 @@ def _check_parent(out: Path) -> None:
 
 
 def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> None:
-    readers = [name for name in ("text_embed", "matcher") if name in components]
+    readers = [name for name in ("text_embed", "matcher", "decoder") if name in components]
     if readers and not (checkpoint / TOKENIZER_FILE).is_file():
         logger.warning(
             "%s has no %s: %s will take token ids only, and no strings; put the model's "
-            "%s there and export again to embed, classify, retrieve or match texts",
+            "%s there and export again to embed, match or write texts",
             checkpoint,
             TOKENIZER_FILE,
             " and ".join(readers),
