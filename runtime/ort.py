@@ -52,6 +52,8 @@ OUT_OF_MEMORY = re.compile(
     r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",
     re.IGNORECASE,
 )
+# Moving a float16 Q/DQ pair over a Transpose, it makes the new one float32, and loading fails.
+QDQ_PROPAGATION = "QDQPropagationTransformer"
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
@@ -97,7 +99,10 @@ class OrtSession:
             native.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._path.parent))
         try:
             session = onnxruntime.InferenceSession(
-                os.fspath(path) if graph is None else graph, native, providers=self._providers
+                os.fspath(path) if graph is None else graph,
+                native,
+                providers=self._providers,
+                disabled_optimizers=[QDQ_PROPAGATION],
             )
         except Exception as error:
             raise self._load_error(error) from error

@@ -88,7 +88,7 @@ def _pytorch(checkpoint: Path | None, artifacts: Mapping[str, Any], *, compiled:
         module: Any = build_component(COMPONENTS[component], model)
         if compiled:
             module = torch.compile(module)
-        tensors = [torch.from_numpy(feeds[name]) for name in COMPONENTS[component].inputs]
+        tensors = [torch.from_numpy(values) for values in feeds.values()]
 
         def run() -> object:
             with torch.inference_mode():

@@ -1,0 +1,385 @@
+"""Generation against the original's ids, and against a plain search that knows no cache."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import TINY, write_internvl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internvl_edge import compiler, open_session
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.errors import FeedError, InternVLError, UsageError
+from internvl_edge.export.checkpoint import load_reference
+from internvl_edge.runtime.generate import (
+    PAST,
+    Generation,
+    HostDecoding,
+    Prompt,
+    generate,
+    start,
+    stream,
+)
+from internvl_edge.runtime.session import Session
+
+Array = np.ndarray[Any, Any]
+COMPONENTS = ("vision", "image_queries", "decoder")
+VOCABULARY, EOS = 7, 2
+
+
+# --- the original's ids --------------------------------------------------------------------------
+
+
+class Compiled:
+    """The sessions of a compiled directory that generation needs."""
+
+    def __init__(self, out: Path) -> None:
+        self.sessions = {name: open_session(out, name) for name in COMPONENTS}
+        self.decoder: Session = self.sessions["decoder"]
+
+    def cache(self, pixels: Array) -> dict[str, Array]:
+        hidden = self.sessions["vision"].run({"pixel_values": pixels})
+        found = self.sessions["image_queries"].run(hidden)
+        return {name: found[name] for name in found if name.startswith("present.")}
+
+
+@pytest.fixture(scope="module")
+def original(golden: Path, tmp_path_factory: Any) -> tuple[Compiled, dict[str, Array]]:
+    out = tmp_path_factory.mktemp("golden") / "out"
+    checkpoint = golden / "tiny" / "checkpoint"
+    compiler.export(ExportOptions(checkpoint=checkpoint, out=out, components=COMPONENTS))
+    with np.load(golden / "tiny" / "reference.npz") as file:
+        return Compiled(out), {name: file[name] for name in file.files}
+
+
+def on_host(session: Session, cache: dict[str, Array]) -> HostDecoding:
+    return HostDecoding(session, {n.replace("present.", PAST): v for n, v in cache.items()})
+
+
+@pytest.mark.parametrize("begin", [start, on_host])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("greedy_max12", {"max_new_tokens": 12}),
+        ("greedy_min8_max12", {"max_new_tokens": 12, "min_new_tokens": 8}),
+        ("greedy_leftpad_max12", {"max_new_tokens": 12}),
+    ],
+)
+def test_greedy_is_the_originals(original: Any, begin: Any, name: str, how: Any) -> None:
+    compiled, ref = original
+    padded = "_leftpad" if "leftpad" in name else ""
+    ids = ref[f"in.prompt_ids{padded}"]
+    mask = ref["in.prompt_mask_leftpad"] if padded else np.ones_like(ids)
+    cache = compiled.cache(ref["in.pixel_values"])
+    decoding = begin(compiled.decoder, cache)
+    found = generate(decoding, Prompt(ids=ids, mask=mask, past=8), Generation(**how))
+    np.testing.assert_array_equal(found, ref[f"gen.{name}"][:, 1:])  # behind the leading BOS
+
+
+@pytest.mark.parametrize("begin", [start, on_host])
+@pytest.mark.parametrize("rows", [[0], [1], [2], [0, 1, 2], [2, 0]])
+def test_beams_are_the_originals(original: Any, begin: Any, rows: list[int]) -> None:
+    """One by one as the original, and together."""
+    compiled, ref = original
+    ids = ref["in.prompt_ids"][rows]
+    decoding = begin(compiled.decoder, compiled.cache(ref["in.pixel_values"][rows]))
+    how = Generation(num_beams=5, min_new_tokens=8, max_new_tokens=30)
+    found = generate(decoding, Prompt(ids=ids, mask=np.ones_like(ids), past=8), how)
+    for row, ids_found in zip(rows, found, strict=True):
+        expected = ref[f"gen.beam5_min8_max30.row{row}"][0, 1:]
+        np.testing.assert_array_equal(ids_found[: len(expected)], expected)
+        assert not ids_found[len(expected) :].any()
+
+
+def test_unseen_weights_match_the_reference(tmp_path: Path) -> None:
+    """Greedy ids of another checkpoint, left-padded, against PyTorch."""
+    import torch
+
+    checkpoint = write_internvl(tmp_path / "checkpoint", seed=7).path
+    compiler.export(
+        ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", components=COMPONENTS)
+    )
+    compiled = Compiled(tmp_path / "out")
+    model: Any = load_reference(checkpoint)
+    rng = np.random.default_rng(5)
+    pixels = rng.standard_normal((3, 3, 28, 28)).astype(np.float32)
+    ids = rng.integers(3, 300, (3, 6))
+    mask = np.ones_like(ids)
+    mask[1, :4] = ids[1, :4] = 0
+    expected = model.generate(*map(torch.from_numpy, (pixels, ids, mask)), 20, 5).numpy()
+    prompt = Prompt(ids=ids, mask=mask, past=TINY.num_query_token)
+    how = Generation(max_new_tokens=20, min_new_tokens=5)
+    found = generate(start(compiled.decoder, compiled.cache(pixels)), prompt, how)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_loop_costs_little(original: Any) -> None:
+    """Per token, over the session's own call: 100 µs at batch 1, on an idle machine."""
+    compiled, ref = original
+    cache = compiled.cache(ref["in.pixel_values"][:1])
+    inner, calls = compiled.decoder._session, []
+
+    class Timed:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            started = time.perf_counter()
+            inner.run_with_iobinding(binding)
+            calls.append(time.perf_counter() - started)
+
+    compiled.decoder._session = Timed()
+    try:
+        ids = ref["in.prompt_ids"][:1]
+        prompt = Prompt(ids=ids, mask=np.ones_like(ids), past=8)
+        how = Generation(max_new_tokens=100, min_new_tokens=100)
+        over, started = [], time.perf_counter()
+        for _ in stream(start(compiled.decoder, cache), prompt, how):
+            now = time.perf_counter()
+            over.append(now - started - calls[-1])
+            started = now
+    finally:
+        compiled.decoder._session = inner
+    assert statistics.median(over) < 400e-6  # with room for a machine that does other things
+
+
+def test_a_cache_of_something_else_is_refused(original: Any) -> None:
+    compiled, _ = original
+    with pytest.raises(FeedError, match="expected a cache of 8 tensors"):
+        start(compiled.decoder, {"present.0.key": np.zeros((1, 4, 8, 16), np.float32)})
+
+
+# --- a language that follows from its history ----------------------------------------------------
+
+
+class Toy:
+    """Logits that follow from a row's tokens alone; what the tests look at is recorded."""
+
+    def __init__(self, rows: int, *, eos: float = 0.0, nan_at: int | None = None) -> None:
+        self.past: list[list[int]] = [[] for _ in range(rows)]
+        self.eos, self.nan_at, self.calls = eos, nan_at, 0
+        self.positions: list[Array] = []
+
+    def run(self, ids: Array, mask: Array, positions: Array) -> Array:
+        assert mask.shape == (len(self.past), mask.shape[1])
+        self.calls += 1
+        self.positions.append(positions.copy())
+        width = ids.shape[1]
+        for row, new in enumerate(ids):
+            seen = mask[row, -width:] > 0
+            self.past[row] = [*self.past[row], *new[seen].tolist()]
+        logits = np.stack([toy_logits(history, self.eos) for history in self.past])
+        if self.calls == self.nan_at:
+            logits[-1, 3] = np.nan
+        return logits
+
+    def select(self, rows: Array) -> None:
+        self.past = [list(self.past[row]) for row in rows]
+
+
+def toy_logits(history: list[int], eos: float = 0.0) -> Array:
+    rng = np.random.default_rng([17, *history])
+    logits = 2 * rng.standard_normal(VOCABULARY)
+    logits[EOS] += eos
+    return logits.astype(np.float32)
+
+
+def toy_prompt(rows: list[list[int]]) -> Prompt:
+    width = max(map(len, rows))
+    ids = np.array([[0] * (width - len(row)) + row for row in rows])
+    mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return Prompt(ids=ids, mask=mask)
+
+
+def plain_beam_search(prompt: list[int], how: Generation) -> list[int]:
+    """The same search on lists, written from the description of the original's."""
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    ended: list[tuple[float, list[int]]] = []
+    is_done = False
+    for length in range(1, how.max_new_tokens + 1):
+        options = []
+        for total, sentence in live:
+            logits = toy_logits([*prompt, *sentence]).astype(np.float64)
+            chances = logits - math.log(np.exp(logits).sum())
+            for token, chance in enumerate(chances):
+                if token == EOS and length <= how.min_new_tokens:
+                    continue
+                options.append((total + float(chance), [*sentence, token]))
+        options.sort(key=lambda option: -option[0])
+        best, live = options[0][0], []
+        for rank, (total, sentence) in enumerate(options[: 2 * how.num_beams]):
+            if sentence[-1] != EOS:
+                live.append((total, sentence))
+            elif rank < how.num_beams:
+                ended.append((total / length**how.length_penalty, sentence))
+                ended = sorted(ended, key=lambda e: -e[0])[: how.num_beams]
+            if len(live) == how.num_beams:
+                break
+        if len(ended) == how.num_beams and (
+            how.early_stopping or ended[-1][0] >= best / length**how.length_penalty
+        ):
+            is_done = True
+            break
+    if not is_done:
+        ended += [(total / len(s) ** how.length_penalty, s) for total, s in live]
+    return max(ended, key=lambda e: e[0])[1]
+
+
+prompts = st.lists(
+    st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=4), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts,
+    st.integers(2, 3),
+    st.integers(0, 4),
+    st.integers(4, 8),
+    st.sampled_from([0.0, 0.6, 1.0, 2.0]),
+    st.booleans(),
+)
+def test_beam_search_is_the_plain_one(
+    rows: list[list[int]], beams: int, low: int, high: int, penalty: float, early: bool
+) -> None:
+    how = Generation(
+        num_beams=beams,
+        min_new_tokens=low,
+        max_new_tokens=high,
+        length_penalty=penalty,
+        early_stopping=early,
+    )
+    found = generate(Toy(len(rows)), toy_prompt(rows), how)
+    for row, ids in zip(rows, found, strict=True):
+        expected = plain_beam_search(row, how)
+        assert ids[: len(expected)].tolist() == expected
+        assert not ids[len(expected) :].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(prompts, st.integers(1, 9))
+def test_greedy_rows_do_not_know_each_other(rows: list[list[int]], high: int) -> None:
+    how = Generation(max_new_tokens=high)
+    found = generate(Toy(len(rows)), toy_prompt(rows), how)
+    for row, ids in zip(rows, found, strict=True):
+        expected: list[int] = []
+        while len(expected) < high and EOS not in expected:
+            expected.append(int(toy_logits([*row, *expected]).argmax()))
+        assert ids[: len(expected)].tolist() == expected
+        assert not ids[len(expected) :].any()
+
+
+def test_positions_count_what_is_not_padding() -> None:
+    toy = Toy(2, eos=-99)
+    prompt = toy_prompt([[3, 4, 5], [6]])
+    generate(toy, Prompt(ids=prompt.ids, mask=prompt.mask, past=4), Generation(max_new_tokens=3))
+    assert toy.positions[0].tolist() == [[4, 5, 6], [1, 1, 4]]
+    assert [p.ravel().tolist() for p in toy.positions[1:]] == [[7, 5], [8, 6]]
+
+
+def test_min_and_stop_and_never_ending() -> None:
+    prompt = toy_prompt([[3]])
+    ends = generate(Toy(1, eos=99), prompt, Generation())
+    assert ends.tolist() == [[EOS]]
+    later = generate(Toy(1, eos=99), prompt, Generation(min_new_tokens=3))
+    assert later.shape == (1, 4)
+    assert later[0, -1] == EOS not in later[0, :-1]
+    never = generate(Toy(1, eos=-99), prompt, Generation(max_new_tokens=9))
+    assert never.shape == (1, 9)
+    beams = generate(Toy(1, eos=-99), prompt, Generation(max_new_tokens=9, num_beams=3))
+    assert beams.shape == (1, 9)
+    first = int(toy_logits([3], -99).argmax())
+    stopped = generate(Toy(1, eos=-99), prompt, Generation(stop_ids=(first, EOS)))
+    assert stopped.tolist() == [[first]]
+
+
+def test_a_stream_runs_no_further_than_it_is_read() -> None:
+    toy = Toy(1, eos=-99)
+    tokens = stream(toy, toy_prompt([[3]]), Generation(max_new_tokens=50))
+    assert isinstance(tokens, Iterator)
+    assert toy.calls == 0
+    next(tokens)
+    next(tokens)
+    assert toy.calls == 2
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def drawn(how: dict[str, Any], count: int = 4000) -> Counter[int]:
+    rows = [[3]] * count
+    found = generate(Toy(count), toy_prompt(rows), Generation(max_new_tokens=1, **how))
+    return Counter(found[:, 0].tolist())
+
+
+def test_samples_follow_the_distribution() -> None:
+    for temperature in (0.5, 1.0, 3.0):
+        logits = toy_logits([3]).astype(np.float64) / temperature
+        chances = np.exp(logits) / np.exp(logits).sum()
+        found = drawn({"temperature": temperature, "seed": 1})
+        for token, chance in enumerate(chances):
+            assert found[token] / 4000 == pytest.approx(chance, abs=0.03)
+
+
+def test_top_k_and_top_p_cut_the_tail() -> None:
+    logits = toy_logits([3])
+    order = np.argsort(-logits)
+    assert set(drawn({"top_k": 2, "seed": 0})) == set(order[:2].tolist())
+    chances = np.exp(logits) / np.exp(logits).sum()
+    first = float(chances[order[0]])
+    assert set(drawn({"top_p": first * 0.9, "seed": 0})) == {int(order[0])}
+    assert set(drawn({"top_p": first * 1.01, "seed": 0})) == set(order[:2].tolist())
+    assert len(drawn({"top_p": 1.0, "seed": 0})) == VOCABULARY
+    assert set(drawn({"top_k": 1, "temperature": 9.0})) == {int(order[0])}
+
+
+def test_a_seed_repeats_itself() -> None:
+    def sample(seed: int) -> list[list[int]]:
+        how = Generation(max_new_tokens=8, temperature=2.0, seed=seed)
+        ids: list[list[int]] = generate(Toy(4, eos=-99), toy_prompt([[3]] * 4), how).tolist()
+        return ids
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens 0: expected at least 1"),
+        ({"max_new_tokens": -3}, "max_new_tokens -3"),
+        ({"min_new_tokens": 31}, "min_new_tokens 31: expected 0 to 30"),
+        ({"num_beams": 0}, "num_beams 0"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"num_beams": 2, "temperature": 1.0}, "beams are not drawn"),
+    ],
+)
+def test_options_that_cannot_be(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Generation(**how)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_nan_is_an_error(beams: int) -> None:
+    with pytest.raises(InternVLError, match="NaN behind 3 positions, row"):
+        generate(Toy(2, eos=-99, nan_at=3), toy_prompt([[3], [4]]), Generation(num_beams=beams))
+
+
+def test_beams_cannot_be_streamed() -> None:
+    with pytest.raises(UsageError, match="only one beam can be streamed"):
+        next(stream(Toy(1), toy_prompt([[3]]), Generation(num_beams=2)))
