@@ -363,6 +363,9 @@ class Device(Protocol):
     """A session that leaves what it computed where it computed it; see ``OrtSession``."""
 
     def run_device(self, feeds: Mapping[str, Any], *, check: bool) -> dict[str, Any]: ...
+    def step(
+        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
+    ) -> tuple[Array, list[Any]]: ...
 
 
 def start(session: Session, cache: Mapping[str, Array]) -> Decoding:
@@ -373,7 +376,7 @@ def start(session: Session, cache: Mapping[str, Array]) -> Decoding:
         cache: what ``image_queries`` gave as ``present.{i}.key`` and ``.value``, [B,heads,P,d].
     """
     past = {name.replace("present.", PAST, 1): values for name, values in cache.items()}
-    if hasattr(session, "run_device"):
+    if hasattr(session, "run_device") and hasattr(session, "step"):
         return DeviceDecoding(cast(Device, session), past)
     return HostDecoding(session, past)
 
@@ -396,25 +399,34 @@ class HostDecoding:
 
 
 class DeviceDecoding:
-    """A session whose outputs stay on its device; what a step leaves is what the next one reads."""
+    """A session whose outputs stay on its device; what a step leaves is what the next one reads.
+
+    What comes from outside, or passed through the host, is checked as any feed is.
+    """
 
     def __init__(self, session: Device, past: Mapping[str, Any]) -> None:
-        self._session, self._past = session, dict(past)
+        self._session, self._names, self._cache = session, list(past), list(past.values())
+        self._is_there = False  # on the device
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **self._past}
-        found = self._session.run_device(feeds, check=False)
-        logits: Array = found.pop("logits").numpy()[:, -1]
-        self._past = {name.replace("present.", PAST, 1): found[name] for name in found}
-        return logits
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        if self._is_there:
+            logits, self._cache = self._session.step(feeds, self._names, self._cache)
+        else:
+            past = dict(zip(self._names, self._cache, strict=True))
+            found = self._session.run_device({**feeds, **past}, check=False)
+            logits = found["logits"].numpy()
+            self._names = [name.replace("present.", PAST, 1) for name in found if name != "logits"]
+            self._cache = [value for name, value in found.items() if name != "logits"]
+            self._is_there = True
+        last: Array = logits[:, -1]
+        return last
 
     def select(self, rows: Array) -> None:
-        """Rows pass through the host, where there are others than before."""
-        for name, values in self._past.items():
-            host = values if isinstance(values, np.ndarray) else values.numpy()
-            if len(rows) == len(host) and (rows == np.arange(len(rows))).all():
-                return
-            self._past[name] = host[rows]
+        """Rows pass through the host, where they are others than before."""
+        host = [v if isinstance(v, np.ndarray) else v.numpy() for v in self._cache]
+        if len(rows) != len(host[0]) or (rows != np.arange(len(rows))).any():
+            self._cache, self._is_there = [values[rows] for values in host], False
 
 
 def cache_rows(cache: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:

@@ -177,6 +177,35 @@ class OrtSession:
             raise self._run_error(error) from error
         return dict(zip(names, binding.get_outputs(), strict=True))
 
+    def step(
+        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
+    ) -> tuple[Array, list[Any]]:
+        """Like ``run_device`` of a decoder, unchecked: for what an earlier call left.
+
+        Args:
+            feeds: what is not in the cache.
+            names: of the cache's inputs; its outputs come in the same order, behind the logits.
+            cache: their ``OrtValue``s.
+
+        Returns:
+            The logits, and the next cache.
+        """
+        session = self._opened()
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name, value in zip(names, cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self._names[0], "cpu")
+        for name in self._names[1:]:
+            binding.bind_output(name, *self._place)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._run_error(error) from error
+        logits, *presents = binding.get_outputs()
+        return logits.numpy(), presents
+
     def _opened(self) -> Any:
         session = self._session  # a close() by another thread waits for this reference
         if session is None:

@@ -154,8 +154,9 @@ def test_the_loop_costs_little(original: Any) -> None:
 
 def test_a_cache_of_something_else_is_refused(original: Any) -> None:
     compiled, _ = original
-    with pytest.raises(FeedError, match="expected a cache of 8 tensors"):
-        start(compiled.decoder, {"present.0.key": np.zeros((1, 4, 8, 16), np.float32)})
+    with pytest.raises(FeedError, match="expected the inputs"):
+        decoding = start(compiled.decoder, {"present.0.key": np.zeros((1, 4, 8, 16), np.float32)})
+        generate(decoding, toy_prompt([[3]]), Generation())
 
 
 # --- a language that follows from its history ----------------------------------------------------
