@@ -1,6 +1,6 @@
 """What each step of a quantization recipe is worth, on checkpoints with and without outliers.
 
-    python benchmarks/quant.py [--layers 4] [--seeds 1] [--demo] [--peers] [--json FILE]
+    python benchmarks/quant.py [--layers 4] [--seeds 0 1] [--json FILE]
 
 Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain,
 with function-preserving outlier channels, and with massive activations and outliers between v and
@@ -72,6 +72,7 @@ def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layer-scale", type=float, default=1.0, help="mean of made-up LayerScale")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, default=[*CHECKPOINTS])
     parser.add_argument("--recipes", nargs="+", help="names; all by default")
@@ -81,7 +82,7 @@ def main() -> None:
     rows = []
     for seed in chosen.seeds:
         for kind in chosen.checkpoints:
-            for row in measure(kind, seed, chosen.layers, recipes):
+            for row in measure(kind, seed, chosen.layers, chosen.layer_scale, recipes):
                 rows.append(row)
                 sys.stdout.write(json.dumps(row) + "\n")
                 sys.stdout.flush()
@@ -90,12 +91,17 @@ def main() -> None:
         chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(kind: str, seed: int, layers: int, recipes: list[Recipe]) -> Iterator[dict[str, Any]]:
+def measure(
+    kind: str, seed: int, layers: int, layer_scale: float, recipes: list[Recipe]
+) -> Iterator[dict[str, Any]]:
     """One row per recipe, on one checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
         config = shrink(PRESETS["internvit-6b-224"], layers)
-        write_checkpoint(Synthesis(config=config, seed=seed, **CHECKPOINTS[kind]), path)
+        synthesis = Synthesis(
+            config=config, seed=seed, layer_scale=layer_scale, **CHECKPOINTS[kind]
+        )
+        write_checkpoint(synthesis, path)
         checkpoint = open_checkpoint(path)
         pixels = _photographs(config.vision.image_size, seed)
         seen, held_out = pixels[:CALIBRATION_IMAGES], pixels[CALIBRATION_IMAGES:]

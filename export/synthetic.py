@@ -76,6 +76,7 @@ class Synthesis:
     seed: int = 0
     outliers: bool = False
     massive: bool = False
+    layer_scale: float = 0.1  # mean of every LayerScale; at 1.0 errors of a branch show in full
 
 
 def shrink(config: CheckpointConfig, layers: int | None) -> CheckpointConfig:
@@ -151,7 +152,7 @@ def _values(
     width = shape[-1] if shape else 1
     count = math.prod(shape)
     rows_at_once = max(CHUNK // width, 1)
-    mean, deviation = _distribution(name, shape)
+    mean, deviation = _distribution(name, shape, synthesis.layer_scale)
     rng = _rng(synthesis.seed, name)
     for start in range(0, count, rows_at_once * width):
         size = min(rows_at_once * width, count - start)
@@ -170,14 +171,14 @@ def _cut(pool: np.ndarray[Any, Any], place: int, size: int) -> np.ndarray[Any, A
     return np.concatenate((pool[place:], pool[: end - len(pool)]))
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def _distribution(name: str, shape: tuple[int, ...], layer_scale: float) -> tuple[float, float]:
     """Mean and standard deviation that keep activations of the size real ones have."""
     leaf = name.rsplit(".", 1)[-1]
     is_norm = "norm" in name
     if name == "logit_scale":
         return math.log(100.0), 0.0
     if leaf in ("ls1", "ls2"):
-        return 0.1, 0.02
+        return layer_scale, 0.2 * layer_scale
     if is_norm and leaf == "weight":
         return 1.0, 0.1
     if len(shape) == 1 or name.endswith("bias"):
