@@ -37,7 +37,12 @@ from internvl_edge.demo.batches import BOS, EOS, IGNORED, NUM_PLACES, PATCH, Bat
 from internvl_edge.demo.language import COLOURS, DIGITS
 from internvl_edge.demo.scenes import CANVAS
 from internvl_edge.demo.tokenizer import TOKENIZER_FILE, VOCAB_SIZE, train_tokenizer
-from internvl_edge.export.config import InternVLConfig, QLlamaConfig, VisionConfig
+from internvl_edge.export.config import (
+    InternVLConfig,
+    QLlamaConfig,
+    VisionConfig,
+    published_fields,
+)
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.models.qllama import generation_mask
 
@@ -273,8 +278,12 @@ def _documents(config: InternVLConfig) -> dict[str, dict[str, Any]]:
             "architectures": ["InternVLModel"],
             "model_type": "internvl",
             "torch_dtype": "bfloat16",
-            "vision_config": {**asdict(config.vision), **untied, "model_type": "intern_vit_6b"},
-            "qllama_config": {**asdict(config.qllama), "model_type": "llama"},
+            "vision_config": {
+                **published_fields(config.vision),
+                **untied,
+                "model_type": "intern_vit_6b",
+            },
+            "qllama_config": {**published_fields(config.qllama), "model_type": "llama"},
         },
         "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0},
         "preprocessor_config.json": {

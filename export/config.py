@@ -245,6 +245,11 @@ def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> 
     )
 
 
+def published_fields(config: VisionConfig | QLlamaConfig) -> dict[str, Any]:
+    """The fields that a ``config.json`` has; those of our own forms are left out."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in OURS}
+
+
 _C = TypeVar("_C", VisionConfig, QLlamaConfig)
 
 

@@ -25,7 +25,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from internvl_edge.export.config import (
     CheckpointConfig,
     InternVLConfig,
     VisionConfig,
+    published_fields,
     with_depth,
 )
 from internvl_edge.export.weights import WeightsWriter
@@ -115,7 +116,7 @@ def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:
 
 def published_config(config: CheckpointConfig) -> dict[str, Any]:
     """``config.json`` as the published checkpoints have it, without what decides nothing."""
-    vision = {"model_type": "intern_vit_6b", **asdict(config.vision)}
+    vision = {"model_type": "intern_vit_6b", **published_fields(config.vision)}
     if config.internvl is None:
         return vision | {"architectures": ["InternVisionModel"], "torch_dtype": "bfloat16"}
     return {
@@ -124,7 +125,7 @@ def published_config(config: CheckpointConfig) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "tie_word_embeddings": False,
         "vision_config": vision,
-        "qllama_config": {"model_type": "llama", **asdict(config.internvl.qllama)},
+        "qllama_config": {"model_type": "llama", **published_fields(config.internvl.qllama)},
         "clip_embed_dim": config.internvl.clip_embed_dim,
         "attn_pool_num_heads": config.internvl.attn_pool_num_heads,
         "num_query_token": config.internvl.num_query_token,
