@@ -31,6 +31,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 ENGINES_AT = "int8"
 NUM_SCENES = 300  # held-out single digits to classify
 NUM_CAPTIONS = 100  # distinct captions to retrieve among
+NUM_TEXTS = 300  # captions, and as many answers, that must be right word for word
 NUM_PAIRS = 300  # of image and text to match, half of them near misses
 SECONDS = 2.0  # of latency measurement
 
@@ -69,6 +70,8 @@ def quality(artifact: Artifact) -> dict[str, float]:
             "recall_at_1_c": evaluate.retrieval_recall_at_1(model, NUM_CAPTIONS, mode="c"),
             "recall_at_1_g": evaluate.retrieval_recall_at_1(model, NUM_CAPTIONS, mode="g"),
             "matching": evaluate.matching_accuracy(model, NUM_PAIRS),
+            "captions": evaluate.caption_exact_match(model, NUM_TEXTS),
+            "answers": evaluate.vqa_accuracy(model, NUM_TEXTS),
             "cosine": float(verification["cosine"]),
         }
 
@@ -121,13 +124,17 @@ def main(out: Path, force: bool, as_json: bool) -> None:
             f"{100 * found[precision]['recall_at_1_c']:.1f} / "
             f"{100 * found[precision]['recall_at_1_g']:.1f} %",
             f"{100 * found[precision]['matching']:.1f} %",
+            f"{100 * found[precision]['captions']:.1f} / {100 * found[precision]['answers']:.1f} %",
             f"{found[precision]['cosine']:.5f}",
             f"{weights_nbytes(artifact) / 1e6:.2f} MB",
             f"{timings[precision].percentile_ms(50):.2f} ms",
         )
         for precision, artifact in artifacts.items()
     ]
-    columns = ("precision", "zero-shot", "R@1 C / G", "matching", "cosine", "weights", "CPU p50")
+    columns = (
+        *("precision", "zero-shot", "R@1 C / G", "matching", "captions / VQA"),
+        *("cosine", "weights", "CPU p50"),
+    )
     output.table(columns, rows)
     output.say(f"PyTorch eager fp32, the same image: {timings['pytorch'].percentile_ms(50):.2f} ms")
     card = environment()

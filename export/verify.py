@@ -40,7 +40,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "fp32": (0.99999, 70.0),
     "fp16": (0.999, 40.0),
     "bf16": (0.99, 20.0),
-    "int8": (0.8, 6.0),  # of logits every token is a row, the weakest one decides
+    "int8": (0.9, 6.0),
     "fp8": (0.8, 3.0),
     # A quantized graph beside the simulation of what it should compute (compiler.simulate): equal
     # but for float32 noise, or in 16 bits for roundings that fall to the other side.
@@ -118,13 +118,14 @@ def component_feeds(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Those of the feeds that a component takes.
 
-    A decoder continues the cache that is among them by the same texts, cut to one length: what it
-    says of padding is nobody's concern, and no calibration has seen it.
+    A decoder continues the cache that is among them by captions, if there are any, or else by the
+    same texts, cut to one length: what it says of padding no calibration has seen.
     """
     chosen = COMPONENTS[component]
     if chosen.takes_cache:
         first = feeds[f"{PAST}.0.key"]  # (B, heads, P, d)
-        feeds = {**feeds, **_decoding(feeds["input_ids"], first.shape[2])}
+        ids = feeds.get("caption_ids", feeds["input_ids"])
+        feeds = {**feeds, **_decoding(ids, first.shape[2])}
     return {name: feeds[name] for name in chosen.input_names(config)}
 
 

@@ -1,4 +1,4 @@
-"""The thin runtime: a compiled directory in, embeddings and labels out.
+"""The thin runtime: a compiled directory in; embeddings, labels and text out.
 
     session   the ``Session`` protocol, what a feed must be, the choice of a backend
     ort       ONNX Runtime behind that protocol
@@ -6,7 +6,9 @@
     image     pictures to ``pixel_values``;  video  frames;  tokenizer  texts to ids
     requests  what callers hand over;  vectors  arithmetic on embeddings
     batching  requests of many threads as few batches
-    model     what people ask for: encode, classify, retrieve, match
+    generate  tokens on a decoder's cache;  speak  text about images with it
+    parts     what of a directory is open;  embedding  images, texts, videos to vectors
+    model     what people ask for: encode, classify, retrieve, match, caption, answer
     bench     honest timing;  scenarios  under load;  environment  where it was measured
 
 Importing this package imports NumPy and nothing heavier; a backend is imported when it opens.

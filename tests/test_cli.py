@@ -37,6 +37,8 @@ COMMANDS = [
     "classify",
     "retrieve",
     "match",
+    "caption",
+    "answer",
     "benchmark",
     "doctor",
 ]

@@ -332,7 +332,7 @@ def test_each_image_goes_through_the_vit_once(counting: Counting) -> None:
 
 def test_labels_are_encoded_once(counting: Counting) -> None:
     model, tokenizer = counting.model, FakeTokenizer()
-    model.__dict__["tokenizer"] = tokenizer
+    model.parts.__dict__["tokenizer"] = tokenizer
     labels = ["cat", "mouse"]
     first = model.classify(PIXELS, labels)
     assert model.classify(PIXELS, labels) == first
@@ -346,7 +346,7 @@ def test_labels_are_encoded_once(counting: Counting) -> None:
 
 def test_only_the_last_classifiers_are_kept(counting: Counting) -> None:
     model, tokenizer = counting.model, FakeTokenizer()
-    model.__dict__["tokenizer"] = tokenizer
+    model.parts.__dict__["tokenizer"] = tokenizer
     for i in range(40):
         model.text_classifier([str(i)])
     assert len(model._classifiers) == 16
@@ -482,7 +482,7 @@ def test_a_label_with_braces_is_only_a_label(counting: Counting) -> None:
             seen.extend(texts)
             return super().contrastive(texts, pad_to)
 
-    counting.model.__dict__["tokenizer"] = Listening()
+    counting.model.parts.__dict__["tokenizer"] = Listening()
     counting.model.text_classifier(["{c}", "{}"], ["a {}", "the {c}"])
     assert seen == ["a {c}", "the {c}", "a {}", "the {}"]
 

@@ -18,7 +18,7 @@ import click
 
 from internvl_edge._version import __version__
 from internvl_edge.cli import compile as compile_commands
-from internvl_edge.cli import examine, measure, use
+from internvl_edge.cli import examine, measure, speak, use
 from internvl_edge.cli.console import Output, error_line, flush
 from internvl_edge.disk import translated
 from internvl_edge.errors import InternVLError, ResourceError
@@ -45,6 +45,8 @@ for command in (
     use.classify,
     use.retrieve,
     use.match,
+    speak.caption,
+    speak.answer,
     measure.benchmark,
     measure.doctor,
 ):

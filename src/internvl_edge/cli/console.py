@@ -44,6 +44,13 @@ class Output:
             for value in values:
                 click.echo(value)
 
+    def piece(self, text: str) -> None:
+        """A part of the answer, at once: as it is for people, a JSON object of its own else."""
+        if self.as_json:
+            click.echo(json.dumps({"piece": text}, ensure_ascii=False))
+        else:
+            click.echo(text, nl=False)
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """The answer for people, as a table."""
         if self.as_json:

@@ -59,7 +59,7 @@ def embed(
     if save is not None:
         _check_save(save, force)
     results: dict[str, np.ndarray[Any, Any]] = {}
-    with _load(out, backend) as model:
+    with open_model(out, backend) as model:
         if paths:
             results["images"] = model.encode_image(paths, mode=mode, normalize=normalize)
         if texts:
@@ -105,7 +105,7 @@ def classify(
     """Classify IMAGES (files or folders) by the labels given."""
     paths = expand(images)
     names = [label.strip() for label in labels.split(",") if label.strip()]
-    with _load(out, backend) as model:
+    with open_model(out, backend) as model:
         ranked = model.classify(paths, names, templates, mode=mode)
     results = [
         {"file": str(path), "labels": found[:top]}
@@ -138,7 +138,7 @@ def retrieve(
 ) -> None:
     """Rank texts for every image, and IMAGES (files or folders) for every text."""
     paths, queries = expand(images), read_texts(texts, file)
-    with _load(out, backend) as model:
+    with open_model(out, backend) as model:
         found = model.retrieve(paths, queries, mode=mode)
     by_text: list[dict[str, Any]] = [
         {
@@ -181,7 +181,7 @@ def match(
 ) -> None:
     """Say how well each text describes IMAGE, by the image-text matching head."""
     queries = read_texts(texts, file)
-    with _load(out, backend) as model:
+    with open_model(out, backend) as model:
         probabilities = model.match([image], queries)
     rows = sorted(zip(probabilities.tolist(), queries, strict=True), reverse=True)
     output.lines([f"{probability:.4f}  {text}" for probability, text in rows])
@@ -236,7 +236,8 @@ def _check_save(save: Path, force: bool) -> None:
         raise UsageError(f"--save {save}: {save.absolute().parent} cannot be written or is missing")
 
 
-def _load(out: Path, backend: str) -> Any:
+def open_model(out: Path, backend: str) -> Any:
+    """The model of a compiled directory."""
     from internvl_edge.runtime.model import load
 
     return load(out, backend=backend)

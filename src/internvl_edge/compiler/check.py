@@ -101,6 +101,8 @@ class Checker:
                 pixel_values=samples.pixel_values[-1][-SAMPLES:].numpy(),
                 input_ids=samples.input_ids[-1][-SAMPLES:].numpy() if samples.input_ids else None,
             )
+            if samples.caption_ids:
+                self.feeds["caption_ids"] = samples.caption_ids[-1][-SAMPLES:].numpy()
         self.model = self.simulated = None
         if whole:
             self.model = load_model(checkpoint)

@@ -1,0 +1,132 @@
+"""What of a compiled directory is open: its sessions, its tokenizer, its image transforms.
+
+Everything opens when it is first used. Each image goes through the ViT once per call, whatever
+else is computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvl_edge.artifact import Artifact
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime.requests import batches_of, is_normalised, slices
+from internvl_edge.runtime.session import Array, Session, did_you_mean
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.image import Preprocessing, Transform
+    from internvl_edge.runtime.tokenizer import Tokenizer
+
+__all__ = ["Parts"]
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class Parts:
+    """The open parts of a directory; thread-safe.
+
+    Args:
+        artifact: the open directory.
+        open_one: opens the session of a component.
+    """
+
+    def __init__(self, artifact: Artifact, open_one: Callable[[str], Session]) -> None:
+        self.artifact = artifact
+        self._open_one = open_one
+        self._sessions: dict[str, Session] = {}
+        self._lock = RLock()
+        self._closed = False
+
+    def session(self, component: str) -> Session:
+        """The session of a component, opened when first asked for."""
+        self.require(component)
+        with self._lock:
+            if self._closed:
+                raise UsageError(f"the model of {self.artifact.path} is closed; load it again")
+            if component not in self._sessions:
+                self._sessions[component] = self._open_one(component)
+            return self._sessions[component]
+
+    def close(self) -> None:
+        """Close every session; may be called again."""
+        with self._lock:
+            self._closed = True
+            while self._sessions:
+                self._sessions.popitem()[1].close()
+
+    def has(self, component: str) -> bool:
+        return component in self.artifact.manifest.components
+
+    def require(self, *components: str) -> None:
+        """Refuse, before any work, what needs components that are not there.
+
+        Raises:
+            UsageError: which ones, and how to get them.
+        """
+        missing = [name for name in components if not self.has(name)]
+        if missing:
+            present = list(self.artifact.manifest.components)
+            raise UsageError(
+                f"{self.artifact.path} has no component {', '.join(missing)} (it has "
+                f"{', '.join(present)}){did_you_mean(missing[0], present)}; run: internvl-edge "
+                f"export CHECKPOINT -o OUT --components {','.join([*present, *missing])}"
+            )
+
+    def run(self, component: str, output: str, **feeds: Array) -> Array:
+        """One output of a component."""
+        return self.session(component).run(feeds, outputs=[output])[output]
+
+    def hidden(self, pixels: Array) -> Array:
+        """``pixel_values`` [B,3,H,W] → the vision tower's tokens [B,N,C]."""
+        return self.run("vision", "last_hidden_state", pixel_values=pixels)
+
+    def hidden_batches(
+        self, images: Any, count: int, batch_size: int
+    ) -> Iterator[tuple[slice, Array]]:
+        """Vision tokens of ``count`` pairs: of every image, or of the only one each time."""
+        hiddens = map(self.hidden, self.pixel_batches(images, "retrieval", batch_size))
+        if len(images) == count:
+            yield from zip(slices(count, batch_size), hiddens, strict=True)
+            return
+        only = next(hiddens)
+        for rows in slices(count, batch_size):
+            yield rows, np.broadcast_to(only, (rows.stop - rows.start, *only.shape[1:]))
+
+    def pixel_batches(
+        self, images: Any, transform: Transform | None, batch_size: int
+    ) -> Iterator[Array]:
+        """``pixel_values`` of a few images at a time, so that memory does not grow with them."""
+        if is_normalised(images):
+            yield from batches_of(images, batch_size)
+            return
+        from internvl_edge.runtime.image import pixel_values
+
+        for rows in slices(len(images), batch_size):
+            yield pixel_values(
+                images[rows], self.preprocessing, transform, before=rows.start, total=len(images)
+            )
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """The transforms of the directory."""
+        from internvl_edge.runtime.image import Preprocessing
+
+        return Preprocessing.from_json(self.artifact.manifest.preprocessing)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the directory; UsageError where its checkpoint had none."""
+        from internvl_edge.runtime.tokenizer import Tokenizer
+
+        if TOKENIZER_FILE not in self.artifact.manifest.files:
+            raise UsageError(
+                f"{self.artifact.path} has no {TOKENIZER_FILE}, as its checkpoint had none: texts "
+                "must be token ids, int [B,T]; for strings, put the model's file beside the "
+                "checkpoint's config.json and export again"
+            )
+        return Tokenizer(self.artifact.file(TOKENIZER_FILE))
