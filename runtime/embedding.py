@@ -35,7 +35,7 @@ from internvl_edge.runtime.requests import (
 )
 from internvl_edge.runtime.session import Array, Session
 from internvl_edge.runtime.vectors import unit
-from internvl_edge.runtime.video import pool_frames, read_frames, sample_frames
+from internvl_edge.runtime.video import decode_frames, pool_frames, read_frames, sample_frames
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.image import Preprocessing, Transform
@@ -111,7 +111,7 @@ class Embedder:
         """The embedding of one video, float32 [E]: the mean of its frames' embeddings.
 
         Args:
-            frames: a folder of frames, or a sequence of images.
+            frames: a folder of frames, a video file (with PyAV, extra ``video``), or images.
             num_frames: sample at most so many of them; None takes all.
             mode: ``"c"`` or ``"g"``.
             normalize: give the mean unit length.
@@ -216,7 +216,8 @@ class Embedder:
 def _frames(frames: Any, num_frames: int | None) -> Any:
     """The frames of a video that are encoded."""
     if isinstance(frames, (str, os.PathLike)):
-        return read_frames(frames, num_frames)
+        read = decode_frames if os.path.isfile(frames) else read_frames
+        return read(frames, num_frames)
     given = image_list(frames)
     if num_frames is None:
         return given

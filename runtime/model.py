@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.artifact import open_artifact
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime import speak
 from internvl_edge.runtime.embedding import DEFAULT_TEMPLATES, Embedder
 from internvl_edge.runtime.requests import (
@@ -30,6 +30,7 @@ from internvl_edge.runtime.requests import (
 from internvl_edge.runtime.session import Array, open_component, require_backend
 from internvl_edge.runtime.tokenizer import CAPTION_PROMPT
 from internvl_edge.runtime.vectors import ranked, softmax
+from internvl_edge.runtime.video import dual_softmax
 
 __all__ = ["Model", "Retrieval", "load"]
 
@@ -104,10 +105,7 @@ class Model(Embedder):
         given = self._embeddable(images, mode)
         weights = self.text_classifier(names, templates)
         embeds = self.encode_image(given, mode, True, batch_size, "classification")
-        scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
-        return [
-            [{"label": names[k], "score": float(row[k])} for k in ranked(row)] for row in scores
-        ]
+        return _best_labels(names, embeds, weights)
 
     def retrieve(self, images: Any, texts: Any, mode: str = "c", batch_size: int = 8) -> Retrieval:
         """Rank texts for every image and images for every text by cosine similarity."""
@@ -119,6 +117,60 @@ class Model(Embedder):
             texts_of_image=ranked(similarity),
             images_of_text=ranked(similarity.T),
         )
+
+    def classify_videos(
+        self,
+        videos: Sequence[Any],
+        labels: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        mode: str = "c",
+        num_frames: int | None = 8,
+        batch_size: int = 8,
+    ) -> list[list[dict[str, Any]]]:
+        """As ``classify``, of videos as ``encode_video`` takes them."""
+        names, templates = distinct_labels(labels), one_place_templates(templates)
+        given = self._videos(videos, mode)
+        weights = self.text_classifier(names, templates)
+        embeds = [self.encode_video(v, num_frames, mode, True, batch_size) for v in given]
+        return _best_labels(names, np.stack(embeds), weights)
+
+    def retrieve_videos(
+        self,
+        videos: Sequence[Any],
+        texts: Any,
+        mode: str = "c",
+        num_frames: int | None = 8,
+        batch_size: int = 8,
+        dual: bool = True,
+    ) -> Retrieval:
+        """As ``retrieve``, of videos as ``encode_video`` takes them.
+
+        Args:
+            videos: at least one.
+            texts: see ``Model``.
+            mode: ``"c"`` or ``"g"``.
+            num_frames: sampled of each; None takes all.
+            batch_size: frames that are computed at a time.
+            dual: rank by ``video.dual_softmax`` over all that ask, as MSR-VTT's published results;
+                ``similarity`` is the cosine in any case.
+        """
+        given = self._videos(videos, mode)
+        text_embeds = self.encode_text(texts, normalize=True)
+        embeds = [self.encode_video(v, num_frames, mode, True, batch_size) for v in given]
+        similarity = np.stack(embeds) @ text_embeds.T  # (videos, texts)
+        weigh = dual_softmax if dual else np.asarray
+        return Retrieval(
+            similarity=similarity,
+            texts_of_image=ranked(weigh(similarity)),
+            images_of_text=ranked(weigh(similarity.T)),
+        )
+
+    def _videos(self, videos: Sequence[Any], mode: str) -> list[Any]:
+        self.parts.require("text_embed")
+        self._embedder(mode)
+        if isinstance(videos, (str, os.PathLike)) or not len(videos):
+            raise MediaError(f"videos: expected a list of one or more, found {videos!r}")
+        return list(videos)
 
     def match(self, images: Any, texts: Any, batch_size: int = 8) -> Array:
         """How likely each text describes its image, float32 [B] in 0..1, from the ITM head.
@@ -223,3 +275,9 @@ class Model(Embedder):
         """As ``answer`` of one image and one prompt, in pieces as they come."""
         chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
         return speak.pieces(self.parts, image, prompt, chosen)
+
+
+def _best_labels(names: Sequence[str], embeds: Array, weights: Array) -> list[list[dict[str, Any]]]:
+    """The labels of every row of unit vectors (B, E), best first; ``weights`` are (K, E)."""
+    scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
+    return [[{"label": names[k], "score": float(row[k])} for k in ranked(row)] for row in scores]

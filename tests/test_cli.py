@@ -147,6 +147,19 @@ def test_classify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert result["labels"][0]["score"] >= result["labels"][1]["score"]
 
 
+def test_videos(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = place / "pictures"
+    found = answer(
+        capsys, "classify", place / "out", folder, "--labels", "a,b", "--video", "--frames", "2"
+    )
+    assert [result["file"] for result in found["results"]] == [str(folder)]
+    options = ["--text", "a", "--text", "b", "--video"]
+    found = answer(capsys, "retrieve", place / "out", folder, folder, *options)
+    assert len(found["by_image"]) == 2
+    assert run(["classify", str(place / "out"), str(place), "--labels", "a,b", "--video"]) == 3
+    assert "expected image files" in capsys.readouterr().err
+
+
 def test_retrieve(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("a red seven\n\na blue three\n")

@@ -26,7 +26,8 @@ from internvl_edge.errors import (
 from internvl_edge.runtime import session as sessions
 from internvl_edge.runtime.model import Model, load
 from internvl_edge.runtime.session import Session, check_outputs
-from internvl_edge.runtime.vectors import softmax, unit
+from internvl_edge.runtime.vectors import ranked, softmax, unit
+from internvl_edge.runtime.video import decode_frames, dual_softmax
 
 Array = np.ndarray[Any, Any]
 ALL = ("vision", "image_embed", "image_pool", "image_queries", "text_embed", "matcher")
@@ -381,6 +382,42 @@ def test_threads_share_one_session(counting: Counting) -> None:
     assert sorted(fresh.opened) == ["image_pool", "image_queries", "vision"]
 
 
+# --- videos --------------------------------------------------------------------------------------
+
+
+def test_videos_are_means_of_their_frames(model: Model) -> None:
+    videos = [pictures(3, seed) for seed in range(4)]
+    found = model.classify_videos(videos, ["a", "bb"], num_frames=2)
+    weights = model.text_classifier(["a", "bb"])
+    for video, labels in zip(videos, found, strict=True):
+        scores = softmax(100 * model.encode_video(video, 2, normalize=True) @ weights.T)
+        assert {item["label"]: item["score"] for item in labels} == pytest.approx(
+            {"a": scores[0], "bb": scores[1]}, abs=1e-4
+        )
+
+
+def test_videos_are_ranked_by_dual_softmax(model: Model) -> None:
+    videos, texts = [pictures(2, seed) for seed in range(4)], ["a", "bb", "c d"]
+    found, plain = (model.retrieve_videos(videos, texts, dual=dual) for dual in (True, False))
+    np.testing.assert_array_equal(found.similarity, plain.similarity)
+    np.testing.assert_array_equal(plain.texts_of_image, ranked(plain.similarity))
+    np.testing.assert_array_equal(found.texts_of_image, ranked(dual_softmax(found.similarity)))
+    np.testing.assert_array_equal(found.images_of_text, ranked(dual_softmax(found.similarity.T)))
+
+
+def test_a_video_file_is_a_video(model: Model, tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for image in np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    found = model.encode_video(path, num_frames=2)
+    np.testing.assert_allclose(found, model.encode_video(decode_frames(path, 2)), atol=ATOL)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -437,6 +474,8 @@ def test_a_missing_component_says_what_to_export(
         (lambda m: m.classify(PIXELS, ["a"], ["{} {x}"]), UsageError, "expected one"),
         (lambda m: m.classify(PIXELS, ["a"], "{0.__class__}"), UsageError, "expected one"),
         (lambda m: m.match(PIXELS, np.ones((3, 2), int)), UsageError, "5 images and 3 texts"),
+        (lambda m: m.classify_videos([], ["a"]), MediaError, "videos: expected a list"),
+        (lambda m: m.retrieve_videos("clip.mp4", ["a"]), MediaError, "found 'clip.mp4'"),
         (lambda m: m.encode_video([]), MediaError, "at least one image"),
         (lambda m: m.encode_video(PIXELS, num_frames=0), UsageError, "num_frames"),
     ],

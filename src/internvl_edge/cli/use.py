@@ -27,6 +27,12 @@ mode = click.option(
 top_option = click.option(
     "--top", type=click.IntRange(min=1), default=5, show_default=True, help="The best so many."
 )
+video_option = click.option(
+    "--video", is_flag=True, help="IMAGES are videos: files, or folders of frames."
+)
+frames_option = click.option(
+    "--frames", type=click.IntRange(min=1), default=8, show_default=True, help="Sampled of a video."
+)
 texts_option = click.option("--text", "texts", multiple=True, help="A text; repeat for several.")
 texts_file = click.option("--texts", "file", type=DIRECTORY, help="A file of texts, one a line.")
 
@@ -90,6 +96,8 @@ def embed(
 )
 @top_option
 @mode
+@video_option
+@frames_option
 @backend
 @answers
 def classify(
@@ -100,13 +108,18 @@ def classify(
     templates: tuple[str, ...],
     top: int,
     mode: str,
+    video: bool,
+    frames: int,
     backend: str,
 ) -> None:
     """Classify IMAGES (files or folders) by the labels given."""
-    paths = expand(images)
+    paths = list(images) if video else expand(images)
     names = [label.strip() for label in labels.split(",") if label.strip()]
     with open_model(out, backend) as model:
-        ranked = model.classify(paths, names, templates, mode=mode)
+        if video:
+            ranked = model.classify_videos(paths, names, templates, mode=mode, num_frames=frames)
+        else:
+            ranked = model.classify(paths, names, templates, mode=mode)
     results = [
         {"file": str(path), "labels": found[:top]}
         for path, found in zip(paths, ranked, strict=True)
@@ -124,6 +137,8 @@ def classify(
 @texts_file
 @top_option
 @mode
+@video_option
+@frames_option
 @backend
 @answers
 def retrieve(
@@ -134,12 +149,17 @@ def retrieve(
     file: Path | None,
     top: int,
     mode: str,
+    video: bool,
+    frames: int,
     backend: str,
 ) -> None:
     """Rank texts for every image, and IMAGES (files or folders) for every text."""
-    paths, queries = expand(images), read_texts(texts, file)
+    paths, queries = list(images) if video else expand(images), read_texts(texts, file)
     with open_model(out, backend) as model:
-        found = model.retrieve(paths, queries, mode=mode)
+        if video:
+            found = model.retrieve_videos(paths, queries, mode=mode, num_frames=frames)
+        else:
+            found = model.retrieve(paths, queries, mode=mode)
     by_text: list[dict[str, Any]] = [
         {
             "text": text,
