@@ -179,7 +179,7 @@ def _distribution(name: str, shape: tuple[int, ...], layer_scale: float) -> tupl
     if name == "logit_scale":
         return math.log(100.0), 0.0
     if leaf in ("ls1", "ls2"):
-        return layer_scale, 0.2 * layer_scale
+        return layer_scale, min(0.2 * layer_scale, 0.1)
     if is_norm and leaf == "weight":
         return 1.0, 0.1
     if len(shape) == 1 or name.endswith("bias"):
