@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check format bench-demo bench-fullsize bench-quant bench-runtime gpu-check clean
+.PHONY: install demo test test-faults check format bench-demo bench-fullsize bench-quant bench-runtime gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -17,6 +17,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Whole commands under injected faults, by strace; FAULT_POINTS=6 for less
+test-faults: install
+	$(BIN)/python -m pytest tests/faults
 
 check: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ from internvl_edge.artifact import EngineRecord, open_artifact
 from internvl_edge.cli import run
 from internvl_edge.cli.console import Output
 from internvl_edge.engineinfo import Profile
-from internvl_edge.errors import ResourceError
+from internvl_edge.errors import CheckpointError, ResourceError
 
 COMMANDS = [
     "export",
@@ -437,12 +437,22 @@ def test_convert_imports_nothing_from_where_it_runs(
     assert not canary.exists()
 
 
+def caused_by(cause: OSError) -> CheckpointError:
+    """As ``raise CheckpointError from cause`` makes it."""
+    error = CheckpointError(f"config.json: not readable: {cause}")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("failure", "code"),
     [
         (MemoryError(), 5),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 5),
+        (ImportError("libx.so: failed to map segment from shared object"), 5),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 5),
+        (caused_by(OSError(errno.EMFILE, "Too many open files")), 5),
+        (caused_by(OSError(errno.EACCES, "Permission denied")), 3),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2),
         (ZeroDivisionError("oops"), 7),
     ],
@@ -535,3 +545,14 @@ def test_errors_are_one_line_with_a_code(
     assert message in error["message"]
     assert len(captured.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_said_where_nothing_more_can_be_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("internvl_edge.cli.console.human.print", fail)
+    assert run(["inspect", "nothing-is-here"]) == 3
+    assert capsys.readouterr().err.startswith("error: nothing-is-here")

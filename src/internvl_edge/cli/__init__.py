@@ -20,7 +20,7 @@ from internvl_edge._version import __version__
 from internvl_edge.cli import compile as compile_commands
 from internvl_edge.cli import examine, measure, speak, use
 from internvl_edge.cli.console import Output, error_line, flush
-from internvl_edge.disk import translated
+from internvl_edge.disk import EXHAUSTED, translated
 from internvl_edge.errors import InternVLError, ResourceError
 
 __all__ = ["app", "main"]
@@ -55,6 +55,9 @@ for command in (
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: what cleans up after Ctrl-C cleans up after this."""
+
+
+OUT_OF_MEMORY = ("allocate memory", "failed to map segment")  # of torch, and of the dynamic linker
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -98,8 +101,10 @@ def run(arguments: list[str]) -> int:
 def as_ours(error: Exception) -> InternVLError:
     """Any failure as one of our errors, so that none leaves without its exit code."""
     if isinstance(error, InternVLError):
-        return error
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        cause = error.__cause__  # whatever a file was read for, it may be the system that ran out
+        is_exhausted = isinstance(cause, OSError) and cause.errno in EXHAUSTED
+        return ResourceError(str(error)) if is_exhausted else error
+    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
         return ResourceError("out of memory; --dry-run says what is needed")
     if isinstance(error, OSError):
         return translated(error, Path(str(error.filename or "")))

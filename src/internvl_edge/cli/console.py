@@ -105,7 +105,11 @@ class Output:
 
 def error_line(message: str) -> None:
     """An error, in one red line on stderr."""
-    human.print(f"error: {' '.join(message.split())}", style="red", markup=False, soft_wrap=True)
+    line = f"error: {' '.join(message.split())}"
+    try:
+        human.print(line, style="red", markup=False, soft_wrap=True)
+    except (MemoryError, OSError):  # rich imports what it needs only here, and may find no room
+        sys.stderr.write(f"{line}\n")
 
 
 def _plain(value: Any) -> Any:
