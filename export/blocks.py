@@ -202,14 +202,19 @@ def calibration_blocks(
     if streams & {"image", *OF_IMAGES}:
         depth = checkpoint.config.vision.num_hidden_layers
         current = {"image": _images(checkpoint, samples, store)}
-        for block in _vision_blocks(checkpoint, range(store.num_done, depth)):
-            yield block, current
+        yield from _with(current, _vision_blocks(checkpoint, range(store.num_done, depth)))
         image = _unrotated(checkpoint, current["image"].hidden, streams, store)
     if streams & {"text", *OF_IMAGES}:
         start = max(store.num_done - depth, 0)
         current = _llama_streams(checkpoint, samples, streams, image, store, resumed=start > 0)
-        for block in _llama_blocks(checkpoint, start):
-            yield block, current
+        yield from _with(current, _llama_blocks(checkpoint, start))
+
+
+def _with(
+    streams: dict[str, Stream], blocks: Iterator[Block]
+) -> Iterator[tuple[Block, dict[str, Stream]]]:
+    """Each block with the streams; a loop would hold one while it loads the next."""
+    return map(lambda block: (block, streams), blocks)  # noqa: C417 - see above
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from internvl_edge.errors import InternVLError
+from internvl_edge.export.interrupts import interrupts_held
 
 OPSET = 23
 IR_VERSION = 11  # what opset 23 needs at least
@@ -63,7 +64,7 @@ def trace(
         for name in sorted(names)
     }
     shapes = [{axis: symbols[name] for axis, name in dims.items()} for dims in dynamic]
-    with _quiet_libraries():
+    with _quiet_libraries(), interrupts_held():
         program = torch.onnx.export(
             module,
             tuple(example),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from internvl_edge.compiler.emit import WEIGHTS_FILE, copy_rest, quantized_layout, write_block
+from internvl_edge.compiler.memory import trim
 from internvl_edge.compiler.options import Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.errors import ResourceError
@@ -150,6 +151,8 @@ def quantize_weights(
             finished["statistics"] = layers_to_json(calibrated.statistics)
             work.finish(block.name, finished, {s: stream.hidden for s, stream in current.items()})
             require_within_budget(plan.options.memory_budget, work.num_done, total)
+            del block, calibrated  # one block in memory: this one goes before the next is read
+            trim()
         rest = {name: layout[name][0] for name in writer.pending}
         copy_rest(plan, writer, rest, report)
     activations: dict[str, dict[str, float]] = {stream: {} for stream in streams}
