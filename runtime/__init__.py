@@ -1,7 +1,7 @@
 """The thin runtime: a compiled directory in; embeddings, labels and text out.
 
-    session   the ``Session`` protocol, what a feed must be, the choice of a backend
-    ort       ONNX Runtime behind that protocol
+    session   the ``Session`` protocol, the choice of a backend;  feeds  what it accepts
+    ort       ONNX Runtime behind that protocol;  ortoptions  how and where it computes
     trt       TensorRT and TensorRT-RTX: device, cuda, vendor, plan, profiles, contexts, slot
     image     pictures to ``pixel_values``;  video  frames;  tokenizer  texts to ids
     requests  what callers hand over;  vectors  arithmetic on embeddings
@@ -9,7 +9,8 @@
     generate  tokens on a decoder's cache;  speak  text about images with it
     parts     what of a directory is open;  embedding  images, texts, videos to vectors
     model     what people ask for: encode, classify, retrieve, match, caption, answer
-    bench     honest timing;  scenarios  under load;  environment  where it was measured
+    bench     honest timing;  scenarios  under load;  phases  the GPU's part of a call;
+              environment  where it was measured
 
 Importing this package imports NumPy and nothing heavier; a backend is imported when it opens.
 """

@@ -40,7 +40,7 @@ import numpy as np
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.session import Array, Session
 
-__all__ = ["Ratio", "Timing", "measure", "measure_many", "ratio_of"]
+__all__ = ["Ratio", "Timing", "distribution", "measure", "measure_many", "ratio_of"]
 
 WARMUP_S, MIN_DURATION_S, MIN_ITERATIONS = 0.2, 3.0, 100  # trtexec's, with more calls for p99
 WARMUP_ITERATIONS = 10
@@ -54,6 +54,20 @@ PERCENTILES = (50, 90, 95, 99)
 BOOTSTRAPS, CONFIDENCE = 2000, 0.95
 
 Clock = Callable[[], int]  # nanoseconds, monotonic
+
+
+def distribution(samples_ms: Sequence[float]) -> dict[str, Any]:
+    """The figures of samples, under AIPerf's names."""
+    percentiles = np.percentile(samples_ms, PERCENTILES)
+    return {
+        "unit": "ms",
+        "avg": float(np.mean(samples_ms)),
+        "min": min(samples_ms),
+        "max": max(samples_ms),
+        **{f"p{q}": float(value) for q, value in zip(PERCENTILES, percentiles, strict=True)},
+        "std": float(np.std(samples_ms)),
+        "count": len(samples_ms),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +85,6 @@ class Timing:
         return float(np.percentile(self.samples_ms, q))
 
     @property
-    def mean_ms(self) -> float:
-        return float(np.mean(self.samples_ms))
-
-    @property
-    def std_ms(self) -> float:
-        return float(np.std(self.samples_ms))
-
-    @property
     def throughput(self) -> float:
         """Items per second."""
         wall_s = sum(self.samples_ms) / 1e3 if self.wall_s is None else self.wall_s
@@ -87,15 +93,7 @@ class Timing:
     def to_json(self) -> dict[str, Any]:
         """Everything but the raw samples."""
         return {
-            "latency": {
-                "unit": "ms",
-                "avg": self.mean_ms,
-                "min": min(self.samples_ms),
-                "max": max(self.samples_ms),
-                **{f"p{q}": self.percentile_ms(q) for q in PERCENTILES},
-                "std": self.std_ms,
-                "count": len(self.samples_ms),
-            },
+            "latency": distribution(self.samples_ms),
             "throughput": {"unit": "items/s", "avg": self.throughput},
             "batch_size": self.items,
             "warmup_iterations": self.warmup_iterations,

@@ -71,8 +71,8 @@ class Event(Resource):
 
     FREE = "cudaEventDestroy"
 
-    def __init__(self, device: Device) -> None:
-        flags = device.cudart.cudaEventDisableTiming
+    def __init__(self, device: Device, *, timed: bool = False) -> None:
+        flags = 0 if timed else device.cudart.cudaEventDisableTiming
         super().__init__(device, device.call("cudaEventCreateWithFlags", flags))
 
     def record(self, stream: Any) -> None:
@@ -81,6 +81,10 @@ class Event(Resource):
     def synchronize(self) -> None:
         """Wait until it has passed; at once where it was never recorded."""
         self.device.call("cudaEventSynchronize", self.handle)
+
+    def elapsed_ms(self, since: Event) -> float:
+        """The GPU's time between two timed events that have passed."""
+        return float(self.device.call("cudaEventElapsedTime", since.handle, self.handle))
 
 
 class Graph(Resource):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,24 +29,23 @@ from internvl_edge.errors import (
     FeedError,
     HardwareError,
     InternVLError,
-    MissingDependency,
     ResourceError,
     UsageError,
 )
 from internvl_edge.runtime.device_array import DeviceArray
-from internvl_edge.runtime.session import Array, check_feeds, check_outputs, cuda_device_count
+from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs
+from internvl_edge.runtime.ortoptions import (
+    CUDA,
+    OrtOptions,
+    choose_providers,
+    names_of,
+    native_options,
+    place_of,
+)
 from internvl_edge.runtime.vendor import numpy_dtype
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# What computes on a GPU → ONNX Runtime's provider; what it does not take goes to CUDA's.
-GPU_PROVIDERS = {
-    "cuda": CUDA,
-    "tensorrt": "TensorrtExecutionProvider",
-    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
-}
 # ONNX Runtime's name of a type → NumPy's, where they differ.
 NUMPY_NAMES = {"float": "float32", "double": "float64"}
-FATAL_ONLY = 4  # its log goes to stderr, and a library does not print: errors come as exceptions
 OUT_OF_MEMORY = re.compile(
     r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",
     re.IGNORECASE,
@@ -56,17 +54,6 @@ OUT_OF_MEMORY = re.compile(
 QDQ_PROPAGATION = "QDQPropagationTransformer"
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OrtOptions:
-    """How ONNX Runtime computes; the defaults are the fastest of a process that has the cores."""
-
-    num_threads: int | None = None  # within an operator; None: every core this process may use
-    arena: bool = True  # keep intermediate buffers between runs
-    prepack: bool = True  # weights in the layout of the kernels: faster, twice the memory
-    spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
-    gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
 
 
 class OrtSession:
@@ -93,8 +80,8 @@ class OrtSession:
         options: OrtOptions = OrtOptions(),
     ) -> None:
         self._path = Path(path)
-        self._providers = _providers(device, options.gpu_provider)
-        native = _native_options(options)
+        self._providers = choose_providers(device, options.gpu_provider)
+        native = native_options(options)
         if graph is not None:
             native.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._path.parent))
         try:
@@ -116,7 +103,7 @@ class OrtSession:
         self._inputs = {value.name: _spec(value) for value in session.get_inputs()}
         self._outputs = {value.name: _spec(value) for value in session.get_outputs()}
         self._names = list(self._outputs)
-        self._place = _place(self._providers)
+        self._place = place_of(self._providers)
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -231,7 +218,7 @@ class OrtSession:
         message = _message(error)
         missing = NO_KERNEL.search(message)
         if missing:
-            where = "CUDA" if CUDA in _names(self._providers) else "CPU"
+            where = "CUDA" if CUDA in names_of(self._providers) else "CPU"
             return HardwareError(
                 f"{self._path}: ONNX Runtime {onnxruntime.__version__} has no {where} kernel for "
                 f"{missing[1]} of node {missing[2]!r} in its dtype; bfloat16 needs a GPU, "
@@ -259,25 +246,6 @@ def open_component(
     return OrtSession(artifact.onnx_path(component), device=device)
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _native_options(options: OrtOptions) -> Any:
-    native = onnxruntime.SessionOptions()
-    native.log_severity_level = FATAL_ONLY
-    threads = options.num_threads
-    native.intra_op_num_threads = available_cores() if threads is None else threads
-    native.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    native.enable_cpu_mem_arena = options.arena
-    native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
-    native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
-    return native
-
-
 def _is_value(value: object) -> bool:
     return isinstance(value, onnxruntime.OrtValue)
 
@@ -288,37 +256,6 @@ def _described(value: Any) -> DeviceArray:
     return DeviceArray(
         pointer=value.data_ptr(), shape=tuple(value.shape()), dtype=numpy_dtype(dtype), owner=value
     )
-
-
-def _place(providers: Sequence[str | tuple[str, dict[str, str]]]) -> tuple[str, int]:
-    """Device type and index where the preferred provider leaves its outputs."""
-    first = providers[0]
-    return ("cpu", 0) if isinstance(first, str) else ("cuda", int(first[1]["device_id"]))
-
-
-def _providers(device: str, gpu_provider: str = "cuda") -> list[str | tuple[str, dict[str, str]]]:
-    """ONNX Runtime's providers for a device, in the order of preference."""
-    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
-    if match is None:
-        raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
-    if gpu_provider not in GPU_PROVIDERS:
-        raise UsageError(f"gpu_provider {gpu_provider!r}: expected {', '.join(GPU_PROVIDERS)}")
-    wanted = dict.fromkeys((GPU_PROVIDERS[gpu_provider], CUDA))
-    has_provider = wanted.keys() <= set(onnxruntime.get_available_providers())
-    if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
-        return [CPU]
-    if not has_provider:
-        raise MissingDependency.of("onnxruntime-gpu", "ort-gpu")
-    index = int(match[1] or 0)
-    if index >= cuda_device_count():
-        raise HardwareError(
-            f"device {device!r}: found {cuda_device_count()} CUDA devices; use device 'cpu'"
-        )
-    return [*((name, {"device_id": str(index)}) for name in wanted), CPU]
-
-
-def _names(providers: Sequence[str | tuple[str, dict[str, str]]]) -> list[str]:
-    return [entry if isinstance(entry, str) else entry[0] for entry in providers]
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -1,32 +1,20 @@
-"""Where hardware varies: the ``Session`` protocol, what it accepts, and who implements it.
+"""Where hardware varies: the ``Session`` protocol, and who implements it.
 
-A session runs one component. It refuses what it cannot run *before* any work, by the names,
-dtypes and dimensions of its ``TensorSpec``s. A dimension of a spec is
-
-    an int            exactly this size
-    a name            any size, the same wherever the name stands in one call: ``batch``
-    a sum of those    ``past+length``
-
-and sizes are at least 1, but for ``past``, which is 0 when a decoder starts. Nothing is cast:
-an array of another dtype or byte order is an error. A strided array is copied to a contiguous one
-first and so gives the same result.
+A session runs one component. It refuses what it cannot run before any work (``feeds``).
 """
 
 from __future__ import annotations
 
 import ctypes
-import difflib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, Self
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Protocol, Self
 
 from internvl_edge.artifact import Artifact, TensorSpec, open_artifact
-from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.device_array import DeviceArray
+from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs, did_you_mean
 
 __all__ = [
     "BACKENDS",
@@ -41,8 +29,6 @@ __all__ = [
     "require_backend",
 ]
 
-Array = np.ndarray[Any, Any]
-
 # Backend → the module whose ``open_component`` opens a session of it.
 BACKENDS = {
     "onnxruntime": "internvl_edge.runtime.ort",
@@ -55,8 +41,6 @@ PACKAGES = {
     "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
     "tensorrt": ("tensorrt", "trt"),
 }
-MAY_BE_EMPTY = frozenset({"past"})
-SIMILAR = 0.75  # of difflib's ratio, 0 to 1: a typo, not another name of the same family
 
 
 class Session(Protocol):
@@ -172,139 +156,3 @@ def cuda_device_count() -> int:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
-
-
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """A hint to append to an error, or nothing."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=SIMILAR)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-# --- feeds ---------------------------------------------------------------------------------------
-
-
-def check_feeds(
-    specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any], check_finite: bool = True
-) -> dict[str, Any]:
-    """Refuse what a session cannot run; the feeds, contiguous.
-
-    Args:
-        specs: the session's inputs.
-        feeds: one array per input; a ``DeviceArray`` too, whose values are not looked at.
-        check_finite: refuse NaN and infinity too.
-
-    Raises:
-        FeedError: a missing or unknown name, not an array, another dtype, byte order, rank or
-            dimension, dimensions that contradict each other, an empty batch, a non-finite value.
-    """
-    if specs.keys() != feeds.keys():
-        raise FeedError(_wrong_names(specs, feeds))
-    sizes: dict[str, int] = {}
-    sums: list[tuple[TensorSpec, int, str]] = []
-    for name, spec in specs.items():
-        array = feeds[name]
-        _check_kind(spec, array)
-        for axis, (expected, found) in enumerate(zip(spec.shape, array.shape, strict=True)):
-            if isinstance(expected, int):
-                if found != expected:
-                    raise FeedError(_wrong_size(spec, array, axis, str(expected)))
-            elif "+" in expected:
-                sums.append((spec, axis, expected))
-            elif sizes.setdefault(expected, found) != found:
-                wanted = f"{expected}={sizes[expected]} as in the inputs before it"
-                raise FeedError(_wrong_size(spec, array, axis, wanted))
-            elif found == 0 and expected not in MAY_BE_EMPTY:
-                raise FeedError(_wrong_size(spec, array, axis, "at least 1"))
-    for spec, axis, expression in sums:
-        _check_sum(spec, feeds[spec.name], axis, expression, sizes)
-    if check_finite:
-        for name, array in feeds.items():
-            _check_finite(name, array)
-    return {name: _contiguous(array) for name, array in feeds.items()}
-
-
-def check_outputs(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> list[str]:
-    """The wanted outputs, refused when one does not exist.
-
-    Raises:
-        UsageError: an unknown name, or none.
-    """
-    for name in names:
-        if name not in specs:
-            raise UsageError(
-                f"output {name!r}: expected some of {', '.join(specs)}{did_you_mean(name, specs)}"
-            )
-    if not names:
-        raise UsageError(f"no outputs asked for; expected some of {', '.join(specs)}")
-    return list(names)
-
-
-def _wrong_names(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> str:
-    missing = [name for name in specs if name not in feeds]
-    unknown = [str(name) for name in feeds if name not in specs]
-    hints = "".join(did_you_mean(name, missing) for name in unknown)
-    found = [f"missing {', '.join(missing)}"] if missing else []
-    found += [f"unknown {', '.join(unknown)}"] if unknown else []
-    return f"expected the inputs {', '.join(specs)}; {'; '.join(found)}{hints}"
-
-
-def _check_kind(spec: TensorSpec, array: object) -> None:
-    if not isinstance(array, np.ndarray | DeviceArray):
-        raise FeedError(
-            f"input {spec.name!r}: expected a NumPy array of {_described(spec)}, "
-            f"found {type(array).__name__}"
-        )
-    if array.dtype.name != spec.dtype or not array.dtype.isnative:
-        order = "" if array.dtype.isnative else " of foreign byte order"
-        raise FeedError(
-            f"input {spec.name!r}: expected {_described(spec)}, found {array.dtype.name}{order} "
-            f"{list(array.shape)}; nothing is cast silently, use .astype({spec.dtype!r})"
-        )
-    if array.ndim != len(spec.shape):
-        raise FeedError(
-            f"input {spec.name!r}: expected {len(spec.shape)} dimensions, {_described(spec)}, "
-            f"found {array.ndim}: {list(array.shape)}"
-        )
-
-
-def _check_sum(
-    spec: TensorSpec, array: Array, axis: int, expression: str, sizes: dict[str, int]
-) -> None:
-    terms = [term.strip() for term in expression.split("+")]
-    if not all(term.isdigit() or term in sizes for term in terms):
-        # A term that no input fixes leaves the sum free, though the same for all inputs.
-        if sizes.setdefault(expression, array.shape[axis]) != array.shape[axis]:
-            raise FeedError(_wrong_size(spec, array, axis, f"{expression}={sizes[expression]}"))
-        return
-    total = sum(int(term) if term.isdigit() else sizes[term] for term in terms)
-    if array.shape[axis] != total:
-        raise FeedError(_wrong_size(spec, array, axis, f"{expression}={total}"))
-
-
-def _check_finite(name: str, array: Array | DeviceArray) -> None:
-    if isinstance(array, DeviceArray) or array.dtype.kind in "iub" or np.isfinite(array).all():
-        return
-    count = array.size - int(np.isfinite(array).sum())
-    raise FeedError(
-        f"input {name!r}: expected finite values, found {count} of {array.size} that are NaN or "
-        "infinite; check=False skips this check"
-    )
-
-
-def _contiguous(array: Array | DeviceArray) -> Array | DeviceArray:
-    """The array as a plain block of memory: itself where it is one."""
-    if isinstance(array, DeviceArray):
-        return array
-    flags = array.flags
-    return array if flags.c_contiguous and flags.aligned else array.copy(order="C")
-
-
-def _wrong_size(spec: TensorSpec, array: Array, axis: int, expected: str) -> str:
-    return (
-        f"input {spec.name!r}: expected {_described(spec)}, found {list(array.shape)}: "
-        f"dimension {axis} must be {expected}"
-    )
-
-
-def _described(spec: TensorSpec) -> str:
-    return f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -66,6 +66,7 @@ class Slot:
         self._plan, self._spec, self._device = plan, spec, device
         self._buckets = sorted(batch_buckets)
         self._kept: Any = None  # device inputs, until they were read
+        self.on_step: Callable[[str], None] | None = None  # told each step that was queued
         with ExitStack() as stack:
             self.stream = stack.enter_context(Stream(device))
             self._staged = stack.enter_context(Event(device))  # when inputs were last copied
@@ -95,6 +96,7 @@ class Slot:
                 views[name] = self._pinned[name].view(shapes[name], self._spec.dtypes[name])
                 source = self._buffers[name].pointer
                 self.stream.copy(self._pinned[name].pointer, source, views[name].nbytes)
+            self._tell("fetched")
             self.stream.synchronize()
         self._kept = None
         return views
@@ -170,6 +172,7 @@ class Slot:
     def _enqueue(self, feeds: dict[str, Any], targets: Mapping[str, DeviceArray]) -> Shapes:
         """Steps 1 to 3; the shapes of the outputs, without the rows that were filled up."""
         self._staged.synchronize()  # pinned memory may still be read for a run that was not awaited
+        self._tell("begun")
         self._kept = feeds
         batch, padded = self._batches(feeds, targets)
         shapes = {name: self._padded(name, feeds[name].shape, padded) for name in feeds}
@@ -184,8 +187,14 @@ class Slot:
             name: self._padded(name, shape, batch) for name, shape in bound.output_shapes.items()
         }
         self._check_shapes(targets, found)
+        self._tell("staged")
         self._contexts.execute(bound)
+        self._tell("computed")
         return found
+
+    def _tell(self, step: str) -> None:
+        if self.on_step is not None:
+            self.on_step(step)
 
     def _batches(
         self, feeds: Mapping[str, Any], targets: Mapping[str, DeviceArray]

@@ -60,6 +60,8 @@ class FakeCuda:
         self.fail: dict[str, tuple[int, int]] = {}  # name → (calls that succeed first, error)
         self.calls: list[str] = []
         self.num_launches = 0
+        self.now_ms = 0.0  # a copy takes a millisecond for every 1000 bytes
+        self.timed: set[int] = set()  # events
         self._numbers = itertools.count(1)
         self._next_address = DEVICE_BASE
         self.lock = threading.RLock()
@@ -210,6 +212,7 @@ class FakeCuda:
 
         def copy() -> None:
             self.bytes_at(target, nbytes)[:] = self.bytes_at(source, nbytes)
+            self.now_ms += nbytes / 1000
 
         self.queue(stream, copy)
         return (SUCCESS,)
@@ -223,6 +226,7 @@ class FakeCuda:
     def cudaEventCreateWithFlags(self, flags: int) -> Any:
         handle = 0xE000 + next(self._numbers)
         self.events[handle] = None
+        self.timed |= set() if flags & self.cudaEventDisableTiming else {handle}
         return SUCCESS, handle
 
     def cudaEventDestroy(self, handle: int) -> Any:
@@ -230,8 +234,8 @@ class FakeCuda:
         return (SUCCESS,)
 
     def cudaEventRecord(self, event: int, stream: int) -> Any:
-        mark: list[bool] = []
-        self.queue(stream, lambda: mark.append(True))
+        mark: list[float] = []
+        self.queue(stream, lambda: mark.append(self.now_ms))
         self.events[event] = self.streams[stream], mark  # type: ignore[assignment]
         return (SUCCESS,)
 
@@ -250,6 +254,12 @@ class FakeCuda:
             except Fault:
                 return (ILLEGAL_ADDRESS,)
         return (SUCCESS,)
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> Any:
+        marks = [recorded[1] for event in (start, end) if (recorded := self.events[event])]
+        if not {start, end} <= self.timed or len(marks) < 2 or not all(marks):
+            return INVALID_HANDLE, None
+        return SUCCESS, marks[1][0] - marks[0][0]  # type: ignore[index]
 
     def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> Any:
         recorded = self.events[event]

@@ -22,6 +22,7 @@ from internvl_edge import cli
 from internvl_edge.artifact import EngineRecord, open_artifact
 from internvl_edge.cli import run
 from internvl_edge.cli.console import Output
+from internvl_edge.compiler import peaks
 from internvl_edge.engineinfo import Profile
 from internvl_edge.errors import CheckpointError, ResourceError
 
@@ -192,7 +193,16 @@ def test_answers_without_json_are_on_stdout(
     assert "0.png: " in capsys.readouterr().out
 
 
-def test_benchmark(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks of small products and arrays: wrong, and soon measured."""
+    monkeypatch.setattr(peaks, "SIDE", 64)
+    monkeypatch.setattr(peaks, "ARRAY_NBYTES", 1 << 20)
+
+
+@pytest.mark.usefixtures("small_peaks")
+def test_benchmark(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in (place / "out").iterdir()}
     found = answer(
         capsys,
         "benchmark",
@@ -207,13 +217,48 @@ def test_benchmark(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "pytorch",
         "--checkpoint",
         place / "checkpoint",
+        "--markdown",
+        tmp_path / "speed.md",
+        "--report",
+        tmp_path / "report.html",
     )
     assert len(found["results"]) == 4
     latency = found["results"][0]["latency"]
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
-    assert found["environment"]
+    assert found["environment"]["peak_rss_bytes"] > 0
+    assert found["peaks"]["operations"].keys() == {"float32"}
+    for result in found["results"]:
+        assert ("roofline" in result) == (result["out"] != "pytorch")
+    small, large = (r["roofline"] for r in found["results"] if "roofline" in r)
+    assert large["operations"] == 2 * small["operations"]
+    assert small["mfu"] > 0
+    table = (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert table.count("| image_pool |") == 4
+    assert "MFU" in table
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Speed</h2>" in page
+    assert "<h3>Roofline</h3>" in page
+    assert before == {path.name: path.stat().st_mtime_ns for path in (place / "out").iterdir()}
 
 
+def test_a_benchmark_without_peaks(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(
+        capsys,
+        "benchmark",
+        place / "out",
+        "--components",
+        "image_pool",
+        "--seconds",
+        "0.05",
+        "--scenario",
+        "multi-stream",
+        "--no-roofline",
+    )
+    assert found["peaks"] is None
+    assert "roofline" not in found["results"][0]
+
+
+@pytest.mark.usefixtures("small_peaks")
 @pytest.mark.parametrize("quiet", [[], ["-q"]])
 @pytest.mark.parametrize(
     ("arguments", "shown"),
@@ -222,7 +267,10 @@ def test_benchmark(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "COMPILED"], "image_queries"),
         (["verify", "COMPILED"], "every graph is sound"),
         (["export", "CHECKPOINT", "-o", "NEW", "-p", "FP16", "--dry-run"], "weights"),
-        (["benchmark", "COMPILED", "--components", "image_pool", "--seconds", "0"], "items/s"),
+        (
+            ["benchmark", "COMPILED", "--components", "image_pool", "--seconds", "0"],
+            "peaks measured here: float32",
+        ),
         (["doctor"], 'pip install "internvl-edge[trt]"'),
     ],
 )

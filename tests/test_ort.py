@@ -23,8 +23,9 @@ from internvl_edge.errors import (
     ResourceError,
     UsageError,
 )
-from internvl_edge.runtime import ort
+from internvl_edge.runtime import ort, ortoptions
 from internvl_edge.runtime.ort import OrtSession, open_component
+from internvl_edge.runtime.ortoptions import CPU, CUDA, choose_providers
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
@@ -235,20 +236,26 @@ def test_unknown_device(tmp_path: Path) -> None:
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine: dict[str, Any] = {"providers": [ort.CPU], "devices": 2}
+    machine: dict[str, Any] = {"providers": [CPU], "devices": 2}
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(machine["providers"]))
-    monkeypatch.setattr(ort, "cuda_device_count", lambda: machine["devices"])
-    assert ort._providers("auto") == ort._providers("cpu") == [ort.CPU]
+    monkeypatch.setattr(ortoptions, "cuda_device_count", lambda: machine["devices"])
+    assert choose_providers("auto") == choose_providers("cpu") == [CPU]
     with pytest.raises(MissingDependency, match="ort-gpu"):
-        ort._providers("cuda")
-    machine["providers"] = [ort.CUDA, ort.CPU]
-    assert ort._providers("cpu") == [ort.CPU]
-    assert ort._providers("auto") == [(ort.CUDA, {"device_id": "0"}), ort.CPU]
-    assert ort._providers("cuda:1") == [(ort.CUDA, {"device_id": "1"}), ort.CPU]
+        choose_providers("cuda")
+    machine["providers"] = [CUDA, CPU]
+    assert choose_providers("cpu") == [CPU]
+    assert choose_providers("auto") == [
+        (CUDA, {"device_id": "0"}),
+        CPU,
+    ]
+    assert choose_providers("cuda:1") == [
+        (CUDA, {"device_id": "1"}),
+        CPU,
+    ]
     with pytest.raises(HardwareError, match="found 2 CUDA devices"):
-        ort._providers("cuda:2")
+        choose_providers("cuda:2")
     machine["devices"] = 0
-    assert ort._providers("auto") == [ort.CPU]
+    assert choose_providers("auto") == [CPU]
 
 
 def test_a_provider_that_does_not_start_is_an_error(
@@ -257,7 +264,7 @@ def test_a_provider_that_does_not_start_is_an_error(
     opened = onnxruntime.InferenceSession(
         linear(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"]
     )
-    monkeypatch.setattr(ort, "_providers", lambda device, name: [ort.CUDA, ort.CPU])
+    monkeypatch.setattr(ort, "choose_providers", lambda device, name: [CUDA, CPU])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened)
     with pytest.raises(HardwareError, match="could not start its GPU provider"):
         OrtSession(tmp_path / "g.onnx", device="cuda")

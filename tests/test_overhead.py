@@ -16,8 +16,16 @@ from onnx import helper
 from tiny_onnx import FLOAT, linear, write_onnx
 
 from internvl_edge.errors import FeedError, UsageError
-from internvl_edge.runtime import ort
+from internvl_edge.runtime import ortoptions
 from internvl_edge.runtime.ort import OrtOptions, OrtSession
+from internvl_edge.runtime.ortoptions import (
+    CPU,
+    CUDA,
+    choose_providers,
+    names_of,
+    native_options,
+    place_of,
+)
 
 MAX_OVERHEAD_S = 30e-6
 MAX_IMPORT_RATIO = 2  # 120 ms of import, of which NumPy is at least a third
@@ -140,7 +148,7 @@ def test_options_change_no_result(tmp_path: Path, options: OrtOptions) -> None:
 
 
 def test_options_reach_onnxruntime() -> None:
-    native = ort._native_options(OrtOptions(num_threads=3, arena=False, prepack=False, spin=False))
+    native = native_options(OrtOptions(num_threads=3, arena=False, prepack=False, spin=False))
     assert native.intra_op_num_threads == 3
     assert not native.enable_cpu_mem_arena
     assert native.get_session_config_entry("session.disable_prepacking") == "1"
@@ -148,13 +156,13 @@ def test_options_reach_onnxruntime() -> None:
 
 
 def test_providers_of_tensorrt_fall_back_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    available = ["NvTensorRTRTXExecutionProvider", ort.CUDA, ort.CPU]
+    available = ["NvTensorRTRTXExecutionProvider", CUDA, CPU]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
-    monkeypatch.setattr(ort, "cuda_device_count", lambda: 2)
-    found = ort._providers("cuda:1", "tensorrt-rtx")
-    assert ort._names(found) == available
-    assert ort._place(found) == ("cuda", 1)
-    assert ort._place([ort.CPU]) == ("cpu", 0)
-    assert ort._providers("auto", "tensorrt") == [ort.CPU]  # it is not in this build
+    monkeypatch.setattr(ortoptions, "cuda_device_count", lambda: 2)
+    found = choose_providers("cuda:1", "tensorrt-rtx")
+    assert names_of(found) == available
+    assert place_of(found) == ("cuda", 1)
+    assert place_of([CPU]) == ("cpu", 0)
+    assert choose_providers("auto", "tensorrt") == [CPU]  # it is not in this build
     with pytest.raises(UsageError, match="gpu_provider 'rocm': expected cuda, tensorrt"):
-        ort._providers("cuda", "rocm")
+        choose_providers("cuda", "rocm")

@@ -18,7 +18,7 @@ import click
 
 from internvl_edge._version import __version__
 from internvl_edge.cli import compile as compile_commands
-from internvl_edge.cli import examine, measure, speak, use
+from internvl_edge.cli import doctor, examine, measure, speak, use
 from internvl_edge.cli.console import Output, error_line, flush
 from internvl_edge.disk import EXHAUSTED, translated
 from internvl_edge.errors import InternVLError, ResourceError
@@ -48,7 +48,7 @@ for command in (
     speak.caption,
     speak.answer,
     measure.benchmark,
-    measure.doctor,
+    doctor.doctor,
 ):
     app.add_command(command)
 

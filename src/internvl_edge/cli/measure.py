@@ -1,13 +1,8 @@
-"""``benchmark`` and ``doctor``: how fast, and on what."""
+"""``benchmark``: how fast, beside what, and how far from what the machine can do."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import os
-import platform
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,7 +12,8 @@ from typing import Any
 import click
 import numpy as np
 
-from internvl_edge._version import __version__
+from internvl_edge.artifact import Artifact, open_artifact
+from internvl_edge.cli import speedtable
 from internvl_edge.cli.against import AGAINST, contender_of
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, backend, names, one_of
@@ -25,25 +21,16 @@ from internvl_edge.errors import UsageError
 from internvl_edge.runtime.bench import Timing, measure_many, ratio_of
 from internvl_edge.runtime.environment import environment, peak_rss_nbytes
 from internvl_edge.runtime.scenarios import SCENARIOS, run_scenario
-from internvl_edge.runtime.session import did_you_mean, open_component
+from internvl_edge.runtime.session import (
+    Array,
+    Session,
+    did_you_mean,
+    open_component,
+    require_backend,
+)
 
-# Package → what it unlocks, and the extra that installs it.
-PACKAGES = {
-    "torch": ("export", "export"),
-    "onnx": ("export", "export"),
-    "onnx-ir": ("export", "export"),
-    "onnxscript": ("export", "export"),
-    "safetensors": ("export", "export"),
-    "onnxruntime": ("run on the CPU, verify", "ort"),
-    "onnxruntime-gpu": ("run on an NVIDIA GPU", "ort-gpu"),
-    "tensorrt-rtx": ("build RTX engines, without a GPU", "rtx"),
-    "tensorrt": ("build TensorRT engines, on a GPU", "trt"),
-    "cuda-core": ("run engines", "rtx"),
-    "scikit-image": ("the default calibration photographs", "quantize"),
-    "scikit-learn": ("the demo's digits", "demo"),
-}
+FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 DEFAULT_LENGTH = 32  # of texts, in tokens
-COLUMNS = ("out", "component", "batch", "p50", "p90", "p99", "items/s")
 
 
 @click.command()
@@ -75,6 +62,15 @@ COLUMNS = ("out", "component", "batch", "p50", "p90", "p99", "items/s")
     show_default=True,
     help="Least time for each measurement.",
 )
+@click.option(
+    "--roofline/--no-roofline",
+    default=True,
+    help="Measure this machine's peaks too, and say what share of them each component reaches.",
+)
+@click.option("--markdown", type=FILE, help="Write the table to this file too.")
+@click.option(
+    "--report", type=FILE, help="Write the first OUT's report to this file, with plots of speed."
+)
 @backend
 @answers
 def benchmark(
@@ -89,14 +85,17 @@ def benchmark(
     scenario: str,
     streams: int,
     p99_ms: float | None,
+    roofline: bool,
+    markdown: Path | None,
+    report: Path | None,
 ) -> None:
     """Time every component of each OUT, all contenders taking turns.
 
     Latency is that of one call on the host: p50, p90 and p99 of the raw samples, after a warm-up
-    that ends when the latency is steady. Ratios of latencies come with their 95 % interval.
+    that ends when the latency is steady. Ratios of latencies come with their 95 % interval. MFU
+    and MBU are the shares of the operations and bytes per second that this machine reached when it
+    was asked for nothing else. Of engines, the GPU's part is shown by trtexec's names.
     """
-    from internvl_edge.artifact import open_artifact
-
     if checkpoint is not None and against in (None, "openvino"):
         raise UsageError(f"--checkpoint {checkpoint} is what --against pytorch times; add that")
     if p99_ms is not None and scenario != "server":
@@ -104,45 +103,136 @@ def benchmark(
     artifacts = {str(out): open_artifact(out) for out in outs}
     chosen = _components(artifacts, components)
     reference = contender_of(against, checkpoint, artifacts) if against else None
+    load = {"streams": streams, "seconds": seconds, "p99_ms": p99_ms}
     results: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
     for component in chosen:
         for size in _batch_sizes(batch):
             with ExitStack() as stack:
-                contenders = _contenders(stack, artifacts, component, size, backend)
+                sessions = _sessions(stack, artifacts, component, backend)
+                feeds = {n: seeded_feeds(a, component, size) for n, a in artifacts.items()}
+                contenders = {name: _call(sessions[name], feeds[name]) for name in sessions}
                 if reference is not None and against is not None:
-                    feeds = seeded_feeds(next(iter(artifacts.values())), component, size)
-                    contenders[against] = reference(component, feeds)
-                if scenario == "single-stream":
-                    timings = measure_many(contenders, items=size, min_duration_s=seconds)
-                    ratios += _ratios(component, size, timings)
-                else:
-                    load = {"streams": streams, "items": size, "seconds": seconds, "p99_ms": p99_ms}
-                    timings = {
-                        label: run_scenario(scenario, run, **load)  # type: ignore[arg-type]
-                        for label, run in contenders.items()
-                    }
+                    contenders[against] = reference(component, next(iter(feeds.values())))
+                timings = _timings(scenario, contenders, size, load)
+                phases = _phases(sessions, feeds)
+            if scenario == "single-stream":
+                ratios += _ratios(component, size, timings)
             results += [
-                {"out": label, "component": component, "scenario": scenario, **timing.to_json()}
-                for label, timing in timings.items()
+                {"out": name, "component": component, "scenario": scenario}
+                | timing.to_json()
+                | phases.get(name, {})
+                for name, timing in timings.items()
             ]
-    card = environment() | {"peak_rss_bytes": peak_rss_nbytes()}
-    output.table(COLUMNS, [_row(result) for result in results])
-    output.lines(["  ".join(f"{key}: {value}" for key, value in _flat(card).items())])
-    output.lines([_ratio_line(ratio) for ratio in ratios])
-    output.result({"environment": card, "results": results, "ratios": ratios})
+    found = {
+        "environment": environment() | {"peak_rss_bytes": peak_rss_nbytes()},
+        "peaks": _add_rooflines(results, artifacts, backend) if roofline else None,
+        "results": results,
+        "ratios": ratios,
+    }
+    _show(output, found)
+    if markdown is not None:
+        markdown.write_text(speedtable.markdown(found), encoding="utf-8")
+    if report is not None:
+        report.write_text(_report(next(iter(artifacts.values())), found), encoding="utf-8")
+    output.result(found)
 
 
-def _contenders(
-    stack: ExitStack, artifacts: Mapping[str, Any], component: str, batch: int, backend: str
-) -> dict[str, Callable[[], object]]:
-    """One call of each directory's component; sessions stay open as long as the stack."""
-    contenders: dict[str, Callable[[], object]] = {}
-    for label, artifact in artifacts.items():
-        session = stack.enter_context(open_component(artifact, component, backend=backend))
-        feeds = seeded_feeds(artifact, component, batch)
-        contenders[label] = lambda s=session, f=feeds: s.run(f)  # type: ignore[misc]
-    return contenders
+def _show(output: Output, found: Mapping[str, Any]) -> None:
+    names = speedtable.columns(found["results"])
+    output.table(names, [speedtable.row(result, names) for result in found["results"]])
+    output.lines(["  ".join(f"{k}: {v}" for k, v in speedtable.flat(found["environment"]).items())])
+    output.lines([speedtable.peaks_line(found["peaks"])] if found["peaks"] else [])
+    output.lines([speedtable.ratio_line(ratio) for ratio in found["ratios"]])
+
+
+def _report(artifact: Artifact, found: Mapping[str, Any]) -> str:
+    """The directory's report with a section on speed."""
+    from internvl_edge.compiler.report import report_with_speed
+    from internvl_edge.compiler.speed import speed_figures
+
+    names = speedtable.columns(found["results"])
+    figures = speed_figures(
+        found,
+        columns=names,
+        rows=[speedtable.row(result, names) for result in found["results"]],
+        ratios=[speedtable.ratio_line(ratio) for ratio in found["ratios"]],
+        environment=speedtable.flat(found["environment"]),
+    )
+    return report_with_speed(artifact.path, artifact.manifest, figures)
+
+
+def _add_rooflines(
+    results: list[dict[str, Any]], artifacts: Mapping[str, Artifact], backend: str
+) -> dict[str, Any] | None:
+    """Give each result of ours its place below the peaks of this machine; those peaks.
+
+    None, and no result has one, where the package that reads graphs is not installed.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        return None
+    from internvl_edge.compiler.peaks import measure_backend
+    from internvl_edge.compiler.roofline import component_workload, locate
+
+    chosen = require_backend(backend)
+    workloads = []
+    for result in results:
+        if result["out"] in artifacts:
+            artifact, component = artifacts[result["out"]], result["component"]
+            feeds = seeded_feeds(artifact, component, result["batch_size"])
+            workloads.append((result, component_workload(artifact, component, feeds, chosen)))
+    peaks = measure_backend(
+        sorted({kind for _, work in workloads for kind in work.operations}), chosen
+    )
+    for result, workload in workloads:
+        call_ms = result["latency"]["p50"]
+        if result["scenario"] != "single-stream":  # several at once share the machine
+            call_ms = 1e3 * result["batch_size"] / result["throughput"]["avg"]
+        result["roofline"] = asdict(locate(workload, peaks, call_ms))
+    return asdict(peaks)
+
+
+def _timings(
+    scenario: str,
+    contenders: Mapping[str, Callable[[], object]],
+    batch: int,
+    load: Mapping[str, Any],
+) -> dict[str, Timing]:
+    if scenario == "single-stream":
+        return measure_many(contenders, items=batch, min_duration_s=load["seconds"])
+    return {
+        name: run_scenario(scenario, run, items=batch, **load) for name, run in contenders.items()
+    }
+
+
+def _sessions(
+    stack: ExitStack, artifacts: Mapping[str, Artifact], component: str, backend: str
+) -> dict[str, Session]:
+    """One of each directory, open as long as the stack."""
+    return {
+        name: stack.enter_context(open_component(artifact, component, backend=backend))
+        for name, artifact in artifacts.items()
+    }
+
+
+def _call(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:
+    return lambda: session.run(feeds)
+
+
+def _phases(
+    sessions: Mapping[str, Session], feeds: Mapping[str, Mapping[str, Array]]
+) -> dict[str, dict[str, Any]]:
+    """Of engines, the GPU's part of a call."""
+    if not any(hasattr(session, "lease") for session in sessions.values()):
+        return {}
+    from internvl_edge.runtime.phases import measure_phases
+    from internvl_edge.runtime.trt import TrtSession
+
+    return {
+        name: {"phases": measure_phases(session, feeds[name])}
+        for name, session in sessions.items()
+        if isinstance(session, TrtSession)
+    }
 
 
 def _ratios(component: str, batch: int, timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
@@ -153,14 +243,6 @@ def _ratios(component: str, batch: int, timings: Mapping[str, Timing]) -> list[d
         | asdict(ratio_of(timing, first))
         for label, timing in others
     ]
-
-
-def _ratio_line(ratio: Mapping[str, Any]) -> str:
-    return (
-        f"{ratio['component']} at batch {ratio['batch_size']}: {ratio['out']} takes "
-        f"{ratio['median']:.2f} times {ratio['over']}'s latency "
-        f"(95 %: {ratio['low']:.2f} to {ratio['high']:.2f})"
-    )
 
 
 def _components(artifacts: Mapping[str, Any], chosen: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -208,74 +290,3 @@ def seeded_feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndar
             vocabulary = artifact.manifest.model["internvl"]["qllama"]["vocab_size"]
             feeds[spec.name] = rng.integers(1, vocabulary, shape)
     return feeds
-
-
-def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
-    latency = result["latency"]
-    return (
-        result["out"],
-        result["component"],
-        str(result["batch_size"]),
-        *(f"{latency[p]:.2f} ms" for p in ("p50", "p90", "p99")),
-        f"{result['throughput']['avg']:.1f}",
-    )
-
-
-def _flat(card: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of the environment, in words."""
-    return {key: _words(value) for key, value in card.items() if value}
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {version}" for name, version in value.items() if version)
-    return ", ".join(value) if isinstance(value, list) else str(value)
-
-
-@click.command()
-@backend
-@answers
-def doctor(output: Output, backend: str) -> None:
-    """Say what is installed, what this machine has, and what each missing piece would unlock."""
-    from internvl_edge.runtime.session import cuda_device_count
-
-    rows, missing = [], {}
-    for package, (unlocks, extra) in PACKAGES.items():
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            version = ""
-            missing[package] = f'pip install "internvl-edge[{extra}]"'
-        rows.append((package, version or "missing", unlocks, missing.get(package, "")))
-    machine = _machine() | {"cuda_devices": cuda_device_count()}
-    output.table(("package", "version", "unlocks", "install"), rows)
-    output.lines([f"{key}: {value}" for key, value in machine.items()])
-    output.result(
-        {
-            "version": __version__,
-            "machine": machine,
-            "packages": {name: version for name, version, _, _ in rows},
-            "missing": missing,
-            "execution_providers": _providers(),
-        }
-    )
-
-
-def _machine() -> dict[str, Any]:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB free",
-        "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
-    }
-
-
-def _providers() -> list[str]:
-    if importlib.util.find_spec("onnxruntime") is None:
-        return []
-    import onnxruntime
-
-    return list(onnxruntime.get_available_providers())

@@ -8,6 +8,8 @@
     check         every component beside PyTorch
     search        which layers INT8 cannot afford, and a recipe that spares them
     engines       TensorRT engines, into a directory that is already published
+    workload      operations and bytes of a graph;  peaks  what a machine reaches
+    roofline      the one beside the other;  speed  plots of what was measured
     bisect        block by block beside PyTorch, when something is wrong
 
 ``export`` does all of it; ``build`` and ``verify`` take up a published directory again. Names are

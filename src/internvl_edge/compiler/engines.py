@@ -166,7 +166,7 @@ def _add_engine(
     known: Collection[str],
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:
-    source = _graph_file(manifest, name)
+    source = graph_file(manifest, name)
     require_memory_to_build(name, manifest.components[name].nbytes, _num_blocks(manifest, name))
     built = build_engine(
         directory / source,
@@ -225,7 +225,8 @@ def _fingerprint(manifest: Manifest, graph: str) -> str:
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 
-def _graph_file(manifest: Manifest, component: str) -> str:
+def graph_file(manifest: Manifest, component: str) -> str:
+    """The graph that a component's engines are built from."""
     base = (manifest.recipe or {}).get("engine_base")
     other = engine_graph(component, str(base))
     return other if other in manifest.files else manifest.components[component].file

@@ -22,6 +22,7 @@ from typing import Any
 
 from internvl_edge.artifact import Manifest
 from internvl_edge.compiler.frontier import FrontierPlot, read_frontier
+from internvl_edge.compiler.speed import SpeedFigures
 from internvl_edge.publish import record
 from internvl_edge.quantize.statistics import LayerStatistics, read_statistics
 
@@ -98,8 +99,16 @@ def with_report(directory: Path, manifest: Manifest) -> Manifest:
     return replace(manifest, files=dict(sorted(files.items())))
 
 
+def report_with_speed(directory: Path, manifest: Manifest, speed: SpeedFigures) -> str:
+    """The report of a published directory with what was measured of it; the directory stays."""
+    return render(manifest, read_statistics(directory), read_frontier(directory), speed)
+
+
 def render(
-    manifest: Manifest, layers: Sequence[LayerStatistics], frontier: FrontierPlot | None = None
+    manifest: Manifest,
+    layers: Sequence[LayerStatistics],
+    frontier: FrontierPlot | None = None,
+    speed: SpeedFigures | None = None,
 ) -> str:
     """The report as HTML."""
     from jinja2 import Environment, StrictUndefined
@@ -116,6 +125,7 @@ def render(
             weights=[(n, _megabytes(c.nbytes)) for n, c in manifest.components.items()],
             sizes=_sizes(manifest),
             frontier=frontier,
+            speed=speed,
             recipe=_recipe(manifest.recipe),
             versions=_versions(manifest.tool_version),
             legend=_legend(),

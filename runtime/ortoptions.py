@@ -1,0 +1,101 @@
+"""How and where ONNX Runtime computes: its options, and its providers by preference."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime
+
+from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.runtime.session import cuda_device_count
+
+__all__ = [
+    "CPU",
+    "CUDA",
+    "GPU_PROVIDERS",
+    "OrtOptions",
+    "available_cores",
+    "choose_providers",
+    "names_of",
+    "native_options",
+    "place_of",
+]
+
+Provider = str | tuple[str, dict[str, str]]  # with its options
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# What computes on a GPU → ONNX Runtime's provider; what it does not take goes to CUDA's.
+GPU_PROVIDERS = {
+    "cuda": CUDA,
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+
+
+FATAL_ONLY = 4  # its log goes to stderr, and a library does not print: errors come as exceptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrtOptions:
+    """How ONNX Runtime computes; the defaults are the fastest of a process that has the cores."""
+
+    num_threads: int | None = None  # within an operator; None: every core this process may use
+    arena: bool = True  # keep intermediate buffers between runs
+    prepack: bool = True  # weights in the layout of the kernels: faster, twice the memory
+    spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
+    gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
+
+
+def native_options(options: OrtOptions) -> Any:
+    """ONNX Runtime's own object."""
+    native = onnxruntime.SessionOptions()
+    native.log_severity_level = FATAL_ONLY
+    threads = options.num_threads
+    native.intra_op_num_threads = available_cores() if threads is None else threads
+    native.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    native.enable_cpu_mem_arena = options.arena
+    native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
+    native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
+    return native
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def place_of(providers: Sequence[Provider]) -> tuple[str, int]:
+    """Device type and index where the preferred provider leaves its outputs."""
+    first = providers[0]
+    return ("cpu", 0) if isinstance(first, str) else ("cuda", int(first[1]["device_id"]))
+
+
+def choose_providers(device: str, gpu_provider: str = "cuda") -> list[Provider]:
+    """ONNX Runtime's providers for a device, in the order of preference."""
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
+    if gpu_provider not in GPU_PROVIDERS:
+        raise UsageError(f"gpu_provider {gpu_provider!r}: expected {', '.join(GPU_PROVIDERS)}")
+    wanted = dict.fromkeys((GPU_PROVIDERS[gpu_provider], CUDA))
+    has_provider = wanted.keys() <= set(onnxruntime.get_available_providers())
+    if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
+        return [CPU]
+    if not has_provider:
+        raise MissingDependency.of("onnxruntime-gpu", "ort-gpu")
+    index = int(match[1] or 0)
+    if index >= cuda_device_count():
+        raise HardwareError(
+            f"device {device!r}: found {cuda_device_count()} CUDA devices; use device 'cpu'"
+        )
+    return [*((name, {"device_id": str(index)}) for name in wanted), CPU]
+
+
+def names_of(providers: Sequence[Provider]) -> list[str]:
+    return [entry if isinstance(entry, str) else entry[0] for entry in providers]
