@@ -7,13 +7,16 @@
 Each component runs at each precision on each backend that is installed here, on the same seeded
 inputs. Its error is the largest difference from ONNX Runtime's result on the CPU, of the same
 precision (bfloat16, which the CPU cannot run: of float32), over the largest value of that result.
-What cannot run is a row too, with the reason. It needs no network, and on a machine without a GPU
+Roofline shares are of what the same
+backend reached on plain products, and the memory on plain copies. What cannot run is a row too,
+with the reason. It needs no network, and on a machine without a GPU
 it checks the CPU and says what it skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -27,6 +30,8 @@ import numpy as np
 
 from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.cli.measure import seeded_feeds
+from internvl_edge.compiler.peaks import Peaks, measure_backend
+from internvl_edge.compiler.roofline import Roofline, component_workload, locate
 from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.bench import measure
 from internvl_edge.runtime.device import Device
@@ -51,6 +56,8 @@ class Row:
     p50_ms: float | None = None
     p99_ms: float | None = None
     gpu_memory_nbytes: int | None = None  # that opening took
+    mfu: float | None = None  # of the peak that the same backend reached here
+    mbu: float | None = None
     skipped: str | None = None  # the reason
     failed: str | None = None
 
@@ -78,6 +85,8 @@ def check(model: str, artifact: Artifact, baseline: Artifact | None, args: Any) 
                     after = free_nbytes(device)
                     found = session.run(feeds)
                     timing = measure(session, feeds, min_duration_s=args.seconds)
+                p50_ms = timing.percentile_ms(50)
+                roofline = below_roof(artifact, component, feeds, (backend, device), p50_ms)
             except InternVLError as error:
                 row = Row(**cell, **refusal(error))
                 if (backend, device) == CPU and baseline is not None:
@@ -87,12 +96,36 @@ def check(model: str, artifact: Artifact, baseline: Artifact | None, args: Any) 
                 row = Row(
                     **cell,
                     max_error=None if right is None else largest_error(found, right),
-                    p50_ms=timing.percentile_ms(50),
+                    p50_ms=p50_ms,
                     p99_ms=timing.percentile_ms(99),
                     gpu_memory_nbytes=None if before is None or after is None else before - after,
+                    mfu=roofline.mfu,
+                    mbu=roofline.mbu,
                 )
             sys.stderr.write(line(row) + "\n")
             yield row
+
+
+def below_roof(
+    artifact: Artifact,
+    component: str,
+    feeds: dict[str, Array],
+    place: tuple[str, str],
+    latency_ms: float,
+) -> Roofline:
+    """What share of the machine's peaks a component reached."""
+    work = component_workload(artifact, component, feeds, place[0])
+    each = [peaks_of(kind, *place) for kind in work.operations]
+    merged = Peaks(
+        operations={kind: value for peaks in each for kind, value in peaks.operations.items()},
+        bytes=max(peaks.bytes for peaks in each),
+    )
+    return locate(work, merged, latency_ms)
+
+
+@functools.cache
+def peaks_of(kind: str, backend: str, device: str) -> Peaks:
+    return measure_backend([kind], backend, device)
 
 
 def refusal(error: InternVLError) -> dict[str, str]:
@@ -126,7 +159,8 @@ def line(row: Row) -> str:
         return f"{place} {word}: {reason}"
     memory = "" if row.gpu_memory_nbytes is None else f" {row.gpu_memory_nbytes / 1e9:.2f} GB"
     error = "no reference" if row.max_error is None else f"error {row.max_error:.1e}"
-    return f"{place} {error} p50 {row.p50_ms:.3f} ms p99 {row.p99_ms:.3f} ms{memory}"
+    roof = "" if row.mbu is None else f" MFU {row.mfu or 0:.0%} MBU {row.mbu:.0%}"
+    return f"{place} {error} p50 {row.p50_ms:.3f} ms p99 {row.p99_ms:.3f} ms{memory}{roof}"
 
 
 def targets() -> list[str]:

@@ -104,21 +104,22 @@ def measure_peaks(
     return Peaks(operations=operations, bytes=bytes_per_s)
 
 
-def measure_backend(kinds: Iterable[str], backend: str) -> Peaks:
-    """The peaks of where a backend runs components on this machine, by its default device.
+def measure_backend(kinds: Iterable[str], backend: str, device: str = "auto") -> Peaks:
+    """The peaks of where a backend runs components on this machine.
 
     Args:
         kinds: what their products are computed in.
         backend: ``"onnxruntime"``, ``"tensorrt-rtx"`` or ``"tensorrt"``.
+        device: of ONNX Runtime.
     """
+    graphs = open_graph_with(backend, device)
     if backend == "onnxruntime":
         from internvl_edge.runtime.ortoptions import CPU, available_cores, choose_providers
 
-        if choose_providers("auto") == [CPU]:
+        if choose_providers(device) == [CPU]:
             bandwidth = host_bandwidth(available_cores(), ARRAY_NBYTES)
-            return measure_peaks(kinds, open_graph_with(backend), bandwidth, side=SIDE)
+            return measure_peaks(kinds, graphs, bandwidth, side=SIDE)
     bandwidth = device_bandwidth(Device(0), ARRAY_NBYTES)
-    graphs = open_graph_with(backend)
     return measure_peaks(kinds, graphs, bandwidth, side=GPU_SIDE, base="float16")
 
 
