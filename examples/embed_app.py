@@ -1,0 +1,22 @@
+"""Embed images, compare each with a text: the whole application.
+
+python examples/embed_app.py OUT "a red seven" photo.jpg other.jpg
+"""
+
+from __future__ import annotations
+
+import sys
+
+import internvl_edge
+
+
+def main(out: str, text: str, *images: str) -> None:
+    with internvl_edge.load(out) as model:
+        pictures = model.encode_image(images, normalize=True)  # (B, E)
+        (words,) = model.encode_text([text], normalize=True)
+    for image, similarity in zip(images, pictures @ words, strict=True):
+        sys.stdout.write(f"{similarity:.4f}  {image}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

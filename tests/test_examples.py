@@ -1,0 +1,124 @@
+"""Every Python example, run as its first lines say, on a directory compiled from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write_internvl, write_tokenizer
+from PIL import Image
+
+import internvl_edge
+from internvl_edge.compiler import ExportOptions, export
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NUM_PICTURES = 6
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``out`` and pictures beside it."""
+    root = tmp_path_factory.mktemp("examples")
+    checkpoint = write_internvl(root / "checkpoint")
+    write_tokenizer(checkpoint.path)
+    export(
+        ExportOptions(
+            checkpoint=checkpoint.path,
+            out=root / "out",
+            precision="fp32",
+            components=("image_embed", "text_embed"),
+            verify="none",
+        )
+    )
+    for i in range(NUM_PICTURES):
+        levels = np.random.default_rng(i).integers(0, 256, (40, 30, 3), np.uint8)
+        Image.fromarray(levels).save(root / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def wanted(place: Path) -> Any:
+    with internvl_edge.load(place / "out") as model:
+        return model.encode_image([place / f"{i}.png" for i in range(NUM_PICTURES)])
+
+
+@contextmanager
+def running(name: str, place: Path) -> Iterator[int]:
+    """A server; the port that it listens on."""
+    command = [sys.executable, str(EXAMPLES / name), str(place / "out"), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield int(server.stdout.readline().removeprefix("listening on "))
+        finally:
+            server.terminate()
+
+
+def test_the_application(place: Path) -> None:
+    pictures = [str(place / f"{i}.png") for i in range(2)]
+    command = [sys.executable, str(EXAMPLES / "embed_app.py"), str(place / "out"), "a b"]
+    done = subprocess.run([*command, *pictures], capture_output=True, text=True, check=True)
+    lines = [line.split("  ", 1) for line in done.stdout.splitlines()]
+    assert [path for _, path in lines] == pictures
+    with internvl_edge.load(place / "out") as model:
+        images = model.encode_image(pictures, normalize=True)
+        texts = model.encode_text(["a b"], normalize=True)
+    np.testing.assert_allclose(
+        [float(similarity) for similarity, _ in lines], images @ texts[0], atol=1e-4
+    )
+    source = (EXAMPLES / "embed_app.py").read_text(encoding="utf-8")
+    assert len([line for line in source.split('"""')[2].splitlines() if line]) <= 20
+
+
+def post(port: int, body: bytes) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}", data=body)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_the_threaded_server(place: Path, wanted: Any) -> None:
+    """Many callers at once get what each asked for, and a bad one its own error."""
+    bodies = [(place / f"{i % NUM_PICTURES}.png").read_bytes() for i in range(20)]
+    with running("threaded_server.py", place) as port, ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda body: post(port, body), [*bodies, b"no picture", b""]))
+    for i, (status, answer) in enumerate(answers[:20]):
+        assert status == 200
+        np.testing.assert_allclose(answer["embedding"], wanted[i % NUM_PICTURES], atol=1e-4)
+    assert answers[20][0] == 400
+    assert "picture" in answers[20][1]["error"] or "image" in answers[20][1]["error"]
+    assert answers[21][0] == 413
+
+
+def converse(port: int, lines: list[str]) -> list[dict[str, Any]]:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall("".join(f"{line}\n" for line in lines).encode())
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile() as answers:
+            return [json.loads(line) for line in answers]
+
+
+def test_the_asyncio_server(place: Path, wanted: Any) -> None:
+    """Connections side by side, each answered in its order; an error ends nothing."""
+    orders = [[(i + start) % NUM_PICTURES for i in range(5)] for start in range(4)]
+    asked = [[str(place / f"{i}.png") for i in order] + ["missing.png"] for order in orders]
+    with running("asyncio_server.py", place) as port, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda lines: converse(port, lines), asked))
+    for order, found in zip(orders, answers, strict=True):
+        embeddings = [answer["embedding"] for answer in found[:-1]]
+        np.testing.assert_allclose(embeddings, wanted[order], atol=1e-4)
+        assert "missing.png" in found[-1]["error"]
