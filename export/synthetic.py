@@ -160,7 +160,7 @@ def _values(
         place = int(rng.integers(0, POOL_SIZE))
         values = mean + deviation * _cut(pool, place, size)
         rows = values.reshape(-1, width) if shape else values
-        _inject(synthesis, name, rows, start // width)
+        inject(synthesis, name, rows, start // width)
         yield start, values
 
 
@@ -190,7 +190,7 @@ def _distribution(name: str, shape: tuple[int, ...], layer_scale: float) -> tupl
     return 0.0, 1.0 / math.sqrt(fan_in)
 
 
-def _inject(synthesis: Synthesis, name: str, rows: np.ndarray[Any, Any], first_row: int) -> None:
+def inject(synthesis: Synthesis, name: str, rows: np.ndarray[Any, Any], first_row: int) -> None:
     """Outlier channels and massive activations, in place, in rows from ``first_row`` on."""
     if synthesis.outliers:
         norm = _norm_of(name)
