@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -46,6 +47,9 @@ __all__ = [
     "Preprocessing",
     "Transform",
     "load_image",
+    "nearest_levels",
+    "normalised",
+    "pixel_levels",
     "pixel_values",
     "tile",
     "tile_grid",
@@ -134,23 +138,79 @@ def pixel_values(
     transform = preprocessing.transform if transform is None else transform
     if transform not in TRANSFORMS:
         raise UsageError(_not_a_transform(transform))
-    size = preprocessing.size
     if isinstance(images, np.ndarray) and images.dtype != np.uint8:
-        return _normalised(images, size)
+        return _checked(images, preprocessing.size)
+    return normalised(
+        pixel_levels(images, preprocessing, transform, before=before, total=total), preprocessing
+    )
+
+
+def pixel_levels(
+    images: ImageSource | Iterable[ImageSource],
+    preprocessing: Preprocessing,
+    transform: Transform | None = None,
+    *,
+    before: int = 0,
+    total: int | None = None,
+) -> NDArray[np.uint8]:
+    """Images at the model's size and not yet normalised: uint8 [B, 3, S, S], contiguous.
+
+    Several are decoded at once, in as many threads as there are cores; which one is refused, and
+    every value, are as of one after the other.
+
+    Args:
+        images: as `pixel_values` takes them, without those that are normalised.
+        preprocessing: of the model.
+        transform: instead of the model's own.
+        before: images of the same request that came before these, for messages.
+        total: images of the whole request, for messages.
+
+    Raises:
+        MediaError: an image is not accepted; the message says which and why.
+        UsageError: there is no such transform.
+    """
+    transform = preprocessing.transform if transform is None else transform
+    if transform not in TRANSFORMS:
+        raise UsageError(_not_a_transform(transform))
     sources = _sources(images)
+    size = preprocessing.size
+    out = np.empty((len(sources), 3, size, size), np.uint8)
+
+    def prepare(i: int) -> None:
+        label = image_label(sources[i], before + i, total or len(sources))
+        picture = _fit(load_image(sources[i], label), size, transform, label)
+        out[i] = np.asarray(picture).transpose(2, 0, 1)  # (3, S, S)
+
+    if len(sources) == 1:
+        prepare(0)
+        return out
+    with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1), "decode") as pool:
+        for done in [pool.submit(prepare, i) for i in range(len(sources))]:
+            done.result()
+    return out
+
+
+def normalised(levels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """``pixel_values`` of levels, both [B, 3, S, S]."""
     mean, std = (
         np.array(values, np.float32)[:, None, None]
         for values in (preprocessing.mean, preprocessing.std)
     )
-    out = np.empty((len(sources), 3, size, size), np.float32)
-    for i, source in enumerate(sources):
-        label = image_label(source, before + i, total or len(sources))
-        picture = _fit(load_image(source, label), size, transform, label)
-        levels = np.asarray(picture).transpose(2, 0, 1)  # (3, S, S)
-        np.divide(levels, np.float32(255), out=out[i])
-        np.subtract(out[i], mean, out=out[i])
-        np.divide(out[i], std, out=out[i])
+    out = np.divide(levels, np.float32(255), dtype=np.float32)
+    np.subtract(out, mean, out=out)
+    np.divide(out, std, out=out)
     return out
+
+
+def nearest_levels(pixels: NDArray[np.float32], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """The levels that ``normalised`` brings nearest to ``pixel_values``; of its own, the same."""
+    mean, std = (
+        np.array(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
+    )
+    levels: NDArray[np.uint8] = np.clip(np.rint((pixels * std + mean) * 255), 0, 255).astype(
+        np.uint8
+    )
+    return levels
 
 
 def tile(
@@ -252,7 +312,7 @@ def _sources(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
     return sources
 
 
-def _normalised(array: NDArray[Any], size: int) -> NDArray[np.float32]:
+def _checked(array: NDArray[Any], size: int) -> NDArray[np.float32]:
     if array.dtype != np.float32 or array.shape[1:] != (3, size, size) or not len(array):
         raise MediaError(
             f"expected images as uint8 [H, W, 3] or normalised float32 [B, 3, {size}, {size}], "

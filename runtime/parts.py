@@ -100,16 +100,36 @@ class Parts:
     def pixel_batches(
         self, images: Any, transform: Transform | None, batch_size: int
     ) -> Iterator[Array]:
-        """``pixel_values`` of a few images at a time, so that memory does not grow with them."""
+        """What the graphs take of a few images at a time, so that memory does not grow with them.
+
+        Raises:
+            UsageError: the images are normalised, and the graphs do that themselves.
+        """
+        from internvl_edge.runtime.image import pixel_levels, pixel_values
+
         if is_normalised(images):
+            if self.takes_levels:
+                raise UsageError(
+                    f"{self.artifact.path} normalises inside its graphs (--input uint8): expected "
+                    f"pictures, found an array {images.dtype} {list(images.shape)}"
+                )
             yield from batches_of(images, batch_size)
             return
-        from internvl_edge.runtime.image import pixel_values
-
+        prepare = pixel_levels if self.takes_levels else pixel_values
         for rows in slices(len(images), batch_size):
-            yield pixel_values(
+            yield prepare(
                 images[rows], self.preprocessing, transform, before=rows.start, total=len(images)
             )
+
+    @cached_property
+    def takes_levels(self) -> bool:
+        """Whether the graphs take uint8 and normalise it."""
+        records = self.artifact.manifest.components.values()
+        return any(
+            spec.name == "pixel_values" and spec.dtype == "uint8"
+            for record in records
+            for spec in record.inputs
+        )
 
     @cached_property
     def preprocessing(self) -> Preprocessing:

@@ -88,7 +88,9 @@ def _pytorch(checkpoint: Path | None, artifacts: Mapping[str, Any], *, compiled:
         module: Any = build_component(COMPONENTS[component], model)
         if compiled:
             module = torch.compile(module)
-        tensors = [torch.from_numpy(values) for values in feeds.values()]
+        # the reference takes normalised values
+        floats = {n: v.astype(np.float32) if v.dtype == np.uint8 else v for n, v in feeds.items()}
+        tensors = [torch.from_numpy(values) for values in floats.values()]
 
         def run() -> object:
             with torch.inference_mode():

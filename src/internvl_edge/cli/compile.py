@@ -32,6 +32,13 @@ ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 @click.option("-p", "--precision", type=one_of(*PRECISIONS), default="fp32", show_default=True)
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option("--image-size", type=int, help="Resolution; default: the checkpoint's own.")
+@click.option(
+    "--input",
+    type=one_of("float32", "uint8"),
+    default="float32",
+    show_default=True,
+    help="What image graphs take: normalised values, or 8-bit levels that they normalise.",
+)
 @click.option("--calib", "calibration", type=DIRECTORY, help="Folder of calibration images.")
 @click.option(
     "--target",

@@ -280,7 +280,9 @@ def seeded_feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndar
         sizes = {"batch": batch, "length": DEFAULT_LENGTH, "past": DEFAULT_LENGTH}
         sizes["past+length"] = 2 * DEFAULT_LENGTH
         shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
-        if spec.dtype.startswith("float"):
+        if spec.dtype == "uint8":
+            feeds[spec.name] = rng.integers(0, 256, shape, np.uint8)
+        elif spec.dtype.startswith("float"):
             feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
         elif spec.name == "position_ids":
             feeds[spec.name] = np.broadcast_to(np.arange(shape[1]), shape) + DEFAULT_LENGTH

@@ -48,6 +48,7 @@ from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.components import COMPONENTS
 from internvl_edge.export.config import with_depth
 from internvl_edge.export.isolate import BLOCK_INPUT, BLOCK_OUTPUT, isolate_block, isolate_front
+from internvl_edge.export.pixels import graph_feeds, on_levels, preprocessing_inside
 from internvl_edge.export.stamp import blocks_of
 from internvl_edge.export.verify import (
     BOUNDS,
@@ -192,7 +193,9 @@ class _Graph:
         tower = tower_of(component)
         assert tower is not None
         self.tower, self.depth = tower, len(blocks_of(ir.load(self.path), tower))
-        self.feeds = _feeds(checkpoint, artifact.manifest.image_size, component)
+        self.preprocessing = preprocessing_inside(artifact.manifest)
+        feeds = _feeds(checkpoint, artifact.manifest.image_size, component)
+        self.feeds = on_levels(feeds, self.preprocessing)
 
     def read(self, bound_db: float, report: Report) -> GraphReading:
         """Run every block, each on what the one before it left."""
@@ -275,9 +278,9 @@ class _Graph:
         isolate_block(model, self.tower, index, names, with_tail=is_last)
         feeds = {**self.feeds, BLOCK_INPUT: given}
         with self._session(model) as session:
-            actual = session.run(_needed(session, feeds))
+            actual = self._outputs(session, feeds)
             feeds[BLOCK_INPUT] = drifting
-            drifted = session.run(_needed(session, feeds))[BLOCK_OUTPUT]
+            drifted = self._outputs(session, feeds)[BLOCK_OUTPUT]
         if self.quantization is None:
             return actual, None, drifted
         model = ir.load(self.path)
@@ -290,9 +293,12 @@ class _Graph:
         widen(model)
         return OrtSession(self.path, graph=ir.to_proto(model).SerializeToString())
 
+    def _outputs(self, session: OrtSession, feeds: Mapping[str, Array]) -> Arrays:
+        return session.run(graph_feeds(session.inputs, feeds, self.preprocessing))
+
     def _session_outputs(self, model: ir.Model, feeds: Mapping[str, Array]) -> Arrays:
         with self._session(model) as session:
-            return session.run(_needed(session, feeds))
+            return self._outputs(session, feeds)
 
     def _tensors(
         self, index: int, reference: Arrays, expected: Arrays, actual: Arrays, bound_db: float
@@ -346,11 +352,6 @@ def worst_channel_db(expected: Array, actual: Array) -> float:
     signal = np.maximum(signal, 0.01 * signal.mean())
     ratio = np.divide(signal, noise, out=np.full_like(signal, 1e20), where=noise > 0)
     return float(10 * np.log10(max(ratio.min(), 1e-20)))
-
-
-def _needed(session: OrtSession, feeds: Mapping[str, Array]) -> Arrays:
-    specs = session.inputs  # a cache has the graph's dtype
-    return {n: feeds[n].astype(s.dtype, copy=False) for n, s in specs.items()}
 
 
 def _feeds(checkpoint: Checkpoint, image_size: int, component: str) -> Arrays:

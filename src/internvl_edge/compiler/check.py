@@ -25,6 +25,7 @@ from internvl_edge.export.blocks import (
 from internvl_edge.export.checkpoint import Checkpoint, load_model, read_header
 from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.config import with_depth
+from internvl_edge.export.pixels import graph_feeds, on_levels
 from internvl_edge.export.stamp import keep_block
 from internvl_edge.export.verify import (
     Agreement,
@@ -40,6 +41,7 @@ from internvl_edge.export.verify import (
 from internvl_edge.export.widen import widen
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.runtime.image import Preprocessing
 from internvl_edge.runtime.ort import OrtSession
 
 Array = np.ndarray[Any, Any]
@@ -80,6 +82,7 @@ class Checker:
         whole: hold the whole reference in memory. Otherwise each component is compared with a
             first, a middle and a last block of its tower, one after the other: graph and
             reference are both run with the others left out, so that one block is in memory.
+        preprocessing: of graphs that take levels; None: they take normalised values.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Checker:
         quantization: Quantization | None = None,
         *,
         whole: bool = True,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.quantization = quantization
@@ -103,6 +107,8 @@ class Checker:
             )
             if samples.caption_ids:
                 self.feeds["caption_ids"] = samples.caption_ids[-1][-SAMPLES:].numpy()
+        self.preprocessing = preprocessing
+        self.feeds = on_levels(self.feeds, preprocessing)
         self.model = self.simulated = None
         if whole:
             self.model = load_model(checkpoint)
@@ -203,8 +209,8 @@ class Checker:
             keep_block(model, tower, part.block)
         widen(model)
         with OrtSession(path, graph=ir.to_proto(model).SerializeToString()) as session:
-            specs = session.inputs  # a cache has the graph's dtype, and one block's is one layer's
-            return session.run({n: feeds[n].astype(s.dtype, copy=False) for n, s in specs.items()})
+            # a cache has the graph's dtype, and one block's is one layer's
+            return session.run(graph_feeds(session.inputs, feeds, self.preprocessing))
 
     def _reference(
         self, component: str, part: _Part, feeds: Mapping[str, Array]

@@ -47,6 +47,7 @@ from internvl_edge.export.config import CheckpointConfig, with_depth
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.models.attention import rotary_tables
 from internvl_edge.export.models.vit import resize_position_embedding
+from internvl_edge.export.pixels import take_levels
 from internvl_edge.export.precision import POLICIES, apply_policy
 from internvl_edge.export.stamp import blocks_of, shallow_depth, stamp
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
@@ -89,6 +90,8 @@ def trace_all(plan: Plan, base: str, report: Report) -> dict[str, ir.Model]:
         if not stamp_towers(traced[name], config):
             logger.info("%s: blocks that differ, traced one by one", name)
             traced[name] = _trace(plan, name, config, _meta_model(plan, config, base))
+        if plan.options.input == "uint8":
+            take_levels(traced[name], plan.preprocessing)
     return traced
 
 

@@ -29,6 +29,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 Verify = Literal["auto", "full", "none"]
+Input = Literal["float32", "uint8"]
 TOKENIZER_FILE = "tokenizer.model"
 MAX_ALIGN = 65536  # the coarsest granularity that any system maps files with
 
@@ -42,6 +43,7 @@ class ExportOptions:
     precision: str = "fp32"
     components: tuple[str, ...] | None = None  # every one that the checkpoint has
     image_size: int | None = None  # the checkpoint's own
+    input: Input = "float32"  # uint8: normalisation is in the graphs
     calibration: Path | None = None  # a folder of images; None: a bundled sample set
     targets: tuple[str, ...] = ("onnx",)
     weights: Transfer = "auto"

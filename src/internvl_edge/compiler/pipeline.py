@@ -37,6 +37,7 @@ from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import BuildError, InternVLError, ResourceError, UsageError
 from internvl_edge.export.bring import Brought
 from internvl_edge.export.checkpoint import Checkpoint, header_fingerprint, open_checkpoint
+from internvl_edge.export.pixels import preprocessing_inside
 from internvl_edge.publish import record, staging, write_manifest
 from internvl_edge.quantize.data import CalibrationSet
 from internvl_edge.quantize.recipe import Recipe
@@ -124,6 +125,7 @@ def _key(plan: Plan, content: str, calibration: CalibrationSet | None) -> dict[s
         "components": list(plan.components),
         "image_size": plan.image_size,
         "preprocessing": plan.preprocessing.to_json(),
+        "input": plan.options.input,
         "weights": plan.options.weights,
         "align": plan.options.align,
         "recipe": None if plan.recipe is None else plan.recipe.to_json(),
@@ -162,6 +164,7 @@ def verify(
         artifact.manifest.image_size,
         quantization=quantization,
         whole=is_compared_whole(opened, "auto"),
+        preprocessing=preprocessing_inside(artifact.manifest),
     )
     figures = {}
     for done, name in enumerate(artifact.manifest.components):
@@ -243,7 +246,14 @@ def _compile_into(
     checker = None
     if reason is None:
         whole = is_compared_whole(plan.checkpoint, plan.options.verify)
-        checker = Checker(plan.checkpoint, plan.image_size, samples, quantization, whole=whole)
+        checker = Checker(
+            plan.checkpoint,
+            plan.image_size,
+            samples,
+            quantization,
+            whole=whole,
+            preprocessing=plan.preprocessing if plan.options.input == "uint8" else None,
+        )
     records = {}
     for done, (name, graph) in enumerate(emitted.items()):
         report(Progress(step="verify", detail=name, done=done, total=len(emitted)))
