@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime.generate import Generation, Prompt, generate, start, stream
+from internvl_edge.runtime.cache import start
+from internvl_edge.runtime.generate import Generation, Prompt, generate, stream
 from internvl_edge.runtime.parts import Parts
 from internvl_edge.runtime.requests import image_list, slices, text_list
 from internvl_edge.runtime.session import Array, did_you_mean

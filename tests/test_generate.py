@@ -20,15 +20,8 @@ from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import FeedError, InternVLError, UsageError
 from internvl_edge.export.checkpoint import load_reference
-from internvl_edge.runtime.generate import (
-    PAST,
-    Generation,
-    HostDecoding,
-    Prompt,
-    generate,
-    start,
-    stream,
-)
+from internvl_edge.runtime.cache import PAST, HostDecoding, start
+from internvl_edge.runtime.generate import Generation, Prompt, generate, stream
 from internvl_edge.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
