@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-faults check format bench-demo bench-fullsize bench-quant bench-runtime gpu-check clean
+.PHONY: install demo test test-faults check format bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,13 @@ bench-fullsize: install
 # FLAGS="--seeds 0 1 --checkpoints massive" for more or less; see benchmarks/quant.py
 bench-quant: install
 	$(BIN)/python benchmarks/quant.py --json benchmarks/results/quant.json $(FLAGS)
+
+bench-language: install
+	$(BIN)/python benchmarks/language.py $(FLAGS)
+
+# On a quiet machine; FLAGS="--layers 2" for less
+bench-decode: install
+	$(BIN)/python benchmarks/decode.py $(FLAGS)
 
 # On a quiet machine; OpenVINO joins where openvino and nncf are installed
 bench-runtime: install

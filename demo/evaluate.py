@@ -2,7 +2,7 @@
 
 The functions take anything with the methods of a loaded model: a compiled directory on any
 backend, at any precision, or :class:`internvl_edge.demo.reference.ReferenceModel`. Every figure
-is a share of right answers in 0..1, on scenes that ``seed`` decides.
+is a share of right answers in 0..1, or a perplexity, on scenes that ``seed`` decides.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from internvl_edge.demo import scenes
-from internvl_edge.demo.language import DIGITS, TEMPLATES
+from internvl_edge.demo.language import CAPTION_PROMPT, DIGITS, TEMPLATES
+from internvl_edge.runtime.session import Session
 
 MAX_NEW_TOKENS = 24  # the longest caption has 16, and the end
 
@@ -33,6 +34,15 @@ class Matches(Protocol):
 
     def match(self, images: Any, texts: Any) -> Any:
         """The probability that text i is true of image i, (B,)."""
+
+
+class Sees(Protocol):
+    """What the perplexity of captions needs."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    def see(self, images: Any) -> Any:
+        """What the decoder keeps of images."""
 
 
 class Speaks(Protocol):
@@ -74,6 +84,39 @@ def caption_exact_match(model: Speaks, n: int = 300, seed: int = 3) -> float:
     """How often the greedy caption is the scene's, word for word."""
     images, captions = scenes.caption_scenes(n, seed)
     return _exact(model.caption(images, num_beams=1, max_new_tokens=MAX_NEW_TOKENS), captions)
+
+
+def caption_perplexity(model: Sees, decoder: Session, n: int = 300, seed: int = 3) -> float:
+    """Exp of the mean −log p of the tokens of held-out captions, and their ends, on their images.
+
+    Args:
+        model: of the directory.
+        decoder: its session.
+        n: scenes.
+        seed: of the scenes.
+    """
+    images, captions = scenes.caption_scenes(n, seed)
+    cache = model.see(images).cache
+    lost, count = 0.0, 0
+    for i, caption in enumerate(captions):
+        start = model.tokenizer.prompt([CAPTION_PROMPT])[0]
+        text = model.tokenizer.prompt([f"{CAPTION_PROMPT} {caption}"])[0]
+        ids = np.concatenate((text, [[model.tokenizer.eos_id]]), axis=1)  # (1, T)
+        past = {
+            name.replace("present", "past_key_values", 1): values[i : i + 1]
+            for name, values in cache.items()
+        }
+        seen = next(iter(past.values())).shape[2]
+        mask = np.ones((1, seen + ids.shape[1]), np.int64)
+        positions = np.arange(seen, mask.shape[1])[None]
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
+        logits = decoder.run(feeds, outputs=["logits"])["logits"][0].astype(np.float64)  # (T, V)
+        logits -= logits.max(axis=1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        first = start.shape[1]
+        lost -= float(logits[np.arange(first - 1, ids.shape[1] - 1), ids[0, first:]].sum())
+        count += ids.shape[1] - first
+    return float(np.exp(lost / count))
 
 
 def vqa_accuracy(model: Speaks, n: int = 300, seed: int = 5) -> float:

@@ -6,6 +6,7 @@ which every builder folds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,17 @@ def bind(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -
             continue
         place = stored[name]
         wanted, held = value.dtype, ir.DataType.from_numpy(place.dtype)
-        if tuple(value.shape or ()) != place.shape:
+        shape = tuple(value.shape or ())
+        if wanted == ir.DataType.INT4 and place.shape == (-(-math.prod(shape) // 2),):
+            held = wanted  # packed, two to a byte: safetensors has no such type
+        elif shape != place.shape:
             raise InternVLError(f"{name}: the graph has {value.shape}, stored is {place.shape}")
         value.const_value = ir.ExternalTensor(
             location=place.location,
             offset=place.offset,
             length=place.nbytes,
             dtype=held,
-            shape=ir.Shape(place.shape),
+            shape=ir.Shape(shape),
             name=name,
             base_dir=directory,
         )

@@ -34,8 +34,14 @@ TARGETS = {
 }
 
 # The first compute capability with the types of a precision; portable engines start at SM80.
-MINIMUM_SM = {"fp32": 80, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
+MINIMUM_SM = {"fp32": 80, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89, "int4": 80}
 PORTABLE_SM = 80
+
+
+def first_sm(precision: str) -> int:
+    """The first compute capability of a precision, or of several towers' precisions."""
+    names = (part.rpartition("=")[2].removesuffix("-wo") for part in precision.split(","))
+    return max(MINIMUM_SM.get(name, 0) for name in names)
 
 
 def load_builder(target: Target) -> Any:
@@ -77,7 +83,7 @@ def choose_capabilities(
             f"compute capability {', '.join(unknown)}: {target.name} {trt.__version__} knows "
             f"{', '.join(known)}"
         )
-    needed = MINIMUM_SM.get(precision, 0)
+    needed = first_sm(precision)
     old = [name for name in asked or () if _sm(name) < needed]
     if old:
         raise HardwareError(
@@ -110,4 +116,4 @@ def _sm(name: str) -> int:
 def minimum_sm(precision: str, capabilities: Sequence[str]) -> int:
     if capabilities:
         return min(map(_sm, capabilities))
-    return max(PORTABLE_SM, MINIMUM_SM.get(precision, 0))
+    return max(PORTABLE_SM, first_sm(precision))

@@ -35,16 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.errors import CalibrationError
-from internvl_edge.quantize import choose, formats, smooth
+from internvl_edge.quantize import blockwise, choose, formats, smooth
 from internvl_edge.quantize.observers import RANGE_METHODS, RangeMethod, RangeObserver
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import Rotation, rotate_heads, rotation
-from internvl_edge.quantize.statistics import (
-    BEST_DB,
-    LayerStatistics,
-    input_sqnr_db,
-    weight_sqnr_db,
-)
+from internvl_edge.quantize.statistics import BEST_DB, LayerStatistics, input_sqnr_db
+from internvl_edge.quantize.weights import QuantizedWeight, quantize_weight
 from internvl_edge.spool import Spool
 
 QUANTIZING_THREADS = 2
@@ -94,24 +90,14 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedWeight:
-    """A linear layer's weight in 8 bits."""
-
-    values: Array  # (K, N) int8 or float8_e4m3fn
-    scales: Array  # (N,) float32
-    sqnr_db: float  # beside the weight that it was made from
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedBlock:
     """What a block leaves behind: everything by full parameter name."""
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     # changed norm gains, biases and shifts; the factors of each site beside its first reader
     folded: dict[str, Array] = field(default_factory=dict)
-    activations: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # stream → weight → scale
+    # stream → weight → scale; None: the activation stays as it is
+    activations: dict[str, dict[str, float | None]] = field(default_factory=dict)
     statistics: list[LayerStatistics] = field(default_factory=list)
 
 
@@ -161,7 +147,8 @@ class _Settled:
 
 
 def is_quantized(recipe: Recipe, name: str, in_features: int, out_features: int) -> bool:
-    """Whether a recipe puts the linear layer called ``name`` into 8 bits."""
+    """Whether a recipe puts the linear layer called ``name`` into 8 or 4 bits."""
+    recipe = recipe.of(name)
     wide = min(in_features, out_features) >= recipe.min_features
     return wide and not recipe.excludes(name)
 
@@ -186,6 +173,7 @@ def calibrate_block(
     Raises:
         CalibrationError: an activation or weight is not finite, by name.
     """
+    recipe = recipe.of(block.name)
     linears = {
         name: linear
         for name, linear in block.linears().items()
@@ -209,16 +197,21 @@ def calibrate_block(
     for group in groups:
         inputs = {stream: found[group.key] for stream, found in seen.items() if group.key in found}
         change = _fold(block, group, weights, inputs, recipe, result)
+        if recipe.is_weight_only:
+            for scales in result.activations.values():
+                scales.update({f"{reader}.weight": None for reader in group.readers})
+            continue
         for name, one in inputs.items():
             settled = _settle(group, weights, name, one, change, recipe)
-            scales = {f"{reader}.weight": settled.scale for reader in group.readers}
-            result.activations[name].update(scales)
+            result.activations[name].update(
+                {f"{reader}.weight": settled.scale for reader in group.readers}
+            )
             ranges += [(name, reader, settled) for reader in group.readers]
             if len(inputs) == 1:
                 corrections |= dict.fromkeys(group.readers, settled)
     with ThreadPoolExecutor(QUANTIZING_THREADS) as pool:
         quantized = pool.map(
-            lambda item: _quantize_weight(item[1], item[0], recipe), weights.items()
+            lambda item: quantize_weight(item[1], item[0], recipe), weights.items()
         )
         for name, weight in zip(weights, quantized, strict=True):
             result.weights[f"{name}.weight"] = weight
@@ -239,7 +232,7 @@ def _statistics(
             stream=stream,
             weight=f"{name}.weight",
             absmax=found.absmax,
-            clip=found.scale * formats.as_format(recipe.activations).max_value,
+            clip=found.scale * formats.as_format(recipe.weights).max_value,
             scale=found.scale,
             input_sqnr_db=found.sqnr_db,
             weight_sqnr_db=weights[f"{name}.weight"].sqnr_db,
@@ -292,9 +285,13 @@ def _watching(
                     "checkpoint sound, and are the images those that it was trained for?"
                 )
             if group.key not in seen:
-                kept = new_spool() if _is_changed(group, recipe) else None
+                is_kept = not recipe.is_weight_only and _is_changed(group, recipe)
+                kept = new_spool() if is_kept else None
                 seen[group.key] = _Inputs(observer=RangeObserver(group.key), kept=kept)
-            seen[group.key].take(values)
+            if recipe.is_weight_only:
+                seen[group.key].sample.update(values)
+            else:
+                seen[group.key].take(values)
 
         return hook
 
@@ -328,8 +325,8 @@ def _fold(
     Returns:
         What becomes of the activation's rows.
     """
-    site, peaks = group.site, [one.peaks for one in inputs.values() if one.peaks is not None]
-    if site is None or not peaks or not _is_changed(group, recipe):
+    site = group.site
+    if site is None or not inputs or not _is_changed(group, recipe):
         return lambda x: x
     head = _head(group, recipe)
 
@@ -337,7 +334,7 @@ def _fold(
         return x if head is None else rotate_heads(x, head)
 
     readers = [weights[name] for name in group.readers]
-    factors = _factors(readers, np.max(peaks, axis=0), inputs, turn, recipe)
+    factors = _factors(readers, inputs, turn, recipe)
     if site.norm is not None:
         gain, bias = smooth.fold(*_arrays(block, site.norm), readers, factors)
         result.folded[f"{block.name}.{site.norm}.weight"] = gain
@@ -362,18 +359,21 @@ def _fold(
 
 def _factors(
     readers: Sequence[Array],
-    peaks: Array,
     inputs: Mapping[str, _Inputs],
     turn: Callable[[Array], Array],
     recipe: Recipe,
 ) -> Array:
     if recipe.smooth is None:
-        return np.ones(peaks.shape, np.float32)
+        return np.ones(readers[0].shape[1], np.float32)
+    samples = [np.array(one.sample.rows) for one in inputs.values()]
+    sample = choose.sample_weights(readers)
+    if recipe.is_weight_only:
+        block = blockwise.block_of(sample.shape[1], recipe.block_size)
+        return blockwise.best_factors(samples, sample, turn, recipe.weights, block)
+    peaks = np.max([one.peaks for one in inputs.values() if one.peaks is not None], axis=0)
     columns, alpha = smooth.column_absmax(readers), recipe.smooth
     if alpha == "auto":
-        samples = [np.array(one.sample.rows) for one in inputs.values()]
-        sample = choose.sample_weights(readers)
-        return choose.best_factors(samples, peaks, columns, sample, turn, recipe.activations)
+        return choose.best_factors(samples, peaks, columns, sample, turn, recipe.weights)
     return smooth.smoothing_factors(peaks, columns, alpha)
 
 
@@ -413,13 +413,13 @@ def _settle(
     scale, shift = pairs[0]
     if len(pairs) > 1:
         sample = choose.sample_weights([weights[name] for name in group.readers])
-        scale, shift = choose.best_scale(rows, sample, pairs, recipe.activations)
+        scale, shift = choose.best_scale(rows, sample, pairs, recipe.weights)
     return _Settled(
         rows=rows,
         scale=scale,
         shift=shift,
         absmax=inputs.observer.absmax,
-        sqnr_db=_input_sqnr_db(inputs.observer, rows, scale, shift, recipe.activations),
+        sqnr_db=_input_sqnr_db(inputs.observer, rows, scale, shift, recipe.weights),
     )
 
 
@@ -438,25 +438,12 @@ def _ranges(
     inputs: _Inputs, method: RangeMethod, recipe: Recipe, *, has_shift: bool
 ) -> Iterator[tuple[float, float]]:
     """The scales, each with its shift, that a method has to offer."""
-    yield inputs.observer.scale(method, recipe.activations, recipe.percentile), 0.0
+    yield inputs.observer.scale(method, recipe.weights, recipe.percentile), 0.0
     if has_shift:
         high = inputs.observer.clip(method, formats.SHIFTED_INT8, recipe.percentile)
         low = max(inputs.low, -high)
         shift = float(np.float32((high + low) / 2.0))
         yield float(formats.scale_of(high - low, formats.SHIFTED_INT8)), shift
-
-
-def _quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight:
-    """(N, K) float → (K, N) in 8 bits and N scales."""
-    if not np.isfinite(weight).all():
-        raise CalibrationError(f"{name}.weight holds NaN or infinity")
-    scales = formats.weight_scale(weight, recipe.weights, axis=0)
-    if recipe.granularity == "per-tensor":
-        scales[:] = scales.max()
-    values = formats.quantize(weight, scales, recipe.weights, axis=0)
-    stored = np.ascontiguousarray(values.T)
-    sqnr = weight_sqnr_db(weight, stored, scales)
-    return QuantizedWeight(values=stored, scales=scales, sqnr_db=sqnr)
 
 
 def _correct_bias(
@@ -480,7 +467,7 @@ def _correct_bias(
     bias = linear.bias.detach().numpy()
     if recipe.correct_bias:
         moved = settled.rows - np.float32(settled.shift)
-        rounded = formats.fake_quantize(moved, settled.scale, recipe.activations)
+        rounded = formats.fake_quantize(moved, settled.scale, recipe.weights)
         mean = settled.rows.mean(axis=0, dtype=np.float64).astype(np.float32)
         error = -rounded.mean(axis=0, dtype=np.float64).astype(np.float32)
         bias = bias + linear.weight.detach().numpy() @ mean

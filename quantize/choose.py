@@ -67,15 +67,16 @@ def output_error(x: Array, w: Array, scale: float, fmt: str, shift: float = 0.0)
         fmt: of both.
         shift: x is moved by it before it is rounded, and back.
     """
-    return _error(_product(x, w), x, _rounded(w, fmt), scale, fmt, shift)
+    return _error(product(x, w), x, _rounded(w, fmt), scale, fmt, shift)
 
 
 def _error(exact: Tensor, x: Array, rough: Array, scale: float, fmt: str, shift: float) -> float:
     fine = formats.fake_quantize(x - np.float32(shift), scale, fmt) + np.float32(shift)
-    return float((_product(fine, rough) - exact).square().sum())
+    return float((product(fine, rough) - exact).square().sum())
 
 
-def _product(x: Array, w: Array) -> Tensor:
+def product(x: Array, w: Array) -> Tensor:
+    """X Wᵀ in float32."""
     a, b = (torch.from_numpy(np.asarray(values, np.float32)) for values in (x, w))
     return a @ b.T
 
@@ -102,7 +103,7 @@ def best_factors(
         turn: an orthogonal map of rows that follows the factors on both sides.
         fmt: of both.
     """
-    exact = [_product(rows, w) for rows in samples]  # whatever the factors are
+    exact = [product(rows, w) for rows in samples]  # whatever the factors are
 
     def error(factors: Array) -> float:
         total, rough = 0.0, _rounded(turn(w * factors), fmt)
@@ -126,7 +127,7 @@ def best_scale(
     x: Array, w: Array, scales: Iterable[tuple[float, float]], fmt: str
 ) -> tuple[float, float]:
     """The (scale, shift) of the least output error."""
-    exact, rough = _product(x, w), _rounded(w, fmt)
+    exact, rough = product(x, w), _rounded(w, fmt)
     return min(
         dict.fromkeys(scales), key=lambda pair: _error(exact, x, rough, pair[0], fmt, pair[1])
     )

@@ -1,4 +1,4 @@
-"""INT8 and FP8 in numpy: what a stored byte means, and how a number becomes one.
+"""INT8, INT4 and FP8 in numpy: what a stored byte means, and how a number becomes one.
 
 Quantization is symmetric, without a zero point. A tensor or a channel shares one scale s > 0:
 
@@ -7,6 +7,7 @@ Quantization is symmetric, without a zero point. A tensor or a channel shares on
 
     format   values                                        lowest   highest   s for a range a
     int8     the integers                                   -128       127         a / 127
+    int4     the integers                                     -8         7         a / 7
     fp8      E4M3FN: 4 exponent and 3 mantissa bits,        -448       448         a / 448
              no infinities, subnormals down to 2⁻⁹
 
@@ -53,7 +54,7 @@ _CHUNK = 1 << 18  # elements per step where a wider copy is made
 class Format:
     """A type that values are quantized to."""
 
-    name: str  # "int8" or "fp8", as in recipes and manifests
+    name: str  # as in recipes and manifests
     lowest: float
     max_value: float  # the magnitude that the end of the range maps to
     dtype: np.dtype[Any]
@@ -78,7 +79,10 @@ SHIFTED_INT8 = Format(
     dtype=np.dtype(np.uint8),
     onnx_type="UINT8",
 )
-FORMATS = {fmt.name: fmt for fmt in (INT8, FP8)}
+# For weights alone; one value to a byte here, two where they are stored (``blockwise.pack``).
+INT4 = Format(name="int4", lowest=-8.0, max_value=7.0, dtype=np.dtype(np.int8), onnx_type="INT4")
+FORMATS = {fmt.name: fmt for fmt in (INT8, FP8)}  # of weights and activations
+WEIGHT_FORMATS = FORMATS | {INT4.name: INT4}
 
 
 def as_format(fmt: Format | str) -> Format:
@@ -89,9 +93,9 @@ def as_format(fmt: Format | str) -> Format:
     """
     if isinstance(fmt, Format):
         return fmt
-    if fmt not in FORMATS:
-        raise UsageError(f"expected a format out of {', '.join(FORMATS)}, found {fmt!r}")
-    return FORMATS[fmt]
+    if fmt not in WEIGHT_FORMATS:
+        raise UsageError(f"expected a format out of {', '.join(WEIGHT_FORMATS)}, found {fmt!r}")
+    return WEIGHT_FORMATS[fmt]
 
 
 def quantize(x: Array, scale: ArrayLike, fmt: Format | str, axis: int | None = None) -> Array:

@@ -15,6 +15,7 @@ from internvl_edge.quantize.qdqview import (
     SCORE_STEPS,
     AttentionCore,
     Operand,
+    Product,
     View,
     behind,
     constant,
@@ -38,10 +39,15 @@ NONLINEAR = NORMS | ACTIVATIONS | {"Softmax", "LogSoftmax"}
 
 
 def check_products(view: View) -> Iterator[Finding]:
+    bare = [p for p in view.products if _is_weight_only(p)]
+    mixes = any(p.is_quantized and p.weight and not _is_weight_only(p) for p in view.products)
+    bare = [p for p in bare if not mixes or _is_int4(p)]
+    if bare:
+        yield finding("weight-only", bare[0].node, f"{len(bare)} product(s)")
     for product in view.products:
         if not product.is_quantized:
             continue
-        without = [o for o in product.operands if o.dequantize is None]
+        without = [] if product in bare else [o for o in product.operands if o.dequantize is None]
         for operand in without:
             what = "weight" if operand.is_constant else "input"
             yield finding("missing-pair", product.node, f"{what} {operand.value.name!r} has none")
@@ -56,6 +62,18 @@ def check_products(view: View) -> Iterator[Finding]:
                 yield finding("narrow-product", product.node, found)
             if product.node.op_type == "Conv" and _reads_pixels(product.operands):
                 yield finding("patch-embed", product.node, "a quantized Conv of the graph's input")
+
+
+def _is_weight_only(product: Product) -> bool:
+    weight = product.weight
+    others = [o for o in product.operands if o is not weight]
+    is_stored = weight is not None and weight.dequantize is not None
+    return is_stored and all(o.dequantize is None for o in others)
+
+
+def _is_int4(product: Product) -> bool:
+    """Nothing but weights has 4 bits, so that no input is missing a pair."""
+    return product.weight is not None and product.weight.element == ir.DataType.INT4
 
 
 def _features(node: ir.Node, weight: Operand) -> tuple[int, int]:

@@ -151,8 +151,14 @@ RULES: dict[str, Rule] = {
         severity="warning",
         says="Both inputs of a product are quantized, or neither. With one pair alone the product "
         "runs in 16 bits and has paid for the rounding.",
-        fix="Quantize the other input too, or remove the pair. Weights alone in 8 bits save memory "
-        "only; TensorRT-RTX takes them, TensorRT takes INT4.",
+        fix="Quantize the other input too, or remove the pair.",
+    ),
+    "weight-only": Rule(
+        severity="note",
+        says="Weights alone are quantized. That saves their memory and the time to read it, which "
+        "is most of decoding; products still run in 16 or 32 bits. TensorRT-RTX takes INT8 and "
+        "INT4, TensorRT INT4, ONNX Runtime both.",
+        fix="Nothing for a decoder. Quantize the inputs too where products take the time.",
     ),
     "mixed-formats": Rule(
         severity="error",

@@ -78,7 +78,7 @@ def check_scales(view: View) -> Iterator[Finding]:
         scale = _input(node, 1)
         if scale is not None and scale not in seen:  # a pair shares its scale
             seen.add(scale)
-            yield from _check_scale(node, scale)
+            yield from _check_scale(node, behind(scale, {"Cast"}))
         yield from _check_scale_shape(node, scale)
 
 

@@ -1,4 +1,4 @@
-"""Explicit Q/DQ: the nodes that tell a builder which matrix products run in 8 bits.
+"""Explicit Q/DQ: the nodes that tell a builder which matrix products run in few bits.
 
 A quantized linear layer y = x Wᵀ + b becomes
 
@@ -10,6 +10,16 @@ with one activation scale per tensor and one weight scale per output channel, ze
 TensorRT fuses the pattern into one 8-bit GEMM; ONNX Runtime's CPU provider does the same where
 the weight is stored (K, N) and its DequantizeLinear feeds MatMul directly, which is why W₈ is
 stored transposed and the exporter's Transpose goes.
+
+Weight-only, the pair of x is left out, and x W is computed in floats. W₄ (K, N) has a scale for
+each block of inputs:
+
+    W₄ (K, N) → DequantizeLinear(s_w (K / block, N), axis=0, block_size) → MatMul
+
+ONNX Runtime fuses both weight-only forms into MatMulNBits from its extended level of optimisation
+on, on the CPU and on GPUs; at its basic level W is dequantized anew by every run. The scales are
+stored in float32 and cast to what the graph computes in: of weights alone, TensorRT-RTX refuses
+INT4 and ONNX Runtime's fusion breaks INT8 where ``output_dtype`` differs from the scale's type.
 
 Placement follows the vendor's rules:
 - both inputs of each GEMM carry a pair, outputs never do (the residual trunk stays 16/32-bit);
@@ -32,16 +42,21 @@ import onnx_ir as ir
 from internvl_edge.errors import InternVLError
 
 SCALE_SUFFIX = "_scale"  # of the float32 weight scales stored beside the weight
-STORAGE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+STORAGE = {
+    "int8": ir.DataType.INT8,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+    "int4": ir.DataType.INT4,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedLinear:
     """What the graph needs to know of one quantized linear layer."""
 
-    weight: str  # the parameter's name; its initializer becomes (K, N) in 8 bits
-    activation_scale: float
-    format: str  # "int8" or "fp8"
+    weight: str  # the parameter's name; its initializer becomes (K, N) in 8 or 4 bits
+    activation_scale: float | None  # None: the activation has no pair (weight-only)
+    format: str  # "int8", "fp8" or "int4"
+    block: int | None = None  # of int4: inputs that share a scale
 
 
 def insert_qdq(model: ir.Model, linears: Mapping[str, QuantizedLinear]) -> int:
@@ -107,27 +122,46 @@ def _rewrite(
     compute = activation.dtype or weight.dtype
     assert compute is not None and weight.shape is not None
 
-    key = (str(activation.name), linear.activation_scale, linear.format)
-    if key not in shared:
-        shared[key] = _activation_pair(graph, matmul, activation, linear, compute)
-    matmul.replace_input_with(0, shared[key])
-
-    features_out, features_in = (int(n) for n in weight.shape.numpy())
-    weight.type = ir.TensorType(STORAGE[linear.format])
-    weight.shape = ir.Shape((features_in, features_out))  # (K, N)
-    scale = _initializer(graph, f"{weight.name}{SCALE_SUFFIX}", (features_out,))
-    dequantize = ir.node(
-        "DequantizeLinear",
-        [weight, scale],
-        {"axis": 1, **_output_dtype(compute)},
-        name=f"{weight.name}/DequantizeLinear",
-    )
-    dequantize.outputs[0].name = f"{weight.name}.dequantized"
-    dequantize.outputs[0].type = ir.TensorType(compute)
-    dequantize.outputs[0].shape = weight.shape
+    if linear.activation_scale is not None:
+        key = (str(activation.name), linear.activation_scale, linear.format)
+        if key not in shared:
+            shared[key] = _activation_pair(
+                graph, matmul, activation, linear.format, linear.activation_scale, compute
+            )
+        matmul.replace_input_with(0, shared[key])
+    dequantize = _weight_node(graph, weight, linear, compute)
     graph.insert_before(matmul, dequantize)
     matmul.replace_input_with(1, dequantize.outputs[0])
     graph.remove(transpose, safe=True)
+
+
+def _weight_node(
+    graph: ir.Graph, weight: ir.Value, linear: QuantizedLinear, compute: ir.DataType
+) -> ir.Node:
+    """Turn a weight (N, K) into (K, N) of its format; the node that dequantizes it."""
+    assert weight.shape is not None
+    features_out, features_in = (int(n) for n in weight.shape.numpy())
+    weight.type = ir.TensorType(STORAGE[linear.format])
+    weight.shape = ir.Shape((features_in, features_out))  # (K, N)
+    name = f"{weight.name}{SCALE_SUFFIX}"
+    attributes: dict[str, Any]
+    if linear.block is not None:
+        shape = features_in // linear.block, features_out
+        scale = _initializer(graph, name, shape, compute)
+        attributes = {"axis": 0, "block_size": linear.block}
+    elif linear.activation_scale is None:
+        scale = _initializer(graph, name, (features_out,), compute)
+        attributes = {"axis": 1}
+    else:
+        scale = _initializer(graph, name, (features_out,))
+        attributes = {"axis": 1, **_output_dtype(compute)}
+    node = ir.node(
+        "DequantizeLinear", [weight, scale], attributes, name=f"{weight.name}/DequantizeLinear"
+    )
+    node.outputs[0].name = f"{weight.name}.dequantized"
+    node.outputs[0].type = ir.TensorType(compute)
+    node.outputs[0].shape = weight.shape
+    return node
 
 
 def _linear_nodes(weight: ir.Value) -> tuple[ir.Node, ir.Node]:
@@ -146,13 +180,14 @@ def _activation_pair(
     graph: ir.Graph,
     before: ir.Node,
     activation: ir.Value,
-    linear: QuantizedLinear,
+    fmt: str,
+    activation_scale: float,
     compute: ir.DataType,
 ) -> ir.Value:
     """Quantize and dequantize an activation; the pair that all its readers share."""
     stem = str(activation.name)
-    scale = _constant(graph, f"{stem}.scale", np.float32(linear.activation_scale))
-    zero = _constant(graph, f"{stem}.zero_point", STORAGE[linear.format].numpy().type(0))
+    scale = _constant(graph, f"{stem}.scale", np.float32(activation_scale))
+    zero = _constant(graph, f"{stem}.zero_point", STORAGE[fmt].numpy().type(0))
     quantize = ir.node("QuantizeLinear", [activation, scale, zero], name=f"{stem}/QuantizeLinear")
     quantize.outputs[0].name = f"{stem}.quantized"
     dequantize = ir.node(
@@ -163,7 +198,7 @@ def _activation_pair(
     )
     dequantize.outputs[0].name = f"{stem}.dequantized"
     for value, dtype in (
-        (quantize.outputs[0], STORAGE[linear.format]),
+        (quantize.outputs[0], STORAGE[fmt]),
         (dequantize.outputs[0], compute),
     ):
         value.type, value.shape = ir.TensorType(dtype), activation.shape
@@ -183,9 +218,14 @@ def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     return constant
 
 
-def _initializer(graph: ir.Graph, name: str, shape: tuple[int, ...]) -> ir.Value:
+def _initializer(
+    graph: ir.Graph,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.Value:
     if name in graph.initializers:
         raise InternVLError(f"the graph already has an initializer {name!r}")
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     graph.initializers[name] = value
     return value

@@ -17,12 +17,14 @@ from typing import Any, Literal, get_args
 from internvl_edge.errors import InputError, UsageError
 
 FormatName = Literal["int8", "fp8"]
+WeightFormat = Literal["int8", "fp8", "int4"]
 Granularity = Literal["per-channel", "per-tensor"]
 Base = Literal["fp32", "fp16", "bf16"]
 EngineBase = Literal["fp16", "bf16"]
 RangeChoice = Literal["max", "percentile", "mse", "entropy", "auto"]
 
 MAX_FILE_NBYTES = 1 << 20
+VISION = "vision_model."  # of its parameters' names
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {
         "activations": "int8",
@@ -37,10 +39,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The exponent of E4M3 absorbs outliers, and mixing channels takes small ones their precision:
     # nothing is rotated or smoothed.
     "fp8": {"activations": "fp8", "weights": "fp8", "fold": True, "correct_bias": True},
+    "int8-wo": {"activations": None, "weights": "int8"},
+    "int4-wo": {"activations": None, "weights": "int4", "smooth": "auto"},
 }
 _CHOICES: dict[str, Any] = {
-    "activations": FormatName,
-    "weights": FormatName,
+    "weights": WeightFormat,
     "granularity": Granularity,
     "range_method": RangeChoice,
     "engine_base": EngineBase,
@@ -49,18 +52,20 @@ _CHOICES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How linear layers are put into 8 bits, and what they are calibrated on."""
+    """How linear layers are put into few bits, and what they are calibrated on."""
 
     name: str
-    activations: FormatName = "int8"  # per tensor, static
-    weights: FormatName = "int8"  # the same: no kernel multiplies int8 by fp8
+    activations: FormatName | None = "int8"  # per tensor, static; None: not rounded (weight-only)
+    weights: WeightFormat = "int8"  # the same: no kernel multiplies int8 by fp8; int4 weight-only
+    block_size: int = 128  # inputs that share a scale of int4; see ``blockwise.block_of``
     granularity: Granularity = "per-channel"  # of weight scales; a channel is an output
     fold: bool = False  # norm gains and LayerScale into the linear layers beside them
     rotate: bool = False  # the residual streams, and each head between v and its projection
     rotation_seed: int = 0
     range_method: RangeChoice = "mse"  # of activations; weights always use their maximum
     percentile: float = 99.99  # percent of |x| that do not saturate; for range_method percentile
-    smooth: float | Literal["auto"] | None = None  # SmoothQuant's alpha in [0, 1]; None: none
+    # SmoothQuant's alpha in [0, 1], or the best; weight-only: AWQ's factors; None: none
+    smooth: float | Literal["auto"] | None = None
     shift: bool = False  # move GELU's output so that its range is symmetric; one Sub at run time
     correct_bias: bool = False  # take the mean error of a linear layer's output out of its bias
     exclude: tuple[str, ...] = ()  # patterns found in names of linears that keep 16 or 32 bits
@@ -69,16 +74,14 @@ class Recipe:
     min_features: int = 16  # narrower inputs or outputs than this do not pay (vendor's rule)
     seed: int = 0  # of the choice of samples
     num_samples: int = 32  # images, each with a caption
+    language: Recipe | None = None  # of the blocks behind the vision tower; None: this one
 
     def __post_init__(self) -> None:
-        for field in ("activations", "weights", "granularity", "range_method", "engine_base"):
+        for field in ("weights", "granularity", "range_method", "engine_base"):
             _require_choice(field, getattr(self, field), get_args(_CHOICES[field]))
+        _require_choice("activations", self.activations, (None, *get_args(FormatName)))
         _require_choice("base", self.base, (None, *get_args(Base)))
-        if self.activations != self.weights:
-            raise InputError(
-                f"recipe: weights must be of the activations' format {self.activations!r}, "
-                f"found {self.weights!r}"
-            )
+        self._check_formats()
         _require(isinstance(self.name, str) and self.name != "", "name", "a name", self.name)
         _require_number("percentile", self.percentile, above=0.0, most=100.0)
         if self.smooth is not None and self.smooth != "auto":
@@ -89,10 +92,45 @@ class Recipe:
         _require(self.fold or not self.rotate, "fold", "true with rotate", self.fold)
         _require(self.fold or not self.shift, "fold", "true with shift", self.fold)
         counts = ("min_features", 1), ("seed", 0), ("rotation_seed", 0), ("num_samples", 1)
-        for field, least in counts:
+        for field, least in (*counts, ("block_size", 16)):
             value = getattr(self, field)
             _require(type(value) is int and value >= least, field, f"an integer ≥ {least}", value)
         _require_patterns(self.exclude)
+        self._check_language()
+
+    def _check_formats(self) -> None:
+        if self.activations is not None and self.activations != self.weights:
+            raise InputError(
+                f"recipe: weights must be of the activations' format {self.activations!r}, "
+                f"found {self.weights!r}"
+            )
+        if not self.is_weight_only:
+            return
+        _require(self.weights != "fp8", "weights", "int8 or int4 without activations", self.weights)
+        is_searched = self.smooth in (None, "auto")
+        _require(is_searched, "smooth", 'null or "auto" without activations', self.smooth)
+        for field in ("shift", "correct_bias"):
+            value = getattr(self, field)
+            _require(not value, field, "false without activations", value)
+
+    def _check_language(self) -> None:
+        """One checkpoint is folded and rotated as a whole."""
+        if self.language is None:
+            return
+        is_one = isinstance(self.language, Recipe) and self.language.language is None
+        _require(is_one, "language", "a recipe without another in it", self.language)
+        for field in ("fold", "rotate", "rotation_seed", "seed", "num_samples"):
+            value, found = getattr(self, field), getattr(self.language, field)
+            _require(found == value, "language", f"of {field} {value}, as around it", found)
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether activations stay as they are; else they have the format of the weights."""
+        return self.activations is None
+
+    def of(self, name: str) -> Recipe:
+        """The recipe of a linear layer or parameter."""
+        return self if self.language is None or name.startswith(VISION) else self.language
 
     def excludes(self, linear_name: str) -> bool:
         """Whether the linear layer called ``linear_name`` keeps its precision."""
@@ -100,7 +138,9 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON types; the inverse of :meth:`from_json`."""
-        return dataclasses.asdict(self) | {"exclude": list(self.exclude)}
+        language = None if self.language is None else self.language.to_json()
+        changed = {"exclude": list(self.exclude), "language": language}
+        return dataclasses.asdict(self) | changed
 
     @classmethod
     def from_json(cls, data: object) -> Recipe:
@@ -120,7 +160,10 @@ class Recipe:
             )
         exclude = data.get("exclude", [])
         _require(isinstance(exclude, list), "exclude", "a list of patterns", exclude)
-        return cls(**data | {"exclude": tuple(exclude)})
+        language = data.get("language")
+        _require(language is None or isinstance(language, dict), "language", "a recipe", language)
+        inner = None if language is None else cls.from_json(language)
+        return cls(**data | {"exclude": tuple(exclude), "language": inner})
 
 
 def recipe_for(precision: str) -> Recipe:

@@ -34,9 +34,9 @@ GPU_PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
-
-
 FATAL_ONLY = 4  # its log goes to stderr, and a library does not print: errors come as exceptions
+PRODUCTS_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
+EXACT_PRODUCTS, ROUNDED_PRODUCTS = 1, 4  # MatMulNBits' accuracy_level: float32 and int8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,8 @@ class OrtOptions:
     prepack: bool = True  # weights in the layout of the kernels: faster, twice the memory
     spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
     gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
+    # Weight-only products: rounding x to int8 by blocks is faster; exact: x stays in float32.
+    exact: bool = False
 
 
 def native_options(options: OrtOptions) -> Any:
@@ -60,6 +62,8 @@ def native_options(options: OrtOptions) -> Any:
     native.enable_cpu_mem_arena = options.arena
     native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
     native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
+    level = str(EXACT_PRODUCTS if options.exact else ROUNDED_PRODUCTS)
+    native.add_session_config_entry(PRODUCTS_ACCURACY, level)
     return native
 
 

@@ -220,6 +220,13 @@ def _(g: Graph) -> str:
     return g.node("MatMul", g.pair("x"), g.constant("w", np.ones((WIDTH, WIDTH), np.float32)))
 
 
+@breaks("weight-only")
+def _(g: Graph) -> str:
+    weight = g.constant("w", np.ones((WIDTH, WIDTH), np.int8))
+    scale = g.constant("s", np.full(WIDTH, 0.1, np.float32))
+    return g.node("MatMul", "x", g.node("DequantizeLinear", weight, scale, axis=1))
+
+
 @breaks("mixed-formats")
 def _(g: Graph) -> str:
     return g.linear(g.pair("x"), dtype=FP8)

@@ -12,9 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge.errors import InputError, UsageError
-from internvl_edge.quantize.formats import FORMATS
+from internvl_edge.quantize.formats import FORMATS, WEIGHT_FORMATS
 from internvl_edge.quantize.observers import RANGE_METHODS
-from internvl_edge.quantize.recipe import PRESETS, FormatName, Recipe, load_recipe, recipe_for
+from internvl_edge.quantize.recipe import (
+    PRESETS,
+    FormatName,
+    Recipe,
+    WeightFormat,
+    load_recipe,
+    recipe_for,
+)
 
 FORMAT = st.sampled_from(["int8", "fp8"])
 
@@ -48,12 +55,16 @@ def test_json_round_trip(
 @pytest.mark.parametrize("precision", PRESETS)
 def test_presets_are_recipes_of_their_precision(precision: str) -> None:
     recipe = recipe_for(precision)
-    assert (recipe.name, recipe.activations, recipe.weights) == (precision,) * 3
+    fmt, is_weight_only = precision.removesuffix("-wo"), precision.endswith("-wo")
+    assert (recipe.name, recipe.weights, recipe.is_weight_only) == (precision, fmt, is_weight_only)
+    assert recipe.activations == (None if is_weight_only else fmt)
     assert Recipe.from_json(recipe.to_json()) == recipe
 
 
 def test_formats_and_presets_are_those_that_exist() -> None:
-    assert set(PRESETS) == set(get_args(FormatName)) == set(FORMATS)
+    assert set(get_args(FormatName)) == set(FORMATS) < set(PRESETS)
+    assert set(get_args(WeightFormat)) == set(WEIGHT_FORMATS)
+    assert {recipe_for(name).weights for name in PRESETS} == set(WEIGHT_FORMATS)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4", ""])
@@ -69,6 +80,16 @@ def test_left_out_keys_keep_their_defaults() -> None:
 BAD: list[dict[str, Any]] = [
     {"activations": "int4", "weights": "int4"},
     {"activations": "fp8"},  # weights stay int8
+    {"activations": "int8", "weights": "int4"},
+    {"activations": None, "weights": "fp8"},
+    {"activations": None, "smooth": 0.5},
+    {"activations": None, "correct_bias": True},
+    {"activations": None, "fold": True, "shift": True},
+    {"block_size": 8},
+    {"language": "int4-wo"},
+    {"language": {"name": "b", "language": {"name": "c"}}},
+    {"language": {"name": "b", "fold": True}},
+    {"language": {"name": "b", "num_samples": 5}},
     {"activations": ["int8"]},
     {"granularity": "per-block"},
     {"range_method": "minmax"},

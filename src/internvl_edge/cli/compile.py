@@ -20,7 +20,7 @@ from internvl_edge.cli.options import (
 from internvl_edge.errors import CheckpointError, InputError, MissingDependency, UsageError
 
 AUTO = "auto"
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", AUTO)
+PRECISIONS = "fp32, fp16, bf16, int8, fp8, int8-wo, int4-wo, auto"
 METRICS = ("cosine", "zero-shot", "recall@1")
 CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
 ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
@@ -29,7 +29,14 @@ ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 @click.command()
 @click.argument("checkpoint", type=DIRECTORY, required=False)
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to write.")
-@click.option("-p", "--precision", type=one_of(*PRECISIONS), default="fp32", show_default=True)
+@click.option(
+    "-p",
+    "--precision",
+    callback=lambda _, __, value: value.lower(),
+    default="fp32",
+    show_default=True,
+    help=f"{PRECISIONS}; or one per tower: vision=int8,decoder=int4-wo.",
+)
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option("--image-size", type=int, help="Resolution; default: the checkpoint's own.")
 @click.option(

@@ -121,8 +121,8 @@ def quantize_weights(
     samples: Samples,
     work: Workspace,
     report: Report,
-) -> tuple[dict[str, StoredTensor], dict[str, dict[str, float]]]:
-    """Calibrate block by block and write each block's 8-bit weights as they come.
+) -> tuple[dict[str, StoredTensor], dict[str, dict[str, float | None]]]:
+    """Calibrate block by block and write each block's weights as they come.
 
     Blocks that an earlier run finished are taken from ``work``. The weights file lies there too,
     for the next run, should this one not end.
@@ -155,7 +155,7 @@ def quantize_weights(
             trim()
         rest = {name: layout[name][0] for name in writer.pending}
         copy_rest(plan, writer, rest, report)
-    activations: dict[str, dict[str, float]] = {stream: {} for stream in streams}
+    activations: dict[str, dict[str, float | None]] = {stream: {} for stream in streams}
     for entry in work.entries:
         for stream, scales in entry["activations"].items():
             activations.setdefault(stream, {}).update(scales)

@@ -51,10 +51,11 @@ from internvl_edge.export.pixels import take_levels
 from internvl_edge.export.precision import POLICIES, apply_policy
 from internvl_edge.export.stamp import blocks_of, shallow_depth, stamp
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
+from internvl_edge.quantize.blockwise import block_of
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX, CalibratedBlock, is_quantized
-from internvl_edge.quantize.formats import FORMATS
 from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.weights import stored_layout
 
 Array = np.ndarray[Any, Any]
 
@@ -281,8 +282,9 @@ def quantized_layout(
     for name in needed:
         shape = _shape(plan, name)
         if name in layers:
-            layout[name] = FORMATS[plan.recipe.weights].dtype, shape[::-1]  # (K, N)
-            layout[name + SCALE_SUFFIX] = FLOAT32, shape[:1]
+            outputs, inputs = shape
+            found = stored_layout((outputs, inputs), plan.recipe.of(name))
+            layout[name], layout[name + SCALE_SUFFIX] = found
         else:
             # gains may be folded, and are small; what is large stays as the checkpoint has it
             held = plan.source.tensors[name].dtype
@@ -328,7 +330,7 @@ def write_graph(
     name: str,
     model: ir.Model,
     stored: Mapping[str, StoredTensor],
-    activations: Mapping[str, Mapping[str, float]],
+    activations: Mapping[str, Mapping[str, float | None]],
     directory: Path,
     file: str,
 ) -> Emitted:
@@ -336,9 +338,7 @@ def write_graph(
     if plan.recipe is not None and name in COMPONENT_STREAM:
         scales = activations[COMPONENT_STREAM[name]]
         linears = {
-            weight: QuantizedLinear(
-                weight=weight, activation_scale=scale, format=plan.recipe.activations
-            )
+            weight: _linear(plan, weight, scale)
             for weight, scale in scales.items()
             if weight in model.graph.initializers
         }
@@ -350,6 +350,16 @@ def write_graph(
         inputs=_specs(model.graph.inputs),
         outputs=_specs(model.graph.outputs),
         nbytes=nbytes,
+    )
+
+
+def _linear(plan: Plan, weight: str, scale: float | None) -> QuantizedLinear:
+    assert plan.recipe is not None
+    recipe, block = plan.recipe.of(weight), None
+    if recipe.weights == "int4":
+        block = block_of(plan.source.tensors[weight].shape[1], recipe.block_size)
+    return QuantizedLinear(
+        weight=weight, activation_scale=scale, format=recipe.weights, block=block
     )
 
 

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from internvl_edge.compiler.precision import QUANTIZED, recipe_of
 from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
 from internvl_edge.export.bring import Transfer
 from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
@@ -19,14 +20,12 @@ from internvl_edge.export.components import choose_components
 from internvl_edge.export.config import check_image_size
 from internvl_edge.export.folded import folded
 from internvl_edge.publish import check_out
-from internvl_edge.quantize.recipe import Recipe, load_recipe, recipe_for
+from internvl_edge.quantize.recipe import Recipe, load_recipe
 from internvl_edge.quantize.rotation import rotation
 from internvl_edge.runtime.image import MAX_SIZE, Preprocessing
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-QUANTIZED = ("int8", "fp8")
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 Verify = Literal["auto", "full", "none"]
 Input = Literal["float32", "uint8"]
@@ -85,19 +84,19 @@ def make_plan(options: ExportOptions) -> Plan:
     Raises:
         UsageError, CheckpointError: the first thing that is wrong.
     """
-    require_choice("precision", options.precision, PRECISIONS)
+    default = recipe_of(options.precision)
     for target in options.targets:
         require_choice("target", target, TARGETS)
     _check_parent(options.out)
     check_out(options.out, force=options.force)
-    recipe = _recipe(options)
+    recipe = _recipe(options, default)
     if options.calibration is not None and not options.calibration.is_dir():
         raise CalibrationError(f"{options.calibration}: expected a folder of images")
     _check_weights(options)
     if recipe is None and options.calibration is not None:
         raise UsageError(
-            f"--calib {options.calibration} is for int8 and fp8; {options.precision} has nothing "
-            "to calibrate"
+            f"--calib {options.calibration} is for int8 and fp8, and weights in int8 and int4; "
+            f"{options.precision} has nothing to calibrate"
         )
     if options.image_size is not None and options.image_size > MAX_SIZE:
         raise UsageError(f"--image-size: expected at most {MAX_SIZE}, found {options.image_size}")
@@ -105,6 +104,7 @@ def make_plan(options: ExportOptions) -> Plan:
     image_size = check_image_size(checkpoint.config.vision, options.image_size)
     components = choose_components(checkpoint.config, options.components)
     _warn_without_tokenizer(checkpoint.path, components)
+    _require_layers(options.precision, recipe, checkpoint)
     return Plan(
         options=options,
         checkpoint=checkpoint,
@@ -123,6 +123,18 @@ def source_of(checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
         return checkpoint
     turn = partial(rotation, seed=recipe.rotation_seed) if recipe.rotate else None
     return folded(checkpoint, turn, has_shift=recipe.shift)
+
+
+def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoint) -> None:
+    """A precision of the language model alone needs a checkpoint that has one."""
+    if recipe is None:
+        return
+    names = [name.removesuffix(".weight") for name in checkpoint.tensors if ".layers." in name]
+    if all(recipe.of(name).excludes(name) for name in names):
+        raise UsageError(
+            f"--precision {precision}: expected linear layers to quantize, found none; "
+            f"{checkpoint.path} has no such tower, or the recipe excludes all of it"
+        )
 
 
 def _check_parent(out: Path) -> None:
@@ -151,7 +163,7 @@ def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> No
 
 def _check_weights(options: ExportOptions) -> None:
     kept = f"--weights {options.weights} keeps the checkpoint's own bytes"
-    if options.precision in QUANTIZED and options.weights != "auto":
+    if recipe_of(options.precision) is not None and options.weights != "auto":
         raise UsageError(f"{kept}, which {options.precision} replaces; leave --weights out")
     if options.align is None:
         return
@@ -193,22 +205,28 @@ def read_preprocessing(checkpoint: Path, image_size: int) -> Preprocessing:
         raise CheckpointError(f"{path}: not a preprocessor configuration: {error}") from error
 
 
-def _recipe(options: ExportOptions) -> Recipe | None:
-    if options.precision not in QUANTIZED:
+def _recipe(options: ExportOptions, default: Recipe | None) -> Recipe | None:
+    if default is None:
         if options.recipe is not None:
             raise UsageError(
                 f"--recipe {options.recipe} describes a quantization; --precision "
-                f"{options.precision} has none, use int8 or fp8"
+                f"{options.precision} has none, use {', '.join(QUANTIZED)}"
             )
         return None
     if options.recipe is None:
-        return recipe_for(options.precision)
+        return default
     if isinstance(options.recipe, Recipe):
         return options.recipe
     recipe = load_recipe(options.recipe)
-    if recipe.activations != options.precision:
+    if _formats(recipe) != _formats(default):
         raise UsageError(
-            f"{options.recipe} quantizes to {recipe.activations}, --precision says "
-            f"{options.precision}"
+            f"{options.recipe} quantizes to {_formats(recipe)}, --precision {options.precision} "
+            f"says {_formats(default)}"
         )
     return recipe
+
+
+def _formats(recipe: Recipe) -> str:
+    """The formats of weights and activations, of each tower that has its own."""
+    towers = [recipe, *filter(None, [recipe.language])]
+    return ", ".join(one.weights + ("-wo" if one.is_weight_only else "") for one in towers)

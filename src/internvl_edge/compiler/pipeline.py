@@ -217,7 +217,7 @@ def _compile_into(
     """Write everything but the manifest and the engines."""
     reason = reason_not_to_verify(plan.options.verify)
     samples = None if calibration is None else samples_for(plan, calibration)
-    scales: dict[str, dict[str, float]] = {}
+    scales: dict[str, dict[str, float | None]] = {}
     models = trace_all(plan, plan.base, report)
     brought: dict[str, Brought] = {}
     if samples is None:

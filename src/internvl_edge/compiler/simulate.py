@@ -24,12 +24,13 @@ from internvl_edge.errors import ArtifactError
 from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX, sites_of
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.quantize import formats
+from internvl_edge.quantize.blockwise import block_of
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import rotation
 
-SCALES_FILE = "quantization.json"  # stream → weight → activation scale
-Scales = Mapping[str, Mapping[str, float]]
+SCALES_FILE = "quantization.json"  # stream → weight → activation scale; null: not rounded
+Scales = Mapping[str, Mapping[str, float | None]]
 
 
 def write_scales(directory: Path, scales: Scales) -> None:
@@ -55,7 +56,7 @@ def read_scales(directory: Path) -> Scales:
 @contextmanager
 def fake_quantized(
     module: nn.Module,
-    scales: Mapping[str, float],
+    scales: Mapping[str, float | None],
     recipe: Recipe,
     stored: Mapping[str, np.ndarray[Any, Any]],
     config: CheckpointConfig,
@@ -86,9 +87,11 @@ def fake_quantized(
         for name, layer in module.named_modules():
             weight = rename(f"{name}.weight")
             if isinstance(layer, nn.Linear) and weight in scales:
-                layer.weight.copy_(_rounded(layer.weight, recipe))
-                hook = _rounding_hook(scales[weight], recipe)
-                stack.callback(layer.register_forward_pre_hook(hook).remove)
+                layer.weight.copy_(_rounded(layer.weight, recipe.of(weight)))
+                scale = scales[weight]
+                if scale is not None:
+                    hook = _rounding_hook(scale, recipe.of(weight))
+                    stack.callback(layer.register_forward_pre_hook(hook).remove)
         yield
 
 
@@ -131,7 +134,12 @@ def _split(layer: str) -> tuple[str, str]:
 
 
 def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
-    """Per output channel, as a builder would see it; plain torch arithmetic."""
+    """Per output channel or block, as a builder would see it; plain torch arithmetic."""
+    if recipe.weights == "int4":
+        block = block_of(weight.shape[1], recipe.block_size)
+        blocks = weight.reshape(-1, block)
+        scale = (blocks.abs().amax(dim=1, keepdim=True) / 7).clamp_min(formats.MIN_SCALE)
+        return ((blocks / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
     limit = formats.as_format(recipe.weights).max_value
     peak = weight.abs().amax(dim=1, keepdim=True)
     if recipe.granularity == "per-tensor":
@@ -142,7 +150,7 @@ def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
 
 def _rounding_hook(scale: float, recipe: Recipe) -> Any:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (_round(inputs[0] / scale, recipe.activations) * scale,)
+        return (_round(inputs[0] / scale, recipe.weights) * scale,)
 
     return hook
 

@@ -1,0 +1,189 @@
+"""Tokens per second of the decoder at weight-only precisions, and what the loop itself costs.
+
+    python benchmarks/decode.py                 # QLLaMA-8B widths, 4 layers, and the demo
+    python benchmarks/decode.py --layers 2 --work DIR
+
+    fp32, int8-wo, int4-wo     the decoder on ONNX Runtime's CPU provider, batch 1
+    pytorch eager fp32         the reference, with the same cache
+
+All read one token behind the image's queries and a short prompt, with the same number of threads;
+weights are synthetic, speed does not depend on them. The overhead of the loop is on the demo:
+greedy tokens through ``generate``, less the session's own bare calls in the same loop; target
+100 µs a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import internvl_edge
+from internvl_edge import compiler
+from internvl_edge.compiler.precision import recipe_of
+from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
+from internvl_edge.runtime.cache import start
+from internvl_edge.runtime.continuation import Batch, Generation, Prompt
+from internvl_edge.runtime.environment import environment
+from internvl_edge.runtime.generate import generate
+
+RESULTS = Path(__file__).parent / "results" / "decode.json"
+PRECISIONS = ("fp32", "int8-wo", "int4-wo")
+PAST, PROMPT = 96, 8  # positions of the cache; tokens of the prompt
+TOKENS = 12  # that are timed, behind three that are not
+DEMO_TOKENS = 60
+
+Array = np.ndarray[Any, Any]
+
+
+def export_decoder(checkpoint: Path, out: Path, precision: str) -> int:
+    """Export the decoder alone; the bytes of its weights."""
+    recipe = recipe_of(precision)
+    options = compiler.ExportOptions(
+        checkpoint=checkpoint,
+        out=out,
+        precision=precision,
+        components=("decoder",),
+        verify="none",
+        # any scales are as fast as the best ones
+        recipe=None if recipe is None else replace(recipe, num_samples=1, smooth=None),
+    )
+    return compiler.export(options).manifest.components["decoder"].nbytes
+
+
+def prompt_of(vocabulary: int) -> Prompt:
+    ids = np.random.default_rng(0).integers(3, vocabulary, (1, PROMPT))
+    return Prompt(ids=ids, mask=np.ones_like(ids), past=PAST)
+
+
+def cache_of(config: Any) -> dict[str, Array]:
+    llama = config.internvl.qllama
+    shape = 1, llama.num_attention_heads, PAST, llama.head_dim
+    rng = np.random.default_rng(1)
+    return {
+        f"present.{i}.{part}": rng.standard_normal(shape).astype(np.float32)
+        for i in range(llama.num_hidden_layers)
+        for part in ("key", "value")
+    }
+
+
+def timed(read: Callable[[Array], Array]) -> dict[str, float]:
+    """Seconds of each token, and tokens per second at their median."""
+    token, seconds = np.array([5]), []
+    for _ in range(TOKENS + 3):
+        begun = time.perf_counter()
+        read(token)
+        seconds.append(time.perf_counter() - begun)
+    median = statistics.median(seconds[3:])
+    return {"token_ms": 1e3 * median, "tokens_per_second": 1 / median}
+
+
+def ours(out: Path, config: Any) -> dict[str, float]:
+    with internvl_edge.open_session(out, "decoder") as session:
+        vocabulary = config.internvl.qllama.vocab_size
+        batch = Batch(start(session, cache_of(config)), prompt_of(vocabulary), TOKENS + 3)
+        batch.read_prompt()
+        return timed(batch.read)
+
+
+def eager(checkpoint: Path, config: Any) -> dict[str, float]:
+    """The reference in float32; its cache is what its last call gave."""
+    import torch
+
+    from internvl_edge.export.checkpoint import load_reference
+    from internvl_edge.export.components import COMPONENTS, build_component
+
+    module = build_component(COMPONENTS["decoder"], load_reference(checkpoint))
+
+    class Reference:
+        def __init__(self) -> None:
+            self.past = [torch.from_numpy(values) for values in cache_of(config).values()]
+
+        def run(self, *feeds: Array) -> Array:
+            with torch.inference_mode():
+                logits, *self.past = module(*map(torch.from_numpy, feeds), *self.past)
+            last: Array = logits[:, -1].numpy()
+            return last
+
+        def select(self, rows: Array) -> None:
+            raise NotImplementedError
+
+    prompt = prompt_of(config.internvl.qllama.vocab_size)
+    batch = Batch(Reference(), prompt, TOKENS + 3)
+    batch.read_prompt()
+    return timed(batch.read)
+
+
+def overhead(out: Path) -> dict[str, float]:
+    """Microseconds a token of ``generate`` beyond the session's calls, on the demo."""
+    compiler.export(compiler.ExportOptions(out=out, verify="none"))
+    with internvl_edge.load(out) as model, internvl_edge.open_session(out, "decoder") as session:
+        cache = model.see(np.zeros((1, 3, 48, 48), np.float32)).cache
+        prompt = Prompt(
+            ids=np.array([[1, 5, 6]]),
+            mask=np.ones((1, 3), np.int64),
+            past=next(iter(cache.values())).shape[2],
+        )
+        how = Generation(max_new_tokens=DEMO_TOKENS, stop_ids=())
+        found = []
+        for _ in range(20):
+            watched = Watched(session)
+            begun = time.perf_counter()
+            generate(start(watched, cache), prompt, how)
+            found.append((time.perf_counter() - begun - watched.seconds) / DEMO_TOKENS)
+        return {"overhead_us": 1e6 * statistics.median(found), "target_us": 100.0}
+
+
+class Watched:
+    """A session that adds up the time of its own bare calls."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self.seconds = session, 0.0
+
+    def _timed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        result = call(*args, **kwargs)
+        self.seconds += time.perf_counter() - begun
+        return result
+
+    def run_device(self, *args: Any, **kwargs: Any) -> Any:
+        return self._timed(self._session.run_device, *args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._timed(self._session.step, *args, **kwargs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--work", type=Path, help="keep checkpoint and directories here")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    config = shrink(PRESETS["qllama-8b"], chosen.layers)
+    result: dict[str, Any] = {"layers": chosen.layers, "past": PAST + PROMPT, "batch": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        work = chosen.work or Path(folder)
+        checkpoint = work / "checkpoint"
+        if not checkpoint.exists():
+            write_checkpoint(Synthesis(config=config), checkpoint)
+        result["loop"] = overhead(work / "demo")
+        for precision in PRECISIONS:
+            nbytes = export_decoder(checkpoint, work / precision, precision)
+            result[precision] = ours(work / precision, config) | {"weights_nbytes": nbytes}
+            print(precision, result[precision], flush=True)
+        result["pytorch"] = eager(checkpoint, config)
+        print("pytorch", result["pytorch"], result["loop"])
+    result["environment"] = environment()
+    chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""A linear layer's weight as it is stored: INT8 or FP8 per output, or INT4 in blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.errors import CalibrationError
+from internvl_edge.quantize import blockwise, formats
+from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.statistics import BEST_DB, weight_sqnr_db
+
+Array = np.ndarray[Any, Any]
+Layout = tuple[np.dtype[Any], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """A linear layer's weight in 8 or 4 bits."""
+
+    values: Array  # (K, N) int8 or float8_e4m3fn; of int4 (K · N / 2,) uint8, packed
+    scales: Array  # (N,) float32; of int4 (K / block, N)
+    sqnr_db: float  # beside the weight that it was made from
+
+
+def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight:
+    """Put a weight (N, K) into the format of a recipe.
+
+    Raises:
+        CalibrationError: it holds NaN or infinity.
+    """
+    if not np.isfinite(weight).all():
+        raise CalibrationError(f"{name}.weight holds NaN or infinity")
+    if recipe.weights == "int4":
+        block = blockwise.block_of(weight.shape[1], recipe.block_size)
+        values, scales = blockwise.quantize_blocks(weight, block)
+        sqnr = formats.sqnr_db(weight, blockwise.dequantize_blocks(values, scales))
+        packed = blockwise.pack(np.ascontiguousarray(values.T))
+        per_block = np.ascontiguousarray(scales.T)
+        return QuantizedWeight(values=packed, scales=per_block, sqnr_db=min(sqnr, BEST_DB))
+    scales = formats.weight_scale(weight, recipe.weights, axis=0)
+    if recipe.granularity == "per-tensor":
+        scales[:] = scales.max()
+    values = formats.quantize(weight, scales, recipe.weights, axis=0)
+    stored = np.ascontiguousarray(values.T)
+    sqnr = weight_sqnr_db(weight, stored, scales)
+    return QuantizedWeight(values=stored, scales=scales, sqnr_db=sqnr)
+
+
+def stored_layout(shape: tuple[int, int], recipe: Recipe) -> tuple[Layout, Layout]:
+    """Dtype and shape of the values and of the scales of a weight (N, K)."""
+    outputs, inputs = shape
+    wide = np.dtype(np.float32)
+    if recipe.weights == "int4":
+        count = inputs // blockwise.block_of(inputs, recipe.block_size)
+        packed = -(-inputs * outputs // 2)
+        return (np.dtype(np.uint8), (packed,)), (wide, (count, outputs))
+    return (formats.FORMATS[recipe.weights].dtype, (inputs, outputs)), (wide, (outputs,))
