@@ -43,8 +43,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "int8": (0.9, 6.0),
     "fp8": (0.8, 3.0),
     "int8-wo": (0.99, 20.0),
-    # 4 bits leave about 18 dB a layer; what a row is worth, the simulation knows
-    "int4-wo": (0.2, 3.0),
+    # No bound on a row: heads of 16 random channels fell to a cosine of 0.2, correctly rounded.
+    # What catches mistakes in 4 bits is the simulation below; beside PyTorch the SQNR is held.
+    "int4-wo": (-1.0, 3.0),
     # A quantized graph beside the simulation of what it should compute (compiler.simulate): equal
     # but for float32 noise, or in 16 bits for roundings that fall to the other side.
     "simulated": (0.99, 25.0),
