@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from PIL import Image
 
 from internvl_edge import compiler
 from internvl_edge.compiler.options import demo_checkpoint
+from internvl_edge.demo import scenes
 from internvl_edge.demo.__main__ import quality
 from internvl_edge.export.config import load_config
 from internvl_edge.export.synthetic import Synthesis, inject
 
 RESULTS = Path(__file__).parent / "results" / "outliers.json"
+NUM_SAMPLES = 32
 RECIPES: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "int8": {"precision": "int8"},
@@ -48,10 +51,23 @@ def with_outliers(source: Path, target: Path, seed: int) -> Path:
     return target
 
 
+def scenes_folder(folder: Path) -> Path:
+    """What the demo is calibrated on, as a folder: a changed copy is not known as the demo."""
+    folder.mkdir()
+    pictures = scenes.calibration_images(NUM_SAMPLES, 0)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i:03}.png")
+    captions = scenes.calibration_texts(NUM_SAMPLES, 0)
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    return folder
+
+
 def measure(checkpoint: Path, work: Path) -> dict[str, dict[str, float]]:
     found = {}
     for name, how in RECIPES.items():
         options = dict(how)
+        if how["precision"] != "fp32":
+            options["calibration"] = work / "scenes"
         if "recipe" in options:
             file = work / "recipe.json"
             file.write_text(json.dumps(options["recipe"]), encoding="utf-8")
@@ -70,6 +86,7 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
+        scenes_folder(work / "scenes")
         results = {"none": measure(demo_checkpoint(), work)}
         for seed in seeds:
             changed = with_outliers(demo_checkpoint(), work / f"seed {seed}", seed)

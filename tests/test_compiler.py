@@ -260,7 +260,7 @@ def test_a_wrong_weight_is_caught(
         ({"image_size": 30}, UsageError, "the nearest are 28 and 42"),
         ({"image_size": -14}, UsageError, "positive multiple"),
         ({"precision": "int8", "weights": "link"}, UsageError, "leave --weights out"),
-        ({"recipe": Path("recipe.json")}, UsageError, "use int8 or fp8"),
+        ({"recipe": Path("recipe.json")}, UsageError, "use int8, fp8"),
         ({"precision": "int8", "calibration": Path("nowhere")}, CalibrationError, "nowhere"),
         ({"checkpoint": Path("nowhere")}, CheckpointError, "does not exist"),
     ],
