@@ -190,8 +190,8 @@ def test_unknown_methods_and_formats_are_refused() -> None:
     observer = observed(normal(2, 2))
     with pytest.raises(UsageError, match="expected one of max, percentile"):
         observer.clip("minmax", "int8")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="int4"):
-        observer.scale("mse", "int4")
+    with pytest.raises(UsageError, match="int2"):
+        observer.scale("mse", "int2")
 
 
 @BOTH
