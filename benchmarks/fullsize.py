@@ -184,8 +184,8 @@ def work_forwards(checkpoint: str) -> None:
     import torch
 
     from internvl_edge.compiler.calibration import BATCH
-    from internvl_edge.export.blocks import Samples, calibration_blocks
     from internvl_edge.export.checkpoint import open_checkpoint
+    from internvl_edge.export.streams import Samples, calibration_blocks
     from internvl_edge.resume import Workspace
     from internvl_edge.spool import Budget
 

@@ -27,9 +27,9 @@ import torch
 
 from internvl_edge.compiler.options import source_of
 from internvl_edge.compiler.simulate import fake_quantized
-from internvl_edge.export.blocks import Samples, calibration_blocks
 from internvl_edge.export.checkpoint import Checkpoint, load_model, open_checkpoint
 from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.streams import Samples, calibration_blocks
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
 from internvl_edge.quantize.calibrate import calibrate_block
 from internvl_edge.quantize.data import sample_set

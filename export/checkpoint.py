@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from internvl_edge.errors import CheckpointError
-from internvl_edge.export.config import CheckpointConfig, load_config
-from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.chatconfig import ChatConfig
+from internvl_edge.export.config import CheckpointConfig, VisionConfig, load_config
+from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.shards import (
     DTYPES,
     MAX_LISTED,
@@ -58,6 +59,14 @@ __all__ = [
 ]
 
 READING_THREADS = 2
+MAX_DEPTH = 256  # of a vision tower
+BLOCKS = "vision_model.encoder.layers."
+LLAVA_NAMES = {
+    "model.vision_tower.vision_tower.": "vision_model.",
+    "model.mm_projector.": "mm_projector.",
+    "model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
 
 
@@ -144,11 +153,13 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     return Checkpoint(path=path, config=config, tensors=tensors, shards=shards, states=states)
 
 
-def build_model(config: CheckpointConfig) -> InternVL | InternViT:
+def build_model(config: CheckpointConfig) -> InternVL | Chat | InternViT:
     """The PyTorch model of a configuration, on the current default device."""
     if config.kind == "internvl":
         assert config.internvl is not None
         return InternVL(config.internvl)
+    if config.kind == "chat":
+        return Chat(config)
     return InternViT(config.vision)
 
 
@@ -156,7 +167,7 @@ def expected_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name → shape of every tensor that a configuration calls for."""
     with torch.device("meta"), _uninitialised():
         model = build_model(config)
-    prefix = "" if config.kind == "internvl" else "vision_model."
+    prefix = _prefix(config)
     return {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
@@ -176,7 +187,7 @@ def _uninitialised() -> Iterator[None]:
 
 def load_reference(
     checkpoint: Path | str, dtype: torch.dtype = torch.float32
-) -> InternVL | InternViT:
+) -> InternVL | Chat | InternViT:
     """Our PyTorch model of a checkpoint, weights loaded, in evaluation mode.
 
     Args:
@@ -186,11 +197,13 @@ def load_reference(
     return load_model(open_checkpoint(checkpoint), dtype)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> InternVL | InternViT:
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
+) -> InternVL | Chat | InternViT:
     """As :func:`load_reference`, of a checkpoint that is open."""
     with torch.device("meta"):
         model = build_model(checkpoint.config)
-    prefix = "" if checkpoint.config.kind == "internvl" else "vision_model."
+    prefix = _prefix(checkpoint.config)
     load_into(model, checkpoint, prefix, dtype)
     return model.eval()
 
@@ -227,10 +240,36 @@ def _canonical(config: CheckpointConfig, entries: dict[str, TensorEntry]) -> dic
     kept = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}
     if config.kind == "vit" and not any(n.startswith("vision_model.") for n in kept):
         return {"vision_model." + n: e for n, e in kept.items()}
-    if config.kind == "internvl":
-        return kept
-    # Of a composite checkpoint with another language model, the tower is what we compile.
-    return {n: e for n, e in kept.items() if n.startswith("vision_model.")}
+    if config.kind == "vit":  # of a composite of another kind, the tower is what we compile
+        return {n: e for n, e in kept.items() if n.startswith("vision_model.")}
+    return kept if config.chat is None else _of_chat(config.vision, config.chat, kept)
+
+
+def _of_chat(
+    vision: VisionConfig, chat: ChatConfig, kept: dict[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """Names of either layout as one; without blocks and language models that are not compiled."""
+    if chat.layout == "llava":
+        kept = {_of_llava(name): entry for name, entry in kept.items()}
+    dropped = [f"{BLOCKS}{i}." for i in range(vision.num_hidden_layers, MAX_DEPTH)]
+    if chat.llama is None:
+        dropped.append("language_model.")
+    elif chat.llama.tie_word_embeddings:
+        dropped.append("language_model.lm_head.")
+    return {n: e for n, e in kept.items() if not n.startswith(tuple(dropped))}
+
+
+def _of_llava(name: str) -> str:
+    """A name of V1.0 as it is in later versions; the projector keeps its own."""
+    for old, new in LLAVA_NAMES.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _prefix(config: CheckpointConfig) -> str:
+    """What stands before the names of a model's parameters to make them canonical."""
+    return "vision_model." if config.kind == "vit" else ""
 
 
 def _match(

@@ -14,24 +14,32 @@ key/value tensors have the compute dtype.
     matcher         last_hidden_state, input_ids, attention_mask  match_logits
     decoder         input_ids, attention_mask, position_ids,      logits, present.{i}.*
                     past_key_values.{i}.*
+    chat_vision     pixel_values                                  image_tokens
+    chat_decoder    inputs_embeds, attention_mask, position_ids,  logits, present.{i}.*
+                    past_key_values.{i}.*
 
 The decoder is one graph for a prompt and for every token behind it. It never sees an image: what
 ``image_queries`` gives as ``present`` are the first positions of its cache. ``attention_mask``
-covers the cache and the new tokens (B, P + T), 0 where there is padding; P may be 0.
+covers the cache and the new tokens (B, P + T), 0 where there is padding; P may be 0. A chat
+model's decoder is the same of token embeddings: the runtime looks them up and puts image tokens
+into their places, so that the graph has neither the table nor a second kind of prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import UsageError
-from internvl_edge.export.config import CheckpointConfig
-from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.chatconfig import LlamaConfig
+from internvl_edge.export.config import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.models import Chat, InternViT, InternVL
+from internvl_edge.export.models.chat import require_llama
 
 TOTAL = "past+length"
 # Sizes of the traced example; all of these dimensions stay dynamic.
@@ -122,12 +130,35 @@ class Decoder(nn.Module):
         return logits.float(), *(tensor for pair in cache for tensor in pair)
 
 
+class ChatVision(nn.Module):
+    def __init__(self, model: Chat) -> None:
+        super().__init__()
+        self.config, self.vision_model = model.config, model.vision_model
+        setattr(self, self.config.projector, getattr(model, self.config.projector))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return Chat.encode_image(self, pixel_values).float()  # type: ignore[arg-type]
+
+
+class ChatDecoder(nn.Module):
+    def __init__(self, model: Chat) -> None:
+        super().__init__()
+        self.language_model = require_llama(model)
+
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        logits, cache = self.language_model(inputs_embeds, attention_mask, position_ids, pairs)
+        return logits.float(), *(tensor for pair in cache for tensor in pair)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
     """A part of the model that is compiled on its own."""
 
     name: str
-    module: Callable[[InternVL], nn.Module]
+    module: Callable[[Any], nn.Module]  # of the reference model
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]  # presents are appended by ``output_names``
     has_cache: bool = False  # gives presents
@@ -144,8 +175,16 @@ class Component:
         return [*self.outputs, *presents]
 
 
+def language_config(config: CheckpointConfig) -> QLlamaConfig | LlamaConfig | None:
+    """The configuration of the checkpoint's language model; None where it has none of ours."""
+    if config.internvl is not None:
+        return config.internvl.qllama
+    return None if config.chat is None else config.chat.llama
+
+
 def _cache_names(config: CheckpointConfig, prefix: str) -> Iterator[str]:
-    layers = 0 if config.internvl is None else config.internvl.qllama.num_hidden_layers
+    llama = language_config(config)
+    layers = 0 if llama is None else llama.num_hidden_layers
     return (f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))
 
 
@@ -197,13 +236,32 @@ COMPONENTS: dict[str, Component] = {
             has_cache=True,
             takes_cache=True,
         ),
+        Component(
+            name="chat_vision",
+            module=ChatVision,
+            inputs=("pixel_values",),
+            outputs=("image_tokens",),
+        ),
+        Component(
+            name="chat_decoder",
+            module=ChatDecoder,
+            inputs=("inputs_embeds", "attention_mask", "position_ids"),
+            outputs=("logits",),
+            has_cache=True,
+            takes_cache=True,
+        ),
     )
 }
+OF_CHAT = ("chat_vision", "chat_decoder")
 
 
 def available_components(config: CheckpointConfig) -> tuple[str, ...]:
     """Every component that a checkpoint of this kind can be compiled into."""
-    return tuple(COMPONENTS) if config.kind == "internvl" else ("vision",)
+    if config.kind == "internvl":
+        return tuple(name for name in COMPONENTS if name not in OF_CHAT)
+    if config.chat is not None:
+        return OF_CHAT[:1] if config.chat.llama is None else OF_CHAT
+    return ("vision",)
 
 
 def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -213,6 +271,11 @@ def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> 
         UsageError: a name that is not a component, or that this checkpoint does not have.
     """
     available = available_components(config)
+    if config.chat is not None and config.chat.llama is None and names != OF_CHAT[:1]:
+        raise UsageError(
+            f"the language model is {config.chat.unsupported}; compile the vision side alone with "
+            "--components chat_vision, and run the language model with another tool"
+        )
     if names is None:
         return available
     unknown = [name for name in names if name not in available]
@@ -224,7 +287,7 @@ def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> 
     return tuple(name for name in available if name in names)
 
 
-def build_component(component: Component, model: InternVL | InternViT) -> nn.Module:
+def build_component(component: Component, model: InternVL | Chat | InternViT) -> nn.Module:
     """The component's module around the (shared) reference model."""
     if isinstance(model, InternViT):
         return Vision(model).eval()
@@ -255,9 +318,11 @@ def input_specs(
         ),
         "position_ids": TensorSpec(name="position_ids", dtype="int64", shape=("batch", "length")),
     }
-    if component.takes_cache and config.internvl is not None:
-        llama = config.internvl.qllama
-        shape = ("batch", llama.num_attention_heads, "past", llama.head_dim)
+    llama = language_config(config)
+    if component.takes_cache and llama is not None:
+        embeds = ("batch", "length", llama.hidden_size)
+        specs["inputs_embeds"] = TensorSpec(name="inputs_embeds", dtype="float32", shape=embeds)
+        shape = ("batch", llama.num_key_value_heads, "past", llama.head_dim)
         past = TensorSpec(name="", dtype=compute, shape=shape)
         names = component.input_names(config)[len(component.inputs) :]
         specs |= {name: replace(past, name=name) for name in names}

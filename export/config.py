@@ -8,37 +8,38 @@ A checkpoint is one of three kinds, recognised by what the config holds rather t
 ``model_type`` (which transformers' own, different InternVL shares):
 
     internvl   ``vision_config`` and ``qllama_config``          InternVL-14B: ViT, QLLaMA, heads
-    chat       ``vision_config`` and ``llm_config``             InternVL-Chat: ViT, projector, LLM
+    chat       ``vision_config`` and ``llm_config``, or LLaVA's  InternVL-Chat: ViT, projector, LLM
     vit        ``model_type`` intern_vit_6b, or a bare ViT      InternViT
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from internvl_edge.errors import CheckpointError, UsageError
+from internvl_edge.export.chatconfig import (
+    ChatConfig,
+    is_llava,
+    read_chat,
+    read_llava,
+    used_depth,
+)
+from internvl_edge.export.configfile import (
+    known_fields,
+    read_json,
+    refuse_remote_code,
+    require_choice,
+    require_divisible,
+    require_positive,
+    section,
+    typed,
+)
 
 logger = logging.getLogger(__name__)
-
-MAX_CONFIG_NBYTES = 4 << 20
-# The modules whose behaviour we re-implement; a config that points elsewhere is not ours to run.
-KNOWN_REMOTE_MODULES = frozenset(
-    {
-        "configuration_intern_vit",
-        "configuration_internvl",
-        "configuration_internvl_chat",
-        "modeling_intern_vit",
-        "modeling_internvl",
-        "modeling_internvl_chat",
-        "modeling_qllama",
-    }
-)
 
 Kind = Literal["internvl", "chat", "vit"]
 OURS = ("has_layer_scale", "is_rotated", "has_shift")  # fields that no config.json decides
@@ -67,10 +68,10 @@ class VisionConfig:
     has_shift: bool = False  # what fc2 reads is moved by a constant, so that zero is its middle
 
     def __post_init__(self) -> None:
-        _require_positive(self, "vision_config")
-        _require_divisible(self.hidden_size, self.num_attention_heads, "vision_config")
-        _require_choice("vision_config.norm_type", self.norm_type, ("rms_norm", "layer_norm"))
-        _require_choice("vision_config.hidden_act", self.hidden_act, ("gelu",))
+        require_positive(self, "vision_config")
+        require_divisible(self.hidden_size, self.num_attention_heads, "vision_config")
+        require_choice("vision_config.norm_type", self.norm_type, ("rms_norm", "layer_norm"))
+        require_choice("vision_config.hidden_act", self.hidden_act, ("gelu",))
         if self.image_size % self.patch_size:
             raise CheckpointError(
                 f"vision_config.image_size must be a multiple of patch_size {self.patch_size}, "
@@ -110,14 +111,18 @@ class QLlamaConfig:
     is_rotated: bool = False  # as in VisionConfig
 
     def __post_init__(self) -> None:
-        _require_positive(self, "qllama_config", but=("bos_token_id", "pad_token_id"))
-        _require_divisible(self.hidden_size, self.num_attention_heads, "qllama_config")
-        _require_choice("qllama_config.hidden_act", self.hidden_act, ("silu",))
+        require_positive(self, "qllama_config", but=("bos_token_id", "pad_token_id"))
+        require_divisible(self.hidden_size, self.num_attention_heads, "qllama_config")
+        require_choice("qllama_config.hidden_act", self.hidden_act, ("silu",))
         if self.head_dim % 2:
             raise CheckpointError(
                 f"qllama_config: rotary embedding needs an even head size, found {self.head_dim} "
                 f"(hidden_size {self.hidden_size} / {self.num_attention_heads} heads)"
             )
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
@@ -136,9 +141,9 @@ class InternVLConfig:
     cross_attention_frequency: int = 2
 
     def __post_init__(self) -> None:
-        _require_positive(self, "config")
-        _require_divisible(self.vision.hidden_size, self.attn_pool_num_heads, "clip_projector")
-        _require_divisible(self.qllama.hidden_size, self.attn_pool_num_heads, "clip_projector2")
+        require_positive(self, "config")
+        require_divisible(self.vision.hidden_size, self.attn_pool_num_heads, "clip_projector")
+        require_divisible(self.qllama.hidden_size, self.attn_pool_num_heads, "clip_projector2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +151,14 @@ class CheckpointConfig:
     """A checkpoint's kind and the configuration of what it holds."""
 
     kind: Kind
-    vision: VisionConfig
+    vision: VisionConfig  # of a chat model: the blocks before select_layer
     internvl: InternVLConfig | None = None
+    chat: ChatConfig | None = None
+
+    @property
+    def image_size(self) -> int:
+        """The resolution that the model is run at unless another is asked for."""
+        return self.vision.image_size if self.chat is None else self.chat.image_size
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -155,7 +166,7 @@ class CheckpointConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CheckpointConfig:
         """The inverse of :meth:`to_json`: refuses keys it does not know."""
-        internvl = data.get("internvl")
+        internvl, chat = data.get("internvl"), data.get("chat")
         try:
             return cls(
                 kind=data["kind"],
@@ -169,6 +180,7 @@ class CheckpointConfig:
                         "qllama": QLlamaConfig(**internvl["qllama"]),
                     }
                 ),
+                chat=None if chat is None else ChatConfig.from_json(chat),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"model configuration not understood: {error}") from error
@@ -181,8 +193,8 @@ def load_config(directory: Path) -> CheckpointConfig:
         CheckpointError: absent, malformed, of an unknown architecture, or defined by remote code.
     """
     path = directory / "config.json"
-    raw = _read_json(path)
-    _refuse_remote_code(raw, path)
+    raw = read_json(path)
+    refuse_remote_code(raw, path)
     nested_vision = raw.get("vision_config")
     if isinstance(raw.get("qllama_config"), dict):
         if raw.get("tie_word_embeddings"):
@@ -191,12 +203,14 @@ def load_config(directory: Path) -> CheckpointConfig:
                 "overwrite one of two different tensors; lm_head and embed_tokens are both kept",
                 path,
             )
-        vision = _vision_config(_section(raw, "vision_config", path), path, raw)
+        vision = _vision_config(section(raw, "vision_config", path), path, raw)
         return CheckpointConfig(
             kind="internvl", vision=vision, internvl=_internvl(raw, vision, path)
         )
     if isinstance(raw.get("llm_config"), dict) and isinstance(nested_vision, dict):
-        return CheckpointConfig(kind="chat", vision=_vision_config(nested_vision, path, raw))
+        return _chat(_vision_config(nested_vision, path, {}), *read_chat(raw, path), path)
+    if is_llava(raw):
+        return _chat(_llava_vision(raw, path), *read_llava(raw, path), path)
     if isinstance(nested_vision, dict) and raw.get("model_type") != "internvl":
         return CheckpointConfig(kind="vit", vision=_vision_config(nested_vision, path, raw))
     if raw.get("model_type") == "intern_vit_6b":
@@ -208,29 +222,50 @@ def load_config(directory: Path) -> CheckpointConfig:
     )
 
 
-def check_image_size(vision: VisionConfig, image_size: int | None) -> int:
+def check_image_size(config: CheckpointConfig, image_size: int | None) -> int:
     """The resolution to compile for: ``image_size``, or the checkpoint's own.
 
     Raises:
         UsageError: not a positive multiple of the patch size.
     """
-    size = vision.image_size if image_size is None else image_size
-    if size <= 0 or size % vision.patch_size:
-        lower = max(size // vision.patch_size, 1) * vision.patch_size
+    size = config.image_size if image_size is None else image_size
+    # a chat model merges neighbouring patches into one token
+    step = config.vision.patch_size * (1 if config.chat is None else config.chat.shuffle)
+    if size <= 0 or size % step:
+        lower = max(size // step, 1) * step
+        what = "the patch size" if step == config.vision.patch_size else "merged patches,"
         raise UsageError(
-            f"image size must be a positive multiple of the patch size {vision.patch_size}, found "
-            f"{size}; the nearest are {lower} and {lower + vision.patch_size}"
+            f"image size must be a positive multiple of {what} {step}, found {size}; the nearest "
+            f"are {lower} and {lower + step}"
         )
     return size
 
 
+def _chat(
+    vision: VisionConfig, chat: ChatConfig, select_layer: int, path: Path
+) -> CheckpointConfig:
+    """Blocks behind ``select_layer`` are not run, so the tower ends there."""
+    depth = used_depth(select_layer, vision.num_hidden_layers, path)
+    return CheckpointConfig(kind="chat", vision=replace(vision, num_hidden_layers=depth), chat=chat)
+
+
+def _llava_vision(raw: dict[str, Any], path: Path) -> VisionConfig:
+    """The tower that a LLaVA config names, InternViT-6B; a ``vision_config`` says more."""
+    name, nested = str(raw.get("mm_vision_tower")), raw.get("vision_config")
+    if isinstance(nested, dict):
+        return _vision_config(nested, path, {})
+    is_newer = any(version in name for version in ("V1-2", "V1-5"))
+    size = 448 if "448" in name else 224
+    return VisionConfig(image_size=size, num_hidden_layers=45 if is_newer else 48)
+
+
 def _internvl(raw: dict[str, Any], vision: VisionConfig, path: Path) -> InternVLConfig:
     # The constructor upstream copies the top-level query count and frequency over the nested ones.
-    qllama = _section(raw, "qllama_config", path)
+    qllama = section(raw, "qllama_config", path)
     return InternVLConfig(
         vision=vision,
         qllama=_from_raw(QLlamaConfig, qllama, path, "qllama_config."),
-        **_known(InternVLConfig, raw, path, "", skip=("vision", "qllama")),
+        **known_fields(InternVLConfig, raw, path, "", skip=("vision", "qllama")),
     )
 
 
@@ -241,7 +276,7 @@ def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> 
     return (
         config
         if forced is None
-        else dataclasses.replace(config, image_size=_typed(forced, int, path, "force_image_size"))
+        else dataclasses.replace(config, image_size=typed(forced, int, path, "force_image_size"))
     )
 
 
@@ -254,93 +289,17 @@ _C = TypeVar("_C", VisionConfig, QLlamaConfig)
 
 
 def _from_raw(cls: type[_C], raw: dict[str, Any], path: Path, prefix: str) -> _C:
-    return cls(**_known(cls, raw, path, prefix, skip=OURS))
+    return cls(**known_fields(cls, raw, path, prefix, skip=OURS))
 
 
-def _known(
-    cls: type, raw: dict[str, Any], path: Path, prefix: str, skip: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """The keys of ``raw`` that are fields of ``cls``, each of the field's type; null = default."""
-    types = {"int": int, "float": float, "bool": bool, "str": str}
-    return {
-        f.name: _typed(raw[f.name], types[str(f.type)], path, prefix + f.name)
-        for f in dataclasses.fields(cls)
-        if f.name not in skip and raw.get(f.name) is not None
-    }
-
-
-def _typed(value: object, kind: type, path: Path, key: str) -> Any:
-    accepted = (int, float) if kind is float else (kind,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise CheckpointError(f"{path}: {key} must be {kind.__name__}, found {value!r}")
-    if kind is float and not math.isfinite(value):  # type: ignore[arg-type]
-        raise CheckpointError(f"{path}: {key} must be finite, found {value!r}")
-    return kind(value)
-
-
-def _section(raw: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
-    value = raw.get(key)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {key} must be an object, found {value!r}")
-    return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_NBYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_CONFIG_NBYTES} bytes; not a config")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not found; expected a Hugging Face directory") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold one JSON object, found {type(raw).__name__}")
-    return raw
-
-
-def _refuse_remote_code(raw: dict[str, Any], path: Path) -> None:
-    if raw.get("trust_remote_code"):
-        raise CheckpointError(f"{path}: asks for trust_remote_code; remote code is never run")
-    auto_map = raw.get("auto_map") or {}
-    if not isinstance(auto_map, dict):
-        raise CheckpointError(f"{path}: auto_map must be an object, found {auto_map!r}")
-    for target in auto_map.values():
-        # "repo--module.Class" or "module.Class"; tokenizers come as a pair of these.
-        for name in target if isinstance(target, list) else [target]:
-            module = str(name).rsplit("--", 1)[-1].split(".", 1)[0]
-            if name is not None and module not in KNOWN_REMOTE_MODULES:
-                raise CheckpointError(
-                    f"{path}: auto_map points to {name!r}, code that internvl-edge does not "
-                    "re-implement; remote code is never run"
-                )
-
-
-def _require_positive(config: Any, where: str, but: tuple[str, ...] = ()) -> None:
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and value <= 0 and f.name not in but:
-            raise CheckpointError(f"{where}.{f.name} must be positive, found {value}")
-        if isinstance(value, int) and value > 1 << 24:
-            raise CheckpointError(f"{where}.{f.name} is implausible: {value}")
-
-
-def _require_divisible(width: int, heads: int, where: str) -> None:
-    if width % heads:
-        raise CheckpointError(f"{where}: width {width} is not a multiple of {heads} heads")
-
-
-def _require_choice(where: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise CheckpointError(f"{where} must be one of {', '.join(choices)}, found {value!r}")
-
-
-def with_depth(config: CheckpointConfig, vision: int, qllama: int) -> CheckpointConfig:
-    """The same widths with other numbers of blocks; ``qllama`` counts where there is one."""
+def with_depth(config: CheckpointConfig, vision: int, language: int) -> CheckpointConfig:
+    """The same widths with other numbers of blocks; ``language`` counts where there is one."""
     tower = replace(config.vision, num_hidden_layers=vision)
+    if config.chat is not None and config.chat.llama is not None:
+        chat = replace(config.chat, llama=replace(config.chat.llama, num_hidden_layers=language))
+        return replace(config, vision=tower, chat=chat)
     if config.internvl is None:
         return replace(config, vision=tower)
-    llama = replace(config.internvl.qllama, num_hidden_layers=qllama)
+    llama = replace(config.internvl.qllama, num_hidden_layers=language)
     internvl = replace(config.internvl, vision=tower, qllama=llama)
     return replace(config, vision=tower, internvl=internvl)

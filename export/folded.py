@@ -33,15 +33,18 @@ import numpy as np
 
 from internvl_edge.export.blocks import (
     LLAMA_NORMS,
-    LLAMA_PREFIX,
     LLAMA_WRITERS,
     OFF_STREAM,
     VISION_NORMS,
     VISION_PREFIX,
     VISION_WRITERS,
+    language_prefix,
+    sites_of,
 )
+from internvl_edge.export.chatconfig import LlamaConfig
 from internvl_edge.export.checkpoint import Checkpoint, TensorEntry, expected_shapes
-from internvl_edge.export.config import CheckpointConfig
+from internvl_edge.export.components import language_config
+from internvl_edge.export.config import CheckpointConfig, QLlamaConfig
 
 Array = np.ndarray[Any, Any]
 FLOAT32 = np.dtype(np.float32)
@@ -81,8 +84,9 @@ def folded(
     tensors = dict(checkpoint.tensors)
     vision = rotation and rotation(config.vision.hidden_size)
     makers = _vision(checkpoint, vision, has_shift=has_shift)
-    if config.internvl is not None:
-        makers |= _llama(checkpoint, rotation and rotation(config.internvl.qllama.hidden_size))
+    llama = language_config(config)
+    if llama is not None:
+        makers |= _llama(checkpoint, llama, rotation and rotation(llama.hidden_size))
     for name, shape in expected_shapes(config).items():
         if name in makers:
             # embeddings are large and were never float32; all else is small or quantized next
@@ -109,6 +113,9 @@ def _folded_config(config: CheckpointConfig, *, is_rotated: bool, shift: bool) -
         has_shift=shift,
         qkv_bias=has_bias,
     )
+    if config.chat is not None and config.chat.llama is not None:
+        chat = replace(config.chat, llama=replace(config.chat.llama, is_rotated=is_rotated))
+        return replace(config, vision=vision, chat=chat)
     if config.internvl is None:
         return replace(config, vision=vision)
     llama = replace(config.internvl.qllama, is_rotated=is_rotated)
@@ -135,17 +142,19 @@ def _vision(checkpoint: Checkpoint, q: Rotation | None, *, has_shift: bool) -> M
     return makers | {"vision_model.unrotation": q.matrix}
 
 
-def _llama(checkpoint: Checkpoint, q: Rotation | None) -> Makers:
-    internvl = checkpoint.config.internvl
-    assert internvl is not None
-    makers: Makers = {}
-    for i in range(internvl.qllama.num_hidden_layers):
-        has_cross = i % internvl.cross_attention_frequency == 0
+def _llama(checkpoint: Checkpoint, llama: QLlamaConfig | LlamaConfig, q: Rotation | None) -> Makers:
+    config, makers = checkpoint.config, dict[str, Callable[[], Array]]()
+    for i in range(llama.num_hidden_layers):
+        block = f"{language_prefix(config)}.{i}"
+        readers = [name for site in sites_of(config, block) for name in site.readers]
+        has_cross = any("cross" in name for name in readers)
         norms = {n: r for n, r in LLAMA_NORMS.items() if has_cross or "cross" not in n}
         writers = {w: s for w, s in LLAMA_WRITERS.items() if has_cross or "cross" not in w}
-        makers |= _block(checkpoint, f"{LLAMA_PREFIX}.{i}", norms, writers, q)
+        makers |= _block(checkpoint, block, norms, writers, q)
     if q is None:
         return makers
+    if config.chat is not None:  # token embeddings come from outside and are rotated in the graph
+        return makers | {"language_model.model.unrotation": q.matrix}
     for name in (TOKENS, "query_tokens"):
         makers[name] = _rotated(checkpoint, name, q)
     return makers | {"qllama.model.unrotation": q.matrix}

@@ -32,7 +32,7 @@ Base = Literal["fp32", "fp16", "bf16"]
 ON_THE_STREAM = re.compile(
     r"(^|\.)("
     r"class_embedding|position_embedding|query_tokens|ls1|ls2|unrotation|"
-    r"norm1|norm2|norm|norm1_q|norm1_k|norm1_v|input_layernorm|post_attention_layernorm"
+    r"norm1|norm2|norm|norm1_q|norm1_k|norm1_v|input_layernorm|post_attention_layernorm|mlp1\.0"
     r")(\.weight|\.bias)?$"
 )
 

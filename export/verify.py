@@ -27,13 +27,16 @@ import torch
 from torch import nn
 
 from internvl_edge.errors import VerificationError
-from internvl_edge.export.components import COMPONENTS, build_component
-from internvl_edge.export.config import CheckpointConfig
-from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.chatconfig import LlamaConfig
+from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.config import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.models import Chat, InternViT, InternVL
+from internvl_edge.export.models.chat import require_llama
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 PAST = "past_key_values"
 
+NOISE_PAST = 12  # positions of a chat model's cache, and new ones
 NARROW = 4  # numbers that are no row
 # precision → (smallest cosine of any row, smallest SQNR in dB)
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -126,7 +129,7 @@ def component_feeds(
     same texts, cut to one length: what it says of padding no calibration has seen.
     """
     chosen = COMPONENTS[component]
-    if chosen.takes_cache:
+    if component == "decoder":
         first = feeds[f"{PAST}.0.key"]  # (B, heads, P, d)
         ids = feeds.get("caption_ids", feeds["input_ids"])
         feeds = {**feeds, **_decoding(ids, first.shape[2])}
@@ -136,9 +139,13 @@ def component_feeds(
 def _decoding(ids: np.ndarray[Any, Any], past: int) -> dict[str, np.ndarray[Any, Any]]:
     """Right-padded ids (B, T) as a prompt behind ``past`` positions."""
     length = int(np.count_nonzero(ids, axis=1).min())
-    mask = np.ones((len(ids), past + length), np.int64)
-    positions = mask.cumsum(axis=1)[:, past:] - 1
-    return {"input_ids": ids[:, :length], "attention_mask": mask, "position_ids": positions}
+    return {"input_ids": ids[:, :length], **_behind(len(ids), past, length)}
+
+
+def _behind(batch: int, past: int, length: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Mask and positions of tokens behind ``past`` others, without padding."""
+    mask = np.ones((batch, past + length), np.int64)
+    return {"attention_mask": mask, "position_ids": mask.cumsum(axis=1)[:, past:] - 1}
 
 
 def reference_outputs(
@@ -190,9 +197,13 @@ def summary(found: Mapping[str, Agreement], samples: int) -> dict[str, Any]:
 
 
 def with_hidden_state(
-    model: InternVL | InternViT, feeds: dict[str, np.ndarray[Any, Any]], config: CheckpointConfig
+    model: InternVL | Chat | InternViT,
+    feeds: dict[str, np.ndarray[Any, Any]],
+    config: CheckpointConfig,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Add the reference's vision tokens to the feeds, and what its queries leave in the cache."""
+    if isinstance(model, Chat):
+        return feeds if model.language_model is None else feeds | _chat_feeds(model, feeds)
     vision = build_component(COMPONENTS["vision"], model)
     feeds = {**feeds, **reference_outputs(vision, "vision", feeds, config)}
     if isinstance(model, InternViT):
@@ -206,6 +217,29 @@ def with_hidden_state(
     }
 
 
+@torch.inference_mode()
+def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    """A text of a chat model behind the cache that its image's tokens leave."""
+    llama = require_llama(model)
+    tokens = model.encode_image(torch.from_numpy(feeds["pixel_values"]))
+    batch, places, _ = tokens.shape
+    before = {name: torch.from_numpy(v) for name, v in _behind(batch, 0, places).items()}
+    _, cache = llama(tokens, *before.values(), llama.empty_cache(batch))
+    ids = torch.from_numpy(_random_ids(llama.config, batch))
+    flat = [tensor.numpy() for pair in cache for tensor in pair]
+    names = COMPONENTS["chat_decoder"].input_names(model.checkpoint_config)
+    past = dict(zip(names[-len(flat) :], flat, strict=True))
+    embeds = llama.model.embed_tokens(ids).numpy()
+    return {"inputs_embeds": embeds, **_behind(batch, places, ids.shape[1]), **past}
+
+
+def _random_ids(
+    llama: QLlamaConfig | LlamaConfig, batch: int, length: int = 12, seed: int = 2
+) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(min(3, llama.vocab_size - 1), llama.vocab_size, (batch, length))
+
+
 def with_noise(
     feeds: dict[str, np.ndarray[Any, Any]], config: CheckpointConfig, image_size: int
 ) -> dict[str, np.ndarray[Any, Any]]:
@@ -213,10 +247,14 @@ def with_noise(
     rng, vision, batch = np.random.default_rng(1), config.vision, len(feeds["pixel_values"])
     shape = batch, vision.num_tokens(image_size), vision.hidden_size
     feeds = {**feeds, "last_hidden_state": rng.standard_normal(shape, np.float32)}
-    if config.internvl is None:
+    llama = language_config(config)
+    if llama is None:
         return feeds
-    llama = config.internvl.qllama
-    cached = batch, llama.num_attention_heads, config.internvl.num_query_token, llama.head_dim
+    past = NOISE_PAST if config.internvl is None else config.internvl.num_query_token
+    cached = batch, llama.num_key_value_heads, past, llama.head_dim
     noise = rng.standard_normal(cached, np.float32)
-    names = COMPONENTS["decoder"].input_names(config)
+    if config.chat is not None:
+        embeds = rng.standard_normal((batch, NOISE_PAST, llama.hidden_size), np.float32)
+        feeds |= {"inputs_embeds": embeds, **_behind(batch, past, NOISE_PAST)}
+    names = COMPONENTS["decoder" if config.chat is None else "chat_decoder"].input_names(config)
     return feeds | {name: noise for name in names if name.startswith(f"{PAST}.")}

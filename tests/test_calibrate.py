@@ -14,7 +14,6 @@ from checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.compiler.options import source_of
 from internvl_edge.errors import CalibrationError
-from internvl_edge.export.blocks import Samples, calibration_blocks
 from internvl_edge.export.checkpoint import (
     Checkpoint,
     load_model,
@@ -22,6 +21,7 @@ from internvl_edge.export.checkpoint import (
     open_checkpoint,
 )
 from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.streams import Samples, calibration_blocks
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX, CalibratedBlock, calibrate_block
 from internvl_edge.quantize.recipe import Recipe, recipe_for

@@ -25,7 +25,12 @@ def test_a_signal_waits_for_the_end(number: signal.Signals) -> None:
         signal.signal(number, before)
 
 
-def test_ctrl_c_is_raised_behind_the_block_even_if_it_failed() -> None:
+def test_ctrl_c_is_raised_behind_the_block_even_if_it_failed(
+    request: pytest.FixtureRequest,
+) -> None:
+    # a shell that starts a job in the background lets it ignore Ctrl-C
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
     before = [signal.getsignal(number) for number in HELD]
     with pytest.raises(KeyboardInterrupt) as caught, interrupts_held():
         signal.raise_signal(signal.SIGINT)

@@ -1,8 +1,9 @@
 """The PyTorch reference of every model that internvl-edge compiles."""
 
+from internvl_edge.export.models.chat import Chat
 from internvl_edge.export.models.heads import AttentionPool
 from internvl_edge.export.models.internvl import InternVL
 from internvl_edge.export.models.qllama import QLlama
 from internvl_edge.export.models.vit import InternViT
 
-__all__ = ["AttentionPool", "InternVL", "InternViT", "QLlama"]
+__all__ = ["AttentionPool", "Chat", "InternVL", "InternViT", "QLlama"]

@@ -33,17 +33,29 @@ def attention(
     value: Tensor,
     num_heads: int,
     mask: Tensor | None = None,
+    num_kv_heads: int | None = None,
 ) -> Tensor:
-    """Multi-head attention of (B, T, heads·d) on (B, S, heads·d); ``mask`` is (B|1, 1, T, S)."""
+    """Multi-head attention of (B, T, heads·d) on (B, S, kv heads·d); ``mask`` is (B|1, 1, T, S).
+
+    Where there are fewer heads of keys than of queries, each serves as many neighbouring ones.
+    """
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if torch.onnx.is_in_onnx_export():
         if mask is not None:  # runtimes want every query's row, not a broadcast
             mask = mask.expand(-1, -1, query.shape[1], -1)
         out, *_ = torch.onnx.ops.attention(
-            query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_heads
+            query, key, value, mask, q_num_heads=num_heads, kv_num_heads=kv_heads
         )
         return out
-    q, k, v = (split_heads(x, num_heads) for x in (query, key, value))
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    q, k, v = (
+        split_heads(query, num_heads),
+        split_heads(key, kv_heads),
+        split_heads(value, kv_heads),
+    )
+    is_grouped = kv_heads != num_heads
+    return merge_heads(
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
+    )
 
 
 def cached_attention(
@@ -51,8 +63,7 @@ def cached_attention(
 ) -> Tensor:
     """Attention of (B, T, heads·d) on a cache (B, kv heads, S, d); ``mask`` is (B|1, 1, T, S).
 
-    The cache stays as it lies: only the new tokens' heads are split and merged. Where there are
-    fewer heads of keys than of queries, each serves as many neighbouring queries' heads.
+    The cache stays as it lies: only the new tokens' heads are split and merged.
     """
     q = split_heads(query, num_heads)
     if torch.onnx.is_in_onnx_export():
@@ -74,7 +85,16 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def rotary_tables(length: int, head_dim: int, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
     """Cos and sin of every position and frequency, float32, each (length, head_dim / 2)."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return tables_of(rotary_frequencies(head_dim, base), length)
+
+
+def rotary_frequencies(head_dim: int, base: float) -> Tensor:
+    """Angle per position of each pair of a head, float32 (d/2)."""
+    return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def tables_of(frequency: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Cos and sin of every position (length, d/2), of frequencies (d/2)."""
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internvl_edge.export.chatconfig import LlamaConfig
 from internvl_edge.export.config import InternVLConfig, QLlamaConfig
 from internvl_edge.export.models.attention import (
     attention,
@@ -78,23 +79,24 @@ def generation_positions(attention_mask: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: QLlamaConfig) -> None:
+    def __init__(self, config: QLlamaConfig | LlamaConfig) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.num_heads = config.num_attention_heads
+        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(width, width, bias=False) for _ in range(4)
+            nn.Linear(width, outputs, bias=False) for outputs in (width, kv_width, kv_width, width)
         )
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
         q = rotate(self.q_proj(x), *rope, self.num_heads)
-        k = rotate(self.k_proj(x), *rope, self.num_heads)
+        k = rotate(self.k_proj(x), *rope, self.num_kv_heads)
         v = self.v_proj(x)
-        present = split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+        present = split_heads(k, self.num_kv_heads), split_heads(v, self.num_kv_heads)
         if past is None:
-            return self.o_proj(attention(q, k, v, self.num_heads, mask)), present
+            seen = attention(q, k, v, self.num_heads, mask, self.num_kv_heads)
+            return self.o_proj(seen), present
         assert mask is not None
         key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
         return self.o_proj(cached_attention(q, key, value, self.num_heads, mask)), (key, value)
@@ -122,7 +124,7 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: QLlamaConfig) -> None:
+    def __init__(self, config: QLlamaConfig | LlamaConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -133,13 +135,20 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: QLlamaConfig, vision_width: int, *, has_cross: bool) -> None:
+    """A LLaMA's layer; with cross-attention it is one of QLLaMA's that look at the image."""
+
+    def __init__(
+        self, config: QLlamaConfig | LlamaConfig, vision_width: int = 0, *, has_cross: bool = False
+    ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.cross_attn = CrossAttention(config, vision_width) if has_cross else None
+        self.cross_attn = None
+        if has_cross:
+            assert isinstance(config, QLlamaConfig)
+            self.cross_attn = CrossAttention(config, vision_width)
 
     def forward(
         self,

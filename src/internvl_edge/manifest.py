@@ -92,6 +92,13 @@ class Manifest:
             return ()
         return tuple(name for name, how in weights.items() if how == "hard link")
 
+    @property
+    def language_model(self) -> dict[str, Any] | None:
+        """The configuration of the language model; None where there is none."""
+        internvl, chat = self.model.get("internvl"), self.model.get("chat")
+        found = internvl["qllama"] if internvl else chat["llama"] if chat else None
+        return None if found is None else dict(found)
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values; the schema version first, files by name."""
         fields = asdict(replace(self, files=dict(sorted(self.files.items()))))

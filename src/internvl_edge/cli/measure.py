@@ -289,6 +289,7 @@ def seeded_feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndar
         elif spec.name == "attention_mask":
             feeds[spec.name] = np.ones(shape, np.int64)
         else:
-            vocabulary = artifact.manifest.model["internvl"]["qllama"]["vocab_size"]
+            llama = artifact.manifest.language_model
+            vocabulary = 2 if llama is None else llama["vocab_size"]
             feeds[spec.name] = rng.integers(1, vocabulary, shape)
     return feeds

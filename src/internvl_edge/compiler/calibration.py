@@ -12,18 +12,19 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from internvl_edge.compiler.emit import WEIGHTS_FILE, copy_rest, quantized_layout, write_block
+from internvl_edge.compiler.emit import (
+    WEIGHTS_FILE,
+    copy_rest,
+    needed_weights,
+)
+from internvl_edge.compiler.layout import quantized_layout, write_block
 from internvl_edge.compiler.memory import trim
 from internvl_edge.compiler.options import Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.errors import ResourceError
-from internvl_edge.export.bind import weights_without_data
-from internvl_edge.export.blocks import (
-    COMPONENT_STREAM,
-    OF_IMAGES,
-    Samples,
-    calibration_blocks,
-)
+from internvl_edge.export.blocks import COMPONENT_STREAM, OF_IMAGES
+from internvl_edge.export.components import language_config
+from internvl_edge.export.streams import Samples, calibration_blocks
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibrate import calibrate_block
 from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
@@ -73,7 +74,7 @@ def load_samples(plan: Plan) -> CalibrationSet:
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
     """Ids for text embedding, matching and captioning, right-padded; None without a tokenizer."""
     path = plan.checkpoint.path / TOKENIZER_FILE
-    if plan.checkpoint.config.internvl is None or not path.exists():
+    if language_config(plan.checkpoint.config) is None or not path.exists():
         return None
     tokenizer = Tokenizer(path)
     return (
@@ -101,10 +102,9 @@ def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
 
 def random_ids(plan: Plan, count: int, length: int = 16) -> Array:
     """Seeded ids for a checkpoint that comes without a tokenizer."""
-    config = plan.checkpoint.config.internvl
-    if config is None:
+    llama = language_config(plan.checkpoint.config)
+    if llama is None:
         return np.zeros((0, length), np.int64)
-    llama = config.qllama
     rng = np.random.default_rng(0 if plan.recipe is None else plan.recipe.seed)
     ids = rng.integers(min(3, llama.vocab_size - 1), llama.vocab_size, (count, length))
     ids[:, 0], ids[:, -1] = llama.bos_token_id, llama.eos_token_id
@@ -134,7 +134,7 @@ def quantize_weights(
         ResourceError: the memory budget was exceeded.
     """
     assert plan.recipe is not None
-    needed = weights_without_data(models.values())
+    needed = needed_weights(plan, models)
     layout = quantized_layout(plan, needed)
     streams = {COMPONENT_STREAM[name] for name in models if name in COMPONENT_STREAM}
     total = _num_blocks(plan, streams)
@@ -184,5 +184,5 @@ def peak_memory() -> int:
 def _num_blocks(plan: Plan, streams: set[str]) -> int:
     config = plan.checkpoint.config
     vision = config.vision.num_hidden_layers if streams & {"image", *OF_IMAGES} else 0
-    text = streams & {"text", *OF_IMAGES} and config.internvl
-    return vision + (config.internvl.qllama.num_hidden_layers if text and config.internvl else 0)
+    llama = language_config(config) if streams & {"text", *OF_IMAGES} else None
+    return vision + (0 if llama is None else llama.num_hidden_layers)

@@ -18,16 +18,16 @@ from internvl_edge.compiler.simulate import Scales, fake_quantized
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.blocks import (
     COMPONENT_STREAM,
-    LLAMA_PREFIX,
-    Samples,
+    VISION_PREFIX,
     component_of_one_block,
     tower_of,
 )
 from internvl_edge.export.checkpoint import Checkpoint, load_model, read_header
-from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.components import COMPONENTS, build_component, language_config
 from internvl_edge.export.config import with_depth
 from internvl_edge.export.pixels import graph_feeds, on_levels
 from internvl_edge.export.stamp import keep_block
+from internvl_edge.export.streams import Samples
 from internvl_edge.export.verify import (
     Agreement,
     agreements,
@@ -148,8 +148,9 @@ class Checker:
         if self.model is not None or tower is None:
             return []
         depth = self.config.vision.num_hidden_layers
-        if tower == LLAMA_PREFIX and self.config.internvl is not None:
-            depth = self.config.internvl.qllama.num_hidden_layers
+        llama = language_config(self.config)
+        if tower != VISION_PREFIX and llama is not None:
+            depth = llama.num_hidden_layers
         return sorted({0, depth // 2, depth - 1})
 
     def _parts(self, component: str) -> Iterator[_Part]:

@@ -14,7 +14,7 @@ computes in 16 bits, which is what engines are built from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,23 @@ import onnx_ir as ir
 import torch
 
 from internvl_edge.artifact import TensorSpec
+from internvl_edge.compiler.layout import (
+    FLOAT32,
+    POSITIONS,
+    shape_of,
+    towers_of,
+)
 from internvl_edge.compiler.options import ExportOptions, Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.errors import UsageError
 from internvl_edge.export import graph as graphs
 from internvl_edge.export.bind import bind, save, weights_without_data
-from internvl_edge.export.blocks import COMPONENT_STREAM, LLAMA_PREFIX, VISION_PREFIX, sites_of
+from internvl_edge.export.blocks import (
+    COMPONENT_STREAM,
+    VISION_PREFIX,
+)
 from internvl_edge.export.bring import Brought, bring_shards
 from internvl_edge.export.checkpoint import (
-    Checkpoint,
     TensorEntry,
     build_model,
     torch_from_numpy,
@@ -44,26 +52,24 @@ from internvl_edge.export.components import (
     input_specs,
 )
 from internvl_edge.export.config import CheckpointConfig, with_depth
-from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.attention import rotary_tables
+from internvl_edge.export.models.llama import llama_tables
 from internvl_edge.export.models.vit import resize_position_embedding
 from internvl_edge.export.pixels import take_levels
 from internvl_edge.export.precision import POLICIES, apply_policy
 from internvl_edge.export.stamp import blocks_of, shallow_depth, stamp
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
 from internvl_edge.quantize.blockwise import block_of
-from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX, CalibratedBlock, is_quantized
-from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
-from internvl_edge.quantize.recipe import Recipe
-from internvl_edge.quantize.weights import stored_layout
+from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
+from internvl_edge.quantize.qdq import QuantizedLinear, insert_qdq
 
 Array = np.ndarray[Any, Any]
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
-POSITIONS = "vision_model.embeddings.position_embedding"
-FLOAT32 = np.dtype(np.float32)
+CHAT_TOKENS = "language_model.model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,34 +102,26 @@ def trace_all(plan: Plan, base: str, report: Report) -> dict[str, ir.Model]:
     return traced
 
 
-def _towers(config: CheckpointConfig) -> dict[str, tuple[int, int]]:
-    """Prefix of each tower's blocks → their period and their number."""
-    towers = {VISION_PREFIX: (1, config.vision.num_hidden_layers)}
-    if config.internvl is not None:
-        period = config.internvl.cross_attention_frequency
-        towers[LLAMA_PREFIX] = period, config.internvl.qllama.num_hidden_layers
-    return towers
-
-
 def shallow_config(config: CheckpointConfig) -> CheckpointConfig:
     """The same model with no more blocks than stamping needs to see."""
-    depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in _towers(config).items()}
-    return with_depth(config, depth[VISION_PREFIX], depth.get(LLAMA_PREFIX, 0))
+    depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in towers_of(config).items()}
+    language = next((n for prefix, n in depth.items() if prefix != VISION_PREFIX), 0)
+    return with_depth(config, depth[VISION_PREFIX], language)
 
 
 def stamp_towers(model: ir.Model, config: CheckpointConfig) -> bool:
     """Make the towers of a graph that was traced shallow as deep as they are; False if it fails."""
-    for prefix, (period, depth) in _towers(config).items():
+    for prefix, (period, depth) in towers_of(config).items():
         if blocks_of(model, prefix) and not stamp(model, prefix, period, depth):
             return False
     graphs.name_values(model)
     return True
 
 
-def _meta_model(plan: Plan, config: CheckpointConfig, base: str) -> InternVL | InternViT:
+def _meta_model(plan: Plan, config: CheckpointConfig, base: str) -> InternVL | Chat | InternViT:
     with torch.device("meta"):
         model = build_model(config)
-        vision = model.vision_model if isinstance(model, InternVL) else model
+        vision = model if isinstance(model, InternViT) else model.vision_model
         # Resampled once, not in every forward: one graph per resolution.
         tokens = config.vision.num_tokens(plan.image_size)
         vision.embeddings.position_embedding = torch.nn.Parameter(
@@ -134,11 +132,10 @@ def _meta_model(plan: Plan, config: CheckpointConfig, base: str) -> InternVL | I
 
 
 def _trace(
-    plan: Plan, name: str, config: CheckpointConfig, model: InternVL | InternViT
+    plan: Plan, name: str, config: CheckpointConfig, model: InternVL | Chat | InternViT
 ) -> ir.Model:
-    compute = "float32"
-    if isinstance(model, InternVL):
-        compute = str(model.qllama.lm_head.weight.dtype).removeprefix("torch.")
+    linear = next((p for n, p in model.named_parameters() if n.endswith("q_proj.weight")), None)
+    compute = "float32" if linear is None else str(linear.dtype).removeprefix("torch.")
     specs = input_specs(COMPONENTS[name], config, plan.image_size, compute)
     traced = graphs.trace(
         build_component(COMPONENTS[name], model),
@@ -147,12 +144,21 @@ def _trace(
         [spec.name for spec in specs],
         COMPONENTS[name].output_names(config),
     )
+    graphs.set_constants(traced, _rotary_constants(config))
+    return graphs.simplify(traced)
+
+
+def _rotary_constants(config: CheckpointConfig) -> dict[str, Array]:
+    """The language model's rotary tables by the names of its buffers."""
     if config.internvl is not None:
         llama = config.internvl.qllama
-        cos, sin = rotary_tables(llama.max_position_embeddings, llama.head_dim)
-        tables = {"qllama.rope_cos": cos.numpy(), "qllama.rope_sin": sin.numpy()}
-        graphs.set_constants(traced, tables)
-    return graphs.simplify(traced)
+        tables = rotary_tables(llama.max_position_embeddings, llama.head_dim)
+        return {f"qllama.rope_{n}": t.numpy() for n, t in zip(("cos", "sin"), tables, strict=True)}
+    if config.chat is not None and config.chat.llama is not None:
+        tables = llama_tables(config.chat.llama)
+        names = ("cos", "sin")
+        return {f"language_model.rope_{n}": t.numpy() for n, t in zip(names, tables, strict=True)}
+    return {}
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -173,6 +179,17 @@ def read_tensor(plan: Plan, name: str) -> Array:
     return resized
 
 
+def needed_weights(plan: Plan, models: Mapping[str, ir.Model]) -> dict[str, np.dtype[Any]]:
+    """Name and dtype of every parameter that graphs read, and of a chat model's token embedding.
+
+    That one is read by the runtime, which takes it as the checkpoint stores it.
+    """
+    needed = weights_without_data(models.values())
+    if "chat_decoder" in models:
+        needed.setdefault(CHAT_TOKENS, plan.source.tensors[CHAT_TOKENS].dtype)
+    return needed
+
+
 def store_weights(
     plan: Plan, models: Mapping[str, ir.Model], directory: Path, report: Report
 ) -> tuple[dict[str, StoredTensor], dict[str, Brought]]:
@@ -186,7 +203,7 @@ def store_weights(
         done, total = done // 10**6, -(-total // 10**6)
         report(Progress(step="copy", detail=f"{shard} (MB)", done=done, total=total))
 
-    needed = weights_without_data(models.values())
+    needed = needed_weights(plan, models)
     resized = plan.image_size != plan.source.config.vision.image_size
     held = {n: plan.source.tensors[n] for n in needed if n != POSITIONS or not resized}
     stored: dict[str, StoredTensor] = {}
@@ -198,7 +215,7 @@ def store_weights(
         needed |= {name: entry.dtype for name, entry in held.items()}
     own = {name: dtype for name, dtype in needed.items() if name not in stored}
     if own:
-        layout = {name: (dtype, _shape(plan, name)) for name, dtype in own.items()}
+        layout = {name: (dtype, shape_of(plan, name)) for name, dtype in own.items()}
         path = directory / WEIGHTS_FILE
         with WeightsWriter(path, layout, align=plan.options.align) as writer:
             copy_rest(plan, writer, own, report)
@@ -250,76 +267,6 @@ def convert(values: Array, dtype: np.dtype[Any]) -> Array:
         limit = float(np.finfo(np.float16).max)
         np.clip(wide, -limit, limit, out=wide)
     return wide.astype(dtype)
-
-
-def _shape(plan: Plan, name: str) -> tuple[int, ...]:
-    if name == POSITIONS:
-        vision = plan.source.config.vision
-        return 1, vision.num_tokens(plan.image_size), vision.hidden_size
-    return plan.source.tensors[name].shape
-
-
-def quantized_layers(checkpoint: Checkpoint, recipe: Recipe, needed: Iterable[str]) -> list[str]:
-    """Weights that a recipe puts into 8 bits: the towers' linear layers, by parameter name."""
-    prefixes = (f"{VISION_PREFIX}.", f"{LLAMA_PREFIX}.")
-    found = []
-    for name in needed:
-        shape = checkpoint.tensors[name].shape
-        layer = name.removesuffix(".weight")
-        is_linear = name.startswith(prefixes) and layer != name and len(shape) == 2
-        if is_linear and is_quantized(recipe, layer, shape[1], shape[0]):
-            found.append(name)
-    return found
-
-
-def quantized_layout(
-    plan: Plan, needed: Mapping[str, np.dtype[Any]]
-) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a quantized directory's weights file."""
-    assert plan.recipe is not None
-    layout: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-    layers = set(quantized_layers(plan.source, plan.recipe, needed))
-    for name in needed:
-        shape = _shape(plan, name)
-        if name in layers:
-            outputs, inputs = shape
-            found = stored_layout((outputs, inputs), plan.recipe.of(name))
-            layout[name], layout[name + SCALE_SUFFIX] = found
-        else:
-            # gains may be folded, and are small; what is large stays as the checkpoint has it
-            held = plan.source.tensors[name].dtype
-            is_wide = len(shape) == 1 or name == POSITIONS or held.itemsize > 4
-            layout[name] = (FLOAT32 if is_wide else held), shape
-    layout |= {
-        f"{reader}{SMOOTHING_SUFFIX}": (FLOAT32, plan.source.tensors[f"{reader}.weight"].shape[1:])
-        for reader in smoothed_readers(plan, layers)
-    }
-    return layout
-
-
-def smoothed_readers(plan: Plan, layers: Container[str]) -> list[str]:
-    """The first reader of every site whose columns calibration may scale or rotate."""
-    config, found = plan.source.config, []
-    for prefix, (_, depth) in _towers(config).items():
-        for block in (f"{prefix}.{i}" for i in range(depth)):
-            for site in sites_of(config, block):
-                names = [f"{block}.{r}.weight" for r in site.readers]
-                producer = f"{block}.{site.producer}.weight"
-                if all(n in layers for n in names) and (site.norm or producer in layers):
-                    found.append(f"{block}.{site.readers[0]}")
-    return found
-
-
-def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:
-    """Write what one calibrated block leaves behind; the names of the tensors written."""
-    tensors = {name: weight.values for name, weight in block.weights.items()}
-    tensors |= {name + SCALE_SUFFIX: weight.scales for name, weight in block.weights.items()}
-    tensors |= {name: values.astype(FLOAT32) for name, values in block.folded.items()}
-    # a component that was not asked for may read others
-    written = [name for name in tensors if name in writer.stored]
-    for name in written:
-        writer.write(name, tensors[name])
-    return written
 
 
 # --- graphs --------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ def engine_graph(component: str, base: str) -> str:
     return f"{component}.{base}.onnx"
 
 
+# An image's tokens and a question are read at once; a picture of twelve tiles has 3328 tokens.
+CHAT_PROFILE = Profile(batch=(1, 1, 4), length=(1, 320, 4096), past=(0, 512, 4096))
+
+
 def profile_from(**sizes: str) -> Profile:
     """A profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
 
@@ -59,15 +63,17 @@ def profile_for(manifest: Manifest, component: str, profile: Profile | None) -> 
     Raises:
         UsageError: a profile that was asked for is longer.
     """
-    internvl = manifest.model.get("internvl")
-    if internvl is None:
+    llama = manifest.language_model
+    if llama is None:
         return profile or Profile()
-    queries = internvl["num_query_token"] if component == "matcher" else 0
-    longest = internvl["qllama"]["max_position_embeddings"] - queries
+    internvl = manifest.model.get("internvl")
+    queries = internvl["num_query_token"] if internvl and component == "matcher" else 0
+    longest = llama["max_position_embeddings"] - queries
     if profile is None:
-        usual = Profile()
+        usual = Profile() if internvl else CHAT_PROFILE
         low, typical, high = (min(n, longest) for n in usual.length)
-        return replace(usual, length=(low, typical, high))
+        most = usual.past[0], min(usual.past[1], longest), min(usual.past[2], longest)
+        return replace(usual, length=(low, typical, high), past=most)
     if profile.length[2] > longest:
         raise UsageError(
             f"--length: {component} has positions for {longest} tokens, asked for up to "
@@ -199,9 +205,9 @@ def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[Ten
 
 
 def _num_blocks(manifest: Manifest, component: str) -> int:
-    internvl = manifest.model.get("internvl")
-    if component in LLAMA_COMPONENTS and internvl is not None:
-        return int(internvl["qllama"]["num_hidden_layers"])
+    llama = manifest.language_model
+    if component in LLAMA_COMPONENTS and llama is not None:
+        return int(llama["num_hidden_layers"])
     return int(manifest.model["vision"]["num_hidden_layers"])
 
 

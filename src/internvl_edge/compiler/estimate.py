@@ -23,11 +23,18 @@ from internvl_edge.compiler.check import (
     reason_not_to_verify,
     reference_nbytes,
 )
-from internvl_edge.compiler.emit import quantized_layout
+from internvl_edge.compiler.emit import CHAT_TOKENS
+from internvl_edge.compiler.layout import quantized_layout
 from internvl_edge.compiler.memory import available_memory, builder_nbytes
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
 from internvl_edge.errors import ResourceError
-from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX, tower_of
+from internvl_edge.export.blocks import (
+    CHAT_PREFIX,
+    LLAMA_PREFIX,
+    PREFIXES,
+    VISION_PREFIX,
+    tower_of,
+)
 from internvl_edge.export.bring import AUTO_COPY_NBYTES
 from internvl_edge.export.checkpoint import DTYPES, build_model
 from internvl_edge.export.components import COMPONENTS, build_component
@@ -49,7 +56,7 @@ VERIFY_NBYTES_PER_SECOND = 200e6
 BUILD_NBYTES_PER_SECOND = 290e6
 BUILD_SECONDS_PER_BLOCK = 0.7
 BUILD_SECONDS = 1.0
-TOWERS = (f"{VISION_PREFIX}.", f"{LLAMA_PREFIX}.")
+TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
 STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -172,6 +179,8 @@ def read_by(plan: Plan) -> set[str]:
     names: set[str] = set()
     for component in plan.components:
         names |= build_component(COMPONENTS[component], model).state_dict().keys()
+    if "chat_decoder" in plan.components:
+        names.add(CHAT_TOKENS)
     return names if "decoder" in plan.components else names - {"qllama.lm_head.weight"}
 
 
@@ -196,7 +205,7 @@ def _blocks(plan: Plan) -> dict[str, int]:
     """Parameters of every block."""
     sizes: dict[str, int] = {}
     for name, entry in plan.source.tensors.items():
-        for prefix in (VISION_PREFIX, LLAMA_PREFIX):
+        for prefix in PREFIXES:
             if name.startswith(f"{prefix}."):
                 block = name[: name.index(".", len(prefix) + 1)]
                 sizes[block] = sizes.get(block, 0) + math.prod(entry.shape)
@@ -237,6 +246,10 @@ def _quantize(plan: Plan) -> Step:
         queries = plan.source.config.internvl.num_query_token
         both = 2 if "decoder" in plan.components else 1
         tokens[LLAMA_PREFIX] = (1 + both) * images * (queries + USUAL_TEXT_LENGTH)
+    if plan.source.config.chat is not None:
+        # an image's tokens and a text, with four patches or one to a token
+        places = vision.num_tokens(plan.image_size) // plan.source.config.chat.shuffle**2
+        tokens[CHAT_PREFIX] = images * (places + USUAL_TEXT_LENGTH)
     blocks = _blocks(plan)
     parameters = {
         prefix: sum(n for name, n in blocks.items() if name.startswith(prefix)) for prefix in tokens

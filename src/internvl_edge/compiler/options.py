@@ -101,7 +101,7 @@ def make_plan(options: ExportOptions) -> Plan:
     if options.image_size is not None and options.image_size > MAX_SIZE:
         raise UsageError(f"--image-size: expected at most {MAX_SIZE}, found {options.image_size}")
     checkpoint = open_checkpoint(options.checkpoint or demo_checkpoint())
-    image_size = check_image_size(checkpoint.config.vision, options.image_size)
+    image_size = check_image_size(checkpoint.config, options.image_size)
     components = choose_components(checkpoint.config, options.components)
     _warn_without_tokenizer(checkpoint.path, components)
     _require_layers(options.precision, recipe, checkpoint)
@@ -149,7 +149,9 @@ def _check_parent(out: Path) -> None:
 
 
 def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> None:
-    readers = [name for name in ("text_embed", "matcher", "decoder") if name in components]
+    readers = [
+        name for name in ("text_embed", "matcher", "decoder", "chat_decoder") if name in components
+    ]
     if readers and not (checkpoint / TOKENIZER_FILE).is_file():
         logger.warning(
             "%s has no %s: %s will take token ids only, and no strings; put the model's "

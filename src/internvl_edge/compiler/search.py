@@ -36,7 +36,8 @@ from internvl_edge.compiler.pipeline import export, quantization_of
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.simulate import fake_quantized
 from internvl_edge.errors import UsageError
-from internvl_edge.export.blocks import COMPONENT_STREAM, Block, Samples, calibration_blocks
+from internvl_edge.export.blocks import COMPONENT_STREAM, Block
+from internvl_edge.export.streams import Samples, calibration_blocks
 from internvl_edge.quantize.search import Search, Sensitivity, exactly, fewest
 from internvl_edge.resume import Workspace
 from internvl_edge.runtime.model import load

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.errors import ArtifactError
-from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX, sites_of
+from internvl_edge.export.blocks import PREFIXES, sites_of
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.blockwise import block_of
@@ -128,7 +128,7 @@ def _fold(
 
 def _split(layer: str) -> tuple[str, str]:
     """A layer's full name as its block's and the rest."""
-    prefix = VISION_PREFIX if layer.startswith(VISION_PREFIX) else LLAMA_PREFIX
+    prefix = next(p for p in PREFIXES if layer.startswith(f"{p}."))
     index, _, path = layer.removeprefix(f"{prefix}.").partition(".")
     return f"{prefix}.{index}", path
 

@@ -1,0 +1,108 @@
+"""Reading a published ``config.json``: as from a stranger, each key against its type.
+
+Nothing that a config says is ever imported or executed: ``auto_map`` may point to the modules that
+internvl-edge re-implements, and to no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.errors import CheckpointError
+
+MAX_CONFIG_NBYTES = 4 << 20
+# The modules whose behaviour we re-implement; a config that points elsewhere is not ours to run.
+KNOWN_REMOTE_MODULES = frozenset(
+    {
+        "configuration_intern_vit",
+        "configuration_internvl",
+        "configuration_internvl_chat",
+        "modeling_intern_vit",
+        "modeling_internvl",
+        "modeling_internvl_chat",
+        "modeling_qllama",
+    }
+)
+
+
+def known_fields(
+    cls: type, raw: dict[str, Any], path: Path, prefix: str, skip: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The keys of ``raw`` that are fields of ``cls``, each of the field's type; null = default."""
+    types = {"int": int, "float": float, "bool": bool, "str": str}
+    return {
+        f.name: typed(raw[f.name], types[str(f.type)], path, prefix + f.name)
+        for f in dataclasses.fields(cls)
+        if f.name not in skip and raw.get(f.name) is not None
+    }
+
+
+def typed(value: object, kind: type, path: Path, key: str) -> Any:
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise CheckpointError(f"{path}: {key} must be {kind.__name__}, found {value!r}")
+    if kind is float and not math.isfinite(value):  # type: ignore[arg-type]
+        raise CheckpointError(f"{path}: {key} must be finite, found {value!r}")
+    return kind(value)
+
+
+def section(raw: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {key} must be an object, found {value!r}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_NBYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_CONFIG_NBYTES} bytes; not a config")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not found; expected a Hugging Face directory") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: must hold one JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def refuse_remote_code(raw: dict[str, Any], path: Path) -> None:
+    if raw.get("trust_remote_code"):
+        raise CheckpointError(f"{path}: asks for trust_remote_code; remote code is never run")
+    auto_map = raw.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        raise CheckpointError(f"{path}: auto_map must be an object, found {auto_map!r}")
+    for target in auto_map.values():
+        # "repo--module.Class" or "module.Class"; tokenizers come as a pair of these.
+        for name in target if isinstance(target, list) else [target]:
+            module = str(name).rsplit("--", 1)[-1].split(".", 1)[0]
+            if name is not None and module not in KNOWN_REMOTE_MODULES:
+                raise CheckpointError(
+                    f"{path}: auto_map points to {name!r}, code that internvl-edge does not "
+                    "re-implement; remote code is never run"
+                )
+
+
+def require_positive(config: Any, where: str, but: tuple[str, ...] = ()) -> None:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value <= 0 and f.name not in but:
+            raise CheckpointError(f"{where}.{f.name} must be positive, found {value}")
+        if isinstance(value, int) and value > 1 << 24:
+            raise CheckpointError(f"{where}.{f.name} is implausible: {value}")
+
+
+def require_divisible(width: int, heads: int, where: str) -> None:
+    if width % heads:
+        raise CheckpointError(f"{where}: width {width} is not a multiple of {heads} heads")
+
+
+def require_choice(where: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise CheckpointError(f"{where} must be one of {', '.join(choices)}, found {value!r}")

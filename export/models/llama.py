@@ -1,0 +1,114 @@
+"""The language model of InternVL-Chat: a plain LLaMA, as transformers' ``LlamaForCausalLM``.
+
+It shares its layers with QLLaMA, and differs in what those configs fix: fewer heads of keys and
+values than of queries, another rotary base, scaled rotary positions, an output layer that may be
+the token embedding itself.
+
+    scaling   angle per position of a pair with frequency f
+    default   f
+    linear    f / factor
+    dynamic   f, up to the trained number of positions, which is all that we compile for
+    llama3    f for short waves, f / factor for long ones, between them a blend of the two
+
+With w = 2π / f the wave's length and L the original number of positions, a wave is short where
+w < L / high_freq_factor and long where w > L / low_freq_factor; between,
+s = (L / w − low) / (high − low) is the share of f. Source: internvl-spec section 5.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internvl_edge.export.chatconfig import LlamaConfig
+from internvl_edge.export.models.attention import rotary_frequencies, tables_of
+from internvl_edge.export.models.qllama import KeyValue, Layer, decoding_mask
+from internvl_edge.export.models.vit import RMSNorm, unrotated, unrotation
+
+
+def llama_tables(config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """Cos and sin of every position, float32, each (positions, d/2)."""
+    frequency = rotary_frequencies(config.head_dim, config.rope_theta)
+    if config.rope_type == "linear":
+        frequency = frequency / config.rope_factor
+    elif config.rope_type == "llama3":
+        frequency = _llama3(frequency, config)
+    return tables_of(frequency, config.max_position_embeddings)
+
+
+def _llama3(frequency: Tensor, config: LlamaConfig) -> Tensor:
+    low, high = config.low_freq_factor, config.high_freq_factor
+    turns = config.original_max_position_embeddings * frequency / (2 * math.pi)  # L / w
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return share * frequency + (1 - share) * frequency / config.rope_factor
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.unrotation = unrotation(config.hidden_size, config.is_rotated)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """inputs_embeds (B, T, D) → logits (B, T, vocabulary), and the cache."""
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        shape = config.max_position_embeddings, config.head_dim // 2
+        self.register_buffer("rope_cos", torch.empty(shape), persistent=False)
+        self.register_buffer("rope_sin", torch.empty(shape), persistent=False)
+        self.reset_tables()
+
+    def reset_tables(self) -> None:
+        """Compute the rotary tables; called again when weights replace those of a meta model."""
+        if self.model.norm.weight.is_meta:
+            return
+        device = self.model.norm.weight.device
+        self.rope_cos, self.rope_sin = (t.to(device) for t in llama_tables(self.config))
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[KeyValue],
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """The next tokens (B, T, D) behind a cache of P positions; the mask is (B, P + T)."""
+        x, presents = self.entered(inputs_embeds), []
+        mask = decoding_mask(attention_mask, inputs_embeds.shape[1])
+        rope = F.embedding(position_ids, self.rope_cos), F.embedding(position_ids, self.rope_sin)
+        for layer, cached in zip(self.model.layers, past, strict=True):
+            x, present = layer(x, rope, mask, cached)
+            presents.append(present)
+        hidden = self.model.norm(unrotated(x, self.model.unrotation))
+        output = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden.to(output.dtype), output), presents
+
+    def entered(self, inputs_embeds: Tensor) -> Tensor:
+        """Token embeddings (B, T, D) in the basis of the residual stream.
+
+        They come from outside, in the checkpoint's basis. The rotation is its own inverse, so the
+        matrix that leads out of the stream also leads into it.
+        """
+        x = inputs_embeds.to(self.model.norm.weight.dtype)
+        return unrotated(x, self.model.unrotation)
+
+    def empty_cache(self, batch: int) -> list[KeyValue]:
+        """A cache without positions, of every layer."""
+        config, dtype = self.config, self.model.embed_tokens.weight.dtype
+        empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=dtype)
+        return [(empty, empty)] * config.num_hidden_layers
