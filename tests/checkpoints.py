@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from internvl_edge.export.config import InternVLConfig, QLlamaConfig, VisionConfig
-from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.chatconfig import LlamaConfig
+from internvl_edge.export.config import (
+    InternVLConfig,
+    QLlamaConfig,
+    VisionConfig,
+    load_config,
+    published_fields,
+)
+from internvl_edge.export.models import Chat, InternViT, InternVL
+
+LLM_KEYS = (  # those of LlamaConfig that transformers has too
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)
 
 TINY = InternVLConfig(
     vision=VisionConfig(
@@ -35,6 +55,28 @@ TINY = InternVLConfig(
     attn_pool_num_heads=4,
     num_query_token=5,
     cross_attention_frequency=2,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatShapes:
+    """The two towers of a chat checkpoint."""
+
+    vision: VisionConfig
+    llama: LlamaConfig
+
+
+CHAT = ChatShapes(
+    vision=replace(TINY.vision, num_hidden_layers=3, image_size=56),
+    llama=LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        vocab_size=320,
+        max_position_embeddings=128,
+    ),
 )
 
 
@@ -76,6 +118,69 @@ def write_vit(path: Path, config: VisionConfig = TINY.vision, *, seed: int = 0) 
     torch.manual_seed(seed)
     raw = {"model_type": "intern_vit_6b", **asdict(config)}
     return write_raw(path, raw, _randomised(InternViT(config)))
+
+
+def write_chat(
+    path: Path,
+    shapes: ChatShapes = CHAT,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    llm_config: dict[str, Any] | None = None,
+    **more: Any,
+) -> Written:
+    """Write an InternVL-Chat checkpoint of the layout of V1-2; ``more`` goes into its config."""
+    torch.manual_seed(seed)
+    llama = {k: v for k, v in asdict(shapes.llama).items() if k in LLM_KEYS}
+    raw = {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVLChatModel"],
+        "vision_config": published_fields(shapes.vision),
+        "llm_config": {"architectures": ["LlamaForCausalLM"], **llama, **(llm_config or {})},
+        "select_layer": -1,
+        "ps_version": "v2",
+        "template": "Hermes-2",
+        **more,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    return write_raw(path, raw, _randomised(Chat(load_config(path))), dtype=dtype)
+
+
+def write_llava(path: Path, shapes: ChatShapes = CHAT, *, seed: int = 0) -> Written:
+    """Write an InternVL-Chat V1.0 checkpoint: LLaVA's names, three blocks of which two are read."""
+    torch.manual_seed(seed)
+    llama = {k: v for k, v in asdict(shapes.llama).items() if k in LLM_KEYS}
+    vision = replace(shapes.vision, image_size=28)
+    raw = {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        **llama,
+        "mm_vision_tower": "OpenGVLab/InternViT-6B-224px",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+        "image_size": 42,
+        "vision_config": published_fields(vision),
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    whole = raw | {"mm_vision_select_layer": -1}
+    (path / "config.json").write_text(json.dumps(whole))
+    state = _randomised(Chat(load_config(path)))
+    names = {
+        "vision_model.": "model.vision_tower.vision_tower.",
+        "mm_projector.": "model.mm_projector.",
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+    }
+    renamed = {
+        new + name.removeprefix(old): tensor
+        for name, tensor in state.items()
+        for old, new in names.items()
+        if name.startswith(old)
+    }
+    return write_raw(path, raw, renamed)
 
 
 def write_raw(
