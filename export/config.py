@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.chatconfig import (
     ChatConfig,
+    LlamaConfig,
     is_llava,
     read_chat,
     read_llava,
@@ -280,7 +281,7 @@ def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> 
     )
 
 
-def published_fields(config: VisionConfig | QLlamaConfig) -> dict[str, Any]:
+def published_fields(config: VisionConfig | QLlamaConfig | LlamaConfig) -> dict[str, Any]:
     """The fields that a ``config.json`` has; those of our own forms are left out."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in OURS}
 

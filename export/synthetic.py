@@ -33,7 +33,9 @@ import ml_dtypes
 import numpy as np
 
 from internvl_edge.export.blocks import LLAMA_NORMS, VISION_NORMS
+from internvl_edge.export.chatconfig import ChatConfig, LlamaConfig
 from internvl_edge.export.checkpoint import expected_shapes
+from internvl_edge.export.components import language_config
 from internvl_edge.export.config import (
     CheckpointConfig,
     InternVLConfig,
@@ -52,6 +54,17 @@ OUTLIER_CHANNELS = 6  # of every norm, and of every v
 MASSIVE_TOKENS, MASSIVE_CHANNELS, MASSIVE_VALUE = 3, 4, 2000.0
 
 _VIT_6B = VisionConfig()
+_YI_34B = LlamaConfig(
+    hidden_size=7168,
+    num_attention_heads=56,
+    num_key_value_heads=8,
+    intermediate_size=20480,
+    num_hidden_layers=60,
+    vocab_size=64000,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=5_000_000.0,
+)
 PRESETS: dict[str, CheckpointConfig] = {
     "internvit-6b-224": CheckpointConfig(kind="vit", vision=_VIT_6B),
     "internvit-6b-448-v1-5": CheckpointConfig(
@@ -65,6 +78,12 @@ PRESETS: dict[str, CheckpointConfig] = {
     ),
     "internvl-14b-224": CheckpointConfig(
         kind="internvl", vision=_VIT_6B, internvl=InternVLConfig(vision=_VIT_6B)
+    ),
+    # 40 B parameters: for --layers, or a large disk
+    "internvl-chat-v1-2": CheckpointConfig(
+        kind="chat",
+        vision=replace(_VIT_6B, image_size=448, num_hidden_layers=45),
+        chat=ChatConfig(llama=_YI_34B, language_width=_YI_34B.hidden_size),
     ),
 }
 
@@ -84,8 +103,9 @@ def shrink(config: CheckpointConfig, layers: int | None) -> CheckpointConfig:
     """The same widths with fewer layers; None keeps them."""
     if layers is None:
         return config
-    llama = 0 if config.internvl is None else config.internvl.qllama.num_hidden_layers
-    return with_depth(config, min(layers, config.vision.num_hidden_layers), min(layers, llama))
+    llama = language_config(config)
+    language = 0 if llama is None else min(layers, llama.num_hidden_layers)
+    return with_depth(config, min(layers, config.vision.num_hidden_layers), language)
 
 
 def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:
@@ -117,6 +137,22 @@ def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:
 def published_config(config: CheckpointConfig) -> dict[str, Any]:
     """``config.json`` as the published checkpoints have it, without what decides nothing."""
     vision = {"model_type": "intern_vit_6b", **published_fields(config.vision)}
+    if config.chat is not None and config.chat.llama is not None:
+        return {
+            "model_type": "internvl_chat",
+            "architectures": ["InternVLChatModel"],
+            "torch_dtype": "bfloat16",
+            "vision_config": vision,
+            "llm_config": {
+                "architectures": [config.chat.architecture],
+                "model_type": "llama",
+                **published_fields(config.chat.llama),
+            },
+            "force_image_size": config.chat.image_size,
+            "select_layer": -1,
+            "ps_version": config.chat.ps_version,
+            "template": config.chat.template,
+        }
     if config.internvl is None:
         return vision | {"architectures": ["InternVisionModel"], "torch_dtype": "bfloat16"}
     return {

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import TINY, write_internvl, write_tokenizer
+from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
 
 from internvl_edge import compiler
 from internvl_edge.artifact import open_artifact
@@ -50,6 +50,23 @@ def test_every_component_builds(tmp_path: Path, precision: str) -> None:
         assert artifact.manifest.files[engine.file].sha256 == info.sha256
     again = compiler.build(artifact.path, ["tensorrt-rtx"])
     assert {e.file for e in again} == {e.file for e in built.values()}, "engines are reused"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])
+def test_chat_builds(tmp_path: Path, precision: str) -> None:
+    written = write_chat(tmp_path / "checkpoint", seed=6)
+    write_tokenizer(written.path)
+    options = ExportOptions(
+        checkpoint=written.path,
+        out=tmp_path / "out",
+        precision=precision,
+        targets=("onnx", "tensorrt-rtx"),
+    )
+    engines = compiler.export(options).manifest.engines
+    assert {engine.component for engine in engines} == {"chat_vision", "chat_decoder"}
+    sidecar = next(e.sidecar for e in engines if e.component == "chat_decoder")
+    profile = read_engine_info(tmp_path / "out" / sidecar).profile
+    assert profile.length == (1, 128, 128)
 
 
 def test_engines_are_added_to_a_published_directory(tmp_path: Path) -> None:

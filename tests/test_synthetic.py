@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def test_parameter_counts_are_the_published_ones() -> None:
     assert count(PRESETS["internvit-6b-224"]) == 5_902_793_600
     assert count(PRESETS["internvit-6b-448-v1-5"]) == 5_536_496_000
     assert count(PRESETS["internvl-14b-224"]) == 13_834_975_747
+    shapes = expected_shapes(PRESETS["internvl-chat-v1-2"])  # its language model is Yi-34B
+    language = {n: shape for n, shape in shapes.items() if n.startswith("language_model.")}
+    assert sum(math.prod(shape) for shape in language.values()) == 34_388_917_248
 
 
 def test_it_is_a_checkpoint(tmp_path: Path) -> None:
