@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
 
 from internvl_edge.runtime.continuation import Decoding
 from internvl_edge.runtime.session import Array, Session
+from internvl_edge.runtime.vendor import numpy_dtype
 
 PAST = "past_key_values."
+Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
 
 
 class Device(Protocol):
@@ -22,28 +24,48 @@ class Device(Protocol):
     ) -> tuple[Array, list[Any]]: ...
 
 
-def start(session: Session, cache: Mapping[str, Array]) -> Decoding:
+def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = None) -> Decoding:
     """A decoder's session on a cache.
 
     Args:
-        session: of a ``decoder``.
+        session: of a ``decoder`` or a ``chat_decoder``.
         cache: what ``image_queries`` gave as ``present.{i}.key`` and ``.value``, [B,heads,P,d].
+        embed: of a decoder that takes embeddings.
     """
     past = {name.replace("present.", PAST, 1): values for name, values in cache.items()}
     if hasattr(session, "run_device") and hasattr(session, "step"):
-        return DeviceDecoding(cast(Device, session), past)
-    return HostDecoding(session, past)
+        return DeviceDecoding(cast(Device, session), past, embed)
+    return HostDecoding(session, past, embed)
+
+
+def empty_cache(session: Session, rows: int) -> dict[str, Array]:
+    """A cache without positions, as a decoder's session takes it, by names of what it gives."""
+    return {
+        name.replace(PAST, "present.", 1): np.zeros(
+            (rows, int(spec.shape[1]), 0, int(spec.shape[3])),
+            numpy_dtype(spec.dtype),
+        )
+        for name, spec in session.inputs.items()
+        if name.startswith(PAST)
+    }
+
+
+def _feeds(ids: Array, mask: Array, positions: Array, embed: Embed | None) -> dict[str, Array]:
+    tokens = {"input_ids": ids} if embed is None else {"inputs_embeds": embed(ids)}
+    return {**tokens, "attention_mask": mask, "position_ids": positions}
 
 
 class HostDecoding:
     """Any session; the cache goes in and comes out as arrays."""
 
-    def __init__(self, session: Session, past: Mapping[str, Array]) -> None:
-        self._session, self._past = session, dict(past)
+    def __init__(
+        self, session: Session, past: Mapping[str, Array], embed: Embed | None = None
+    ) -> None:
+        self._session, self._past, self._embed = session, dict(past), embed
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **self._past}
-        found = self._session.run(feeds, check=False)
+        feeds = _feeds(ids, mask, positions, self._embed)
+        found = self._session.run({**feeds, **self._past}, check=False)
         logits: Array = found.pop("logits")[:, -1]
         self._past = {name.replace("present.", PAST, 1): found[name] for name in found}
         return logits
@@ -58,12 +80,15 @@ class DeviceDecoding:
     What comes from outside, or passed through the host, is checked as any feed is.
     """
 
-    def __init__(self, session: Device, past: Mapping[str, Any]) -> None:
+    def __init__(
+        self, session: Device, past: Mapping[str, Any], embed: Embed | None = None
+    ) -> None:
+        self._embed = embed
         self._session, self._names, self._cache = session, list(past), list(past.values())
         self._is_there = False  # on the device
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds = _feeds(ids, mask, positions, self._embed)
         if self._is_there:
             logits, self._cache = self._session.step(feeds, self._names, self._cache)
         else:

@@ -51,6 +51,7 @@ __all__ = [
     "normalised",
     "pixel_levels",
     "pixel_values",
+    "squared",
     "tile",
     "tile_grid",
 ]
@@ -253,6 +254,22 @@ def tile(
     if use_thumbnail and len(tiles) > 1:
         tiles.append(_resize(picture, (size, size), label))
     return tiles
+
+
+def squared(picture: Image.Image, mean: tuple[float, float, float]) -> Image.Image:
+    """A picture in the middle of a square of the mean colour, as LLaVA pads it."""
+    side = max(picture.size)
+    if picture.size == (side, side):
+        return picture
+    if side * side > MAX_PIXELS:
+        raise MediaError(
+            f"{image_label(picture)}: padded to a square it has more than {MAX_PIXELS} pixels; "
+            "crop it"
+        )
+    colour = tuple(int(255 * value) for value in mean)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
 
 
 def tile_grid(shape: tuple[int, int], size: int, min_num: int, max_num: int) -> tuple[int, int]:

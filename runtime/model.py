@@ -18,6 +18,7 @@ import numpy as np
 
 from internvl_edge.artifact import open_artifact
 from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime import chat as chats
 from internvl_edge.runtime import speak
 from internvl_edge.runtime.embedding import DEFAULT_TEMPLATES, Embedder
 from internvl_edge.runtime.requests import (
@@ -34,6 +35,7 @@ from internvl_edge.runtime.video import dual_softmax
 
 __all__ = ["Model", "Retrieval", "load"]
 
+CHAT_TOKENS = 128  # of an answer
 LOGIT_SCALE = 100.0  # of zero-shot classification; the learned scale is for training
 
 
@@ -197,8 +199,10 @@ class Model(Embedder):
 
     # --- speak -----------------------------------------------------------------------------------
 
-    def see(self, images: Any, batch_size: int = 8) -> speak.Seen:
-        """Look at images once for many captions and answers, which take the result for images."""
+    def see(self, images: Any, batch_size: int = 8) -> speak.Seen | chats.ChatSeen:
+        """Look at images once for many captions, answers and chats, which take the result."""
+        if chats.is_chat(self.parts):
+            return chats.see(self.parts, images, batch_size)
         return speak.see(self.parts, images, batch_size)
 
     def caption(
@@ -265,8 +269,16 @@ class Model(Embedder):
         batch_size: int = 8,
         **how: Any,
     ) -> Array:
-        """As ``answer``, the new token ids: int64 [B,N], 0 behind the end."""
+        """As ``answer``, the new token ids: int64 [B,N], 0 behind the end.
+
+        Of an InternVL-Chat, ``prompts`` are ids [B,T] with places for image tokens, which every
+        image fills in order; ``image_token_id`` among ``how`` says which id a place has, if the
+        checkpoint had no tokenizer files that do.
+        """
+        place = how.pop("image_token_id", None)
         chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
+        if chats.is_chat(self.parts):
+            return chats.continued(self.parts, images, prompts, chosen, batch_size, place)
         return speak.continued(self.parts, images, prompts, chosen, batch_size)
 
     def stream(
@@ -275,6 +287,61 @@ class Model(Embedder):
         """As ``answer`` of one image and one prompt, in pieces as they come."""
         chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
         return speak.pieces(self.parts, image, prompt, chosen)
+
+    def chat(
+        self,
+        images: Any,
+        question: str,
+        history: Sequence[chats.Turn] = (),
+        *,
+        template: str | None = None,
+        system: str | None = None,
+        max_new_tokens: int = CHAT_TOKENS,
+        **how: Any,
+    ) -> chats.Reply:
+        """Answer a question in a conversation about images.
+
+        Of an InternVL-Chat the history is part of the prompt, and questions say ``<image>`` where
+        the next image stands; without it all images stand in front of the first question. An
+        InternVL-G answers ``Question: … Answer:`` about one image: it was trained on single
+        questions, so its history is kept for the caller and not read.
+
+        Args:
+            images: all images of the conversation, see ``Model``, or what ``see`` gave; None: none.
+            question: what is asked now.
+            history: of the ``Reply`` before.
+            template: how the prompt is spelled; the checkpoint's own by default.
+            system: instead of the template's own sentence.
+            max_new_tokens: the most.
+            how: as for ``caption``.
+
+        Returns:
+            The answer, and the history to go on with.
+
+        Raises:
+            UsageError: places for images that are not as many as images, an unknown template, or
+                more positions than the cache has.
+            MediaError: an empty question, or an image that cannot be read.
+        """
+        chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
+        options = {"template": template, "system": system}
+        return chats.reply(self.parts, images, question, history, chosen, **options)
+
+    def chat_stream(
+        self,
+        images: Any,
+        question: str,
+        history: Sequence[chats.Turn] = (),
+        *,
+        template: str | None = None,
+        system: str | None = None,
+        max_new_tokens: int = CHAT_TOKENS,
+        **how: Any,
+    ) -> Iterator[str]:
+        """As ``chat``, the answer in pieces as they come."""
+        chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
+        options = {"template": template, "system": system}
+        return chats.reply_pieces(self.parts, images, question, history, chosen, **options)
 
 
 def _best_labels(names: Sequence[str], embeds: Array, weights: Array) -> list[list[dict[str, Any]]]:

@@ -19,7 +19,9 @@ from internvl_edge.runtime.requests import batches_of, is_normalised, slices
 from internvl_edge.runtime.session import Array, Session, did_you_mean
 
 if TYPE_CHECKING:
+    from internvl_edge.runtime.chattokens import ChatTokenizer
     from internvl_edge.runtime.image import Preprocessing, Transform
+    from internvl_edge.runtime.table import TokenTable
     from internvl_edge.runtime.tokenizer import Tokenizer
 
 __all__ = ["Parts"]
@@ -150,3 +152,17 @@ class Parts:
                 "checkpoint's config.json and export again"
             )
         return Tokenizer(self.artifact.file(TOKENIZER_FILE))
+
+    @cached_property
+    def chat_tokenizer(self) -> ChatTokenizer:
+        """The tokenizer of an InternVL-Chat's directory."""
+        from internvl_edge.runtime.chattokens import open_chat_tokenizer
+
+        return open_chat_tokenizer(self.artifact, self.tokenizer)
+
+    @cached_property
+    def token_table(self) -> TokenTable:
+        """The token embedding of an InternVL-Chat's directory."""
+        from internvl_edge.runtime.table import open_table
+
+        return open_table(self.artifact)

@@ -12,7 +12,7 @@ image, prompt and new tokens must fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,17 @@ from internvl_edge.runtime.parts import Parts
 from internvl_edge.runtime.requests import image_list, slices, text_list
 from internvl_edge.runtime.session import Array, did_you_mean
 
-__all__ = ["Seen", "continued", "generation", "pieces", "see", "texts_of"]
+__all__ = [
+    "Seen",
+    "continued",
+    "generation",
+    "left_padded",
+    "pieces",
+    "see",
+    "streamed",
+    "texts_of",
+    "until_end",
+]
 
 REPLACEMENT = "\ufffd"  # what half a character is decoded to
 
@@ -71,7 +81,7 @@ def generation(parts: Parts, **how: Any) -> Generation:
     Raises:
         UsageError: an unknown option, or a value that cannot be.
     """
-    llama = parts.artifact.manifest.model["internvl"]["qllama"]
+    llama = parts.artifact.manifest.language_model or {"eos_token_id": 2, "pad_token_id": 0}
     how = {"stop_ids": (llama["eos_token_id"],), "pad_id": llama["pad_token_id"], **how}
     known = Generation.__dataclass_fields__
     for name in how:
@@ -123,7 +133,7 @@ def continued(
 
 def texts_of(parts: Parts, ids: Array, how: Generation) -> list[str]:
     """The text of new ids, without what stands behind its end."""
-    return [parts.tokenizer.decode(_until_end(row, how)) for row in ids.tolist()]
+    return [parts.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
 
 
 def pieces(parts: Parts, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
@@ -141,25 +151,29 @@ def pieces(parts: Parts, image: Any, prompt: Any, how: Generation) -> Iterator[s
     _require_room(parts, rows, how)
     decoding = start(parts.session("decoder"), seen.cache)
     tokens = stream(decoding, _prompt(rows, dict(seen.cache)), how)
-    return _pieces(parts, tokens, how)
+    return streamed(tokens, how, parts.tokenizer.decode)
 
 
-def _pieces(parts: Parts, tokens: Iterator[Array], how: Generation) -> Iterator[str]:
+def streamed(
+    tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
+) -> Iterator[str]:
+    """The text of one row's tokens in pieces, as they come."""
     ids: list[int] = []
     told = ""
     for token in tokens:
         ids.append(int(token[0]))
-        text = parts.tokenizer.decode(_until_end(ids, how))
+        text = decode(until_end(ids, how))
         is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
         if is_whole and text.startswith(told):
             yield text[len(told) :]
             told = text
-    text = parts.tokenizer.decode(_until_end(ids, how))
+    text = decode(until_end(ids, how))
     if text != told:
         yield text[len(told) :]
 
 
-def _until_end(ids: list[int], how: Generation) -> list[int]:
+def until_end(ids: list[int], how: Generation) -> list[int]:
+    """Ids up to the first that ends a text."""
     ends = [at for at, token in enumerate(ids) if token in how.stop_ids]
     return ids[: ends[0]] if ends else ids
 
@@ -203,13 +217,18 @@ def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
 
 def _prompt(rows: list[list[int]], cache: Mapping[str, Array]) -> Prompt:
     """Rows of ids as a left-padded prompt behind a cache."""
+    return left_padded(rows, past=next(iter(cache.values())).shape[2])
+
+
+def left_padded(rows: Sequence[list[int]], past: int) -> Prompt:
+    """Rows of ids as a prompt behind ``past`` cached positions."""
     width = max(map(len, rows))
     ids = np.zeros((len(rows), width), np.int64)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, width - len(row) :] = row
         mask[i, width - len(row) :] = 1
-    return Prompt(ids=ids, mask=mask, past=next(iter(cache.values())).shape[2])
+    return Prompt(ids=ids, mask=mask, past=past)
 
 
 def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:

@@ -38,6 +38,7 @@ PREFIX = "summarize:"
 CAPTION_PROMPT = "English caption:"  # of the published captioning results (section 3.5)
 MAX_TEXT_LENGTH = 80  # tokens that the text tower was trained on
 MAX_MODEL_NBYTES = 64 << 20
+GUARD = "<unk>"
 SPACE = "▁"  # how a piece spells a space
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,18 @@ class Tokenizer:
             ids[i, width - len(row) :] = row
             mask[i, width - len(row) :] = 1
         return ids, mask
+
+    def pieces(self, text: str) -> list[int]:
+        """The ids of a text alone, with SentencePiece's own space in front."""
+        return self._encode(text)
+
+    def pieces_inside(self, text: str) -> list[int]:
+        """The ids of a text that continues another: without a space in front.
+
+        SentencePiece always puts one there, so that it goes in front of a guard, which is cut off;
+        ``<unk>`` is the guard of the original's tokenizer.
+        """
+        return self._encode(GUARD + text)[len(self._encode(GUARD)) :]
 
     def decode(self, ids: Sequence[int] | NDArray[Any], skip_special: bool = True) -> str:
         """The text of one row of ids, without spaces around it.

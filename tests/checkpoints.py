@@ -75,7 +75,7 @@ CHAT = ChatShapes(
         intermediate_size=96,
         num_hidden_layers=2,
         vocab_size=320,
-        max_position_embeddings=128,
+        max_position_embeddings=512,
     ),
 )
 
@@ -265,3 +265,14 @@ def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
             hard_vocab_limit=False,
             minloglevel=2,
         )
+
+
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+
+
+def write_chat_tokenizer(path: Path) -> dict[str, int]:
+    """The same with the added tokens of a chat model; their ids."""
+    write_tokenizer(path)
+    added = {token: 300 + i for i, token in enumerate(CHAT_TOKENS)}
+    (path / "added_tokens.json").write_text(json.dumps(added))
+    return added

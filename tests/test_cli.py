@@ -40,6 +40,7 @@ COMMANDS = [
     "match",
     "caption",
     "answer",
+    "chat",
     "benchmark",
     "doctor",
 ]

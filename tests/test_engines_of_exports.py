@@ -66,7 +66,7 @@ def test_chat_builds(tmp_path: Path, precision: str) -> None:
     assert {engine.component for engine in engines} == {"chat_vision", "chat_decoder"}
     sidecar = next(e.sidecar for e in engines if e.component == "chat_decoder")
     profile = read_engine_info(tmp_path / "out" / sidecar).profile
-    assert profile.length == (1, 128, 128)
+    assert profile.length == (1, 320, 512)
 
 
 def test_engines_are_added_to_a_published_directory(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from internvl_edge._version import __version__
+from internvl_edge.cli import chat, doctor, examine, measure, speak, use
 from internvl_edge.cli import compile as compile_commands
-from internvl_edge.cli import doctor, examine, measure, speak, use
 from internvl_edge.cli.console import Output, error_line, flush
 from internvl_edge.disk import EXHAUSTED, translated
 from internvl_edge.errors import InternVLError, ResourceError
@@ -47,6 +47,7 @@ for command in (
     use.match,
     speak.caption,
     speak.answer,
+    chat.chat,
     measure.benchmark,
     doctor.doctor,
 ):

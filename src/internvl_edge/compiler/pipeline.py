@@ -50,6 +50,7 @@ SIDE_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "generation_config.json",
     "preprocessor_config.json",
 )

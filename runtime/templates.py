@@ -1,0 +1,176 @@
+"""How a chat is spelled: what stands around the questions and answers of each published model.
+
+    template         of            a question, and its answer; system sentence aside
+    Hermes-2         V1-2          <|im_start|>user ⏎ Q <|im_end|><|im_start|>assistant ⏎ A
+    internlm2-chat   V1-5          the same
+    internvl2_5      2.5           the same, a line break behind every <|im_end|>
+    phi3-chat        Mini 4B       <|user|> ⏎ Q <|end|><|assistant|> ⏎ A
+    internvl_zh      V1-1          <human>: Q <bot>: A</s>
+    vicuna_v1        V1.0          USER: Q ASSISTANT: A</s>
+
+Sources: internvl-spec section 5; the system sentences are those of the published models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime.session import did_you_mean
+
+__all__ = ["TEMPLATES", "Piece", "Template", "Turn", "conversation", "find_template"]
+
+CHINESE_SYSTEM = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+CHINESE_SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
+    "多模态大语言模型。"
+)
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """What is put around a conversation.
+
+    The prompt is ``start``, the system sentence, ``after_system``, and for every turn ``user``, the
+    question, ``after_user``, ``assistant``, the answer, ``after_assistant``; it ends behind the
+    last ``assistant``.
+    """
+
+    name: str
+    start: str = ""
+    system: str = ""
+    after_system: str = ""
+    user: str
+    after_user: str
+    assistant: str
+    after_assistant: str
+    stop: str  # the token that ends an answer
+    image_start: str = "<img>"  # around the places of an image's tokens
+    image_end: str = "</img>"
+
+
+def _chatml(name: str, system: str = CHINESE_SYSTEM, end: str = "<|im_end|>") -> Template:
+    return Template(
+        name=name,
+        start="<|im_start|>system\n",
+        system=system,
+        after_system=end,
+        user="<|im_start|>user\n",
+        after_user=end,
+        assistant="<|im_start|>assistant\n",
+        after_assistant=end,
+        stop="<|im_end|>",
+    )
+
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        _chatml("Hermes-2"),
+        _chatml("internlm2-chat"),
+        _chatml("internvl2_5", CHINESE_SYSTEM_2_5, "<|im_end|>\n"),
+        Template(
+            name="phi3-chat",
+            start="<|system|>\n",
+            system=CHINESE_SYSTEM,
+            after_system="<|end|>",
+            user="<|user|>\n",
+            after_user="<|end|>",
+            assistant="<|assistant|>\n",
+            after_assistant="<|end|>",
+            stop="<|end|>",
+        ),
+        Template(
+            name="internvl_zh",
+            after_system=" ",
+            user="<human>: ",
+            after_user=" ",
+            assistant="<bot>:",
+            after_assistant="</s>",
+            stop="</s>",
+        ),
+        Template(
+            name="vicuna_v1",
+            system=VICUNA_SYSTEM,
+            after_system=" ",
+            user="USER: ",
+            after_user=" ",
+            assistant="ASSISTANT:",
+            after_assistant="</s>",
+            stop="</s>",
+            image_start="",
+            image_end="",
+        ),
+    )
+}
+# Where an answer follows ``role:``, a space stands between them.
+SPACED = ("internvl_zh", "vicuna_v1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A question, and its answer once there is one."""
+
+    question: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a prompt; in what the template wrote, special tokens are what they look like."""
+
+    text: str
+    is_template: bool
+
+
+def find_template(name: str) -> Template:
+    """The template of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TEMPLATES:
+        raise UsageError(
+            f"template {name!r}: expected one of {', '.join(TEMPLATES)}"
+            f"{did_you_mean(name, TEMPLATES)}"
+        )
+    return TEMPLATES[name]
+
+
+def conversation(
+    template: Template, turns: Sequence[Turn], system: str | None = None
+) -> list[Piece]:
+    """A conversation as it is put to the model; its last turn has no answer yet.
+
+    Args:
+        template: how it is spelled.
+        turns: at least one.
+        system: instead of the template's own sentence.
+    """
+    sentence = template.system if system is None else system
+    found = [
+        Piece(text=template.start, is_template=True),
+        Piece(text=sentence, is_template=system is None),
+        Piece(text=template.after_system, is_template=True),
+    ]
+    space = " " if template.name in SPACED else ""
+    for turn in turns:
+        found += [
+            Piece(text=template.user, is_template=True),
+            Piece(text=turn.question, is_template=False),
+            Piece(text=template.after_user + template.assistant, is_template=True),
+        ]
+        if turn.answer is not None:
+            found += [
+                Piece(text=space + turn.answer, is_template=False),
+                Piece(text=template.after_assistant, is_template=True),
+            ]
+    return [piece for piece in found if piece.text]

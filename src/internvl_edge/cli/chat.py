@@ -1,0 +1,107 @@
+"""``chat``: a conversation about images from the shell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from internvl_edge.cli.console import Output, error_line
+from internvl_edge.cli.options import DIRECTORY, answers, backend
+from internvl_edge.cli.speak import generation, show, stream_option
+from internvl_edge.cli.use import expand, open_model
+from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime.model import Model
+from internvl_edge.runtime.templates import Turn
+
+QUIT, CLEAR = "/quit", "/clear"
+HELP = f"Ask; {CLEAR} forgets the conversation, {QUIT} or Ctrl-D ends it."
+
+
+@click.command()
+@click.argument("out", type=DIRECTORY)
+@click.argument("images", type=DIRECTORY, nargs=-1)
+@click.option(
+    "--question",
+    "questions",
+    multiple=True,
+    help="Ask this and end; repeat to go on. Without it, questions are read from stdin.",
+)
+@click.option("--template", help="How the prompt is spelled; the checkpoint's own by default.")
+@click.option("--system", help="Instead of the template's own sentence.")
+@generation
+@stream_option
+@backend
+@answers
+def chat(
+    output: Output,
+    out: Path,
+    images: tuple[Path, ...],
+    questions: tuple[str, ...],
+    template: str | None,
+    system: str | None,
+    how: dict[str, Any],
+    stream: bool,
+    backend: str,
+) -> None:
+    """Talk about IMAGES, which are looked at once; the conversation is remembered.
+
+    An InternVL-G, as the bundled demo, answers single questions about one image: what was said
+    before is shown again with --json and not read by the model.
+    """
+    if stream and how.get("num_beams", 1) > 1:
+        raise UsageError("--stream: only one beam can be streamed; leave --num-beams out")
+    options = {"template": template, "system": system, **how}
+    paths, turns = expand(images) if images else [], []
+    with open_model(out, backend) as model:
+        seen = model.see(paths) if paths else None
+        history: tuple[Turn, ...] = ()
+        for question in questions or _typed(output):
+            if question.strip() == CLEAR and not questions:
+                history = ()
+                continue
+            try:
+                text = _answer(output, model, seen, question, history, options, stream=stream)
+            except (UsageError, MediaError) as error:
+                if questions or not sys.stdin.isatty():
+                    raise
+                error_line(str(error))
+                continue
+            history = (*history, Turn(question=question, answer=text))
+            turns.append({"question": question, "answer": text})
+    output.result({"images": paths, "turns": turns})
+
+
+def _answer(
+    output: Output,
+    model: Model,
+    seen: Any,
+    question: str,
+    history: tuple[Turn, ...],
+    options: dict[str, Any],
+    *,
+    stream: bool,
+) -> str:
+    if stream:
+        return show(output, model.chat_stream(seen, question, history, **options))
+    text = model.chat(seen, question, history, **options).text
+    output.lines([text])
+    return text
+
+
+def _typed(output: Output) -> Iterator[str]:
+    """Questions from stdin, line by line; asked for on a terminal."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        output.say(HELP)
+    while True:
+        if is_terminal:
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == QUIT:
+            return
+        if line.strip():
+            yield line.strip()
