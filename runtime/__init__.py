@@ -7,8 +7,11 @@
     requests  what callers hand over;  vectors  arithmetic on embeddings
     batching  requests of many threads as few batches
     generate  tokens on a decoder's cache;  speak  text about images with it
+    chat      conversations;  templates  how they are spelled;  chattokens  their ids;
+              table  the token embedding
     parts     what of a directory is open;  embedding  images, texts, videos to vectors
-    model     what people ask for: encode, classify, retrieve, match, caption, answer
+    model     what people ask for: encode, classify, retrieve, match, caption, answer,
+              chat
     bench     honest timing;  scenarios  under load;  phases  the GPU's part of a call;
               environment  where it was measured
 
