@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint import expected_shapes, load_model, open_checkpoint
 from internvl_edge.export.folded import folded
-from internvl_edge.export.models import InternVL
+from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
 from internvl_edge.quantize.rotation import rotate_heads, rotation
 
 SEEDED = partial(rotation, seed=3)
@@ -107,3 +108,23 @@ def test_gains_are_one_and_the_stream_is_turned(tmp_path: Path) -> None:
     np.testing.assert_allclose(source.read(name), expected, atol=1e-5)
     same = "vision_model.encoder.layers.0.attn.q_norm.weight"
     np.testing.assert_array_equal(source.read(same), checkpoint.read(same))
+
+
+@pytest.mark.slow
+def test_full_width_blocks_with_outliers_compute_the_same(tmp_path: Path) -> None:
+    """Two blocks at InternViT-6B's width 3200 = 2⁷ · 25, gains of outlier channels 64 times."""
+    config = shrink(PRESETS["internvit-6b-224"], 2)
+    path = tmp_path / "checkpoint"
+    write_checkpoint(Synthesis(config=config, outliers=True, massive=True), path)
+    checkpoint = open_checkpoint(path)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, 224, 224, generator=generator)
+    outputs = []
+    for source in (checkpoint, folded(checkpoint, SEEDED, has_shift=True)):
+        model = load_model(source)
+        assert isinstance(model, InternViT)
+        with torch.inference_mode():
+            outputs.append(model(pixels))
+        del model
+    expected, found = outputs
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
