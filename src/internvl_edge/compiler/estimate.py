@@ -309,9 +309,10 @@ def _verify(plan: Plan) -> Step:
         compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
         seconds = 3.0
     graphs = 1 if plan.base == plan.engine_base else 2
+    models = 2 if plan.recipe is None else 3  # graph, reference, and what rounding should make
     return Step(
         name="verify",
-        memory_nbytes=IMPORTS_NBYTES + 2 * compared,
+        memory_nbytes=IMPORTS_NBYTES + models * compared,
         disk_nbytes=0,
         seconds=graphs
         * len(plan.components)
