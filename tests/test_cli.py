@@ -412,7 +412,7 @@ def block():
 
 def wait(*_, **__):
     with block():
-        open({str(pipe)!r})
+        open({str(pipe)!r}).read()  # until nobody has it open for writing
 
 artifact.open_artifact = wait
 cli.main(["verify", "x"])
@@ -425,10 +425,10 @@ cli.main(["verify", "x"])
         except OSError:
             time.sleep(0.05)
             continue
-        os.close(writer)
         break
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
+    os.close(writer)
     assert process.returncode == 143
     assert "error: terminated" in said
     assert (tmp_path / "cleaned").exists()
