@@ -50,15 +50,23 @@ def input_sqnr_db(observer: RangeObserver, scale: float, fmt: str) -> float:
 
 
 def weight_sqnr_db(weight: Array, values: Array, scales: Array) -> float:
-    """What is left of a weight (N, K) stored as ``values`` (K, N) with N scales, in dB."""
+    """What is left of a weight (N, K) stored as ``values`` (N, K) with N scales, in dB.
+
+    Squares are summed in float32 within a row, in float64 over the rows.
+    """
     signal = noise = 0.0
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
-        exact = weight[rows].astype(np.float64)
-        stored = values[:, rows].T.astype(np.float64) * scales[rows, None].astype(np.float64)
-        signal += float((exact**2).sum())
-        noise += float(((exact - stored) ** 2).sum())
+        error = values[rows].astype(np.float32)
+        error *= scales[rows, None]
+        error -= weight[rows]
+        signal += _square_sum(weight[rows])
+        noise += _square_sum(error)
     return _decibels(signal, noise)
+
+
+def _square_sum(rows: Array) -> float:
+    return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import blockwise, formats
@@ -31,7 +32,7 @@ def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight
     Raises:
         CalibrationError: it holds NaN or infinity.
     """
-    if not np.isfinite(weight).all():
+    if not (np.isfinite(weight.min()) and np.isfinite(weight.max())):  # NaN is its own extreme
         raise CalibrationError(f"{name}.weight holds NaN or infinity")
     if recipe.weights == "int4":
         block = blockwise.block_of(weight.shape[1], recipe.block_size)
@@ -44,9 +45,14 @@ def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight
     if recipe.granularity == "per-tensor":
         scales[:] = scales.max()
     values = formats.quantize(weight, scales, recipe.weights, axis=0)
-    stored = np.ascontiguousarray(values.T)
-    sqnr = weight_sqnr_db(weight, stored, scales)
-    return QuantizedWeight(values=stored, scales=scales, sqnr_db=sqnr)
+    sqnr = weight_sqnr_db(weight, values, scales)
+    return QuantizedWeight(values=_transposed(values), scales=scales, sqnr_db=sqnr)
+
+
+def _transposed(values: Array) -> Array:
+    """(N, K) → (K, N), contiguous, by bytes; PyTorch goes tile by tile, NumPy does not."""
+    rows = torch.from_numpy(values.view(np.uint8))
+    return rows.T.contiguous().numpy().view(values.dtype)
 
 
 def stored_layout(shape: tuple[int, int], recipe: Recipe) -> tuple[Layout, Layout]:
