@@ -26,9 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +35,20 @@ from torch import Tensor, nn
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import blockwise, choose, formats, smooth
+from internvl_edge.quantize.inputs import (
+    Block,
+    Group,
+    Inputs,
+    NewSpool,
+    Stream,
+    groups_of,
+    head_rotation,
+    is_changed,
+    watching,
+)
 from internvl_edge.quantize.observers import RANGE_METHODS, RangeMethod, RangeObserver
 from internvl_edge.quantize.recipe import Recipe
-from internvl_edge.quantize.rotation import Rotation, rotate_heads, rotation
+from internvl_edge.quantize.rotation import rotate_heads
 from internvl_edge.quantize.statistics import BEST_DB, LayerStatistics, input_sqnr_db
 from internvl_edge.quantize.weights import QuantizedWeight, quantize_weight
 from internvl_edge.spool import Spool
@@ -46,47 +56,6 @@ from internvl_edge.spool import Spool
 QUANTIZING_THREADS = 2
 SMOOTHING_SUFFIX = ".smoothing"  # of the factors in the columns of a site's readers
 Array = np.ndarray[Any, Any]
-NewSpool = Callable[[], Spool]
-
-
-class Site(Protocol):
-    """What calibration needs of a site; see ``export.blocks.Site``."""
-
-    @property
-    def readers(self) -> tuple[str, ...]: ...
-    @property
-    def norm(self) -> str | None: ...
-    @property
-    def producer(self) -> str | None: ...
-    @property
-    def first_row(self) -> int: ...
-    @property
-    def head_dim(self) -> int | None: ...
-    @property
-    def shift(self) -> str | None: ...
-
-
-class Block(Protocol):
-    """What calibration needs of a block; see ``export.blocks.Block``."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def sites(self) -> Sequence[Site]: ...
-    @property
-    def run(self) -> Callable[[Tensor, Any], Tensor]: ...
-    def linears(self) -> dict[str, nn.Linear]: ...
-
-
-class Stream(Protocol):
-    """What calibration needs of one use of a block; see ``export.blocks.Stream``."""
-
-    hidden: Spool
-
-    @property
-    def contexts(self) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,40 +68,6 @@ class CalibratedBlock:
     # stream → weight → scale; None: the activation stays as it is
     activations: dict[str, dict[str, float | None]] = field(default_factory=dict)
     statistics: list[LayerStatistics] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Group:
-    """Quantized linear layers that read one activation, by full name."""
-
-    readers: tuple[str, ...]
-    site: Site | None = None
-    is_folded: bool = False  # whether factors can move between the site and its readers
-
-    @property
-    def key(self) -> str:
-        return self.readers[0]
-
-
-@dataclass(slots=True)
-class _Inputs:
-    """What one stream brought to one group."""
-
-    observer: RangeObserver
-    kept: Spool | None
-    sample: choose.RowSample = field(default_factory=choose.RowSample)
-    peaks: Array | None = None  # largest |x| of each channel
-    low: float = np.inf
-
-    def take(self, values: Array) -> None:
-        self.sample.update(values)
-        if self.kept is None:
-            self.observer.update(values)
-            self.low = min(self.low, float(values.min()))
-            return
-        self.kept.append(values)
-        peaks = np.maximum(values.max(axis=0), -values.min(axis=0))
-        self.peaks = peaks if self.peaks is None else np.maximum(self.peaks, peaks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +114,11 @@ def calibrate_block(
         for name, linear in block.linears().items()
         if is_quantized(recipe, name, linear.in_features, linear.out_features)
     }
-    groups = _groups(block, linears)
-    seen: dict[str, dict[str, _Inputs]] = {name: {} for name in streams}
+    groups = groups_of(block, linears)
+    seen: dict[str, dict[str, Inputs]] = {name: {} for name in streams}
     for name, stream in streams.items():
         outputs = behind(name)
-        with _watching(linears, groups, recipe, seen[name], new_spool) as look_at:
+        with watching(linears, groups, recipe, seen[name], new_spool) as look_at:
             for x, context in zip(stream.hidden, stream.contexts, strict=True):
                 look_at(getattr(context, "rows", None))
                 outputs.append(block.run(torch.from_numpy(x), context).numpy())
@@ -239,84 +174,11 @@ def _statistics(
         )
 
 
-def _groups(block: Block, linears: Mapping[str, nn.Linear]) -> list[_Group]:
-    """Every quantized linear layer, with the others that read the same where all are quantized."""
-    groups, alone = [], dict.fromkeys(linears)
-    for site in block.sites:
-        readers = tuple(f"{block.name}.{reader}" for reader in site.readers)
-        if not all(name in linears for name in readers):
-            continue
-        has_producer = f"{block.name}.{site.producer}" in linears
-        is_folded = site.norm is not None or has_producer
-        groups.append(_Group(readers=readers, site=site, is_folded=is_folded))
-        for name in readers:
-            del alone[name]
-    return groups + [_Group(readers=(name,)) for name in alone]
-
-
-@contextmanager
-def _watching(
-    linears: Mapping[str, nn.Linear],
-    groups: Sequence[_Group],
-    recipe: Recipe,
-    seen: dict[str, _Inputs],
-    new_spool: NewSpool,
-) -> Iterator[Callable[[Tensor | None], None]]:
-    """Look at the input of every quantized linear layer while the block runs.
-
-    Yields:
-        A function that says which rows (B, T) of the next run are not padding; None: all.
-    """
-    rows: Tensor | None = None
-
-    def look_at(wanted: Tensor | None) -> None:
-        nonlocal rows
-        rows = wanted
-
-    def watch(group: _Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().float()
-            # cross-attention looks at other sequences, which have no padding
-            is_masked = rows is not None and x.shape[:2] == rows.shape
-            values = (x[rows] if is_masked else x.reshape(-1, x.shape[-1])).numpy()
-            if not np.isfinite(values).all():
-                raise CalibrationError(
-                    f"{group.key}: calibration met NaN or infinity in its input; is the "
-                    "checkpoint sound, and are the images those that it was trained for?"
-                )
-            if group.key not in seen:
-                is_kept = not recipe.is_weight_only and _is_changed(group, recipe)
-                kept = new_spool() if is_kept else None
-                seen[group.key] = _Inputs(observer=RangeObserver(group.key), kept=kept)
-            if recipe.is_weight_only:
-                seen[group.key].sample.update(values)
-            else:
-                seen[group.key].take(values)
-
-        return hook
-
-    with ExitStack() as stack:
-        for group in groups:
-            hook = linears[group.key].register_forward_pre_hook(watch(group))
-            stack.callback(hook.remove)
-        yield look_at
-
-
-def _is_changed(group: _Group, recipe: Recipe) -> bool:
-    """Whether what the observers should see is known only when the block has run."""
-    return group.is_folded and (recipe.smooth is not None or _head(group, recipe) is not None)
-
-
-def _head(group: _Group, recipe: Recipe) -> Rotation | None:
-    width = None if group.site is None else group.site.head_dim
-    return rotation(width, recipe.rotation_seed) if recipe.rotate and width else None
-
-
 def _fold(
     block: Block,
-    group: _Group,
+    group: Group,
     weights: dict[str, Array],
-    inputs: Mapping[str, _Inputs],
+    inputs: Mapping[str, Inputs],
     recipe: Recipe,
     result: CalibratedBlock,
 ) -> Callable[[Array], Array]:
@@ -326,9 +188,9 @@ def _fold(
         What becomes of the activation's rows.
     """
     site = group.site
-    if site is None or not inputs or not _is_changed(group, recipe):
+    if site is None or not inputs or not is_changed(group, recipe):
         return lambda x: x
-    head = _head(group, recipe)
+    head = head_rotation(group, recipe)
 
     def turn(x: Array) -> Array:
         return x if head is None else rotate_heads(x, head)
@@ -359,7 +221,7 @@ def _fold(
 
 def _factors(
     readers: Sequence[Array],
-    inputs: Mapping[str, _Inputs],
+    inputs: Mapping[str, Inputs],
     turn: Callable[[Array], Array],
     recipe: Recipe,
 ) -> Array:
@@ -386,10 +248,10 @@ def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:
 
 
 def _settle(
-    group: _Group,
+    group: Group,
     weights: Mapping[str, Array],
     stream: str,
-    inputs: _Inputs,
+    inputs: Inputs,
     change: Callable[[Array], Array],
     recipe: Recipe,
 ) -> _Settled:
@@ -435,7 +297,7 @@ def _input_sqnr_db(
 
 
 def _ranges(
-    inputs: _Inputs, method: RangeMethod, recipe: Recipe, *, has_shift: bool
+    inputs: Inputs, method: RangeMethod, recipe: Recipe, *, has_shift: bool
 ) -> Iterator[tuple[float, float]]:
     """The scales, each with its shift, that a method has to offer."""
     yield inputs.observer.scale(method, recipe.weights, recipe.percentile), 0.0
@@ -477,7 +339,7 @@ def _correct_bias(
 
 def _store_shifts(
     block: Block,
-    groups: Sequence[_Group],
+    groups: Sequence[Group],
     settled: Mapping[str, _Settled],
     result: CalibratedBlock,
 ) -> None:

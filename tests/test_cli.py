@@ -319,7 +319,7 @@ def test_build_says_what_is_new(
         inputs = open_artifact(place / "out").manifest.components["vision"].inputs
 
     monkeypatch.setattr("internvl_edge.compiler.engines.build", build)
-    monkeypatch.setattr("internvl_edge.cli.compile._engine_files", lambda out: {old.file})
+    monkeypatch.setattr("internvl_edge.cli.compile.engine_files", lambda out: {old.file})
     monkeypatch.setattr("internvl_edge.engineinfo.read_engine_info", lambda path: Info)
     target = ["--target", "TensorRT-RTX, tensorrt", "--target", "tensorrt"]
     found = answer(capsys, "build", place / "out", *target)

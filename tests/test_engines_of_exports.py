@@ -12,8 +12,9 @@ from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
 from internvl_edge import compiler
 from internvl_edge.artifact import open_artifact
 from internvl_edge.compiler import ExportOptions, memory
-from internvl_edge.engineinfo import read_engine_info
-from internvl_edge.errors import ResourceError
+from internvl_edge.compiler.engines import profile_for
+from internvl_edge.engineinfo import Profile, read_engine_info
+from internvl_edge.errors import ResourceError, UsageError
 
 pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
 
@@ -67,6 +68,19 @@ def test_chat_builds(tmp_path: Path, precision: str) -> None:
     sidecar = next(e.sidecar for e in engines if e.component == "chat_decoder")
     profile = read_engine_info(tmp_path / "out" / sidecar).profile
     assert profile.length == (1, 320, 512)
+    assert profile.past == (0, 512, 512)
+
+
+def test_ranges_that_were_not_asked_for_are_the_models(tmp_path: Path) -> None:
+    written = write_chat(tmp_path / "checkpoint")
+    options = ExportOptions(checkpoint=written.path, out=tmp_path / "out", verify="none")
+    manifest = compiler.export(options).manifest
+    found = profile_for(manifest, "chat_decoder", {"batch": (1, 2, 3)})
+    assert found == Profile(batch=(1, 2, 3), length=(1, 320, 512), past=(0, 512, 512))
+    asked = profile_for(manifest, "chat_decoder", {"length": (1, 2, 300)})
+    assert asked.length == (1, 2, 300)
+    with pytest.raises(UsageError, match="positions for 512 tokens, asked for up to 513"):
+        profile_for(manifest, "chat_decoder", {"length": (1, 2, 513)})
 
 
 def test_engines_are_added_to_a_published_directory(tmp_path: Path) -> None:

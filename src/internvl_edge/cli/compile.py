@@ -7,6 +7,14 @@ from typing import Any
 
 import click
 
+from internvl_edge.cli.artifacts import (
+    ENGINE_COLUMNS,
+    engine_facts,
+    engine_files,
+    engine_row,
+    figures_row,
+    show_artifact,
+)
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import (
     DIRECTORY,
@@ -23,7 +31,6 @@ AUTO = "auto"
 PRECISIONS = "fp32, fp16, bf16, int8, fp8, int8-wo, int4-wo, auto"
 METRICS = ("cosine", "zero-shot", "recall@1")
 CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
-ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
 
 @click.command()
@@ -121,7 +128,7 @@ def export(
         else:
             artifact, found = compiler.export_auto(options, max_drop, metric or METRICS[0], report)
             output.lines(_search_lines(found))
-    _show_artifact(output, artifact)
+    show_artifact(output, artifact)
 
 
 def _search_lines(found: Any) -> list[str]:
@@ -145,8 +152,8 @@ def _search_lines(found: Any) -> list[str]:
     help="tensorrt-rtx, tensorrt, or both, comma-separated.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
-@click.option("--batch", default="1,4,16", show_default=True, help="Smallest, usual, largest.")
-@click.option("--length", default="1,32,80", show_default=True, help="The same, of texts.")
+@click.option("--batch", help="Smallest, usual, largest; 1,4,16, of a chat model 1,1,4.")
+@click.option("--length", help="The same, of texts; 1,32,80, of a chat model up to its positions.")
 @backend
 @answers
 def build(
@@ -154,20 +161,20 @@ def build(
     out: Path,
     targets: tuple[str, ...],
     components: tuple[str, ...] | None,
-    batch: str,
-    length: str,
+    batch: str | None,
+    length: str | None,
     backend: str,
 ) -> None:
     """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
     from internvl_edge.compiler.engines import build as build_engines
-    from internvl_edge.compiler.engines import profile_from
+    from internvl_edge.compiler.engines import ranges_from
 
-    profile = profile_from(batch=batch, length=length)
-    before = _engine_files(out)
+    profile = ranges_from(batch=batch, length=length)
+    before = engine_files(out)
     with output.progress() as report:
         engines = build_engines(out, targets, components=components, profile=profile, report=report)
-    found = [_engine(out, engine, is_new=engine.file not in before) for engine in engines]
-    output.table(ENGINE_COLUMNS, [_engine_row(engine) for engine in found])
+    found = [engine_facts(out, engine, is_new=engine.file not in before) for engine in engines]
+    output.table(ENGINE_COLUMNS, [engine_row(engine) for engine in found])
     output.result({"out": out, "engines": found})
 
 
@@ -195,7 +202,7 @@ def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backe
     if checkpoint is not None:
         with output.progress() as report:
             figures = _compiler().verify(out, checkpoint, report)
-        rows = [(name, *_figures(f)) for name, f in figures.items()]
+        rows = [(name, *figures_row(f)) for name, f in figures.items()]
         output.table(("component", "cosine", "SQNR", "max |Δ|"), rows)
     linked = [n for n, record in artifact.manifest.files.items() if record.header_sha256]
     if recorded:
@@ -217,7 +224,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
     if (path / ARTIFACT_FILE).exists():
         from internvl_edge.artifact import open_artifact
 
-        _show_artifact(output, open_artifact(path))
+        show_artifact(output, open_artifact(path))
         return
     if not (path / CHECKPOINT_FILE).exists():
         raise InputError(_neither(path))
@@ -319,76 +326,6 @@ def _require_components(chosen: tuple[str, ...] | None) -> None:
                 f"component {name!r}: expected some of {', '.join(COMPONENTS)}"
                 f"{did_you_mean(name, COMPONENTS)}"
             )
-
-
-def _engine_files(out: Path) -> set[str]:
-    from internvl_edge.artifact import open_artifact
-
-    return {engine.file for engine in open_artifact(out, hash_files=False).manifest.engines}
-
-
-def _engine(out: Path, engine: Any, *, is_new: bool) -> dict[str, Any]:
-    """What there is to know of an engine, from its sidecar."""
-    from internvl_edge.engineinfo import read_engine_info
-
-    info = read_engine_info(out / engine.sidecar)
-    symbols = {size for spec in info.inputs for size in spec.shape if isinstance(size, str)}
-    return {
-        "component": engine.component,
-        "target": engine.target,
-        "file": engine.file,
-        "nbytes": info.nbytes,
-        "profile": {name: info.profile.range_of(name) for name in sorted(symbols)},
-        "is_new": is_new,
-    }
-
-
-def _engine_row(engine: dict[str, Any]) -> tuple[str, ...]:
-    profile = [f"{name} {'/'.join(map(str, sizes))}" for name, sizes in engine["profile"].items()]
-    return (
-        engine["component"],
-        engine["target"],
-        ", ".join(profile),
-        f"{engine['nbytes'] / 1e6:.1f} MB",
-        "new" if engine["is_new"] else "",
-        engine["file"],
-    )
-
-
-def _show_artifact(output: Output, artifact: Any) -> None:
-    manifest = artifact.manifest
-    rows = [
-        (name, f"{record.nbytes / 1e6:.1f} MB", *_figures(record.verification or {}))
-        for name, record in manifest.components.items()
-    ]
-    output.lines([f"{artifact.path}: {manifest.precision}, {manifest.image_size} px"])
-    output.table(("component", "weights", "cosine", "SQNR", "max |Δ|"), rows)
-    for reason in {(r.verification or {}).get("skipped") for r in manifest.components.values()}:
-        if reason:
-            output.lines([reason])
-    for engine in manifest.engines:
-        size = manifest.files[engine.file].nbytes
-        output.lines(
-            [f"engine {engine.component} ({engine.target}): {engine.file}, {size / 1e6:.1f} MB"]
-        )
-    if links := manifest.hard_links:
-        output.lines([f"hard links to the checkpoint's own files: {', '.join(links)}"])
-        output.say(
-            "hard links: what edits the one edits the other. ONNX Runtime and TensorRT accept "
-            "them, onnx.checker and onnx-ir refuse files of two names; --weights copy makes files "
-            "of their own"
-        )
-    output.result({"out": artifact.path, **manifest.to_json()})
-
-
-def _figures(verification: dict[str, Any]) -> tuple[str, str, str]:
-    if "cosine" not in verification:
-        return ("not verified", "", "")
-    return (
-        f"{verification['cosine']:.6f}",
-        f"{verification['sqnr_db']:.1f} dB",
-        f"{verification['max_abs']:.2g}",
-    )
 
 
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:

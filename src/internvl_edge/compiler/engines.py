@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from internvl_edge.artifact import EngineRecord, Manifest, TensorSpec
 from internvl_edge.compiler.memory import LLAMA_COMPONENTS, require_memory_to_build
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.disk import link_or_copy
+from internvl_edge.engineinfo import Range
 from internvl_edge.errors import UsageError
 from internvl_edge.export.engine import Profile, build_engine
 from internvl_edge.export.targets import choose_capabilities, find_target, load_builder
@@ -48,38 +49,51 @@ def profile_from(**sizes: str) -> Profile:
     Raises:
         UsageError: not three whole numbers in order.
     """
+    return Profile(**ranges_from(**sizes))
+
+
+def ranges_from(**sizes: str | None) -> dict[str, Range]:
+    """The ranges of those dimensions that are given; see :func:`profile_from`."""
     ranges = {}
     for name, text in sizes.items():
+        if text is None:
+            continue
         parts = text.split(",")
         if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
             raise UsageError(f"--{name}: expected three sizes such as 1,4,16, found {text!r}")
         ranges[name] = (int(parts[0]), int(parts[1]), int(parts[2]))
-    return Profile(**ranges)
+    return ranges
 
 
-def profile_for(manifest: Manifest, component: str, profile: Profile | None) -> Profile:
+def profile_for(
+    manifest: Manifest, component: str, asked: Profile | Mapping[str, Range] | None
+) -> Profile:
     """The profile of a component, no longer than the positions its model has.
+
+    Args:
+        manifest: of the directory.
+        component: its name.
+        asked: a profile, or ranges instead of the usual ones.
 
     Raises:
         UsageError: a profile that was asked for is longer.
     """
-    llama = manifest.language_model
+    is_chat = bool(manifest.model.get("chat"))
+    usual, llama = CHAT_PROFILE if is_chat else Profile(), manifest.language_model
+    ranges = asdict(asked) if isinstance(asked, Profile) else dict(asked or {})
     if llama is None:
-        return profile or Profile()
+        return replace(usual, **ranges)
     internvl = manifest.model.get("internvl")
     queries = internvl["num_query_token"] if internvl and component == "matcher" else 0
     longest = llama["max_position_embeddings"] - queries
-    if profile is None:
-        usual = Profile() if internvl else CHAT_PROFILE
-        low, typical, high = (min(n, longest) for n in usual.length)
-        most = usual.past[0], min(usual.past[1], longest), min(usual.past[2], longest)
-        return replace(usual, length=(low, typical, high), past=most)
-    if profile.length[2] > longest:
+    if "length" in ranges and ranges["length"][2] > longest:
         raise UsageError(
             f"--length: {component} has positions for {longest} tokens, asked for up to "
-            f"{profile.length[2]}"
+            f"{ranges['length'][2]}"
         )
-    return profile
+    low, typical, high = (min(n, longest) for n in usual.length)
+    past = usual.past[0], min(usual.past[1], longest), min(usual.past[2], longest)
+    return replace(usual, **{"length": (low, typical, high), "past": past} | ranges)
 
 
 def build(
@@ -87,7 +101,7 @@ def build(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: Profile | None = None,
+    profile: Profile | Mapping[str, Range] | None = None,
     report: Report = silent,
 ) -> list[EngineRecord]:
     """Build engines for a published directory and add them to it.
@@ -96,7 +110,7 @@ def build(
         out: the directory.
         targets: ``tensorrt-rtx``, ``tensorrt`` or both.
         components: all of them by default.
-        profile: batch sizes and text lengths that the engines accept.
+        profile: sizes that the engines accept, or ranges of some instead of the usual ones.
         report: told before each engine.
 
     Raises:
@@ -127,7 +141,7 @@ def add_engines(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: Profile | None = None,
+    profile: Profile | Mapping[str, Range] | None = None,
     keep: Path | None = None,
     report: Report = silent,
 ) -> Iterator[Manifest]:
@@ -168,7 +182,7 @@ def _add_engine(
     manifest: Manifest,
     target: str,
     name: str,
-    profile: Profile | None,
+    profile: Profile | Mapping[str, Range] | None,
     known: Collection[str],
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:
