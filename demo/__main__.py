@@ -23,17 +23,26 @@ from internvl_edge.artifact import Artifact
 from internvl_edge.cli.console import Output, error_line
 from internvl_edge.compiler.options import demo_checkpoint
 from internvl_edge.demo import evaluate
+from internvl_edge.disk import write_atomically
 from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.bench import measure_many
 from internvl_edge.runtime.environment import environment
 
-PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "int8", "fp8", "int4-wo")
 ENGINES_AT = "int8"
 NUM_SCENES = 300  # held-out single digits to classify
 NUM_CAPTIONS = 100  # distinct captions to retrieve among
 NUM_TEXTS = 300  # captions, and as many answers, that must be right word for word
 NUM_PAIRS = 300  # of image and text to match, half of them near misses
 SECONDS = 2.0  # of latency measurement
+TASKS = {  # of the report, by what ``quality`` calls them
+    "zero_shot": "zero-shot digits",
+    "recall_at_1_c": "image to text, InternVL-C",
+    "recall_at_1_g": "image to text, InternVL-G",
+    "matching": "image-text matching",
+    "captions": "captions, word for word",
+    "answers": "answers, word for word",
+}
 
 
 def export_all(out: Path, *, force: bool, output: Output) -> dict[str, Artifact]:
@@ -107,6 +116,24 @@ def weights_nbytes(artifact: Artifact) -> int:
     return sum(file.nbytes for name, file in files.items() if name.endswith(".safetensors"))
 
 
+def write_report(
+    out: Path, artifacts: dict[str, Artifact], found: dict[str, dict[str, float]]
+) -> None:
+    """The INT8 directory's report with the accuracy of all, as ``OUT/report.html``."""
+    from internvl_edge.compiler.report import AccuracyFigures, report_with
+
+    accuracy = AccuracyFigures(
+        on=f"held-out scans: {NUM_SCENES} scenes, {NUM_PAIRS} pairs, {NUM_TEXTS} texts",
+        precisions=tuple(found),
+        tasks=tuple(
+            (name, tuple(figures[key] for figures in found.values())) for key, name in TASKS.items()
+        ),
+    )
+    artifact = artifacts.get("int8") or next(iter(artifacts.values()))
+    text = report_with(artifact.path, artifact.manifest, accuracy=accuracy)
+    write_atomically(out / "report.html", text.encode())
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
 @click.option("--force", is_flag=True, help="Replace what an earlier run left there.")
@@ -131,6 +158,7 @@ def main(out: Path, force: bool, as_json: bool) -> None:
         )
         for precision, artifact in artifacts.items()
     ]
+    write_report(out, artifacts, found)
     columns = (
         *("precision", "zero-shot", "R@1 C / G", "matching", "captions / VQA"),
         *("cosine", "weights", "CPU p50"),
@@ -141,6 +169,7 @@ def main(out: Path, force: bool, as_json: bool) -> None:
     packages = ", ".join(
         f"{name} {version}" for name, version in card["packages"].items() if version
     )
+    output.say(f"the same in a browser: {out / 'report.html'}")
     output.say(f"{card['cpu']}, {card['cores_usable']} cores; {packages}")
     output.result(
         {

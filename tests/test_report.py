@@ -16,7 +16,7 @@ from checkpoints import write_internvl
 
 from internvl_edge.artifact import Manifest, open_artifact
 from internvl_edge.compiler import ExportOptions, export
-from internvl_edge.compiler.report import REPORT_FILE, render
+from internvl_edge.compiler.report import REPORT_FILE, AccuracyFigures, render, report_with
 from internvl_edge.errors import ArtifactError
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.observers import RangeObserver
@@ -201,3 +201,20 @@ def test_an_export_has_one_and_lists_it(tmp_path: Path) -> None:
     assert read_statistics(tmp_path / "2") == ()
     assert "Vision tower" in pages[0].decode()
     assert "Vision tower" not in pages[2].decode()
+
+
+def test_accuracy_at_every_precision_is_shown(tmp_path: Path) -> None:
+    found = manifest(precision="int8")
+    accuracy = AccuracyFigures(
+        on="3 <scenes>",
+        precisions=("fp32", "int8"),
+        tasks=(("captions & more", (0.95, 0.125)),),
+    )
+    page = report_with(tmp_path, found, accuracy=accuracy)
+    assert "on 3 &lt;scenes&gt;." in page
+    assert "▸ int8" in page
+    assert "▸ fp32" not in page
+    assert re.search(r"captions &amp; more</td>.*95\.0 %.*12\.5 %", page)
+    assert 'width="57.0"' in page
+    assert "<h2>Accuracy</h2>" in page
+    assert "<h2>Accuracy</h2>" not in report_with(tmp_path, found)

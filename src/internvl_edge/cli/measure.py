@@ -148,7 +148,7 @@ def _show(output: Output, found: Mapping[str, Any]) -> None:
 
 def _report(artifact: Artifact, found: Mapping[str, Any]) -> str:
     """The directory's report with a section on speed."""
-    from internvl_edge.compiler.report import report_with_speed
+    from internvl_edge.compiler.report import report_with
     from internvl_edge.compiler.speed import speed_figures
 
     names = speedtable.columns(found["results"])
@@ -159,7 +159,7 @@ def _report(artifact: Artifact, found: Mapping[str, Any]) -> str:
         ratios=[speedtable.ratio_line(ratio) for ratio in found["ratios"]],
         environment=speedtable.flat(found["environment"]),
     )
-    return report_with_speed(artifact.path, artifact.manifest, figures)
+    return report_with(artifact.path, artifact.manifest, speed=figures)
 
 
 def _add_rooflines(

@@ -91,6 +91,15 @@ class StreamFigures:
     worst: tuple[tuple[int, str, LayerStatistics], ...]  # block, kind
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyFigures:
+    """What one model does at several precisions, as measured on the same samples."""
+
+    on: str  # the samples
+    precisions: tuple[str, ...]
+    tasks: tuple[tuple[str, tuple[float, ...]], ...]  # name, a share of 1 at each precision
+
+
 def with_report(directory: Path, manifest: Manifest) -> Manifest:
     """Write the report of a directory that is about to be published; its manifest lists it."""
     text = render(manifest, read_statistics(directory), read_frontier(directory))
@@ -99,9 +108,15 @@ def with_report(directory: Path, manifest: Manifest) -> Manifest:
     return replace(manifest, files=dict(sorted(files.items())))
 
 
-def report_with_speed(directory: Path, manifest: Manifest, speed: SpeedFigures) -> str:
+def report_with(
+    directory: Path,
+    manifest: Manifest,
+    *,
+    speed: SpeedFigures | None = None,
+    accuracy: AccuracyFigures | None = None,
+) -> str:
     """The report of a published directory with what was measured of it; the directory stays."""
-    return render(manifest, read_statistics(directory), read_frontier(directory), speed)
+    return render(manifest, read_statistics(directory), read_frontier(directory), speed, accuracy)
 
 
 def render(
@@ -109,6 +124,7 @@ def render(
     layers: Sequence[LayerStatistics],
     frontier: FrontierPlot | None = None,
     speed: SpeedFigures | None = None,
+    accuracy: AccuracyFigures | None = None,
 ) -> str:
     """The report as HTML."""
     from jinja2 import Environment, StrictUndefined
@@ -126,6 +142,7 @@ def render(
             sizes=_sizes(manifest),
             frontier=frontier,
             speed=speed,
+            accuracy=accuracy,
             recipe=_recipe(manifest.recipe),
             versions=_versions(manifest.tool_version),
             legend=_legend(),
