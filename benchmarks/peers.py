@@ -1,6 +1,8 @@
 """What others do with the same tower: each function is one peer's way, run as a process of its own.
 
-All read ``work/checkpoint``; the quantizers read the graph that ``torch_export`` wrote.
+All read ``work/checkpoint``; the quantizers read the graph that ``torch_export`` wrote, and
+calibrate on ``work/images.npy`` or on noise. ``outputs`` runs what they wrote on
+``work/held-out.npy``.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ def torch_export(work: str) -> None:
     )
 
 
-def ort_quantize_static(work: str) -> None:
+def ort_quantize_static(work: str, method: str = "MinMax") -> None:
     """ONNX Runtime's static quantization of PyTorch's float32 graph, on as many images."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
+        CalibrationMethod,
         QuantFormat,
         QuantType,
         quantize_static,
@@ -43,15 +46,16 @@ def ort_quantize_static(work: str) -> None:
 
     class Images(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.left = iter(_images())
+            self.left = iter(_images(work))
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.left, None)
 
     quantize_static(
         str(Path(work) / "torch" / "vision.onnx"),
-        str(Path(work) / "ort.onnx"),
+        str(Path(work) / "peer.onnx"),
         Images(),
+        calibrate_method=CalibrationMethod[method],
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QInt8,
@@ -60,6 +64,11 @@ def ort_quantize_static(work: str) -> None:
         use_external_data_format=True,
         extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
     )
+
+
+def ort_percentile(work: str) -> None:
+    """The same with percentiles in place of largest values."""
+    ort_quantize_static(work, "Percentile")
 
 
 def modelopt_quantize(work: str) -> None:
@@ -71,17 +80,31 @@ def modelopt_quantize(work: str) -> None:
         str(Path(work) / "torch" / "vision.onnx"),
         quantize_mode="int8",
         calibration_data={
-            "pixel_values": np.concatenate([feed["pixel_values"] for feed in _images()])
+            "pixel_values": np.concatenate([feed["pixel_values"] for feed in _images(work)])
         },
         calibration_eps=["cpu"],
         use_external_data_format=True,
-        output_path=str(Path(work) / "modelopt.onnx"),
+        output_path=str(Path(work) / "peer.onnx"),
     )
 
 
-def _images() -> list[dict[str, Any]]:
+def outputs(work: str) -> None:
+    """What a peer's graph makes of the held-out images, as ``work/outputs.npy``."""
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(Path(work) / "peer.onnx"))
+    images = np.load(Path(work) / "held-out.npy")
+    found = [session.run(None, {"pixel_values": image[None]})[0] for image in images]
+    np.save(Path(work) / "outputs.npy", np.concatenate(found))
+
+
+def _images(work: str) -> list[dict[str, Any]]:
     import numpy as np
 
+    path = Path(work) / "images.npy"
+    if path.exists():
+        return [{"pixel_values": image[None]} for image in np.load(path)]
     rng = np.random.default_rng(0)
     return [
         {"pixel_values": rng.standard_normal((1, 3, 224, 224), np.float32)} for _ in range(IMAGES)

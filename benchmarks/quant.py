@@ -1,6 +1,6 @@
 """What each step of a quantization recipe is worth, on checkpoints with and without outliers.
 
-    python benchmarks/quant.py [--layers 4] [--seeds 0 1] [--json FILE]
+    python benchmarks/quant.py [--layers 4] [--seeds 0 1] [--peers] [--json FILE]
 
 Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain,
 with function-preserving outlier channels, and with massive activations and outliers between v and
@@ -8,12 +8,16 @@ its projection as well. Each is calibrated on a few photographs; what it compute
 PyTorch (``compiler.simulate``, which every export is held against) on photographs it has not seen,
 and ``last_hidden_state`` is compared with float32. Massive activations carry nearly all of the
 signal's energy, so figures leave out the few channels and tokens that hold them (``ordinary``).
+
+``--peers`` lets ONNX Runtime and ModelOpt quantize PyTorch's own graph of the same towers, on the
+same photographs, to INT8.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -63,9 +67,15 @@ RECIPES = (
     replace(INT8, name="int8 (+ bias correction)"),
     replace(FP8, name="fp8"),
     replace(FP8, name="fp8, rotated", rotate=True),
+    replace(FP8, name="fp8, attention too", attention="fp8"),
 )
 MASSIVE = 50.0  # times the median magnitude: not counted as ordinary
 CALIBRATION_IMAGES, HELD_OUT = 8, 4
+PEERS = {  # functions of ``peers``; ModelOpt needs an environment of its own
+    "ONNX Runtime, MinMax": "ort_quantize_static",
+    "ONNX Runtime, percentile": "ort_percentile",
+    "ModelOpt": "modelopt_quantize",
+}
 
 
 def main() -> None:
@@ -76,25 +86,36 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, default=[*CHECKPOINTS])
     parser.add_argument("--recipes", nargs="+", help="names; all by default")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument(
+        "--modelopt-python", help='Python of an environment with "nvidia-modelopt[onnx]"'
+    )
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     recipes = [r for r in RECIPES if chosen.recipes is None or r.name in chosen.recipes]
     rows = []
     for seed in chosen.seeds:
         for kind in chosen.checkpoints:
-            for row in measure(kind, seed, chosen.layers, chosen.layer_scale, recipes):
+            python = (chosen.modelopt_python or "") if chosen.peers else None
+            for row in measure(kind, seed, chosen.layers, chosen.layer_scale, recipes, python):
                 rows.append(row)
                 sys.stdout.write(json.dumps(row) + "\n")
                 sys.stdout.flush()
     if chosen.json is not None:
-        report = {"command": " ".join(sys.argv), "rows": rows}
+        command = " ".join(sys.argv).replace(str(chosen.modelopt_python), "PYTHON")
+        report = {"command": command, "rows": rows}
         chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(
-    kind: str, seed: int, layers: int, layer_scale: float, recipes: list[Recipe]
+    kind: str,
+    seed: int,
+    layers: int,
+    layer_scale: float,
+    recipes: list[Recipe],
+    modelopt_python: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One row per recipe, on one checkpoint."""
+    """One row per recipe, on one checkpoint; and per peer, unless ``modelopt_python`` is None."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
         config = shrink(PRESETS["internvit-6b-224"], layers)
@@ -107,16 +128,24 @@ def measure(
         seen, held_out = pixels[:CALIBRATION_IMAGES], pixels[CALIBRATION_IMAGES:]
         with torch.inference_mode():
             reference = load_model(checkpoint)(held_out).numpy()
-        for recipe in recipes:
+
+        def row(name: str, quantized: Callable[[], Array]) -> dict[str, Any]:
             started = time.perf_counter()
-            found = quantized_output(checkpoint, recipe, seen, held_out)
-            yield {
-                "checkpoint": kind,
-                "seed": seed,
-                "recipe": recipe.name,
-                **figures(reference, found),
-                "seconds": round(time.perf_counter() - started, 1),
-            }
+            found = figures(reference, quantized())
+            seconds = round(time.perf_counter() - started, 1)
+            return {"checkpoint": kind, "seed": seed, "recipe": name, **found, "seconds": seconds}
+
+        for recipe in recipes:
+            yield row(recipe.name, lambda r=recipe: quantized_output(checkpoint, r, seen, held_out))
+        if modelopt_python is None:
+            return
+        np.save(path.parent / "images.npy", seen.numpy())
+        np.save(path.parent / "held-out.npy", held_out.numpy())
+        _run_peer("torch_export", sys.executable, path.parent)
+        for name, function in PEERS.items():
+            python = modelopt_python if name == "ModelOpt" else sys.executable
+            if python:
+                yield row(name, lambda f=function, p=python: peer_output(f, p, path.parent))
 
 
 def quantized_output(
@@ -139,6 +168,24 @@ def quantized_output(
         with fake_quantized(model, scales, recipe, stored, source.config):
             output: Array = model(held_out).numpy()
     return output
+
+
+def peer_output(function: str, python: str, work: Path) -> Array:
+    """What a peer's INT8 graph of ``work/checkpoint`` makes of the held-out images."""
+    try:
+        _run_peer(function, python, work)
+        _run_peer("outputs", sys.executable, work)
+        found: Array = np.load(work / "outputs.npy")
+    finally:
+        for file in work.glob("peer.onnx*"):
+            file.unlink()
+    return found
+
+
+def _run_peer(function: str, python: str, work: Path) -> None:
+    """A function of ``peers`` as a process of its own: its memory goes with it."""
+    call = f"import peers; peers.{function}({str(work)!r})"
+    subprocess.run([python, "-c", call], cwd=Path(__file__).parent, check=True)
 
 
 def figures(reference: Array, found: Array) -> dict[str, float]:

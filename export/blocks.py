@@ -20,9 +20,8 @@ from internvl_edge.export.checkpoint import Checkpoint, build_model, load_into
 from internvl_edge.export.components import COMPONENTS, build_component, language_config
 from internvl_edge.export.config import CheckpointConfig, with_depth
 from internvl_edge.export.models import InternVL
-from internvl_edge.export.models.qllama import (
-    Layer,
-)
+from internvl_edge.export.models.qllama import Layer
+from internvl_edge.export.models.vit import AttentionCore
 from internvl_edge.export.models.vit import Block as VisionBlock
 
 Array = np.ndarray[Any, Any]
@@ -117,6 +116,14 @@ class Block:
             f"{self.name}.{path}": module
             for path, module in self.module.named_modules()
             if isinstance(module, nn.Linear)
+        }
+
+    def attentions(self) -> dict[str, nn.Module]:
+        """The vision tower's attention by full name; of QLLaMA's layers none."""
+        return {
+            f"{self.name}.{path}": module
+            for path, module in self.module.named_modules()
+            if isinstance(module, AttentionCore)
         }
 
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import blockwise, choose, formats, smooth
+from internvl_edge.quantize.attention import watching_attention
 from internvl_edge.quantize.inputs import (
     Block,
     Group,
@@ -115,17 +116,30 @@ def calibrate_block(
         if is_quantized(recipe, name, linear.in_features, linear.out_features)
     }
     groups = groups_of(block, linears)
+    attentions = {
+        name: module
+        for name, module in block.attentions().items()
+        if recipe.attention is not None and not recipe.excludes(name)
+    }
+    result = CalibratedBlock(activations={stream: {} for stream in streams})
     seen: dict[str, dict[str, Inputs]] = {name: {} for name in streams}
     for name, stream in streams.items():
         outputs = behind(name)
-        with watching(linears, groups, recipe, seen[name], new_spool) as look_at:
+        with (
+            watching(linears, groups, recipe, seen[name], new_spool) as look_at,
+            watching_attention(attentions) as operands,
+        ):
             for x, context in zip(stream.hidden, stream.contexts, strict=True):
                 look_at(getattr(context, "rows", None))
                 outputs.append(block.run(torch.from_numpy(x), context).numpy())
         stream.hidden.close()
         stream.hidden = outputs
+        method: RangeMethod = "mse" if recipe.range_method == "auto" else recipe.range_method
+        result.activations[name] |= {
+            operand: observer.scale(method, recipe.weights, recipe.percentile)
+            for operand, observer in operands.items()
+        }
 
-    result = CalibratedBlock(activations={stream: {} for stream in streams})
     weights = {name: linear.weight.detach().numpy() for name, linear in linears.items()}
     corrections: dict[str, _Settled] = {}
     ranges: list[tuple[str, str, _Settled]] = []  # stream, linear layer

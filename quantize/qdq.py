@@ -40,6 +40,7 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.errors import InternVLError
+from internvl_edge.quantize.attention import SOFTMAX_SCALE, AttentionScales
 
 SCALE_SUFFIX = "_scale"  # of the float32 weight scales stored beside the weight
 STORAGE = {
@@ -80,6 +81,69 @@ def insert_qdq(model: ir.Model, linears: Mapping[str, QuantizedLinear]) -> int:
             _rewrite(model.graph, weight, linear, shared)
             count += 1
     return count
+
+
+def insert_attention_qdq(model: ir.Model, attentions: Mapping[str, AttentionScales]) -> int:
+    """Write the listed Attention nodes out, each operand of their products with a pair, in place.
+
+    Args:
+        model: a clean graph; an attention is the node ``<module>/Attention``, without a mask, its
+            inputs (B, T, heads·d).
+        attentions: by module name; those the graph does not have are passed over.
+
+    Returns:
+        How many were rewritten.
+    """
+    nodes = {f"{name}/Attention": name for name in attentions}
+    found = [node for node in model.graph if node.name in nodes]
+    for node in found:
+        _write_out(model.graph, node, attentions[nodes[str(node.name)]])
+    return len(found)
+
+
+def _write_out(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
+    """softmax((q / √d) kᵀ) v as in ``attention``, with the products' four pairs."""
+    heads = node.attributes.get_int("q_num_heads", 0)
+    if node.attributes.get_int("kv_num_heads", 0) != heads or any(node.inputs[3:]):
+        raise InternVLError(f"{node.name}: expected as many heads of keys as of queries, no mask")
+    query, key, value = node.inputs[:3]
+    assert query is not None and key is not None and value is not None
+    assert query.shape is not None and query.dtype is not None
+    compute, (batch, length, width) = query.dtype, query.shape
+    assert isinstance(width, int)
+    head_dim, stem = width // heads, str(node.name).removesuffix("/Attention")
+
+    def add(op: str, inputs: list[ir.Value], shape: list[Any], name: str, **more: Any) -> ir.Value:
+        made = ir.node(op, inputs, more, name=f"{stem}.{name}/{op}")
+        result = made.outputs[0]
+        result.name, result.type = f"{stem}.{name}/{op}", ir.TensorType(compute)
+        result.shape = ir.Shape(shape)
+        graph.insert_before(node, made)
+        return result
+
+    def operand(x: ir.Value, name: str, scale: float, *order: int) -> ir.Value:
+        """One operand with its heads apart, (B, heads, T, d) or in another order, and its pair."""
+        apart = [batch, length, heads, head_dim]
+        x = add("Reshape", [x, split], apart, name)
+        x = add("Transpose", [x], [apart[i] for i in order], name, perm=list(order))
+        return _activation_pair(graph, node, x, "fp8", scale, compute)
+
+    split = _shared(graph, "attention.heads", np.array([0, 0, heads, head_dim], np.int64))
+    joined = _shared(graph, "attention.width", np.array([0, 0, width], np.int64))
+    factor = _shared(graph, "attention.factor", compute.numpy().type(head_dim**-0.5))
+    scaled = add("Mul", [query, factor], [batch, length, width], "query")
+    q = operand(scaled, "query", scales.query, 0, 2, 1, 3)
+    k = operand(key, "key", scales.key, 0, 2, 3, 1)
+    v = operand(value, "value", scales.value, 0, 2, 1, 3)
+    scores = [batch, heads, length, length]
+    p = add("Softmax", [add("MatMul", [q, k], scores, "scores")], scores, "softmax", axis=-1)
+    p = _activation_pair(graph, node, p, "fp8", SOFTMAX_SCALE, compute)
+    x = add("MatMul", [p, v], [batch, heads, length, head_dim], "mixed")
+    x = add("Transpose", [x], [batch, length, heads, head_dim], "mixed", perm=[0, 2, 1, 3])
+    x = add("Reshape", [x, joined], [batch, length, width], "mixed")
+    out = node.outputs[0]
+    out.replace_all_uses_with(x)
+    graph.remove(node, safe=True)
 
 
 def bypass_activations(model: ir.Model) -> int:
@@ -212,10 +276,16 @@ def _output_dtype(compute: ir.DataType) -> dict[str, Any]:
 
 
 def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
-    constant = _initializer(graph, name, ())
+    constant = _initializer(graph, name, np.shape(value))
     constant.const_value = ir.tensor(np.asarray(value), name=name)
     constant.type = ir.TensorType(constant.const_value.dtype)
     return constant
+
+
+def _shared(graph: ir.Graph, name: str, value: Any) -> ir.Value:
+    """A constant that all blocks read."""
+    found = graph.initializers.get(name)
+    return _constant(graph, name, value) if found is None else found
 
 
 def _initializer(

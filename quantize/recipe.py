@@ -68,6 +68,8 @@ class Recipe:
     smooth: float | Literal["auto"] | None = None
     shift: bool = False  # move GELU's output so that its range is symmetric; one Sub at run time
     correct_bias: bool = False  # take the mean error of a linear layer's output out of its bias
+    # Both products of the vision tower's attention too, with fp8 alone; see ``attention``
+    attention: Literal["fp8"] | None = None
     exclude: tuple[str, ...] = ()  # patterns found in names of linears that keep 16 or 32 bits
     base: Base | None = None  # of what is not quantized, in ONNX Runtime's graphs; None: fp32
     engine_base: EngineBase = "fp16"  # the same, in TensorRT's engines
@@ -82,6 +84,7 @@ class Recipe:
         _require_choice("activations", self.activations, (None, *get_args(FormatName)))
         _require_choice("base", self.base, (None, *get_args(Base)))
         self._check_formats()
+        self._check_attention()
         _require(isinstance(self.name, str) and self.name != "", "name", "a name", self.name)
         _require_number("percentile", self.percentile, above=0.0, most=100.0)
         if self.smooth is not None and self.smooth != "auto":
@@ -113,12 +116,23 @@ class Recipe:
             value = getattr(self, field)
             _require(not value, field, "false without activations", value)
 
+    def _check_attention(self) -> None:
+        """Its operands are seen as the checkpoint has them, before anything is folded."""
+        _require_choice("attention", self.attention, (None, "fp8"))
+        if self.attention is None:
+            return
+        _require(self.activations == "fp8", "activations", "fp8 with attention", self.activations)
+        _require(not self.rotate, "rotate", "false with attention", self.rotate)
+        _require(self.smooth is None, "smooth", "null with attention", self.smooth)
+
     def _check_language(self) -> None:
         """One checkpoint is folded and rotated as a whole."""
         if self.language is None:
             return
         is_one = isinstance(self.language, Recipe) and self.language.language is None
         _require(is_one, "language", "a recipe without another in it", self.language)
+        own = self.language.attention
+        _require(own is None, "language", "without attention, which is the vision tower's", own)
         for field in ("fold", "rotate", "rotation_seed", "seed", "num_samples"):
             value, found = getattr(self, field), getattr(self.language, field)
             _require(found == value, "language", f"of {field} {value}, as around it", found)

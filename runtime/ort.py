@@ -50,8 +50,10 @@ OUT_OF_MEMORY = re.compile(
     r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",
     re.IGNORECASE,
 )
-# Moving a float16 Q/DQ pair over a Transpose, it makes the new one float32, and loading fails.
+# Moving a float16 Q/DQ pair over a Transpose, they make the new one float32, and loading fails.
+# The latter pay where graphs are float32, which is wherever they run for their own sake.
 QDQ_PROPAGATION = "QDQPropagationTransformer"
+TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
@@ -89,7 +91,7 @@ class OrtSession:
                 os.fspath(path) if graph is None else graph,
                 native,
                 providers=self._providers,
-                disabled_optimizers=[QDQ_PROPAGATION],
+                disabled_optimizers=[QDQ_PROPAGATION, *(TRANSPOSES if options.exact else ())],
             )
         except Exception as error:
             raise self._load_error(error) from error

@@ -69,11 +69,22 @@ class Embeddings(nn.Module):
         return x + resize_position_embedding(self.position_embedding, (grid[0], grid[1]))
 
 
+class AttentionCore(nn.Module):
+    """softmax(q kᵀ / √d) v of (B, N, C) each; a module, so that its operands can be looked at."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query, key, value, self.num_heads)
+
+
 class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.num_heads = config.num_attention_heads
+        self.core = AttentionCore(config.num_attention_heads)
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
         if config.qk_normalization:
@@ -87,7 +98,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x)  # (B, N, 3C)
         # Slices, because a split exports to a sequence that TensorRT refuses.
         q, k, v = qkv[..., :width], qkv[..., width : 2 * width], qkv[..., 2 * width :]
-        return self.proj(attention(self.q_norm(q), self.k_norm(k), v, self.num_heads))
+        return self.proj(self.core(self.q_norm(q), self.k_norm(k), v))
 
 
 class MLP(nn.Module):

@@ -60,9 +60,10 @@ from internvl_edge.export.pixels import take_levels
 from internvl_edge.export.precision import POLICIES, apply_policy
 from internvl_edge.export.stamp import blocks_of, shallow_depth, stamp
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
+from internvl_edge.quantize.attention import scales_by_attention
 from internvl_edge.quantize.blockwise import block_of
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
-from internvl_edge.quantize.qdq import QuantizedLinear, insert_qdq
+from internvl_edge.quantize.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 
 Array = np.ndarray[Any, Any]
 
@@ -289,6 +290,7 @@ def write_graph(
             for weight, scale in scales.items()
             if weight in model.graph.initializers
         }
+        insert_attention_qdq(model, scales_by_attention(scales))
         insert_qdq(model, linears)
     nbytes = bind(model, stored, directory)
     save(model, directory / file)

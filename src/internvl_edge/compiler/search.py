@@ -177,7 +177,11 @@ class _Towers:
     def _scales(self, block: Block, stream: str) -> dict[str, float]:
         scales = self.quantization.scales.get(stream, {})
         ours = f"{block.name}."
-        return {n: s for n, s in scales.items() if n.startswith(ours) and s is not None}
+        return {
+            n: s
+            for n, s in scales.items()
+            if n.startswith(ours) and n.endswith(".weight") and s is not None
+        }
 
     def _run(
         self, block: Block, use: _Use, inputs: Sequence[Array], narrow: set[str]

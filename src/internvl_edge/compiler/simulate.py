@@ -24,6 +24,7 @@ from internvl_edge.errors import ArtifactError
 from internvl_edge.export.blocks import PREFIXES, sites_of
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.quantize import formats
+from internvl_edge.quantize.attention import SOFTMAX_SCALE, AttentionScales, scales_by_attention
 from internvl_edge.quantize.blockwise import block_of
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
@@ -92,6 +93,11 @@ def fake_quantized(
                 if scale is not None:
                     hook = _rounding_hook(scale, recipe.of(weight))
                     stack.callback(layer.register_forward_pre_hook(hook).remove)
+        attentions = scales_by_attention(scales)
+        for name, core in module.named_modules():
+            found = attentions.get(rename(name))
+            if found is not None:
+                stack.callback(core.register_forward_hook(_rounded_attention(found)).remove)
         yield
 
 
@@ -151,6 +157,23 @@ def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
 def _rounding_hook(scale: float, recipe: Recipe) -> Any:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (_round(inputs[0] / scale, recipe.weights) * scale,)
+
+    return hook
+
+
+def _rounded_attention(scales: AttentionScales) -> Any:
+    """A hook that puts attention with its operands and probabilities in E4M3 in place of it."""
+
+    def fp8(x: Tensor, scale: float) -> Tensor:
+        return _round(x / scale, "fp8") * scale
+
+    def hook(core: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        heads = core.num_heads
+        q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in inputs)
+        q = fp8(q / q.shape[-1] ** 0.5, scales.query)
+        p = (q @ fp8(k, scales.key).transpose(-1, -2)).softmax(dim=-1)
+        out = fp8(p, SOFTMAX_SCALE) @ fp8(v, scales.value)
+        return out.transpose(1, 2).flatten(2)
 
     return hook
 
