@@ -55,7 +55,7 @@ TOKENS = "qllama.model.embed_tokens.weight"
 class Rotation(Protocol):
     """What is needed of ``quantize.rotation.Rotation``: a symmetric Q that is its own inverse."""
 
-    def apply(self, values: Array, axis: int = -1) -> Array: ...
+    def apply(self, values: Array, axis: int = -1, *, in_place: bool = False) -> Array: ...
     def matrix(self) -> Array: ...
 
 
@@ -208,8 +208,8 @@ def _reader(
     checkpoint: Checkpoint, name: str, gain: str, q: Rotation | None
 ) -> Callable[[], Array]:
     def make() -> Array:
-        weight = (checkpoint.read_torch(name) * checkpoint.read_torch(gain)).numpy()
-        return weight if q is None else q.apply(weight)
+        weight = checkpoint.read_torch(name).mul_(checkpoint.read_torch(gain)).numpy()
+        return weight if q is None else q.apply(weight, in_place=True)
 
     return make
 
@@ -229,11 +229,8 @@ def _writer(
     def make() -> Array:
         values = checkpoint.read_torch(name)
         if scale is not None:
-            values = values * checkpoint.read_torch(scale).reshape(-1, *[1] * (values.ndim - 1))
-        return (
-            values.numpy()
-            if q is None
-            else q.apply(values.numpy(), axis=0 if values.ndim > 1 else -1)
-        )
+            values.mul_(checkpoint.read_torch(scale).reshape(-1, *[1] * (values.ndim - 1)))
+        weight, axis = values.numpy(), 0 if values.ndim > 1 else -1
+        return weight if q is None else q.apply(weight, axis, in_place=True)
 
     return make

@@ -55,6 +55,7 @@ from internvl_edge.quantize.weights import QuantizedWeight, quantize_weight
 from internvl_edge.spool import Spool
 
 QUANTIZING_THREADS = 2
+PRODUCT_ROWS = 64  # of a stored weight, whose floats a core's cache holds
 SMOOTHING_SUFFIX = ".smoothing"  # of the factors in the columns of a site's readers
 Array = np.ndarray[Any, Any]
 
@@ -222,11 +223,11 @@ def _fold(
         bias = _arrays(block, str(site.producer))[1]
         smooth.fold_rows(weights[producer][rows], bias, rows, readers, factors)
         if head is not None:
-            weights[producer][rows] = rotate_heads(weights[producer][rows], head, axis=0)
+            rotate_heads(weights[producer][rows], head, axis=0, in_place=True)
             for weight in readers:
-                weight[...] = rotate_heads(weight, head)
+                rotate_heads(weight, head, in_place=True)
             if bias is not None:
-                bias[rows] = rotate_heads(bias[rows], head)
+                rotate_heads(bias[rows], head, in_place=True)
         if bias is not None:
             result.folded[f"{producer}.bias"] = bias
     result.folded[f"{group.key}{SMOOTHING_SUFFIX}"] = factors
@@ -347,8 +348,17 @@ def _correct_bias(
         mean = settled.rows.mean(axis=0, dtype=np.float64).astype(np.float32)
         error = -rounded.mean(axis=0, dtype=np.float64).astype(np.float32)
         bias = bias + linear.weight.detach().numpy() @ mean
-    bias = bias + (error @ weight.values.astype(np.float32)) * weight.scales
+    bias = bias + _product(error, weight.values) * weight.scales
     result.folded[f"{name}.bias"] = bias
+
+
+def _product(error: Array, values: Array) -> Array:
+    """``error @ values`` of a stored weight (K, N), a few rows at a time."""
+    result = np.zeros(values.shape[1], np.float32)
+    for start in range(0, len(values), PRODUCT_ROWS):
+        rows = slice(start, start + PRODUCT_ROWS)
+        result += error[rows] @ values[rows].astype(np.float32)
+    return result
 
 
 def _store_shifts(

@@ -41,7 +41,7 @@ from internvl_edge.errors import UsageError
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
-_CHUNK = 1 << 21  # elements at a time, which a core's cache holds
+_CHUNK = 1 << 18  # elements at a time, which a core's cache holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,8 +57,15 @@ class Rotation:
         """How many channels it rotates."""
         return int(self.signs.size)
 
-    def apply(self, values: Array, axis: int = -1) -> NDArray[np.float32]:
+    def apply(
+        self, values: Array, axis: int = -1, *, in_place: bool = False
+    ) -> NDArray[np.float32]:
         """Multiply every vector along ``axis`` by Q; float32.
+
+        Args:
+            values: of any float type.
+            axis: the first or the last.
+            in_place: give float32 values back changed; fresh memory costs as much as the products.
 
         Raises:
             UsageError: the axis has another length.
@@ -68,7 +75,8 @@ class Rotation:
                 f"rotation: expected {self.width} channels along axis {axis}, found an array of "
                 f"shape {values.shape}"
             )
-        result = np.empty(values.shape, np.float32)
+        is_own = in_place and values.dtype == np.float32 and values.flags.c_contiguous
+        result = values if is_own else np.empty(values.shape, np.float32)
         step = max(_CHUNK // self.width, 1)
         if axis == 0:
             source, target = (x.reshape(self.width, -1) for x in (values, result))
@@ -118,14 +126,17 @@ def rotation(width: int, seed: int) -> Rotation:
     return Rotation(left=_hadamard(side), right=right, signs=signs)
 
 
-def rotate_heads(values: Array, head: Rotation, axis: int = -1) -> NDArray[np.float32]:
+def rotate_heads(
+    values: Array, head: Rotation, axis: int = -1, *, in_place: bool = False
+) -> NDArray[np.float32]:
     """Rotate each head by itself; the heads lie one after the other along ``axis``, 0 or -1."""
     heads = values.shape[axis] // head.width
     if axis == 0:
-        split = values.reshape(heads, head.width, -1).transpose(1, 0, 2)
-        turned = head.apply(np.ascontiguousarray(split), axis=0).transpose(1, 0, 2)
-        return np.ascontiguousarray(turned).reshape(values.shape)
-    return head.apply(values.reshape(*values.shape[:-1], heads, head.width)).reshape(values.shape)
+        each = values.reshape(heads, head.width, -1)
+        turned = [head.apply(one, axis=0, in_place=in_place) for one in each]
+        return values if in_place else np.concatenate(turned).reshape(values.shape)
+    split = values.reshape(*values.shape[:-1], heads, head.width)
+    return head.apply(split, in_place=in_place).reshape(values.shape)
 
 
 def _hadamard(size: int) -> Floats:
