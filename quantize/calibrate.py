@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import blockwise, choose, formats, smooth
 from internvl_edge.quantize.attention import watching_attention
 from internvl_edge.quantize.inputs import (
@@ -47,15 +46,15 @@ from internvl_edge.quantize.inputs import (
     is_changed,
     watching,
 )
-from internvl_edge.quantize.observers import RANGE_METHODS, RangeMethod, RangeObserver
+from internvl_edge.quantize.observers import RangeMethod
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import rotate_heads
-from internvl_edge.quantize.statistics import BEST_DB, LayerStatistics, input_sqnr_db
+from internvl_edge.quantize.settle import Settled, Use, corrected_bias, settle
+from internvl_edge.quantize.statistics import LayerStatistics
 from internvl_edge.quantize.weights import QuantizedWeight, quantize_weight
 from internvl_edge.spool import Spool
 
-QUANTIZING_THREADS = 2
-PRODUCT_ROWS = 64  # of a stored weight, whose floats a core's cache holds
+THREADS = 2
 SMOOTHING_SUFFIX = ".smoothing"  # of the factors in the columns of a site's readers
 Array = np.ndarray[Any, Any]
 
@@ -70,17 +69,6 @@ class CalibratedBlock:
     # stream → weight → scale; None: the activation stays as it is
     activations: dict[str, dict[str, float | None]] = field(default_factory=dict)
     statistics: list[LayerStatistics] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settled:
-    """A group's activation after folding, in one stream."""
-
-    rows: Array  # of the sample
-    scale: float
-    shift: float
-    absmax: float
-    sqnr_db: float  # of everything seen
 
 
 def is_quantized(recipe: Recipe, name: str, in_features: int, out_features: int) -> bool:
@@ -117,12 +105,54 @@ def calibrate_block(
         if is_quantized(recipe, name, linear.in_features, linear.out_features)
     }
     groups = groups_of(block, linears)
+    result = CalibratedBlock(activations={stream: {} for stream in streams})
+    seen = _run(block, streams, linears, groups, recipe, behind, new_spool, result)
+    weights = {name: linear.weight.detach().numpy() for name, linear in linears.items()}
+    uses: list[Use] = []
+    for group in groups:  # in order: what one folds, another reads
+        inputs = {stream: found[group.key] for stream, found in seen.items() if group.key in found}
+        change = _fold(block, group, weights, inputs, recipe, result)
+        is_only = len(inputs) == 1
+        uses += [Use(group, stream, one, change, is_only) for stream, one in inputs.items()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        settled: list[Settled] = []
+        if not recipe.is_weight_only:
+            settled += pool.map(lambda use: settle(use, weights, recipe), uses)
+        quantized = pool.map(lambda name: quantize_weight(weights[name], name, recipe), weights)
+        result.weights.update(zip((f"{name}.weight" for name in weights), quantized, strict=True))
+        corrections = {
+            reader: found
+            for use, found in zip(uses, settled, strict=False)
+            for reader in use.group.readers
+            if use.is_only
+        }
+        _correct_biases(pool, linears, corrections, recipe, result)
+    scales: list[float | None] = [found.scale for found in settled]
+    for use, scale in zip(uses, scales or [None] * len(uses), strict=True):
+        names = (f"{reader}.weight" for reader in use.group.readers)
+        result.activations[use.stream] |= dict.fromkeys(names, scale)
+    _store_shifts(block, groups, corrections, result)
+    result.statistics.extend(_statistics(uses, settled, result.weights, recipe))
+    return result
+
+
+def _run(
+    block: Block,
+    streams: Mapping[str, Stream],
+    linears: Mapping[str, nn.Linear],
+    groups: Sequence[Group],
+    recipe: Recipe,
+    behind: Callable[[str], Spool],
+    new_spool: NewSpool,
+    result: CalibratedBlock,
+) -> dict[str, dict[str, Inputs]]:
+    """Run the block on every stream; what its linear layers read, and the ranges of attention."""
     attentions = {
         name: module
         for name, module in block.attentions().items()
         if recipe.attention is not None and not recipe.excludes(name)
     }
-    result = CalibratedBlock(activations={stream: {} for stream in streams})
+    method: RangeMethod = "mse" if recipe.range_method == "auto" else recipe.range_method
     seen: dict[str, dict[str, Inputs]] = {name: {} for name in streams}
     for name, stream in streams.items():
         outputs = behind(name)
@@ -135,58 +165,30 @@ def calibrate_block(
                 outputs.append(block.run(torch.from_numpy(x), context).numpy())
         stream.hidden.close()
         stream.hidden = outputs
-        method: RangeMethod = "mse" if recipe.range_method == "auto" else recipe.range_method
         result.activations[name] |= {
             operand: observer.scale(method, recipe.weights, recipe.percentile)
             for operand, observer in operands.items()
         }
-
-    weights = {name: linear.weight.detach().numpy() for name, linear in linears.items()}
-    corrections: dict[str, _Settled] = {}
-    ranges: list[tuple[str, str, _Settled]] = []  # stream, linear layer
-    for group in groups:
-        inputs = {stream: found[group.key] for stream, found in seen.items() if group.key in found}
-        change = _fold(block, group, weights, inputs, recipe, result)
-        if recipe.is_weight_only:
-            for scales in result.activations.values():
-                scales.update({f"{reader}.weight": None for reader in group.readers})
-            continue
-        for name, one in inputs.items():
-            settled = _settle(group, weights, name, one, change, recipe)
-            result.activations[name].update(
-                {f"{reader}.weight": settled.scale for reader in group.readers}
-            )
-            ranges += [(name, reader, settled) for reader in group.readers]
-            if len(inputs) == 1:
-                corrections |= dict.fromkeys(group.readers, settled)
-    with ThreadPoolExecutor(QUANTIZING_THREADS) as pool:
-        quantized = pool.map(
-            lambda item: quantize_weight(item[1], item[0], recipe), weights.items()
-        )
-        for name, weight in zip(weights, quantized, strict=True):
-            result.weights[f"{name}.weight"] = weight
-    for name, settled in corrections.items():
-        _correct_bias(block, name, linears[name], settled, recipe, result)
-    _store_shifts(block, groups, corrections, result)
-    result.statistics.extend(_statistics(ranges, result.weights, recipe))
-    return result
+    return seen
 
 
 def _statistics(
-    ranges: Sequence[tuple[str, str, _Settled]],
+    uses: Sequence[Use],
+    settled: Sequence[Settled],
     weights: Mapping[str, QuantizedWeight],
     recipe: Recipe,
 ) -> Iterator[LayerStatistics]:
-    for stream, name, found in ranges:
-        yield LayerStatistics(
-            stream=stream,
-            weight=f"{name}.weight",
-            absmax=found.absmax,
-            clip=found.scale * formats.as_format(recipe.weights).max_value,
-            scale=found.scale,
-            input_sqnr_db=found.sqnr_db,
-            weight_sqnr_db=weights[f"{name}.weight"].sqnr_db,
-        )
+    for use, found in zip(uses, settled, strict=False):
+        for name in use.group.readers:
+            yield LayerStatistics(
+                stream=use.stream,
+                weight=f"{name}.weight",
+                absmax=found.absmax,
+                clip=found.scale * formats.as_format(recipe.weights).max_value,
+                scale=found.scale,
+                input_sqnr_db=found.sqnr_db,
+                weight_sqnr_db=weights[f"{name}.weight"].sqnr_db,
+            )
 
 
 def _fold(
@@ -262,109 +264,26 @@ def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:
     return weight.detach().numpy(), bias.detach().numpy() if isinstance(bias, Tensor) else None
 
 
-def _settle(
-    group: Group,
-    weights: Mapping[str, Array],
-    stream: str,
-    inputs: Inputs,
-    change: Callable[[Array], Array],
-    recipe: Recipe,
-) -> _Settled:
-    """Observe what was kept of an activation, and choose its range."""
-    if inputs.kept is not None:
-        for values in inputs.kept:
-            inputs.observer.update(change(values))
-        inputs.kept.close()
-    rows = change(np.array(inputs.sample.rows))
-    has_shift = group.site is not None and group.site.shift is not None
-    methods: tuple[RangeMethod, ...] = (
-        (recipe.range_method if recipe.range_method != "auto" else "mse"),
-    )
-    if recipe.range_method == "auto" and len(rows) >= choose.ENOUGH_ROWS:
-        methods = RANGE_METHODS
-    pairs = [
-        pair for method in methods for pair in _ranges(inputs, method, recipe, has_shift=has_shift)
-    ]
-    if not all(np.isfinite(scale) and scale > 0 for scale, _ in pairs):
-        raise CalibrationError(f"{group.key}: the {stream} stream gave an unusable scale {pairs}")
-    scale, shift = pairs[0]
-    if len(pairs) > 1:
-        sample = choose.sample_weights([weights[name] for name in group.readers])
-        scale, shift = choose.best_scale(rows, sample, pairs, recipe.weights)
-    return _Settled(
-        rows=rows,
-        scale=scale,
-        shift=shift,
-        absmax=inputs.observer.absmax,
-        sqnr_db=_input_sqnr_db(inputs.observer, rows, scale, shift, recipe.weights),
-    )
-
-
-def _input_sqnr_db(
-    observer: RangeObserver, rows: Array, scale: float, shift: float, fmt: str
-) -> float:
-    """From the histogram, which does not know of signs; with a shift, from the sample."""
-    if not shift:
-        return input_sqnr_db(observer, scale, fmt)
-    moved = rows - np.float32(shift)
-    rounded = formats.fake_quantize(moved, scale, fmt) + np.float32(shift)
-    return min(formats.sqnr_db(rows, rounded), BEST_DB)
-
-
-def _ranges(
-    inputs: Inputs, method: RangeMethod, recipe: Recipe, *, has_shift: bool
-) -> Iterator[tuple[float, float]]:
-    """The scales, each with its shift, that a method has to offer."""
-    yield inputs.observer.scale(method, recipe.weights, recipe.percentile), 0.0
-    if has_shift:
-        high = inputs.observer.clip(method, formats.SHIFTED_INT8, recipe.percentile)
-        low = max(inputs.low, -high)
-        shift = float(np.float32((high + low) / 2.0))
-        yield float(formats.scale_of(high - low, formats.SHIFTED_INT8)), shift
-
-
-def _correct_bias(
-    block: Block,
-    name: str,
-    linear: nn.Linear,
-    settled: _Settled,
+def _correct_biases(
+    pool: ThreadPoolExecutor,
+    linears: Mapping[str, nn.Linear],
+    settled: Mapping[str, Settled],
     recipe: Recipe,
     result: CalibratedBlock,
 ) -> None:
-    """Let the bias take up a shift of x, and the mean error of the output.
+    def corrected(name: str) -> Array | None:
+        weight = result.weights[f"{name}.weight"]
+        return corrected_bias(linears[name], settled[name], weight, recipe)
 
-        x W + b   ≈   x̂ Ŵ + b + E[x] W − E[x̂] Ŵ       x̂ = round(x − shift)
-
-    The means are those of the sample rows.
-    """
-    if linear.bias is None or not (recipe.correct_bias or settled.shift):
-        return
-    weight = result.weights[f"{name}.weight"]
-    error = np.full(linear.in_features, settled.shift, np.float32)  # of x̂, to be made good
-    bias = linear.bias.detach().numpy()
-    if recipe.correct_bias:
-        moved = settled.rows - np.float32(settled.shift)
-        rounded = formats.fake_quantize(moved, settled.scale, recipe.weights)
-        mean = settled.rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-        error = -rounded.mean(axis=0, dtype=np.float64).astype(np.float32)
-        bias = bias + linear.weight.detach().numpy() @ mean
-    bias = bias + _product(error, weight.values) * weight.scales
-    result.folded[f"{name}.bias"] = bias
-
-
-def _product(error: Array, values: Array) -> Array:
-    """``error @ values`` of a stored weight (K, N), a few rows at a time."""
-    result = np.zeros(values.shape[1], np.float32)
-    for start in range(0, len(values), PRODUCT_ROWS):
-        rows = slice(start, start + PRODUCT_ROWS)
-        result += error[rows] @ values[rows].astype(np.float32)
-    return result
+    for name, bias in zip(settled, pool.map(corrected, settled), strict=True):
+        if bias is not None:
+            result.folded[f"{name}.bias"] = bias
 
 
 def _store_shifts(
     block: Block,
     groups: Sequence[Group],
-    settled: Mapping[str, _Settled],
+    settled: Mapping[str, Settled],
     result: CalibratedBlock,
 ) -> None:
     for group in groups:
