@@ -35,7 +35,10 @@ def torch_export(work: str) -> None:
 
 
 def ort_quantize_static(work: str, method: str = "MinMax") -> None:
-    """ONNX Runtime's static quantization of PyTorch's float32 graph, on as many images."""
+    """ONNX Runtime's static quantization of PyTorch's float32 graph, on as many images.
+
+    Activations are unsigned, as its documentation advises; signed ones, it cannot open again.
+    """
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -58,11 +61,11 @@ def ort_quantize_static(work: str, method: str = "MinMax") -> None:
         calibrate_method=CalibrationMethod[method],
         quant_format=QuantFormat.QDQ,
         per_channel=True,
-        activation_type=QuantType.QInt8,
+        activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul", "Gemm"],
         use_external_data_format=True,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+        extra_options={"WeightSymmetric": True},
     )
 
 

@@ -131,7 +131,10 @@ def measure(
 
         def row(name: str, quantized: Callable[[], Array]) -> dict[str, Any]:
             started = time.perf_counter()
-            found = figures(reference, quantized())
+            try:
+                found: dict[str, Any] = dict(figures(reference, quantized()))
+            except subprocess.CalledProcessError as error:  # a peer's process; it said why
+                found = {"error": f"exit status {error.returncode}"}
             seconds = round(time.perf_counter() - started, 1)
             return {"checkpoint": kind, "seed": seed, "recipe": name, **found, "seconds": seconds}
 

@@ -212,8 +212,8 @@ def test_accuracy_at_every_precision_is_shown(tmp_path: Path) -> None:
     )
     page = report_with(tmp_path, found, accuracy=accuracy)
     assert "on 3 &lt;scenes&gt;." in page
-    assert "▸ int8" in page
-    assert "▸ fp32" not in page
+    assert "<u>int8</u>" in page
+    assert "<u>fp32</u>" not in page
     assert re.search(r"captions &amp; more</td>.*95\.0 %.*12\.5 %", page)
     assert 'width="57.0"' in page
     assert "<h2>Accuracy</h2>" in page
