@@ -39,6 +39,7 @@ STEPS = ("synthetic", *PRECISIONS, "run", "forwards", *(f"engine-{p}" for p in P
 PEERS = ("torch.onnx.export", "onnxruntime quantize_static", "modelopt")
 PEER_LAYERS = 4
 SAMPLING_SECONDS = 0.05
+KILLED = "exit status -9"
 LABELS = {
     "synthetic": "write the checkpoint",
     "bf16": "`export -p bf16 --weights link --verify none`",
@@ -297,10 +298,8 @@ def table() -> str:
 
 def _cells(m: Measured) -> str:
     sizes = (m.peak_rss_nbytes, m.peak_anonymous_nbytes, m.written_nbytes)
-    return " | ".join(
-        [m.error, "", "", ""] if m.error else
-        [f"{m.seconds:.0f} s", *(f"{size / 1e9:.2f} GB" for size in sizes)]
-    )  # fmt: skip
+    killed = "killed, out of memory" if m.error == KILLED else m.error
+    return " | ".join([killed or f"{m.seconds:.0f} s", *(f"{size / 1e9:.2f} GB" for size in sizes)])
 
 
 def main() -> None:
