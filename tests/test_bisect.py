@@ -77,7 +77,7 @@ def test_what_is_sound_has_no_bad_tensor(vit: Path, precision: str) -> None:
     for reading in readings:
         assert [block.index for block in reading.blocks] == list(range(5))
         names = [tensor.name for tensor in reading.blocks[2].tensors]
-        inner = ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn", "attn.proj")
+        inner = ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.core", "attn.proj")
         inner += ("norm2", "mlp.fc1", "mlp.fc2")
         assert names == [*(f"{LAYERS}.2.{name}" for name in inner), f"{LAYERS}.2"]
 
@@ -107,7 +107,7 @@ def test_a_wrong_scale_of_an_activation(vit: Path, tmp_path: Path) -> None:
     (scale,) = (
         t
         for t in model.graph.initializer
-        if t.name.startswith(f"{LAYERS}.3.attn/") and t.name.endswith(".scale")
+        if t.name.startswith(f"{LAYERS}.3.attn.core/") and t.name.endswith(".scale")
     )
     doubled = numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(2), scale.name)
     scale.CopyFrom(doubled)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -397,10 +396,9 @@ def test_a_signal_is_said(
 
 
 def test_sigterm_cleans_up(tmp_path: Path) -> None:
-    pipe = tmp_path / "texts"
-    os.mkfifo(pipe)  # reading it waits
+    waiting, cleaned = tmp_path / "waiting", tmp_path / "cleaned"
     code = f"""
-import contextlib, pathlib
+import contextlib, pathlib, time
 from internvl_edge import cli, artifact
 
 @contextlib.contextmanager
@@ -408,30 +406,26 @@ def block():
     try:
         yield
     finally:
-        pathlib.Path({str(tmp_path / "cleaned")!r}).touch()
+        pathlib.Path({str(cleaned)!r}).touch()
 
 def wait(*_, **__):
     with block():
-        open({str(pipe)!r}).read()  # until nobody has it open for writing
+        pathlib.Path({str(waiting)!r}).touch()
+        while True:
+            time.sleep(0.01)  # one call that blocks could begin just after the signal
 
 artifact.open_artifact = wait
 cli.main(["verify", "x"])
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:  # the pipe can be written to once it is being read
-        try:
-            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            time.sleep(0.05)
-            continue
-        break
+    while not waiting.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
-    os.close(writer)
     assert process.returncode == 143
     assert "error: terminated" in said
-    assert (tmp_path / "cleaned").exists()
+    assert cleaned.exists()
 
 
 def test_build_needs_no_pytorch() -> None:

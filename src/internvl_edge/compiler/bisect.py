@@ -68,14 +68,15 @@ Arrays = dict[str, Array]
 TENSOR_DB = 30.0  # of a quantized graph: one rounding to the other side shows in a small tensor
 MARGIN_DB = 3.0  # that a graph is nearer to its simulation than that is to PyTorch
 CHANNEL_SLACK_DB = 20.0  # a channel may be this much worse than a tensor
-OUTPUT_LAYERS = ("proj", "o_proj")  # of attention: what they read is attention's own result
+OUTPUT_LAYER = "o_proj"  # of QLLaMA's attention: what it reads is attention's own result
+WATCHED = ("Norm", "AttentionCore")  # how the names of such modules end, beside linear layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorReading:
     """A tensor beside what it should be."""
 
-    name: str  # the module that gives it, by its name in the checkpoint
+    name: str  # the module that gives it, by its name in our reference
     sqnr_db: float
     channel_db: float  # SQNR of the worst channel, the last axis
     is_bad: bool
@@ -391,10 +392,10 @@ def _watching(block: nn.Module, hidden: Array | None) -> Iterator[dict[str, Tens
         stack.callback(block.register_forward_pre_hook(enter).remove)
         stack.callback(block.register_forward_hook(leave(BLOCK_OUTPUT)).remove)
         for path, module in block.named_modules():
-            if isinstance(module, nn.Linear) or type(module).__name__.endswith("Norm"):
+            if isinstance(module, nn.Linear) or type(module).__name__.endswith(WATCHED):
                 stack.callback(module.register_forward_hook(leave(path)).remove)
             parent, _, name = path.rpartition(".")
-            if name in OUTPUT_LAYERS:  # before it is rounded
+            if name == OUTPUT_LAYER:  # before it is rounded
                 hook = module.register_forward_pre_hook(read(parent), prepend=True)
                 stack.callback(hook.remove)
         yield seen
