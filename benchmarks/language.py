@@ -13,16 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import internvl_edge
 from internvl_edge import compiler
 from internvl_edge.demo import evaluate
+from internvl_edge.quantize.recipe import Recipe, recipe_for
 from internvl_edge.runtime.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "language.json"
 PRECISIONS = ("fp32", "int8", "int8-wo", "int4-wo", "vision=int8,decoder=int4-wo")
+# name → precision, and the recipe where it is not the precision's own
+VARIANTS: dict[str, tuple[str, Recipe | None]] = {
+    **{name: (name, None) for name in PRECISIONS},
+    "int4-wo without AWQ's factors": ("int4-wo", replace(recipe_for("int4-wo"), smooth=None)),
+}
 COMPONENTS = ("vision", "image_queries", "decoder", "matcher")
 NUM_SCENES = 300
 
@@ -45,16 +52,20 @@ def main() -> None:
     chosen = parser.parse_args()
     result: dict[str, Any] = {"scenes": NUM_SCENES, "quality": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for precision in PRECISIONS:
-            out = (chosen.work or Path(folder)) / precision
+        for name, (precision, recipe) in VARIANTS.items():
+            out = (chosen.work or Path(folder)) / name
             if not out.exists():
                 compiler.export(
                     compiler.ExportOptions(
-                        out=out, precision=precision, components=COMPONENTS, verify="none"
+                        out=out,
+                        precision=precision,
+                        recipe=recipe,
+                        components=COMPONENTS,
+                        verify="none",
                     )
                 )
-            result["quality"][precision] = quality(out)
-            print(precision, result["quality"][precision], flush=True)
+            result["quality"][name] = quality(out)
+            print(name, result["quality"][name], flush=True)
     result["environment"] = environment()
     chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from internvl_edge.export.checkpoint import Checkpoint, build_model, load_into
 from internvl_edge.export.components import COMPONENTS, build_component, language_config
-from internvl_edge.export.config import CheckpointConfig, with_depth
-from internvl_edge.export.models import InternVL
+from internvl_edge.export.config import CheckpointConfig, InternVLConfig, with_depth
+from internvl_edge.export.models import Chat, InternVL
 from internvl_edge.export.models.qllama import Layer
 from internvl_edge.export.models.vit import AttentionCore
 from internvl_edge.export.models.vit import Block as VisionBlock
@@ -36,6 +36,8 @@ COMPONENT_STREAM = {
     "decoder": "caption",
     "chat_decoder": "chat",
 }
+# Components that have a tower and are never quantized
+OTHER_TOWERS = {"chat_queries": "queries.qllama.model.layers"}
 OF_IMAGES = frozenset({"queries", "match", "caption", "chat"})  # streams that read vision tokens
 VISION_PREFIX, LLAMA_PREFIX = "vision_model.encoder.layers", "qllama.model.layers"
 CHAT_PREFIX = "language_model.model.layers"
@@ -177,14 +179,39 @@ def llama_blocks(checkpoint: Checkpoint, start: int) -> Iterator[Block]:
         yield Block(name=name, module=layer.eval(), sites=sites, run=_run_layer(layer))
 
 
+def behind_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
+    """The vision tower's blocks behind a chat model's ``select_layer``, for QLLaMA's queries."""
+    assert checkpoint.config.queries is not None and checkpoint.config.chat is not None
+    for i in range(checkpoint.config.chat.num_blocks_behind):
+        with torch.device("meta"):
+            module = VisionBlock(checkpoint.config.queries.vision)
+        load_into(module, checkpoint, f"queries.vision_behind.{i}.", torch.float32)
+        yield module.eval()
+
+
+def query_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
+    """The layers of a chat model's QLLaMA."""
+    config = checkpoint.config.queries
+    assert config is not None
+    for i in range(config.qllama.num_hidden_layers):
+        with torch.device("meta"):
+            layer = _layer_of(config, i)
+        load_into(layer, checkpoint, f"{OTHER_TOWERS['chat_queries']}.{i}.", torch.float32)
+        yield layer.eval()
+
+
 def _layer(config: CheckpointConfig, index: int) -> Layer:
     """A layer of the language model, as its index says."""
     if config.internvl is None:
         llama = language_config(config)
         assert llama is not None
         return Layer(llama)
-    has_cross = index % config.internvl.cross_attention_frequency == 0
-    return Layer(config.internvl.qllama, config.vision.hidden_size, has_cross=has_cross)
+    return _layer_of(config.internvl, index)
+
+
+def _layer_of(config: InternVLConfig, index: int) -> Layer:
+    has_cross = index % config.cross_attention_frequency == 0
+    return Layer(config.qllama, config.vision.hidden_size, has_cross=has_cross)
 
 
 def _run_layer(layer: Layer) -> Callable[[Tensor, Context | None], Tensor]:
@@ -212,7 +239,10 @@ def component_of_one_block(
     """
     config, prefix = checkpoint.config, tower_of(component)
     with torch.device("meta"):
-        model = build_model(with_depth(config, 1, 1))
+        model = build_model(with_depth(config, 1, 1, 1))
+        if component in OTHER_TOWERS:
+            assert isinstance(model, Chat) and config.queries is not None
+            model.queries.qllama.model.layers[0] = _layer_of(config.queries, index)
         if isinstance(model, InternVL):
             model.qllama.model.layers[0] = _layer(config, index)
             if component != "decoder":
@@ -228,6 +258,8 @@ def component_of_one_block(
 
 def tower_of(component: str) -> str | None:
     """Prefix of the blocks that a component runs through; None of none."""
+    if component in OTHER_TOWERS:
+        return OTHER_TOWERS[component]
     stream = COMPONENT_STREAM.get(component)
     if stream is None or stream == "image":
         return stream and VISION_PREFIX

@@ -5,6 +5,8 @@ Two layouts are published (internvl-spec section 5):
     internvl_chat   V1-1, V1-2, V1-5: ``llm_config`` beside ``vision_config``; ``mlp1``
     llava           V1.0: a LLaMA's own config with ``mm_*`` keys; ``model.mm_projector``
 
+V1.0 comes with QLLaMA too: its tower is InternVL-14B, whose queries are image tokens as well.
+
 The language model is a LLaMA with grouped-query attention and scaled rotary positions. Others
 (InternLM2, Qwen2, Phi-3) are refused by name, and the vision side still compiles on its own.
 """
@@ -35,6 +37,7 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"
 LLAVA_IMAGE_TOKEN_ID = -200
 LLAVA_ARCHITECTURE = "LlavaLlamaForCausalLM"
 LLAVA_PROJECTOR = "mlp2x_gelu"
+QUERY_PROJECTOR = "two_mlp"  # of patches, and of queries that QLLaMA let look at them
 LLAVA_224_SIZE = 336  # what the 224 px tower is run at
 
 
@@ -104,9 +107,14 @@ class ChatConfig:
     max_dynamic_patch: int = 12
     pad2square: bool = False
     image_token_id: int | None = None  # of a position that an image token takes; None: not known
+    # of V1.0 with QLLaMA: image tokens that are its queries, and the vision tower's blocks behind
+    # select_layer, whose output they look at
+    num_queries: int = 0
+    num_blocks_behind: int = 0
 
     def __post_init__(self) -> None:
-        require_positive(self, "config", but=("image_token_id",))
+        may_be_none = ("image_token_id", "num_queries", "num_blocks_behind")
+        require_positive(self, "config", but=may_be_none)
         require_choice("ps_version", self.ps_version, ("v1", "v2"))
 
     @property
@@ -139,6 +147,11 @@ def is_llava(raw: dict[str, Any]) -> bool:
     return "mm_vision_tower" in raw or LLAVA_ARCHITECTURE in (raw.get("architectures") or ())
 
 
+def has_queries(raw: dict[str, Any]) -> bool:
+    """Whether a LLaVA config is of a model whose image tokens are QLLaMA's queries too."""
+    return raw.get("mm_projector_type") == QUERY_PROJECTOR
+
+
 def used_depth(select_layer: int, depth: int, path: Path) -> int:
     """How many blocks lie before ``hidden_states[select_layer]``, the embeddings being the first.
 
@@ -163,7 +176,16 @@ def read_chat(raw: dict[str, Any], path: Path) -> tuple[ChatConfig, int]:
     name = _architecture(llm)
     vision = section(raw, "vision_config", path)
     size = raw.get("force_image_size") or vision.get("image_size") or 448
-    skip = ("llama", "architecture", "language_width", "layout", "image_size", "image_token_id")
+    skip = (
+        "llama",
+        "architecture",
+        "language_width",
+        "layout",
+        "image_size",
+        "image_token_id",
+        "num_queries",
+        "num_blocks_behind",
+    )
     config = ChatConfig(
         llama=_llama(llm, path, "llm_config.") if name in SUPPORTED else None,
         architecture=name,
@@ -183,14 +205,15 @@ def read_llava(raw: dict[str, Any], path: Path) -> tuple[ChatConfig, int]:
     """The chat part of a ``llava`` config, and its ``select_layer``.
 
     Raises:
-        CheckpointError: a value that cannot be, or a projector that is not a two-layer MLP.
+        CheckpointError: a value that cannot be, or a projector that is not of two-layer MLPs.
     """
     found = raw.get("mm_projector_type"), raw.get("mm_vision_select_feature", "patch")
-    if found != (LLAVA_PROJECTOR, "patch") or raw.get("mm_use_im_start_end"):
+    is_known = found[0] in (LLAVA_PROJECTOR, QUERY_PROJECTOR) and found[1] == "patch"
+    if not is_known or raw.get("mm_use_im_start_end"):
         raise CheckpointError(
-            f"{path}: expected mm_projector_type {LLAVA_PROJECTOR}, mm_vision_select_feature patch "
-            f"and mm_use_im_start_end false, found {found[0]}, {found[1]} and "
-            f"{raw.get('mm_use_im_start_end')}"
+            f"{path}: expected mm_projector_type {LLAVA_PROJECTOR} or {QUERY_PROJECTOR}, "
+            "mm_vision_select_feature patch and mm_use_im_start_end false, found "
+            f"{found[0]}, {found[1]} and {raw.get('mm_use_im_start_end')}"
         )
     is_small = "448" not in str(raw.get("mm_vision_tower"))
     size = raw.get("image_size") or (LLAVA_224_SIZE if is_small else 448)

@@ -67,6 +67,16 @@ LLAVA_NAMES = {
     "model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
 }
+# Where the tower is InternVL-14B, of which only the queries' outputs are read.
+LLAVA_TOWER = "model.vision_tower.vision_tower."
+LLAVA_QUERY_NAMES = {
+    f"{LLAVA_TOWER}vision_model.": "vision_model.",
+    f"{LLAVA_TOWER}qllama.": "queries.qllama.",
+    f"{LLAVA_TOWER}query_tokens": "queries.query_tokens",
+    **LLAVA_NAMES,
+}
+UNREAD = ("lm_head.", "model.embed_tokens.")  # of QLLaMA, by its queries
+UNREAD_HEADS = ("clip_projector", "text_projection", "logit_scale", "itm_head")
 FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
 
 
@@ -249,9 +259,15 @@ def _of_chat(
     vision: VisionConfig, chat: ChatConfig, kept: dict[str, TensorEntry]
 ) -> dict[str, TensorEntry]:
     """Names of either layout as one; without blocks and language models that are not compiled."""
-    if chat.layout == "llava":
-        kept = {_of_llava(name): entry for name, entry in kept.items()}
-    dropped = [f"{BLOCKS}{i}." for i in range(vision.num_hidden_layers, MAX_DEPTH)]
+    depth, behind = vision.num_hidden_layers, chat.num_blocks_behind
+    dropped = [f"{BLOCKS}{i}." for i in range(depth + behind, MAX_DEPTH)]
+    if chat.num_queries:
+        moved = {f"{BLOCKS}{depth + i}.": f"queries.vision_behind.{i}." for i in range(behind)}
+        kept = {_renamed(_renamed(n, LLAVA_QUERY_NAMES), moved): e for n, e in kept.items()}
+        dropped += [f"queries.qllama.{name}" for name in UNREAD]
+        dropped += [f"vision_model.{name}" for name in UNREAD_HEADS]
+    elif chat.layout == "llava":
+        kept = {_renamed(name, LLAVA_NAMES): entry for name, entry in kept.items()}
     if chat.llama is None:
         dropped.append("language_model.")
     elif chat.llama.tie_word_embeddings:
@@ -259,9 +275,9 @@ def _of_chat(
     return {n: e for n, e in kept.items() if not n.startswith(tuple(dropped))}
 
 
-def _of_llava(name: str) -> str:
-    """A name of V1.0 as it is in later versions; the projector keeps its own."""
-    for old, new in LLAVA_NAMES.items():
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """A name with another beginning, if it has one of those that are listed."""
+    for old, new in names.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name

@@ -15,6 +15,7 @@ key/value tensors have the compute dtype.
     decoder         input_ids, attention_mask, position_ids,      logits, present.{i}.*
                     past_key_values.{i}.*
     chat_vision     pixel_values                                  image_tokens
+    chat_queries    hidden_state                                  image_tokens
     chat_decoder    inputs_embeds, attention_mask, position_ids,  logits, present.{i}.*
                     past_key_values.{i}.*
 
@@ -23,6 +24,9 @@ The decoder is one graph for a prompt and for every token behind it. It never se
 covers the cache and the new tokens (B, P + T), 0 where there is padding; P may be 0. A chat
 model's decoder is the same of token embeddings: the runtime looks them up and puts image tokens
 into their places, so that the graph has neither the table nor a second kind of prompt.
+
+``chat_queries`` is of V1.0 with QLLaMA alone. There ``chat_vision`` gives ``hidden_state`` too,
+what the tower has at ``select_layer``. Query tokens come first, an image's patches behind them.
 """
 
 from __future__ import annotations
@@ -136,8 +140,22 @@ class ChatVision(nn.Module):
         self.config, self.vision_model = model.config, model.vision_model
         setattr(self, self.config.projector, getattr(model, self.config.projector))
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return Chat.encode_image(self, pixel_values).float()  # type: ignore[arg-type]
+    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        hidden = self.vision_model(pixel_values)
+        tokens = Chat.project(self, hidden).float()  # type: ignore[arg-type]
+        return (tokens, hidden.float()) if self.config.num_queries else tokens
+
+
+class ChatQueries(nn.Module):
+    def __init__(self, model: Chat) -> None:
+        super().__init__()
+        self.queries, self.mm_projector = model.queries, model.mm_projector
+
+    project_queries = Chat.project_queries
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        hidden = hidden_state.to(self.queries.query_tokens.dtype)
+        return Chat.look(self, hidden).float()  # type: ignore[arg-type]
 
 
 class ChatDecoder(nn.Module):
@@ -172,7 +190,8 @@ class Component:
     def output_names(self, config: CheckpointConfig) -> list[str]:
         """Names of the graph's outputs, key/value tensors of every layer included."""
         presents = _cache_names(config, "present") if self.has_cache else ()
-        return [*self.outputs, *presents]
+        read_on = ("hidden_state",) if self.name == "chat_vision" and config.queries else ()
+        return [*self.outputs, *read_on, *presents]
 
 
 def language_config(config: CheckpointConfig) -> QLlamaConfig | LlamaConfig | None:
@@ -243,6 +262,12 @@ COMPONENTS: dict[str, Component] = {
             outputs=("image_tokens",),
         ),
         Component(
+            name="chat_queries",
+            module=ChatQueries,
+            inputs=("hidden_state",),
+            outputs=("image_tokens",),
+        ),
+        Component(
             name="chat_decoder",
             module=ChatDecoder,
             inputs=("inputs_embeds", "attention_mask", "position_ids"),
@@ -252,16 +277,17 @@ COMPONENTS: dict[str, Component] = {
         ),
     )
 }
-OF_CHAT = ("chat_vision", "chat_decoder")
+OF_CHAT = ("chat_vision", "chat_queries", "chat_decoder")
 
 
 def available_components(config: CheckpointConfig) -> tuple[str, ...]:
     """Every component that a checkpoint of this kind can be compiled into."""
     if config.kind == "internvl":
         return tuple(name for name in COMPONENTS if name not in OF_CHAT)
-    if config.chat is not None:
-        return OF_CHAT[:1] if config.chat.llama is None else OF_CHAT
-    return ("vision",)
+    if config.chat is None:
+        return ("vision",)
+    is_there = {"chat_queries": config.queries is not None, "chat_decoder": config.chat.llama}
+    return tuple(name for name in OF_CHAT if is_there.get(name, True))
 
 
 def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -307,6 +333,11 @@ def input_specs(
         ),
         "last_hidden_state": TensorSpec(
             name="last_hidden_state",
+            dtype="float32",
+            shape=("batch", vision.num_tokens(image_size), vision.hidden_size),
+        ),
+        "hidden_state": TensorSpec(
+            name="hidden_state",
             dtype="float32",
             shape=("batch", vision.num_tokens(image_size), vision.hidden_size),
         ),

@@ -24,6 +24,7 @@ from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.chatconfig import (
     ChatConfig,
     LlamaConfig,
+    has_queries,
     is_llava,
     read_chat,
     read_llava,
@@ -146,6 +147,14 @@ class InternVLConfig:
         require_divisible(self.vision.hidden_size, self.attn_pool_num_heads, "clip_projector")
         require_divisible(self.qllama.hidden_size, self.attn_pool_num_heads, "clip_projector2")
 
+    @classmethod
+    def from_json(cls, raw: dict[str, Any] | None) -> InternVLConfig | None:
+        """The inverse of ``dataclasses.asdict``: refuses keys it does not know."""
+        if raw is None:
+            return None
+        vision, qllama = VisionConfig(**raw["vision"]), QLlamaConfig(**raw["qllama"])
+        return cls(**{**raw, "vision": vision, "qllama": qllama})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
@@ -155,6 +164,7 @@ class CheckpointConfig:
     vision: VisionConfig  # of a chat model: the blocks before select_layer
     internvl: InternVLConfig | None = None
     chat: ChatConfig | None = None
+    queries: InternVLConfig | None = None  # of a chat model with QLLaMA: the whole tower's
 
     @property
     def image_size(self) -> int:
@@ -167,21 +177,14 @@ class CheckpointConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CheckpointConfig:
         """The inverse of :meth:`to_json`: refuses keys it does not know."""
-        internvl, chat = data.get("internvl"), data.get("chat")
+        chat = data.get("chat")
         try:
             return cls(
                 kind=data["kind"],
                 vision=VisionConfig(**data["vision"]),
-                internvl=None
-                if internvl is None
-                else InternVLConfig(
-                    **{
-                        **internvl,
-                        "vision": VisionConfig(**internvl["vision"]),
-                        "qllama": QLlamaConfig(**internvl["qllama"]),
-                    }
-                ),
+                internvl=InternVLConfig.from_json(data.get("internvl")),
                 chat=None if chat is None else ChatConfig.from_json(chat),
+                queries=InternVLConfig.from_json(data.get("queries")),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"model configuration not understood: {error}") from error
@@ -197,6 +200,11 @@ def load_config(directory: Path) -> CheckpointConfig:
     raw = read_json(path)
     refuse_remote_code(raw, path)
     nested_vision = raw.get("vision_config")
+    if is_llava(raw):  # first, since it may have the config of its tower
+        vision, (chat, select_layer) = _llava_vision(raw, path), read_llava(raw, path)
+        if has_queries(raw):
+            return _chat_with_queries(raw, vision, chat, select_layer, path)
+        return _chat(vision, chat, select_layer, path)
     if isinstance(raw.get("qllama_config"), dict):
         if raw.get("tie_word_embeddings"):
             logger.warning(
@@ -210,8 +218,6 @@ def load_config(directory: Path) -> CheckpointConfig:
         )
     if isinstance(raw.get("llm_config"), dict) and isinstance(nested_vision, dict):
         return _chat(_vision_config(nested_vision, path, {}), *read_chat(raw, path), path)
-    if is_llava(raw):
-        return _chat(_llava_vision(raw, path), *read_llava(raw, path), path)
     if isinstance(nested_vision, dict) and raw.get("model_type") != "internvl":
         return CheckpointConfig(kind="vit", vision=_vision_config(nested_vision, path, raw))
     if raw.get("model_type") == "intern_vit_6b":
@@ -248,6 +254,18 @@ def _chat(
     """Blocks behind ``select_layer`` are not run, so the tower ends there."""
     depth = used_depth(select_layer, vision.num_hidden_layers, path)
     return CheckpointConfig(kind="chat", vision=replace(vision, num_hidden_layers=depth), chat=chat)
+
+
+def _chat_with_queries(
+    raw: dict[str, Any], vision: VisionConfig, chat: ChatConfig, select_layer: int, path: Path
+) -> CheckpointConfig:
+    """The tower's last blocks are run after all, since queries look at what the whole gives."""
+    whole = _chat(vision, chat, select_layer, path)
+    # InternVL-14B's, unless a nested config says more; there are no pools whose heads would divide
+    queries = _internvl({"qllama_config": {}, **raw, "attn_pool_num_heads": 1}, vision, path)
+    behind = vision.num_hidden_layers - whole.vision.num_hidden_layers
+    chat = replace(chat, num_queries=queries.num_query_token, num_blocks_behind=behind)
+    return replace(whole, chat=chat, queries=queries)
 
 
 def _llava_vision(raw: dict[str, Any], path: Path) -> VisionConfig:
@@ -293,9 +311,21 @@ def _from_raw(cls: type[_C], raw: dict[str, Any], path: Path, prefix: str) -> _C
     return cls(**known_fields(cls, raw, path, prefix, skip=OURS))
 
 
-def with_depth(config: CheckpointConfig, vision: int, language: int) -> CheckpointConfig:
-    """The same widths with other numbers of blocks; ``language`` counts where there is one."""
+def with_depth(
+    config: CheckpointConfig, vision: int, language: int, queries: int | None = None
+) -> CheckpointConfig:
+    """The same widths with other numbers of blocks; ``language`` counts where there is one.
+
+    Args:
+        config: of a checkpoint.
+        vision: blocks of the vision tower.
+        language: of the language model.
+        queries: of the QLLaMA of a chat model that has one; None leaves them as they are.
+    """
     tower = replace(config.vision, num_hidden_layers=vision)
+    if config.queries is not None and queries is not None:
+        llama = replace(config.queries.qllama, num_hidden_layers=queries)
+        config = replace(config, queries=replace(config.queries, qllama=llama))
     if config.chat is not None and config.chat.llama is not None:
         chat = replace(config.chat, llama=replace(config.chat.llama, num_hidden_layers=language))
         return replace(config, vision=tower, chat=chat)

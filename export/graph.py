@@ -13,6 +13,7 @@ The result has one initializer per parameter under the parameter's checkpoint na
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import warnings
@@ -34,6 +35,7 @@ IR_VERSION = 11  # what opset 23 needs at least
 PRODUCER = "internvl-edge"
 # Folding a constant of more elements than this would write data into the graph file.
 MAX_FOLDED_ELEMENTS = 1 << 20
+GARBAGE = 100_000  # new objects before cycles are looked for; takes an eighth off an export
 NOISY_LOGGERS = (
     "torch.onnx._internal.exporter._registration",
     "onnx_ir.passes.common.initializer_deduplication",
@@ -64,7 +66,7 @@ def trace(
         for name in sorted(names)
     }
     shapes = [{axis: symbols[name] for axis, name in dims.items()} for dims in dynamic]
-    with _quiet_libraries(), interrupts_held():
+    with _quiet_libraries(), interrupts_held(), _garbage_left():
         program = torch.onnx.export(
             module,
             tuple(example),
@@ -86,6 +88,17 @@ def trace(
     _read_sizes_of_the_first(model)
     _reshape_by_constants(model)
     return model
+
+
+@contextlib.contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Look for cycles rarely: tracing makes millions of objects, and few of them are garbage."""
+    before = gc.get_threshold()
+    gc.set_threshold(GARBAGE, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _as_arguments(module: nn.Module, shapes: Sequence[Any]) -> tuple[Any, ...]:

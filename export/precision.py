@@ -30,10 +30,10 @@ Base = Literal["fp32", "fp16", "bf16"]
 
 # Parameters applied to the residual stream itself, before or after a linear layer's branch.
 ON_THE_STREAM = re.compile(
-    r"(^|\.)("
+    r"(?:(?:^|\.)(?:"
     r"class_embedding|position_embedding|query_tokens|ls1|ls2|unrotation|"
-    r"norm1|norm2|norm|norm1_q|norm1_k|norm1_v|input_layernorm|post_attention_layernorm|mlp1\.0"
-    r")(\.weight|\.bias)?$"
+    r"norm1|norm2|norm|norm1_q|norm1_k|norm1_v|input_layernorm|post_attention_layernorm"
+    r")|^mlp1\.0)(\.weight|\.bias)?$"
 )
 
 

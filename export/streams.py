@@ -34,13 +34,15 @@ from internvl_edge.export.blocks import (
     OF_IMAGES,
     Block,
     Context,
+    behind_blocks,
     llama_blocks,
+    query_blocks,
     vision_blocks,
 )
 from internvl_edge.export.checkpoint import Checkpoint, load_into
 from internvl_edge.export.config import InternVLConfig, with_depth
 from internvl_edge.export.models import Chat
-from internvl_edge.export.models.chat import require_llama
+from internvl_edge.export.models.chat import Queries, require_llama
 from internvl_edge.export.models.qllama import (
     QLlama,
     causal_mask,
@@ -203,22 +205,47 @@ def _chat_streams(
 ) -> dict[str, Stream]:
     """A chat model's prompts: the tokens of an image, and a text behind them."""
     with torch.device("meta"):
-        front = Chat(with_depth(checkpoint.config, 1, 1))
-    front.vision_model = nn.Identity()  # type: ignore[assignment]
+        front = Chat(with_depth(checkpoint.config, 1, 1, 1))
+    front.vision_model = front.queries = nn.Identity()  # type: ignore[assignment]
     llama = require_llama(front)
     llama.model.layers, llama.lm_head = nn.ModuleList(), None
     load_into(front, checkpoint, "", torch.float32)
 
-    def prompt(states: Array, ids: Tensor) -> tuple[Tensor, Context]:
+    def prompt(states: Array, ids: Tensor, queries: Tensor | None) -> tuple[Tensor, Context]:
         tokens = front.project(torch.from_numpy(states))
+        if queries is not None:
+            tokens = torch.cat((front.project_queries(queries), tokens), dim=1)
         x = llama.entered(torch.cat((tokens, llama.model.embed_tokens(ids)), dim=1))
         rows = F.pad(ids > 0, (tokens.shape[1], 0), value=True)
         mask = causal_mask(x.shape[1], x.device) & padding_mask(rows)
         rope = tuple(t[None, : x.shape[1]] for t in (llama.rope_cos, llama.rope_sin))
         return x, Context(mask=mask, rope=rope, rows=rows)  # type: ignore[arg-type]
 
-    pairs = zip(image, samples.input_ids, strict=True)
-    return _started({"chat": (prompt(*pair) for pair in pairs)}, store, resumed=resumed)
+    config = checkpoint.config.queries
+    queries = [None] * len(image) if config is None else _query_states(checkpoint, config, image)
+    triples = zip(image, samples.input_ids, queries, strict=True)
+    return _started({"chat": (prompt(*triple) for triple in triples)}, store, resumed=resumed)
+
+
+def _query_states(
+    checkpoint: Checkpoint, config: InternVLConfig, image: Sequence[Array]
+) -> list[Tensor]:
+    """What a chat model's queries see of each batch (B, nq, D'), one block in memory at a time."""
+    with torch.device("meta"):
+        front = Queries(config, num_blocks=0)
+    front.qllama.model.layers = nn.ModuleList()
+    load_into(front, checkpoint, "queries.", torch.float32)
+    vision = [torch.from_numpy(np.array(states)) for states in image]
+    for block in behind_blocks(checkpoint):
+        vision = [block(x) for x in vision]
+    count = config.num_query_token
+    states = [front.query_tokens.expand(len(x), -1, -1) for x in vision]
+    for layer in query_blocks(checkpoint):
+        states = [
+            layer(x, front.qllama.rope(count), None, None, seen, count)[0]
+            for x, seen in zip(states, vision, strict=True)
+        ]
+    return [front.qllama.model.norm(x) for x in states]
 
 
 def _llama_front(checkpoint: Checkpoint, config: InternVLConfig) -> QLlama:

@@ -1,7 +1,8 @@
 """Conversations about images with a compiled InternVL-Chat.
 
-``chat_vision`` turns every tile of an image into tokens; the runtime puts them into the places
-that the prompt keeps for them, and ``chat_decoder`` goes on from there (internvl-spec section 5).
+``chat_vision`` turns every tile of an image into tokens, in front of which ``chat_queries`` puts
+those of a model with QLLaMA; the runtime puts them into the places that the prompt keeps for them,
+and ``chat_decoder`` goes on from there (internvl-spec section 5).
 ``see`` keeps the image tokens, so that the vision tower runs once per image however long the
 conversation becomes.
 
@@ -85,20 +86,29 @@ def see(parts: Parts, images: Any, batch_size: int = 8) -> ChatSeen:
     if isinstance(images, ChatSeen):
         return images
     parts.require("chat_vision")
+    if parts.artifact.manifest.model["chat"]["num_queries"]:
+        parts.require("chat_queries")
     given = image_list(images)
     if is_normalised(given):
         counts, tiles = [1] * len(given), given
     else:
         cut = [_tiles(parts, image) for image in given]
         counts, tiles = [len(some) for some in cut], [tile for some in cut for tile in some]
-    found = [
-        parts.run("chat_vision", "image_tokens", pixel_values=pixels)
-        for pixels in parts.pixel_batches(tiles, "retrieval", batch_size)
-    ]
+    batches = parts.pixel_batches(tiles, "retrieval", batch_size)
+    found = [_image_tokens(parts, pixels) for pixels in batches]
     tokens = np.concatenate(found)  # (tiles, N, D)
     ends = np.cumsum(counts)
     flat = (tokens[end - count : end] for count, end in zip(counts, ends, strict=True))
     return ChatSeen(tokens=tuple(some.reshape(-1, tokens.shape[-1]) for some in flat))
+
+
+def _image_tokens(parts: Parts, pixels: Array) -> Array:
+    """[B,3,H,W] → [B,N,D], queries in front of patches."""
+    if not parts.has("chat_queries"):
+        return parts.run("chat_vision", "image_tokens", pixel_values=pixels)
+    seen = parts.session("chat_vision").run({"pixel_values": pixels})
+    queries = parts.run("chat_queries", "image_tokens", hidden_state=seen["hidden_state"])
+    return np.concatenate((queries, seen["image_tokens"]), axis=1)
 
 
 def reply(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from internvl_edge.export.chatconfig import LlamaConfig
+from internvl_edge.export.checkpoint import LLAVA_TOWER
 from internvl_edge.export.config import (
     InternVLConfig,
     QLlamaConfig,
@@ -181,6 +182,39 @@ def write_llava(path: Path, shapes: ChatShapes = CHAT, *, seed: int = 0) -> Writ
         if name.startswith(old)
     }
     return write_raw(path, raw, renamed)
+
+
+def write_llava_queries(path: Path, *, seed: int = 0, depth: int = 3) -> Written:
+    """V1.0 with QLLaMA: its tower is an InternVL-14B, written whole as one that has been trained.
+
+    Args:
+        path: the directory.
+        seed: of the weights.
+        depth: of QLLaMA; the vision tower has three blocks, patches are read behind the second.
+    """
+    plain = write_llava(path, seed=seed)
+    raw = json.loads((path / "config.json").read_text())
+    vision = VisionConfig(**raw["vision_config"])
+    tower = replace(TINY, vision=vision, qllama=replace(TINY.qllama, num_hidden_layers=depth))
+    torch.manual_seed(seed + 1)
+    state = {f"{LLAVA_TOWER}{n}": t for n, t in _randomised(InternVL(tower)).items()}
+    state |= {n: t for n, t in plain.state.items() if not n.startswith("model.vision_tower")}
+    width, language = TINY.qllama.hidden_size, raw["hidden_size"]
+    for part in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        state[f"model.mm_projector.mlp1.{part}"] = state.pop(f"model.mm_projector.{part}")
+    for layer, inputs in ((0, width), (2, language)):
+        weight = torch.randn(language, inputs) / inputs**0.5
+        state[f"model.mm_projector.mlp2.{layer}.weight"] = weight
+        state[f"model.mm_projector.mlp2.{layer}.bias"] = 0.1 * torch.randn(language)
+    raw |= {
+        "mm_vision_tower": "OpenGVLab/InternVL-14B-224px",
+        "mm_projector_type": "two_mlp",
+        "mm_hidden_size": width,
+        "qllama_config": asdict(tower.qllama),
+        "num_query_token": tower.num_query_token,
+        "cross_attention_frequency": tower.cross_attention_frequency,
+    }
+    return write_raw(path, raw, state)
 
 
 def write_raw(

@@ -25,6 +25,7 @@ from internvl_edge.runtime.ortoptions import OrtOptions
 
 Array = np.ndarray[Any, Any]
 MIXED = "vision=int8,decoder=int4-wo"
+LANGUAGE = ("text_embed", "matcher", "decoder")
 LAYER = "qllama.model.layers.1.self_attn.o_proj"  # nothing can be folded into it
 
 
@@ -51,7 +52,8 @@ def exported(tiny: Written, pictures: Path, out: Path, precision: str, **more: A
 
 @pytest.fixture(scope="module", params=["int8-wo", "int4-wo", MIXED])
 def artifact(request: Any, tiny: Written, pictures: Path, tmp_path_factory: Any) -> Artifact:
-    return exported(tiny, pictures, tmp_path_factory.mktemp("o") / "out", request.param)
+    out = tmp_path_factory.mktemp("o") / "out"
+    return exported(tiny, pictures, out, request.param, components=("vision", *LANGUAGE))
 
 
 def operators(path: Path, prefix: str) -> list[str]:
@@ -60,7 +62,7 @@ def operators(path: Path, prefix: str) -> list[str]:
 
 
 def test_only_weights_of_the_language_model_are_dequantized(artifact: Artifact) -> None:
-    for name in ("decoder", "text_embed", "matcher", "image_queries"):
+    for name in LANGUAGE:
         found = operators(artifact.onnx_path(name), "")
         assert set(found) == {"DequantizeLinear"} and len(found) > 10
     is_mixed = artifact.manifest.precision == MIXED
@@ -136,20 +138,27 @@ def test_rounding_kernels_stay_near_the_exact_ones(artifact: Artifact) -> None:
 def test_four_bits_take_half_of_eight(tiny: Written, pictures: Path, tmp_path: Path) -> None:
     sizes = {}
     for name in ("int8-wo", "int4-wo"):
-        out = exported(tiny, pictures, tmp_path / name, name, verify="none")
+        more: dict[str, Any] = {"verify": "none", "components": ("decoder",)}
+        out = exported(tiny, pictures, tmp_path / name, name, **more)
         sizes[name] = out.manifest.components["decoder"].nbytes
     plain = 2 * 300 * 48 * 4  # embedding and head stay float32
     ratio = (sizes["int4-wo"] - plain) / (sizes["int8-wo"] - plain)
     assert 0.5 < ratio < 0.75  # a scale for each 16 inputs
 
 
-def test_a_forecast_knows_the_size(tiny: Written, pictures: Path, tmp_path: Path) -> None:
+def test_a_forecast_knows_the_size(
+    artifact: Artifact, tiny: Written, pictures: Path, tmp_path: Path
+) -> None:
     options = ExportOptions(
-        checkpoint=tiny.path, out=tmp_path / "out", precision="int4-wo", calibration=pictures
+        checkpoint=tiny.path,
+        out=tmp_path / "out",
+        precision=artifact.manifest.precision,
+        components=tuple(artifact.manifest.components),
+        calibration=pictures,
     )
     steps = {step.name: step for step in compiler.forecast(options).steps}
     foretold = steps["weights"].disk_nbytes
-    actual = compiler.export(options).manifest.files["weights.safetensors"].nbytes
+    actual = artifact.manifest.files["weights.safetensors"].nbytes
     assert abs(foretold - actual) < 0.1 * actual
 
 

@@ -7,19 +7,31 @@
 Pixel shuffle puts s by s neighbouring patches side by side into one of s² the width. The first
 published version leaves the grid transposed, and the models trained with it rely on that. The
 LLaVA layout (V1.0) has no shuffle. Blocks behind ``select_layer`` are not part of the tower: what
-is read is what the last block here gives. Source: internvl-spec section 5.
+is read is what the last block here gives.
+
+V1.0 with QLLaMA has its queries in front of the patches. They look at what the whole tower gives,
+so the blocks behind ``select_layer`` are run for them:
+
+    queries        = QLLaMA(query_tokens, looking at vision_behind(ViT(pixels)))   (B, nq, D')
+    image_tokens   = [mlp2(queries) | mlp1(patches)]                               (B, nq + g², D)
+
+Source: internvl-spec section 5.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.chatconfig import ChatConfig
-from internvl_edge.export.config import CheckpointConfig
+from internvl_edge.export.config import CheckpointConfig, InternVLConfig
+from internvl_edge.export.models.internvl import InternVL
 from internvl_edge.export.models.llama import Llama
-from internvl_edge.export.models.vit import InternViT
+from internvl_edge.export.models.qllama import QLlama
+from internvl_edge.export.models.vit import Block, InternViT
 
 
 def pixel_shuffle(grid: Tensor, factor: int, version: str) -> Tensor:
@@ -33,37 +45,76 @@ def pixel_shuffle(grid: Tensor, factor: int, version: str) -> Tensor:
 
 def projector(config: ChatConfig, width: int) -> nn.Sequential:
     """From patches (…, C·s²) to the language model's width (…, D)."""
-    language_width = config.language_width
     if config.layout == "llava":
-        return nn.Sequential(
-            nn.Linear(width, language_width),
-            nn.GELU(),
-            nn.Linear(language_width, language_width),
-        )
+        return _mlp(width, config.language_width)
     merged = width * config.shuffle**2
+    return nn.Sequential(nn.LayerNorm(merged), *_mlp(merged, config.language_width))
+
+
+def _mlp(width: int, language_width: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.LayerNorm(merged),
-        nn.Linear(merged, language_width),
+        nn.Linear(width, language_width),
         nn.GELU(),
         nn.Linear(language_width, language_width),
     )
 
 
+def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """LayerNorm belongs to the stream; linear layers compute in their weights' dtype."""
+    for layer in layers:
+        weight = getattr(layer, "weight", None)
+        x = layer(x if weight is None else x.to(weight.dtype))
+    return x
+
+
+class QueryProjector(nn.Module):
+    """The projector of V1.0 with QLLaMA: one of patches, one of queries."""
+
+    def __init__(self, config: ChatConfig, width: int, query_width: int) -> None:
+        super().__init__()
+        self.mlp1 = projector(config, width)
+        self.mlp2 = _mlp(query_width, config.language_width)
+
+
+class Queries(nn.Module):
+    """What V1.0 with QLLaMA has behind ``select_layer``: the tower's last blocks, and QLLaMA."""
+
+    def __init__(self, config: InternVLConfig, num_blocks: int) -> None:
+        super().__init__()
+        self.vision_behind = nn.ModuleList(Block(config.vision) for _ in range(num_blocks))
+        self.qllama = QLlama(config)
+        # it reads no text, and writes none
+        self.qllama.lm_head, self.qllama.model.embed_tokens = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        self.query_tokens = nn.Parameter(
+            torch.zeros(1, config.num_query_token, config.qllama.hidden_size)
+        )
+
+
 class Chat(nn.Module):
     """The parts of an InternVL-Chat; parameter names of V1-1 and later, of V1.0's too."""
+
+    queries: Queries  # of V1.0 with QLLaMA, as the next
+    mm_projector: QueryProjector
 
     def __init__(self, config: CheckpointConfig) -> None:
         super().__init__()
         assert config.chat is not None
         self.checkpoint_config, self.config, llama = config, config.chat, config.chat.llama
         self.vision_model = InternViT(config.vision)
-        made = projector(config.chat, config.vision.hidden_size)
+        width = config.vision.hidden_size
+        made: nn.Module = projector(config.chat, width)
+        if config.queries is not None:
+            made = QueryProjector(config.chat, width, config.queries.qllama.hidden_size)
+            self.queries = Queries(config.queries, config.chat.num_blocks_behind)
         setattr(self, self.config.projector, made)
         self.language_model = None if llama is None else Llama(llama)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) → image tokens (B, N, D)."""
-        return Chat.project(self, self.vision_model(pixel_values))
+        hidden = self.vision_model(pixel_values)
+        if self.config.num_queries == 0:
+            return self.project(hidden)
+        return torch.cat((self.look(hidden), self.project(hidden)), dim=1)
 
     def project(self, hidden: Tensor) -> Tensor:
         """What the tower's last block leaves (B, 1 + g², C) → image tokens (B, N, D)."""
@@ -73,10 +124,19 @@ class Chat(nn.Module):
             side = round(x.shape[1] ** 0.5)
             grid = x.unflatten(1, (side, side))
             x = pixel_shuffle(grid, factor, self.config.ps_version).flatten(1, 2)
-        for layer in getattr(self, self.config.projector):
-            # LayerNorm belongs to the stream, what follows computes in the linear layers' dtype
-            x = layer(x.to(layer.weight.dtype) if hasattr(layer, "weight") else x)
-        return x
+        layers = getattr(self, self.config.projector)
+        return _through(layers.mlp1 if self.config.num_queries else layers, x)
+
+    def look(self, hidden: Tensor) -> Tensor:
+        """What the tower leaves at ``select_layer`` (B, 1 + g², C) → query tokens (B, nq, D)."""
+        for block in self.queries.vision_behind:
+            hidden = block(hidden)
+        states, _ = InternVL.encode_queries(self.queries, hidden)  # type: ignore[arg-type]
+        return self.project_queries(states)
+
+    def project_queries(self, states: Tensor) -> Tensor:
+        """QLLaMA's query states (B, nq, D') → query tokens (B, nq, D)."""
+        return _through(self.mm_projector.mlp2, states)
 
     def embed(self, input_ids: Tensor, image_tokens: Tensor, image_token_id: int) -> Tensor:
         """Ids (B, T) → (B, T, D), image tokens (M, N, D) in their places, in order.

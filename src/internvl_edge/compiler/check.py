@@ -12,18 +12,19 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from internvl_edge.compiler.layout import towers_of
 from internvl_edge.compiler.options import Verify
 from internvl_edge.compiler.precision import precision_of
 from internvl_edge.compiler.simulate import Scales, fake_quantized
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.blocks import (
     COMPONENT_STREAM,
-    VISION_PREFIX,
+    OTHER_TOWERS,
     component_of_one_block,
     tower_of,
 )
 from internvl_edge.export.checkpoint import Checkpoint, load_model, read_header
-from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.config import with_depth
 from internvl_edge.export.pixels import graph_feeds, on_levels
 from internvl_edge.export.stamp import keep_block
@@ -147,10 +148,7 @@ class Checker:
         tower = tower_of(component)
         if self.model is not None or tower is None:
             return []
-        depth = self.config.vision.num_hidden_layers
-        llama = language_config(self.config)
-        if tower != VISION_PREFIX and llama is not None:
-            depth = llama.num_hidden_layers
+        _, depth = towers_of(self.config)[tower]
         return sorted({0, depth // 2, depth - 1})
 
     def _parts(self, component: str) -> Iterator[_Part]:
@@ -165,20 +163,20 @@ class Checker:
     def _compare(
         self, component: str, part: _Part, path: Path, precision: str, base: str
     ) -> dict[str, Any]:
-        feeds = component_feeds(component, self.feeds, self.config)
+        feeds, tower = component_feeds(component, self.feeds, self.config), tower_of(component)
         actual = self._run(component, part, path, feeds)
         reference = self._reference(component, part, feeds)
         found = agreements(reference, actual)
         where = component if part.block is None else f"{component}, block {part.block}"
         # Behind missing blocks activations leave the ranges that they were calibrated for: the
         # simulation shows the same clipping, the reference does not.
-        if self.quantization is None or part.block is None:
-            own = precision_of(precision, component)
+        quantization = self.quantization if component in COMPONENT_STREAM else None
+        if quantization is None or part.block is None:
+            own = "fp32" if tower in OTHER_TOWERS.values() else precision_of(precision, component)
             require_agreement(found, where, base if own == "fp32" else own)
         figures = summary(found, len(next(iter(feeds.values()))))
-        if self.quantization is None or component not in COMPONENT_STREAM:
+        if quantization is None:
             return figures
-        quantization = self.quantization
         scales = quantization.scales[COMPONENT_STREAM[component]]
         twin = self._simulated(component, part)
         config = quantization.source.config

@@ -37,6 +37,7 @@ from internvl_edge.export import graph as graphs
 from internvl_edge.export.bind import bind, save, weights_without_data
 from internvl_edge.export.blocks import (
     COMPONENT_STREAM,
+    OTHER_TOWERS,
     VISION_PREFIX,
 )
 from internvl_edge.export.bring import Brought, bring_shards
@@ -106,8 +107,9 @@ def trace_all(plan: Plan, base: str, report: Report) -> dict[str, ir.Model]:
 def shallow_config(config: CheckpointConfig) -> CheckpointConfig:
     """The same model with no more blocks than stamping needs to see."""
     depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in towers_of(config).items()}
+    queries = depth.pop(OTHER_TOWERS["chat_queries"], None)
     language = next((n for prefix, n in depth.items() if prefix != VISION_PREFIX), 0)
-    return with_depth(config, depth[VISION_PREFIX], language)
+    return with_depth(config, depth[VISION_PREFIX], language, queries)
 
 
 def stamp_towers(model: ir.Model, config: CheckpointConfig) -> bool:
@@ -151,15 +153,18 @@ def _trace(
 
 def _rotary_constants(config: CheckpointConfig) -> dict[str, Array]:
     """The language model's rotary tables by the names of its buffers."""
-    if config.internvl is not None:
-        llama = config.internvl.qllama
-        tables = rotary_tables(llama.max_position_embeddings, llama.head_dim)
-        return {f"qllama.rope_{n}": t.numpy() for n, t in zip(("cos", "sin"), tables, strict=True)}
+    tables = {}
     if config.chat is not None and config.chat.llama is not None:
-        tables = llama_tables(config.chat.llama)
-        names = ("cos", "sin")
-        return {f"language_model.rope_{n}": t.numpy() for n, t in zip(names, tables, strict=True)}
-    return {}
+        tables["language_model"] = llama_tables(config.chat.llama)
+    for name, internvl in (("qllama", config.internvl), ("queries.qllama", config.queries)):
+        if internvl is not None:
+            llama = internvl.qllama
+            tables[name] = rotary_tables(llama.max_position_embeddings, llama.head_dim)
+    return {
+        f"{name}.rope_{which}": table.numpy()
+        for name, pair in tables.items()
+        for which, table in zip(("cos", "sin"), pair, strict=True)
+    }
 
 
 # --- weights -------------------------------------------------------------------------------------

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.compiler.options import Plan
-from internvl_edge.export.blocks import CHAT_PREFIX, LLAMA_PREFIX, PREFIXES, VISION_PREFIX, sites_of
+from internvl_edge.export.blocks import (
+    CHAT_PREFIX,
+    LLAMA_PREFIX,
+    OTHER_TOWERS,
+    PREFIXES,
+    VISION_PREFIX,
+    sites_of,
+)
 from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.export.weights import WeightsWriter
@@ -29,6 +36,10 @@ def towers_of(config: CheckpointConfig) -> dict[str, tuple[int, int]]:
         towers[LLAMA_PREFIX] = period, config.internvl.qllama.num_hidden_layers
     if config.chat is not None and config.chat.llama is not None:
         towers[CHAT_PREFIX] = 1, config.chat.llama.num_hidden_layers
+    if config.queries is not None:
+        llama = config.queries.qllama
+        period = config.queries.cross_attention_frequency
+        towers[OTHER_TOWERS["chat_queries"]] = period, llama.num_hidden_layers
     return towers
 
 
@@ -80,7 +91,8 @@ def quantized_layout(
 def smoothed_readers(plan: Plan, layers: Container[str]) -> list[str]:
     """The first reader of every site whose columns calibration may scale or rotate."""
     config, found = plan.source.config, []
-    for prefix, (_, depth) in towers_of(config).items():
+    towers = {prefix: n for prefix, (_, n) in towers_of(config).items() if prefix in PREFIXES}
+    for prefix, depth in towers.items():
         for block in (f"{prefix}.{i}" for i in range(depth)):
             for site in sites_of(config, block):
                 names = [f"{block}.{r}.weight" for r in site.readers]

@@ -18,7 +18,14 @@ BUILDER_NBYTES = 250_000_000
 BUILDER_NBYTES_PER_BLOCK = 11_500_000
 # A vision block has one qkv and no gate: nothing is merged. Of QLLaMA's weights two thirds are.
 MERGED_SHARE = 0.66
-LLAMA_COMPONENTS = ("image_queries", "text_embed", "matcher", "decoder", "chat_decoder")
+LLAMA_COMPONENTS = (
+    "image_queries",
+    "text_embed",
+    "matcher",
+    "decoder",
+    "chat_queries",
+    "chat_decoder",
+)
 
 
 def available_memory() -> int:
