@@ -11,7 +11,7 @@ from typing import Any
 
 from internvl_edge._version import __version__
 
-__all__ = ["environment", "peak_rss_nbytes"]
+__all__ = ["environment", "peak_rss_nbytes", "products_saturate"]
 
 PACKAGES = (
     "numpy",
@@ -43,6 +43,15 @@ def environment() -> dict[str, Any]:
         "gpus": _gpus(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def products_saturate() -> bool:
+    """Whether this CPU adds up products of signed and unsigned bytes in 16 bits that saturate.
+
+    x86 does without VNNI or AMX; where the system does not say, it is taken to.
+    """
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and not {"avx_vnni", "avx512_vnni", "amx_int8"} & set(_cpu_features())
 
 
 def peak_rss_nbytes() -> int | None:

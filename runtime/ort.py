@@ -33,8 +33,10 @@ from internvl_edge.errors import (
     UsageError,
 )
 from internvl_edge.runtime.device_array import DeviceArray
+from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs
 from internvl_edge.runtime.ortoptions import (
+    CPU,
     CUDA,
     OrtOptions,
     choose_providers,
@@ -245,7 +247,20 @@ def open_component(
     artifact: Artifact, component: str, device: str = "auto", backend: str = "onnxruntime"
 ) -> OrtSession:
     """Open the ONNX graph of a component; see ``OrtSession``. There is one backend here."""
-    return OrtSession(artifact.onnx_path(component), device=device)
+    path = artifact.onnx_path(component)
+    unsigned = unsigned_graph(component)
+    is_cpu = choose_providers(device, OrtOptions().gpu_provider) == [CPU]
+    if unsigned in artifact.manifest.files and is_cpu and products_saturate():
+        path = artifact.file(unsigned)
+    return OrtSession(path, device=device)
+
+
+def unsigned_graph(component: str) -> str:
+    """The file of a component's graph for CPUs whose INT8 products saturate.
+
+    It computes the same from the same weights (``quantize.unsigned``).
+    """
+    return f"{component}.u8.onnx"
 
 
 def _is_value(value: object) -> bool:

@@ -22,6 +22,8 @@ from internvl_edge.export.precision import POLICIES, apply_policy
 from internvl_edge.export.weights import WeightsWriter
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
+from internvl_edge.quantize.unsigned import take_unsigned_weights
+from internvl_edge.runtime.environment import products_saturate
 
 WIDTH, OUT = 32, 48
 
@@ -99,7 +101,10 @@ def by_hand(module: Branches, x: np.ndarray[Any, Any], fmt: str) -> np.ndarray[A
 
 @pytest.mark.parametrize("fmt", ["int8", "fp8"])
 def test_the_graph_computes_fake_quantization(module: Branches, tmp_path: Path, fmt: str) -> None:
-    path, _, _ = quantized(module, tmp_path, fmt)
+    path, model, _ = quantized(module, tmp_path, fmt)
+    if products_saturate():
+        take_unsigned_weights(model)
+        save(model, path)
     x = np.random.default_rng(1).standard_normal((3, 5, WIDTH)).astype(np.float32)
     (y,) = ort.InferenceSession(path).run(None, {"x": x})
     expected = by_hand(module, x, fmt)

@@ -60,6 +60,8 @@ from internvl_edge.export.verify import (
 )
 from internvl_edge.export.widen import widen
 from internvl_edge.quantize.qdq import bypass_activations
+from internvl_edge.quantize.unsigned import take_unsigned_weights
+from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.ort import OrtSession
 from internvl_edge.runtime.session import did_you_mean
 
@@ -292,6 +294,8 @@ class _Graph:
 
     def _session(self, model: ir.Model) -> OrtSession:
         widen(model)
+        if products_saturate():
+            take_unsigned_weights(model)
         return OrtSession(self.path, graph=ir.to_proto(model).SerializeToString())
 
     def _outputs(self, session: OrtSession, feeds: Mapping[str, Array]) -> Arrays:

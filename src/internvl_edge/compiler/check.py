@@ -43,6 +43,8 @@ from internvl_edge.export.verify import (
 from internvl_edge.export.widen import widen
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.unsigned import take_unsigned_weights
+from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.image import Preprocessing
 from internvl_edge.runtime.ort import OrtSession
 from internvl_edge.runtime.ortoptions import OrtOptions
@@ -210,6 +212,8 @@ class Checker:
         if part.block is not None and tower is not None:
             keep_block(model, tower, part.block)
         widen(model)
+        if products_saturate():
+            take_unsigned_weights(model)
         graph, options = ir.to_proto(model).SerializeToString(), OrtOptions(exact=True)
         with OrtSession(path, graph=graph, options=options) as session:
             # a cache has the graph's dtype, and one block's is one layer's

@@ -8,7 +8,8 @@ the graphs cast.
 
 A quantized component has two graphs on the same weights: ``vision.onnx`` computes in float32
 around its 8-bit products, which is what ONNX Runtime's CPU kernels fuse; ``vision.fp16.onnx``
-computes in 16 bits, which is what engines are built from.
+computes in 16 bits, which is what engines are built from. Where products are INT8 there is a third,
+``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.unsigned``).
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ from internvl_edge.quantize.attention import scales_by_attention
 from internvl_edge.quantize.blockwise import block_of
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
 from internvl_edge.quantize.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
+from internvl_edge.quantize.unsigned import take_unsigned_weights
+from internvl_edge.runtime.ort import unsigned_graph
 
 Array = np.ndarray[Any, Any]
 
@@ -299,12 +302,15 @@ def write_graph(
         insert_qdq(model, linears)
     nbytes = bind(model, stored, directory)
     save(model, directory / file)
-    return Emitted(
+    emitted = Emitted(
         file=file,
         inputs=_specs(model.graph.inputs),
         outputs=_specs(model.graph.outputs),
         nbytes=nbytes,
     )
+    if take_unsigned_weights(model):
+        save(model, directory / unsigned_graph(name))
+    return emitted
 
 
 def _linear(plan: Plan, weight: str, scale: float | None) -> QuantizedLinear:
