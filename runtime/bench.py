@@ -223,22 +223,15 @@ def measure_many(
     Raises:
         UsageError: nothing to measure, or a duration or count that is not positive.
     """
-    if min(len(contenders), items, min_iterations, min_rounds) < 1 or (
-        min(warmup_s, min_duration_s) < 0
-    ):
-        raise UsageError(
-            "measure: expected contenders, items, min_iterations and min_rounds of at least 1 and "
-            f"times of at least 0, found {len(contenders)} contenders, items={items}, "
-            f"min_iterations={min_iterations}, min_rounds={min_rounds}, warmup_s={warmup_s}, "
-            f"min_duration_s={min_duration_s}"
-        )
+    counts = {"contenders": len(contenders), "items": items}
+    counts |= {"min_iterations": min_iterations, "min_rounds": min_rounds}
+    _require(counts, {"warmup_s": warmup_s, "min_duration_s": min_duration_s})
     warmups = {name: warm_up(run, warmup_s, clock) for name, run in contenders.items()}
     budget_ns = min_duration_s * NS_PER_S * len(contenders)
-    usual_ns = sum(float(np.median(calls[-STEADY_WINDOW:])) for calls, _ in warmups.values())
-    several = len(contenders) > 1
-    turn_calls = 1
+    several, turn_calls = len(contenders) > 1, 1
     if several:
-        expected = max(min_iterations, budget_ns / max(usual_ns, 1.0))
+        round_ns = sum(float(np.median(calls[-STEADY_WINDOW:])) for calls, _ in warmups.values())
+        expected = max(min_iterations, budget_ns / max(round_ns, 1.0))
         turn_calls = min(max(int(expected / min_rounds), 1), TURN_CALLS)
         min_iterations = max(min_iterations, min_rounds * turn_calls)
     samples: dict[str, list[int]] = {name: [] for name in contenders}
@@ -263,6 +256,14 @@ def measure_many(
         )
         for name in contenders
     }
+
+
+def _require(counts: Mapping[str, int], times: Mapping[str, float]) -> None:
+    if min(counts.values()) < 1 or min(times.values()) < 0:
+        found = ", ".join(f"{name}={value}" for name, value in {**counts, **times}.items())
+        raise UsageError(
+            f"measure: expected counts of at least 1 and times of at least 0, found {found}"
+        )
 
 
 def _timed(run: Callable[[], object], clock: Clock) -> int:
