@@ -52,9 +52,11 @@ bench-decode: install
 bench-runtime: install
 	$(BIN)/python benchmarks/runtime.py $(FLAGS)
 
-# On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4,48" for 6B widths
-gpu-check: install
-	$(BIN)/python benchmarks/gpu_check.py $(FLAGS)
+# On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4" for less
+# `make gpu-check PYTHON=python3` takes that interpreter and its packages as they are: no pip, no network
+GIVEN := $(if $(findstring command line,$(origin PYTHON)),$(PYTHON))
+gpu-check: $(if $(GIVEN),,install)
+	PYTHONPATH=src $(or $(GIVEN),$(BIN)/python) benchmarks/gpu_check.py $(FLAGS)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -1,23 +1,28 @@
 """What runs on this machine's GPU, how close to the CPU's results, how fast: one table, one JSON.
 
-    python benchmarks/gpu_check.py                         # the demo at every precision
-    python benchmarks/gpu_check.py --layers 4,48           # and InternViT-6B widths, so deep
-    python benchmarks/gpu_check.py --precisions fp16,int8 --components image_embed --seconds 1
+    python benchmarks/gpu_check.py           # the demo, and 6B widths as deep as the GPU has memory
+    python benchmarks/gpu_check.py --layers 4
+    python benchmarks/gpu_check.py --layers "" --precisions fp16,int8 --components image_embed
 
 Each component runs at each precision on each backend that is installed here, on the same seeded
-inputs. Its error is the largest difference from ONNX Runtime's result on the CPU, of the same
-precision (bfloat16, which the CPU cannot run: of float32), over the largest value of that result.
-Roofline shares are of what the same
-backend reached on plain products, and the memory on plain copies. What cannot run is a row too,
-with the reason. It needs no network, and on a machine without a GPU
-it checks the CPU and says what it skipped.
+inputs, and by ``torch.compile`` in the types that PyTorch has. Its error is the largest difference
+from ONNX Runtime's result on the CPU, of the same precision (of float32 where the CPU cannot run
+it), over the largest value of that result. Latencies are of host arrays to host arrays; of engines,
+with CUDA graphs and without. Roofline shares are of what the same backend reached on plain
+products, and the memory on plain copies. GPU memory is what opening and one call took.
+
+Every row is a process of its own (``gpu_row``), and the JSON is replaced after each: what fails,
+faults the GPU or never ends is a row with the reason, and the rest goes on. It needs no network and
+installs nothing: any interpreter that has the packages will do, from a clone with PYTHONPATH=src.
+On a machine without a GPU it checks the demo on the CPU and says what it skipped.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,22 +31,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from gpu_row import TORCH_TYPES
 
 from internvl_edge.artifact import Artifact, open_artifact
-from internvl_edge.cli.measure import seeded_feeds
-from internvl_edge.compiler.peaks import Peaks, measure_backend
+from internvl_edge.cli.seeded import seeded_feeds
+from internvl_edge.compiler.peaks import Peaks
 from internvl_edge.compiler.roofline import Roofline, component_workload, locate
 from internvl_edge.errors import InternVLError
-from internvl_edge.runtime.bench import measure
-from internvl_edge.runtime.device import Device
-from internvl_edge.runtime.environment import environment
-from internvl_edge.runtime.session import Array, open_component, require_backend
+from internvl_edge.runtime.environment import environment, gpu_nbytes
+from internvl_edge.runtime.session import require_backend
 
 RESULTS = Path(__file__).parent / "results" / "gpu-check.json"
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+ROW = Path(__file__).parent / "gpu_row.py"
 CPU = ("onnxruntime", "cpu")
 PLACES = (CPU, ("onnxruntime", "cuda"), ("tensorrt-rtx", "cuda"), ("tensorrt", "cuda"))
+TORCH = ("torch-compile", "cuda")
+DEPTHS = (4, 48)  # layers at InternViT-6B's widths
+BLOCK_PARAMETERS = 122_900_000  # of one such layer: 4 · 3200² + 2 · 3200 · 12800
+NBYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}  # of a weight
+HEADROOM = 1.25  # times the weights: activations, scratch, the CUDA context
+TIMEOUT_S = 1800.0  # of a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,101 +64,113 @@ class Row:
     max_error: float | None = None  # relative to the largest value
     p50_ms: float | None = None
     p99_ms: float | None = None
-    gpu_memory_nbytes: int | None = None  # that opening took
+    items_per_s: float | None = None
+    p50_ms_without_graphs: float | None = None  # of engines
+    phases_ms: dict[str, float] | None = None  # of engines: medians of trtexec's metrics
+    gpu_memory_nbytes: int | None = None  # that opening and one call took
+    peak_rss_nbytes: int | None = None  # of the row's process
     mfu: float | None = None  # of the peak that the same backend reached here
     mbu: float | None = None
     skipped: str | None = None  # the reason
     failed: str | None = None
 
 
-def check(model: str, artifact: Artifact, baseline: Artifact | None, args: Any) -> Iterator[Row]:
-    """Every component of a directory in every place.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What is checked."""
 
-    Args:
-        model: what to call it in the table.
-        artifact: the directory.
-        baseline: whose CPU results are right where this one has none.
-        args: the command's.
-    """
-    precision = artifact.manifest.precision
-    for component in args.components or artifact.manifest.components:
-        feeds = seeded_feeds(artifact, component, args.batch)
-        right: dict[str, Array] | None = None
-        for backend, device in PLACES:
-            name = f"{backend} {device}"
-            cell = {"model": model, "component": component, "precision": precision, "backend": name}
-            try:
-                require_backend(backend)
-                before = free_nbytes(device)
-                with open_component(artifact, component, backend, device) as session:
-                    after = free_nbytes(device)
-                    found = session.run(feeds)
-                    timing = measure(session, feeds, min_duration_s=args.seconds)
-                p50_ms = timing.percentile_ms(50)
-                roofline = below_roof(artifact, component, feeds, (backend, device), p50_ms)
-            except InternVLError as error:
-                row = Row(**cell, **refusal(error))
-                if (backend, device) == CPU and baseline is not None:
-                    right = cpu_results(baseline, component, feeds)
-            else:
-                right = found if (backend, device) == CPU else right
-                row = Row(
-                    **cell,
-                    max_error=None if right is None else largest_error(found, right),
-                    p50_ms=p50_ms,
-                    p99_ms=timing.percentile_ms(99),
-                    gpu_memory_nbytes=None if before is None or after is None else before - after,
-                    mfu=roofline.mfu,
-                    mbu=roofline.mbu,
-                )
-            sys.stderr.write(line(row) + "\n")
-            yield row
+    name: str
+    checkpoint: Path | None  # None: the demo
+    timed_on_cpu: bool  # the CPU gives the reference in any case
 
 
-def below_roof(
-    artifact: Artifact,
-    component: str,
-    feeds: dict[str, Array],
-    place: tuple[str, str],
-    latency_ms: float,
-) -> Roofline:
-    """What share of the machine's peaks a component reached."""
-    work = component_workload(artifact, component, feeds, place[0])
-    each = [peaks_of(kind, *place) for kind in work.operations]
-    merged = Peaks(
-        operations={kind: value for peaks in each for kind, value in peaks.operations.items()},
-        bytes=max(peaks.bytes for peaks in each),
-    )
-    return locate(work, merged, latency_ms)
+class Bench:
+    """Runs jobs in processes of their own, and remembers the peaks that it asked for."""
 
+    def __init__(self, work: Path, args: Any) -> None:
+        self.work, self.args = work, args
+        self._peaks: dict[tuple[str, str, str], dict[str, Any]] = {}
 
-@functools.cache
-def peaks_of(kind: str, backend: str, device: str) -> Peaks:
-    return measure_backend([kind], backend, device)
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        """What ``gpu_row`` found, or why it found nothing."""
+        answer = self.work / "answer.json"
+        answer.unlink(missing_ok=True)
+        command = [sys.executable, str(ROW), json.dumps(job), str(answer)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=self.args.timeout
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"took longer than {self.args.timeout:.0f} s"}
+        if not answer.exists():
+            told = done.stderr.strip().splitlines() or [""]
+            return {"failed": f"the process ended with code {done.returncode}: {told[-1]}"}
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return found
 
+    def peaks(self, kind: str, place: tuple[str, str]) -> dict[str, Any]:
+        """The peak of a type at a place, measured once; empty where it cannot be."""
+        key = (kind, *place)
+        if key not in self._peaks:
+            job = {"job": "peak", "kind": kind, "backend": place[0], "device": place[1]}
+            found = self.answer(job)
+            self._peaks[key] = found if "bytes" in found else {}
+        return self._peaks[key]
 
-def refusal(error: InternVLError) -> dict[str, str]:
-    """Skipped where an engine, a package or a GPU is missing (exit codes 2 and 4); else failed."""
-    return {"skipped" if error.exit_code in (2, 4) else "failed": str(error)}
+    def below_roof(
+        self, artifact: Artifact, component: str, place: tuple[str, str], latency_ms: float
+    ) -> Roofline | None:
+        """What share of the machine's peaks a component reached; None where none is known."""
+        feeds = seeded_feeds(artifact, component, self.args.batch)
+        work = component_workload(artifact, component, feeds, place[0])
+        each = [found for kind in work.operations if (found := self.peaks(kind, place))]
+        if not each:
+            return None
+        operations = {kind: value for found in each for kind, value in found["operations"].items()}
+        merged = Peaks(operations=operations, bytes=max(found["bytes"] for found in each))
+        return locate(work, merged, latency_ms)
 
+    def rows(self, model: Model, artifact: Artifact) -> Iterator[Row]:
+        """Every component of a directory in every place."""
+        precision = artifact.manifest.precision
+        places = [*PLACES, *([TORCH] if precision in TORCH_TYPES else [])]
+        for component in self.args.components or artifact.manifest.components:
+            for place in places:
+                cell = {"component": component, "precision": precision, "backend": " ".join(place)}
+                try:
+                    figures = self.figures(model, artifact, component, place)
+                except Exception as error:  # a fault of this script's: a row like any other
+                    figures = {"failed": f"{type(error).__name__}: {error}"}
+                yield Row(model=model.name, **cell, **figures)
 
-def cpu_results(artifact: Artifact, component: str, feeds: dict[str, Array]) -> dict[str, Array]:
-    with open_component(artifact, component, *CPU) as session:
-        return session.run(feeds)
-
-
-def largest_error(found: dict[str, Array], right: dict[str, Array]) -> float:
-    """Over all outputs, the largest difference relative to the output's largest value."""
-    errors = []
-    for name, array in right.items():
-        wanted, got = array.astype(np.float64), found[name].astype(np.float64)
-        scale = float(np.abs(wanted).max()) or 1.0
-        errors.append(float(np.abs(got - wanted).max()) / scale)
-    return max(errors)
-
-
-def free_nbytes(device: str) -> int | None:
-    return None if device == "cpu" else Device(0).free_nbytes()
+    def figures(
+        self, model: Model, artifact: Artifact, component: str, place: tuple[str, str]
+    ) -> dict[str, Any]:
+        """A row's."""
+        own, fp32 = (
+            self.work / f"{model.name}-{precision}-{component}.npz"
+            for precision in (artifact.manifest.precision, "fp32")
+        )
+        reference = next((path for path in (own, fp32) if path.exists()), None)
+        job = {
+            "job": "torch" if place == TORCH else "component",
+            "out": str(artifact.path),
+            "component": component,
+            "backend": place[0],
+            "device": place[1],
+            "batch": self.args.batch,
+            "seconds": self.args.seconds,
+            "timed": place != CPU or model.timed_on_cpu,
+            "checkpoint": None if model.checkpoint is None else str(model.checkpoint),
+            "reference": None if place == CPU or reference is None else str(reference),
+            "save": str(own) if place == CPU else None,
+        }
+        figures = self.answer(job)
+        if figures.get("p50_ms") is not None and place != TORCH:
+            roofline = self.below_roof(artifact, component, place, figures["p50_ms"])
+            if roofline is not None:
+                figures |= {"mfu": roofline.mfu, "mbu": roofline.mbu}
+        return figures
 
 
 def line(row: Row) -> str:
@@ -157,10 +178,18 @@ def line(row: Row) -> str:
     if row.skipped or row.failed:
         word, reason = ("skipped", row.skipped) if row.skipped else ("FAILED", row.failed)
         return f"{place} {word}: {reason}"
-    memory = "" if row.gpu_memory_nbytes is None else f" {row.gpu_memory_nbytes / 1e9:.2f} GB"
-    error = "no reference" if row.max_error is None else f"error {row.max_error:.1e}"
-    roof = "" if row.mbu is None else f" MFU {row.mfu or 0:.0%} MBU {row.mbu:.0%}"
-    return f"{place} {error} p50 {row.p50_ms:.3f} ms p99 {row.p99_ms:.3f} ms{memory}{roof}"
+    found = ["no reference" if row.max_error is None else f"error {row.max_error:.1e}"]
+    if row.backend == " ".join(CPU):
+        found = ["reference"]
+    if row.p50_ms is not None:
+        found += [f"p50 {row.p50_ms:.3f} ms p99 {row.p99_ms:.3f} ms {row.items_per_s:.1f}/s"]
+    if row.p50_ms_without_graphs is not None:
+        found.append(f"without graphs {row.p50_ms_without_graphs:.3f} ms")
+    if row.gpu_memory_nbytes is not None:
+        found.append(f"{row.gpu_memory_nbytes / 1e9:.2f} GB")
+    if row.mbu is not None:
+        found.append(f"MFU {row.mfu or 0:.0%} MBU {row.mbu:.0%}")
+    return f"{place} {' '.join(found)}"
 
 
 def targets() -> list[str]:
@@ -176,62 +205,117 @@ def targets() -> list[str]:
     return found
 
 
-def export(checkpoint: list[str], out: Path, precision: str, built: list[str]) -> str | None:
+def export(checkpoint: Path | None, out: Path, precision: str, built: list[str]) -> str | None:
     """Compile; the error's last line where it fails."""
-    command = [sys.executable, "-m", "internvl_edge", "export", *checkpoint, "-o", str(out)]
+    source = [] if checkpoint is None else [str(checkpoint)]
+    command = [sys.executable, "-m", "internvl_edge", "export", *source, "-o", str(out)]
     for target in ["onnx", *built]:
         command += ["--target", target]
     done = subprocess.run(
         [*command, "-p", precision, "--verify", "none", "-q"], capture_output=True, text=True
     )
-    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"export ended with code {done.returncode}"])[-1]
 
 
-def check_model(model: str, checkpoint: list[str], work: Path, args: Any) -> Iterator[Row]:
-    """All precisions of a checkpoint; float32 first, as it is what others are held against."""
-    built, baseline = targets(), None
-    for precision in sorted(args.precisions, key=lambda name: name != "fp32"):
-        out = work / f"{model}-{precision}"
-        error = export(checkpoint, out, precision, built)
-        if error is not None:
-            yield Row(model=model, component="", precision=precision, backend="", failed=error)
-            continue
-        artifact = open_artifact(out)
-        baseline = artifact if precision == "fp32" else baseline
-        yield from check(model, artifact, baseline, args)
+def check_model(model: Model, precisions: list[str], bench: Bench) -> Iterator[Row]:
+    """All precisions of a checkpoint; float32 first, as others are held against it."""
+    built = targets()
+    for precision in sorted(precisions, key=lambda name: name != "fp32"):
+        out = bench.work / f"{model.name}-{precision}"
+        head = {"model": model.name, "component": "", "precision": precision, "backend": ""}
+        try:
+            error = export(model.checkpoint, out, precision, built)
+            if error is not None:
+                yield Row(**head, failed=error)
+                continue
+            yield from bench.rows(model, open_artifact(out))
+        except Exception as error:
+            yield Row(**head, failed=f"{type(error).__name__}: {error}")
+        finally:
+            shutil.rmtree(out, ignore_errors=True)  # 48 layers at five precisions fill a disk
 
 
-def synthetic(layers: int, work: Path) -> list[str]:
-    path = work / f"internvit-6b-{layers}"
+def check_depth(layers: int, precisions: list[str], bench: Bench) -> Iterator[Row]:
+    """6B widths, so many layers deep, at the precisions whose weights the GPU has room for."""
+    memory, fitting = gpu_nbytes(), []
+    name = f"6b-{layers}-layers"
+    head = {"model": name, "component": "vision", "backend": ""}
+    if memory is None and bench.args.layers is None:
+        reason = f"no GPU to run 6B widths on; --layers {layers} runs them on the CPU"
+        yield Row(**head, precision="", skipped=reason)
+        return
+    for precision in precisions:
+        needed = int(HEADROOM * layers * BLOCK_PARAMETERS * NBYTES[precision])
+        if memory is None or needed <= memory:
+            fitting.append(precision)
+        else:
+            reason = f"needs about {needed / 1e9:.1f} GB of GPU memory, found {memory / 1e9:.1f} GB"
+            yield Row(**head, precision=precision, skipped=reason)
+    if not fitting:
+        return
+    checkpoint = bench.work / name
+    try:
+        synthesize(layers, checkpoint)
+    except Exception as error:
+        yield Row(**head, precision="", failed=f"{type(error).__name__}: {error}")
+    else:
+        model = Model(name=name, checkpoint=checkpoint, timed_on_cpu=False)
+        yield from check_model(model, fitting, bench)
+    finally:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def synthesize(layers: int, path: Path) -> None:
     module = "internvl_edge.export.synthetic"
     command = [sys.executable, "-m", module, "internvit-6b-224", str(path), "--layers", str(layers)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return [str(path)]
+
+
+def check(bench: Bench) -> Iterator[Row]:
+    """Everything that the arguments ask for."""
+    args = bench.args
+    demo = Model(name="demo", checkpoint=None, timed_on_cpu=True)
+    yield from check_model(demo, args.precisions, bench)
+    args.components = ["vision"]
+    for layers in DEPTHS if args.layers is None else args.layers:
+        yield from check_depth(layers, args.precisions, bench)
+
+
+def save(path: Path, rows: list[Row], *, is_complete: bool) -> None:
+    """Replace the JSON by one of these rows; there is a whole one at any moment."""
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": environment(),
+        "is_complete": is_complete,
+        "rows": [asdict(row) for row in rows],
+    }
+    staged = path.with_suffix(".partial")
+    staged.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(staged, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--precisions", type=names, default=list(PRECISIONS))
+    numbers = lambda text: [int(n) for n in text.split(",") if n]  # noqa: E731
+    parser.add_argument("--precisions", type=names, default=list(NBYTES))
     parser.add_argument("--components", type=names, help="default: all of the demo")
-    parser.add_argument("--layers", type=lambda text: [int(n) for n in text.split(",")], default=[])
+    parser.add_argument("--layers", type=numbers, help="default: 4 and 48 as the GPU allows")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="of a row, in seconds")
+    parser.add_argument("--work", type=Path, help="where to compile; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        rows += check_model("demo", [], work, args)
-        args.components = ["vision"]
-        for layers in args.layers:
-            rows += check_model(f"6b-{layers}-layers", synthetic(layers, work), work, args)
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "environment": environment(),
-        "rows": [asdict(row) for row in rows],
-    }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        for row in check(Bench(Path(folder), args)):
+            sys.stderr.write(line(row) + "\n")
+            rows.append(row)
+            save(args.out, rows, is_complete=False)
+    save(args.out, rows, is_complete=True)
     ran = sum(row.skipped is None and row.failed is None for row in rows)
     sys.stderr.write(
         f"{ran} ran, {sum(row.skipped is not None for row in rows)} skipped, "

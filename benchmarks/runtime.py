@@ -8,9 +8,10 @@
     onnxruntime int8             our float32 graph through onnxruntime's quantize_static
     openvino int8                our float32 graph through NNCF, where both are installed
 
-All have the same number of threads and the same image, and take turns. The share of matrix
-products is from ONNX Runtime's profile of the INT8 graph, and stands beside the share of this
-machine's peaks (``compiler.peaks``) that the whole run reached: what could still go. Targets:
+All have the same number of threads and the same image, and take turns: 20 rounds at least, of one
+call each where calls are slow, so that intervals are what they say (``runtime.bench``). The share
+of matrix products is from ONNX Runtime's profile of the INT8 graph, and stands beside the share of
+this machine's peaks (``compiler.peaks``) that the whole run reached: what could still go. Targets:
 INT8 at least 3 times as fast as PyTorch eager, and not slower than OpenVINO's INT8.
 """
 
@@ -42,7 +43,7 @@ from internvl_edge.compiler.peaks import (
     measure_peaks,
 )
 from internvl_edge.compiler.roofline import component_workload, locate
-from internvl_edge.runtime.bench import Timing, measure_many, ratio_of
+from internvl_edge.runtime.bench import MIN_ROUNDS, Timing, measure_many, ratio_of
 from internvl_edge.runtime.environment import environment
 from internvl_edge.runtime.ort import OrtOptions, OrtSession
 
@@ -162,13 +163,14 @@ def compare(model: str, checkpoint: list[str], work: Path, args: Any) -> dict[st
     }
     source = Path(checkpoint[0]) if checkpoint else None
     eager = contender_of("pytorch", source, {"fp32": artifacts["fp32"]})
-    contenders["pytorch eager fp32"] = eager(component, feeds)
+    pytorch = eager(component)
+    contenders["pytorch eager fp32"] = lambda: pytorch(feeds)
     missing = [name for name in ("openvino", "nncf") if importlib.util.find_spec(name) is None]
     if not missing:
         infer = openvino_int8(paths["fp32"], shape, args.threads)
         contenders["openvino int8"] = lambda: infer(feeds)
     peaks = measured_peaks(args.threads)  # in the same minutes as what stands beside it
-    timings = measure_many(contenders, min_duration_s=args.seconds, min_iterations=20)
+    timings = measure_many(contenders, min_duration_s=args.seconds, min_iterations=MIN_ROUNDS)
     workload = component_workload(artifacts["int8"], component, feeds, "onnxruntime")
     return {
         "model": model,
@@ -192,7 +194,7 @@ def show(found: dict[str, Any]) -> None:
         ratio = found["speedups"].get(result["name"])
         beside = ""
         if ratio is not None:
-            interval = f"{ratio['low']:.2f}-{ratio['high']:.2f}"
+            interval = ratio["reason"] or f"{ratio['low']:.2f}-{ratio['high']:.2f}"
             beside = f"  our int8 is {ratio['median']:.2f} times as fast ({interval})"
         p50 = result["latency"]["p50"]
         sys.stderr.write(f"{found['model']:14} {result['name']:20} p50 {p50:9.3f} ms{beside}\n")

@@ -4,7 +4,8 @@
     echo photo.jpg | nc -N localhost 8081
 
 The loop never waits for a picture or for the model: pictures are decoded in a pool of threads, and
-the batcher's future is awaited. ``Batcher.submit`` is what joins requests of all connections.
+the batcher's future is awaited. ``Batcher.submit`` is what joins requests of all connections. Where
+the GPU failed for good the server stops: a new process recovers.
 """
 
 from __future__ import annotations
@@ -12,61 +13,95 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from internvl_edge.artifact import open_artifact
-from internvl_edge.errors import InternVLError
+from internvl_edge.errors import InternVLError, SessionDead
 from internvl_edge.runtime.batching import Batcher
-from internvl_edge.runtime.image import Preprocessing, pixel_values
+from internvl_edge.runtime.image import Preprocessing, pixel_levels, pixel_values
 from internvl_edge.runtime.session import open_component
+
+MAX_LINE_NBYTES = 4096
+
+Prepare = Callable[[str], Any]
 
 
 async def embed(
-    path: str, batcher: Batcher, prepare: Preprocessing, pool: ThreadPoolExecutor
+    path: str, batcher: Batcher, prepare: Prepare, pool: ThreadPoolExecutor
 ) -> list[float]:
     """The embedding of a picture."""
     loop = asyncio.get_running_loop()
-    pixels = await loop.run_in_executor(pool, pixel_values, path, prepare)
+    pixels = await loop.run_in_executor(pool, prepare, path)
     found = await asyncio.wrap_future(batcher.submit({"pixel_values": pixels}))
     embedding: list[float] = found["image_embeds"][0].tolist()
     return embedding
 
 
+async def next_line(reader: asyncio.StreamReader) -> tuple[bytes, bool]:
+    """The end of the next line, and whether it is all of it: what is too long is passed over."""
+    is_whole = True
+    while True:
+        try:
+            return await reader.readuntil(), is_whole
+        except asyncio.LimitOverrunError as overrun:
+            await reader.readexactly(overrun.consumed)
+            is_whole = False
+        except asyncio.IncompleteReadError as end:
+            return end.partial, is_whole
+
+
 async def converse(
     batcher: Batcher,
-    prepare: Preprocessing,
+    prepare: Prepare,
     pool: ThreadPoolExecutor,
+    dead: asyncio.Event,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
     """A connection: a path on each line, a JSON object for each."""
-    while line := await reader.readline():
-        answer: dict[str, object]
-        try:
-            answer = {"embedding": await embed(line.decode().strip(), batcher, prepare, pool)}
-        except (InternVLError, UnicodeDecodeError) as error:
-            answer = {"error": str(error)}
-        writer.write(json.dumps(answer).encode() + b"\n")
-        await writer.drain()
-    writer.close()
+    try:
+        while (found := await next_line(reader)) != (b"", True):
+            line, is_whole = found
+            answer: dict[str, object] = {"error": f"a line has at most {MAX_LINE_NBYTES} bytes"}
+            try:
+                if is_whole:
+                    path = line.decode().strip()
+                    answer = {"embedding": await embed(path, batcher, prepare, pool)}
+            except (InternVLError, ValueError) as error:  # a path that is no text, or has a zero
+                answer = {"error": str(error)}
+                if isinstance(error, SessionDead):
+                    dead.set()
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+    except ConnectionError:
+        pass  # the caller left
+    finally:
+        writer.close()
 
 
 async def serve(out: str, port: int) -> None:
+    """Serve until the GPU fails for good."""
     artifact = open_artifact(out)
-    prepare = Preprocessing.from_json(artifact.manifest.preprocessing)
+    preprocessing = Preprocessing.from_json(artifact.manifest.preprocessing)
     with (
         open_component(artifact, "image_embed") as session,
         Batcher(session, max_batch=8, max_delay_ms=2) as batcher,
         ThreadPoolExecutor(4, "decode") as pool,
     ):
-        connected = partial(converse, batcher, prepare, pool)
-        server = await asyncio.start_server(connected, "127.0.0.1", port)
+        as_levels = session.inputs["pixel_values"].dtype == "uint8"  # export --input uint8
+        prepare = partial(pixel_levels if as_levels else pixel_values, preprocessing=preprocessing)
+        dead = asyncio.Event()
+        connected = partial(converse, batcher, prepare, pool, dead)
+        server = await asyncio.start_server(connected, "127.0.0.1", port, limit=MAX_LINE_NBYTES)
         sys.stdout.write(f"listening on {server.sockets[0].getsockname()[1]}\n")
         sys.stdout.flush()
-        async with server:
-            await server.serve_forever()
+        await dead.wait()
+        server.close()
 
 
 if __name__ == "__main__":
     asyncio.run(serve(sys.argv[1], int(sys.argv[2])))
+    sys.exit(1)

@@ -5,11 +5,14 @@
 //   ./run_plan OUT/engines/image_embed.tensorrt-1a2b3c4d.plan
 //
 // For plans of TensorRT-RTX, take its SDK and -ltensorrt_rtx: the interface is the same.
-// An engine is machine code of its vendor: check its SHA-256 against the sidecar's ("sha256") before
-// you load one from elsewhere. This program checks what is cheap: size and version.
+// An engine is machine code of its vendor, so no byte of it is read by TensorRT before its SHA-256 is
+// the sidecar's. That finds a damaged copy; for one from elsewhere, the sidecar's own hash has to be
+// that of OUT/manifest.json, and the manifest come from whom you trust.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
+
+#include "sha256.hpp"
 
 #include <cstdio>
 #include <cstdlib>
@@ -95,6 +98,8 @@ void run(std::string const& path) {
     std::string sidecar = read(path.substr(0, path.rfind(".plan")) + ".json");
     if (std::strtoull(find(sidecar, "nbytes"), nullptr, 10) != plan.size())
         throw std::runtime_error(path + ": not as long as its sidecar says; copy it again");
+    if (std::string(find(sidecar, "sha256"), 64) != sha256(plan))
+        throw std::runtime_error(path + ": not the bytes that its sidecar names; copy it again");
 
     Logger logger;
     std::unique_ptr<IRuntime> runtime(createInferRuntime(logger));

@@ -1,16 +1,20 @@
-"""Requests of many callers, run as few batches: a queue and one thread.
+"""Requests of many callers, run as few batches: a queue, and a thread for each batch at once.
 
-A batch begins with the oldest request and waits for others until it is full or the first one has
-waited ``max_delay_ms``. Requests that cannot share a batch, as their shapes differ in more than
-the first dimension, run in batches of their own. The queue is bounded: where more come in than go
+A batch begins with a request and waits for others like it until it is full or the first one has
+waited ``max_delay_ms``; full is also a batch into which the next like it does not fit. Requests
+that cannot share a batch, as their shapes differ in more than the first dimension, run in batches
+of their own, and neither waits for the other. The queue is bounded: where more come in than go
 through, ``submit`` refuses at once, so that callers learn it while there is time to do less.
 
-A request that was cancelled before its batch began is never run. What fails for a batch is tried
-again for each request alone, so that one bad request takes no other along.
+A request that was cancelled before its batch began is never run, and takes no place. What fails for
+a batch is tried again for each request alone, so that one bad request takes no other along. Outputs
+whose first dimension is the batch's are cut into each request's rows; any other depends on no row,
+and each request gets it whole.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -21,6 +25,7 @@ from typing import Self
 
 import numpy as np
 
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError, ResourceError, SessionDead, UsageError
 from internvl_edge.runtime.session import Array, Session
 
@@ -46,6 +51,7 @@ class Batcher:
         max_batch: rows of a batch.
         max_delay_ms: how long a request may wait for others.
         max_queued: requests that may wait; more are refused.
+        workers: batches that run at once; of an engine, as many as it has slots.
     """
 
     def __init__(
@@ -55,11 +61,13 @@ class Batcher:
         max_batch: int = 8,
         max_delay_ms: float = 2.0,
         max_queued: int = 256,
+        workers: int = 1,
     ) -> None:
-        if max_batch < 1 or max_delay_ms < 0 or max_queued < 1:
+        if min(max_batch, max_queued, workers) < 1 or max_delay_ms < 0:
             raise UsageError(
-                f"batcher: expected a positive batch and queue and no negative delay, found "
-                f"max_batch={max_batch}, max_delay_ms={max_delay_ms}, max_queued={max_queued}"
+                f"batcher: expected a positive batch, queue and number of workers and no negative "
+                f"delay, found max_batch={max_batch}, max_delay_ms={max_delay_ms}, "
+                f"max_queued={max_queued}, workers={workers}"
             )
         self._session = session
         self._max_batch, self._max_queued = max_batch, max_queued
@@ -67,10 +75,13 @@ class Batcher:
         self._queue: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(
-            target=self._work, name="internvl-edge-batcher", daemon=True
-        )
-        self._thread.start()
+        self._process = os.getpid()
+        self._threads = [
+            threading.Thread(target=self._work, name="internvl-edge-batcher", daemon=True)
+            for _ in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, feeds: Mapping[str, Array]) -> Future[dict[str, Array]]:
         """Queue a request of one or more rows; its outputs come through the future.
@@ -78,12 +89,19 @@ class Batcher:
         Raises:
             FeedError: arrays without a common first dimension, or more rows than a batch has.
             ResourceError: the queue is full.
-            UsageError: the batcher is closed.
+            UsageError: the batcher is closed, or the process was forked since it was opened.
         """
+        if os.getpid() != self._process:  # before the lock, which a fork may have left taken
+            raise UsageError(
+                "the batcher was opened before a fork, and its threads stayed behind; open one in "
+                "the process that runs it"
+            )
         request = _request(feeds, self._max_batch)
         with self._changed:
             if self._closed:
                 raise UsageError("the batcher is closed; open another")
+            if len(self._queue) >= self._max_queued:
+                self._drop_cancelled()
             if len(self._queue) >= self._max_queued:
                 raise ResourceError(f"{len(self._queue)} requests are waiting; try again later")
             self._queue.append(request)
@@ -96,11 +114,14 @@ class Batcher:
 
     def close(self) -> None:
         """Run what is queued, then stop; may be called again."""
+        if os.getpid() != self._process:
+            return  # it is the parent's
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if threading.current_thread() is not thread:
+                thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -115,44 +136,71 @@ class Batcher:
                 self._run(running)
 
     def _next_batch(self) -> list[_Request]:
-        """The oldest request and those that go with it; none when closed and done."""
+        """The first batch that is full or has waited long enough; none when closed and done."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if not self._queue:
-                return []
-            first = self._queue[0]
-            deadline = first.arrived + self._max_delay_s
-            self._changed.wait_for(
-                lambda: self._closed or sum(r.rows for r in self._alike(first)) >= self._max_batch,
-                timeout=max(0.0, deadline - time.monotonic()),
-            )
-            batch = self._alike(first)
-            for request in batch:
-                self._queue.remove(request)
-            return batch
+            while True:
+                self._drop_cancelled()
+                if self._closed and not self._queue:
+                    return []
+                if batch := self._due():
+                    for request in batch:
+                        self._queue.remove(request)
+                    if self._queue:
+                        self._changed.notify()  # another worker looks after the rest
+                    return batch
+                self._changed.wait(self._patience_s() if self._queue else None)
 
-    def _alike(self, first: _Request) -> list[_Request]:
-        """Requests that can share a batch with the first one, in order, as many as fit."""
-        batch: list[_Request] = []
-        rows = 0
+    def _due(self) -> list[_Request]:
+        """The batch to run now: what has waited long enough before what is full; none yet."""
+        if not self._queue:
+            return []
+        if self._closed or self._patience_s() <= 0:
+            return self._alike(self._queue[0])[0]
+        firsts: dict[Key, _Request] = {}
         for request in self._queue:
-            if request.key == first.key and rows + request.rows <= self._max_batch:
+            firsts.setdefault(request.key, request)
+        batches = (self._alike(first) for first in firsts.values())
+        return next((batch for batch, is_full in batches if is_full), [])
+
+    def _patience_s(self) -> float:
+        """How long the oldest request may still wait."""
+        return self._queue[0].arrived + self._max_delay_s - time.monotonic()
+
+    def _alike(self, first: _Request) -> tuple[list[_Request], bool]:
+        """Requests that share a batch with the first one, in order; whether no more would fit."""
+        batch: list[_Request] = []
+        rows, is_full = 0, False
+        for request in self._queue:
+            if request.key != first.key:
+                continue
+            if rows + request.rows <= self._max_batch:
                 batch.append(request)
                 rows += request.rows
-        return batch
+            else:
+                is_full = True
+        return batch, is_full or rows == self._max_batch
+
+    def _drop_cancelled(self) -> None:
+        """Forget requests that nobody waits for any more; who waits for the cancelled is told."""
+        for request in [r for r in self._queue if r.future.cancelled()]:
+            self._queue.remove(request)
+            request.future.set_running_or_notify_cancel()
 
     def _run(self, batch: list[_Request]) -> None:
         names = batch[0].feeds
         try:
             joined = {n: np.concatenate([request.feeds[n] for request in batch]) for n in names}
             outputs = self._session.run(joined)
+            by_row = {n for n in outputs if _has_rows(self._session.outputs[n])}
         except BaseException as error:
             self._failed(batch, error)
             return
         start = 0
         for request in batch:
             rows = slice(start, start + request.rows)
-            request.future.set_result({name: array[rows] for name, array in outputs.items()})
+            request.future.set_result(
+                {n: array[rows] if n in by_row else array.copy() for n, array in outputs.items()}
+            )
             start += request.rows
 
     def _failed(self, batch: list[_Request], error: BaseException) -> None:
@@ -164,6 +212,11 @@ class Batcher:
             return
         for request in batch:
             self._run([request])
+
+
+def _has_rows(spec: TensorSpec) -> bool:
+    """Whether an output has a row for each of the batch: its first dimension is no number."""
+    return bool(spec.shape) and isinstance(spec.shape[0], str)
 
 
 def _request(feeds: Mapping[str, Array], max_batch: int) -> _Request:

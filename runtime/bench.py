@@ -19,10 +19,15 @@ runs for a moment: thread pools of inference libraries spin for work after a cal
 cores one library's idle threads would be measured as the other's latency (a factor of 50 on two
 cores, before there was a pause).
 
-How much faster one is than another is the ratio of their medians. Its interval comes from a
-bootstrap over rounds: rounds are drawn with replacement, the same for both contenders since a
-round met both in the same state of the machine, and the middle 95 % of the ratios are kept.
-Calls of one turn are alike, so resampling calls instead would promise too narrow an interval.
+How much faster one is than another is the median over rounds of the ratio of their turns'
+medians: a round met both in the same state of the machine, and calls of one turn are alike, so a
+round is one observation however many calls it has. The interval lies between two of the sorted
+ratios r₁ ≤ … ≤ rₙ, and holds for whatever distribution they have:
+
+    P(rₖ ≤ median ≤ rₙ₊₁₋ₖ) = 1 − 2 P(Bin(n, ½) < k) ≥ 95 %,   k the largest that keeps it
+
+Below 6 rounds there is no such k, and no interval is given. Turns are shorter where calls are so
+slow that there would be too few of them.
 
 The JSON has AIPerf's field names (``unit``, ``avg``, ``p99``, …) under trtexec's metric names
 (``latency``, ``throughput``).
@@ -40,7 +45,7 @@ import numpy as np
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.session import Array, Session
 
-__all__ = ["Ratio", "Timing", "distribution", "measure", "measure_many", "ratio_of"]
+__all__ = ["Ratio", "Timing", "distribution", "measure", "measure_many", "ratio_of", "warm_up"]
 
 WARMUP_S, MIN_DURATION_S, MIN_ITERATIONS = 0.2, 3.0, 100  # trtexec's, with more calls for p99
 WARMUP_ITERATIONS = 10
@@ -48,10 +53,11 @@ STEADY_WINDOW = 5  # calls in each of the two medians that are compared
 STEADY_TOLERANCE = 0.1
 WARMUP_PATIENCE = 10  # times the warm-up's time
 NS_PER_S, NS_PER_MS = 1_000_000_000, 1_000_000
-TURN_CALLS = 10  # of one contender before the next
+TURN_CALLS = 10  # at most, of one contender before the next
+MIN_ROUNDS = 20  # of contenders that are compared: k = 6
 SETTLE_S = 0.05  # before a turn: threads of the last contender stop spinning for work
 PERCENTILES = (50, 90, 95, 99)
-BOOTSTRAPS, CONFIDENCE = 2000, 0.95
+TAIL = 40  # 1/40 of the probability is left out on each side of an interval
 
 Clock = Callable[[], int]  # nanoseconds, monotonic
 
@@ -79,6 +85,9 @@ class Timing:
     warmup_iterations: int
     is_steady: bool  # the warm-up ended because it was
     wall_s: float | None = None  # of all samples, where several ran at once
+    turn_calls: int | None = None  # of contenders that took turns: so many samples are a round's
+    rate: float | None = None  # of calls that arrived by themselves, per second
+    bound_ms: float | None = None  # that p99 had to keep
 
     def percentile_ms(self, q: float) -> float:
         """Between the order statistics, linearly."""
@@ -92,13 +101,18 @@ class Timing:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the raw samples."""
-        return {
+        found: dict[str, Any] = {
             "latency": distribution(self.samples_ms),
             "throughput": {"unit": "items/s", "avg": self.throughput},
             "batch_size": self.items,
             "warmup_iterations": self.warmup_iterations,
             "is_steady": self.is_steady,
         }
+        if self.rate is not None:
+            found["request_rate"] = {"unit": "requests/s", "avg": self.rate}
+        if self.bound_ms is not None:
+            found["p99_bound"] = {"unit": "ms", "max": self.bound_ms}
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,29 +120,44 @@ class Ratio:
     """How many times as long one contender takes as another."""
 
     median: float
-    low: float  # of the interval
-    high: float
+    low: float | None  # of the 95 % interval; None where there is none
+    high: float | None
+    rounds: int
+    reason: str | None = None  # why there is no interval
 
 
-def ratio_of(one: Timing, other: Timing, *, seed: int = 0) -> Ratio:
-    """The median latency of ``one`` over that of ``other``, of contenders measured in turns.
+def ratio_of(one: Timing, other: Timing) -> Ratio:
+    """The latency of ``one`` over that of ``other``, of contenders measured in turns.
 
     Raises:
         UsageError: they were not measured together, so that rounds do not correspond.
     """
-    if len(one.samples_ms) != len(other.samples_ms):
+    turn, count = one.turn_calls, len(one.samples_ms)
+    if turn is None or (turn, count) != (other.turn_calls, len(other.samples_ms)):
         raise UsageError(
-            f"a ratio is of contenders measured together: found {len(one.samples_ms)} and "
-            f"{len(other.samples_ms)} samples"
+            f"a ratio is of contenders that took turns together: found {count} samples in turns "
+            f"of {turn}, and {len(other.samples_ms)} in turns of {other.turn_calls}"
         )
-    turn = min(TURN_CALLS, len(one.samples_ms))
-    rounds = len(one.samples_ms) // turn
-    a, b = (np.reshape(t.samples_ms[: rounds * turn], (rounds, turn)) for t in (one, other))
-    drawn = np.random.default_rng(seed).integers(0, rounds, (BOOTSTRAPS, rounds))
-    ratios = [np.median(a[rows]) / np.median(b[rows]) for rows in drawn]
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(ratios, (tail, 100 - tail))
-    return Ratio(median=float(np.median(a) / np.median(b)), low=float(low), high=float(high))
+    medians = [np.median(np.reshape(t.samples_ms, (-1, turn)), axis=1) for t in (one, other)]
+    ratios = np.sort(medians[0] / medians[1])  # (rounds,)
+    rank = _interval_rank(rounds := len(ratios))
+    return Ratio(
+        median=float(np.median(ratios)),
+        low=float(ratios[rank - 1]) if rank else None,
+        high=float(ratios[-rank]) if rank else None,
+        rounds=rounds,
+        reason=None if rank else f"{rounds} rounds are too few for a 95 % interval",
+    )
+
+
+def _interval_rank(rounds: int) -> int:
+    """The largest k with P(Bin(rounds, ½) < k) ≤ 1/TAIL, from 1; 0 where there is none."""
+    rank, ways, below = 0, 1, 1  # ways to get exactly rank, and at most rank, of the 2ⁿ
+    while TAIL * below <= 1 << rounds:
+        rank += 1
+        ways = ways * (rounds - rank + 1) // rank
+        below += ways
+    return rank
 
 
 def measure(
@@ -175,6 +204,7 @@ def measure_many(
     warmup_s: float = WARMUP_S,
     min_duration_s: float = MIN_DURATION_S,
     min_iterations: int = MIN_ITERATIONS,
+    min_rounds: int = MIN_ROUNDS,
     clock: Clock = time.perf_counter_ns,
     pause: Callable[[float], None] = time.sleep,
 ) -> dict[str, Timing]:
@@ -185,28 +215,30 @@ def measure_many(
         items: in one call, for the throughput.
         warmup_s: of each.
         min_duration_s: of all the measured calls of each contender, on average.
-        min_iterations: calls of each.
+        min_iterations: calls of each, at least.
+        min_rounds: turns of each, at least, where there are several: an interval needs 6.
         clock: the time in nanoseconds.
         pause: waits so many seconds.
 
     Raises:
         UsageError: nothing to measure, or a duration or count that is not positive.
     """
-    if not contenders or items < 1 or min_iterations < 1 or min(warmup_s, min_duration_s) < 0:
-        raise UsageError(
-            "measure: expected contenders, items and min_iterations of at least 1 and times of at "
-            f"least 0, found {len(contenders)} contenders, items={items}, min_iterations="
-            f"{min_iterations}, warmup_s={warmup_s}, min_duration_s={min_duration_s}"
-        )
-    warmups = {name: _warm_up(run, warmup_s, clock) for name, run in contenders.items()}
+    counts = {"contenders": len(contenders), "items": items}
+    counts |= {"min_iterations": min_iterations, "min_rounds": min_rounds}
+    _require(counts, {"warmup_s": warmup_s, "min_duration_s": min_duration_s})
+    warmups = {name: warm_up(run, warmup_s, clock) for name, run in contenders.items()}
+    budget_ns = min_duration_s * NS_PER_S * len(contenders)
+    several, turn_calls = len(contenders) > 1, 1
+    if several:
+        round_ns = sum(float(np.median(calls[-STEADY_WINDOW:])) for calls, _ in warmups.values())
+        expected = max(min_iterations, budget_ns / max(round_ns, 1.0))
+        turn_calls = min(max(int(expected / min_rounds), 1), TURN_CALLS)
+        min_iterations = max(min_iterations, min_rounds * turn_calls)
     samples: dict[str, list[int]] = {name: [] for name in contenders}
-    order = list(contenders)
-    budget_ns = min_duration_s * NS_PER_S * len(order)
-    spent_ns = iterations = 0
-    turn_calls = min(TURN_CALLS, min_iterations) if len(order) > 1 else 1
+    order, spent_ns, iterations = list(contenders), 0, 0
     while iterations < min_iterations or spent_ns < budget_ns:
         for name in order:
-            if len(order) > 1:
+            if several:
                 pause(SETTLE_S)
                 contenders[name]()  # wakes its own threads, unmeasured
             turn = [_timed(contenders[name], clock) for _ in range(turn_calls)]
@@ -218,11 +250,20 @@ def measure_many(
         name: Timing(
             samples_ms=tuple(ns / NS_PER_MS for ns in samples[name]),
             items=items,
-            warmup_iterations=warmups[name][0],
+            warmup_iterations=len(warmups[name][0]),
             is_steady=warmups[name][1],
+            turn_calls=turn_calls if several else None,
         )
         for name in contenders
     }
+
+
+def _require(counts: Mapping[str, int], times: Mapping[str, float]) -> None:
+    if min(counts.values()) < 1 or min(times.values()) < 0:
+        found = ", ".join(f"{name}={value}" for name, value in {**counts, **times}.items())
+        raise UsageError(
+            f"measure: expected counts of at least 1 and times of at least 0, found {found}"
+        )
 
 
 def _timed(run: Callable[[], object], clock: Clock) -> int:
@@ -231,8 +272,10 @@ def _timed(run: Callable[[], object], clock: Clock) -> int:
     return clock() - start
 
 
-def _warm_up(run: Callable[[], object], warmup_s: float, clock: Clock) -> tuple[int, bool]:
-    """Call until steady; the number of calls, and whether it became so."""
+def warm_up(
+    run: Callable[[], object], warmup_s: float, clock: Clock = time.perf_counter_ns
+) -> tuple[list[int], bool]:
+    """Call until steady; what each call took in nanoseconds, and whether it became so."""
     samples: list[int] = []
     start = clock()
     while True:
@@ -241,9 +284,9 @@ def _warm_up(run: Callable[[], object], warmup_s: float, clock: Clock) -> tuple[
         if elapsed_s < warmup_s or len(samples) < WARMUP_ITERATIONS:
             continue
         if _is_steady(samples):
-            return len(samples), True
+            return samples, True
         if elapsed_s >= WARMUP_PATIENCE * warmup_s:
-            return len(samples), False
+            return samples, False
 
 
 def _is_steady(samples: Sequence[int]) -> bool:

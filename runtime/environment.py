@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -11,7 +12,13 @@ from typing import Any
 
 from internvl_edge._version import __version__
 
-__all__ = ["environment", "peak_rss_nbytes", "products_saturate"]
+__all__ = [
+    "environment",
+    "gpu_nbytes",
+    "peak_rss_nbytes",
+    "products_saturate",
+    "rss_nbytes",
+]
 
 PACKAGES = (
     "numpy",
@@ -56,11 +63,36 @@ def products_saturate() -> bool:
 
 def peak_rss_nbytes() -> int | None:
     """The most memory that this process ever had resident; None where the system does not say."""
+    return _status_nbytes("VmHWM")
+
+
+def rss_nbytes() -> int | None:
+    """The memory that this process has resident now; None where the system does not say."""
+    return _status_nbytes("VmRSS")
+
+
+def gpu_nbytes() -> int | None:
+    """All the memory of the first NVIDIA GPU, as its driver says; None where there is none."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    device, nbytes = ctypes.c_int(), ctypes.c_size_t()
+    if (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(nbytes), device)
+    ):
+        return None
+    return nbytes.value
+
+
+def _status_nbytes(field: str) -> int | None:
     try:
         text = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return None
-    match = re.search(r"^VmHWM:\s*(\d+) kB", text, re.MULTILINE)
+    match = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
     return int(match[1]) * KIB if match else None
 
 

@@ -5,10 +5,12 @@
     Offline        the same, for its throughput: as much as goes through
     Server         calls arrive at random, whether the last one ended or not
 
-Arrivals of the server are a Poisson process: the gaps are exponential, of mean 1/rate. A latency
-there runs from when the call *should* have begun, so waiting counts: one that starts the clock
-with the call hides every queue. Its figure is the highest rate whose p99 stays below a bound,
-found by halving; the rate of a bound that even single calls miss is 0.
+Arrivals of the server are a Poisson process, given how many there are in its time: as many as the
+rate says, each at a moment that is as likely as any other. A latency there runs from when the call
+*should* have begun, so waiting counts: one that starts the clock with the call hides every queue.
+Its figure is the highest rate whose p99 stays within a bound, found by halving; the latencies are
+those of the run that kept it, and not of another. A rate is offered for as long as it is asked, so
+that slow models get few requests: below a hundred, p99 is nearly the slowest of them.
 """
 
 from __future__ import annotations
@@ -17,12 +19,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime.bench import NS_PER_MS, NS_PER_S, Clock, Timing
+from internvl_edge.runtime.bench import (
+    NS_PER_MS,
+    NS_PER_S,
+    WARMUP_S,
+    Clock,
+    Timing,
+    warm_up,
+)
 
 __all__ = ["SCENARIOS", "highest_rate", "run_closed_loop", "run_scenario", "run_server"]
 
@@ -30,7 +40,6 @@ T = TypeVar("T")
 
 SCENARIOS = ("single-stream", "multi-stream", "offline", "server")
 HALVINGS = 7  # of the range of rates: to 1 %
-SERVER_REQUESTS = 500  # for each rate: five above p99
 P99 = 99.0
 DEFAULT_BOUND = 5  # of p99, in single calls
 
@@ -44,41 +53,54 @@ def run_scenario(
     seconds: float,
     p99_ms: float | None = None,
 ) -> Timing:
-    """One contender by itself under a scenario's load, after a second of warm-up at most.
+    """One contender by itself under a scenario's load, after a warm-up.
 
     Args:
         scenario: a name in ``SCENARIOS``.
         run: one call; from several threads at once.
         streams: calls at once.
         items: in one call.
-        seconds: how long calls are begun.
+        seconds: how long calls are begun; of the server, at each rate that is tried.
         p99_ms: the server's bound; None is ``DEFAULT_BOUND`` times a single call.
 
     Returns:
-        Its latencies; of the server, those at the highest rate that keeps the bound.
+        Its latencies; of the server, those at the highest rate that kept the bound.
 
     Raises:
         UsageError: an unknown scenario, or a bound that not even single calls keep.
     """
     if scenario not in SCENARIOS:
         raise UsageError(f"scenario {scenario!r}: expected {', '.join(SCENARIOS)}")
-    single = run_closed_loop(run, items=items, seconds=min(seconds, 1.0))
-    if scenario != "server":
+    calls_ns, is_steady = warm_up(run, min(seconds, WARMUP_S))
+    if scenario == "server":
+        found = _search_rate(run, streams, items, seconds, p99_ms)
+    else:
         callers = 1 if scenario == "single-stream" else streams
-        return run_closed_loop(run, streams=callers, items=items, seconds=seconds)
-    bound = DEFAULT_BOUND * single.percentile_ms(50) if p99_ms is None else p99_ms
+        found = run_closed_loop(run, streams=callers, items=items, seconds=seconds)
+    return replace(found, warmup_iterations=len(calls_ns), is_steady=is_steady)
+
+
+def _search_rate(
+    run: Callable[[], object], streams: int, items: int, seconds: float, p99_ms: float | None
+) -> Timing:
+    """The server at the highest rate that keeps the bound."""
+    single = run_closed_loop(run, items=items, seconds=min(seconds, 1.0))
+    bound_ms = DEFAULT_BOUND * single.percentile_ms(50) if p99_ms is None else p99_ms
+    refusal = UsageError(
+        f"p99 of {bound_ms:.2f} ms: single calls take {single.percentile_ms(50):.2f} ms (p99 "
+        f"{single.percentile_ms(P99):.2f} ms), and no rate keeps it; ask for more"
+    )
+    if single.percentile_ms(50) > bound_ms:
+        raise refusal
     offline = run_closed_loop(run, streams=streams, items=items, seconds=seconds)
 
     def serve(rate: float) -> Timing:
-        return run_server(run, rate=rate, requests=SERVER_REQUESTS, streams=streams, items=items)
+        return run_server(run, rate=rate, seconds=seconds, streams=streams, items=items)
 
-    rate = highest_rate(serve, bound, offline.throughput / items)
-    if rate == 0:
-        raise UsageError(
-            f"p99 of {bound:.2f} ms: single calls take {single.percentile_ms(50):.2f} ms, so that "
-            "no rate keeps it; ask for more"
-        )
-    return serve(rate)
+    found = highest_rate(serve, bound_ms, offline.throughput / items)
+    if found is None:
+        raise refusal
+    return found
 
 
 def run_closed_loop(
@@ -89,7 +111,7 @@ def run_closed_loop(
     seconds: float = 3.0,
     clock: Clock = time.perf_counter_ns,
 ) -> Timing:
-    """Callers that each begin a call when their last one ended.
+    """Callers that each begin a call when their last one ended, and each at least one.
 
     Args:
         run: one call; from several threads at once.
@@ -106,8 +128,8 @@ def run_closed_loop(
     end = start + round(seconds * NS_PER_S)
 
     def caller(_: int) -> list[float]:
-        samples = []
-        while (begun := clock()) < end:
+        samples: list[float] = []
+        while (begun := clock()) < end or not samples:
             run()
             samples.append((clock() - begun) / NS_PER_MS)
         return samples
@@ -120,7 +142,7 @@ def run_server(
     run: Callable[[], object],
     *,
     rate: float,
-    requests: int = SERVER_REQUESTS,
+    seconds: float = 3.0,
     streams: int = 1,
     items: int = 1,
     seed: int = 0,
@@ -131,8 +153,8 @@ def run_server(
 
     Args:
         run: one call.
-        rate: mean arrivals per second.
-        requests: how many arrive.
+        rate: arrivals per second.
+        seconds: how long calls arrive; one does in any case.
         streams: calls that run at once.
         items: in one call.
         seed: of the arrivals.
@@ -140,15 +162,16 @@ def run_server(
         sleep: waits so many seconds.
 
     Returns:
-        Latencies from the arrival on, in the order of arrival.
+        Latencies from the arrival on, in the order of arrival, and the rate at which they came.
 
     Raises:
-        UsageError: no requests, no streams, or a rate that is not positive.
+        UsageError: no streams, or a rate or time that is not positive.
     """
-    _require(rate > 0 and requests >= 1 and streams >= 1, "rate, requests and streams")
-    gaps = np.random.default_rng(seed).exponential(1 / rate, requests)
+    _require(min(rate, seconds) > 0 and streams >= 1, "rate, seconds and streams")
+    requests = max(round(rate * seconds), 1)
+    moments = np.sort(np.random.default_rng(seed).uniform(0, seconds, requests))
     start = clock()
-    arrivals = start + np.round(np.cumsum(gaps) * NS_PER_S).astype(np.int64)
+    arrivals = start + np.round(moments * NS_PER_S).astype(np.int64)
     samples = [0.0] * requests
     numbers, lock = iter(range(requests)), threading.Lock()
 
@@ -165,25 +188,29 @@ def run_server(
             samples[number] = (clock() - arrival) / NS_PER_MS
 
     _at_once(server, streams)
-    return _timing(samples, items, (clock() - start) / NS_PER_S)
+    timing = _timing(samples, items, (clock() - start) / NS_PER_S)
+    return replace(timing, rate=requests / seconds)
 
 
-def highest_rate(serve: Callable[[float], Timing], bound_ms: float, ceiling: float) -> float:
-    """The highest rate of arrivals whose p99 latency is within a bound; 0 where none is.
+def highest_rate(
+    serve: Callable[[float], Timing], bound_ms: float, ceiling: float
+) -> Timing | None:
+    """The run at the highest rate of arrivals whose p99 was within a bound; None where none was.
 
     Args:
         serve: runs the server at a rate.
         bound_ms: what p99 may be.
         ceiling: a rate that is too high, such as what goes through offline.
     """
-    low, high = 0.0, ceiling
+    best, low, high = None, 0.0, ceiling
     for _ in range(HALVINGS):
         rate = (low + high) / 2
-        if serve(rate).percentile_ms(P99) <= bound_ms:
-            low = rate
+        timing = serve(rate)
+        if timing.percentile_ms(P99) <= bound_ms:
+            best, low = timing, rate
         else:
             high = rate
-    return low
+    return None if best is None else replace(best, bound_ms=bound_ms)
 
 
 def _at_once(work: Callable[[int], T], count: int) -> list[T]:
@@ -199,7 +226,7 @@ def _timing(samples_ms: list[float], items: int, wall_s: float) -> Timing:
         samples_ms=tuple(samples_ms),
         items=items,
         warmup_iterations=0,
-        is_steady=True,
+        is_steady=False,  # nothing was run before
         wall_s=wall_s,
     )
 

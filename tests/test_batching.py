@@ -3,11 +3,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny_onnx import spec
 
 from internvl_edge.errors import FeedError, ResourceError, SessionDead, UsageError
 from internvl_edge.runtime.batching import Batcher
@@ -23,6 +24,7 @@ class FakeSession:
         self.fail = fail
         self.gate = threading.Event()
         self.gate.set()
+        self.outputs = {"y": spec("y", "float32", "batch", "width")}
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         assert self.gate.wait(10)
@@ -129,7 +131,7 @@ def test_closing_runs_what_is_queued() -> None:
 
 
 def test_rejections() -> None:
-    for options in ({"max_batch": 0}, {"max_delay_ms": -1}, {"max_queued": 0}):
+    for options in ({"max_batch": 0}, {"max_delay_ms": -1}, {"max_queued": 0}, {"workers": 0}):
         with pytest.raises(UsageError, match="batcher: expected"):
             batcher(FakeSession(), **options)
     with batcher(FakeSession(), max_batch=2) as batches:
@@ -149,3 +151,102 @@ def test_many_threads_get_their_own_answers() -> None:
     with batcher(FakeSession(), max_delay_ms=0.2) as batches, ThreadPoolExecutor(8) as pool:
         for future in [pool.submit(work, thread) for thread in range(8)]:
             future.result(60)
+
+
+def test_cancelled_requests_take_no_place_in_the_queue() -> None:
+    session = FakeSession()
+    session.gate.clear()
+    with batcher(session, max_batch=1, max_delay_ms=0, max_queued=2) as batches:
+        first = batches.submit(x(0))
+        while not first.running():
+            time.sleep(0.001)
+        cancelled = [batches.submit(x(n)) for n in (1, 2)]
+        assert all(future.cancel() for future in cancelled)
+        third = batches.submit(x(3))
+        assert wait(cancelled, timeout=5).not_done == set()  # who waits for them is told
+        session.gate.set()
+        assert float(third.result(5)["y"][0, 0]) == 6
+        assert first.result(5)
+    assert len(session.batches) == 2
+
+
+def test_a_full_batch_waits_for_no_other_shape() -> None:
+    with batcher(FakeSession(), max_batch=2, max_delay_ms=10_000) as batches:
+        first = batches.submit(x(0))
+        full = [batches.submit(x(n, width=2)) for n in (1, 2)]
+        assert all(future.result(5) for future in full)
+        assert not first.done()
+
+
+def test_full_batches_let_nobody_starve() -> None:
+    """One that has waited long enough comes before what is full."""
+    session = FakeSession()
+    session.gate.clear()
+    with batcher(session, max_batch=2, max_delay_ms=20) as batches:
+        full = [batches.submit(x(n, width=2)) for n in range(20)]
+        while not full[0].running():
+            time.sleep(0.001)
+        lonely = batches.submit(x(0))
+        full += [batches.submit(x(n, width=2)) for n in range(20)]
+        time.sleep(0.05)
+        session.gate.set()
+        assert lonely.result(5)
+        assert all(future.result(5) for future in full)
+    assert session.batches.index((1, 1)) == 10
+
+
+def test_a_batch_is_full_where_the_next_does_not_fit() -> None:
+    session = FakeSession()
+    with batcher(session, max_batch=4, max_delay_ms=10_000) as batches:
+        first = batches.submit(x(0, 1, 2))
+        batches.submit(x(3, 4))
+        assert len(first.result(5)["y"]) == 3
+    assert session.batches == [(3, 1), (2, 1)]
+
+
+def test_outputs_without_rows_go_to_each_whole() -> None:
+    class Scaled(FakeSession):
+        def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+            return super().run(feeds) | {"scale": np.float32([3, 4]), "one": np.array(5.0)}
+
+    session = Scaled()
+    session.outputs |= {"scale": spec("scale", "float32", 2), "one": spec("one", "float32")}
+    with batcher(session, max_batch=2, max_delay_ms=10_000) as batches:
+        found = [future.result(5) for future in [batches.submit(x(n)) for n in (1, 2)]]
+    for n, outputs in zip((1, 2), found, strict=True):
+        np.testing.assert_array_equal(outputs["y"], [[2 * n]])
+        np.testing.assert_array_equal(outputs["scale"], [3, 4])
+        assert outputs["one"] == 5
+    assert found[0]["scale"] is not found[1]["scale"]
+
+
+def test_workers_run_batches_at_once() -> None:
+    together = threading.Barrier(3)
+
+    def meet(feeds: Arrays) -> None:
+        together.wait(5)
+
+    with batcher(FakeSession(meet), max_batch=1, max_delay_ms=0, workers=3) as batches:
+        futures = [batches.submit(x(n)) for n in range(6)]
+        assert [float(f.result(5)["y"][0, 0]) for f in futures] == [2.0 * n for n in range(6)]
+
+
+def test_workers_share_no_batch_and_stop_together() -> None:
+    session = FakeSession()
+    with batcher(session, max_batch=4, max_delay_ms=1, workers=4) as batches:
+        futures = [batches.submit(x(n)) for n in range(200)]
+        assert [float(f.result(5)["y"][0, 0]) for f in futures] == [2.0 * n for n in range(200)]
+    assert sum(rows for rows, _ in session.batches) == 200
+
+
+def test_a_fork_is_refused_and_closes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child has no thread that would answer, and the lock may be taken for ever."""
+    with batcher(FakeSession(), max_delay_ms=0) as batches:
+        with monkeypatch.context() as patch, batches._changed:  # a lock that never comes free
+            patch.setattr("os.getpid", lambda: -1)
+            refused = ThreadPoolExecutor(1)
+            with pytest.raises(UsageError, match="opened before a fork"):
+                refused.submit(batches.submit, x(1)).result(5)
+            refused.submit(batches.close).result(5)
+            refused.shutdown()
+        assert float(batches.run(x(1))["y"][0, 0]) == 2

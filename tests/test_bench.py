@@ -13,6 +13,7 @@ from internvl_edge.errors import UsageError
 from internvl_edge.runtime import bench
 from internvl_edge.runtime import environment as environment_module
 from internvl_edge.runtime.bench import (
+    MIN_ROUNDS,
     TURN_CALLS,
     WARMUP_ITERATIONS,
     Timing,
@@ -43,8 +44,16 @@ class FakeTime:
         return run
 
 
-def timing(samples_ms: Iterable[float], items: int = 1) -> Timing:
-    return Timing(samples_ms=tuple(samples_ms), items=items, warmup_iterations=10, is_steady=True)
+def timing(
+    samples_ms: Iterable[float], items: int = 1, turn_calls: int | None = TURN_CALLS
+) -> Timing:
+    return Timing(
+        samples_ms=tuple(samples_ms),
+        items=items,
+        warmup_iterations=10,
+        is_steady=True,
+        turn_calls=turn_calls,
+    )
 
 
 def test_figures_of_known_samples() -> None:
@@ -145,6 +154,7 @@ def test_contenders_take_turns_in_a_rotating_order() -> None:
         warmup_s=0,
         min_duration_s=0,
         min_iterations=2 * TURN_CALLS,
+        min_rounds=2,
         clock=clock,
         pause=pauses.append,
     )
@@ -172,6 +182,7 @@ def test_a_machine_that_slows_down_slows_all() -> None:
         min_duration_s=1,
         min_iterations=50,
         clock=clock,
+        pause=lambda seconds: None,
     )
     assert found["twice"].percentile_ms(50) / found["once"].percentile_ms(50) == pytest.approx(
         2, rel=0.02
@@ -195,7 +206,13 @@ def test_a_session_is_run_on_the_feeds() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"items": 0}, {"min_iterations": 0}, {"warmup_s": -1}, {"min_duration_s": -1}],
+    [
+        {"items": 0},
+        {"min_iterations": 0},
+        {"min_rounds": 0},
+        {"warmup_s": -1},
+        {"min_duration_s": -1},
+    ],
 )
 def test_rejections(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="measure: expected"):
@@ -203,7 +220,7 @@ def test_rejections(arguments: dict[str, Any]) -> None:
 
 
 def test_nothing_to_measure() -> None:
-    with pytest.raises(UsageError, match="0 contenders"):
+    with pytest.raises(UsageError, match="contenders=0"):
         measure_many({})
     with pytest.raises(UsageError, match="expected feeds"):
         measure(lambda feeds: None, {})
@@ -249,28 +266,86 @@ def test_what_the_system_does_not_say_is_none(monkeypatch: pytest.MonkeyPatch) -
 # --- ratios --------------------------------------------------------------------------------------
 
 
-def test_a_ratio_of_known_medians() -> None:
-    rng = np.random.default_rng(1)
-    slow, fast = timing(3 * rng.gamma(9, 1 / 9, 1000)), timing(rng.gamma(9, 1 / 9, 1000))
+def test_a_ratio_of_known_rounds() -> None:
+    """Of 20 rounds the interval is r₆ to r₁₅: P(Bin(20, ½) < 6) = 2.07 %, < 7: 5.77 %."""
+    ratios = np.random.default_rng(1).permutation(np.arange(1.0, 21))
+    ones = np.random.default_rng(2).gamma(9, 1 / 9, 20)
+    turns = np.array([0.5, 1.0, 7.0])  # the median counts
+    slow = timing(np.ravel(np.outer(ratios * ones, turns)), turn_calls=3)
+    fast = timing(np.ravel(np.outer(ones, turns)), turn_calls=3)
     found = ratio_of(slow, fast)
-    assert found.low < 3 < found.high
-    assert found.high - found.low < 0.5
-    assert found.median == pytest.approx(slow.percentile_ms(50) / fast.percentile_ms(50))
+    assert (found.median, found.low, found.high) == pytest.approx((10.5, 6, 15))
+    assert (found.rounds, found.reason) == (20, None)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    """Of rounds that each have their own speed, which both contenders share."""
-    rng = np.random.default_rng(2)
-    hits = 0
-    for trial in range(100):
-        speed = np.repeat(rng.lognormal(0, 0.3, 40), TURN_CALLS)
-        noise = rng.lognormal(0, 0.05, (2, len(speed)))
-        a, b = 2 * speed * noise[0], speed * noise[1]
-        found = ratio_of(timing(a), timing(b), seed=trial)
+@pytest.mark.parametrize("rounds", [6, 7, 10, 20, 50, 600])
+def test_the_interval_leaves_out_what_it_may_and_no_less(rounds: int) -> None:
+    """Against the sum itself: k keeps 95 %, k + 1 does not."""
+    found = ratio_of(timing(range(1, rounds + 1), turn_calls=1), timing([1.0] * rounds, 1, 1))
+    assert found.low is not None
+    rank = round(found.low)
+    below = [sum(math.comb(rounds, i) for i in range(k)) / 2**rounds for k in (rank, rank + 1)]
+    assert below[0] <= 0.025 < below[1]
+    assert found.high == rounds + 1 - rank
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_too_few_rounds_have_no_interval(rounds: int) -> None:
+    samples = [2.0] * (3 * rounds)
+    found = ratio_of(timing(samples, turn_calls=3), timing(samples, turn_calls=3))
+    assert (found.median, found.low, found.high) == (1, None, None)
+    assert found.reason == f"{rounds} rounds are too few for a 95 % interval"
+
+
+@pytest.mark.parametrize("rounds", [6, 20, 40])
+def test_the_interval_holds_the_truth_as_often_as_it_says(rounds: int) -> None:
+    """Rounds have their own speed, turns their own luck, calls of a turn are alike; long tails."""
+    rng = np.random.default_rng(rounds)
+    trials, hits = 600, 0
+    for _ in range(trials):
+        speed = rng.lognormal(0, 0.3, (rounds, 1))
+        luck = rng.lognormal(0, 0.1, (2, rounds, 1)) * np.where(
+            rng.random((2, rounds, 1)) < 0.1, 3, 1
+        )
+        calls = speed * luck * rng.lognormal(0, 0.02, (2, rounds, 4))
+        found = ratio_of(
+            timing(2 * np.ravel(calls[0]), turn_calls=4), timing(np.ravel(calls[1]), turn_calls=4)
+        )
+        assert found.low is not None
+        assert found.high is not None
         hits += found.low <= 2 <= found.high
-    assert hits >= 88
+    assert hits / trials >= 0.95 - 2 * math.sqrt(0.95 * 0.05 / trials)
 
 
-def test_a_ratio_needs_the_same_rounds() -> None:
-    with pytest.raises(UsageError, match="found 2 and 3 samples"):
-        ratio_of(timing([1, 2]), timing([1, 2, 3]))
+@pytest.mark.parametrize(
+    ("call_ms", "arguments", "turn_calls"),
+    [
+        (1.0, {"min_duration_s": 3, "min_iterations": 100}, TURN_CALLS),
+        (100.0, {"min_duration_s": 3, "min_iterations": 100}, 5),
+        (1000.0, {"min_duration_s": 5, "min_iterations": 20}, 1),
+        (1000.0, {"min_duration_s": 0, "min_iterations": 1}, 1),
+    ],
+)
+def test_slow_calls_take_shorter_turns(
+    call_ms: float, arguments: dict[str, Any], turn_calls: int
+) -> None:
+    clock = FakeTime()
+    runs = {name: clock.call(itertools.repeat(call_ms)) for name in "ab"}
+    found = measure_many(runs, warmup_s=0, clock=clock, pause=lambda seconds: None, **arguments)
+    assert found["a"].turn_calls == turn_calls
+    ratio = ratio_of(found["a"], found["b"])
+    assert ratio.rounds >= MIN_ROUNDS
+    assert (ratio.low, ratio.median, ratio.high) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (timing([1, 2], 1, 1), timing([1, 2, 3], 1, 1)),
+        (timing([1, 2], 1, 1), timing([1, 2], 1, 2)),
+        (timing([1, 2], 1, None), timing([1, 2], 1, None)),
+    ],
+)
+def test_a_ratio_needs_the_same_rounds(one: Timing, other: Timing) -> None:
+    with pytest.raises(UsageError, match="took turns together: found 2 samples"):
+        ratio_of(one, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from internvl_edge import cli
 from internvl_edge.artifact import EngineRecord, open_artifact
 from internvl_edge.cli import run
 from internvl_edge.cli.console import Output
+from internvl_edge.cli.footprint import measure_footprint
 from internvl_edge.compiler import peaks
 from internvl_edge.engineinfo import Profile
 from internvl_edge.errors import CheckpointError, ResourceError
@@ -225,7 +227,11 @@ def test_benchmark(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(found["results"]) == 4
     latency = found["results"][0]["latency"]
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
-    assert found["environment"]["peak_rss_bytes"] > 0
+    memory = found["results"][0]["memory"]
+    assert 0 < memory["before_rss_bytes"] < memory["peak_rss_bytes"]
+    assert memory["gpu_bytes"] is None
+    assert "memory" not in found["results"][1]
+    assert [ratio["rounds"] >= 20 for ratio in found["ratios"]] == [True, True]
     assert found["peaks"]["operations"].keys() == {"float32"}
     for result in found["results"]:
         assert ("roofline" in result) == (result["out"] != "pytorch")
@@ -239,6 +245,44 @@ def test_benchmark(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "<h2>Speed</h2>" in page
     assert "<h3>Roofline</h3>" in page
     assert before == {path.name: path.stat().st_mtime_ns for path in (place / "out").iterdir()}
+
+
+def test_a_benchmark_of_the_whole_way(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a picture and from arrays, beside another directory of the same checkpoint."""
+    shutil.copytree(place / "out", tmp_path / "other")
+    found = answer(
+        capsys,
+        *("benchmark", place / "out", "--against", tmp_path / "other"),
+        *("--components", "image_pool,image_embed", "--image", place / "pictures" / "0.png"),
+        *("--seconds", "0", "--no-roofline", "--no-memory"),
+    )
+    labels = ["image_pool", "image_embed", "image_embed from a picture"]
+    outs = [str(place / "out"), str(tmp_path / "other")]
+    assert [(r["component"], r["out"]) for r in found["results"]] == [
+        (label, out) for label in labels for out in outs
+    ]
+    assert [(r["component"], r["out"]) for r in found["ratios"]] == [(n, outs[1]) for n in labels]
+    assert all(r["low"] <= r["median"] <= r["high"] for r in found["ratios"])
+    arrays, whole = (r["latency"]["p50"] for r in found["results"][2::2])
+    assert whole > arrays
+
+
+def test_memory_that_cannot_be_measured_says_why(place: Path) -> None:
+    found = measure_footprint(str(place / "out"), "image_pool", "tensorrt", 1)
+    assert found.keys() == {"failed"}
+    assert "tensorrt" in found["failed"]
+
+
+def test_a_benchmark_of_a_server(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["benchmark", str(place / "out"), "--components", "image_pool", "--seconds", "0.1"]
+    command += ["--scenario", "server", "--p99", "5000"]
+    assert run([*command, "--no-roofline", "--no-memory", "--json"]) == 0
+    captured = capsys.readouterr()
+    (result,) = json.loads(captured.out.strip().splitlines()[-1])["results"]
+    assert result["latency"]["p99"] <= result["p99_bound"]["max"] == 5000
+    assert result["latency"]["count"] == round(0.1 * result["request_rate"]["avg"])
 
 
 def test_a_benchmark_without_peaks(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -543,6 +587,14 @@ def test_every_failure_has_a_code_and_a_line(
         (["benchmark", "COMPILED", "--components", "visoin"], 2, "did you mean 'vision'"),
         (["benchmark", "COMPILED", "--checkpoint", "CHECKPOINT"], 2, "--against pytorch"),
         (["benchmark", "COMPILED", "--p99", "5"], 2, "--scenario server"),
+        (["benchmark", "COMPILED", "--against", "pytroch"], 2, "did you mean 'pytorch'"),
+        (["benchmark", "COMPILED", "--against", "COMPILED"], 2, "different directories"),
+        (["benchmark", "COMPILED", "--image", "nowhere.png"], 3, "--image nowhere.png"),
+        (
+            ["benchmark", "COMPILED", "--components", "text_embed", "--image", "PICTURE"],
+            2,
+            "none of text_embed embeds a picture",
+        ),
         (["benchmark", "COMPILED", "--seconds", "-1"], 2, "x>=0"),
         (["build", "COMPILED", "--batch", "4,1"], 2, "three sizes"),
         (["build", "COMPILED", "--target", "x"], 2, "x"),

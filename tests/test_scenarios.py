@@ -11,6 +11,7 @@ import pytest
 from test_bench import FakeTime, timing
 
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime import scenarios
 from internvl_edge.runtime.bench import NS_PER_S, Timing
 from internvl_edge.runtime.scenarios import highest_rate, run_closed_loop, run_scenario, run_server
 
@@ -33,7 +34,7 @@ class Server(FakeTime):
 
     def serve(self, rate: float, requests: int = 40_000) -> Timing:
         return run_server(
-            self.run, rate=rate, requests=requests, clock=self, sleep=self.sleep, seed=3
+            self.run, rate=rate, seconds=requests / rate, clock=self, sleep=self.sleep, seed=3
         )
 
 
@@ -69,7 +70,7 @@ def test_an_overloaded_server_only_gets_later() -> None:
 
 
 def test_several_servers_take_what_waits() -> None:
-    found = run_server(lambda: time.sleep(0.02), rate=1000, requests=40, streams=8)
+    found = run_server(lambda: time.sleep(0.02), rate=1000, seconds=0.04, streams=8)
     assert len(found.samples_ms) == 40
     assert min(found.samples_ms) >= 20
     assert found.wall_s is not None
@@ -83,16 +84,38 @@ def test_the_highest_rate_within_a_bound() -> None:
     assert (1 - 0.318) * (math.exp(0.636) - 0.318 * math.exp(0.318)) == pytest.approx(
         0.99, abs=1e-3
     )
-    assert found == pytest.approx(31.8, rel=0.08)
+    assert found is not None
+    assert found.rate == pytest.approx(31.8, rel=0.08)
+    assert found.percentile_ms(99) <= 30
+    assert found.to_json()["p99_bound"] == {"unit": "ms", "max": 30.0}
+    assert found.to_json()["request_rate"] == {"unit": "requests/s", "avg": found.rate}
+
+
+def test_the_reported_p99_is_within_the_bound_however_noisy_runs_are() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(30):
+        found = highest_rate(lambda rate: timing(rng.exponential(rate, 500)), 200.0, ceiling=100)
+        assert found is not None
+        assert found.percentile_ms(99) <= 200
+
+
+@pytest.mark.parametrize(("service_ms", "rate"), [(1.0, 700.0), (184.0, 4.0), (184.0, 1e-4)])
+def test_arrivals_last_as_long_as_asked(service_ms: float, rate: float) -> None:
+    server = Server(service_ms)
+    found = run_server(server.run, rate=rate, seconds=3.0, clock=server, sleep=server.sleep)
+    assert len(found.samples_ms) == max(round(3 * rate), 1)
+    assert found.wall_s is not None
+    assert found.wall_s <= 3 + 2 * service_ms / 1e3
 
 
 def test_a_bound_that_cannot_be_met() -> None:
-    assert highest_rate(Server(10.0).serve, bound_ms=9.0, ceiling=100) < 1e-9
+    assert highest_rate(Server(10.0).serve, bound_ms=9.0, ceiling=100) is None
 
 
 def test_the_search_halves_the_range() -> None:
     found = highest_rate(lambda rate: timing([rate]), bound_ms=70.0, ceiling=100)
-    assert 69 < found <= 70
+    assert found is not None
+    assert 69 < found.percentile_ms(50) <= 70
 
 
 def test_rejections() -> None:
@@ -100,6 +123,15 @@ def test_rejections() -> None:
         run_closed_loop(lambda: None, streams=0)
     with pytest.raises(UsageError, match="positive rate"):
         run_server(lambda: None, rate=0)
+    with pytest.raises(UsageError, match="positive rate, seconds"):
+        run_server(lambda: None, rate=1, seconds=0)
+
+
+def test_there_is_a_call_in_the_shortest_time() -> None:
+    server = Server(2.0)
+    found = run_closed_loop(server.run, seconds=1e-9, clock=server)
+    assert found.to_json()["latency"]["count"] == 1
+    assert not found.is_steady
 
 
 def test_arrivals_are_those_of_the_seed() -> None:
@@ -120,14 +152,23 @@ def test_scenarios_by_name() -> None:
         run_scenario("burst", call, **load)  # type: ignore[arg-type]
 
 
-def test_the_server_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("internvl_edge.runtime.scenarios.SERVER_REQUESTS", 20)
-    found = run_scenario(
-        "server", lambda: time.sleep(0.002), streams=2, items=1, seconds=0.05, p99_ms=1000
-    )
+@pytest.mark.parametrize("is_steady", [True, False])
+def test_it_is_steady_where_the_warm_up_said_so(
+    monkeypatch: pytest.MonkeyPatch, is_steady: bool
+) -> None:
+    monkeypatch.setattr(scenarios, "warm_up", lambda run, seconds: ([1, 2, 3], is_steady))
+    found = run_scenario("offline", lambda: None, streams=1, items=1, seconds=0.01)
+    assert (found.is_steady, found.warmup_iterations) == (is_steady, 3)
+
+
+def test_the_server_by_name() -> None:
+    load = {"streams": 2, "items": 1, "seconds": 0.05}
+    start = time.monotonic()
+    found = run_scenario("server", lambda: time.sleep(0.002), p99_ms=1000, **load)  # type: ignore[arg-type]
+    assert time.monotonic() - start < 5
     assert found.percentile_ms(99) <= 1000
     assert found.wall_s is not None
+    assert found.rate is not None
+    assert found.bound_ms == 1000
     with pytest.raises(UsageError, match=r"p99 of 0\.01 ms: single calls take"):
-        run_scenario(
-            "server", lambda: time.sleep(0.002), streams=2, items=1, seconds=0.05, p99_ms=0.01
-        )
+        run_scenario("server", lambda: time.sleep(0.002), p99_ms=0.01, **load)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def found(*results: dict[str, Any], peaks: Any = PEAKS) -> dict[str, Any]:
         "environment": {"cpu": "some cpu", "gpus": [], "packages": {"numpy": "2"}},
         "peaks": peaks,
         "results": list(results),
-        "ratios": [ratio | {"median": 2.0, "low": 1.9, "high": 2.1}],
+        "ratios": [ratio | {"median": 2.0, "low": 1.9, "high": 2.1, "rounds": 20, "reason": None}],
     }
 
 
@@ -76,6 +76,23 @@ def test_a_row() -> None:
     assert speedtable.row(result(), names)[-4:] == ("–",) * 4
 
 
+def test_what_only_some_measurements_have() -> None:
+    server = {"request_rate": {"avg": 31.25}, "p99_bound": {"max": 30.0}}
+    memory = {"peak_rss_bytes": 2 * 10**9, "before_rss_bytes": 10**8, "gpu_bytes": None}
+    names = speedtable.columns([result(), result(memory=memory, **server)])
+    assert names[-3:] == ("calls/s", "p99 bound", "peak RSS")
+    cells = speedtable.row(result(memory=memory, **server), names)
+    assert cells[-3:] == ("31.25", "30.00 ms", "2000 MB")
+    on_gpu = result(memory=memory | {"gpu_bytes": 10**9})
+    assert speedtable.row(on_gpu, speedtable.columns([on_gpu]))[-1] == "1000 MB"
+    assert speedtable.columns([result(memory={"failed": "no room"})])[-1] == "items/s"
+
+
+def test_a_ratio_without_an_interval_says_why() -> None:
+    ratio = found(result())["ratios"][0] | {"low": None, "high": None, "reason": "too few"}
+    assert speedtable.ratio_line(ratio).endswith("takes 2.00 times a's latency (too few)")
+
+
 def test_markdown() -> None:
     text = speedtable.markdown(found(result("a|b", roofline=ROOFLINE), result("c\\d")))
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -84,7 +101,7 @@ def test_markdown() -> None:
     assert rows[2].startswith("| a\\|b | vision |")
     assert rows[3].startswith("| c\\\\d |")
     assert "- peaks measured here: float32 100 GFLOP/s, int8 400 GFLOP/s, memory 20.0 GB/s" in text
-    assert "takes 2.00 times a's latency (95 %: 1.90 to 2.10)" in text
+    assert "takes 2.00 times a's latency (95 %: 1.90 to 2.10, 20 rounds)" in text
     assert "- packages: numpy 2" in text
     assert "peaks" not in speedtable.markdown(found(result(), peaks=None))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_onnx import FLOAT, INT64, linear, write_onnx
 
 from internvl_edge.artifact import open_artifact
-from internvl_edge.cli.measure import seeded_feeds
+from internvl_edge.cli.seeded import seeded_feeds
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.compiler.roofline import component_workload
 from internvl_edge.compiler.workload import Workload, read_workload

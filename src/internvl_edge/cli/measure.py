@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.cli import speedtable
-from internvl_edge.cli.against import AGAINST, contender_of
+from internvl_edge.cli.against import Contender, contender_of, rival
 from internvl_edge.cli.console import Output
+from internvl_edge.cli.contest import Question, Results, measure_component
+from internvl_edge.cli.footprint import measure_footprint
 from internvl_edge.cli.options import DIRECTORY, answers, backend, names, one_of
-from internvl_edge.errors import UsageError
-from internvl_edge.runtime.bench import Timing, measure_many, ratio_of
-from internvl_edge.runtime.environment import environment, peak_rss_nbytes
-from internvl_edge.runtime.scenarios import SCENARIOS, run_scenario
-from internvl_edge.runtime.session import (
-    Array,
-    Session,
-    did_you_mean,
-    open_component,
-    require_backend,
+from internvl_edge.cli.seeded import (
+    embedding_component,
+    seeded_feeds,
+    seeded_picture,
 )
+from internvl_edge.errors import InputError, UsageError
+from internvl_edge.runtime.environment import environment
+from internvl_edge.runtime.scenarios import SCENARIOS
+from internvl_edge.runtime.session import did_you_mean, require_backend
 
 FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
-DEFAULT_LENGTH = 32  # of texts, in tokens
+FEW_REQUESTS = 100  # below, p99 is nearly the slowest
 
 
 @click.command()
 @click.argument("outs", type=DIRECTORY, nargs=-1, required=True)
-@click.option("--against", type=one_of(*AGAINST), help="Time this beside them, in turns.")
+@click.option(
+    "--against",
+    callback=rival,
+    help="Time this beside them, in turns: pytorch, torch-compile, openvino, or another OUT.",
+)
 @click.option("--checkpoint", type=DIRECTORY, help="What PyTorch runs; default: the bundled demo.")
 @click.option(
     "--scenario",
@@ -54,18 +56,29 @@ DEFAULT_LENGTH = 32  # of texts, in tokens
     help="Of the server, in ms: what its highest rate keeps; default: 5 times a single call.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path),
+    help="The picture that is timed from its file's bytes to its embedding; default: a JPEG of "
+    "640 by 480.",
+)
 @click.option("--batch", default="1", show_default=True, help="Batch sizes, comma-separated.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
     default=3.0,
     show_default=True,
-    help="Least time for each measurement.",
+    help="Least time for each measurement; of the server, the time of each rate.",
 )
 @click.option(
     "--roofline/--no-roofline",
     default=True,
     help="Measure this machine's peaks too, and say what share of them each component reaches.",
+)
+@click.option(
+    "--memory/--no-memory",
+    default=True,
+    help="Open each component in a process of its own too, and say what memory that took.",
 )
 @click.option("--markdown", type=FILE, help="Write the table to this file too.")
 @click.option(
@@ -76,9 +89,10 @@ DEFAULT_LENGTH = 32  # of texts, in tokens
 def benchmark(
     output: Output,
     outs: tuple[Path, ...],
-    against: str | None,
+    against: str | Path | None,
     checkpoint: Path | None,
     components: tuple[str, ...] | None,
+    image: Path | None,
     batch: str,
     seconds: float,
     backend: str,
@@ -86,46 +100,52 @@ def benchmark(
     streams: int,
     p99_ms: float | None,
     roofline: bool,
+    memory: bool,
     markdown: Path | None,
     report: Path | None,
 ) -> None:
     """Time every component of each OUT, all contenders taking turns.
 
     Latency is that of one call on the host: p50, p90 and p99 of the raw samples, after a warm-up
-    that ends when the latency is steady. Ratios of latencies come with their 95 % interval. MFU
-    and MBU are the shares of the operations and bytes per second that this machine reached when it
-    was asked for nothing else. Of engines, the GPU's part is shown by trtexec's names.
+    that ends when the latency is steady. What embeds a picture is timed from arrays, and from the
+    file's bytes too: decode, resize, normalise, run. Ratios of latencies come with their 95 %
+    interval. Memory is that of a process that opens the component alone. MFU and MBU are the shares
+    of the operations and bytes per second that this machine reached when it was asked for nothing
+    else. Of engines, the GPU's part is shown by trtexec's names.
     """
+    if isinstance(against, Path):
+        outs, against = (*outs, against), None
     if checkpoint is not None and against in (None, "openvino"):
         raise UsageError(f"--checkpoint {checkpoint} is what --against pytorch times; add that")
     if p99_ms is not None and scenario != "server":
         raise UsageError(f"--p99 {p99_ms:g} bounds --scenario server; add that")
-    artifacts = {str(out): open_artifact(out) for out in outs}
+    artifacts = _opened(outs)
     chosen = _components(artifacts, components)
-    reference = contender_of(against, checkpoint, artifacts) if against else None
-    load = {"streams": streams, "seconds": seconds, "p99_ms": p99_ms}
-    results: list[dict[str, Any]] = []
-    ratios: list[dict[str, Any]] = []
+    if image is not None and embedding_component(chosen) is None:
+        raise UsageError(f"--image {image}: none of {', '.join(chosen)} embeds a picture")
+    question = Question(
+        artifacts=artifacts,
+        against=against,
+        reference=_reference(against, checkpoint, artifacts, backend),
+        backend=backend,
+        scenario=scenario,
+        streams=streams,
+        seconds=seconds,
+        p99_ms=p99_ms,
+    )
+    picture = _picture(image)
+    results: Results = []
+    ratios: Results = []
     for component in chosen:
+        whole = picture if component == embedding_component(chosen) else None
         for size in _batch_sizes(batch):
-            with ExitStack() as stack:
-                sessions = _sessions(stack, artifacts, component, backend)
-                feeds = {n: seeded_feeds(a, component, size) for n, a in artifacts.items()}
-                contenders = {name: _call(sessions[name], feeds[name]) for name in sessions}
-                if reference is not None and against is not None:
-                    contenders[against] = reference(component, next(iter(feeds.values())))
-                timings = _timings(scenario, contenders, size, load)
-                phases = _phases(sessions, feeds)
-            if scenario == "single-stream":
-                ratios += _ratios(component, size, timings)
-            results += [
-                {"out": name, "component": component, "scenario": scenario}
-                | timing.to_json()
-                | phases.get(name, {})
-                for name, timing in timings.items()
-            ]
+            measured, compared = measure_component(question, component, size, whole)
+            results += measured
+            ratios += compared
+    if memory:
+        _add_memory(results, artifacts, backend)
     found = {
-        "environment": environment() | {"peak_rss_bytes": peak_rss_nbytes()},
+        "environment": environment(),
         "peaks": _add_rooflines(results, artifacts, backend) if roofline else None,
         "results": results,
         "ratios": ratios,
@@ -138,12 +158,62 @@ def benchmark(
     output.result(found)
 
 
+def _opened(outs: tuple[Path, ...]) -> dict[str, Artifact]:
+    if len({out.resolve() for out in outs}) < len(outs):
+        raise UsageError(f"expected different directories, found {', '.join(map(str, outs))}")
+    return {str(out): open_artifact(out) for out in outs}
+
+
+def _reference(
+    against: str | None, checkpoint: Path | None, artifacts: Mapping[str, Artifact], backend: str
+) -> Contender | None:
+    """The other way to the same job, on the GPU where the directories run on one."""
+    if against is None:
+        return None
+    device = "cuda" if _runs_on_gpu(backend) else "cpu"
+    return contender_of(against, checkpoint, artifacts, device=device)
+
+
+def _runs_on_gpu(backend: str) -> bool:
+    if require_backend(backend) != "onnxruntime":
+        return True
+    from internvl_edge.runtime.ortoptions import CPU, choose_providers
+
+    return choose_providers("auto") != [CPU]
+
+
+def _picture(path: Path | None) -> bytes:
+    if path is None:
+        return seeded_picture()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--image {path}: cannot be read: {error.strerror}") from error
+
+
+def _add_memory(results: Results, artifacts: Mapping[str, Artifact], backend: str) -> None:
+    """Give each result of a component of ours the memory that it takes by itself."""
+    for result in results:
+        name, component = result["out"], result["component"]
+        if name in artifacts and component in artifacts[name].manifest.components:
+            result["memory"] = measure_footprint(name, component, backend, result["batch_size"])
+
+
 def _show(output: Output, found: Mapping[str, Any]) -> None:
     names = speedtable.columns(found["results"])
     output.table(names, [speedtable.row(result, names) for result in found["results"]])
     output.lines(["  ".join(f"{k}: {v}" for k, v in speedtable.flat(found["environment"]).items())])
     output.lines([speedtable.peaks_line(found["peaks"])] if found["peaks"] else [])
     output.lines([speedtable.ratio_line(ratio) for ratio in found["ratios"]])
+    for result in found["results"]:
+        count = result["latency"]["count"]
+        if "request_rate" in result and count < FEW_REQUESTS:
+            output.say(
+                f"{result['out']} {result['component']}: {count} requests, too few for a p99 that "
+                "is not nearly the slowest; ask for more --seconds"
+            )
+        if reason := result.get("memory", {}).get("failed"):
+            output.say(f"{result['out']} {result['component']}: no memory was measured: {reason}")
 
 
 def _report(artifact: Artifact, found: Mapping[str, Any]) -> str:
@@ -177,8 +247,8 @@ def _add_rooflines(
     chosen = require_backend(backend)
     workloads = []
     for result in results:
-        if result["out"] in artifacts:
-            artifact, component = artifacts[result["out"]], result["component"]
+        artifact, component = artifacts.get(result["out"]), result["component"]
+        if artifact is not None and component in artifact.manifest.components:
             feeds = seeded_feeds(artifact, component, result["batch_size"])
             workloads.append((result, component_workload(artifact, component, feeds, chosen)))
     peaks = measure_backend(
@@ -190,59 +260,6 @@ def _add_rooflines(
             call_ms = 1e3 * result["batch_size"] / result["throughput"]["avg"]
         result["roofline"] = asdict(locate(workload, peaks, call_ms))
     return asdict(peaks)
-
-
-def _timings(
-    scenario: str,
-    contenders: Mapping[str, Callable[[], object]],
-    batch: int,
-    load: Mapping[str, Any],
-) -> dict[str, Timing]:
-    if scenario == "single-stream":
-        return measure_many(contenders, items=batch, min_duration_s=load["seconds"])
-    return {
-        name: run_scenario(scenario, run, items=batch, **load) for name, run in contenders.items()
-    }
-
-
-def _sessions(
-    stack: ExitStack, artifacts: Mapping[str, Artifact], component: str, backend: str
-) -> dict[str, Session]:
-    """One of each directory, open as long as the stack."""
-    return {
-        name: stack.enter_context(open_component(artifact, component, backend=backend))
-        for name, artifact in artifacts.items()
-    }
-
-
-def _call(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:
-    return lambda: session.run(feeds)
-
-
-def _phases(
-    sessions: Mapping[str, Session], feeds: Mapping[str, Mapping[str, Array]]
-) -> dict[str, dict[str, Any]]:
-    """Of engines, the GPU's part of a call."""
-    if not any(hasattr(session, "lease") for session in sessions.values()):
-        return {}
-    from internvl_edge.runtime.phases import measure_phases
-    from internvl_edge.runtime.trt import TrtSession
-
-    return {
-        name: {"phases": measure_phases(session, feeds[name])}
-        for name, session in sessions.items()
-        if isinstance(session, TrtSession)
-    }
-
-
-def _ratios(component: str, batch: int, timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
-    """Every contender's latency over that of the first one."""
-    (base, first), *others = timings.items()
-    return [
-        {"out": label, "over": base, "component": component, "batch_size": batch}
-        | asdict(ratio_of(timing, first))
-        for label, timing in others
-    ]
 
 
 def _components(artifacts: Mapping[str, Any], chosen: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -270,26 +287,3 @@ def _batch_sizes(batch: str) -> list[int]:
     if min(sizes) < 1:
         raise UsageError(f"--batch: expected positive numbers such as 1,8, found {batch!r}")
     return sizes
-
-
-def seeded_feeds(artifact: Any, component: str, batch: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Seeded inputs of the right shapes; speed does not depend on the values."""
-    rng = np.random.default_rng(0)
-    feeds: dict[str, np.ndarray[Any, Any]] = {}
-    for spec in artifact.manifest.components[component].inputs:
-        sizes = {"batch": batch, "length": DEFAULT_LENGTH, "past": DEFAULT_LENGTH}
-        sizes["past+length"] = 2 * DEFAULT_LENGTH
-        shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
-        if spec.dtype == "uint8":
-            feeds[spec.name] = rng.integers(0, 256, shape, np.uint8)
-        elif spec.dtype.startswith("float"):
-            feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
-        elif spec.name == "position_ids":
-            feeds[spec.name] = np.broadcast_to(np.arange(shape[1]), shape) + DEFAULT_LENGTH
-        elif spec.name == "attention_mask":
-            feeds[spec.name] = np.ones(shape, np.int64)
-        else:
-            llama = artifact.manifest.language_model
-            vocabulary = 2 if llama is None else llama["vocab_size"]
-            feeds[spec.name] = rng.integers(1, vocabulary, shape)
-    return feeds

@@ -8,6 +8,8 @@ from typing import Any
 __all__ = ["columns", "flat", "markdown", "peaks_line", "ratio_line", "row"]
 
 COLUMNS = ("out", "component", "scenario", "batch", "p50", "p90", "p99", "items/s")
+SERVER = ("calls/s", "p99 bound")
+MEMORY = ("peak RSS", "GPU memory")
 ROOFLINE = ("GFLOP", "MB", "MFU", "MBU")
 PHASES = ("Enqueue Time", "H2D Latency", "GPU Compute Time", "D2H Latency")
 EMPTY = "–"
@@ -18,13 +20,17 @@ Result = Mapping[str, Any]
 def columns(results: Sequence[Result]) -> tuple[str, ...]:
     """Names of the columns; those that no result fills are left out."""
     found: tuple[str, ...] = COLUMNS
+    found += SERVER if any("request_rate" in result for result in results) else ()
+    for name in MEMORY:
+        found += (name,) if any(name in _memory(result) for result in results) else ()
     found += ROOFLINE if any("roofline" in result for result in results) else ()
     return found + (PHASES if any("phases" in result for result in results) else ())
 
 
 def row(result: Result, names: Sequence[str]) -> tuple[str, ...]:
     """A result's cells."""
-    cells = _latency(result) | _roofline(result) | _phases(result)
+    cells = _latency(result) | _server(result) | _memory(result) | _roofline(result)
+    cells |= _phases(result)
     return tuple(cells.get(name, EMPTY) for name in names)
 
 
@@ -38,6 +44,22 @@ def _latency(result: Result) -> dict[str, str]:
         **{p: f"{latency[p]:.2f} ms" for p in ("p50", "p90", "p99")},
         "items/s": f"{result['throughput']['avg']:.1f}",
     }
+
+
+def _server(result: Result) -> dict[str, str]:
+    if "request_rate" not in result:
+        return {}
+    return {
+        "calls/s": f"{result['request_rate']['avg']:.4g}",
+        "p99 bound": f"{result['p99_bound']['max']:.2f} ms",
+    }
+
+
+def _memory(result: Result) -> dict[str, str]:
+    """Of a process of its own (``footprint``)."""
+    found = result.get("memory", {})
+    nbytes = {"peak RSS": found.get("peak_rss_bytes"), "GPU memory": found.get("gpu_bytes")}
+    return {name: f"{n / 1e6:.0f} MB" for name, n in nbytes.items() if n is not None}
 
 
 def _roofline(result: Result) -> dict[str, str]:
@@ -66,10 +88,12 @@ def peaks_line(peaks: Mapping[str, Any]) -> str:
 
 def ratio_line(ratio: Result) -> str:
     """How long one contender takes beside another."""
+    interval = ratio["reason"]
+    if interval is None:
+        interval = f"95 %: {ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['rounds']} rounds"
     return (
         f"{ratio['component']} at batch {ratio['batch_size']}: {ratio['out']} takes "
-        f"{ratio['median']:.2f} times {ratio['over']}'s latency "
-        f"(95 %: {ratio['low']:.2f} to {ratio['high']:.2f})"
+        f"{ratio['median']:.2f} times {ratio['over']}'s latency ({interval})"
     )
 
 

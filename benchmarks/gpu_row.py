@@ -1,0 +1,164 @@
+"""One measurement of ``gpu_check`` in a process of its own: whatever breaks here breaks no other.
+
+    python benchmarks/gpu_row.py '{"job": "component", …}' ANSWER.json
+
+A GPU that faulted, a native library that aborts or a call that never ends take their process along,
+and the CUDA context with it. The answer is a file, as libraries write to stdout as they like.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.artifact import open_artifact
+from internvl_edge.cli.against import contender_of
+from internvl_edge.cli.seeded import seeded_feeds
+from internvl_edge.compiler.peaks import measure_backend
+from internvl_edge.errors import InternVLError
+from internvl_edge.runtime.bench import measure
+from internvl_edge.runtime.device import Device
+from internvl_edge.runtime.environment import peak_rss_nbytes
+from internvl_edge.runtime.session import Array, open_component, require_backend
+
+TORCH_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+SKIPPED_CODES = (2, 4)  # an engine, a package or a GPU that is not there
+
+Job = dict[str, Any]
+
+
+def component(job: Job) -> dict[str, Any]:
+    """A component on a backend: its error, latencies, memory; without CUDA graphs too."""
+    artifact = open_artifact(job["out"])
+    feeds = seeded_feeds(artifact, job["component"], job["batch"])
+    backend, device = job["backend"], job["device"]
+    require_backend(backend)
+    before = free_nbytes(device)
+    with open_component(artifact, job["component"], backend, device) as session:
+        found = session.run(feeds)
+        after = free_nbytes(device)
+        figures = compared(found, job)
+        if job["timed"]:
+            figures |= latencies(session.run, feeds, job["seconds"])
+        if hasattr(session, "lease"):
+            figures["phases_ms"] = phases(session, feeds)
+    if hasattr(session, "lease"):
+        figures["p50_ms_without_graphs"] = without_graphs(artifact, job, feeds)
+    taken = None if before is None or after is None else before - after
+    return figures | {"gpu_memory_nbytes": taken, "peak_rss_nbytes": peak_rss_nbytes()}
+
+
+def compiled_torch(job: Job) -> dict[str, Any]:
+    """The same job by ``torch.compile`` on the GPU, from host arrays to host arrays."""
+    artifact = open_artifact(job["out"])
+    feeds = seeded_feeds(artifact, job["component"], job["batch"])
+    checkpoint = None if job["checkpoint"] is None else Path(job["checkpoint"])
+    dtype = TORCH_TYPES[artifact.manifest.precision]
+    contender = contender_of(
+        "torch-compile", checkpoint, {job["out"]: artifact}, device="cuda", dtype=dtype
+    )
+    run = contender(job["component"])
+    outputs: Any = run(feeds)
+    values = outputs if isinstance(outputs, list) else [outputs]
+    names = [spec.name for spec in artifact.manifest.components[job["component"]].outputs]
+    found = {n: v.float().numpy() for n, v in zip(names, values, strict=True)}
+    figures = compared(found, job) | latencies(run, feeds, job["seconds"])
+    import torch
+
+    return figures | {"gpu_memory_nbytes": torch.cuda.max_memory_allocated()}
+
+
+def peak(job: Job) -> dict[str, Any]:
+    """What products of one type reach on a backend, and the bandwidth there."""
+    return asdict(measure_backend([job["kind"]], job["backend"], job["device"]))
+
+
+def latencies(run: Any, feeds: dict[str, Array], seconds: float) -> dict[str, Any]:
+    timing = measure(run, feeds, min_duration_s=seconds)
+    return {
+        "p50_ms": timing.percentile_ms(50),
+        "p99_ms": timing.percentile_ms(99),
+        "items_per_s": timing.throughput,
+    }
+
+
+def phases(session: Any, feeds: dict[str, Array]) -> dict[str, float]:
+    """Where the GPU spends a call: the median of each of ``trtexec``'s metrics."""
+    from internvl_edge.runtime.phases import measure_phases
+
+    return {name: found["p50"] for name, found in measure_phases(session, feeds).items()}
+
+
+def without_graphs(artifact: Any, job: Job, feeds: dict[str, Array]) -> float:
+    from internvl_edge.runtime import trt
+
+    options = trt.TrtOptions(graphs=False)
+    with ExitStack() as stack:
+        session = stack.enter_context(
+            trt.open_component(
+                artifact, job["component"], job["device"], job["backend"], options=options
+            )
+        )
+        return float(latencies(session.run, feeds, job["seconds"])["p50_ms"])
+
+
+def compared(found: dict[str, Array], job: Job) -> dict[str, Any]:
+    """The error beside the reference, where there is one; kept as the next one's where asked."""
+    if job["save"] is not None:
+        np.savez(job["save"], **{n: v.astype(np.float32) for n, v in found.items()})
+    if job["reference"] is None:
+        return {}
+    with np.load(job["reference"]) as right:
+        return {"max_error": largest_error(found, dict(right))}
+
+
+def largest_error(found: dict[str, Array], right: dict[str, Array]) -> float:
+    """Over all outputs, the largest difference relative to the output's largest value."""
+    errors = []
+    for name, array in right.items():
+        wanted, got = array.astype(np.float64), found[name].astype(np.float64)
+        scale = float(np.abs(wanted).max()) or 1.0
+        errors.append(float(np.abs(got - wanted).max()) / scale)
+    return max(errors)
+
+
+def free_nbytes(device: str) -> int | None:
+    """Of a GPU, where the CUDA bindings can say it."""
+    if device == "cpu":
+        return None
+    try:
+        return Device(0).free_nbytes()
+    except InternVLError:
+        return None
+
+
+def refusal(error: BaseException) -> dict[str, str]:
+    """Skipped where an engine, a package or a GPU is missing; else failed."""
+    if not isinstance(error, InternVLError):
+        return {"failed": f"{type(error).__name__}: {error}"}
+    return {"skipped" if error.exit_code in SKIPPED_CODES else "failed": str(error)}
+
+
+JOBS = {"component": component, "torch": compiled_torch, "peak": peak}
+
+
+def main() -> None:
+    job, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
+    try:
+        found = JOBS[job["job"]](job)
+    except Exception as error:
+        if not isinstance(error, InternVLError):
+            traceback.print_exc()
+        found = refusal(error)
+    answer.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

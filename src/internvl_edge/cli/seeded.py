@@ -1,0 +1,99 @@
+"""Seeded inputs of a measurement: arrays for a component, and a picture for the whole way."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.artifact import Artifact
+
+__all__ = [
+    "embedding_component",
+    "from_picture",
+    "seeded_feeds",
+    "seeded_picture",
+    "takes_levels",
+]
+
+DEFAULT_LENGTH = 32  # of texts, in tokens
+WIDTH, HEIGHT, COARSE = 640, 480, 20  # of the picture; pixels between its colours
+QUALITY = 90  # of its JPEG
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def seeded_feeds(artifact: Artifact, component: str, batch: int) -> Arrays:
+    """Inputs of the right shapes; speed does not depend on the values."""
+    rng = np.random.default_rng(0)
+    feeds: Arrays = {}
+    for spec in artifact.manifest.components[component].inputs:
+        sizes = {"batch": batch, "length": DEFAULT_LENGTH, "past": DEFAULT_LENGTH}
+        sizes["past+length"] = 2 * DEFAULT_LENGTH
+        shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
+        if spec.dtype == "uint8":
+            feeds[spec.name] = rng.integers(0, 256, shape, np.uint8)
+        elif spec.dtype.startswith("float"):
+            feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+        elif spec.name == "position_ids":
+            feeds[spec.name] = np.broadcast_to(np.arange(shape[1]), shape) + DEFAULT_LENGTH
+        elif spec.name == "attention_mask":
+            feeds[spec.name] = np.ones(shape, np.int64)
+        else:
+            llama = artifact.manifest.language_model
+            vocabulary = 2 if llama is None else llama["vocab_size"]
+            feeds[spec.name] = rng.integers(1, vocabulary, shape)
+    return feeds
+
+
+def seeded_picture() -> bytes:
+    """A JPEG of 640 by 480, of soft colours: noise would take longer to decode than a photo."""
+    from PIL import Image
+
+    shape = (HEIGHT // COARSE, WIDTH // COARSE, 3)
+    colours = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    file = io.BytesIO()
+    picture = Image.fromarray(colours).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    picture.save(file, "JPEG", quality=QUALITY)
+    return file.getvalue()
+
+
+def embedding_component(components: tuple[str, ...]) -> str | None:
+    """What of these embeds a picture as it comes: one image of the model's own transform."""
+    return next((name for name in ("image_embed", "vision") if name in components), None)
+
+
+def takes_levels(artifact: Artifact) -> bool:
+    """Whether its graphs take uint8 and normalise it themselves."""
+    return any(
+        spec.name == "pixel_values" and spec.dtype == "uint8"
+        for record in artifact.manifest.components.values()
+        for spec in record.inputs
+    )
+
+
+def from_picture(
+    run: Callable[[Mapping[str, Any]], object],
+    artifact: Artifact,
+    picture: bytes,
+    batch: int,
+    *,
+    as_levels: bool,
+) -> Callable[[], object]:
+    """A call from encoded pictures on: decode, bring to size, normalise, run.
+
+    Args:
+        run: takes the component's feeds.
+        artifact: whose transform it is.
+        picture: a file's bytes.
+        batch: how often it is in a call.
+        as_levels: feed uint8 [B,3,S,S]; else float32 [B,3,S,S], normalised.
+    """
+    from internvl_edge.runtime.image import Preprocessing, pixel_levels, pixel_values
+
+    preprocessing = Preprocessing.from_json(artifact.manifest.preprocessing)
+    prepare = pixel_levels if as_levels else pixel_values
+    pictures = [picture] * batch
+    return lambda: run({"pixel_values": prepare(pictures, preprocessing)})
