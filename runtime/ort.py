@@ -150,7 +150,9 @@ class OrtSession:
         """
         session = self._opened()
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
-        given = {n: _described(v) if _is_value(v) else v for n, v in feeds.items()}
+        given: Any = feeds
+        if isinstance(feeds, Mapping):
+            given = {n: _described(v) if _is_value(v) else v for n, v in feeds.items()}
         arrays = check_feeds(self._inputs, given, check)
         binding = session.io_binding()
         for name, array in arrays.items():
@@ -194,6 +196,11 @@ class OrtSession:
             raise self._run_error(error) from error
         logits, *presents = binding.get_outputs()
         return logits.numpy(), presents
+
+    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
+        """These rows of a cache, in this order; they pass through the host."""
+        taken = [value.numpy()[rows] for value in cache]
+        return [onnxruntime.OrtValue.ortvalue_from_numpy(a, *self._place) for a in taken]
 
     def _opened(self) -> Any:
         session = self._session  # a close() by another thread waits for this reference
@@ -242,10 +249,21 @@ class OrtSession:
 
 
 def open_component(
-    artifact: Artifact, component: str, device: str = "auto", backend: str = "onnxruntime"
+    artifact: Artifact,
+    component: str,
+    device: str = "auto",
+    backend: str = "onnxruntime",
+    *,
+    options: OrtOptions = OrtOptions(),
 ) -> OrtSession:
-    """Open the ONNX graph of a component; see ``OrtSession``. There is one backend here."""
-    return OrtSession(artifact.onnx_path(component), device=device)
+    """Open the ONNX graph of a component; see ``OrtSession``. There is one backend here.
+
+    Raises:
+        UsageError: options of another backend.
+    """
+    if not isinstance(options, OrtOptions):
+        raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
+    return OrtSession(artifact.onnx_path(component), device=device, options=options)
 
 
 def _is_value(value: object) -> bool:
