@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -16,12 +17,14 @@ Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
 
 
 class Device(Protocol):
-    """A session that leaves what it computed where it computed it; see ``OrtSession``."""
+    """A session that leaves what it computed where it did so; ``OrtSession``, ``TrtSession``."""
 
+    def run(self, feeds: Mapping[str, Array], *, check: bool) -> dict[str, Array]: ...
     def run_device(self, feeds: Mapping[str, Any], *, check: bool) -> dict[str, Any]: ...
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
     ) -> tuple[Array, list[Any]]: ...
+    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]: ...
 
 
 def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = None) -> Decoding:
@@ -77,7 +80,8 @@ class HostDecoding:
 class DeviceDecoding:
     """A session whose outputs stay on its device; what a step leaves is what the next one reads.
 
-    What comes from outside, or passed through the host, is checked as any feed is.
+    What comes from outside is checked as any feed is. More rows than an engine takes at once go
+    through the host, where they are divided.
     """
 
     def __init__(
@@ -86,23 +90,36 @@ class DeviceDecoding:
         self._embed = embed
         self._session, self._names, self._cache = session, list(past), list(past.values())
         self._is_there = False  # on the device
+        self._num_rows = 0  # of what is there
+        limit: int | None = getattr(session, "max_batch", None)
+        self._max_rows = math.inf if limit is None else limit
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
         feeds = _feeds(ids, mask, positions, self._embed)
+        self._num_rows = len(ids)
         if self._is_there:
             logits, self._cache = self._session.step(feeds, self._names, self._cache)
         else:
-            past = dict(zip(self._names, self._cache, strict=True))
-            found = self._session.run_device({**feeds, **past}, check=False)
-            logits = found["logits"].numpy()
+            feeds |= dict(zip(self._names, self._cache, strict=True))
+            fits = len(ids) <= self._max_rows
+            if fits:
+                found = self._session.run_device(feeds, check=False)
+                logits = found["logits"].numpy()
+            else:
+                found = self._session.run(feeds, check=False)
+                logits = found["logits"]
             self._names = [name.replace("present.", PAST, 1) for name in found if name != "logits"]
             self._cache = [value for name, value in found.items() if name != "logits"]
-            self._is_there = True
+            self._is_there = fits
         last: Array = logits[:, -1]
         return last
 
     def select(self, rows: Array) -> None:
-        """Rows pass through the host, where they are others than before."""
-        host = [v if isinstance(v, np.ndarray) else v.numpy() for v in self._cache]
-        if len(rows) != len(host[0]) or (rows != np.arange(len(rows))).any():
-            self._cache, self._is_there = [values[rows] for values in host], False
+        if not self._is_there:
+            self._cache = [values[rows] for values in self._cache]
+        elif len(rows) > self._max_rows:
+            self._cache = [value.numpy()[rows] for value in self._cache]
+            self._is_there = False
+        elif len(rows) != self._num_rows or (rows != np.arange(len(rows))).any():
+            self._cache = self._session.take_rows(self._cache, rows)
+        self._num_rows = len(rows)

@@ -4,9 +4,13 @@ A captured graph belongs to its shapes and addresses and to one execution contex
 uses. So each combination gets a context of its own, all of them in the same scratch memory, since
 one stream runs them in turn. The first run of a combination is a plain one, which lets TensorRT
 finish what it does lazily; the second is captured and from then on replayed in one launch. The
-combination that was not used for longest gives its context to a new one.
+combination that was not used for longest gives its context to a new one, as it does where there is
+no memory for one more.
 
 TensorRT-RTX captures by itself: there is one context, bound anew when the shapes change.
+
+Shapes that do not come again, such as those of a cache that grows with every token, would fill all
+that with what is used once. They pass through one context more, which is never captured.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from internvl_edge.errors import InternVLError, SessionDead
+from internvl_edge.errors import InternVLError, ResourceError, SessionDead
 from internvl_edge.runtime.cuda import Buffer, Graph, Stream
 from internvl_edge.runtime.plan import Plan
 from internvl_edge.runtime.profiles import EngineSpec, Shape
@@ -53,29 +57,32 @@ class Contexts:
         spec: its tensors and profiles.
         stream: where they run.
         scratch: memory for the engine's largest call, of all of them.
+        first: a context of the engine.
         graphs: capture CUDA graphs, where TensorRT-RTX does not do so by itself.
-
-    Raises:
-        ResourceError, InternVLError: there is no context to be had.
     """
 
     def __init__(
-        self, plan: Plan, spec: EngineSpec, stream: Stream, scratch: Buffer, *, graphs: bool
+        self,
+        plan: Plan,
+        spec: EngineSpec,
+        stream: Stream,
+        scratch: Buffer,
+        first: Any,
+        *,
+        graphs: bool,
     ) -> None:
         self._plan, self._spec, self._stream, self._scratch = plan, spec, stream, scratch
         self._captures = graphs and not plan.is_rtx
         self._bounds: OrderedDict[Key, Bound] = OrderedDict()  # the last used is last
-        self._idle = [self._new_context()]
-
-    def capacities(self) -> dict[str, int]:
-        """Bytes of the largest value of every tensor."""
-        return self._spec.capacities(self._idle[0], self._stream, self._plan)
+        self._idle = [self._with_memory(first)]
+        self._passing: Any = None
 
     def close(self) -> None:
         for bound in self._bounds.values():
             bound.drop_graph()
         self._bounds.clear()
         self._idle.clear()
+        self._passing = None
 
     def bind(
         self, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int]
@@ -88,27 +95,46 @@ class Contexts:
             return bound
         context = self._take_context()
         self._idle.append(context)  # where it stays if what follows fails
-        self._spec.set_shapes(context, profile, shapes, self._stream, self._plan)
-        for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
-                raise self._plan.failure(f"set_tensor_address of {name!r}")
-        output_shapes = {name: tuple(context.get_tensor_shape(name)) for name in self._spec.outputs}
+        bound = self._shaped(context, profile, shapes)
+        self.address(bound, addresses)
         self._idle.remove(context)
-        self._bounds[key] = Bound(context=context, output_shapes=output_shapes)
-        return self._bounds[key]
+        self._bounds[key] = bound
+        return bound
 
-    def _take_context(self) -> Any:
-        if self._idle:
+    def pass_through(self, profile: int, shapes: Mapping[str, Shape]) -> Bound:
+        """The context of shapes that do not come again, with these; ``address`` it next."""
+        if self._passing is None:
+            self._passing = self._take_context(recurs=False)
+        self._stream.synchronize()  # it may still run
+        return self._shaped(self._passing, profile, shapes)
+
+    def address(self, bound: Bound, addresses: Mapping[str, int]) -> None:
+        """Say where the inputs and outputs of a context are."""
+        for name, address in addresses.items():
+            if not bound.context.set_tensor_address(name, address):
+                raise self._plan.failure(f"set_tensor_address of {name!r}")
+
+    def _shaped(self, context: Any, profile: int, shapes: Mapping[str, Shape]) -> Bound:
+        self._spec.set_shapes(context, profile, shapes, self._stream, self._plan)
+        output_shapes = {name: tuple(context.get_tensor_shape(name)) for name in self._spec.outputs}
+        return Bound(context=context, output_shapes=output_shapes)
+
+    def _take_context(self, *, recurs: bool = True) -> Any:
+        if recurs and self._idle:
             return self._idle.pop()
-        if len(self._bounds) < (MAX_GRAPHS if self._captures else 1):
-            return self._new_context()
+        if not recurs or len(self._bounds) < (MAX_GRAPHS if self._captures else 1):
+            try:
+                return self._with_memory(self._plan.create_context(recurs=recurs))
+            except ResourceError as error:
+                if not self._bounds:
+                    raise
+                logger.info("no memory for another context, one is used again: %s", error)
         self._stream.synchronize()  # it may still run for a call that was not awaited
         _, oldest = self._bounds.popitem(last=False)
         oldest.drop_graph()
         return oldest.context
 
-    def _new_context(self) -> Any:
-        context = self._plan.create_context()
+    def _with_memory(self, context: Any) -> Any:
         context.set_device_memory(self._scratch.pointer, self._scratch.nbytes)
         return context
 

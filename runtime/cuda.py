@@ -1,17 +1,21 @@
 """What CUDA hands out: memory, streams, events, graphs.
 
-Each is a ``Resource``, freed once, by ``close`` or at the end of a ``with`` block. Work that is put
-into a stream runs later: memory that it reads or writes must outlive it.
+Each is a ``Resource``, freed once: by ``close``, at the end of a ``with`` block, or with the last
+reference to it. Work that is put into a stream runs later: memory that it reads or writes must
+outlive it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 
+from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.device import Device
 
 __all__ = ["Buffer", "Event", "Graph", "PinnedBuffer", "Stream"]
@@ -37,6 +41,10 @@ class Resource:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if getattr(self, "handle", None) is not None and not sys.is_finalizing():
+            self.close()
+
 
 class Buffer(Resource):
     """Device memory, aligned to 256 bytes."""
@@ -46,7 +54,6 @@ class Buffer(Resource):
     def __init__(self, device: Device, nbytes: int) -> None:
         self.nbytes = max(nbytes, 1)  # an empty tensor still needs an address
         super().__init__(device, device.call("cudaMalloc", self.nbytes))
-
         self.pointer = int(self.handle)
 
 
@@ -82,6 +89,17 @@ class Event(Resource):
         """Wait until it has passed; at once where it was never recorded."""
         self.device.call("cudaEventSynchronize", self.handle)
 
+    def hold(self, stream: Any) -> None:
+        """Let later work of a stream wait until it has passed."""
+        self.device.call("cudaStreamWaitEvent", stream, self.handle, 0)
+
+    def fetch(self, target: int, source: int, nbytes: int) -> None:
+        """Copy from the device to any memory of the host once it has passed; waits."""
+        self.device.activate()
+        self.synchronize()
+        default = self.device.cudart.cudaMemcpyKind.cudaMemcpyDefault
+        self.device.call("cudaMemcpy", target, source, nbytes, default)
+
     def elapsed_ms(self, since: Event) -> float:
         """The GPU's time between two timed events that have passed."""
         return float(self.device.call("cudaEventElapsedTime", since.handle, self.handle))
@@ -116,7 +134,7 @@ class Stream(Resource):
         """Let later work of this stream wait for what is queued in another."""
         with Event(self.device) as event:
             event.record(other)
-            self.device.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
+            event.hold(self.handle)
 
     def synchronize(self) -> None:
         self.device.call("cudaStreamSynchronize", self.handle)
@@ -134,7 +152,8 @@ class Stream(Resource):
         try:
             enqueue()
         except BaseException:
-            self.device.release("cudaStreamEndCapture", self.handle)
+            with contextlib.suppress(InternVLError):  # a capture that broke leaves no graph
+                self.device.release("cudaGraphDestroy", call("cudaStreamEndCapture", self.handle))
             raise
         graph = call("cudaStreamEndCapture", self.handle)
         try:

@@ -71,6 +71,18 @@ class Device:
     def activate(self) -> None:
         """Make this the calling thread's device; to be called before work in any thread.
 
+        It stays the thread's: to set the one before would start CUDA on that GPU, which may never
+        have been used and whose memory that takes.
+
+        Raises:
+            SessionDead, UsageError: see ``require_usable``.
+        """
+        self.require_usable()
+        self.call("cudaSetDevice", self.index)
+
+    def require_usable(self) -> None:
+        """Refuse work that would hang or fail.
+
         Raises:
             SessionDead: an earlier error ended the device for this process.
             UsageError: the process was forked since.
@@ -82,20 +94,24 @@ class Device:
             )
         if self._dead is not None:
             raise SessionDead(f"the GPU failed before: {self._dead}; restart the process")
-        self.call("cudaSetDevice", self.index)
 
     def call(self, name: str, *args: object) -> Any:
         """Call a function of CUDA; its value, or values as a tuple."""
         status, *values = getattr(self.cudart, name)(*args)
         if int(status):
             self.cudart.cudaGetLastError()  # or a library would find it later, as its own
-            raise self._failure(name, status)
+            raise self._failure(name, args, status)
         return values[0] if len(values) == 1 else tuple(values)
 
     def release(self, name: str, handle: object) -> None:
         """Call a function that frees; where that fails there is nothing left to free."""
         if not self.is_forked():
             getattr(self.cudart, name)(handle)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether an error ended it for this process."""
+        return self._dead is not None
 
     def is_forked(self) -> bool:
         """Whether this is a child of the process that opened the device."""
@@ -129,15 +145,25 @@ class Device:
             return bool(found.device == self.index)
         return bool(found.type == kind.cudaMemoryTypeManaged)
 
-    def _failure(self, name: str, status: Any) -> InternVLError:
+    def _failure(self, name: str, args: tuple[Any, ...], status: Any) -> InternVLError:
         _, text = self.cudart.cudaGetErrorString(status)
         told = f"{name}: {text.decode()} (CUDA error {int(status)})"
         if int(status) == OUT_OF_MEMORY:
-            return ResourceError(f"not enough GPU memory: {told}")
+            return ResourceError(f"{self._lack(name, args)}: {told}")
         if int(status) in STICKY:
             self._dead = told
             return SessionDead(f"the GPU failed: {told}; restart the process")
         return HardwareError(f"CUDA refused a call: {told}")
+
+    def _lack(self, name: str, args: tuple[Any, ...]) -> str:
+        """Which memory ran out, and how much was asked for."""
+        if name == "cudaHostAlloc":
+            return f"not enough page-locked host memory for {args[0] / GB:.2f} GB"
+        if name != "cudaMalloc":
+            return "not enough GPU memory"
+        status, *found = self.cudart.cudaMemGetInfo()
+        free = 0 if int(status) else found[0]
+        return f"not enough GPU memory for {args[0] / GB:.2f} GB, {free / GB:.2f} GB are free"
 
 
 def _import_cudart() -> Any:

@@ -1,8 +1,9 @@
 """Arrays in GPU memory, exchanged without a copy: DLPack and ``__cuda_array_interface__``.
 
-Whoever hands over an array says when it is complete: DLPack's producer is told our stream and
-makes it wait; the CUDA array interface (version 3) names the producer's stream, and ours waits for
-that. Only C-contiguous arrays are taken: an engine reads plain blocks of memory.
+Whoever hands over an array says when it is complete: DLPack's producer is told the consumer's
+stream and makes it wait, them for ours and ours for them; the CUDA array interface (version 3)
+names the producer's stream, and the consumer's waits for that. Only C-contiguous arrays are taken:
+an engine reads plain blocks of memory.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.errors import FeedError
+from internvl_edge.errors import FeedError, UsageError
+from internvl_edge.runtime.cuda import Event
+from internvl_edge.runtime.dlpack import CUDA, CUDA_MANAGED, capsule_of
 
 __all__ = ["DeviceArray", "as_device_array", "is_on_device"]
 
-DLPACK_CUDA, DLPACK_MANAGED = 2, 13  # kDLCUDA, kDLCUDAManaged
+LEGACY_STREAM, NO_STREAM = 1, -1  # DLPack's default stream, and its word for not waiting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,8 @@ class DeviceArray:
     dtype: np.dtype[Any]
     device: int = 0  # index of the GPU
     stream: int | None = None  # where it is being computed; None: it is complete
+    ready: Event | None = None  # passes once it is computed; None: it did not come from a run
+    readonly: bool = False
     owner: Any = None  # kept alive with the array
 
     @property
@@ -46,30 +51,66 @@ class DeviceArray:
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
-            "data": (self.pointer, False),
+            "data": (self.pointer, self.readonly),
             "strides": None,
             "stream": self.stream,
             "version": 3,
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return DLPACK_CUDA, self.device
+        return CUDA, self.device
 
-    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
-        """A capsule; the consumer's stream waits for ours."""
-        from cuda.core.utils import StridedMemoryView
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """A capsule; the consumer's stream waits until the array is computed.
 
-        view = StridedMemoryView.from_cuda_array_interface(self, stream_ptr=-1)
-        return view.__dlpack__(stream=stream, **options)
+        Raises:
+            BufferError: it is asked for elsewhere, as a copy, or is read-only, which a capsule
+                that every consumer takes cannot say.
+        """
+        if copy or self.readonly or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError(
+                f"an array in memory of cuda:{self.device} is handed out where it is, to be "
+                f"written too: asked for copy={copy}, dl_device={dl_device}, "
+                f"readonly={self.readonly}"
+            )
+        if self.ready is not None and stream != NO_STREAM:
+            self.ready.hold(stream or LEGACY_STREAM)
+        return capsule_of(self.pointer, self.shape, self.dtype, self.__dlpack_device__(), self)
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """A copy on the host, of what a run computed.
+
+        Raises:
+            UsageError: it did not come from a run.
+        """
+        if self.ready is None:
+            raise UsageError("this array did not come from a run; only what one computed is copied")
+        array = np.empty(self.shape, self.dtype)
+        self.ready.fetch(array.ctypes.data, self.pointer, self.nbytes)
+        return array
 
 
-def is_on_device(value: object) -> bool:
-    """Whether an object says that it is GPU memory."""
+def is_on_device(name: str, value: object) -> bool:
+    """Whether an object, to be an input of this name, says that it is GPU memory.
+
+    Raises:
+        FeedError: it raises something instead.
+    """
     if isinstance(value, np.ndarray):
         return False
-    if hasattr(value, "__dlpack_device__"):
-        return value.__dlpack_device__()[0] in (DLPACK_CUDA, DLPACK_MANAGED)
-    return hasattr(value, "__cuda_array_interface__")
+    if not hasattr(value, "__dlpack_device__"):
+        return hasattr(value, "__cuda_array_interface__")
+    try:
+        return value.__dlpack_device__()[0] in (CUDA, CUDA_MANAGED)
+    except Exception as error:  # foreign code
+        raise FeedError(f"{name!r}: {type(value).__name__} has no device: {error}") from error
 
 
 def as_device_array(name: str, value: Any, stream: int) -> DeviceArray:
@@ -105,6 +146,7 @@ def _from_dlpack(name: str, value: Any, stream: int) -> DeviceArray:
         shape=tuple(view.shape),
         dtype=np.dtype(view.dtype),
         device=int(view.device_id),
+        readonly=bool(view.readonly),
         owner=(value, view),
     )
 
@@ -120,6 +162,7 @@ def _from_interface(name: str, value: Any) -> DeviceArray:
         shape=shape,
         dtype=dtype,
         stream=told.get("stream"),
+        readonly=bool(told["data"][1]),
         owner=value,
     )
 

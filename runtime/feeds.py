@@ -40,7 +40,7 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def check_feeds(
     specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any], check_finite: bool = True
 ) -> dict[str, Any]:
-    """Refuse what a session cannot run; the feeds, contiguous.
+    """Refuse what a session cannot run; the feeds, contiguous, in the order of the specs.
 
     Args:
         specs: the session's inputs.
@@ -48,9 +48,13 @@ def check_feeds(
         check_finite: refuse NaN and infinity too.
 
     Raises:
-        FeedError: a missing or unknown name, not an array, another dtype, byte order, rank or
+        FeedError: a missing or unknown name, not a plain array, another dtype, byte order, rank or
             dimension, dimensions that contradict each other, an empty batch, a non-finite value.
     """
+    if not isinstance(feeds, Mapping):
+        raise FeedError(
+            f"expected a mapping of the inputs {', '.join(specs)}, found {type(feeds).__name__}"
+        )
     if specs.keys() != feeds.keys():
         raise FeedError(_wrong_names(specs, feeds))
     sizes: dict[str, int] = {}
@@ -74,7 +78,7 @@ def check_feeds(
     if check_finite:
         for name, array in feeds.items():
             _check_finite(name, array)
-    return {name: _contiguous(array) for name, array in feeds.items()}
+    return {name: _contiguous(feeds[name]) for name in specs}
 
 
 def check_outputs(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> list[str]:
@@ -107,6 +111,11 @@ def _check_kind(spec: TensorSpec, array: object) -> None:
         raise FeedError(
             f"input {spec.name!r}: expected a NumPy array of {_described(spec)}, "
             f"found {type(array).__name__}"
+        )
+    if isinstance(array, np.ma.MaskedArray):
+        raise FeedError(
+            f"input {spec.name!r}: a masked array, whose mask nothing here would see; "
+            "use .filled(...)"
         )
     if array.dtype.name != spec.dtype or not array.dtype.isnative:
         order = "" if array.dtype.isnative else " of foreign byte order"

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,10 @@ from internvl_edge.runtime.tokenizer import CAPTION_PROMPT
 from internvl_edge.runtime.vectors import ranked, softmax
 from internvl_edge.runtime.video import dual_softmax
 
+if TYPE_CHECKING:
+    from internvl_edge.runtime.ortoptions import OrtOptions
+    from internvl_edge.runtime.trt import TrtOptions
+
 __all__ = ["Model", "Retrieval", "load"]
 
 CHAT_TOKENS = 128  # of an answer
@@ -48,13 +52,20 @@ class Retrieval:
     images_of_text: Array  # int64 [texts, images]: indices of the images, best first
 
 
-def load(out: str | os.PathLike[str], backend: str = "auto", device: str = "auto") -> Model:
+def load(
+    out: str | os.PathLike[str],
+    backend: str = "auto",
+    device: str = "auto",
+    *,
+    options: OrtOptions | TrtOptions | None = None,
+) -> Model:
     """Open a compiled directory; components open when they are first used.
 
     Args:
         out: the directory that ``internvl-edge export`` published.
         backend: ``"auto"``, ``"onnxruntime"``, ``"tensorrt-rtx"`` or ``"tensorrt"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        options: of every session, see ``open_session``; None: the backend's defaults.
 
     Raises:
         ArtifactError: the directory is not what its manifest says.
@@ -62,7 +73,10 @@ def load(out: str | os.PathLike[str], backend: str = "auto", device: str = "auto
     """
     require_backend(backend)
     artifact = open_artifact(out)
-    return Model(artifact, partial(open_component, artifact, backend=backend, device=device))
+    return Model(
+        artifact,
+        partial(open_component, artifact, backend=backend, device=device, options=options),
+    )
 
 
 class Model(Embedder):

@@ -152,7 +152,9 @@ class OrtSession:
         """
         session = self._opened()
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
-        given = {n: _described(v) if _is_value(v) else v for n, v in feeds.items()}
+        given: Any = feeds
+        if isinstance(feeds, Mapping):
+            given = {n: _described(v) if _is_value(v) else v for n, v in feeds.items()}
         arrays = check_feeds(self._inputs, given, check)
         binding = session.io_binding()
         for name, array in arrays.items():
@@ -196,6 +198,11 @@ class OrtSession:
             raise self._run_error(error) from error
         logits, *presents = binding.get_outputs()
         return logits.numpy(), presents
+
+    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
+        """These rows of a cache, in this order; they pass through the host."""
+        taken = [value.numpy()[rows] for value in cache]
+        return [onnxruntime.OrtValue.ortvalue_from_numpy(a, *self._place) for a in taken]
 
     def _opened(self) -> Any:
         session = self._session  # a close() by another thread waits for this reference
@@ -244,15 +251,25 @@ class OrtSession:
 
 
 def open_component(
-    artifact: Artifact, component: str, device: str = "auto", backend: str = "onnxruntime"
+    artifact: Artifact,
+    component: str,
+    device: str = "auto",
+    backend: str = "onnxruntime",
+    *,
+    options: OrtOptions = OrtOptions(),
 ) -> OrtSession:
-    """Open the ONNX graph of a component; see ``OrtSession``. There is one backend here."""
-    path = artifact.onnx_path(component)
-    unsigned = unsigned_graph(component)
-    is_cpu = choose_providers(device, OrtOptions().gpu_provider) == [CPU]
+    """Open the ONNX graph of a component; see ``OrtSession``. There is one backend here.
+
+    Raises:
+        UsageError: options of another backend.
+    """
+    if not isinstance(options, OrtOptions):
+        raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
+    path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
+    is_cpu = choose_providers(device, options.gpu_provider) == [CPU]
     if unsigned in artifact.manifest.files and is_cpu and products_saturate():
         path = artifact.file(unsigned)
-    return OrtSession(path, device=device)
+    return OrtSession(path, device=device, options=options)
 
 
 def unsigned_graph(component: str) -> str:

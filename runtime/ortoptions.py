@@ -1,4 +1,7 @@
-"""How and where ONNX Runtime computes: its options, and its providers by preference."""
+"""How and where ONNX Runtime computes: its options, and its providers by preference.
+
+Options can be written down where ONNX Runtime is not installed.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import onnxruntime
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime.session import cuda_device_count
@@ -28,7 +29,7 @@ __all__ = [
 Provider = str | tuple[str, dict[str, str]]  # with its options
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# What computes on a GPU → ONNX Runtime's provider; what it does not take goes to CUDA's.
+# What computes on a GPU → ONNX Runtime's provider; what it does not take goes to CUDA's, if there.
 GPU_PROVIDERS = {
     "cuda": CUDA,
     "tensorrt": "TensorrtExecutionProvider",
@@ -54,6 +55,8 @@ class OrtOptions:
 
 def native_options(options: OrtOptions) -> Any:
     """ONNX Runtime's own object."""
+    import onnxruntime
+
     native = onnxruntime.SessionOptions()
     native.log_severity_level = FATAL_ONLY
     threads = options.num_threads
@@ -82,13 +85,16 @@ def place_of(providers: Sequence[Provider]) -> tuple[str, int]:
 
 def choose_providers(device: str, gpu_provider: str = "cuda") -> list[Provider]:
     """ONNX Runtime's providers for a device, in the order of preference."""
+    import onnxruntime
+
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
     if gpu_provider not in GPU_PROVIDERS:
         raise UsageError(f"gpu_provider {gpu_provider!r}: expected {', '.join(GPU_PROVIDERS)}")
-    wanted = dict.fromkeys((GPU_PROVIDERS[gpu_provider], CUDA))
-    has_provider = wanted.keys() <= set(onnxruntime.get_available_providers())
+    available, preferred = onnxruntime.get_available_providers(), GPU_PROVIDERS[gpu_provider]
+    wanted = [name for name in dict.fromkeys((preferred, CUDA)) if name in available]
+    has_provider = preferred in available
     if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
         return [CPU]
     if not has_provider:

@@ -95,7 +95,7 @@ class Plan:
     def __init__(
         self, path: Path, record: FileRecord, trt: Any, device: Device, *, graphs: bool
     ) -> None:
-        self.path, self.trt = path, trt
+        self.path, self.trt, self._device = path, trt, device
         self.log = NativeLog()
         self._logger = callback(trt.ILogger, log=self.log.log)
         device.require(record.nbytes, f"{path.name}: loading the engine")
@@ -114,26 +114,37 @@ class Plan:
         self._graphs = graphs
         self._lock = Lock()
 
-    def create_context(self) -> Any:
+    def create_context(self, *, recurs: bool = True) -> Any:
         """An execution context, whose memory the caller provides.
+
+        Args:
+            recurs: its shapes come again, so that it pays to prepare for them.
 
         Raises:
             ResourceError, InternVLError: there is none to be had.
         """
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._lock:
-            how = strategy if self._cache is None else self._rtx_config(strategy)
+            how = self._rtx_config(strategy, recurs) if self.is_rtx else strategy
             context = self.engine.create_execution_context(how)
             if context is None:
                 raise self.failure("creating an execution context")
             return context
 
-    def _rtx_config(self, strategy: Any) -> Any:
-        """What TensorRT-RTX decides as it runs: CUDA graphs of its own, and its kernels' cache."""
+    def _rtx_config(self, strategy: Any, recurs: bool) -> Any:
+        """What TensorRT-RTX decides as it runs: CUDA graphs of its own, and its kernels' cache.
+
+        Kernels for the very shapes of a call are compiled in the background, while general ones
+        serve: nobody waits for a compiler. For shapes that do not come again neither pays.
+        """
         config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        graphs = self.trt.CudaGraphStrategy
-        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if self._graphs else graphs.DISABLED
+        graphs, captures = self.trt.CudaGraphStrategy, self._graphs and recurs
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if captures else graphs.DISABLED
+        kernels = self.trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            kernels.LAZY if recurs else kernels.NONE
+        )
         if self._cache is not None:
             self._cache.attach(config)
         return config
@@ -146,11 +157,15 @@ class Plan:
             kind = ResourceError
         return kind(f"{self.path.name}: {what} failed: {told}")
 
+    def keep_kernels(self) -> None:
+        """Write what TensorRT-RTX compiled so far; not of a GPU that failed, nor during a run."""
+        if self._cache is not None and not self._device.is_dead:
+            self._cache.save()
+
     def close(self) -> None:
         """Free the engine, once no context is left; keep what TensorRT-RTX compiled."""
-        cache, self._cache = self._cache, None
-        if cache is not None:
-            cache.save()
+        self.keep_kernels()
+        self._cache = None
         self.engine = self._runtime = None
 
     def _reason(self, error: Exception | None) -> str:
@@ -207,7 +222,8 @@ class _RuntimeCache:
             self._saved = None
 
     def attach(self, config: Any) -> None:
-        config.set_runtime_cache(self._cache)
+        if not config.set_runtime_cache(self._cache):
+            logger.info("%s: not taken; each context compiles its own kernels", self._path)
 
     def save(self) -> None:
         """Write it where it changed; a directory that cannot be written is left alone."""

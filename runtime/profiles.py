@@ -63,16 +63,20 @@ class EngineSpec:
             return None
         return max(shape[0] for profile in self.profiles for shape in profile.high.values())
 
+    def find_profile(self, shapes: Mapping[str, Shape]) -> int | None:
+        """The index of the narrowest profile that holds these shapes; None where none does."""
+        return next((p.index for p in self.profiles if p.holds(shapes)), None)
+
     def choose_profile(self, shapes: Mapping[str, Shape]) -> int:
-        """The index of the narrowest profile that holds these shapes.
+        """Like ``find_profile``.
 
         Raises:
             FeedError: none does.
         """
-        for profile in self.profiles:
-            if profile.holds(shapes):
-                return profile.index
-        raise FeedError(f"found {_shapes(shapes)}; the engine takes {self._ranges()}")
+        profile = self.find_profile(shapes)
+        if profile is None:
+            raise FeedError(f"found {_shapes(shapes)}; the engine takes {self._ranges()}")
+        return profile
 
     def capacities(self, context: Any, stream: Stream, plan: Plan) -> dict[str, int]:
         """Bytes of the largest value of every tensor, over all profiles."""

@@ -10,11 +10,15 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from internvl_edge.artifact import Artifact, TensorSpec, open_artifact
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs, did_you_mean
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.ortoptions import OrtOptions
+    from internvl_edge.runtime.trt import TrtOptions
 
 __all__ = [
     "BACKENDS",
@@ -84,7 +88,12 @@ class Session(Protocol):
 
 
 def open_session(
-    out: str | os.PathLike[str], component: str, backend: str = "auto", device: str = "auto"
+    out: str | os.PathLike[str],
+    component: str,
+    backend: str = "auto",
+    device: str = "auto",
+    *,
+    options: OrtOptions | TrtOptions | None = None,
 ) -> Session:
     """Open one component of a compiled directory.
 
@@ -95,18 +104,25 @@ def open_session(
             Runtime.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: a GPU when both the backend
             and the machine have one.
+        options: how the backend computes: its threads, or its slots, graphs and buckets; None:
+            its defaults.
 
     Raises:
         ArtifactError: the directory is not what its manifest says.
-        UsageError: an unknown component, backend or device.
+        UsageError: an unknown component, backend or device, or options of another backend.
         MissingDependency: the backend's package is not installed.
         HardwareError: the backend or the component cannot run on this machine.
     """
-    return open_component(open_artifact(out), component, backend, device)
+    return open_component(open_artifact(out), component, backend, device, options=options)
 
 
 def open_component(
-    artifact: Artifact, component: str, backend: str = "auto", device: str = "auto"
+    artifact: Artifact,
+    component: str,
+    backend: str = "auto",
+    device: str = "auto",
+    *,
+    options: OrtOptions | TrtOptions | None = None,
 ) -> Session:
     """Like ``open_session``, of a directory that is already open."""
     present = artifact.manifest.components
@@ -117,7 +133,8 @@ def open_component(
         )
     chosen = require_backend(backend)
     module = importlib.import_module(BACKENDS[chosen])
-    session: Session = module.open_component(artifact, component, device, chosen)
+    given = {} if options is None else {"options": options}
+    session: Session = module.open_component(artifact, component, device, chosen, **given)
     return session
 
 

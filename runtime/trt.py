@@ -2,13 +2,16 @@
 
 The two share one interface under two module names; the module is passed in. A session holds one
 engine and a pool of slots (``slot``), each with a stream and memory for the largest call its
-profiles allow, all of it taken when the session opens: a call allocates nothing, and memory that
-is not there is missed before the first request. A run leases a slot, so that as many calls run at
-once as there are slots, and the next one waits.
+profiles allow, taken when the session opens: what is not there is missed before the first request.
+Shapes that come again take an execution context and a graph each, as long as there is memory for
+them. A run leases a slot, so that as many calls run at once as there are slots, and the next one
+waits.
 
     run          outputs as arrays of their own
     lease        a slot for a while: outputs as views of its memory, or left on the GPU
     submit       a ``concurrent.futures.Future``;  run_async  the same to await
+    run_device   outputs in GPU memory of their own;  step, take_rows  a decoder's cache, which
+                 never crosses to the host
 """
 
 from __future__ import annotations
@@ -16,25 +19,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from threading import Condition
+from threading import Condition, get_ident
 from typing import Any, Self
 
 import numpy as np
 
 from internvl_edge.artifact import Artifact, TensorSpec
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime.cuda import Buffer
+from internvl_edge.runtime.cuda import Buffer, Stream
 from internvl_edge.runtime.device import GB, Device
 from internvl_edge.runtime.device_array import DeviceArray
 from internvl_edge.runtime.plan import Plan, find_plan, require_engine
 from internvl_edge.runtime.profiles import EngineSpec, read_engine_spec
-from internvl_edge.runtime.session import Array
+from internvl_edge.runtime.session import Array, check_feeds, check_outputs
 from internvl_edge.runtime.slot import Slot
 from internvl_edge.runtime.vendor import import_vendor, numpy_dtype
 
@@ -78,17 +83,37 @@ class TrtSession:
         self._plan, self._spec, self.device = plan, spec, device
         self._changed = Condition()
         self._free: list[Slot] = []
+        self._holders: list[int] = []  # threads, once for every slot they lease
         self._num_slots = self._num_open = options.slots
         self._closed = False
         self._executor: ThreadPoolExecutor | None = None
+        contexts = [plan.create_context() for _ in range(options.slots)]
+        with Stream(device) as stream:
+            capacities = spec.capacities(contexts[0], stream, plan)
+            stream.synchronize()
+        scratch, tensors = int(plan.engine.device_memory_size_v2), sum(capacities.values())
+        device.require(
+            options.slots * (scratch + tensors),
+            f"{plan.path.name}: slots={options.slots}, each of {scratch / GB:.2f} GB for the "
+            f"engine and {tensors / GB:.2f} GB for the largest inputs and outputs (which it needs "
+            "of host memory too),",
+        )
+        slots = []
         with ExitStack() as stack:
-            for _ in range(options.slots):
+            for context in contexts:
                 slot = Slot(
-                    plan, spec, device, graphs=options.graphs, batch_buckets=options.batch_buckets
+                    plan,
+                    spec,
+                    device,
+                    context,
+                    capacities,
+                    graphs=options.graphs,
+                    batch_buckets=options.batch_buckets,
                 )
                 stack.callback(slot.close)
-                self._free.append(slot)
+                slots.append(slot)
             stack.pop_all()
+        self._free = slots
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -97,6 +122,11 @@ class TrtSession:
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
         return self._spec.outputs
+
+    @property
+    def max_batch(self) -> int | None:
+        """The largest batch of one call; None where there is none, or no batch."""
+        return self._spec.max_batch
 
     def run(
         self,
@@ -112,34 +142,87 @@ class TrtSession:
         Raises:
             SessionDead: the GPU failed, now or before.
         """
+        calls = self._split(feeds, check)
+        check = check and len(calls) == 1  # of several, the whole was checked
         with self.lease() as slot:
             parts = [
-                {n: view.copy() for n, view in slot.run(part, check=check, outputs=outputs).items()}
-                for part in self._split(feeds)
+                {n: view.copy() for n, view in slot.run(call, check=check, outputs=outputs).items()}
+                for call in calls
             ]
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def run_device(
+        self,
+        feeds: Mapping[str, Any],
+        *,
+        check: bool = True,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, DeviceArray]:
+        """Like ``run``, but outputs stay on the GPU, complete, in memory of their own.
+
+        For shapes that do not come again: no graph is captured. ``lease`` has what is faster for
+        those that do. One block holds all outputs and is freed with the last of them.
+        """
+        wanted = None if outputs is None else check_outputs(self._spec.outputs, outputs)
+        with self.lease() as slot:
+            _, found = slot.run_kept(feeds, check=check)
+        return found if wanted is None else {name: found[name] for name in wanted}
+
+    def step(
+        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[DeviceArray]
+    ) -> tuple[Array, list[DeviceArray]]:
+        """Like ``run_device`` of a decoder, unchecked: for what an earlier call left.
+
+        Args:
+            feeds: what is not in the cache.
+            names: of the cache's inputs; its outputs come in the same order, behind the logits.
+            cache: what ``run_device``, ``step`` or ``take_rows`` gave. It is used up: the step
+                after this one writes over it, also where others were given it.
+
+        Returns:
+            The logits, and the next cache.
+        """
+        logits = next(iter(self._spec.outputs))
+        given = {**feeds, **dict(zip(names, cache, strict=True))}
+        with self.lease() as slot:
+            host, found = slot.run_kept(given, used_up=cache, fetch=[logits])
+        return host[logits], list(found.values())
+
+    def take_rows(self, cache: Sequence[DeviceArray], rows: Array) -> list[DeviceArray]:
+        """These rows of a cache, in this order, copied on the GPU; it is used up, see ``step``."""
+        with self.lease() as slot:
+            return slot.take_rows(cache, rows)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Slot]:
         """A slot for this thread until the block ends; waits until one is free.
 
         Raises:
-            UsageError: the session is closed.
+            UsageError: the session is closed, or this thread would wait for itself.
+            SessionDead: the GPU failed before.
         """
         self.device.activate()
+        me = get_ident()
         with self._changed:
+            if self._holders.count(me) == self._num_slots:
+                raise UsageError(
+                    f"this thread leases every slot of the session ({self._num_slots}) and would "
+                    "wait for itself: run on the slot it has, or open the session with more slots"
+                )
             self._changed.wait_for(lambda: self._free or self._closed)
             self._require_open()
             slot = self._free.pop()
+            self._holders.append(me)
         try:
             yield slot
         finally:
-            self._give_back(slot)
+            self._give_back(slot, me)
 
     def submit(self, feeds: Mapping[str, Any], **options: Any) -> Future[dict[str, Array]]:
         """``run`` in a thread of the session's own."""
+        self.device.require_usable()
         with self._changed:
             self._require_open()
             if self._executor is None:
@@ -154,8 +237,7 @@ class TrtSession:
         """Uninitialised memory on the GPU for a value of a tensor, freed with the array."""
         self.device.activate()
         dtype = numpy_dtype(self._spec.tensors[name].dtype)
-        array = DeviceArray(pointer=0, shape=shape, dtype=dtype)
-        buffer = _Owned(self.device, array.nbytes)
+        buffer = Buffer(self.device, math.prod(shape) * dtype.itemsize)
         return DeviceArray(
             pointer=buffer.pointer,
             shape=shape,
@@ -184,16 +266,22 @@ class TrtSession:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _split(self, feeds: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The feeds of a call, or of several where the batch is above the engine's largest."""
+    def __del__(self) -> None:
+        if getattr(self, "_free", None) and not sys.is_finalizing():
+            self.close()
+
+    def _split(self, feeds: Mapping[str, Any], check: bool) -> list[Mapping[str, Any]]:
+        """The feeds of a call; of several, checked, where the batch is above the largest."""
         limit = self._spec.max_batch
-        arrays = [value for value in feeds.values() if isinstance(value, np.ndarray)]
+        values = list(feeds.values()) if isinstance(feeds, Mapping) else []
+        arrays = [value for value in values if isinstance(value, np.ndarray)]
         batches = {len(array) if array.ndim else 0 for array in arrays}
-        if limit is None or len(arrays) < len(feeds) or len(batches) != 1 or max(batches) <= limit:
+        if limit is None or len(arrays) < len(values) or len(batches) != 1 or max(batches) <= limit:
             return [feeds]
         (batch,) = batches
+        whole = check_feeds(self._spec.inputs, feeds, check)
         return [
-            {name: array[start : start + limit] for name, array in feeds.items()}
+            {name: array[start : start + limit] for name, array in whole.items()}
             for start in range(0, batch, limit)
         ]
 
@@ -201,8 +289,9 @@ class TrtSession:
         if self._closed:
             raise UsageError(f"the session of {self._plan.path} is closed; open it again")
 
-    def _give_back(self, slot: Slot) -> None:
+    def _give_back(self, slot: Slot, holder: int) -> None:
         with self._changed:
+            self._holders.remove(holder)
             if not self._closed:
                 self._free.append(slot)
                 self._changed.notify()
@@ -217,14 +306,6 @@ class TrtSession:
             is_last = self._num_open == 0
         if is_last:
             self._plan.close()
-
-
-class _Owned(Buffer):
-    """Device memory that is freed with the last reference to it."""
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", None) is not None:
-            self.close()
 
 
 def open_component(
@@ -249,11 +330,13 @@ def open_component(
         cudart: the module ``cuda.bindings.runtime``; None imports it.
 
     Raises:
-        UsageError: not a GPU, or no engine was built for this backend.
+        UsageError: not a GPU, options of another backend, or no engine was built for this one.
         MissingDependency, HardwareError: the backend, the driver or a GPU that fits is missing.
         ArtifactError: the engine is not the one that was recorded.
         ResourceError: the GPU has no room for it.
     """
+    if not isinstance(options, TrtOptions):
+        raise UsageError(f"{backend}: expected TrtOptions, found {type(options).__name__}")
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
     if match is None:
         raise UsageError(f"device {device!r}: {backend} runs on 'cuda' or such as 'cuda:1'")
@@ -267,10 +350,9 @@ def open_component(
     with ExitStack() as stack:
         stack.callback(plan.close)
         spec = read_engine_spec(plan, record.inputs, record.outputs)
-        scratch = options.slots * int(plan.engine.device_memory_size_v2)
-        gpu.require(scratch, f"{name}: {options.slots} execution contexts")
         session = TrtSession(plan, spec, gpu, options)
         stack.pop_all()
-    taken = before - gpu.free_nbytes()
-    logger.info("%s: %.2f GB of GPU memory, %.2f GB free", name, taken / GB, before / GB)
+    plan.keep_kernels()  # compiled by now; of a process that is killed, they stay
+    free = gpu.free_nbytes()
+    logger.info("%s: %.2f GB of GPU memory, %.2f GB free", name, (before - free) / GB, free / GB)
     return session

@@ -217,6 +217,12 @@ class FakeCuda:
         self.queue(stream, copy)
         return (SUCCESS,)
 
+    def cudaMemcpy(self, target: int, source: int, nbytes: int, kind: int) -> Any:
+        """To any memory of the host, at once."""
+        assert kind == 4
+        ctypes.memmove(target, self.bytes_at(source, nbytes).tobytes(), nbytes)
+        return (SUCCESS,)
+
     def cudaMemsetAsync(self, target: int, value: int, nbytes: int, stream: int) -> Any:
         self.queue(stream, lambda: self.bytes_at(target, nbytes).fill(value))
         return (SUCCESS,)

@@ -5,15 +5,18 @@ An engine computes, in the stream and when the stream gets there,
     y     float32 [batch, 3]         x W + ½ Σ ids
     part  float16 [batch, length]    ids / 4
 
-of x float32 [batch, 4] and ids int64 [batch, length]. It keeps the rules of the real one: shapes
-inside the active profile, which forgets them when it changes; addresses aligned to 256 bytes; a
-run of a shape before its capture; a captured graph only as long as its context stays as it was.
+of x float32 [batch, 4] and ids int64 [batch, length]; or it is a decoder with a cache. It keeps
+the rules of the real one: shapes inside the active profile, which forgets them when it changes;
+addresses aligned to 256 bytes; a run of a shape before its capture; a captured graph only as long
+as its context stays as it was.
 """
 
 from __future__ import annotations
 
 import enum
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,13 +31,16 @@ Place = enum.Enum("Place", "DEVICE HOST")
 Seek = enum.Enum("Seek", "SET CUR END")
 Strategy = enum.Enum("Strategy", "STATIC USER_MANAGED")
 GraphStrategy = enum.Enum("GraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
+KernelStrategy = enum.Enum("KernelStrategy", "LAZY EAGER NONE")
 
 SCRATCH_NBYTES = 1000
 WEIGHT = np.random.default_rng(7).standard_normal((4, 3)).astype(np.float32)
-DTYPES = {"x": np.float32, "ids": np.int64, "y": np.float32, "part": np.float16}
+NAMES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}  # TensorRT's
 WIDE = {"x": [[1, 4], [2, 4], [8, 4]], "ids": [[1, 1], [2, 3], [8, 6]]}
 NARROW = {"x": [[1, 4], [2, 4], [4, 4]], "ids": [[1, 1], [2, 1], [4, 1]]}
 PLAN = json.dumps([WIDE, NARROW]).encode() + b" " * 1000
+Shapes = dict[str, tuple[int, ...]]
+Arrays = dict[str, np.ndarray[Any, Any]]
 
 KERNEL_MS = 5.0
 INPUTS = (
@@ -57,6 +63,70 @@ def expected(feeds: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Computation:
+    """What an engine is of."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    shapes: Callable[[Shapes], Shapes]  # of the inputs → of the outputs
+    compute: Callable[[Arrays], Arrays]
+    plan: bytes
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {spec.name: spec for spec in (*self.inputs, *self.outputs)}
+
+
+LINEAR = Computation(
+    inputs=INPUTS,
+    outputs=OUTPUTS,
+    shapes=lambda shapes: {"y": (shapes["ids"][0], 3), "part": shapes["ids"]},
+    compute=lambda feeds: expected(feeds),
+    plan=PLAN,
+)
+
+KEY, PRESENT = "past_key_values.0.key", "present.0.key"
+VOCABULARY = 7
+CACHE_RANGE = {
+    "input_ids": [[1, 1], [2, 1], [8, 16]],
+    "attention_mask": [[1, 1], [2, 8], [8, 64]],
+    "position_ids": [[1, 1], [2, 1], [8, 16]],
+    KEY: [[1, 1, 0, 2], [2, 1, 7, 2], [8, 1, 48, 2]],
+}
+
+
+def decoded(feeds: Arrays) -> Arrays:
+    """The cache holds ids and positions; the logits depend on all of it that is not masked."""
+    ids, past = feeds["input_ids"], feeds[KEY]
+    new = np.stack([ids, feeds["position_ids"]], axis=-1)[:, None].astype(np.float16)
+    present = np.concatenate([past, new], axis=2)  # (B, 1, P+T, 2)
+    read = (present[:, 0].astype(np.float64) @ [3, 1]) * feeds["attention_mask"]
+    sums = np.cumsum(read, axis=1)[:, past.shape[2] :, None]  # (B, T, 1)
+    logits = np.cos((sums + 1) * np.arange(1, VOCABULARY + 1))
+    return {"logits": logits.astype(np.float32), PRESENT: present}
+
+
+DECODER = Computation(
+    inputs=(
+        TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length")),
+        TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "past+length")),
+        TensorSpec(name="position_ids", dtype="int64", shape=("batch", "length")),
+        TensorSpec(name=KEY, dtype="float16", shape=("batch", 1, "past", 2)),
+    ),
+    outputs=(
+        TensorSpec(name="logits", dtype="float32", shape=("batch", "length", VOCABULARY)),
+        TensorSpec(name=PRESENT, dtype="float16", shape=("batch", 1, "past+length", 2)),
+    ),
+    shapes=lambda shapes: {
+        "logits": (*shapes["input_ids"], VOCABULARY),
+        PRESENT: (shapes["input_ids"][0], 1, shapes["attention_mask"][1], 2),
+    },
+    compute=decoded,
+    plan=json.dumps([CACHE_RANGE]).encode(),
+)
+
+
 class FakeRuntimeTrt(FakeTrt):
     """The module, with engines. ``refuses`` names the calls that fail."""
 
@@ -64,9 +134,15 @@ class FakeRuntimeTrt(FakeTrt):
     SeekPosition, ExecutionContextAllocationStrategy = Seek, Strategy
     IStreamReaderV2 = type("IStreamReaderV2", (_Base,), {})
 
-    def __init__(self, cuda: FakeCuda, name: str = "tensorrt", version: str = "11.4.0.106") -> None:
+    def __init__(
+        self,
+        cuda: FakeCuda,
+        name: str = "tensorrt",
+        version: str = "11.4.0.106",
+        computation: Computation = LINEAR,
+    ) -> None:
         super().__init__(name, version)
-        self.cuda = cuda
+        self.cuda, self.computation = cuda, computation
         self.refuses: dict[str, str] = {}  # call → what is logged
         self.runtimes: list[Any] = []
         self.contexts: list[Context] = []
@@ -76,6 +152,7 @@ class FakeRuntimeTrt(FakeTrt):
         self.logger: Any = None
         if name == "tensorrt_rtx":
             self.CudaGraphStrategy = GraphStrategy
+            self.DynamicShapesKernelSpecializationStrategy = KernelStrategy
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
         assert logger.initialised
@@ -102,7 +179,7 @@ class FakeRuntimeTrt(FakeTrt):
         while piece := reader.read(600, 0):
             assert len(piece) <= 600
             data += piece
-        if data != PLAN or self.refuse("deserialize"):
+        if data != self.computation.plan or self.refuse("deserialize"):
             return None
         return Engine(self, json.loads(data))
 
@@ -111,17 +188,20 @@ class Engine:
     def __init__(self, trt: FakeRuntimeTrt, profiles: list[Any]) -> None:
         self.trt, self.profiles = trt, profiles
         self.device_memory_size_v2 = SCRATCH_NBYTES
-        self.num_io_tensors, self.num_optimization_profiles = 4, len(profiles)
+        self.computation = trt.computation
+        self.num_io_tensors = len(self.computation.specs)
+        self.num_optimization_profiles = len(profiles)
 
     def get_tensor_name(self, index: int) -> str:
-        return list(DTYPES)[index]
+        return list(self.computation.specs)[index]
 
     def get_tensor_mode(self, name: str) -> Any:
-        return Mode.INPUT if name in ("x", "ids") else Mode.OUTPUT
+        is_input = name in [spec.name for spec in self.computation.inputs]
+        return Mode.INPUT if is_input else Mode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
-        names = {"x": "FLOAT", "ids": "INT64", "y": "FLOAT", "part": "HALF"}
-        return DataType[self.trt.changes.get(name, names[name])]
+        dtype = self.computation.specs[name].dtype
+        return DataType[self.trt.changes.get(name, NAMES[dtype])]
 
     def get_tensor_location(self, name: str) -> Any:
         return Place.HOST if self.trt.changes.get("host") == name else Place.DEVICE
@@ -133,8 +213,12 @@ class Engine:
         assert hasattr(self.trt, "CudaGraphStrategy")
         config = SimpleNamespace(create_runtime_cache=lambda: Cache(self.trt))
         config.set_execution_context_allocation_strategy = lambda s: setattr(config, "strategy", s)
-        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
+        config.set_runtime_cache = lambda cache: self._set_cache(config, cache)
         return config
+
+    def _set_cache(self, config: Any, cache: Any) -> bool:
+        config.cache = cache
+        return "set_runtime_cache" not in self.trt.refuses
 
     def create_execution_context(self, how: Any) -> Any:
         config = how if self.trt.__name__ == "tensorrt_rtx" else SimpleNamespace(strategy=how)
@@ -202,17 +286,15 @@ class Context:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if "shape" in self.trt.changes:
             return (-1, 3)
-        batch, length = self.shapes["ids"]
-        return {"x": (batch, 4), "ids": (batch, length), "y": (batch, 3), "part": (batch, length)}[
-            name
-        ]
+        return (self.shapes | self.engine.computation.shapes(self.shapes))[name]
 
     def execute_async_v3(self, stream: int) -> bool:
         if self.trt.refuse("execute_async_v3"):
             return False
-        assert self.shapes.keys() == {"x", "ids"}
-        assert self.shapes["x"][0] == self.shapes["ids"][0]
-        assert self.addresses.keys() == DTYPES.keys()
+        computation = self.engine.computation
+        assert self.shapes.keys() == {spec.name for spec in computation.inputs}
+        assert len({shape[0] for shape in self.shapes.values()}) == 1
+        assert self.addresses.keys() == computation.specs.keys()
         cuda, generation = self.trt.cuda, self.generation
         is_captured = cuda.streams[stream].captured is not None
         if is_captured and self.ran != generation:
@@ -220,14 +302,17 @@ class Context:
             return True
         self.ran = generation
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        outputs = {name: self.get_tensor_shape(name) for name in ("y", "part")}
+        outputs = {spec.name: self.get_tensor_shape(spec.name) for spec in computation.outputs}
 
         def kernel() -> None:
             if is_captured and self.generation != generation:
                 raise Fault("a graph of a context that was changed")
             cuda.bytes_at(*self.scratch)[:] = 1
-            feeds = {name: load(cuda, addresses[name], shapes[name], name) for name in shapes}
-            for name, array in expected(feeds).items():
+            feeds = {
+                name: load(cuda, addresses[name], shape, computation.specs[name].dtype)
+                for name, shape in shapes.items()
+            }
+            for name, array in computation.compute(feeds).items():
                 assert array.shape == outputs[name]
                 data = np.ascontiguousarray(array).view(np.uint8).ravel()
                 cuda.bytes_at(addresses[name], len(data))[:] = data
@@ -238,6 +323,6 @@ class Context:
 
 
 def load(cuda: FakeCuda, address: int, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
-    dtype = np.dtype(DTYPES[name])
+    dtype = np.dtype(name)
     nbytes = int(np.prod(shape)) * dtype.itemsize
     return cuda.bytes_at(address, nbytes).copy().view(dtype).reshape(shape)

@@ -97,7 +97,9 @@ def test_everything_is_freed_once(cuda: FakeCuda) -> None:
 def test_out_of_memory_is_not_the_end(cuda: FakeCuda) -> None:
     device = Device(0, cuda)
     cuda.fail["cudaMalloc"] = 0, MEMORY
-    with pytest.raises(ResourceError, match="not enough GPU memory: cudaMalloc: out of memory"):
+    with pytest.raises(
+        ResourceError, match=r"memory for 0\.00 GB, 1\.07 GB are free: cudaMalloc: out"
+    ):
         Buffer(device, 8)
     cuda.fail.clear()
     device.activate()

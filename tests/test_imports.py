@@ -49,6 +49,7 @@ def modules_after(statement: str) -> set[str]:
         "import internvl_edge",
         "import internvl_edge.runtime",
         "from internvl_edge import load, open_session",
+        "from internvl_edge import OrtOptions, TrtOptions",
         "import internvl_edge.runtime.bench",
     ],
 )

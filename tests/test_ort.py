@@ -78,6 +78,21 @@ def test_feeds_are_checked(session: OrtSession) -> None:
     assert np.isnan(session.run({"x": X * np.nan}, check=False)["y"]).all()
 
 
+def test_what_is_no_plain_feed_is_refused(session: OrtSession) -> None:
+    nothing: Any = None
+    for run in (session.run, session.run_device):
+        with pytest.raises(FeedError, match="expected a mapping of the inputs x, found NoneType"):
+            run(nothing)
+        with pytest.raises(FeedError, match=r"'x': a masked array.*use .filled"):
+            run({"x": np.ma.masked_array(X, mask=X > 3)})
+
+
+def test_rows_of_a_cache(session: OrtSession) -> None:
+    y = session.run_device({"x": X})["y"]
+    (taken,) = session.take_rows([y], np.array([1, 0, 1]))
+    np.testing.assert_array_equal(taken.numpy(), y.numpy()[[1, 0, 1]])
+
+
 def test_a_strided_array_gives_the_same_result(session: OrtSession) -> None:
     wide = np.arange(16, dtype=np.float32).reshape(8, 2).T[:, ::2]
     strided = session.run({"x": wide})["y"]
@@ -254,6 +269,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(HardwareError, match="found 2 CUDA devices"):
         choose_providers("cuda:2")
+    rtx = ortoptions.GPU_PROVIDERS["tensorrt-rtx"]
+    machine["providers"] = [rtx, CPU]  # a build with nothing else
+    assert choose_providers("cuda", "tensorrt-rtx") == [(rtx, {"device_id": "0"}), CPU]
+    with pytest.raises(MissingDependency, match="ort-gpu"):
+        choose_providers("cuda")
     machine["devices"] = 0
     assert choose_providers("auto") == [CPU]
 
@@ -274,3 +294,6 @@ def test_open_component(tmp_path: Path) -> None:
     linear(tmp_path / "vision.onnx")
     with open_component(open_directory(tmp_path, ["vision"]), "vision", "cpu") as session:
         assert set(session.outputs) == {"y", "total"}
+    wrong: Any = object()
+    with pytest.raises(UsageError, match="onnxruntime: expected OrtOptions, found object"):
+        open_component(open_directory(tmp_path, ["vision"]), "vision", "cpu", options=wrong)

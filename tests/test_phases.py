@@ -37,6 +37,23 @@ def test_every_phase_takes_what_it_takes(tmp_path: Path, target: str, graphs: bo
     assert bench.cuda.num_live == 0
 
 
+def test_a_call_begins_when_the_host_is_done(tmp_path: Path) -> None:
+    """H2D Latency has neither the copy to pinned memory in it nor the binding of a context."""
+    bench, feeds = Bench(tmp_path), feeds_of(batch=2, length=5)
+    seen = []
+
+    def look(step: str) -> None:
+        context = bench.trt.contexts[-1]
+        pinned = slot._pinned["x"].view((2, 4), feeds["x"].dtype)
+        seen.append((step, (pinned == feeds["x"]).all(), context.shapes.get("x") == (2, 4)))
+
+    with bench.open() as session, session.lease() as slot:
+        slot.on_step = look
+        slot.run(feeds)
+    steps = ["begun", "staged", "computed", "fetched"]
+    assert seen == [(step, True, True) for step in steps]
+
+
 def test_nothing_is_left_behind_by_a_failure(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     feeds = feeds_of(batch=2, length=5)

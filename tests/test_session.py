@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_onnx import linear, open_directory, spec
 
+import internvl_edge
 from internvl_edge.artifact import EngineRecord
 from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
+from internvl_edge.runtime import model as model_module
+from internvl_edge.runtime import ort
 from internvl_edge.runtime import session as sessions
 from internvl_edge.runtime.session import check_feeds, check_outputs, open_component, open_session
 
@@ -178,6 +181,19 @@ def test_opening_runs(tmp_path: Path, backend: str) -> None:
     artifact = open_directory(tmp_path, ["vision"])
     with open_component(artifact, "vision", backend, "cpu") as session:
         assert session.run({"x": np.ones((2, 4), np.float32)})["y"].shape == (2, 3)
+
+
+def test_options_reach_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = internvl_edge.OrtOptions(num_threads=1)
+    given: list[Any] = []
+    monkeypatch.setattr(ort, "OrtSession", lambda path, **how: given.append(how["options"]))
+    artifact = open_directory(tmp_path, ["vision"])
+    monkeypatch.setattr(sessions, "open_artifact", lambda out: artifact)
+    monkeypatch.setattr(model_module, "open_artifact", lambda out: artifact)
+    open_session(tmp_path, "vision", options=options)
+    internvl_edge.load(tmp_path, options=options).session("vision")
+    open_session(tmp_path, "vision")
+    assert given == [options, options, internvl_edge.OrtOptions()]
 
 
 def test_not_a_directory_of_ours(tmp_path: Path) -> None:

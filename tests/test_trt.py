@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -20,7 +22,19 @@ import numpy as np
 import pytest
 from artifacts import manifest_of
 from fake_cuda import CAPTURE_INVALIDATED, ILLEGAL_ADDRESS, MEMORY, FakeCuda
-from fake_engine import INPUTS, OUTPUTS, PLAN, FakeRuntimeTrt, GraphStrategy, expected
+from fake_engine import (
+    DECODER,
+    INPUTS,
+    KEY,
+    LINEAR,
+    OUTPUTS,
+    PLAN,
+    Computation,
+    FakeRuntimeTrt,
+    GraphStrategy,
+    KernelStrategy,
+    expected,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +52,12 @@ from internvl_edge.errors import (
 from internvl_edge.runtime import contexts as contexts_module
 from internvl_edge.runtime import plan as plan_module
 from internvl_edge.runtime import session as session_module
+from internvl_edge.runtime.blocks import find_overlap
+from internvl_edge.runtime.cache import DeviceDecoding, HostDecoding, empty_cache, start
+from internvl_edge.runtime.cuda import Event
 from internvl_edge.runtime.device_array import DeviceArray
+from internvl_edge.runtime.generate import Generation, Prompt, generate, stream
+from internvl_edge.runtime.ortoptions import OrtOptions
 from internvl_edge.runtime.trt import TrtOptions, TrtSession, open_component
 
 ALLOCATIONS = (
@@ -47,6 +66,7 @@ ALLOCATIONS = (
     "cudaStreamCreateWithFlags",
     "cudaEventCreateWithFlags",
 )
+RESULT_SHAPES = {"y": (2, 3), "part": (2, 3)}  # of 2 rows and 3 ids
 TARGETS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -54,12 +74,15 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 class Bench:
     """A directory with an engine, a GPU and a TensorRT."""
 
-    def __init__(self, path: Path, target: str = "tensorrt", **cuda: Any) -> None:
-        self.target = target
+    def __init__(
+        self, path: Path, target: str = "tensorrt", computation: Computation = LINEAR, **cuda: Any
+    ) -> None:
+        self.target, self.data = target, computation.plan
         self.cuda = FakeCuda(**cuda)
-        self.trt = FakeRuntimeTrt(self.cuda, target.replace("-", "_"), TARGETS[target])
+        self.trt = FakeRuntimeTrt(self.cuda, target.replace("-", "_"), TARGETS[target], computation)
+        inputs, outputs = computation.inputs, computation.outputs
         name = f"engines/vision.{target}-1a2b3c4d"
-        self.files = {f"{name}.plan": PLAN, f"{name}.json": b"{}"}
+        self.files = {f"{name}.plan": self.data, f"{name}.json": b"{}"}
         self.path, self.plan = path, path / f"{name}.plan"
         self.info = EngineInfo(
             component="vision",
@@ -71,16 +94,16 @@ class Bench:
             minimum_sm=80,
             profile=Profile(),
             onnx_sha256="0" * 64,
-            nbytes=len(PLAN),
-            sha256=hashlib.sha256(PLAN).hexdigest(),
+            nbytes=len(self.data),
+            sha256=hashlib.sha256(self.data).hexdigest(),
             fused_attention=0,
             decomposed_attention=0,
             build_seconds=1.0,
-            inputs=INPUTS,
-            outputs=OUTPUTS,
+            inputs=inputs,
+            outputs=outputs,
         )
         record = ComponentRecord(
-            file="vision.onnx", inputs=INPUTS, outputs=OUTPUTS, nbytes=0, verification=None
+            file="vision.onnx", inputs=inputs, outputs=outputs, nbytes=0, verification=None
         )
         engine = EngineRecord(
             component="vision", target=target, file=f"{name}.plan", sidecar=f"{name}.json"
@@ -90,7 +113,7 @@ class Bench:
 
     def write(self) -> None:
         self.plan.parent.mkdir(exist_ok=True)
-        self.plan.write_bytes(PLAN)
+        self.plan.write_bytes(self.data)
         self.plan.with_suffix(".json").write_text(json.dumps(self.info.to_json()))
 
     def open(self, device: str = "cuda", **options: Any) -> TrtSession:
@@ -116,6 +139,13 @@ class Bench:
             "version": 3,
         }
         return SimpleNamespace(__cuda_array_interface__=told | changed)
+
+    def owned(self, session: TrtSession, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
+        """An array of the session's, with these values."""
+        owned = session.empty(name, array.shape)
+        data = np.frombuffer(array.tobytes(), np.uint8)
+        self.cuda.bytes_at(owned.pointer, len(data))[:] = data
+        return owned
 
     def fetch(self, array: DeviceArray) -> np.ndarray[Any, Any]:
         """What the GPU holds once the array's stream got there."""
@@ -329,6 +359,51 @@ def test_what_cannot_be_captured_runs_without(tmp_path: Path, call: str) -> None
         assert bench.cuda.num_launches == 0
 
 
+def test_a_call_that_fails_in_a_capture_leaves_no_graph(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    with bench.open() as session:
+        session.run(feeds_of(2, 2))
+        bench.trt.refuses["execute_async_v3"] = "Error Code 4: the reason"
+        with pytest.raises(InternVLError, match="the reason"):
+            session.run(feeds_of(2, 2))
+        assert not bench.cuda.graphs
+        bench.trt.refuses.clear()
+        assert_same(session.run(feeds_of(2, 2)), feeds_of(2, 2))
+    assert bench.cuda.num_live == 0
+
+
+def test_without_memory_for_another_context_one_is_used_again(bench: Bench) -> None:
+    with bench.open() as session:
+        for seed in range(2):
+            assert_same(session.run(feeds_of(2, 2, seed)), feeds_of(2, 2, seed))
+        bench.trt.refuses["create_execution_context"] = "Error Code 2: OutOfMemory"
+        for batch in (1, 3, 1, 1, 1):
+            assert_same(session.run(feeds_of(batch, 2)), feeds_of(batch, 2))
+        found = session.run_device(feeds_of(2, 2))  # whose context is one more
+        assert_same({name: array.numpy() for name, array in found.items()}, feeds_of(2, 2))
+    assert len(bench.trt.contexts) == 1
+
+
+def test_the_order_of_feeds_is_no_other_shape(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    feeds = feeds_of(2, 3)
+    with bench.open() as session:
+        for _ in range(2):
+            assert_same(session.run(feeds), feeds)
+            assert_same(session.run(dict(reversed(feeds.items()))), feeds)
+        assert len(bench.cuda.executables) == 1
+
+
+@pytest.mark.parametrize("batch", [3, 5, 8])
+def test_buckets_that_the_engine_does_not_take_are_passed_over(bench: Bench, batch: int) -> None:
+    """16 is above every profile; 4 serves a batch of 3."""
+    feeds = feeds_of(batch, 2)
+    with bench.open(batch_buckets=(16, 4)) as session:
+        assert_same(session.run(feeds), feeds)
+        ran = {c.shapes["x"][0] for c in bench.trt.contexts if c.shapes["ids"][1] == 2}
+        assert ran == {4 if batch == 3 else batch}
+
+
 def test_without_graphs_nothing_is_captured(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with bench.open(graphs=False) as session:
@@ -404,6 +479,70 @@ def test_an_output_of_one_run_is_an_input_of_the_next(bench: Bench) -> None:
         assert_same({name: bench.fetch(array) for name, array in found.items()}, feeds)
 
 
+def test_arrays_live_until_the_gpu_is_done_with_them(bench: Bench) -> None:
+    """The caller drops them at once; runs queue up behind, and nothing is waited for."""
+    calls = [feeds_of(2, 3, seed) for seed in range(6)]
+    with bench.open() as session, session.lease() as slot:
+        for feeds in calls:
+            slot.run_device(
+                {"x": bench.owned(session, "x", feeds["x"]), "ids": feeds["ids"]},
+                out={"y": session.empty("y", (2, 3)), "part": session.empty("part", (2, 3))},
+            )
+        live = bench.cuda.num_live
+        assert_same(slot.run(calls[0]), calls[0])
+        assert bench.cuda.num_live < live  # and no longer
+    assert bench.cuda.num_live == 0
+
+
+def test_closing_waits_for_what_was_queued(bench: Bench) -> None:
+    feeds = feeds_of(2, 3)
+    for closes_within in (True, False):
+        session = bench.open()
+        with session.lease() as slot:
+            out = {name: session.empty(name, shape) for name, shape in RESULT_SHAPES.items()}
+            slot.run_device(feeds, out=out)
+            if closes_within:
+                session.close()
+        session.close()
+        assert_same({name: bench.fetch(array) for name, array in out.items()}, feeds)
+
+
+def test_a_consumer_of_dlpack_waits_for_the_engine(bench: Bench) -> None:
+    feeds = feeds_of(2, 3)
+    consumer = bench.cuda.cudaStreamCreateWithFlags(1)[1]
+    with bench.open() as session, session.lease() as slot:
+        seen = []
+        y = slot.run_device(feeds)["y"]
+        for stream in (-1, consumer):
+            y.__dlpack__(stream=stream)
+            bench.cuda.queue(
+                consumer, lambda: seen.append(bench.cuda.bytes_at(y.pointer, y.nbytes).copy())
+            )
+            bench.cuda.cudaStreamSynchronize(consumer)
+    early, late = (data.view(np.float32).reshape(2, 3) for data in seen)
+    np.testing.assert_array_equal(late, expected(feeds)["y"])
+    assert not np.array_equal(early, late)  # -1 is the consumer's word that it waits by itself
+
+
+def test_another_slot_waits_for_the_first(bench: Bench) -> None:
+    """By an event of the run: the first slot's stream may be in use by another thread."""
+    feeds = feeds_of(2, 3)
+    with bench.open(slots=2) as session, session.lease() as first, session.lease() as second:
+        x = bench.owned(session, "x", np.zeros((2, 4), np.float32))
+        ready = Event(session.device)
+        data = np.frombuffer(feeds["x"].tobytes(), np.uint8)
+        bench.cuda.queue(
+            first.stream.handle,
+            lambda: bench.cuda.bytes_at(x.pointer, x.nbytes).__setitem__(slice(None), data),
+        )
+        ready.record(first.stream.handle)
+        late = replace(x, stream=first.stream.handle, ready=ready)
+        assert_same(second.run(feeds | {"x": late}), feeds)
+        np.testing.assert_array_equal(late.numpy(), feeds["x"])
+        with pytest.raises(UsageError, match="did not come from a run"):
+            x.numpy()
+
+
 def test_memory_of_an_array_is_freed_with_it(bench: Bench) -> None:
     with bench.open() as session:
         before = bench.cuda.num_live
@@ -448,9 +587,151 @@ def test_wrong_targets(bench: Bench) -> None:
                 slot.run_device(feeds, out=out)
         shared = session.empty("x", (3, 4))
         y = replace(shared, shape=(3, 3))
-        with pytest.raises(FeedError, match="is where this run writes an output"):
+        with pytest.raises(FeedError, match="input 'x' is where this run writes output 'y'"):
             slot.run_device({"x": shared, "ids": feeds["ids"]}, out={"y": y})
         assert_same(slot.run(feeds), feeds)
+
+
+def test_outputs_share_no_memory(bench: Bench) -> None:
+    feeds = feeds_of(8, 6)
+    with bench.open() as session, session.lease() as slot:
+        memory = session.empty("y", (200, 3))
+        y = replace(memory, shape=(8, 3))
+        part = DeviceArray(pointer=y.pointer, shape=(8, 6), dtype=np.dtype("f2"))
+        x = replace(memory, pointer=y.pointer, shape=(8, 4))
+        with pytest.raises(FeedError, match=r"output '\w+' is where this run writes output '\w+'"):
+            slot.run_device(feeds, out={"y": y, "part": part})
+        with pytest.raises(FeedError, match="input 'x' is where this run writes output 'y'"):
+            slot.run_device(feeds | {"x": x}, out={"y": y})
+        first = slot.run_device(feeds)  # in the slot's memory
+        y_as_x = replace(first["y"], shape=(6, 4))
+        with pytest.raises(FeedError, match="input 'x' is where this run writes output 'y'"):
+            slot.run_device({"x": y_as_x, "ids": feeds["ids"][:6]})
+        apart = replace(part, pointer=y.pointer + 256)  # y takes 96 bytes
+        found = slot.run_device(feeds, out={"y": y, "part": apart})
+        assert_same({name: bench.fetch(array) for name, array in found.items()}, feeds)
+
+
+def test_spans_that_overlap() -> None:
+    def found(written: list[tuple[int, int]], read: list[tuple[int, int]]) -> Any:
+        return find_overlap([(*w, f"w{w[0]}") for w in written], [(*r, f"r{r[0]}") for r in read])
+
+    assert found([(0, 4), (4, 8)], [(8, 9), (8, 8), (2, 2)]) is None
+    assert found([(4, 8), (0, 5)], []) == ("w0", "w4")
+    assert found([(0, 4), (6, 8)], [(4, 6), (3, 4)]) == ("w0", "r3")
+    assert found([(0, 9)], [(-5, 1)]) == ("w0", "r-5")
+    assert found([(0, 1), (2, 3)], [(-5, 20)]) == ("w2", "r-5")
+
+
+def test_what_is_read_only_is_not_written(bench: Bench) -> None:
+    feeds = feeds_of(3, 2)
+    y = bench.on_gpu(np.zeros((3, 3), np.float32))
+    told = y.__cuda_array_interface__
+    told["data"] = told["data"][0], True
+    with bench.open() as session, session.lease() as slot:
+        with pytest.raises(FeedError, match="found read-only float32"):
+            slot.run_device(feeds, out={"y": y})
+        x = bench.on_gpu(feeds["x"])
+        x.__cuda_array_interface__["data"] = x.__cuda_array_interface__["data"][0], True
+        assert_same(slot.run(feeds | {"x": x}), feeds)  # but it may be read
+        assert_same(slot.run(feeds), feeds)
+
+
+def test_outputs_in_memory_of_their_own(bench: Bench) -> None:
+    calls = [feeds_of(2, 3, seed) for seed in range(3)]
+    with bench.open() as session:
+        live = bench.cuda.num_live
+        found = [session.run_device(feeds) for feeds in calls]
+        for feeds, arrays in zip(calls, found, strict=True):
+            assert_same({name: array.numpy() for name, array in arrays.items()}, feeds)
+        assert list(session.run_device(calls[0], outputs=["part"])) == ["part"]
+        with pytest.raises(FeedError, match="NaN"):
+            session.run_device(wrong_values())
+        with pytest.raises(UsageError, match="output 'z'"):
+            session.run_device(calls[0], outputs=["z"])
+        del found, arrays
+        assert bench.cuda.num_live == live
+
+
+# --- a decoder's cache ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=list(TARGETS))
+def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+    return Bench(tmp_path, request.param, DECODER)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2, 3])
+def test_a_decoder_says_the_same_with_its_cache_on_the_gpu(decoder: Bench, num_beams: int) -> None:
+    """Rows end at different tokens, beams change places, and 9 are more than the engine takes."""
+    ids = np.array([[3, 1, 4], [1, 5, 2], [6, 5, 3]])
+    prompt = Prompt(ids=ids, mask=np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1]]))
+    how = Generation(max_new_tokens=20, num_beams=num_beams, stop_ids=(2,))
+    with decoder.open() as session:
+        cache = empty_cache(session, rows=3)
+        on_gpu = start(session, cache)
+        assert isinstance(on_gpu, DeviceDecoding)
+        found = generate(on_gpu, prompt, how)
+        past = {KEY: next(iter(cache.values()))}
+        np.testing.assert_array_equal(found, generate(HostDecoding(session, past), prompt, how))
+        assert len(set(map(len, (row[row > 0] for row in found)))) > 1  # of different lengths
+    del on_gpu
+    assert decoder.cuda.num_live == 0
+
+
+def test_the_cache_never_crosses_to_the_host(decoder: Bench) -> None:
+    with decoder.open() as session:
+        decoding = start(session, empty_cache(session, rows=8))
+        decoding.run(np.ones((8, 1), np.int64), np.ones((8, 1), np.int64), np.zeros((8, 1), int))
+        allocated = []
+        for past in range(1, 48):
+            before = list(decoder.cuda.calls)
+            mask, positions = np.ones((8, past + 1), np.int64), np.full((8, 1), past)
+            decoding.run(np.full((8, 1), past % 7), mask, positions)
+            calls = decoder.cuda.calls[len(before) :]
+            assert calls.count("cudaMemcpyAsync") == 4  # ids, mask, positions; logits
+            assert "cudaMemcpy" not in calls
+            allocated.append(calls.count("cudaMalloc"))
+        assert 4 <= sum(allocated) < 20  # blocks take turns
+    contexts = [context for context in decoder.trt.contexts if context.shapes]
+    assert len(contexts) <= 2  # shapes change at every step and pile nothing up
+    assert decoder.cuda.num_launches == 0
+    if decoder.target == "tensorrt-rtx":
+        passing = contexts[-1].config
+        assert passing.cuda_graph_strategy is GraphStrategy.DISABLED
+        assert passing.dynamic_shapes_kernel_specialization_strategy is KernelStrategy.NONE
+        first = decoder.trt.contexts[0].config
+        assert first.dynamic_shapes_kernel_specialization_strategy is KernelStrategy.LAZY
+
+
+def test_generations_share_a_slot(decoder: Bench) -> None:
+    """Step by step in turns, in one thread: none holds the slot between its steps."""
+    with decoder.open() as session:
+        prompts = [Prompt(ids=np.array([[i]]), mask=np.ones((1, 1), np.int64)) for i in (3, 4)]
+        how = Generation(max_new_tokens=12, stop_ids=())
+        alone = [generate(start(session, empty_cache(session, 1)), p, how) for p in prompts]
+        streams = [stream(start(session, empty_cache(session, 1)), p, how) for p in prompts]
+        together = [list(tokens) for tokens in zip(*streams, strict=True)]
+    np.testing.assert_array_equal(np.reshape(together, (12, 2)).T, np.concatenate(alone))
+
+
+def test_a_step_without_memory_leaves_the_cache(decoder: Bench) -> None:
+    def step(past: int) -> Any:
+        mask, positions = np.ones((8, past + 1), np.int64), np.full((8, 1), past)
+        return decoding.run(np.full((8, 1), past % 7), mask, positions)
+
+    with decoder.open() as session:
+        decoding = start(session, empty_cache(session, rows=8))
+        found = [step(past) for past in range(3)]
+        decoder.cuda.fail["cudaMalloc"] = 0, MEMORY
+        past = 3
+        with pytest.raises(ResourceError):
+            for past in range(3, 48):
+                found.append(step(past))
+        decoder.cuda.fail.clear()
+        found += [step(past) for past in range(past, 48)]
+        decoding = start(session, empty_cache(session, rows=8))
+        np.testing.assert_array_equal(found, [step(past) for past in range(48)])
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -466,13 +747,32 @@ def test_feeds_are_refused_as_everywhere(bench: Bench) -> None:
             (feeds | {"x": feeds["x"][:2]}, "batch=2"),
             (feeds_of(9, 7), r"found x \[8, 4\].* the engine takes x \[1, 4\] to"),
             (feeds_of(8, 7), r"ids \[1, 1\] to \[8, 6\]"),
+            (None, "expected a mapping of the inputs x, ids, found NoneType"),
+            (feeds | {"x": np.ma.masked_array(feeds["x"], mask=True)}, "a masked array"),
+            (feeds | {"x": Unplaced()}, "'x': Unplaced has no device: on a meta device"),
+            (last_row_is_nan(21), r"1 of 84 that are NaN"),
         ]:
             with pytest.raises(FeedError, match=message):
                 session.run(wrong)
+            ran = [name for name in bench.cuda.calls if name == "cudaMemcpyAsync"]
+            assert not ran  # before any work
         with pytest.raises(UsageError, match="output 'z'"):
             session.run(feeds, outputs=["z"])
         assert np.isnan(session.run(wrong_values(), check=False)["y"]).all()
         assert_same(session.run(feeds), feeds)
+
+
+class Unplaced:
+    """A tensor that has no memory."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise BufferError("on a meta device")
+
+
+def last_row_is_nan(batch: int) -> Arrays:
+    feeds = feeds_of(batch, 2)
+    feeds["x"][-1, -1] = np.nan
+    return feeds
 
 
 def wrong_values() -> Arrays:
@@ -614,7 +914,8 @@ def test_memory_runs_out_at_any_allocation(bench: Bench) -> None:
             try:
                 session = bench.open(slots=2)
             except ResourceError as error:
-                assert "not enough GPU memory" in str(error)
+                host = call == "cudaHostAlloc"
+                assert ("not enough page-locked host" if host else "not enough GPU") in str(error)
                 assert bench.cuda.num_live == 0
             else:
                 bench.cuda.fail = {}
@@ -629,9 +930,39 @@ def test_what_does_not_fit_is_said_before(tmp_path: Path) -> None:
         small.open()
     assert not small.trt.runtimes
     middle = Bench(tmp_path, total=len(PLAN) + 100)
-    with pytest.raises(ResourceError, match="4 execution contexts needs"):
+    with pytest.raises(ResourceError, match=r"slots=4, each of .* needs .* are free"):
         middle.open(slots=4)
     assert middle.cuda.num_live == 0
+
+
+def test_all_memory_of_a_slot_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte less than a slot takes is refused, with nothing allocated for one."""
+    bench = Bench(tmp_path)
+    monkeypatch.setattr("internvl_edge.runtime.trt.GB", 1)
+    with caplog.at_level("INFO"), bench.open():
+        held = sum(map(len, bench.cuda.memory.values()))
+    assert f"{held}.00 GB of GPU memory, {bench.cuda.total - held}.00 GB free" in caplog.text
+    tight = Bench(tmp_path, total=held - 1)
+    with pytest.raises(ResourceError, match=r"slots=1, each of .* GB are free"):
+        tight.open()
+    assert "cudaHostAlloc" not in tight.cuda.calls
+    Bench(tmp_path, total=max(held, len(PLAN))).open().close()
+
+
+def test_memory_that_runs_out_says_which_and_how_much(bench: Bench) -> None:
+    bench.cuda.fail = {"cudaMalloc": (3, MEMORY)}
+    with pytest.raises(
+        ResourceError, match=r"not enough GPU memory for 0\.00 GB, 1\.07 GB are free"
+    ):
+        bench.open()
+    bench.cuda.fail = {"cudaHostAlloc": (1, MEMORY)}
+    with pytest.raises(ResourceError, match=r"not enough page-locked host memory for 0\.00 GB"):
+        bench.open()
+    bench.cuda.fail = {"cudaMalloc": (0, MEMORY), "cudaMemGetInfo": (3, MEMORY)}
+    with pytest.raises(ResourceError, match=r"0\.00 GB are free"):
+        bench.open()
 
 
 def test_a_sticky_error_ends_the_session(bench: Bench) -> None:
@@ -663,11 +994,15 @@ def test_an_address_that_was_freed_is_the_gpus_end(bench: Bench) -> None:
 
 def test_a_fork_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     session = bench.open()
+    session.submit(feeds_of(1, 1)).result()  # its thread does not come along
     live = bench.cuda.num_live
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: -1)
+        for call in (session.run, session.submit):
+            with pytest.raises(UsageError, match="before a fork"):
+                call(feeds_of(1, 1))
         with pytest.raises(UsageError, match="before a fork"):
-            session.run(feeds_of(1, 1))
+            asyncio.run(session.run_async(feeds_of(1, 1)))
         session.close()
         assert bench.cuda.num_live == live  # it is the parent's
     assert_same(session.run(feeds_of(1, 1)), feeds_of(1, 1))
@@ -709,6 +1044,34 @@ def test_close_during_a_run_lets_it_end(bench: Bench) -> None:
         session.run(feeds_of(1, 1))
     with pytest.raises(UsageError, match="is closed"):
         session.submit(feeds_of(1, 1))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_thread_does_not_wait_for_itself(bench: Bench, slots: int) -> None:
+    feeds = feeds_of(2, 2)
+    with bench.open(slots=slots) as session:
+        for _ in range(2):
+            with contextlib.ExitStack() as stack:
+                for _ in range(slots):
+                    slot = stack.enter_context(session.lease())
+                with pytest.raises(UsageError, match=r"every slot .*would wait for itself"):
+                    session.run(feeds)
+                assert_same(slot.run(feeds), feeds)
+        assert_same(session.run(feeds), feeds)
+
+
+def test_a_session_that_is_dropped_is_closed(bench: Bench) -> None:
+    feeds = feeds_of(2, 3)
+    session = bench.open(slots=2)
+    out = {name: session.empty(name, shape) for name, shape in RESULT_SHAPES.items()}
+    session.submit(feeds).result()
+    with session.lease() as slot:
+        slot.run_device(feeds, out=out)
+    del session, slot
+    gc.collect()
+    assert_same({name: bench.fetch(array) for name, array in out.items()}, feeds)
+    del out
+    assert bench.cuda.num_live == 0
 
 
 def closed_run(session: TrtSession) -> str:
@@ -766,6 +1129,31 @@ def test_compiled_kernels_are_kept_and_read_again(rtx: Bench) -> None:
     assert cache_of(rtx).read_bytes().endswith(b"kernels and more")
 
 
+def test_kernels_are_kept_once_the_engine_is_open(rtx: Bench) -> None:
+    """A server may be killed."""
+    with rtx.open():
+        assert cache_of(rtx).read_bytes().endswith(b"kernels")
+
+
+def test_a_gpu_that_failed_keeps_no_kernels(rtx: Bench) -> None:
+    session = rtx.open()
+    rtx.trt.cache = b"kernels of a broken context"
+    rtx.cuda.fail["cudaStreamSynchronize"] = 0, ILLEGAL_ADDRESS
+    with pytest.raises(SessionDead):
+        session.run(feeds_of(2, 2))
+    session.close()
+    assert cache_of(rtx).read_bytes().endswith(b"kernels")
+
+
+def test_a_cache_that_is_not_taken_is_no_error(
+    rtx: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    rtx.trt.refuses["set_runtime_cache"] = "no"
+    with caplog.at_level("INFO"), rtx.open() as session:
+        assert_same(session.run(feeds_of(1, 1)), feeds_of(1, 1))
+    assert "each context compiles its own kernels" in caplog.text
+
+
 @pytest.mark.parametrize("data", [b"", b"x" * 40, hashlib.sha256(b"k").digest() + b"kernels"])
 def test_a_broken_cache_reaches_no_parser(rtx: Bench, data: bytes) -> None:
     cache_of(rtx).write_bytes(data)
@@ -809,7 +1197,18 @@ def test_open_session_leads_here(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
     artifact = Artifact(path=bench.path, manifest=bench.manifest)
     opened = []
     monkeypatch.setattr(
-        "internvl_edge.runtime.trt.open_component", lambda *args: opened.append(args)
+        "internvl_edge.runtime.trt.open_component",
+        lambda *args, **options: opened.append((args, options)),
     )
     session_module.open_component(artifact, "vision", bench.target)
-    assert opened == [(artifact, "vision", "auto", bench.target)]
+    options = TrtOptions(slots=2)
+    session_module.open_component(artifact, "vision", bench.target, options=options)
+    args = artifact, "vision", "auto", bench.target
+    assert opened == [(args, {}), (args, {"options": options})]
+
+
+def test_options_of_another_backend(bench: Bench) -> None:
+    artifact = Artifact(path=bench.path, manifest=bench.manifest)
+    options: Any = OrtOptions()
+    with pytest.raises(UsageError, match="expected TrtOptions, found OrtOptions"):
+        open_component(artifact, "vision", "cuda", bench.target, options=options)

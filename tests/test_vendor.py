@@ -70,12 +70,14 @@ def test_the_installed_release_has_what_sessions_call() -> None:
             "set_input_shape set_optimization_profile_async set_tensor_address"
         ),
         trt.IRuntimeConfig: (
-            "create_runtime_cache cuda_graph_strategy set_execution_context_allocation_strategy "
-            "set_runtime_cache"
+            "create_runtime_cache cuda_graph_strategy "
+            "dynamic_shapes_kernel_specialization_strategy "
+            "set_execution_context_allocation_strategy set_runtime_cache"
         ),
         trt.IRuntimeCache: "deserialize serialize",
         trt.Runtime: "deserialize_cuda_engine engine_host_code_allowed",
         trt.CudaGraphStrategy: "DISABLED WHOLE_GRAPH_CAPTURE",
+        trt.DynamicShapesKernelSpecializationStrategy: "LAZY NONE",
         trt.ExecutionContextAllocationStrategy: "USER_MANAGED",
         trt.SeekPosition: "SET CUR END",
         trt.TensorIOMode: "INPUT OUTPUT",

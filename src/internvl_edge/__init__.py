@@ -17,9 +17,11 @@ from internvl_edge.errors import InternVLError
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.model import load
+    from internvl_edge.runtime.ortoptions import OrtOptions
     from internvl_edge.runtime.session import open_session
+    from internvl_edge.runtime.trt import TrtOptions
 
-__all__ = ["InternVLError", "__version__", "load", "open_session"]
+__all__ = ["InternVLError", "OrtOptions", "TrtOptions", "__version__", "load", "open_session"]
 
 # A library leaves it to its user where messages go.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -27,6 +29,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 _LAZY = {
     "load": "internvl_edge.runtime.model",
     "open_session": "internvl_edge.runtime.session",
+    "OrtOptions": "internvl_edge.runtime.ortoptions",
+    "TrtOptions": "internvl_edge.runtime.trt",
 }
 
 
