@@ -27,12 +27,24 @@ from internvl_edge.export.configfile import (
     section,
     typed,
 )
+from internvl_edge.runtime.templates import TEMPLATES
 
 Layout = Literal["internvl_chat", "llava"]
 RopeType = Literal["default", "linear", "dynamic", "llama3"]
 
 SUPPORTED = ("LlamaForCausalLM", "LlavaLlamaForCausalLM")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+# Rotary scaling → what it cannot be without.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 LLAVA_IMAGE_TOKEN_ID = -200
 LLAVA_ARCHITECTURE = "LlavaLlamaForCausalLM"
@@ -62,6 +74,7 @@ class LlamaConfig:
     hidden_act: str = "silu"
     bos_token_id: int = 1
     eos_token_id: int = 2
+    more_eos_ids: tuple[int, ...] = ()  # Llama 3 has several
     pad_token_id: int = 0
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -73,7 +86,12 @@ class LlamaConfig:
         require_divisible(self.hidden_size, self.num_attention_heads, "llm_config")
         require_divisible(self.num_attention_heads, self.num_key_value_heads, "llm_config")
         require_choice("llm_config.hidden_act", self.hidden_act, ("silu",))
-        require_choice("llm_config.rope_scaling", self.rope_type, ROPE_TYPES)
+        require_choice("llm_config.rope_scaling", self.rope_type, tuple(ROPE_TYPES))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise CheckpointError(
+                "llm_config.rope_scaling: expected low_freq_factor below high_freq_factor, found "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
         if self.head_dim % 2:
             raise CheckpointError(
                 f"llm_config: rotary embedding needs an even head size, found {self.head_dim}"
@@ -116,6 +134,13 @@ class ChatConfig:
         may_be_none = ("image_token_id", "num_queries", "num_blocks_behind")
         require_positive(self, "config", but=may_be_none)
         require_choice("ps_version", self.ps_version, ("v1", "v2"))
+        if self.llama is not None:
+            require_choice("template", self.template, tuple(TEMPLATES))
+        if self.min_dynamic_patch > self.max_dynamic_patch:
+            raise CheckpointError(
+                "config: expected min_dynamic_patch up to max_dynamic_patch, found "
+                f"{self.min_dynamic_patch} and {self.max_dynamic_patch}"
+            )
 
     @property
     def projector(self) -> str:
@@ -139,7 +164,10 @@ class ChatConfig:
     def from_json(cls, raw: dict[str, Any]) -> ChatConfig:
         """The inverse of ``dataclasses.asdict``: refuses keys it does not know."""
         llama = raw["llama"]
-        return cls(**{**raw, "llama": None if llama is None else LlamaConfig(**llama)})
+        if llama is not None:
+            more = tuple(llama.get("more_eos_ids", ()))
+            llama = LlamaConfig(**{**llama, "more_eos_ids": more})
+        return cls(**{**raw, "llama": llama})
 
 
 def is_llava(raw: dict[str, Any]) -> bool:
@@ -259,8 +287,16 @@ def _architecture(llm: dict[str, Any]) -> str:
 
 def _llama(raw: dict[str, Any], path: Path, prefix: str) -> LlamaConfig:
     rope = ("rope_type", "rope_factor", "low_freq_factor", "high_freq_factor")
-    skip = (*rope, "rope_theta", "original_max_position_embeddings", "is_rotated")
+    skip = (
+        *rope,
+        "rope_theta",
+        "original_max_position_embeddings",
+        "is_rotated",
+        "eos_token_id",
+        "more_eos_ids",
+    )
     fields = known_fields(LlamaConfig, raw, path, prefix, skip=skip)
+    fields |= _ends(raw.get("eos_token_id"), path, f"{prefix}eos_token_id")
     fields.setdefault("num_key_value_heads", fields.get("num_attention_heads", 32))
     head_dim = raw.get("head_dim")
     llama = LlamaConfig(**fields, **_rope(raw, path, prefix))
@@ -270,6 +306,15 @@ def _llama(raw: dict[str, Any], path: Path, prefix: str) -> LlamaConfig:
             f"{head_dim!r}"
         )
     return llama
+
+
+def _ends(ids: Any, path: Path, key: str) -> dict[str, Any]:
+    """The ids that end a text: one, or a list of them."""
+    if ids is None:
+        return {}
+    listed = ids if isinstance(ids, list) and ids else [ids]
+    first, *more = (typed(token, int, path, key) for token in listed)
+    return {"eos_token_id": first, "more_eos_ids": tuple(more)}
 
 
 def _rope(raw: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
@@ -292,4 +337,10 @@ def _rope(raw: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
         fields["original_max_position_embeddings"] = typed(
             original, int, path, f"{prefix}rope_scaling.original_max_position_embeddings"
         )
-    return {"rope_type": str(scaling.get("rope_type", scaling.get("type", "default"))), **fields}
+    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+    missing = [key for key in ROPE_TYPES.get(kind, ()) if scaling.get(key) is None]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {prefix}rope_scaling: {kind} needs {', '.join(missing)}, found none"
+        )
+    return {"rope_type": kind, **fields}

@@ -18,6 +18,7 @@ import numpy as np
 
 from internvl_edge.runtime.continuation import Batch, Decoding, Generation, Prompt, without
 from internvl_edge.runtime.session import Array
+from internvl_edge.runtime.vectors import largest
 
 IMPOSSIBLE = -1e9  # the sum of a beam that is a copy of another one, before the first step
 
@@ -64,11 +65,8 @@ def beam_search(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
     ids: list[list[int]] = [[] for _ in expanded]
     finished = [_Finished(beams, how.length_penalty) for _ in range(rows)]
     for length in range(1, how.max_new_tokens + 1):
-        scores = _log_softmax(logits)
-        if length <= how.min_new_tokens:
-            scores = without(scores, stop)
-        scores = scores + totals.reshape(-1, 1)
-        origin, tokens, totals = _advance(scores, ids, finished, length, how)
+        barred = stop if length <= how.min_new_tokens else stop[:0]
+        origin, tokens, totals = _advance(logits, totals, barred, ids, finished, how)
         ids = [[*ids[row], int(token)] for row, token in zip(origin, tokens, strict=True)]
         if length == how.max_new_tokens or all(row.done for row in finished):
             break
@@ -78,47 +76,70 @@ def beam_search(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
 
 
 def _advance(
-    scores: Array, ids: list[list[int]], finished: list[_Finished], length: int, how: Generation
+    logits: Array,
+    totals: Array,
+    barred: Array,
+    ids: list[list[int]],
+    finished: list[_Finished],
+    how: Generation,
 ) -> tuple[Array, Array, Array]:
     """One step of every row.
 
     Args:
-        scores: (rows · beams, V), of every sentence under way with every next token.
+        logits: (rows · beams, V), behind every sentence under way.
+        totals: (rows, beams), their sums.
+        barred: token ids that have no chance.
         ids: of the sentences under way.
         finished: of every row; grows.
-        length: tokens with the next one.
         how: the options.
 
     Returns:
         Of every sentence that goes on: the beam it came from, its token (both (rows · beams,)),
         and its sum (rows, beams).
     """
-    beams, vocabulary = how.num_beams, scores.shape[1]
+    beams, length = how.num_beams, len(ids[0]) + 1
     count = max(2, 1 + len(how.stop_ids)) * beams
-    origin = np.arange(len(scores))
-    tokens = np.full(len(scores), how.pad_id, np.int64)
-    totals = np.zeros((len(finished), beams), np.float32)
+    origin = np.arange(len(logits))
+    tokens = np.full(len(logits), how.pad_id, np.int64)
+    sums = np.zeros_like(totals)
     for row, done in enumerate(finished):
         if done.done:
             continue
-        flat = scores[row * beams : (row + 1) * beams].reshape(-1)
-        candidates = _largest(flat, count)
+        first = row * beams
+        options = _best_next(logits[first : first + beams], totals[row], barred, count)
         going = 0
-        for rank, candidate in enumerate(candidates.tolist()):
-            beam, token = row * beams + candidate // vocabulary, candidate % vocabulary
-            total = float(flat[candidate])
+        for rank, (beam, token, total) in enumerate(options):
             if token in how.stop_ids:
                 if rank < beams:
-                    done.add([*ids[beam], token], total, length)
+                    done.add([*ids[first + beam], token], total, length)
                 continue
-            place = row * beams + going
-            origin[place], tokens[place], totals[row, going] = beam, token, total
+            place = first + going
+            origin[place], tokens[place], sums[row, going] = first + beam, token, total
             going += 1
             if going == beams:
                 break
-        best = float(flat[candidates[0]])
-        done.done = done.is_done(best, length, early=how.early_stopping)
-    return origin, tokens, totals
+        done.done = done.is_done(options[0][2], length, early=how.early_stopping)
+    return origin, tokens, sums
+
+
+def _best_next(
+    logits: Array, totals: Array, barred: Array, count: int
+) -> list[tuple[int, int, float]]:
+    """The best continuations of one row's sentences: beam, token and sum, best first.
+
+    Of equal ones, the first beam and the lowest token. Whatever is among the best of all is among
+    the best of its beam, so that only these are scored: log_softmax(logits) + total.
+    """
+    peak = logits.max(axis=1)  # (beams,)
+    spread = np.log(np.exp(logits - peak[:, None]).sum(axis=1))
+    if len(barred):
+        logits = without(logits, barred)
+    found = [largest(row, min(count, len(row))) for row in logits]
+    beam = np.repeat(np.arange(len(logits)), [len(some) for some in found])
+    token = np.concatenate(found)
+    sums = logits[beam, token] - peak[beam] - spread[beam] + totals[beam]
+    best = np.argsort(-sums, kind="stable")[:count]
+    return list(zip(beam[best].tolist(), token[best].tolist(), sums[best].tolist(), strict=True))
 
 
 def _best_sentences(
@@ -134,16 +155,3 @@ def _best_sentences(
         best.append(done.best())
     width = max(map(len, best))
     return np.array([row + [how.pad_id] * (width - len(row)) for row in best], np.int64)
-
-
-def _largest(values: Array, count: int) -> Array:
-    """Indices of the largest values, best first; of equal ones, the first."""
-    count = min(count, len(values))
-    found = np.argpartition(-values, count - 1)[:count]
-    return found[np.lexsort((found, -values[found]))]
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result

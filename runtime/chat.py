@@ -24,10 +24,25 @@ from internvl_edge.runtime.cache import empty_cache, start
 from internvl_edge.runtime.chattokens import IMAGE, PLACE
 from internvl_edge.runtime.continuation import Decoding, Generation, Prompt
 from internvl_edge.runtime.generate import generate, stream
+from internvl_edge.runtime.history import answered, as_turns, with_places
 from internvl_edge.runtime.parts import Parts
-from internvl_edge.runtime.requests import image_list, is_normalised, slices, text_problem
+from internvl_edge.runtime.requests import (
+    id_rows,
+    image_list,
+    is_normalised,
+    require_vocabulary,
+    slices,
+    text_problem,
+)
 from internvl_edge.runtime.session import Array
-from internvl_edge.runtime.speak import Seen, left_padded, streamed, until_end
+from internvl_edge.runtime.speak import (
+    Seen,
+    left_padded,
+    require_room,
+    rows_at_once,
+    streamed,
+    until_end,
+)
 from internvl_edge.runtime.table import Embedding
 from internvl_edge.runtime.templates import Turn, conversation, find_template
 
@@ -40,6 +55,7 @@ __all__ = [
     "Turn",
     "continued",
     "is_chat",
+    "remembered",
     "reply",
     "reply_pieces",
     "see",
@@ -125,18 +141,19 @@ def reply(
 
     Raises:
         UsageError: ``<image>`` stands in another number of places than there are images, an unknown
-            template, or too long a conversation.
+            template, a history of something else than turns, or too long a conversation.
         MediaError: an empty question, or an image that cannot be read.
     """
     if not is_chat(parts):
-        asked = _single(parts, images, question)
-        ids = speak.continued(parts, asked, [QUESTION.format(question)], how)
+        seen, prompt = _single(parts, images, question, template, system)
+        given = as_turns(history)
+        ids = speak.continued(parts, seen, [prompt], how)
         (text,) = speak.texts_of(parts, ids, how)
-        return Reply(text=text, history=(*history, Turn(question=question, answer=text)))
+        return Reply(text=text, history=(*given, Turn(question=question, answer=text)))
     request = _request(parts, images, question, history, how, template, system)
     new = generate(*request.started(parts), request.how)
     text = parts.chat_tokenizer.decode(until_end(new[0].tolist(), request.how))
-    return Reply(text=text, history=(*history, Turn(question=question, answer=text)))
+    return Reply(text=text, history=answered(request.turns, text))
 
 
 def reply_pieces(
@@ -151,11 +168,20 @@ def reply_pieces(
 ) -> Iterator[str]:
     """As :func:`reply`, the text in pieces as they come; refused at once if it cannot be."""
     if not is_chat(parts):
-        asked = _single(parts, images, question)
-        return speak.pieces(parts, asked, QUESTION.format(question), how)
+        seen, prompt = _single(parts, images, question, template, system)
+        return speak.pieces(parts, seen, prompt, how)
     request = _request(parts, images, question, history, how, template, system)
     tokens = stream(*request.started(parts), request.how)
     return streamed(tokens, request.how, parts.chat_tokenizer.decode)
+
+
+def remembered(
+    parts: Parts, seen: Seen | ChatSeen | None, question: str, history: Sequence[Turn], answer: str
+) -> tuple[Turn, ...]:
+    """The history of a :class:`Reply`, for an answer that came in pieces."""
+    turns = [*as_turns(history), Turn(question=question)]
+    count = len(seen) if isinstance(seen, ChatSeen) else 0
+    return answered(with_places(turns, count) if is_chat(parts) else turns, answer)
 
 
 def continued(
@@ -170,26 +196,32 @@ def continued(
 
     Args:
         parts: of a directory.
-        images: see ``Model``; their tokens fill the places row by row, in order.
+        images: see ``Model``; their tokens fill the places row by row, in order. None: no places.
         prompts: int [B,T], 0 where padded on the left.
         how: the options.
         batch_size: rows at a time.
         image_token_id: the id of a place; None: what the checkpoint's tokenizer says.
 
     Raises:
-        UsageError: no such id is known, another number of places than of image tokens, or too long
-            a prompt.
+        UsageError: no such id is known, another number of places than of image tokens, an id that
+            the model does not have, or too long a prompt.
+        MediaError: prompts that are not ids.
     """
+    parts.require("chat_decoder")
     chat = parts.artifact.manifest.model["chat"]
     place = chat["image_token_id"] if image_token_id is None else image_token_id
-    if place is None:
+    if place is None and images is not None:
         raise UsageError(
             "expected image_token_id, the id of places for image tokens: the checkpoint had no "
             "tokenizer files that say it"
         )
-    rows = [_unpadded(row, place) for row in np.asarray(prompts)]
+    rows = [_unpadded(row, place) for row in id_rows(prompts)]
+    for i, row in enumerate(rows):
+        ids = (token for token in row if token != PLACE)
+        require_vocabulary(ids, parts.token_table.shape[0], f"prompt {i + 1} of {len(rows)}")
     _require_room(parts, [len(row) for row in rows], how)
-    tokens = _joined(parts, see(parts, images, batch_size))
+    seen = ChatSeen(tokens=()) if images is None else see(parts, images, batch_size)
+    tokens = _joined(parts, seen)
     counts = [row.count(PLACE) for row in rows]
     if sum(counts) != len(tokens):
         raise UsageError(
@@ -198,9 +230,9 @@ def continued(
         )
     ends = np.cumsum(counts)
     found = []
-    for part in slices(len(rows), batch_size):
-        first = ends[part.start] - counts[part.start]
-        decoding, prompt = _started(parts, rows[part], tokens[first : ends[part.stop - 1]])
+    for part in slices(len(rows), rows_at_once(parts, "chat_decoder", batch_size, how)):
+        own = tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]]
+        decoding, prompt = _started(parts, rows[part], own, part.start)
         found.append(generate(decoding, prompt, how))
     width = max(ids.shape[1] for ids in found)
     return np.concatenate(
@@ -219,6 +251,7 @@ class _Request:
     """A question that can be asked."""
 
     seen: ChatSeen
+    turns: tuple[Turn, ...]  # every image in its place
     ids: list[int]
     how: Generation  # its stop ids are the template's too
 
@@ -239,44 +272,39 @@ def _request(
     parts.require("chat_decoder")
     _require_question(question)
     chosen = find_template(template or parts.artifact.manifest.model["chat"]["template"])
+    if system is not None and (problem := text_problem(system)) is not None:
+        raise MediaError(f"system: {problem}")
     tokenizer = parts.chat_tokenizer
-    seen = see(parts, images) if images is not None else ChatSeen(tokens=())
-    turns = _with_places([*history, Turn(question=question)], len(seen))
+    given = _chat_images(images)
+    turns = with_places([*as_turns(history), Turn(question=question)], len(given))
+    seen = see(parts, given) if len(given) else ChatSeen(tokens=())
     pieces = conversation(chosen, turns, system)
     ids = tokenizer.encode(pieces, [len(tokens) for tokens in seen.tokens], chosen)
     _require_room(parts, [len(ids)], how)
     stop = tokenizer.ids.get(chosen.stop)
     if stop is not None and stop not in how.stop_ids:
         how = replace(how, stop_ids=(stop, *how.stop_ids))
-    return _Request(seen=seen, ids=ids, how=how)
+    return _Request(seen=seen, turns=turns, ids=ids, how=how)
 
 
-def _with_places(turns: list[Turn], count: int) -> tuple[Turn, ...]:
-    """Turns in which every image has its place; without any, all stand before the first question.
-
-    Raises:
-        UsageError: more or fewer places than images.
-    """
-    found = sum(turn.question.count(IMAGE) for turn in turns)
-    if found == 0 and count:
-        first = replace(turns[0], question=f"{IMAGE}\n" * count + turns[0].question)
-        return (first, *turns[1:])
-    if found != count:
-        raise UsageError(
-            f"the conversation has {found} {IMAGE}, expected one for each of {count} image(s)"
-        )
-    return tuple(turns)
+def _chat_images(images: Any) -> Any:
+    """The images of a conversation, as something that has a length."""
+    if images is None or isinstance(images, ChatSeen):
+        return images or ()
+    return image_list(images)
 
 
-def _started(parts: Parts, rows: Sequence[list[int]], tokens: Array) -> tuple[Decoding, Prompt]:
-    """A decoder on an empty cache, and rows of ids as its prompt."""
+def _started(
+    parts: Parts, rows: Sequence[list[int]], tokens: Array, first: int = 0
+) -> tuple[Decoding, Prompt]:
+    """A decoder on an empty cache, and rows of ids as its prompt; ``first`` is the first one's."""
     session = parts.session("chat_decoder")
-    prompt = left_padded(rows, past=0)
+    prompt = left_padded(rows, past=0, first=first)
     embed = Embedding(parts.token_table, tokens)
     return start(session, empty_cache(session, len(rows)), embed), prompt
 
 
-def _unpadded(row: Array, place: int) -> list[int]:
+def _unpadded(row: Array, place: int | None) -> list[int]:
     """A row of ids without its padding, places marked."""
     first = int((row != 0).argmax())
     if not row.any():
@@ -300,6 +328,7 @@ def _require_room(parts: Parts, lengths: Sequence[int], how: Generation) -> None
             f"with its images and {how.max_new_tokens} new tokens; clear the history, or lower "
             "max_new_tokens"
         )
+    require_room(parts, "chat_decoder", longest, 0, how)
 
 
 def _joined(parts: Parts, seen: ChatSeen) -> Array:
@@ -328,12 +357,20 @@ def _tiles(parts: Parts, image: Any) -> list[Image.Image]:
 # --- InternVL-G ----------------------------------------------------------------------------------
 
 
-def _single(parts: Parts, images: Any, question: str) -> Seen:
-    """The one image that an InternVL-G is asked about."""
+def _single(
+    parts: Parts, images: Any, question: str, template: str | None, system: str | None
+) -> tuple[Seen, str]:
+    """The one image that an InternVL-G is asked about, and the prompt; ``<image>`` says nothing."""
     _require_question(question)
+    if template is not None or system is not None:
+        raise UsageError(
+            f"template and system are for an InternVL-Chat: this model is asked {QUESTION!r}"
+        )
+    if (count := question.count(IMAGE)) > 1:
+        raise UsageError(f"expected one {IMAGE} at most, found {count}: this model looks at one")
     if images is None:
         raise UsageError("expected an image: this model answers questions about one image")
     seen = speak.see(parts, images)
     if len(seen) != 1:
         raise UsageError(f"expected one image, found {len(seen)}: this model looks at one")
-    return seen
+    return seen, QUESTION.format(question.replace(IMAGE, "").strip() if count else question)

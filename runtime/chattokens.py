@@ -4,7 +4,8 @@ A chat model's tokenizer is a SentencePiece model and a list of added tokens, su
 ``<|im_start|>``, each with an id of its own. In the text that a template wrote they are these ids.
 In what a user typed they are not: ``<|im_end|>`` in a question is spelled in ordinary pieces, so
 that a question cannot end itself and speak as somebody else. The one thing that a user writes and
-that is more than text is ``<image>``, the place of an image.
+that is more than text is ``<image>`` in a question, the place of an image; in an answer or a system
+sentence it is text too.
 
 Between two control tokens a run of text is encoded as one, by the rules of the original's slow
 tokenizer: each run gets SentencePiece's own space in front (``legacy``), or only the first one.
@@ -85,6 +86,9 @@ class ChatTokenizer:
 
     def _parts(self, piece: Piece) -> Iterable[tuple[str, int | None]]:
         """Text, and special ids, of a piece; ``PLACE`` stands for an ``<image>``."""
+        if not piece.is_template and not piece.has_images:
+            yield piece.text, None
+            return
         pattern = self._special if piece.is_template else re.compile(re.escape(IMAGE))
         end = 0
         for match in pattern.finditer(piece.text):

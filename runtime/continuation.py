@@ -9,7 +9,7 @@ counts what is not padding before it: cumsum(mask) − 1, and 1 on padding (inte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,12 +33,16 @@ class Decoding(Protocol):
         """Keep these rows of the cache, in this order; a row may be taken several times."""
 
 
+MAX_BEAMS = 128  # of a row, each with a cache of its own
+MAX_PENALTY = 50.0  # a length to this power is a number still
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """How to go on from a prompt.
 
     Raises:
-        UsageError: a number that cannot be, or beams that are to be sampled.
+        UsageError: a value that cannot be, or beams that are to be sampled.
     """
 
     max_new_tokens: int = 30
@@ -54,17 +58,28 @@ class Generation:
     pad_id: int = 0
 
     def __post_init__(self) -> None:
-        _require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
-        within = 0 <= self.min_new_tokens <= self.max_new_tokens
-        _require("min_new_tokens", self.min_new_tokens, within, f"0 to {self.max_new_tokens}")
-        _require("num_beams", self.num_beams, self.num_beams >= 1, "at least 1")
-        _require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
-        is_share = self.top_p is None or 0 < self.top_p <= 1
-        _require("top_p", self.top_p, is_share, "more than 0, up to 1")
-        is_warm = self.temperature is None or 0 < self.temperature < np.inf
-        _require("temperature", self.temperature, is_warm, "a finite number above 0")
-        samples = (self.temperature, self.top_k, self.top_p) != (None, None, None)
-        if samples and self.num_beams > 1:
+        _require_integer("max_new_tokens", self.max_new_tokens, 1)
+        _require_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        _require_integer("num_beams", self.num_beams, 1, MAX_BEAMS)
+        penalty = self.length_penalty
+        within = _is_number(penalty) and abs(penalty) <= MAX_PENALTY
+        _require("length_penalty", penalty, within, f"{-MAX_PENALTY:g} to {MAX_PENALTY:g}")
+        is_flag = isinstance(self.early_stopping, bool)
+        _require("early_stopping", self.early_stopping, is_flag, "True or False")
+        heat, share = self.temperature, self.top_p
+        is_warm = heat is None or (_is_number(heat) and 0 < heat < np.inf)
+        _require("temperature", heat, is_warm, "a finite number above 0")
+        is_share = share is None or (_is_number(share) and 0 < share <= 1)
+        _require("top_p", share, is_share, "more than 0, up to 1")
+        if self.top_k is not None:
+            _require_integer("top_k", self.top_k, 1)
+        if self.seed is not None:
+            _require_integer("seed", self.seed, 0)
+        _require("stop_ids", self.stop_ids, isinstance(self.stop_ids, tuple | list), "a tuple")
+        for token in self.stop_ids:
+            _require_integer("stop_ids", token, 0)
+        _require_integer("pad_id", self.pad_id, 0)
+        if self.is_sampled and self.num_beams > 1:
             raise UsageError(
                 f"num_beams {self.num_beams}: beams are not drawn; leave temperature, top_k and "
                 "top_p out, or take one beam"
@@ -82,11 +97,24 @@ class Prompt:
     ids: Array  # int64 [B,T]
     mask: Array  # int64 [B,T], 0 is padding
     past: int = 0  # P
+    first: int = 0  # which row of a request its first one is, for what is drawn
 
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:
         raise UsageError(f"{name} {value}: expected {expected}")
+
+
+def _require_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    _require(name, repr(value), is_integer, f"an integer, found {type(value).__name__}")
+    within = low <= value and (high is None or value <= high)
+    _require(name, value, within, f"at least {low}" if high is None else f"{low} to {high}")
+
+
+def _is_number(value: object) -> bool:
+    is_real = isinstance(value, int | float | np.integer | np.floating)
+    return is_real and not isinstance(value, bool)
 
 
 class Batch:
@@ -118,16 +146,19 @@ class Batch:
 
     def _run(self, ids: Array, mask: Array, positions: Array) -> Array:
         logits = self.decoding.run(ids, mask, positions)
-        if np.isnan(logits.max()):  # a maximum of anything and NaN is NaN
-            rows = np.flatnonzero(np.isnan(logits).any(axis=1)).tolist()
+        best = logits.max(axis=1)  # NaN where a row has any, infinite where nothing has a chance
+        if not np.isfinite(best).all():
+            rows = np.flatnonzero(~np.isfinite(best)).tolist()
+            found = "NaN" if np.isnan(best).any() else "infinite logits"
             raise InternVLError(
-                f"the decoder gave NaN behind {self.used} positions, row {rows}: expected finite "
-                "logits; run internvl-edge verify, or export at another precision"
+                f"the decoder gave {found} behind {self.used} positions, row {rows}: expected "
+                "finite logits; run internvl-edge verify, or export at another precision"
             )
         return logits
 
 
 def without(logits: Array, ids: Array) -> Array:
+    """Logits (B, V) in which these ids have no chance; what V does not have, has none anyway."""
     logits = logits.copy()
-    logits[:, ids] = -np.inf
+    logits[:, ids[ids < logits.shape[1]]] = -np.inf
     return logits

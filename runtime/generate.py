@@ -8,13 +8,14 @@ Greedy decoding takes the largest logit; sampling draws one from
     softmax(top_p(top_k(logits / temperature)))
 
 where top-k keeps the k largest logits, and top-p the most likely tokens until their probabilities
-reach p. A row that has met a stop id is filled with the padding id. Until ``min_new_tokens`` are
-there, stop ids have no chance.
+reach p. Every row draws from a stream of its own, by the seed and its number in the request, so
+that nothing depends on how many rows run together. A row that has met a stop id is filled with the
+padding id. Until ``min_new_tokens`` are there, stop ids have no chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -22,8 +23,12 @@ from internvl_edge.errors import UsageError
 from internvl_edge.runtime.beams import beam_search
 from internvl_edge.runtime.continuation import Batch, Decoding, Generation, Prompt, without
 from internvl_edge.runtime.session import Array
+from internvl_edge.runtime.vectors import largest
 
 __all__ = ["Generation", "Prompt", "generate", "stream"]
+
+COLDEST = float(np.finfo(np.float32).tiny)  # a temperature that logits can be divided by
+FEW = 64  # of the most likely tokens, among which a nucleus is looked for first
 
 
 def generate(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
@@ -34,7 +39,7 @@ def generate(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
         id that ends them.
 
     Raises:
-        InternVLError: the decoder gave NaN.
+        InternVLError: the decoder gave NaN, or nothing that has a chance.
     """
     if how.num_beams > 1:
         return beam_search(decoding, prompt, how)
@@ -46,19 +51,19 @@ def stream(decoding: Decoding, prompt: Prompt, how: Generation) -> Iterator[Arra
 
     Raises:
         UsageError: beams, of which nothing is known before the end.
-        InternVLError: the decoder gave NaN.
+        InternVLError: the decoder gave NaN, or nothing that has a chance.
     """
     if how.num_beams > 1:
         raise UsageError(f"num_beams {how.num_beams}: only one beam can be streamed")
     batch = Batch(decoding, prompt, how.max_new_tokens)
-    rng = np.random.default_rng(how.seed)
     stop = np.array(how.stop_ids, np.int64)
     logits = batch.read_prompt()
+    rngs = [_rng(how.seed, prompt.first + row) for row in range(len(logits))]
     alive = np.ones(len(logits), bool)
     for count in range(1, how.max_new_tokens + 1):
         if count <= how.min_new_tokens:
             logits = without(logits, stop)
-        best = _drawn(logits, how, rng) if how.is_sampled else logits.argmax(axis=1)
+        best = _drawn(logits, how, rngs) if how.is_sampled else logits.argmax(axis=1)
         tokens = np.where(alive, best, how.pad_id)
         alive &= ~(tokens[:, None] == stop).any(axis=1)
         yield tokens
@@ -70,28 +75,39 @@ def stream(decoding: Decoding, prompt: Prompt, how: Generation) -> Iterator[Arra
 # --- sampling ------------------------------------------------------------------------------------
 
 
-def _drawn(logits: Array, how: Generation, rng: np.random.Generator) -> Array:
+def _rng(seed: int | None, row: int) -> np.random.Generator:
+    return np.random.default_rng(None if seed is None else [seed, row])
+
+
+def _drawn(logits: Array, how: Generation, rngs: Sequence[np.random.Generator]) -> Array:
     """One token of each row, (B,)."""
-    scores = logits.astype(np.float64) / (how.temperature or 1.0)
-    if how.top_k is not None and how.top_k < scores.shape[1]:
-        kth = -np.partition(-scores, how.top_k - 1, axis=1)[:, how.top_k - 1 : how.top_k]
-        scores = np.where(scores >= kth, scores, -np.inf)
-    chances = np.exp(scores - scores.max(axis=1, keepdims=True))
-    chances /= chances.sum(axis=1, keepdims=True)
-    if how.top_p is not None:
-        chances = _nucleus(chances, how.top_p)
-    reached = chances.cumsum(axis=1)
-    point = rng.random((len(reached), 1)) * reached[:, -1:]
-    found: Array = (reached <= point).sum(axis=1)
-    return found
+    draws = zip(logits, rngs, strict=True)
+    return np.array([_draw(row, how, rng.random()) for row, rng in draws], np.int64)
+
+
+def _draw(logits: Array, how: Generation, point: float) -> int:
+    """The token of logits (V,) at a point from 0 to 1."""
+    ids = None  # all of them
+    if how.top_k is not None and how.top_k < len(logits):
+        ids = largest(logits, how.top_k)
+    scores = logits if ids is None else logits[ids]
+    heat = max(how.temperature or 1.0, COLDEST)
+    with np.errstate(over="ignore"):  # in the cold all but the best are infinitely far behind it
+        chances = np.exp((scores - scores.max()) / heat)
+    if how.top_p is not None and how.top_p < 1:
+        kept = _nucleus(chances / chances.sum(), how.top_p)
+        ids, chances = kept if ids is None else ids[kept], chances[kept]
+    reached = chances.cumsum(dtype=np.float64)
+    at = min(int(np.searchsorted(reached, point * reached[-1], side="right")), len(reached) - 1)
+    return at if ids is None else int(ids[at])
 
 
 def _nucleus(chances: Array, share: float) -> Array:
-    """Only the most likely tokens, until their chances reach ``share``; the first one always."""
-    order = np.argsort(-chances, axis=1, kind="stable")
-    ranked = np.take_along_axis(chances, order, axis=1)
-    before = ranked.cumsum(axis=1) - ranked
-    kept = np.where((before < share) | (before == 0), ranked, 0.0)
-    result = np.empty_like(chances)
-    np.put_along_axis(result, order, kept, axis=1)
-    return result
+    """Indices of the most likely tokens, until their chances reach ``share``; one at least."""
+    few = largest(chances, min(FEW, len(chances)))
+    while chances[few].sum() < share and len(few) < len(chances):
+        few = largest(chances, min(8 * len(few), len(chances)))
+    order = few[np.argsort(-chances[few], kind="stable")]
+    ranked = chances[order]
+    before = ranked.cumsum(dtype=np.float64) - ranked
+    return order[: int((before < share).sum())]

@@ -194,6 +194,10 @@ class Model(Embedder):
         Image i goes with text i; one image or one text goes with all of the other. Slower and more
         precise than ``retrieve``: QLLaMA reads the text and the image together.
         """
+        return np.concatenate(list(self.match_stream(images, texts, batch_size)))
+
+    def match_stream(self, images: Any, texts: Any, batch_size: int = 8) -> Iterator[Array]:
+        """As ``match``, of every few pairs as soon as they are known: float32 [batch_size]."""
         self.parts.require("vision", "matcher")
         given, ids = image_list(images), text_list(texts)
         if not isinstance(ids, np.ndarray):
@@ -205,11 +209,13 @@ class Model(Embedder):
                 f"images and {len(ids)} texts"
             )
         ids = np.broadcast_to(ids, (count, ids.shape[1]))
-        logits = []
-        for rows, hidden in self.parts.hidden_batches(given, count, batch_size):
-            feeds = {"last_hidden_state": hidden, **masked(ids[rows])}
-            logits.append(self.parts.run("matcher", "match_logits", **feeds))
-        return softmax(np.concatenate(logits))[:, 1].copy()  # of (B, 2): no, yes
+        batches = self.parts.hidden_batches(given, count, batch_size)
+        return (self._matched(hidden, ids[rows]) for rows, hidden in batches)
+
+    def _matched(self, hidden: Array, ids: Array) -> Array:
+        feeds = {"last_hidden_state": hidden, **masked(ids)}
+        logits = self.parts.run("matcher", "match_logits", **feeds)  # (B, 2): no, yes
+        return softmax(logits)[:, 1].copy()
 
     # --- speak -----------------------------------------------------------------------------------
 
@@ -287,7 +293,7 @@ class Model(Embedder):
 
         Of an InternVL-Chat, ``prompts`` are ids [B,T] with places for image tokens, which every
         image fills in order; ``image_token_id`` among ``how`` says which id a place has, if the
-        checkpoint had no tokenizer files that do.
+        checkpoint had no tokenizer files that do. ``images`` None: there are none.
         """
         place = how.pop("image_token_id", None)
         chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
@@ -318,19 +324,20 @@ class Model(Embedder):
         Of an InternVL-Chat the history is part of the prompt, and questions say ``<image>`` where
         the next image stands; without it all images stand in front of the first question. An
         InternVL-G answers ``Question: … Answer:`` about one image: it was trained on single
-        questions, so its history is kept for the caller and not read.
+        questions, so its history is kept for the caller and not read; it has neither templates nor
+        system sentences.
 
         Args:
             images: all images of the conversation, see ``Model``, or what ``see`` gave; None: none.
             question: what is asked now.
-            history: of the ``Reply`` before.
+            history: of the ``Reply`` before; also pairs of question and answer.
             template: how the prompt is spelled; the checkpoint's own by default.
             system: instead of the template's own sentence.
             max_new_tokens: the most.
             how: as for ``caption``.
 
         Returns:
-            The answer, and the history to go on with.
+            The answer, and the history to go on with, every image in its place.
 
         Raises:
             UsageError: places for images that are not as many as images, an unknown template, or

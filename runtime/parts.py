@@ -6,7 +6,7 @@ else is computed from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,14 @@ class Parts:
             if component not in self._sessions:
                 self._sessions[component] = self._open_one(component)
             return self._sessions[component]
+
+    def largest(self, component: str) -> Mapping[str, int]:
+        """The largest batch, length and past that a component's engine takes.
+
+        Empty where no profile bounds them: on ONNX Runtime.
+        """
+        found: Mapping[str, int] = getattr(self.session(component), "largest", {})
+        return found
 
     def close(self) -> None:
         """Close every session; may be called again."""

@@ -63,6 +63,18 @@ class EngineSpec:
             return None
         return max(shape[0] for profile in self.profiles for shape in profile.high.values())
 
+    @property
+    def largest(self) -> dict[str, int]:
+        """The largest size of every named dimension: batch, length, past."""
+        sizes = [
+            (symbol, size)
+            for profile in self.profiles
+            for name, spec in self.inputs.items()
+            for symbol, size in zip(spec.shape, profile.high[name], strict=True)
+            if isinstance(symbol, str) and "+" not in symbol
+        ]
+        return dict(sorted(sizes))  # of equal names, the last and largest stays
+
     def find_profile(self, shapes: Mapping[str, Shape]) -> int | None:
         """The index of the narrowest profile that holds these shapes; None where none does."""
         return next((p.index for p in self.profiles if p.holds(shapes)), None)

@@ -18,10 +18,12 @@ __all__ = [
     "batches_of",
     "distinct_labels",
     "fill_template",
+    "id_rows",
     "image_list",
     "is_normalised",
     "masked",
     "one_place_templates",
+    "require_vocabulary",
     "slices",
     "text_list",
     "text_problem",
@@ -92,6 +94,35 @@ def _id_array(rows: list[Any]) -> Array:
             f"rows of {', '.join(str(len(row)) for row in rows[:8])} items"
         )
     return ids
+
+
+def id_rows(prompts: Any) -> Array:
+    """Ids, an array or rows of equal length, as int64 [B,T]; they may be negative.
+
+    Raises:
+        MediaError: something else.
+    """
+    try:
+        ids = np.asarray(prompts)
+    except ValueError:  # rows of different lengths
+        ids = np.empty(0)
+    if ids.dtype.kind not in "iu" or ids.ndim != 2 or not ids.size:
+        found = (
+            f"{ids.dtype} {list(ids.shape)}" if ids.size else "rows of different lengths, or none"
+        )
+        raise MediaError(f"prompts: expected ids, int [B,T], padded in front with 0, found {found}")
+    return ids.astype(np.int64)
+
+
+def require_vocabulary(ids: Iterable[int], size: int, what: str) -> None:
+    """Refuse ids that a model does not have.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    for token in ids:
+        if not 0 <= token < size:
+            raise UsageError(f"{what}: token id {token}: expected ids from 0 to {size - 1}")
 
 
 def text_problem(text: object) -> str | None:

@@ -22,7 +22,7 @@ from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.cache import start
 from internvl_edge.runtime.generate import Generation, Prompt, generate, stream
 from internvl_edge.runtime.parts import Parts
-from internvl_edge.runtime.requests import image_list, slices, text_list
+from internvl_edge.runtime.requests import image_list, require_vocabulary, slices, text_list
 from internvl_edge.runtime.session import Array, did_you_mean
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "generation",
     "left_padded",
     "pieces",
+    "require_room",
+    "rows_at_once",
     "see",
     "streamed",
     "texts_of",
@@ -81,15 +83,21 @@ def generation(parts: Parts, **how: Any) -> Generation:
     Raises:
         UsageError: an unknown option, or a value that cannot be.
     """
-    llama = parts.artifact.manifest.language_model or {"eos_token_id": 2, "pad_token_id": 0}
-    how = {"stop_ids": (llama["eos_token_id"],), "pad_id": llama["pad_token_id"], **how}
-    known = Generation.__dataclass_fields__
+    known, llama = Generation.__dataclass_fields__, parts.artifact.manifest.language_model or {}
     for name in how:
         if name not in known:
             raise UsageError(
                 f"option {name!r}: expected some of {', '.join(known)}{did_you_mean(name, known)}"
             )
-    return Generation(**how)
+    eos, pad = llama.get("eos_token_id", 2), llama.get("pad_token_id", 0)
+    own = {
+        "stop_ids": (eos, *llama.get("more_eos_ids", ())),
+        "pad_id": max(pad, 0),  # LLaMA's configs say −1 where there is none
+    }
+    chosen = Generation(**{**own, **how})
+    if "stop_ids" in how and llama:
+        require_vocabulary(chosen.stop_ids, llama["vocab_size"], "stop_ids")
+    return chosen
 
 
 def continued(
@@ -119,9 +127,12 @@ def continued(
         )
     _require_room(parts, rows, how)
     rows = rows * count if len(rows) == 1 else rows
+    size = rows_at_once(parts, "decoder", batch_size, how)
     found = [
-        generate(start(parts.session("decoder"), cache), _prompt(rows[part], cache), how)
-        for part, cache in _caches(parts, given, count, batch_size)
+        generate(
+            start(parts.session("decoder"), cache), _prompt(rows[part], cache, part.start), how
+        )
+        for part, cache in _caches(parts, given, count, size)
     ]
     width = max(ids.shape[1] for ids in found)
     wide = [
@@ -157,17 +168,24 @@ def pieces(parts: Parts, image: Any, prompt: Any, how: Generation) -> Iterator[s
 def streamed(
     tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
 ) -> Iterator[str]:
-    """The text of one row's tokens in pieces, as they come."""
-    ids: list[int] = []
-    told = ""
+    """The text of one row's tokens in pieces, as they come; none is empty.
+
+    Only the tokens of the last piece are decoded again, which the next one may change: spaces are
+    the text's own between two words, and not around it.
+    """
+    ids: list[int] = []  # of the last piece, and since
+    count, told = 0, ""  # of the last piece: its tokens, and their text
     for token in tokens:
+        if int(token[0]) in how.stop_ids:
+            break
         ids.append(int(token[0]))
-        text = decode(until_end(ids, how))
+        text = decode(ids)
         is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
-        if is_whole and text.startswith(told):
+        if is_whole and text != told and text.startswith(told):
             yield text[len(told) :]
-            told = text
-    text = decode(until_end(ids, how))
+            del ids[:count]
+            count, told = len(ids), decode(ids)
+    text = decode(ids)
     if text != told:
         yield text[len(told) :]
 
@@ -203,8 +221,10 @@ def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
                 raise MediaError(f"prompt {i + 1} of {len(given)}: expected text, found none")
         ids, mask = parts.tokenizer.prompt(given)
         return [row[keep > 0].tolist() for row, keep in zip(ids, mask, strict=True)]
+    llama = parts.artifact.manifest.language_model or {}
     rows = []
     for i, row in enumerate(given):
+        require_vocabulary(row.tolist(), llama["vocab_size"], f"prompt {i + 1} of {len(given)}")
         first = int((row > 0).argmax())
         if not row.any() or (row[first:] == 0).any():
             raise MediaError(
@@ -215,20 +235,54 @@ def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
     return rows
 
 
-def _prompt(rows: list[list[int]], cache: Mapping[str, Array]) -> Prompt:
+def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -> Prompt:
     """Rows of ids as a left-padded prompt behind a cache."""
-    return left_padded(rows, past=next(iter(cache.values())).shape[2])
+    return left_padded(rows, past=next(iter(cache.values())).shape[2], first=first)
 
 
-def left_padded(rows: Sequence[list[int]], past: int) -> Prompt:
-    """Rows of ids as a prompt behind ``past`` cached positions."""
+def left_padded(rows: Sequence[list[int]], past: int, first: int = 0) -> Prompt:
+    """Rows of ids as a prompt behind ``past`` cached positions; ``first`` is the first one's."""
     width = max(map(len, rows))
     ids = np.zeros((len(rows), width), np.int64)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, width - len(row) :] = row
         mask[i, width - len(row) :] = 1
-    return Prompt(ids=ids, mask=mask, past=past)
+    return Prompt(ids=ids, mask=mask, past=past, first=first)
+
+
+def rows_at_once(parts: Parts, component: str, batch_size: int, how: Generation) -> int:
+    """How many rows of a request run together: with their beams, no more than an engine takes."""
+    limit = parts.largest(component).get("batch")
+    return batch_size if limit is None else min(batch_size, limit // how.num_beams)
+
+
+def require_room(parts: Parts, component: str, length: int, past: int, how: Generation) -> None:
+    """Refuse, before any work, what the profile of a decoder's engine does not hold.
+
+    Args:
+        parts: of a directory.
+        component: ``decoder`` or ``chat_decoder``.
+        length: tokens of the longest prompt.
+        past: positions before it in the cache.
+        how: the options.
+
+    Raises:
+        UsageError: which limit, and what is needed.
+    """
+    largest = parts.largest(component)
+    last = past if how.max_new_tokens == 1 else past + length + how.max_new_tokens - 2
+    reasons = {
+        "batch": (how.num_beams, f"{how.num_beams} beams"),
+        "length": (length, f"{length} tokens of a prompt"),
+        "past": (last, f"{past + length} positions before the {how.max_new_tokens} new tokens"),
+    }
+    for name, (need, why) in reasons.items():
+        if need > largest.get(name, need):
+            raise UsageError(
+                f"the engine of {component} takes {name} up to {largest[name]}, {need} are needed "
+                f"for {why}; ask for less, or build the engine for a larger {name}"
+            )
 
 
 def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
@@ -242,3 +296,4 @@ def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
             f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
             f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
         )
+    require_room(parts, "decoder", len(rows[longest]), image, how)

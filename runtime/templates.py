@@ -129,6 +129,7 @@ class Piece:
 
     text: str
     is_template: bool
+    has_images: bool = False  # where ``<image>`` is the place of one: in questions
 
 
 def find_template(name: str) -> Template:
@@ -165,7 +166,7 @@ def conversation(
     for turn in turns:
         found += [
             Piece(text=template.user, is_template=True),
-            Piece(text=turn.question, is_template=False),
+            Piece(text=turn.question, is_template=False, has_images=True),
             Piece(text=template.after_user + template.assistant, is_template=True),
         ]
         if turn.answer is not None:

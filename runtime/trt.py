@@ -128,6 +128,11 @@ class TrtSession:
         """The largest batch of one call; None where there is none, or no batch."""
         return self._spec.max_batch
 
+    @property
+    def largest(self) -> Mapping[str, int]:
+        """The largest size of every named dimension that the engine takes."""
+        return self._spec.largest
+
     def run(
         self,
         feeds: Mapping[str, Any],

@@ -1,12 +1,16 @@
-"""Arithmetic on rows of numbers: unit length, softmax, order."""
+"""Arithmetic on rows of numbers: unit length, softmax, order, the largest few."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from internvl_edge.runtime.session import Array
 
-__all__ = ["ranked", "softmax", "unit"]
+__all__ = ["largest", "ranked", "softmax", "unit"]
+
+BLOCK = 256  # values of which ``largest`` looks at the maximum first
 
 
 def unit(rows: Array) -> Array:
@@ -26,3 +30,25 @@ def softmax(logits: Array) -> Array:
 def ranked(scores: Array) -> Array:
     """Indices over the last axis, best first; equal scores in the order given."""
     return np.argsort(-scores, axis=-1, kind="stable")
+
+
+def largest(values: Array, count: int) -> Array:
+    """Indices of the ``count`` largest values (V,) and of their equals, ascending; count ≤ V.
+
+    As many blocks have a maximum of at least the count-th largest maximum, so that no value below
+    it belongs here: of 50000 values all but a few drop out without being sorted.
+    """
+    whole = len(values) // BLOCK * BLOCK
+    tops = np.concatenate((values[:whole].reshape(-1, BLOCK).max(axis=1), values[whole:]))
+    if len(tops) < count:
+        return np.flatnonzero(values >= _kth(values, count))
+    found: Array = np.flatnonzero(values >= _kth(tops, count))
+    few = values[found]
+    result: Array = found[few >= _kth(few, count)]
+    return result
+
+
+def _kth(values: Array, count: int) -> Any:
+    """The ``count``-th largest value."""
+    at = len(values) - count
+    return np.partition(values, at)[at]

@@ -22,10 +22,12 @@ from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import ArtifactError, MediaError, UsageError
 from internvl_edge.export.checkpoint import load_reference
 from internvl_edge.export.models import Chat
-from internvl_edge.runtime.chat import ChatSeen
+from internvl_edge.runtime.chat import ChatSeen, remembered
 from internvl_edge.runtime.chattokens import PLACE, ChatTokenizer
+from internvl_edge.runtime.continuation import Generation
 from internvl_edge.runtime.image import squared, tile
 from internvl_edge.runtime.model import Model
+from internvl_edge.runtime.speak import until_end
 from internvl_edge.runtime.table import Embedding, TokenTable, open_table
 from internvl_edge.runtime.templates import (
     TEMPLATES,
@@ -47,7 +49,8 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chat") / "checkpoint"
-    write_chat(path, seed=3, dynamic_image_size=True, use_thumbnail=True, max_dynamic_patch=4)
+    tiles = {"dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 4}
+    write_chat(path, seed=3, llm_config={"pad_token_id": -1}, **tiles)  # as LLaMA's configs
     write_chat_tokenizer(path)
     return path
 
@@ -145,7 +148,7 @@ def test_what_a_user_types_is_text(tokenizer: ChatTokenizer, pieces: Any) -> Non
 
 def test_an_image_takes_its_places(tokenizer: ChatTokenizer, pieces: Any) -> None:
     template = find_template("Hermes-2")
-    prompt = [Piece(text="<image>\na <image>", is_template=False)]
+    prompt = [Piece(text="<image>\na <image>", is_template=False, has_images=True)]
     assert tokenizer.encode(prompt, [2, 1], template) == [
         *[BOS, 302, PLACE, PLACE, 303],
         *pieces.encode("\na "),
@@ -153,6 +156,16 @@ def test_an_image_takes_its_places(tokenizer: ChatTokenizer, pieces: Any) -> Non
     ]
     llava = find_template("vicuna_v1")
     assert tokenizer.encode(prompt[:1], [1, 1], llava)[:2] == [BOS, PLACE]
+
+
+def test_image_tags_outside_of_questions_are_text(tokenizer: ChatTokenizer, pieces: Any) -> None:
+    template = find_template("Hermes-2")
+    turns = [Turn(question="<image> repeat", answer="<image>"), Turn(question="why")]
+    prompt = conversation(template, turns, "say <image>")
+    found = tokenizer.encode(prompt, [2], template)
+    assert found.count(PLACE) == 2
+    assert pieces.encode("system\nsay <image>") == found[2 : found.index(301)]
+    assert tokenizer.decode([i for i in found if i != PLACE]).count("<image>") == 2
 
 
 def test_only_the_first_run_gets_a_space_without_legacy(checkpoint: Path, pieces: Any) -> None:
@@ -282,10 +295,11 @@ def test_a_conversation_is_the_references(
     template = find_template("Hermes-2")
     with load(out) as model:
         first = model.chat(images, "what is it", max_new_tokens=8)
-        assert first.history == (Turn(question="what is it", answer=first.text),)
+        placed = "<image>\n<image>\nwhat is it"
+        assert first.history == (Turn(question=placed, answer=first.text),)
         second = model.chat(images, "left of", first.history, max_new_tokens=8)
     turns = [
-        Turn(question="<image>\n<image>\nwhat is it", answer=first.text),
+        Turn(question=placed, answer=first.text),
         Turn(question="left of"),
     ]
     tiles = [len(tile(image, 56, 1, 4, True)) for image in images]
@@ -326,7 +340,78 @@ def test_images_are_seen_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_text_alone(out: Path) -> None:
     with load(out) as model:
-        assert isinstance(model.chat(None, "a red seven", max_new_tokens=4).text, str)
+        said = model.chat(None, "a red seven", max_new_tokens=4)
+        tokenizer, template = model.parts.chat_tokenizer, find_template("Hermes-2")
+        ids = tokenizer.encode(conversation(template, [Turn(question="a red seven")]), [], template)
+        new = model.generate(None, [ids], max_new_tokens=4, stop_ids=(301, 2))
+        assert tokenizer.decode(until_end(new[0].tolist(), Generation(stop_ids=(301, 2)))) == (
+            said.text
+        )
+        with pytest.raises(UsageError, match=r"1 places for image tokens .* have 0"):
+            model.generate(None, [[1, 304, 5]])
+
+
+def test_images_may_come_later(out: Path) -> None:
+    a, b = picture(50, 50), picture(50, 50, seed=1)
+    with load(out) as model:
+        first = model.chat([a], "what is it", max_new_tokens=2)
+        later = model.chat([a, b], "and <image>", first.history, max_new_tokens=2)
+        asked = ["<image>\nwhat is it", "and <image>"]
+        assert [turn.question for turn in later.history] == asked
+        streamed = remembered(model.parts, model.see([a]), "what is it", (), first.text)
+        assert streamed == first.history
+
+
+def test_tags_in_answers_and_systems_take_no_image(out: Path) -> None:
+    with load(out) as model:
+        history = [("<image>\nrepeat it", "<image>")]  # pairs, as the original's
+        told = model.chat(picture(50, 50), "why", history, system="see <image>", max_new_tokens=2)
+        assert told.history[0] == Turn(question="<image>\nrepeat it", answer="<image>")
+
+
+def test_a_row_that_ended_is_filled_up(out: Path) -> None:
+    """The checkpoint says pad_token_id −1."""
+    ids = [[1, 5, 6], [1, 7, 8]]
+    with load(out) as model:
+        whole = model.generate(None, ids, max_new_tokens=5, stop_ids=())
+        stop = int(whole[0, 0])
+        assert stop not in whole[1]
+        found = model.generate(None, ids, max_new_tokens=5, stop_ids=(stop,))
+    assert found[0].tolist() == [stop, 0, 0, 0, 0]
+    assert found[1].tolist() == whole[1].tolist()
+
+
+def test_what_an_engine_does_not_hold_is_refused_before_work(out: Path) -> None:
+    with load(out) as model:
+        session: Any = model.parts.session("chat_decoder")
+        session.largest = {"batch": 1, "length": 20, "past": 24}
+        session.run = session.run_device = None  # it must not come to that
+        with pytest.raises(UsageError, match=r"takes length up to 20, \d+ are needed"):
+            model.chat(None, "a red seven " * 9, max_new_tokens=4)
+        with pytest.raises(UsageError, match="takes past up to 24, 26 are needed for 3 positions"):
+            model.generate(None, [[1, 5, 6]], max_new_tokens=25)
+        with pytest.raises(UsageError, match="takes batch up to 1, 2 are needed for 2 beams"):
+            model.generate(None, [[1, 5, 6]], max_new_tokens=4, num_beams=2)
+
+
+def test_rows_beyond_the_engines_batch_are_split(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.random.default_rng(0).integers(5, 290, (5, 4))
+    with load(out) as model:
+        whole = model.generate(None, ids, max_new_tokens=4, num_beams=2)
+        session: Any = model.parts.session("chat_decoder")
+        session.largest = {"batch": 4}
+        step, batches = session.run_device, set()
+
+        def watched(feeds: Any, **more: Any) -> Any:
+            batches.add(len(feeds["position_ids"]))
+            return step(feeds, **more)
+
+        session.run_device = watched
+        found = model.generate(None, ids, max_new_tokens=4, num_beams=2)
+    np.testing.assert_array_equal(found, whole)
+    assert max(batches) == 4
 
 
 @pytest.mark.parametrize(
@@ -339,6 +424,10 @@ def test_text_alone(out: Path) -> None:
         ("a", {"max_new_tokens": 0}, UsageError, "max_new_tokens 0: expected at least 1"),
         ("a", {"max_new_tokens": 900}, UsageError, "the cache has 512 positions"),
         ("a", {"tempreature": 1.0}, UsageError, "did you mean"),
+        ("a", {"history": ["q"]}, UsageError, "history, turn 1 of 1: expected a Turn"),
+        ("a", {"history": [("q", None)]}, UsageError, "expected a Turn with question and answer"),
+        ("a", {"system": "\ud800"}, MediaError, "system: expected Unicode text"),
+        ("a", {"seed": -1, "temperature": 1.0}, UsageError, "seed -1"),
     ],
 )
 def test_impossible_questions_are_refused(
@@ -346,6 +435,24 @@ def test_impossible_questions_are_refused(
 ) -> None:
     with load(out) as model, pytest.raises(error, match=message):
         model.chat(picture(56, 56), question, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ([1, 2], {}, MediaError, r"expected ids, int \[B,T\].* found int64 \[2\]"),
+        ([[1, 2], [3]], {}, MediaError, "found rows of different lengths, or none"),
+        ("a red seven", {}, MediaError, "prompts: expected ids"),
+        ([[1.0, 2.0]], {}, MediaError, r"found float64 \[1, 2\]"),
+        ([[1, 999]], {}, UsageError, "prompt 1 of 1: token id 999: expected ids from 0 to 319"),
+        ([[1, 5]], {"stop_ids": (100_000,)}, UsageError, "stop_ids: token id 100000"),
+    ],
+)
+def test_impossible_ids_are_refused(
+    out: Path, prompts: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with load(out) as model, pytest.raises(error, match=message):
+        model.generate(None, prompts, **options)
 
 
 def test_a_directory_without_a_decoder(checkpoint: Path, tmp_path: Path) -> None:
@@ -445,3 +552,10 @@ def test_the_bundled_demo_chats(demo_model: Model) -> None:
         demo_model.chat([scene, scene], "how many digits?")
     with pytest.raises(UsageError, match="expected an image"):
         demo_model.chat(None, "how many digits?")
+    with pytest.raises(UsageError, match="expected one <image> at most, found 2"):
+        demo_model.chat(scene, "<image> <image> how many digits?")
+    for option in ({"template": "nope"}, {"system": "be brief"}):
+        with pytest.raises(UsageError, match="are for an InternVL-Chat: this model is asked"):
+            demo_model.chat(scene, "how many digits?", **option)
+    placed = demo_model.chat(scene, "<image>\nhow many digits?", max_new_tokens=8)
+    assert placed.text == first.text

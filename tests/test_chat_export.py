@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions, emit, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
 from internvl_edge.errors import CheckpointError, UsageError
-from internvl_edge.export.chatconfig import LlamaConfig
+from internvl_edge.export.chatconfig import ChatConfig, LlamaConfig
 from internvl_edge.export.checkpoint import load_model, load_reference, open_checkpoint
 from internvl_edge.export.config import CheckpointConfig, VisionConfig, load_config
 from internvl_edge.export.folded import folded
@@ -24,6 +25,7 @@ from internvl_edge.export.models import Chat
 from internvl_edge.export.models.chat import pixel_shuffle
 from internvl_edge.export.models.llama import Llama, llama_tables
 from internvl_edge.quantize.rotation import rotation
+from internvl_edge.runtime.speak import generation
 
 IMAGE_TOKEN = 299  # of the golden prompts
 
@@ -100,6 +102,13 @@ def test_merged_patches_stand_row_by_row() -> None:
     torch.testing.assert_close(pixel_shuffle(grid, 2, "v1"), merged.transpose(1, 2))
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 ROPES: list[dict[str, Any]] = [
     {},
     {"rope_theta": 5_000_000.0},
@@ -107,13 +116,7 @@ ROPES: list[dict[str, Any]] = [
     {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     {
         "rope_theta": 500_000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
+        "rope_scaling": LLAMA3,
     },
 ]
 
@@ -307,6 +310,18 @@ def test_other_language_models_are_named(golden: Path, tmp_path: Path) -> None:
         ({"llm_config": {"attention_bias": True}}, "expected linear layers without bias"),
         ({"llm_config": {"rope_scaling": {"type": "yarn", "factor": 2.0}}}, "found 'yarn'"),
         ({"llm_config": {"rope_scaling": [2]}}, "rope_scaling must be an object"),
+        ({"llm_config": {"rope_scaling": {"type": "linear"}}}, "linear needs factor, found none"),
+        (
+            {"llm_config": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}},
+            "llama3 needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
+        ),
+        (
+            {"llm_config": {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}},
+            "expected low_freq_factor below high_freq_factor, found 4.0 and 4.0",
+        ),
+        ({"llm_config": {"eos_token_id": [2, "x"]}}, "eos_token_id must be int, found 'x'"),
+        ({"template": "nope"}, "template must be one of Hermes-2, .* found 'nope'"),
+        ({"min_dynamic_patch": 13}, "expected min_dynamic_patch up to max_dynamic_patch, found 13"),
         ({"llm_config": {"num_key_value_heads": 3}}, "not a multiple of 3 heads"),
         ({"llm_config": {"head_dim": 20}}, "head_dim: expected 12"),
     ],
@@ -316,6 +331,18 @@ def test_impossible_configs_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(edited(golden, tmp_path / "c", **changes))
+
+
+def test_several_ids_may_end_a_text(golden: Path, tmp_path: Path) -> None:
+    several = edited(golden, tmp_path / "c", llm_config={"eos_token_id": [7, 9, 11]})
+    chat = load_config(several).chat
+    assert chat is not None
+    assert chat.llama is not None
+    assert (chat.llama.eos_token_id, chat.llama.more_eos_ids) == (7, (9, 11))
+    assert ChatConfig.from_json(json.loads(json.dumps(asdict(chat)))) == chat
+    manifest = SimpleNamespace(language_model=asdict(chat.llama))
+    parts: Any = SimpleNamespace(artifact=SimpleNamespace(manifest=manifest))
+    assert generation(parts).stop_ids == (7, 9, 11)
 
 
 def test_llavas_other_projectors_are_refused(tmp_path: Path) -> None:

@@ -185,6 +185,17 @@ def test_match(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "match", place / "out", picture, "--text", "a", "--text", "b")
     assert {item["text"] for item in found["results"]} == {"a", "b"}
     assert all(0 <= item["probability"] <= 1 for item in found["results"])
+    command = ["match", str(place / "out"), str(picture), "--text", "b", "--text", "a", "--stream"]
+    assert run([*command, "--json"]) == 0
+    *pieces, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [piece["piece"].split() for piece in pieces] == [
+        [f"{item['probability']:.4f}", item["text"]]
+        for item in sorted(last["results"], key=lambda item: item["text"], reverse=True)
+    ]
+    probabilities = [item["probability"] for item in found["results"]]
+    assert [item["probability"] for item in last["results"]] == pytest.approx(probabilities)
+    assert run(command) == 0
+    assert capsys.readouterr().out == "".join(piece["piece"] for piece in pieces)
 
 
 def test_answers_without_json_are_on_stdout(

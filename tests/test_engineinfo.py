@@ -21,6 +21,8 @@ from internvl_edge.engineinfo import (
     read_engine_info,
 )
 from internvl_edge.errors import ArtifactError, HardwareError, UsageError
+from internvl_edge.runtime.profiles import EngineSpec
+from internvl_edge.runtime.profiles import Profile as Bounds
 
 RTX = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7.1.116")
 INFO = EngineInfo(
@@ -161,3 +163,20 @@ def test_another_gpu_is_refused(minimum: int, named: tuple[str, ...], sm: int) -
     info = replace(INFO, minimum_sm=minimum, compute_capabilities=named)
     with pytest.raises(HardwareError, match=f"another GPU: built for SM{minimum}.*SM{sm}"):
         check_engine(info, RTX, sm=sm)
+
+
+def test_the_largest_call_is_that_of_all_profiles() -> None:
+    """Of a decoder: one profile of prompts, one of single tokens."""
+    shapes = {
+        "input_ids": ("batch", "length"),
+        "attention_mask": ("batch", "past+length"),
+        "past_key_values.0.key": ("batch", 4, "past", 16),
+    }
+    inputs = {n: TensorSpec(name=n, dtype="int64", shape=shape) for n, shape in shapes.items()}
+    highs = [
+        {"input_ids": (2, 1), "attention_mask": (2, 65), "past_key_values.0.key": (2, 4, 64, 16)},
+        {"input_ids": (8, 20), "attention_mask": (8, 40), "past_key_values.0.key": (8, 4, 20, 16)},
+    ]
+    profiles = tuple(Bounds(index=i, low={}, high=high) for i, high in enumerate(highs))
+    spec = EngineSpec(inputs=inputs, outputs={}, tensors=inputs, dtypes={}, profiles=profiles)
+    assert spec.largest == {"batch": 8, "length": 20, "past": 64}

@@ -53,6 +53,23 @@ def test_every_component_builds(tmp_path: Path, precision: str) -> None:
     assert {e.file for e in again} == {e.file for e in built.values()}, "engines are reused"
 
 
+@pytest.mark.parametrize("precision", ["int8-wo", "int4-wo"])
+def test_decoders_of_lighter_weights_build(tmp_path: Path, precision: str) -> None:
+    written = write_internvl(tmp_path / "checkpoint", OTHER, seed=4)
+    write_tokenizer(written.path)
+    options = ExportOptions(
+        checkpoint=written.path,
+        out=tmp_path / "out",
+        precision=precision,
+        components=("decoder",),
+        targets=("onnx", "tensorrt-rtx"),
+    )
+    artifact = compiler.export(options)
+    (engine,) = artifact.manifest.engines
+    info = read_engine_info(artifact.file(engine.sidecar))
+    assert (engine.component, info.precision) == ("decoder", precision)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])
 def test_chat_builds(tmp_path: Path, precision: str) -> None:
     written = write_chat(tmp_path / "checkpoint", seed=6)
@@ -67,6 +84,7 @@ def test_chat_builds(tmp_path: Path, precision: str) -> None:
     assert {engine.component for engine in engines} == {"chat_vision", "chat_decoder"}
     sidecar = next(e.sidecar for e in engines if e.component == "chat_decoder")
     profile = read_engine_info(tmp_path / "out" / sidecar).profile
+    assert profile.batch == (1, 1, 1)
     assert profile.length == (1, 320, 512)
     assert profile.past == (0, 512, 512)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import FeedError, InternVLError, UsageError
 from internvl_edge.export.checkpoint import load_reference
+from internvl_edge.runtime.beams import _best_next
 from internvl_edge.runtime.cache import PAST, HostDecoding, start
-from internvl_edge.runtime.generate import Generation, Prompt, generate, stream
+from internvl_edge.runtime.generate import Generation, Prompt, _nucleus, generate, stream
 from internvl_edge.runtime.session import Session
+from internvl_edge.runtime.vectors import largest
 
 Array = np.ndarray[Any, Any]
 COMPONENTS = ("vision", "image_queries", "decoder")
@@ -116,7 +118,10 @@ def test_unseen_weights_match_the_reference(tmp_path: Path) -> None:
 
 
 def test_the_loop_costs_little(original: Any) -> None:
-    """Per token, over the session's own call: 100 µs at batch 1, on an idle machine."""
+    """Per token, over ONNX Runtime's own call at batch 1: this thread's time on the processor.
+
+    The target is 100 µs; the least is compared, as other work on the machine makes it more.
+    """
     compiled, ref = original
     cache = compiled.cache(ref["in.pixel_values"][:1])
     inner, calls = compiled.decoder._session, []
@@ -126,23 +131,23 @@ def test_the_loop_costs_little(original: Any) -> None:
             return getattr(inner, name)
 
         def run_with_iobinding(self, binding: Any) -> None:
-            started = time.perf_counter()
+            started = time.thread_time()
             inner.run_with_iobinding(binding)
-            calls.append(time.perf_counter() - started)
+            calls.append(time.thread_time() - started)
 
     compiled.decoder._session = Timed()
     try:
         ids = ref["in.prompt_ids"][:1]
         prompt = Prompt(ids=ids, mask=np.ones_like(ids), past=8)
         how = Generation(max_new_tokens=100, min_new_tokens=100)
-        over, started = [], time.perf_counter()
+        over, started = [], time.thread_time()
         for _ in stream(start(compiled.decoder, cache), prompt, how):
-            now = time.perf_counter()
+            now = time.thread_time()
             over.append(now - started - calls[-1])
             started = now
     finally:
         compiled.decoder._session = inner
-    assert statistics.median(over) < 400e-6  # with room for a machine that does other things
+    assert min(over) < 300e-6
 
 
 def test_a_cache_of_something_else_is_refused(original: Any) -> None:
@@ -158,9 +163,12 @@ def test_a_cache_of_something_else_is_refused(original: Any) -> None:
 class Toy:
     """Logits that follow from a row's tokens alone; what the tests look at is recorded."""
 
-    def __init__(self, rows: int, *, eos: float = 0.0, nan_at: int | None = None) -> None:
+    def __init__(
+        self, rows: int, *, eos: float = 0.0, broken: tuple[int, Any, float] | None = None
+    ) -> None:
         self.past: list[list[int]] = [[] for _ in range(rows)]
-        self.eos, self.nan_at, self.calls = eos, nan_at, 0
+        self.eos, self.calls = eos, 0
+        self.broken = broken  # the call, the token, and what it has in the last row
         self.positions: list[Array] = []
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
@@ -172,8 +180,8 @@ class Toy:
             seen = mask[row, -width:] > 0
             self.past[row] = [*self.past[row], *new[seen].tolist()]
         logits = np.stack([toy_logits(history, self.eos) for history in self.past])
-        if self.calls == self.nan_at:
-            logits[-1, 3] = np.nan
+        if self.broken is not None and self.calls == self.broken[0]:
+            logits[-1, self.broken[1]] = self.broken[2]
         return logits
 
     def select(self, rows: Array) -> None:
@@ -336,6 +344,59 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
     assert set(drawn({"top_k": 1, "temperature": 9.0})) == {int(order[0])}
 
 
+def test_rows_draw_alike_however_many_run_together() -> None:
+    prompts, how = [[3], [4, 5], [3], [6]], Generation(max_new_tokens=8, temperature=2.0, seed=3)
+    together = generate(Toy(4, eos=-99), toy_prompt(prompts), how)
+    for row, ids in enumerate(prompts):
+        prompt = replace(toy_prompt([ids]), first=row)
+        assert generate(Toy(1, eos=-99), prompt, how).tolist() == [together[row].tolist()]
+    assert together[0].tolist() != together[2].tolist(), "equal rows are drawn apart"
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-6])
+def test_in_the_cold_the_best_is_drawn(temperature: float) -> None:
+    cold = Generation(max_new_tokens=6, temperature=temperature)
+    best = generate(Toy(2, eos=-99), toy_prompt([[3], [4]]), replace(cold, temperature=None))
+    drawn_ids = generate(Toy(2, eos=-99), toy_prompt([[3], [4]]), cold)
+    np.testing.assert_array_equal(drawn_ids, best)
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 5000])
+def test_the_largest_are_those_of_a_sort(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for values in (rng.standard_normal(size), rng.integers(0, 9, size), np.full(size, -np.inf)):
+        for count in {1, min(5, size), size}:
+            kth = np.sort(values)[::-1][count - 1]
+            assert largest(values, count).tolist() == np.flatnonzero(values >= kth).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.floats(0.01, 0.999), st.floats(0.1, 9), st.integers(0, 99))
+def test_the_nucleus_is_that_of_a_sort(size: int, share: float, spread: float, seed: int) -> None:
+    powers = np.exp(spread * np.random.default_rng(seed).standard_normal(size))
+    chances = powers / powers.sum()
+    order = np.argsort(-chances, kind="stable")
+    before = chances[order].cumsum() - chances[order]
+    assert _nucleus(chances, share).tolist() == order[: (before < share).sum()].tolist()
+
+
+@pytest.mark.parametrize("size", [9, 3000])
+def test_the_best_next_tokens_are_those_of_a_sort(size: int) -> None:
+    """Of three beams, the sums of all next tokens; two beams are equal."""
+    rng = np.random.default_rng(size)
+    logits = rng.standard_normal((3, size)).astype(np.float32)
+    logits[2] = logits[1]
+    totals = np.array([-1.0, -2.0, -2.0], np.float32)
+    peak = logits.max(axis=1, keepdims=True)
+    scores = logits - peak - np.log(np.exp(logits - peak).sum(axis=1, keepdims=True))
+    scores[:, 4] = -np.inf
+    flat = (scores + totals[:, None]).ravel()
+    expected = [divmod(int(i), size) for i in np.argsort(-flat, kind="stable")[:6]]
+    found = _best_next(logits, totals, np.array([4, size + 1]), 6)
+    assert [(beam, token) for beam, token, _ in found] == expected
+    np.testing.assert_allclose([total for *_, total in found], np.sort(flat)[::-1][:6], rtol=1e-6)
+
+
 def test_a_seed_repeats_itself() -> None:
     def sample(seed: int) -> list[list[int]]:
         how = Generation(max_new_tokens=8, temperature=2.0, seed=seed)
@@ -361,6 +422,22 @@ def test_a_seed_repeats_itself() -> None:
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.5}, "top_p 1.5"),
         ({"num_beams": 2, "temperature": 1.0}, "beams are not drawn"),
+        ({"max_new_tokens": 4.5}, "max_new_tokens 4.5: expected an integer, found float"),
+        ({"max_new_tokens": "4"}, "max_new_tokens '4': expected an integer, found str"),
+        ({"max_new_tokens": None}, "max_new_tokens None: expected an integer"),
+        ({"min_new_tokens": True}, "min_new_tokens True: expected an integer"),
+        ({"num_beams": 2.0}, "num_beams 2.0: expected an integer"),
+        ({"num_beams": 1_000_000}, "num_beams 1000000: expected 1 to 128"),
+        ({"length_penalty": float("nan")}, "length_penalty nan: expected -50 to 50"),
+        ({"length_penalty": -1e4}, "length_penalty -10000.0"),
+        ({"early_stopping": "never"}, "early_stopping never: expected True or False"),
+        ({"temperature": "1"}, "temperature 1: expected a finite number"),
+        ({"top_k": 1.5}, "top_k 1.5: expected an integer"),
+        ({"top_p": "half"}, "top_p half"),
+        ({"seed": -1}, "seed -1: expected at least 0"),
+        ({"stop_ids": 2}, "stop_ids 2: expected a tuple"),
+        ({"stop_ids": (2, -1)}, "stop_ids -1: expected at least 0"),
+        ({"pad_id": -1}, "pad_id -1: expected at least 0"),
     ],
 )
 def test_options_that_cannot_be(how: dict[str, Any], message: str) -> None:
@@ -368,10 +445,27 @@ def test_options_that_cannot_be(how: dict[str, Any], message: str) -> None:
         Generation(**how)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_nan_is_an_error(beams: int) -> None:
-    with pytest.raises(InternVLError, match="NaN behind 3 positions, row"):
-        generate(Toy(2, eos=-99, nan_at=3), toy_prompt([[3], [4]]), Generation(num_beams=beams))
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"temperature": 1.0}])
+@pytest.mark.parametrize(
+    ("token", "value", "found"),
+    [
+        (3, np.nan, "NaN"),
+        (3, np.inf, "infinite logits"),
+        (slice(None), -np.inf, "infinite logits"),
+    ],
+)
+def test_logits_that_say_nothing_are_an_error(
+    how: dict[str, Any], token: Any, value: float, found: str
+) -> None:
+    toy = Toy(2, eos=-99, broken=(3, token, value))
+    with pytest.raises(InternVLError, match=rf"{found} behind 3 positions, row"):
+        generate(toy, toy_prompt([[3], [4]]), Generation(**how))
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"top_k": 2}])
+def test_stop_ids_that_the_vocabulary_lacks_stop_nothing(how: dict[str, Any]) -> None:
+    asked = Generation(max_new_tokens=4, min_new_tokens=2, stop_ids=(100_000,), **how)
+    assert generate(Toy(1), toy_prompt([[3]]), asked).shape == (1, 4)
 
 
 def test_beams_cannot_be_streamed() -> None:

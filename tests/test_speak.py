@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,8 +18,10 @@ from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import InternVLError, MediaError, UsageError
 from internvl_edge.export.checkpoint import load_reference
+from internvl_edge.runtime.generate import Generation
 from internvl_edge.runtime.model import Model
-from internvl_edge.runtime.tokenizer import CAPTION_PROMPT
+from internvl_edge.runtime.speak import streamed, until_end
+from internvl_edge.runtime.tokenizer import CAPTION_PROMPT, Tokenizer
 
 Array = np.ndarray[Any, Any]
 PROMPTS = ["a red seven", "English caption: a", "what colour is the three? a blue"]
@@ -129,6 +131,78 @@ def test_a_stream_is_the_answer_in_pieces(model: Model, pixels: Array) -> None:
     assert ["".join(pieces)] == model.answer(pixels[:1], "a red seven", **SHORT)
 
 
+def test_streamed_pieces_are_the_decoded_whole(place: Path) -> None:
+    """Of any tokens: spaces, halves of characters, control tokens."""
+    tokenizer = Tokenizer(place / "checkpoint" / "tokenizer.model")
+    rng, how = np.random.default_rng(1), Generation(stop_ids=(2,))
+    byte_ids = [3 + byte for text in ("é", " ", "\n", "▁", "數") for byte in text.encode()]
+    for _ in range(300):
+        spelled = [*rng.integers(0, tokenizer.vocab_size, 12), *rng.choice(byte_ids, 4)]
+        ids = [int(i) for i in rng.permutation(spelled)]
+        decoded: list[int] = []
+
+        def decode(window: list[int], decoded: list[int] = decoded) -> str:
+            decoded.append(len(window))
+            return tokenizer.decode(window)
+
+        pieces = list(streamed((np.array([i]) for i in ids), how, decode))
+        assert "".join(pieces) == tokenizer.decode(until_end(ids, how))
+        assert all(pieces)
+
+
+def test_a_stream_decodes_a_token_twice(place: Path) -> None:
+    tokenizer, decoded = Tokenizer(place / "checkpoint" / "tokenizer.model"), list[int]()
+
+    def decode(window: list[int]) -> str:
+        decoded.append(len(window))
+        return tokenizer.decode(window)
+
+    ids = tokenizer.pieces("a red seven left of a blue three") * 50
+    assert "".join(streamed((np.array([i]) for i in ids), Generation(), decode))
+    assert max(decoded) < 8
+    assert sum(decoded) < 5 * len(ids)
+
+
+def test_draws_do_not_depend_on_the_batch(model: Model, pixels: Array) -> None:
+    how = {"temperature": 2.0, "seed": 5, **SHORT}
+    together = model.generate(pixels, PROMPTS, **how)
+    for size in (1, 2):
+        np.testing.assert_array_equal(
+            model.generate(pixels, PROMPTS, batch_size=size, **how), together
+        )
+
+
+def test_what_an_engine_does_not_hold_is_refused_before_work(model: Model, pixels: Array) -> None:
+    vision, session = counted(model, "vision"), cast(Any, model.session("decoder"))
+    session.largest = {"batch": 4, "length": 6, "past": 20}
+    ids = np.full((1, 6), 5)
+    assert model.generate(pixels[:1], ids, max_new_tokens=11, stop_ids=()).shape == (1, 11)
+    with pytest.raises(UsageError, match="takes past up to 20, 21 are needed for 11 positions bef"):
+        model.generate(pixels[:1], ids, max_new_tokens=12)
+    with pytest.raises(UsageError, match="takes length up to 6, 7 are needed for 7 tokens"):
+        model.generate(pixels[:1], np.full((1, 7), 5), max_new_tokens=1)
+    with pytest.raises(UsageError, match="takes batch up to 4, 5 are needed for 5 beams"):
+        model.caption(pixels[:1], "a", max_new_tokens=2)
+    with pytest.raises(UsageError, match="takes past up to 20"):
+        model.stream(pixels[:1], "a", max_new_tokens=30)
+    assert vision == [1, 1], "of the call that fits, and of the stream"
+
+
+def test_rows_beyond_the_engines_batch_are_split(model: Model, pixels: Array) -> None:
+    whole = model.generate(pixels, PROMPTS, num_beams=2, **SHORT)
+    session, batches = cast(Any, model.session("decoder")), set()
+    session.largest = {"batch": 4}
+    run = session.run_device
+
+    def watched(feeds: Any, **more: Any) -> Any:
+        batches.add(len(feeds["input_ids"]))
+        return run(feeds, **more)
+
+    session.run_device = watched
+    np.testing.assert_array_equal(model.generate(pixels, PROMPTS, num_beams=2, **SHORT), whole)
+    assert max(batches) == 4
+
+
 def test_special_tokens_that_a_user_types_are_text(
     model: Model, reference: Any, pixels: Array
 ) -> None:
@@ -168,6 +242,8 @@ def test_the_cache_may_be_filled_to_the_brim(model: Model, pixels: Array) -> Non
         (lambda m, p: m.caption(p, temperature=1.0), UsageError, "beams are not drawn"),
         (lambda m, p: m.generate(p, np.array([[1, 5, 0]])), MediaError, "zeros as padding"),
         (lambda m, p: m.generate(p, np.array([[0, 0]])), MediaError, "zeros as padding"),
+        (lambda m, p: m.generate(p, [[1, 999]]), UsageError, "1 of 1: token id 999: .* 0 to 299"),
+        (lambda m, p: m.answer(p, "a", stop_ids=(300,)), UsageError, "stop_ids: token id 300"),
         (lambda m, p: list(m.stream(p, "a")), UsageError, "found 3 and 1"),
         (lambda m, p: list(m.stream(p[:1], ["a", "b"])), UsageError, "found 1 and 2"),
         (lambda m, p: list(m.stream(p[:1], num_beams=2)), UsageError, "only one beam"),
@@ -205,6 +281,17 @@ def test_caption_from_the_shell(place: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == f"{pictures[0]}: {expected[0]}\n"
 
 
+def test_a_caption_is_drawn_from_one_beam(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = ["--temperature", "0.8", "--seed", "1", "--max-new-tokens", "9"]
+    (found,) = answer(capsys, "caption", place / "out", place / "0.png", *drawn)
+    with internvl_edge.load(place / "out") as model:
+        how = {"num_beams": 1, "temperature": 0.8, "seed": 1, "max_new_tokens": 9}
+        assert [found["results"][0]["caption"]] == model.caption([place / "0.png"], **how)
+    assert (
+        run(["caption", str(place / "out"), str(place / "0.png"), *drawn, "--num-beams", "2"]) == 2
+    )
+
+
 def test_answers_from_the_shell(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = place / "0.png"
     asked = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--max-new-tokens", "9"]
@@ -220,6 +307,7 @@ def test_a_stream_from_the_shell(place: Path, capsys: pytest.CaptureFixture[str]
     *pieces, last = answer(capsys, "answer", place / "out", image, *options)
     assert len(pieces) > 1
     assert "".join(p["piece"] for p in pieces) == last["results"][0]["answer"]
+    assert all(p["piece"] for p in pieces)
     assert run(["answer", str(place / "out"), str(image), *options]) == 0
     assert capsys.readouterr().out == last["results"][0]["answer"] + "\n"
     code = run(["answer", str(place / "out"), str(image), *options, "--prompt", "b"])

@@ -14,6 +14,7 @@ from internvl_edge.cli.options import DIRECTORY, answers, backend
 from internvl_edge.cli.speak import generation, show, stream_option
 from internvl_edge.cli.use import expand, open_model
 from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime.chat import remembered
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.templates import Turn
 
@@ -64,13 +65,14 @@ def chat(
                 history = ()
                 continue
             try:
-                text = _answer(output, model, seen, question, history, options, stream=stream)
+                text, history = _answer(
+                    output, model, seen, question, history, options, stream=stream
+                )
             except (UsageError, MediaError) as error:
                 if questions or not sys.stdin.isatty():
                     raise
                 error_line(str(error))
                 continue
-            history = (*history, Turn(question=question, answer=text))
             turns.append({"question": question, "answer": text})
     output.result({"images": paths, "turns": turns})
 
@@ -84,12 +86,13 @@ def _answer(
     options: dict[str, Any],
     *,
     stream: bool,
-) -> str:
+) -> tuple[str, tuple[Turn, ...]]:
     if stream:
-        return show(output, model.chat_stream(seen, question, history, **options))
-    text = model.chat(seen, question, history, **options).text
-    output.lines([text])
-    return text
+        text = show(output, model.chat_stream(seen, question, history, **options))
+        return text, remembered(model.parts, seen, question, history, text)
+    reply = model.chat(seen, question, history, **options)
+    output.lines([reply.text])
+    return reply.text, reply.history
 
 
 def _typed(output: Output) -> Iterator[str]:

@@ -152,8 +152,9 @@ def _search_lines(found: Any) -> list[str]:
     help="tensorrt-rtx, tensorrt, or both, comma-separated.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
-@click.option("--batch", help="Smallest, usual, largest; 1,4,16, of a chat model 1,1,4.")
-@click.option("--length", help="The same, of texts; 1,32,80, of a chat model up to its positions.")
+@click.option("--batch", help="Smallest, usual, largest; 1,4,16, of a chat decoder 1,1,1.")
+@click.option("--length", help="The same, of texts; 1,32,80, of a chat model 1,320,3584.")
+@click.option("--past", help="The same, of cached positions; 0,96,256, of a chat model 0,512,4096.")
 @backend
 @answers
 def build(
@@ -163,13 +164,14 @@ def build(
     components: tuple[str, ...] | None,
     batch: str | None,
     length: str | None,
+    past: str | None,
     backend: str,
 ) -> None:
     """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
     from internvl_edge.compiler.engines import build as build_engines
     from internvl_edge.compiler.engines import ranges_from
 
-    profile = ranges_from(batch=batch, length=length)
+    profile = ranges_from(batch=batch, length=length, past=past)
     before = engine_files(out)
     with output.progress() as report:
         engines = build_engines(out, targets, components=components, profile=profile, report=report)

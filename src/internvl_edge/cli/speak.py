@@ -17,7 +17,7 @@ from internvl_edge.errors import UsageError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 OPTIONS: dict[str, tuple[type, str]] = {
-    "num_beams": (int, "Sentences kept under way; 1 is greedy."),
+    "num_beams": (int, "Sentences kept under way, up to 128; 1 is greedy."),
     "max_new_tokens": (int, "The most tokens of a text; 30 by default."),
     "min_new_tokens": (int, "The fewest; 0 by default."),
     "length_penalty": (float, "Of beams: above 0, longer sentences gain; 1 by default."),
@@ -26,6 +26,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "top_p": (float, "Draw from the most likely, until they have this share."),
     "seed": (int, "Draw the same tokens again."),
 }
+DRAWN = {"temperature", "top_k", "top_p"}  # of one beam
 stream_option = click.option("--stream", is_flag=True, help="Print text as it comes; greedy.")
 
 
@@ -60,8 +61,10 @@ def caption(
     stream: bool,
     backend: str,
 ) -> None:
-    """Describe IMAGES (files or folders), by five beams unless told otherwise."""
+    """Describe IMAGES (files or folders), by five beams, or drawn where an option says so."""
     paths = expand(images)
+    if how.keys() & DRAWN:
+        how.setdefault("num_beams", 1)
     asked = {} if prompt is None else {"prompt": prompt}
     with open_model(out, backend) as model:
         if stream:

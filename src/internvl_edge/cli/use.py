@@ -194,17 +194,33 @@ def retrieve(
 @click.argument("image", type=DIRECTORY)
 @texts_option
 @texts_file
+@click.option(
+    "--stream", is_flag=True, help="Print every text as it is scored, in the order given."
+)
 @backend
 @answers
 def match(
-    output: Output, out: Path, image: Path, texts: tuple[str, ...], file: Path | None, backend: str
+    output: Output,
+    out: Path,
+    image: Path,
+    texts: tuple[str, ...],
+    file: Path | None,
+    stream: bool,
+    backend: str,
 ) -> None:
     """Say how well each text describes IMAGE, by the image-text matching head."""
     queries = read_texts(texts, file)
+    scored: list[tuple[float, str]] = []
     with open_model(out, backend) as model:
-        probabilities = model.match([image], queries)
-    rows = sorted(zip(probabilities.tolist(), queries, strict=True), reverse=True)
-    output.lines([f"{probability:.4f}  {text}" for probability, text in rows])
+        for some in model.match_stream([image], queries, batch_size=1 if stream else 8):
+            new = zip(some.tolist(), queries[len(scored) :], strict=False)
+            for probability, text in list(new):
+                scored.append((probability, text))
+                if stream:
+                    output.piece(f"{probability:.4f}  {text}\n")
+    rows = sorted(scored, reverse=True)
+    if not stream:
+        output.lines([f"{probability:.4f}  {text}" for probability, text in rows])
     output.result(
         {"file": image, "results": [{"text": text, "probability": p} for p, text in rows]}
     )

@@ -40,7 +40,9 @@ def engine_graph(component: str, base: str) -> str:
 
 
 # An image's tokens and a question are read at once; a picture of twelve tiles has 3328 tokens.
-CHAT_PROFILE = Profile(batch=(1, 1, 4), length=(1, 320, 4096), past=(0, 512, 4096))
+CHAT_PROFILE = Profile(batch=(1, 1, 4), length=(1, 320, 3584), past=(0, 512, 4096))
+# One conversation: every position of a call has logits of its own, 3584 of 64000 take 0.9 GB.
+CHAT_DECODER_PROFILE = replace(CHAT_PROFILE, batch=(1, 1, 1))
 
 
 def profile_from(**sizes: str) -> Profile:
@@ -78,8 +80,9 @@ def profile_for(
     Raises:
         UsageError: a profile that was asked for is longer.
     """
-    is_chat = bool(manifest.model.get("chat"))
-    usual, llama = CHAT_PROFILE if is_chat else Profile(), manifest.language_model
+    usual, llama = Profile(), manifest.language_model
+    if manifest.model.get("chat"):
+        usual = CHAT_DECODER_PROFILE if component == "chat_decoder" else CHAT_PROFILE
     ranges = asdict(asked) if isinstance(asked, Profile) else dict(asked or {})
     if llama is None:
         return replace(usual, **ranges)
