@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,17 +149,18 @@ def test_calibration_sees_the_tokens_that_the_runtime_makes(
     options = ExportOptions(checkpoint=written.path, out=tmp_path / "out", precision="int8")
     plan = make_plan(options)
     samples = samples_for(plan, load_samples(plan))
-    work = Workspace(tmp_path, Budget(10**9))
-    found = None
-    for block, streams in calibration_blocks(plan.checkpoint, samples, {"chat"}, work):
-        if "chat" in streams:
-            found = np.array(streams["chat"].hidden[0])
-            break
-        for name, stream in streams.items():
-            behind = work.hidden(name)
-            for x, context in zip(stream.hidden, stream.contexts, strict=True):
-                behind.append(block.run(torch.from_numpy(x), context).detach().numpy())
-            stream.hidden = behind
+    found, work = None, Workspace(tmp_path, Budget(10**9))
+    with closing(work):
+        for block, streams in calibration_blocks(plan.checkpoint, samples, {"chat"}, work):
+            if "chat" in streams:
+                found = np.array(streams["chat"].hidden[0])
+                break
+            for name, stream in streams.items():
+                behind = work.hidden(name)
+                for x, context in zip(stream.hidden, stream.contexts, strict=True):
+                    behind.append(block.run(torch.from_numpy(x), context).detach().numpy())
+                stream.hidden.close()
+                stream.hidden = behind
     assert found is not None
     expected = expected_tokens(written, samples.pixel_values[0]).numpy()
     np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=1e-4, rtol=0)

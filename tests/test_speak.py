@@ -200,7 +200,7 @@ def test_rows_beyond_the_engines_batch_are_split(model: Model, pixels: Array) ->
 
     session.run_device = watched
     np.testing.assert_array_equal(model.generate(pixels, PROMPTS, num_beams=2, **SHORT), whole)
-    assert max(batches) == 4
+    assert batches == {2, 1}, "prompts of two beams each"
 
 
 def test_special_tokens_that_a_user_types_are_text(

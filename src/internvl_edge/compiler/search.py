@@ -87,17 +87,17 @@ def search(plan: Plan, max_drop: float, metric: str, report: Report = silent) ->
     out = plan.options.out.absolute()
     folder = out.with_name(f".{out.name}.search")
     folder.mkdir(parents=True, exist_ok=True)
-    trial = replace(plan.options, targets=("onnx",), verify="none", force=True)
-    first = export(replace(trial, out=folder / "int8"), report)
-    towers = _Towers(plan, first, report)
-    ranking = towers.rank()
-    if metric == "cosine":
-        found = fewest(lambda k: towers.drops(ranking, k), ranking, metric, max_drop, LEVELS)
-    else:
+    try:
+        trial = replace(plan.options, targets=("onnx",), verify="none", force=True)
+        first = export(replace(trial, out=folder / "int8"), report)
+        towers = _Towers(plan, first, report)
+        ranking = towers.rank()
+        if metric == "cosine":
+            return fewest(lambda k: towers.drops(ranking, k), ranking, metric, max_drop, LEVELS)
         tasks = _Tasks(plan, trial, folder, metric, ranking, report)
-        found = fewest(tasks.drops, ranking, metric, max_drop, 1)
-    shutil.rmtree(folder)
-    return found
+        return fewest(tasks.drops, ranking, metric, max_drop, 1)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +215,7 @@ def _few(samples: Samples) -> Samples:
         pixel_values=first(samples.pixel_values),
         input_ids=first(samples.input_ids),
         match_ids=first(samples.match_ids),
+        caption_ids=first(samples.caption_ids),
     )
 
 
