@@ -41,7 +41,7 @@ from internvl_edge.export.pixels import preprocessing_inside
 from internvl_edge.publish import record, staging, write_manifest
 from internvl_edge.quantize.data import CalibrationSet
 from internvl_edge.quantize.recipe import Recipe
-from internvl_edge.quantize.statistics import write_statistics
+from internvl_edge.quantize.statistics import read_statistics, write_statistics
 from internvl_edge.resume import Workspace, workspace
 
 MB = 10**6
@@ -205,6 +205,7 @@ def quantization_of(artifact: Artifact, checkpoint: Checkpoint) -> Quantization 
         scales=read_scales(artifact.path),
         stored=stored_changes(artifact.file(WEIGHTS_FILE)),
         source=source_of(checkpoint, recipe),
+        statistics=read_statistics(artifact.path),
     )
 
 
@@ -243,6 +244,7 @@ def _compile_into(
             scales=scales,
             stored=stored_changes(directory / WEIGHTS_FILE),
             source=plan.source,
+            statistics=read_statistics(directory),
         )
     checker = None
     if reason is None:

@@ -20,18 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from internvl_edge.errors import ArtifactError
+from internvl_edge.errors import ArtifactError, VerificationError
 from internvl_edge.export.blocks import PREFIXES, sites_of
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.attention import SOFTMAX_SCALE, AttentionScales, scales_by_attention
 from internvl_edge.quantize.blockwise import block_of
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
+from internvl_edge.quantize.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import rotation
 
 SCALES_FILE = "quantization.json"  # stream → weight → activation scale; null: not rounded
 Scales = Mapping[str, Mapping[str, float | None]]
+NOISE = 1e-4  # of a weight's largest scale
+SCALE_TOLERANCE = 1e-2  # of a weight's maximum, folded and rotated once more
 
 
 def write_scales(directory: Path, scales: Scales) -> None:
@@ -88,6 +91,7 @@ def fake_quantized(
         for name, layer in module.named_modules():
             weight = rename(f"{name}.weight")
             if isinstance(layer, nn.Linear) and weight in scales:
+                _require_scales(weight, layer.weight, recipe.of(weight), stored)
                 layer.weight.copy_(_rounded(layer.weight, recipe.of(weight)))
                 scale = scales[weight]
                 if scale is not None:
@@ -141,17 +145,48 @@ def _split(layer: str) -> tuple[str, str]:
 
 def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
     """Per output channel or block, as a builder would see it; plain torch arithmetic."""
+    scale = _scales(weight, recipe)
+    if recipe.weights == "int4":
+        blocks = weight.reshape(*scale.shape[:2], -1)  # (N, K / block, block)
+        return ((blocks / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
+    return _round(weight / scale, recipe.weights) * scale
+
+
+def _scales(weight: Tensor, recipe: Recipe) -> Tensor:
+    """The scales of a weight (N, K): (N, 1), of INT4 (N, K / block, 1)."""
     if recipe.weights == "int4":
         block = block_of(weight.shape[1], recipe.block_size)
-        blocks = weight.reshape(-1, block)
-        scale = (blocks.abs().amax(dim=1, keepdim=True) / 7).clamp_min(formats.MIN_SCALE)
-        return ((blocks / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
-    limit = formats.as_format(recipe.weights).max_value
-    peak = weight.abs().amax(dim=1, keepdim=True)
-    if recipe.granularity == "per-tensor":
-        peak = peak.max()
-    scale = (peak / limit).clamp_min(formats.MIN_SCALE)
-    return _round(weight / scale, recipe.weights) * scale
+        peak = weight.reshape(len(weight), -1, block).abs().amax(dim=2, keepdim=True)
+    else:
+        peak = weight.abs().amax(dim=1, keepdim=True)
+        if recipe.granularity == "per-tensor":
+            peak = peak.max().expand_as(peak)
+    return (peak / _limit(recipe.weights)).clamp_min(formats.MIN_SCALE)
+
+
+def _limit(fmt: str) -> float:
+    return formats.as_format(fmt).max_value
+
+
+def _require_scales(
+    name: str, weight: Tensor, recipe: Recipe, stored: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    """Hold a weight's stored scales against those that it should have.
+
+    Raises:
+        VerificationError: they differ by more than float32 arithmetic does.
+    """
+    held = stored.get(f"{name}{SCALE_SUFFIX}")
+    if held is None:
+        return
+    expected = _scales(weight, recipe).squeeze(-1).numpy().T.reshape(held.shape)
+    # what should be nothing is what rotations leave of it
+    far = (np.abs(held - expected) / (expected + NOISE * expected.max())).max()
+    if not far <= SCALE_TOLERANCE:
+        raise VerificationError(
+            f"{name}: expected scales of max |W| / {_limit(recipe.weights):g}, found some that are "
+            f"off by {far:.1%}"
+        )
 
 
 def _rounding_hook(scale: float, recipe: Recipe) -> Any:
