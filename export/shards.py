@@ -16,6 +16,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from internvl_edge.artifact import MAX_HEADER_NBYTES, header_sha256
 from internvl_edge.errors import CheckpointError
 
 CHECKED_AT_ONCE = 1 << 20  # elements; temporaries of this size stay in the cache
+REMEDY = "download the checkpoint again"
 MAX_LISTED = 20  # problems named one by one before the rest is counted
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -58,10 +60,11 @@ class TensorEntry:
         """The values, copied into memory of their own.
 
         Raises:
-            CheckpointError: the file ended early: it was changed while we read it.
+            CheckpointError: the file has gone or ended early: it was changed while we read it.
+            OSError: the disk fails.
         """
         buffer = bytearray(self.nbytes)
-        with open(self.file, "rb", buffering=0) as file:
+        with open_shard(self.file) as file:
             file.seek(self.offset)
             done, view = 0, memoryview(buffer)
             while done < self.nbytes:
@@ -101,6 +104,22 @@ class FileState:
         return f"{self.nbytes} bytes of {self.mtime_ns / 1e9:.3f} s (inode {self.inode})"
 
 
+def open_shard(path: Path) -> FileIO:
+    """Open a shard to read, unbuffered; links are followed, pipes are not waited for.
+
+    Raises:
+        CheckpointError: it cannot be opened, or is not a regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; {REMEDY}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: not a regular file; {REMEDY}")
+    return FileIO(descriptor, "rb")
+
+
 def file_state(path: Path) -> FileState | None:
     """The state of a file, through links; None if it has gone."""
     try:
@@ -113,7 +132,7 @@ def file_state(path: Path) -> FileState | None:
 def find_shards(path: Path) -> list[Path]:
     """The safetensors files of a directory, by its index where it has one."""
     index = path / "model.safetensors.index.json"
-    if index.exists():
+    if index.exists() or index.is_symlink():  # one that leads nowhere is a broken download
         return [path / name for name in _indexed(index)]
     single = sorted(path.glob("*.safetensors"))
     if single:
@@ -124,7 +143,7 @@ def find_shards(path: Path) -> list[Path]:
             f"{path}: holds pickle files only ({', '.join(pickles[:3])}), which can run code when "
             f"loaded; convert them first: internvl-edge convert {path} NEW_DIRECTORY"
         )
-    raise CheckpointError(f"{path}: no *.safetensors file found")
+    raise CheckpointError(f"{path}: no *.safetensors file found; {REMEDY}")
 
 
 def _indexed(index: Path) -> list[str]:
@@ -133,14 +152,20 @@ def _indexed(index: Path) -> list[str]:
         weight_map = json.loads(text, object_pairs_hook=_no_duplicates)["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
+        raise CheckpointError(f"{index}: not a shard index: {_reason(error)}; {REMEDY}") from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: shard must be a plain *.safetensors name: {name!r}")
         if not (index.parent / name).exists():
-            raise CheckpointError(f"{index}: names shard {name}, which is missing")
+            raise CheckpointError(f"{index}: names shard {name}, which is missing; {REMEDY}")
     raise_problems(index, _index_disagreements(index, weight_map))
     return names
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r}"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _index_disagreements(index: Path, weight_map: dict[str, str]) -> list[str]:
@@ -179,29 +204,23 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         CheckpointError: not a regular file, not safetensors, or offsets that are not exactly one
             contiguous run from the header to the end of the file.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-    with open(descriptor, "rb", buffering=0) as file:
+    with open_shard(path) as file:
+        descriptor = file.fileno()
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
         prefix = os.pread(descriptor, 8, 0)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER_NBYTES, status.st_size - 8):
             raise CheckpointError(
                 f"{path}: not a safetensors file, or truncated: header of {length} bytes in a file "
-                f"of {status.st_size}"
+                f"of {status.st_size}; {REMEDY}"
             )
         raw = os.pread(descriptor, length, 8)
-        file.close()
     return _parse_header(path, raw, 8 + length, status.st_size)
 
 
 def header_fingerprint(path: Path) -> dict[str, Any]:
     """Size of a shard and sha256 of its header, which lists every tensor and its place."""
-    with open(path, "rb") as file:
+    with open_shard(path) as shard, open(shard.fileno(), "rb", closefd=False) as file:
         return {
             "nbytes": os.fstat(file.fileno()).st_size,
             "header_sha256": header_sha256(file),
@@ -214,7 +233,7 @@ def _parse_header(path: Path, raw: bytes, start: int, size: int) -> dict[str, Te
         header.pop("__metadata__", None)
         entries = [_entry(path, name, item, start) for name, item in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: malformed safetensors header: {error}") from error
+        raise CheckpointError(f"{path}: malformed safetensors header: {error}; {REMEDY}") from error
     end = start
     for entry in sorted(entries, key=lambda e: (e.offset, e.nbytes)):
         if entry.offset != end:
@@ -222,7 +241,7 @@ def _parse_header(path: Path, raw: bytes, start: int, size: int) -> dict[str, Te
         end += entry.nbytes
     if end != size:
         raise CheckpointError(
-            f"{path}: truncated or padded: tensors end at byte {end}, the file at {size}"
+            f"{path}: truncated or padded: tensors end at byte {end}, the file at {size}; {REMEDY}"
         )
     return {entry.name: entry for entry in entries}
 
@@ -252,7 +271,7 @@ def _begins_with_brace(raw: bytes) -> bytes:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     counts = Counter(name for name, _ in pairs)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{len(twice)} name(s) stand twice: {twice[:MAX_LISTED]}")
+        raise ValueError(f"{len(twice)} name(s) stand twice: {', '.join(twice[:MAX_LISTED])}")
     return dict(pairs)
 
 

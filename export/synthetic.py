@@ -194,7 +194,8 @@ def _values(
     for start in range(0, count, rows_at_once * width):
         size = min(rows_at_once * width, count - start)
         place = int(rng.integers(0, POOL_SIZE))
-        values = mean + deviation * _cut(pool, place, size)
+        values = deviation * _cut(pool, place, size)
+        values += mean
         rows = values.reshape(-1, width) if shape else values
         inject(synthesis, name, rows, start // width)
         yield start, values
@@ -276,12 +277,18 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, found {text!r}")
+    return int(text)
+
+
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("preset", choices=sorted(PRESETS))
     parser.add_argument("directory", type=Path, help="a new directory")
-    parser.add_argument("--layers", type=int, help="keep the widths, have fewer layers")
+    parser.add_argument("--layers", type=_positive, help="keep the widths, have fewer layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--massive", action="store_true")
@@ -292,7 +299,12 @@ def main() -> None:
         outliers=chosen.outliers,
         massive=chosen.massive,
     )
-    total = write_checkpoint(synthesis, chosen.directory)
+    try:
+        total = write_checkpoint(synthesis, chosen.directory)
+    except FileExistsError:
+        parser.error(f"{chosen.directory} exists; choose a new directory")
+    except OSError as error:
+        parser.error(f"{chosen.directory} cannot be written: {error.strerror}")
     sys.stdout.write(f"{chosen.directory}: {total / 1e9:.2f} GB\n")
 
 

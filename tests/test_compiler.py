@@ -168,6 +168,23 @@ def test_forecast_writes_nothing_and_knows_the_size(
     assert 0.9 * actual < weights.disk_nbytes < 1.3 * actual
 
 
+def test_forecast_of_engines_counts_what_each_component_reads(
+    tiny: Written, pictures: Path, tmp_path: Path, int8: Artifact
+) -> None:
+    chosen = ExportOptions(
+        checkpoint=tiny.path,
+        out=tmp_path / "out",
+        precision="int8",
+        calibration=pictures,
+        targets=("tensorrt-rtx",),
+    )
+    build = compiler.forecast(chosen).steps[-1]
+    read = {name: component.nbytes for name, component in int8.manifest.components.items()}
+    assert 0.8 * sum(read.values()) < build.disk_nbytes < 1.2 * sum(read.values())
+    alone = compiler.forecast(replace(chosen, components=("vision",))).steps[-1]
+    assert 0.8 * read["vision"] < alone.disk_nbytes < 1.2 * read["vision"]
+
+
 # --- mutations of the numerics must not be published -----------------------------------------
 
 

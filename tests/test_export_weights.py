@@ -103,6 +103,14 @@ def test_another_resolution_writes_its_positions(half: Written) -> None:
     assert name.endswith("position_embedding")
 
 
+@pytest.mark.parametrize("weights", ["link", "copy"])
+def test_a_shard_with_the_name_of_our_own_file(tmp_path: Path, weights: str) -> None:
+    path = write_internvl(tmp_path / "checkpoint").path
+    (path / "model.safetensors").rename(path / "weights.safetensors")
+    with pytest.raises(UsageError, match="--image-size 42 writes a file of that name"):
+        exported(path, components=("vision",), image_size=42, weights=weights)
+
+
 def test_a_link_that_cannot_be(half: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     no_hard_links(monkeypatch)
     with pytest.raises(UsageError, match=r"cross-device.*--weights copy"):
@@ -148,6 +156,7 @@ def test_the_command_line_says_what_hard_links_are(
     raw[-1] ^= 1
     (half.path / SHARDS[1]).write_bytes(raw)
     assert run(["verify", str(out)]) == 0
+    assert "every other file matches its sha256" in " ".join(capsys.readouterr().out.split())
     assert run(["verify", str(out), "--full"]) == 3
     assert "the file was changed" in " ".join(capsys.readouterr().err.split())
 

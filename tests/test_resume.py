@@ -20,10 +20,10 @@ from checkpoints import write_internvl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_edge import compiler
+from internvl_edge import compiler, resume
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler import calibration as calibration_step
-from internvl_edge.errors import InternVLError, ResourceError, UsageError
+from internvl_edge.errors import CheckpointError, InternVLError, ResourceError, UsageError
 from internvl_edge.resume import JOURNAL, KEY, Workspace, workspace
 from internvl_edge.spool import Budget, Spool
 
@@ -112,7 +112,7 @@ def test_a_file_that_was_cut_off(spools: Any, tmp_path: Path) -> None:
 
 def work_on(out: Path, key: dict[str, Any], blocks: int, *, fail: bool) -> list[str]:
     """Finish some blocks more; the names of all that are finished."""
-    with workspace(out, key, Budget(0)) as work:
+    with workspace(out, lambda: key, Budget(0)) as work:
         for _ in range(blocks):
             hidden = work.hidden("image")
             hidden.append(np.full((2, 2), work.num_done, np.float32))
@@ -127,7 +127,7 @@ def test_goes_on_where_the_other_failed(out: Path, caplog: pytest.LogCaptureFixt
     with pytest.raises(ResourceError), caplog.at_level(logging.WARNING):
         work_on(out, KEY_A, 2, fail=True)
     assert "2 finished block(s) are kept" in caplog.text
-    with workspace(out, KEY_A, Budget(0)) as work:
+    with workspace(out, lambda: KEY_A, Budget(0)) as work:
         assert work.num_done == 2
         np.testing.assert_array_equal(work.restore("image")[0], np.ones((2, 2)))
         assert len(list((work.path / "states").iterdir())) == 1, "only the newest states stay"
@@ -156,16 +156,36 @@ def test_a_line_that_was_cut_short_is_dropped(out: Path) -> None:
 
 def test_second_run_is_told(out: Path) -> None:
     with (
-        workspace(out, KEY_A, Budget(0)),
+        workspace(out, lambda: KEY_A, Budget(0)),
         pytest.raises(UsageError, match=f"another run is writing .*{out.name}"),
-        workspace(out, KEY_A, Budget(0)),
+        workspace(out, lambda: KEY_A, Budget(0)),
     ):
         pass
     assert not list(out.parent.iterdir())
 
 
+def test_second_run_is_told_before_it_asks_for_its_key(out: Path) -> None:
+    asked: list[str] = []
+    with (
+        workspace(out, lambda: KEY_A, Budget(0)),
+        pytest.raises(UsageError, match="another run"),
+        workspace(out, lambda: {"checkpoint": asked.append("b")}, Budget(0)),
+    ):
+        pass
+    assert not asked
+
+
+def test_nothing_stays_where_there_is_no_key(out: Path) -> None:
+    def fail() -> dict[str, Any]:
+        raise ResourceError("reading failed")
+
+    with pytest.raises(ResourceError, match="reading failed"), workspace(out, fail, Budget(0)):
+        pass
+    assert not list(out.parent.iterdir())
+
+
 def test_scratch_leaves_nothing(out: Path) -> None:
-    with workspace(out, KEY_A, Budget(0)) as work:
+    with workspace(out, lambda: KEY_A, Budget(0)) as work:
         work.scratch().append(np.ones(3, np.float32))
         assert not list((work.path / "states").iterdir())
 
@@ -233,7 +253,7 @@ def test_interrupted_runs_end_byte_identical(
 
 KILLED_BY_ITSELF = """
 import os, signal, sys
-from internvl_edge import compiler
+from internvl_edge import compiler, resume
 from internvl_edge.resume import Workspace
 finish = Workspace.finish
 def finish_and_die(self, *args):
@@ -270,7 +290,7 @@ def test_stale_work_of_an_edited_checkpoint(
     """Same names, shapes and sizes, and one value that differs."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(ResourceError, match="memory-budget"):
-        patch.setattr(calibration_step, "peak_memory", lambda: 10**12)
+        patch.setattr(calibration_step, "peak_rss_nbytes", lambda: 10**12)
         compiler.export(options(checkpoint, out, memory_budget=10**11))
     before = json.loads((tmp_path / ".out.work" / KEY).read_text())
 
@@ -293,6 +313,77 @@ def test_stale_work_of_an_edited_checkpoint(
     monkeypatch.setattr(Workspace, "__init__", watch)
     compiler.export(options(checkpoint, out))
     assert finished == [0]
+
+
+def change_while_calibrating(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, block: str
+) -> dict[Path, bytes]:
+    """Rewrite the shards when a block was calibrated on them; what they were."""
+    original = {path: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+    run = calibration_step.calibrate_block
+
+    def calibrate(current: Any, *args: Any) -> Any:
+        if current.name.endswith(block):
+            for path, data in original.items():
+                path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return run(current, *args)
+
+    monkeypatch.setattr(calibration_step, "calibrate_block", calibrate)
+    return original
+
+
+def test_blocks_of_a_changed_checkpoint_are_not_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        original = change_while_calibrating(patch, checkpoint, ".1")
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            compiler.export(options(checkpoint, tmp_path / "out"))
+    journal = tmp_path / ".out.work" / JOURNAL
+    assert journal.read_text().count("\n") == 1, "the block before it is as it was"
+    for path, data in original.items():
+        path.write_bytes(data)
+    compiler.export(options(checkpoint, tmp_path / "out"))
+    compiler.export(options(checkpoint, tmp_path / "clean"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def test_killed_between_publishing_and_cleaning_up(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.shutil, "rmtree", lambda *_, **__: None)
+        compiler.export(options(checkpoint, out))
+    assert (work / "weights.safetensors").exists()
+    with pytest.raises(UsageError, match="exists"):
+        compiler.export(options(checkpoint, out))
+    assert not work.exists()
+
+
+def test_budget_does_not_count_who_started_us() -> None:
+    """``ru_maxrss`` begins at the size of the process that forked us."""
+    child = """
+from internvl_edge.compiler.calibration import require_within_budget
+import resource
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 900_000
+require_within_budget(900_000_000, 1, 1)
+"""
+    ballast = np.ones(1_000_000_000, np.uint8)
+    subprocess.run([sys.executable, "-c", child], check=True, close_fds=False)
+    assert ballast[-1]
+
+
+def test_budget_binds_verification(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_step, "peak_rss_nbytes", lambda: 10**12)
+    chosen = ExportOptions(
+        checkpoint=checkpoint, out=tmp_path / "out", components=("vision",), memory_budget=10**11
+    )
+    with pytest.raises(ResourceError, match="after 1 of 1 components verified; raise the budget"):
+        compiler.export(chosen)
+    assert not (tmp_path / "out").exists()
 
 
 def test_disk_full_in_the_middle(

@@ -14,7 +14,7 @@ from checkpoints import TINY
 from internvl_edge.export.checkpoint import expected_shapes, load_reference, open_checkpoint
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.export.models import InternViT, InternVL
-from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
+from internvl_edge.export.synthetic import PRESETS, Synthesis, main, shrink, write_checkpoint
 
 SMALL = CheckpointConfig(kind="internvl", vision=TINY.vision, internvl=TINY)
 
@@ -95,3 +95,28 @@ def test_shrinking_keeps_the_widths() -> None:
     assert small.internvl.vision == small.vision
     assert small.internvl.qllama.hidden_size == 4096
     assert shrink(small, None) == small
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["there"], "exists; choose a new directory"),
+        (["file/new"], "cannot be written: Not a directory"),
+        (["new", "--layers", "0"], "expected a number from 1 up, found '0'"),
+        (["new", "--layers", "-3"], "expected a number from 1 up, found '-3'"),
+    ],
+)
+def test_what_cannot_be_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["synthetic", "internvit-6b-224", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message in capsys.readouterr().err

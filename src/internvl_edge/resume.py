@@ -9,7 +9,9 @@
 A journal line is written after what it speaks of was made durable, so what it says holds however
 the run ended; a last line that was cut short is dropped. Work under another key is never taken
 up: it is removed. The directory is locked while a run lives, so of two runs on one OUT the second
-is told at once. It goes when the run succeeds, or fails with nothing finished.
+is told at once. It goes when the run succeeds, or fails with nothing finished. A run that dies
+between publishing and that leaves in it the manifest of what it published, and the next one sees
+that it is done with.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from internvl_edge.disk import os_errors, write_atomically
+from internvl_edge.disk import link_or_copy, os_errors, write_atomically
 from internvl_edge.errors import UsageError
+from internvl_edge.manifest import MANIFEST
 from internvl_edge.publish import hold, make_parents, placed
 from internvl_edge.spool import Budget, Spool
 
@@ -80,6 +83,11 @@ class Workspace:
         path.unlink()
         return self._opened(Spool(file, self._budget))
 
+    def publishing(self, directory: Path) -> None:
+        """Note the manifest of a directory that is about to be published: with it, work is done."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        link_or_copy(directory / MANIFEST, self.path / MANIFEST)
+
     def close(self) -> None:
         """Close every file; what is finished stays."""
         for spool in self._spools:
@@ -128,9 +136,29 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def drop_published(out: Path) -> None:
+    """Remove the work on what ``out`` is, if the run that published it died before it could."""
+    path = _work_on(placed(out))
+    with suppress(OSError, UsageError), ExitStack() as cleanup:
+        if (path / MANIFEST).read_bytes() == (out / MANIFEST).read_bytes():
+            hold(path, cleanup)
+            shutil.rmtree(path)
+
+
+def _work_on(out: Path) -> Path:
+    return out.with_name(f".{out.name}.work")
+
+
 @contextmanager
-def workspace(out: Path, key: Mapping[str, Any], budget: Budget) -> Iterator[Workspace]:
+def workspace(
+    out: Path, key: Callable[[], Mapping[str, Any]], budget: Budget
+) -> Iterator[Workspace]:
     """The work that is being done on ``out``, taken up where a dead run of the same key left it.
+
+    Args:
+        out: what will be published.
+        key: asked once no other run can begin on ``out``: it may take a while.
+        budget: of memory, for spools.
 
     Raises:
         UsageError: another run is writing ``out``, or nothing can be written beside it.
@@ -140,7 +168,7 @@ def workspace(out: Path, key: Mapping[str, Any], budget: Budget) -> Iterator[Wor
         with os_errors(out):
             out = placed(out)
             make_parents(out.parent, cleanup)
-            path = out.with_name(f".{out.name}.work")
+            path = _work_on(out)
             path.mkdir(exist_ok=True)
             try:
                 hold(path, cleanup)
@@ -148,7 +176,14 @@ def workspace(out: Path, key: Mapping[str, Any], budget: Budget) -> Iterator[Wor
                 raise UsageError(
                     f"another run is writing {out}; wait until it is done, or choose another OUT"
                 ) from error
-            _claim(path, key)
+        try:
+            wanted = key()
+        except BaseException:
+            with suppress(OSError):
+                path.rmdir()  # unless another run's work is there
+            raise
+        with os_errors(out):
+            _claim(path, wanted)
             work = Workspace(path, budget)
             cleanup.callback(work.close)
         try:

@@ -208,10 +208,12 @@ def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backe
         output.table(("component", "cosine", "SQNR", "max |Δ|"), rows)
     linked = [n for n, record in artifact.manifest.files.items() if record.header_sha256]
     if recorded:
-        output.lines([f"sha256 now known, and recorded: {', '.join(recorded)}"])
+        names = ", ".join(recorded)
+        output.lines([f"sha256 recorded, with none before to compare it with: {names}"])
     if linked and not full:
         output.lines([f"by size and header only, --full reads them whole: {', '.join(linked)}"])
-    output.lines([f"{out}: every file matches its sha256, every graph is sound"])
+    which = "every other file" if linked and not full else "every file"
+    output.lines([f"{out}: {which} matches its sha256, every graph is sound"])
     output.result(
         {"out": out, "ok": True, "full": full, "recorded": recorded, "components": figures}
     )

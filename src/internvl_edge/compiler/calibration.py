@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from internvl_edge.quantize.calibrate import calibrate_block
 from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
 from internvl_edge.quantize.statistics import layers_to_json
 from internvl_edge.resume import Workspace
+from internvl_edge.runtime.environment import peak_rss_nbytes
 from internvl_edge.runtime.image import pixel_values
 from internvl_edge.runtime.tokenizer import CAPTION_PROMPT, Tokenizer
 
@@ -147,6 +147,7 @@ def quantize_weights(
             calibrated = calibrate_block(block, current, plan.recipe, work.hidden, work.scratch)
             written = write_block(writer, calibrated)
             writer.sync()
+            plan.checkpoint.require_unchanged()  # or another's weights would be taken up as these
             finished: dict[str, Any] = {"weights": written, "activations": calibrated.activations}
             finished["statistics"] = layers_to_json(calibrated.statistics)
             work.finish(block.name, finished, {s: stream.hidden for s, stream in current.items()})
@@ -162,23 +163,24 @@ def quantize_weights(
     return writer.stored, activations
 
 
-def require_within_budget(budget: int | None, done: int, total: int) -> None:
+def require_within_budget(
+    budget: int | None,
+    done: int,
+    total: int,
+    what: str = "blocks",
+    remedy: str = "the same command with a larger budget goes on from there",
+) -> None:
     """Stop a run that takes more memory than it was given.
 
     Raises:
         ResourceError: with what it took.
     """
-    peak = peak_memory()
-    if budget is not None and peak > budget:
+    peak = peak_rss_nbytes()
+    if budget is not None and peak is not None and peak > budget:
         raise ResourceError(
             f"--memory-budget {budget / 1e9:.2f} GB: {peak / 1e9:.2f} GB were needed after "
-            f"{done} of {total} blocks; the same command with a larger budget goes on from there"
+            f"{done} of {total} {what}; {remedy}"
         )
-
-
-def peak_memory() -> int:
-    """The most memory that this process had resident so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _num_blocks(plan: Plan, streams: set[str]) -> int:

@@ -223,6 +223,11 @@ def store_weights(
     elif plan.options.weights == "copy":  # not as the shards lie, but with the same values
         needed |= {name: entry.dtype for name, entry in held.items()}
     own = {name: dtype for name, dtype in needed.items() if name not in stored}
+    if own and WEIGHTS_FILE in brought:
+        raise UsageError(
+            f"{plan.checkpoint.path / WEIGHTS_FILE}: --image-size {plan.image_size} writes a file "
+            "of that name beside the checkpoint's own; give the shard another name"
+        )
     if own:
         layout = {name: (dtype, shape_of(plan, name)) for name, dtype in own.items()}
         path = directory / WEIGHTS_FILE

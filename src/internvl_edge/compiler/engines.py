@@ -150,6 +150,8 @@ def add_engines(
 ) -> Iterator[Manifest]:
     """Build into ``directory``: the manifest after each engine, which the caller writes.
 
+    An engine is kept once the caller asks for the next: who finds it stale raises instead.
+
     Args:
         directory: where the graphs are.
         manifest: of the directory.
@@ -172,10 +174,10 @@ def add_engines(
     for done, (target, name) in enumerate(jobs):
         report(Progress(step="build", detail=f"{name} ({target})", done=done, total=len(jobs)))
         manifest, built = _add_engine(directory, manifest, target, name, profile, known, report)
+        yield manifest
         if keep is not None and built.file not in known:
             for file in (built.file, built.sidecar):
                 link_or_copy(directory / file, keep / Path(file).name)
-        yield manifest
     for file in known - set(manifest.files):
         (directory / file).unlink()
 

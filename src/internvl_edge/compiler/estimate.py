@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,9 +53,12 @@ QUANTIZE_SECONDS_PER_PARAMETER = 17e-9  # reading, folding, rounding and writing
 USUAL_TEXT_LENGTH = 16  # tokens of a caption
 BUILDER_MAPPED_NBYTES = 110_000_000  # its library
 VERIFY_NBYTES_PER_SECOND = 200e6
+# What is compared, in float32: reference and graph, constants that are widened, and the simulation.
+VERIFY_COPIES = {"fp32": 2.5, "fp16": 4.7, "bf16": 4.7, "quantized": 5.2}
 BUILD_NBYTES_PER_SECOND = 290e6
 BUILD_SECONDS_PER_BLOCK = 0.7
 BUILD_SECONDS = 1.0
+LLAMA_HEAD, LLAMA_TOKENS = "qllama.lm_head.weight", "qllama.model.embed_tokens.weight"
 TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
 STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -133,7 +136,7 @@ def forecast_plan(plan: Plan) -> Forecast:
     if reason_not_to_verify(options.verify) is None:
         steps.append(_verify(plan))
     if engines:
-        steps.append(_build(plan, written, engines))
+        steps.append(_build(plan, engines))
     return Forecast(steps=tuple(steps))
 
 
@@ -171,17 +174,25 @@ def spool_budget(plan: Plan) -> Budget:
 
 
 def read_by(plan: Plan) -> set[str]:
-    """The parameters that the chosen components read."""
+    """The parameters that the chosen components read, and the runtime beside them."""
+    names = set[str]().union(*_read_by_each(plan).values())
+    return names | ({CHAT_TOKENS} if "chat_decoder" in plan.components else set())
+
+
+def _read_by_each(plan: Plan) -> dict[str, set[str]]:
+    """Component → the parameters that its graph reads."""
     with torch.device("meta"):
         model = build_model(plan.source.config)
     if isinstance(model, InternViT):
-        return set(plan.source.tensors)
-    names: set[str] = set()
-    for component in plan.components:
-        names |= build_component(COMPONENTS[component], model).state_dict().keys()
-    if "chat_decoder" in plan.components:
-        names.add(CHAT_TOKENS)
-    return names if "decoder" in plan.components else names - {"qllama.lm_head.weight"}
+        return {component: set(plan.source.tensors) for component in plan.components}
+    unread = {component: {LLAMA_HEAD} for component in plan.components if component != "decoder"}
+    if "image_queries" in unread:
+        unread["image_queries"].add(LLAMA_TOKENS)
+    return {
+        component: set(build_component(COMPONENTS[component], model).state_dict())
+        - unread.get(component, set())
+        for component in plan.components
+    }
 
 
 def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
@@ -304,15 +315,15 @@ def _verify(plan: Plan) -> Step:
         # one block and what is in front of and behind its tower
         blocks = _blocks(plan)
         other = compared // FLOAT32_NBYTES - sum(blocks.values())
-        head = plan.source.tensors.get("qllama.lm_head.weight")
+        head = plan.source.tensors.get(LLAMA_HEAD)
         other -= 0 if head is None else math.prod(head.shape)
         compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
         seconds = 3.0
     graphs = 1 if plan.base == plan.engine_base else 2
-    models = 2 if plan.recipe is None else 3  # graph, reference, and what rounding should make
+    copies = VERIFY_COPIES["quantized" if plan.recipe is not None else plan.base]
     return Step(
         name="verify",
-        memory_nbytes=IMPORTS_NBYTES + models * compared,
+        memory_nbytes=IMPORTS_NBYTES + int(copies * compared),
         disk_nbytes=0,
         seconds=graphs
         * len(plan.components)
@@ -321,20 +332,32 @@ def _verify(plan: Plan) -> Step:
     )
 
 
-def _build(plan: Plan, written: int, targets: int) -> Step:
-    weights = written or sum(shard.stat().st_size for shard in plan.checkpoint.shards)
+def _build(plan: Plan, targets: int) -> Step:
+    weights = {name: _engine_nbytes(plan, names) for name, names in _read_by_each(plan).items()}
     blocks = list(_blocks(plan))
     depths = {
         component: sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
         for component in plan.components
     }
     seconds = BUILD_SECONDS * len(depths) + BUILD_SECONDS_PER_BLOCK * sum(depths.values())
-    mapped = weights + BUILDER_MAPPED_NBYTES  # the graph's weights
+    own = {c: builder_nbytes(c, weights[c], depth) for c, depth in depths.items()}
+    worst = max(own, key=own.__getitem__)
+    mapped = weights[worst] + BUILDER_MAPPED_NBYTES  # the graph's weights
+    total = sum(weights.values())
     return Step(
         name="build",
-        memory_nbytes=mapped
-        + max(builder_nbytes(c, weights, depth) for c, depth in depths.items()),
+        memory_nbytes=mapped + own[worst],
         mapped_nbytes=mapped,
-        disk_nbytes=weights * targets,
-        seconds=targets * (seconds + weights / BUILD_NBYTES_PER_SECOND),
+        disk_nbytes=total * targets,
+        seconds=targets * (seconds + total / BUILD_NBYTES_PER_SECOND),
     )
+
+
+def _engine_nbytes(plan: Plan, names: Collection[str]) -> int:
+    """Bytes of parameters as an engine holds them."""
+    entries = plan.source.tensors
+    if plan.recipe is None:
+        itemsize = int(DTYPES[STORED_AS[plan.options.precision]].itemsize)
+        return itemsize * sum(math.prod(entries[name].shape) for name in names)
+    layout = quantized_layout(plan, {name: entries[name].dtype for name in names})
+    return sum(math.prod(shape) * int(dtype.itemsize) for dtype, shape in layout.values())

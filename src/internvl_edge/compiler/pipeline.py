@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ import torch
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact import Artifact, ComponentRecord, Manifest, open_artifact
-from internvl_edge.compiler.calibration import load_samples, quantize_weights, samples_for
+from internvl_edge.compiler.calibration import (
+    load_samples,
+    quantize_weights,
+    require_within_budget,
+    samples_for,
+)
 from internvl_edge.compiler.check import (
     Checker,
     Quantization,
@@ -42,7 +48,7 @@ from internvl_edge.publish import record, staging, write_manifest
 from internvl_edge.quantize.data import CalibrationSet
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.statistics import read_statistics, write_statistics
-from internvl_edge.resume import Workspace, workspace
+from internvl_edge.resume import Workspace, drop_published, workspace
 
 MB = 10**6
 # Files of a checkpoint that a runtime reads; copied as they are.
@@ -67,14 +73,15 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
         ResourceError: memory or disk.
         BuildError: TensorRT refused a graph.
     """
+    drop_published(options.out)
     plan = make_plan(options)
     targets = [target for target in options.targets if target != "onnx"]
     require_targets(targets, options.precision)
     require_fit(plan)
     calibration = None if plan.recipe is None else load_samples(plan)
-    content = _content(plan, report)
+    key = partial(_key, plan, calibration, report)
     with (
-        workspace(options.out, _key(plan, content, calibration), spool_budget(plan)) as work,
+        workspace(options.out, key, spool_budget(plan)) as work,
         staging(options.out, force=options.force) as directory,
     ):
         manifest = _compile_into(plan, directory, work, calibration, report)
@@ -82,6 +89,7 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
         try:
             built = add_engines(directory, manifest, targets, keep=work.engines, report=report)
             for grown in built:
+                plan.checkpoint.require_unchanged()
                 manifest = grown
         except (BuildError, ResourceError) as error:
             failure = error  # hours of quantization are not thrown away for one engine
@@ -89,6 +97,7 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
         manifest = with_report(directory, manifest)
         report(Progress(step="publish", detail=str(options.out), done=0, total=1))
         write_manifest(directory, manifest)
+        work.publishing(directory)
     if failure is not None:
         raise type(failure)(
             f"{failure}; {options.out} is published, with {len(manifest.engines)} engine(s)"
@@ -112,14 +121,14 @@ def _content(plan: Plan, report: Report) -> str:
     return plan.checkpoint.content_sha256(read)
 
 
-def _key(plan: Plan, content: str, calibration: CalibrationSet | None) -> dict[str, Any]:
+def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict[str, Any]:
     """Everything that decides the bytes of a compilation; other work must not be taken up."""
     tokenizer = plan.checkpoint.path / "tokenizer.model"
     return {
         "versions": {"internvl-edge": __version__, "torch": torch.__version__}
         | {package: version(package) for package in ("numpy", "onnx-ir", "onnxscript")},
         "threads": torch.get_num_threads(),  # float sums are split by them
-        "checkpoint": content,
+        "checkpoint": _content(plan, report),
         "config": plan.checkpoint.config.to_json(),
         "tokenizer": record(tokenizer).sha256 if tokenizer.is_file() else None,
         "precision": plan.options.precision,
@@ -261,6 +270,9 @@ def _compile_into(
     for done, (name, graph) in enumerate(emitted.items()):
         report(Progress(step="verify", detail=name, done=done, total=len(emitted)))
         records[name] = _component(plan, name, graph, checker, reason, directory)
+        if checker is not None:
+            budget, remedy = plan.options.memory_budget, "raise the budget, or choose --verify none"
+            require_within_budget(budget, done + 1, len(emitted), "components verified", remedy)
     return _manifest(plan, records, calibration, directory, brought)
 
 
