@@ -59,7 +59,7 @@ from internvl_edge.export.verify import (
     with_noise,
 )
 from internvl_edge.export.widen import widen
-from internvl_edge.quantize.qdq import bypass_activations
+from internvl_edge.quantize.qdq import SCALE_SUFFIX, bypass_activations
 from internvl_edge.quantize.unsigned import take_unsigned_weights
 from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.ort import OrtSession
@@ -262,6 +262,8 @@ class _Graph:
             return nullcontext()
         scales = self.quantization.scales[COMPONENT_STREAM[self.component]]
         recipe, stored = self.quantization.recipe, self.quantization.stored
+        # a wrong scale of a weight is to be found, not refused
+        stored = {n: v for n, v in stored.items() if not n.endswith(SCALE_SUFFIX)}
         return fake_quantized(module, scales, recipe, stored, self.checkpoint.config, rename)
 
     def _watched(self, module: nn.Module, hidden: Array | None) -> Arrays:
