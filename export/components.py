@@ -336,11 +336,6 @@ def input_specs(
             dtype="float32",
             shape=("batch", vision.num_tokens(image_size), vision.hidden_size),
         ),
-        "hidden_state": TensorSpec(
-            name="hidden_state",
-            dtype="float32",
-            shape=("batch", vision.num_tokens(image_size), vision.hidden_size),
-        ),
         "input_ids": TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length")),
         "attention_mask": TensorSpec(
             name="attention_mask",
@@ -349,6 +344,7 @@ def input_specs(
         ),
         "position_ids": TensorSpec(name="position_ids", dtype="int64", shape=("batch", "length")),
     }
+    specs["hidden_state"] = replace(specs["last_hidden_state"], name="hidden_state")
     llama = language_config(config)
     if component.takes_cache and llama is not None:
         embeds = ("batch", "length", llama.hidden_size)

@@ -266,8 +266,8 @@ def open_component(
     if not isinstance(options, OrtOptions):
         raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
-    is_cpu = choose_providers(device, options.gpu_provider) == [CPU]
-    if unsigned in artifact.manifest.files and is_cpu and products_saturate():
+    is_needed = unsigned in artifact.manifest.files and products_saturate()
+    if is_needed and choose_providers(device, options.gpu_provider) == [CPU]:
         path = artifact.file(unsigned)
     return OrtSession(path, device=device, options=options)
 

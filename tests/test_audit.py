@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from checkpoints import TINY, Written, write_vit
-from PIL import Image
 
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions
@@ -25,15 +24,6 @@ LAYER = "vision_model.encoder.layers.1.mlp.fc1.weight"
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: Any) -> Written:
     return write_vit(tmp_path_factory.mktemp("audit") / "checkpoint", VISION, seed=6)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: Any) -> Path:
-    folder: Path = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{i}.png")
-    return folder
 
 
 def flipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -92,13 +93,20 @@ def test_what_no_request_caused_is_not_tried_again(error: BaseException) -> None
     assert len(session.batches) == 1
 
 
-def test_a_full_queue_refuses_at_once() -> None:
+@contextmanager
+def held_up() -> Iterator[tuple[FakeSession, Batcher, Future[Any]]]:
+    """A batcher with two places in its queue, and the request that its session is held at."""
     session = FakeSession()
     session.gate.clear()
     with batcher(session, max_batch=1, max_delay_ms=0, max_queued=2) as batches:
         first = batches.submit(x(0))
         while not first.running():
             time.sleep(0.001)
+        yield session, batches, first
+
+
+def test_a_full_queue_refuses_at_once() -> None:
+    with held_up() as (session, batches, first):
         waiting = [batches.submit(x(n)) for n in (1, 2)]
         with pytest.raises(ResourceError, match="2 requests are waiting"):
             batches.submit(x(3))
@@ -154,12 +162,7 @@ def test_many_threads_get_their_own_answers() -> None:
 
 
 def test_cancelled_requests_take_no_place_in_the_queue() -> None:
-    session = FakeSession()
-    session.gate.clear()
-    with batcher(session, max_batch=1, max_delay_ms=0, max_queued=2) as batches:
-        first = batches.submit(x(0))
-        while not first.running():
-            time.sleep(0.001)
+    with held_up() as (session, batches, first):
         cancelled = [batches.submit(x(n)) for n in (1, 2)]
         assert all(future.cancel() for future in cancelled)
         third = batches.submit(x(3))

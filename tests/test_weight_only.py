@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from checkpoints import Written, write_internvl, write_vit
-from PIL import Image
 from safetensors.numpy import load_file
 
 from internvl_edge import compiler
@@ -32,15 +31,6 @@ LAYER = "qllama.model.layers.1.self_attn.o_proj"  # nothing can be folded into i
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: Any) -> Written:
     return write_internvl(tmp_path_factory.mktemp("c") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: Any) -> Path:
-    folder: Path = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{i}.png")
-    return folder
 
 
 def exported(tiny: Written, pictures: Path, out: Path, precision: str, **more: Any) -> Artifact:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.artifact import Artifact, open_artifact
-from internvl_edge.compiler.check import SAME_DB, Quantization
+from internvl_edge.compiler.check import SAME_DB, Quantization, runnable
 from internvl_edge.compiler.engines import engine_graph
 from internvl_edge.compiler.pipeline import open_source, quantization_of
 from internvl_edge.compiler.progress import Progress, Report, silent
@@ -58,10 +58,7 @@ from internvl_edge.export.verify import (
     sample_feeds,
     with_noise,
 )
-from internvl_edge.export.widen import widen
 from internvl_edge.quantize.qdq import SCALE_SUFFIX, bypass_activations
-from internvl_edge.quantize.unsigned import take_unsigned_weights
-from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.ort import OrtSession
 from internvl_edge.runtime.session import did_you_mean
 
@@ -295,10 +292,7 @@ class _Graph:
         return actual, unrounded[BLOCK_OUTPUT], drifted
 
     def _session(self, model: ir.Model) -> OrtSession:
-        widen(model)
-        if products_saturate():
-            take_unsigned_weights(model)
-        return OrtSession(self.path, graph=ir.to_proto(model).SerializeToString())
+        return OrtSession(self.path, graph=runnable(model))
 
     def _outputs(self, session: OrtSession, feeds: Mapping[str, Array]) -> Arrays:
         return session.run(graph_feeds(session.inputs, feeds, self.preprocessing))

@@ -93,6 +93,9 @@ class Checker:
             first, a middle and a last block of its tower, one after the other: graph and
             reference are both run with the others left out, so that one block is in memory.
         preprocessing: of graphs that take levels; None: they take normalised values.
+
+    Raises:
+        VerificationError: a range is wider than what calibration saw.
     """
 
     def __init__(
@@ -107,6 +110,8 @@ class Checker:
     ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.quantization = quantization
+        if quantization is not None:
+            require_seen_ranges(quantization.statistics, quantization.scales, quantization.recipe)
         self.feeds = sample_feeds(self.config, image_size)
         if samples is not None:
             self.feeds = sample_feeds(
@@ -156,10 +161,8 @@ class Checker:
         quantization = self.quantization
         if quantization is None or component not in COMPONENT_STREAM:
             return
-        recipe, scales = quantization.recipe, quantization.scales
-        require_seen_ranges(quantization.statistics, scales, recipe)
-        stream = scales[COMPONENT_STREAM[component]]
-        require_as_calibrated(ir.load(path), path.name, stream, recipe)
+        stream = quantization.scales[COMPONENT_STREAM[component]]
+        require_as_calibrated(ir.load(path), path.name, stream, quantization.recipe)
 
     def _blocks(self, component: str) -> list[int]:
         """The blocks to compare one after the other; none where all are compared at once."""
@@ -227,10 +230,7 @@ class Checker:
         tower = tower_of(component)
         if part.block is not None and tower is not None:
             keep_block(model, tower, part.block)
-        widen(model)
-        if products_saturate():
-            take_unsigned_weights(model)
-        graph, options = ir.to_proto(model).SerializeToString(), OrtOptions(exact=True)
+        graph, options = runnable(model), OrtOptions(exact=True)
         with OrtSession(path, graph=graph, options=options) as session:
             # a cache has the graph's dtype, and one block's is one layer's
             return session.run(graph_feeds(session.inputs, feeds, self.preprocessing))
@@ -243,6 +243,15 @@ class Checker:
             return reference_outputs(part.module, component, feeds, self.config)
         found = reference_outputs(part.module, component, feeds, with_depth(self.config, 1, 1))
         return {name.replace(".0.", f".{part.block}."): values for name, values in found.items()}
+
+
+def runnable(model: ir.Model) -> bytes:
+    """A graph, changed in place, as ONNX Runtime computes it on this CPU to what it stands for."""
+    widen(model)
+    if products_saturate():
+        take_unsigned_weights(model)
+    graph: bytes = ir.to_proto(model).SerializeToString()
+    return graph
 
 
 def _require_no_loss(
