@@ -47,6 +47,7 @@ class OrtOptions:
     num_threads: int | None = None  # within an operator; None: every core this process may use
     arena: bool = True  # keep intermediate buffers between runs
     prepack: bool = True  # weights in the layout of the kernels: faster, twice the memory
+    fold: bool = True  # constants are computed once, at opening: faster, and they are copies
     spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
     gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
     # Weight-only products: rounding x to int8 by blocks is faster; exact: x stays in float32.

@@ -134,7 +134,7 @@ def test_outputs_become_inputs_without_a_copy(tmp_path: Path) -> None:
         value = session.run_device({"past": np.zeros((2, 4), np.float32)})["present"]
         for _ in range(ROUNDS):
             value = session.run_device({"past": value}, outputs=["present"])["present"]
-        np.testing.assert_array_equal(value.numpy(), np.full((2, 4), 10))
+        np.testing.assert_array_equal(value.numpy(), np.full((2, 4), ROUNDS + 1))
 
 
 def test_values_are_checked_as_arrays_are(tmp_path: Path) -> None:

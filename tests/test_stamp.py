@@ -301,11 +301,18 @@ def test_a_bare_tower_is_compared_block_by_block(
     assert figures["sqnr_db"] > 100
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("precision", "is_audited", "said"),
+    [
+        ("fp32", True, "vision, block 2"),
+        ("int8", True, r"layers\.2\.mlp\.fc2\.weight: expected"),
+        ("int8", False, "vision, block 2"),
+    ],
+)
 def test_a_wrong_block_is_found(
-    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, precision: str, is_audited: bool, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both in the weights and in the activation scales."""
+    """In the weights, and in the activation scales: by the audit, and by what it computes."""
     monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
     plan = {"fp32": "store_weights", "int8": "quantize_weights"}[precision]
     run = getattr(pipeline, plan)
@@ -326,11 +333,13 @@ def test_a_wrong_block_is_found(
     monkeypatch.setattr(pipeline, plan, spoil)
     if precision == "int8":  # the graph is written with the spoiled scales, the check has its own
         monkeypatch.setattr(pipeline, "Quantization", unspoiled)
+    if not is_audited:
+        monkeypatch.setattr(check, "require_as_calibrated", lambda *_: None)
     checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
     options = ExportOptions(
         checkpoint=checkpoint, out=tmp_path / "out", precision=precision, components=("vision",)
     )
-    with pytest.raises(VerificationError, match="vision, block 2"):
+    with pytest.raises(VerificationError, match=said):
         compiler.export(options)
     assert not (tmp_path / "out").exists()
 

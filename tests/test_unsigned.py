@@ -18,6 +18,7 @@ from internvl_edge.quantize.unsigned import take_unsigned_weights
 from internvl_edge.runtime import environment
 from internvl_edge.runtime import ort as sessions
 from internvl_edge.runtime.ort import OrtSession, open_component, unsigned_graph
+from internvl_edge.runtime.ortoptions import OrtOptions
 
 Array = np.ndarray[Any, Any]
 SCALE = np.float32(1 / 64)  # of activations
@@ -126,3 +127,32 @@ def test_a_cpu_opens_the_graph_it_needs(
     open_component(open_artifact(out), "vision", device="cpu")
     (name,) = opened
     assert name == (unsigned_graph("vision") if saturates and has_graph else "vision.onnx")
+
+
+@pytest.mark.parametrize("is_large", [True, False])
+def test_weights_of_a_large_component_are_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool
+) -> None:
+    out = tmp_path / "out"
+    write_artifact(out, contents() | {unsigned_graph("vision"): MODEL})
+    artifact = open_artifact(out)
+    nbytes = artifact.manifest.components["vision"].nbytes
+    monkeypatch.setattr(sessions, "MAX_FOLDED_NBYTES", nbytes - 1 if is_large else nbytes)
+    monkeypatch.setattr(sessions, "products_saturate", lambda: True)
+    opened: list[OrtOptions] = []
+    monkeypatch.setattr(sessions, "OrtSession", lambda _, options, **__: opened.append(options))
+    open_component(artifact, "vision", device="cpu")
+    assert [options.fold for options in opened] == [not is_large]
+
+
+def test_unfolded_it_computes_the_same(tmp_path: Path) -> None:
+    values, scales = weights()
+    model = graph(values, scales)
+    take_unsigned_weights(model)
+    ir.save(model, tmp_path / "m.onnx")
+    x = np.random.default_rng(4).uniform(-2, 2, (5, K)).astype(np.float32)
+    for fold in (True, False):
+        with OrtSession(tmp_path / "m.onnx", options=OrtOptions(fold=fold)) as session:
+            np.testing.assert_allclose(
+                session.run({"x": x})["y"], by_hand(x, values, scales), rtol=1e-5, atol=1e-5
+            )
