@@ -19,13 +19,13 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from internvl_edge.artifact import FileRecord, header_sha256
-from internvl_edge.disk import EXHAUSTED, FULL, open_regular
+from internvl_edge.disk import EXHAUSTED, FULL, open_regular, sibling
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.weights import StoredTensor
@@ -79,9 +79,7 @@ def bring_shards(
     checkpoint.require_unchanged()
     entries = {name: checkpoint.tensors[name] for name in names}
     shards = sorted({entry.file for entry in entries.values()})
-    ways = WAYS[transfer]
-    if transfer == "auto" and sum(s.stat().st_size for s in shards) <= AUTO_COPY_NBYTES:
-        ways = ("reflink", "copy")
+    ways = _ways(shards, transfer)
     brought = {shard.name: _bring(shard, directory / shard.name, ways, copied) for shard in shards}
     checkpoint.require_unchanged()
     stored = {
@@ -97,6 +95,51 @@ def bring_shards(
     return stored, brought
 
 
+def way_of(shards: Sequence[Path], folder: Path, transfer: Transfer) -> How:
+    """How shards would come into a folder: tried with the first of them, and undone.
+
+    Args:
+        shards: the files.
+        folder: where to; the nearest above it that exists tells for one that does not.
+        transfer: as in ``bring_shards``.
+
+    Raises:
+        UsageError: ``link``, and the shard can be neither reflinked nor hard-linked there.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    source, why = shards[0].resolve(strict=True), ""
+    for how in _ways(shards, transfer):
+        if how == "copy":
+            return how
+        probe = sibling(folder / source.name, "probe")
+        try:
+            _link(how, source, probe)
+        except OSError as error:
+            why = error.strerror or str(error)
+        else:
+            probe.unlink()
+            return how
+    raise _unlinked(shards[0], folder, why)
+
+
+def _ways(shards: Sequence[Path], transfer: Transfer) -> tuple[How, ...]:
+    if transfer == "auto" and sum(s.stat().st_size for s in shards) <= AUTO_COPY_NBYTES:
+        return ("reflink", "copy")
+    return WAYS[transfer]
+
+
+def _link(how: How, source: Path, target: Path) -> None:
+    (_reflink if how == "reflink" else os.link)(source, target)
+
+
+def _unlinked(shard: Path, folder: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{shard} can be neither reflinked nor hard-linked into {folder}: {why}; both must "
+        "be on one file system, and the file yours or writable; or use --weights copy"
+    )
+
+
 def _bring(shard: Path, target: Path, ways: tuple[How, ...], copied: Copied) -> Brought:
     """Try one way after the other; a copy is the last that there is."""
     source = shard.resolve(strict=True)  # a cache snapshot is a link to a blob
@@ -106,17 +149,14 @@ def _bring(shard: Path, target: Path, ways: tuple[How, ...], copied: Copied) -> 
         if how == "copy":
             return Brought(how=how, record=_copy(source, target, known, copied))
         try:
-            (_reflink if how == "reflink" else os.link)(source, target)
+            _link(how, source, target)
         except OSError as error:
             if error.errno in FULL | EXHAUSTED:
                 raise
             why = error.strerror or str(error)
         else:
             return Brought(how=how, record=_record(target, known))
-    raise UsageError(
-        f"{shard} can be neither reflinked nor hard-linked into {target.parent}: {why}; both must "
-        "be on one file system, and the file yours or writable; or use --weights copy"
-    )
+    raise _unlinked(shard, target.parent, why)
 
 
 def _record(path: Path, sha256: str | None) -> FileRecord:

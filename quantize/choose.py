@@ -12,7 +12,7 @@ differ by a few percent, and cost a thousandth of the layer itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,14 @@ from internvl_edge.quantize import formats, smooth
 from internvl_edge.quantize.observers import RangeObserver
 
 Array = NDArray[Any]
+Range = tuple[float, float]  # scale, shift
 SAMPLE_ROWS = 256  # of activations, per stream, and of weights
 ENOUGH_ROWS = 128  # for what they show to hold for others
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
 # What smoothing must leave of the error to be chosen: it puts every channel's largest value seen
 # at the end of the range, so that of the values not seen more will saturate.
 WORTHWHILE = 0.9
+CLIP_WORTHWHILE = 0.5  # the same of a clip, of the error of a range that holds everything seen
 
 
 @dataclass(slots=True)
@@ -67,10 +69,10 @@ def output_error(x: Array, w: Array, scale: float, fmt: str, shift: float = 0.0)
         fmt: of both.
         shift: x is moved by it before it is rounded, and back.
     """
-    return _error(product(x, w), x, _rounded(w, fmt), scale, fmt, shift)
+    return _error(product(x, w), x, _rounded(w, fmt), scale, shift, fmt)
 
 
-def _error(exact: Tensor, x: Array, rough: Array, scale: float, fmt: str, shift: float) -> float:
+def _error(exact: Tensor, x: Array, rough: Array, scale: float, shift: float, fmt: str) -> float:
     fine = formats.fake_quantize(x - np.float32(shift), scale, fmt) + np.float32(shift)
     return float((product(fine, rough) - exact).square().sum())
 
@@ -111,7 +113,7 @@ def best_factors(
             x = turn(rows / factors)
             observer = RangeObserver()
             observer.update(x)
-            total += _error(product, x, rough, observer.scale("mse", fmt), fmt, 0.0)
+            total += _error(product, x, rough, observer.scale("mse", fmt), 0.0, fmt)
         return total
 
     none = np.ones(peaks.shape, np.float32)
@@ -124,10 +126,23 @@ def best_factors(
 
 
 def best_scale(
-    x: Array, w: Array, scales: Iterable[tuple[float, float]], fmt: str
-) -> tuple[float, float]:
-    """The (scale, shift) of the least output error."""
+    x: Array, w: Array, safe: Sequence[Range], clipped: Sequence[Range], fmt: str
+) -> Range:
+    """The (scale, shift) of the least output error; of ``clipped`` only where it halves it.
+
+    Args:
+        x: rows of the activation.
+        w: from :func:`sample_weights`.
+        safe: ranges that are taken as they are.
+        clipped: ranges chosen from what was seen, and so better on it than on anything else.
+        fmt: of both.
+    """
     exact, rough = product(x, w), _rounded(w, fmt)
-    return min(
-        dict.fromkeys(scales), key=lambda pair: _error(exact, x, rough, pair[0], fmt, pair[1])
-    )
+
+    def best(ranges: Sequence[Range]) -> tuple[float, Range]:
+        errors = ((_error(exact, x, rough, *r, fmt), r) for r in dict.fromkeys(ranges))
+        return min(errors, default=(np.inf, (np.nan, 0.0)))
+
+    error, wide = best(safe)
+    below, narrow = best(clipped)
+    return narrow if below < CLIP_WORTHWHILE * error else wide

@@ -57,9 +57,12 @@ def no_hard_links(monkeypatch: pytest.MonkeyPatch, code: int = errno.EXDEV) -> N
 
 
 def brought(checkpoint: Checkpoint, out: Path, transfer: Transfer) -> dict[str, bring.Brought]:
-    """Bring all shards, and check that their tensors are where they are said to be."""
+    """Bring all shards, as is foretold, with their tensors where they are said to be."""
+    foretold = bring.way_of(checkpoint.shards, out / "not" / "yet", transfer)
+    assert list(out.iterdir()) == []
     stored, found = bring_shards(checkpoint, checkpoint.tensors, out, transfer, lambda *_: None)
     assert sorted(os.listdir(out)) == sorted(found)
+    assert hows(found) == {foretold}
     for name, place in stored.items():
         with open(out / place.location, "rb") as file:
             file.seek(place.offset)
@@ -136,6 +139,15 @@ def test_where_hard_links_cannot_be(
     with pytest.raises(UsageError, match=f"{os.strerror(code)}.*--weights copy"):
         brought(checkpoint, out, "link")
     assert list(out.iterdir()) == []
+
+
+def test_no_link_is_foretold_where_none_can_be(
+    checkpoint: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_reflinks(monkeypatch)
+    no_hard_links(monkeypatch)
+    with pytest.raises(UsageError, match="--weights copy"):
+        bring.way_of(checkpoint.shards, out, "link")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])

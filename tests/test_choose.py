@@ -73,8 +73,17 @@ def test_a_range_is_chosen_by_the_output() -> None:
     x = rng.standard_normal((100, 16)).astype(np.float32)
     w = rng.standard_normal((8, 16)).astype(np.float32)
     x[0, 5], w[:, 5] = 1000.0, 0.0
-    pairs = [(1000.0 / 127, 0.0), (4.0 / 127, 0.0)]
-    assert best_scale(x, w, pairs, "int8") == pairs[1]
+    whole, clip = (1000.0 / 127, 0.0), (4.0 / 127, 0.0)
+    assert best_scale(x, w, [whole], [clip], "int8") == clip
+
+
+def test_a_clip_that_gains_little_is_not_taken() -> None:
+    """It was made from these rows; the next ones will have more beyond it."""
+    rng = np.random.default_rng(2)
+    x, w = rng.standard_normal((300, 64)), rng.standard_normal((32, 64))
+    whole, clip = (float(np.abs(x).max()) * 1.1 / 127, 0.0), (3.6 / 127, 0.0)
+    assert output_error(x, w, clip[0], "int8") < output_error(x, w, whole[0], "int8")
+    assert best_scale(x, w, [whole], [clip], "int8") == whole
 
 
 def test_a_shift_halves_the_step_of_a_one_sided_range() -> None:

@@ -25,7 +25,7 @@ from internvl_edge.cli.console import Output
 from internvl_edge.cli.footprint import measure_footprint
 from internvl_edge.compiler import peaks
 from internvl_edge.engineinfo import Profile
-from internvl_edge.errors import CheckpointError, ResourceError
+from internvl_edge.errors import CheckpointError, ResourceError, UsageError
 
 COMMANDS = [
     "export",
@@ -102,6 +102,33 @@ def test_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str])
         capsys, "export", place / "checkpoint", "-o", place / "new", "-p", "fp16", "--dry-run"
     )
     assert found["disk_nbytes"] > 0
+    assert not (place / "new").exists()
+
+
+def test_what_a_build_takes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = answer(capsys, "build", place / "out", "--dry-run")
+    (step,) = every["steps"]
+    assert step["name"] == "build"
+    one = answer(capsys, "build", place / "out", "--dry-run", "--components", "vision")
+    assert 0 < one["disk_nbytes"] < every["disk_nbytes"]
+    assert not (place / "out" / "engines").exists()
+    command = ["build", str(place / "out"), "--dry-run", "--components", "visoin"]
+    assert run(command) == UsageError.exit_code
+    assert "did you mean 'vision'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["build", "export"])
+def test_a_full_disk_is_seen_first(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    full = shutil.disk_usage(place)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    words = ["build", str(place / "out")]
+    if command == "export":
+        words = ["export", str(place / "checkpoint"), "-o", str(place / "new"), "-p", "fp16"]
+    assert run(words) == ResourceError.exit_code
+    assert "GB of disk" in capsys.readouterr().err
+    assert not (place / "out" / "engines").exists()
     assert not (place / "new").exists()
 
 

@@ -145,6 +145,16 @@ def drop_published(out: Path) -> None:
             shutil.rmtree(path)
 
 
+def kept_nbytes(out: Path) -> int:
+    """Bytes that the work on ``out`` holds: to be taken up, or to be removed first."""
+    total = 0
+    for folder, _, names in os.walk(_work_on(placed(out))):
+        for name in names:
+            with suppress(OSError):  # another run may be writing it
+                total += (Path(folder) / name).stat().st_size
+    return total
+
+
 def _work_on(out: Path) -> Path:
     return out.with_name(f".{out.name}.work")
 

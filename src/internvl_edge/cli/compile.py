@@ -155,6 +155,7 @@ def _search_lines(found: Any) -> list[str]:
 @click.option("--batch", help="Smallest, usual, largest; 1,4,16, of a chat decoder 1,1,1.")
 @click.option("--length", help="The same, of texts; 1,32,80, of a chat model 1,320,3584.")
 @click.option("--past", help="The same, of cached positions; 0,96,256, of a chat model 0,512,4096.")
+@click.option("--dry-run", is_flag=True, help="Say what it will take, and build nothing.")
 @backend
 @answers
 def build(
@@ -165,6 +166,7 @@ def build(
     batch: str | None,
     length: str | None,
     past: str | None,
+    dry_run: bool,
     backend: str,
 ) -> None:
     """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
@@ -172,6 +174,9 @@ def build(
     from internvl_edge.compiler.engines import ranges_from
 
     profile = ranges_from(batch=batch, length=length, past=past)
+    if dry_run:
+        _dry_build(output, out, targets, components)
+        return
     before = engine_files(out)
     with output.progress() as report:
         engines = build_engines(out, targets, components=components, profile=profile, report=report)
@@ -347,3 +352,17 @@ def _dry_run(output: Output, compiler: Any, options: Any) -> None:
     require_fit(plan)
     if plan.recipe is not None:
         load_samples(plan)
+
+
+def _dry_build(
+    output: Output, out: Path, targets: tuple[str, ...], components: tuple[str, ...] | None
+) -> None:
+    from internvl_edge.artifact import open_artifact
+    from internvl_edge.compiler.engines import forecast_build, require_buildable
+
+    manifest = open_artifact(out).manifest
+    require_buildable(manifest, targets, components)
+    forecast = forecast_build(manifest, targets, components)
+    output.table(("step", "memory", "disk", "time"), forecast.rows())
+    output.result(forecast.to_json())
+    forecast.require_fit(out)

@@ -6,7 +6,7 @@ a graph is also held against what it was made from, exactly:
 
     in the graph      each product of a calibrated weight has its pair, with the scale that
                       calibration gave; the weight's scales are its own, along its outputs
-    of activations    no range is wider than what was seen: scale · limit ≤ max |x|
+    of activations    no range is wider than its choice allows: scale · limit ≤ 1.1 max |x|
     of weights        scale = max |W| / limit of each output or block (``simulate``)
 """
 
@@ -22,9 +22,10 @@ from internvl_edge.errors import VerificationError
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.settle import HEADROOM
 from internvl_edge.quantize.statistics import LayerStatistics
 
-SLACK = 1.1  # ranges are edges of histograms
+SLACK = 1.02 * HEADROOM  # clips are edges of histograms
 
 
 def require_as_calibrated(
@@ -108,7 +109,7 @@ def require_seen_ranges(
         widest = max(row.absmax * SLACK, formats.MIN_SCALE * limit * SLACK)
         if scale * limit > widest or not np.isclose(scale, row.scale, rtol=1e-6):
             raise VerificationError(
-                f"{row.weight}, {row.stream}: expected a range of at most {row.absmax:.6g}, the "
-                f"largest input that was seen, and the scale {row.scale:.6g}, found the range "
-                f"{scale * limit:.6g} and the scale {scale:.6g}"
+                f"{row.weight}, {row.stream}: expected a range of at most {widest:.6g}, the "
+                f"largest input seen being {row.absmax:.6g}, and the scale {row.scale:.6g}, "
+                f"found the range {scale * limit:.6g} and the scale {scale:.6g}"
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 from internvl_edge.artifact import EngineRecord, Manifest, TensorSpec
 from internvl_edge.compiler.memory import LLAMA_COMPONENTS, require_memory_to_build
 from internvl_edge.compiler.progress import Progress, Report, silent
+from internvl_edge.compiler.steps import Forecast, build_step
 from internvl_edge.disk import link_or_copy
 from internvl_edge.engineinfo import Range
 from internvl_edge.errors import UsageError
@@ -99,6 +100,35 @@ def profile_for(
     return replace(usual, **{"length": (low, typical, high), "past": past} | ranges)
 
 
+def forecast_build(
+    manifest: Manifest, targets: Sequence[str], components: Sequence[str] | None = None
+) -> Forecast:
+    """What building engines of a directory's components, all by default, will need."""
+    chosen = list(components or manifest.components)
+    weights = {name: manifest.components[name].nbytes for name in chosen}
+    depths = {name: _num_blocks(manifest, name) for name in chosen}
+    return Forecast(steps=(build_step(weights, depths, targets),))
+
+
+def require_buildable(
+    manifest: Manifest, targets: Sequence[str], components: Sequence[str] | None
+) -> None:
+    """Refuse, before any work, what cannot be built.
+
+    Raises:
+        UsageError: a component that the directory does not have, or a target without engines.
+        MissingDependency, HardwareError: a target's package, or its GPU, is missing.
+    """
+    require_targets(targets, manifest.precision)
+    known = manifest.components
+    for name in components or ():
+        if name not in known:
+            raise UsageError(
+                f"component {name!r}: the directory has {', '.join(known)}"
+                f"{did_you_mean(name, known)}"
+            )
+
+
 def build(
     out: Path,
     targets: Sequence[str],
@@ -119,16 +149,12 @@ def build(
     Raises:
         ArtifactError: the directory is not what its manifest says.
         MissingDependency: a target's package is not installed.
+        ResourceError: memory or disk, before anything is built.
         BuildError: TensorRT refused a graph; what was built before stays.
     """
     with update(out) as artifact:
-        require_targets(targets, artifact.manifest.precision)
-        known = artifact.manifest.components
-        for name in components or ():
-            if name not in known:
-                raise UsageError(
-                    f"component {name!r}: {out} has {', '.join(known)}{did_you_mean(name, known)}"
-                )
+        require_buildable(artifact.manifest, targets, components)
+        forecast_build(artifact.manifest, targets, components).require_fit(out)
         manifest = artifact.manifest
         for grown in add_engines(
             out, manifest, targets, components=components, profile=profile, report=report

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from internvl_edge.compiler.check import (
 )
 from internvl_edge.compiler.emit import CHAT_TOKENS
 from internvl_edge.compiler.layout import quantized_layout
-from internvl_edge.compiler.memory import available_memory, builder_nbytes
+from internvl_edge.compiler.memory import available_memory
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
-from internvl_edge.errors import ResourceError
+from internvl_edge.compiler.steps import Forecast, Step, build_step
 from internvl_edge.export.blocks import (
     CHAT_PREFIX,
     LLAMA_PREFIX,
@@ -35,11 +34,11 @@ from internvl_edge.export.blocks import (
     VISION_PREFIX,
     tower_of,
 )
-from internvl_edge.export.bring import AUTO_COPY_NBYTES
+from internvl_edge.export.bring import How, way_of
 from internvl_edge.export.checkpoint import DTYPES, build_model
 from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.models import InternViT
-from internvl_edge.publish import require_free_disk
+from internvl_edge.resume import kept_nbytes
 from internvl_edge.spool import Budget
 
 IMPORTS_NBYTES = 450_000_000  # PyTorch, ONNX and the exporter, loaded
@@ -51,67 +50,12 @@ CONVERT_NBYTES_PER_SECOND = 250e6
 FORWARD_OVERHEAD = 1.15  # of a block's forward over its matrix products
 QUANTIZE_SECONDS_PER_PARAMETER = 17e-9  # reading, folding, rounding and writing it
 USUAL_TEXT_LENGTH = 16  # tokens of a caption
-BUILDER_MAPPED_NBYTES = 110_000_000  # its library
 VERIFY_NBYTES_PER_SECOND = 200e6
 # What is compared, in float32: reference and graph, constants that are widened, and the simulation.
 VERIFY_COPIES = {"fp32": 2.5, "fp16": 4.7, "bf16": 4.7, "quantized": 5.2}
-BUILD_NBYTES_PER_SECOND = 290e6
-BUILD_SECONDS_PER_BLOCK = 0.7
-BUILD_SECONDS = 1.0
 LLAMA_HEAD, LLAMA_TOKENS = "qllama.lm_head.weight", "qllama.model.embed_tokens.weight"
 TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
 STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What one step of an export will need."""
-
-    name: str
-    memory_nbytes: int  # resident, mapped files included: they give way where memory is short
-    disk_nbytes: int
-    seconds: float
-    mapped_nbytes: int = 0  # of the memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
-    """All steps of an export."""
-
-    steps: tuple[Step, ...]
-
-    @property
-    def peak_nbytes(self) -> int:
-        return max(step.memory_nbytes for step in self.steps)
-
-    @property
-    def disk_nbytes(self) -> int:
-        return sum(step.disk_nbytes for step in self.steps)
-
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """For a table: step, memory, disk, time."""
-        total = Step(
-            name="all",
-            memory_nbytes=self.peak_nbytes,
-            disk_nbytes=self.disk_nbytes,
-            seconds=sum(step.seconds for step in self.steps),
-        )
-        return [
-            (
-                step.name,
-                f"{step.memory_nbytes / 1e9:.2f} GB",
-                f"{step.disk_nbytes / 1e9:.3f} GB",
-                f"{step.seconds:.0f} s",
-            )
-            for step in (*self.steps, total)
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "steps": [asdict(step) for step in self.steps],
-            "peak_memory_nbytes": self.peak_nbytes,
-            "disk_nbytes": self.disk_nbytes,
-        }
 
 
 def forecast(options: ExportOptions) -> Forecast:
@@ -128,15 +72,14 @@ def forecast_plan(plan: Plan) -> Forecast:
     options = plan.options
     entries = plan.source.tensors
     tensors = {name: (entries[name].dtype, entries[name].shape) for name in read_by(plan)}
-    written = _written_nbytes(plan, tensors)
-    engines = len(options.targets) - ("onnx" in options.targets)
-    steps = [_trace(plan), _weights(plan, written)]
+    steps = [_trace(plan), _weights(plan, tensors)]
     if plan.recipe is not None:
         steps.append(_quantize(plan))
     if reason_not_to_verify(options.verify) is None:
         steps.append(_verify(plan))
-    if engines:
-        steps.append(_build(plan, engines))
+    targets = [target for target in options.targets if target != "onnx"]
+    if targets:
+        steps.append(_build(plan, targets))
     return Forecast(steps=tuple(steps))
 
 
@@ -146,21 +89,10 @@ def require_fit(plan: Plan) -> None:
     Raises:
         ResourceError: the step, what it needs and what there is.
     """
-    found = forecast_plan(plan)
-    require_free_disk(plan.options.out.absolute().parent, found.disk_nbytes)
-    worst = max(found.steps, key=_needed)
-    budget = plan.options.memory_budget
-    limit = available_memory() if budget is None else budget
-    if _needed(worst) > limit:
-        source = "are free" if budget is None else "are allowed by --memory-budget"
-        raise ResourceError(
-            f"step {worst.name!r} needs {_needed(worst) / 1e9:.2f} GB of memory, "
-            f"{limit / 1e9:.2f} GB {source}; --dry-run lists every step"
-        )
-
-
-def _needed(step: Step) -> int:
-    return step.memory_nbytes - step.mapped_nbytes
+    options = plan.options
+    forecast_plan(plan).require_fit(
+        options.out.absolute().parent, options.memory_budget, kept_nbytes(options.out)
+    )
 
 
 def spool_budget(plan: Plan) -> Budget:
@@ -195,21 +127,30 @@ def _read_by_each(plan: Plan) -> dict[str, set[str]]:
     }
 
 
-def _written_nbytes(plan: Plan, tensors: Mapping[str, Any]) -> int:
+def _way(plan: Plan, tensors: Mapping[str, Any]) -> How | None:
+    """How the checkpoint's own shards come into OUT; None where weights are written anew.
+
+    Raises:
+        UsageError: they are to be linked and cannot be.
+    """
+    options = plan.options
+    if plan.recipe is not None or options.align is not None:
+        return None
+    wanted = DTYPES[STORED_AS[options.precision]]
+    if options.weights == "auto" and any(dtype != wanted for dtype, _ in tensors.values()):
+        return None
+    return way_of(plan.checkpoint.shards, options.out.absolute().parent, options.weights)
+
+
+def _written_nbytes(plan: Plan, tensors: Mapping[str, Any], way: How | None) -> int:
     if plan.recipe is not None:
         layout = quantized_layout(plan, {name: dtype for name, (dtype, _) in tensors.items()})
         sizes = [math.prod(shape) * int(dtype.itemsize) for dtype, shape in layout.values()]
         return sum(sizes)
-    options, wanted = plan.options, DTYPES[STORED_AS[plan.options.precision]]
-    shards = sum(shard.stat().st_size for shard in plan.checkpoint.shards)
-    is_same = options.align is None and all(dtype == wanted for dtype, _ in tensors.values())
-    brought = options.weights
-    if brought == "auto" and is_same:
-        brought = "copy" if shards <= AUTO_COPY_NBYTES else "link"
-    if brought != "auto":
-        return 0 if brought == "link" else shards
+    if way is not None:
+        return sum(s.stat().st_size for s in plan.checkpoint.shards) if way == "copy" else 0
     count: int = sum(math.prod(shape) for _, shape in tensors.values())
-    return int(wanted.itemsize) * count
+    return int(DTYPES[STORED_AS[plan.options.precision]].itemsize) * count
 
 
 def _blocks(plan: Plan) -> dict[str, int]:
@@ -234,11 +175,13 @@ def _trace(plan: Plan) -> Step:
     )
 
 
-def _weights(plan: Plan, written: int) -> Step:
+def _weights(plan: Plan, tensors: Mapping[str, Any]) -> Step:
+    way = _way(plan, tensors)
+    written = _written_nbytes(plan, tensors, way)
     sizes = {name: math.prod(entry.shape) for name, entry in plan.source.tensors.items()}
     if plan.recipe is not None:  # the rest is calibration's
         sizes = {n: size for n, size in sizes.items() if not n.startswith(TOWERS)}
-    largest = max(sizes.values()) if written else 0
+    largest = max(sizes.values()) if way is None else 0
     return Step(
         name="weights",
         memory_nbytes=IMPORTS_NBYTES + 10 * largest,  # stored, float32 and converted, at once
@@ -266,12 +209,14 @@ def _quantize(plan: Plan) -> Step:
         prefix: sum(n for name, n in blocks.items() if name.startswith(prefix)) for prefix in tokens
     }
     products = 2.0 * sum(parameters[prefix] * tokens[prefix] for prefix in tokens)
-    # hidden states, and what is kept behind two norms
-    kept = 3 * FLOAT32_NBYTES * tokens[VISION_PREFIX] * vision.hidden_size
+    states = FLOAT32_NBYTES * tokens[VISION_PREFIX] * vision.hidden_size
+    kept = 3 * states  # hidden states, and what is kept behind two norms
+    held = min(kept, spool_budget(plan).free_nbytes)
     return Step(
         name="quantize",
-        memory_nbytes=_block_nbytes(plan) + min(kept, spool_budget(plan).free_nbytes),
-        disk_nbytes=0,
+        memory_nbytes=_block_nbytes(plan) + held,
+        # what is not held, and the states of two blocks, which a later run could take up
+        disk_nbytes=kept - held + 2 * states,
         seconds=FORWARD_OVERHEAD * products / matmul_flops()
         + QUANTIZE_SECONDS_PER_PARAMETER * sum(parameters.values()),
     )
@@ -332,25 +277,14 @@ def _verify(plan: Plan) -> Step:
     )
 
 
-def _build(plan: Plan, targets: int) -> Step:
+def _build(plan: Plan, targets: Sequence[str]) -> Step:
     weights = {name: _engine_nbytes(plan, names) for name, names in _read_by_each(plan).items()}
     blocks = list(_blocks(plan))
     depths = {
         component: sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
         for component in plan.components
     }
-    seconds = BUILD_SECONDS * len(depths) + BUILD_SECONDS_PER_BLOCK * sum(depths.values())
-    own = {c: builder_nbytes(c, weights[c], depth) for c, depth in depths.items()}
-    worst = max(own, key=own.__getitem__)
-    mapped = weights[worst] + BUILDER_MAPPED_NBYTES  # the graph's weights
-    total = sum(weights.values())
-    return Step(
-        name="build",
-        memory_nbytes=mapped + own[worst],
-        mapped_nbytes=mapped,
-        disk_nbytes=total * targets,
-        seconds=targets * (seconds + total / BUILD_NBYTES_PER_SECOND),
-    )
+    return build_step(weights, depths, targets)
 
 
 def _engine_nbytes(plan: Plan, names: Collection[str]) -> int:

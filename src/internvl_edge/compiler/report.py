@@ -260,7 +260,7 @@ def _range_plot(title: str, points: Sequence[tuple[int, float, float]]) -> Range
         height=PLOT_HEIGHT,
         ticks=tuple((y(10.0**e), f"{10.0**e:g}") for e in exponents),
         marks=tuple(
-            (x(b), y(peak), y(clip), f"block {b}: largest {peak:.4g}, clipped at {clip:.4g}")
+            (x(b), y(peak), y(clip), f"block {b}: largest {peak:.4g}, range to {clip:.4g}")
             for b, peak, clip in points
         ),
         ends=tuple((x(b), f"block {b}") for b in dict.fromkeys((blocks[0], blocks[-1]))),
