@@ -149,7 +149,12 @@ def run_steps(
         commands[f"engine-{precision}"] = [*build, "--batch", ENGINE_BATCH]
     for step in (s for s in commands if s in steps):
         precision = step.removeprefix("engine-")
-        said = forecast(work, precision, step) if precision in PRECISIONS else None
+        said = None
+        if precision in PRECISIONS:
+            asked = [*commands[step], "--dry-run", "--json"]
+            if step == precision:  # what is there already cannot be exported again
+                asked[asked.index("-o") + 1] += "-dry"
+            said = forecast(asked)
         keep(replace(measure(step, layers, commands[step]), forecast=said))
         if step.startswith("engine"):  # as large as the checkpoint, and of no more use
             shutil.rmtree(work / precision)
@@ -161,21 +166,19 @@ def _export(work: Path, precision: str) -> list[str]:
     return ["export", checkpoint, "-o", out, "-p", precision, *links, "--verify", "none"]
 
 
-def forecast(work: Path, precision: str, step: str) -> dict[str, float]:
-    """What ``--dry-run`` says of an export without its engine, or of the engine alone."""
-    command = _export(work, precision)
-    command[3] += "-dry"  # what is there already cannot be exported again
-    command += ["--target", "tensorrt-rtx", "--dry-run", "--json"]
-    said = subprocess.run([*TOOL, *command], capture_output=True, text=True, check=True).stdout
-    found = json.loads(said.splitlines()[-1])["steps"]
-    parts = [part for part in found if (part["name"] == "build") == step.startswith("engine")]
+def forecast(command: list[str]) -> dict[str, float]:
+    """What a command with ``--dry-run --json`` says that it will take."""
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if said.returncode != 0:
+        sys.exit(f"{' '.join(command)}: {said.stdout}{said.stderr}")
+    steps = json.loads(said.stdout.splitlines()[-1])["steps"]
     return {
-        "seconds": round(sum(part["seconds"] for part in parts), 1),
-        "peak_rss_nbytes": max(part["memory_nbytes"] for part in parts),
+        "seconds": round(sum(step["seconds"] for step in steps), 1),
+        "peak_rss_nbytes": max(step["memory_nbytes"] for step in steps),
         "peak_anonymous_nbytes": max(
-            part["memory_nbytes"] - part["mapped_nbytes"] for part in parts
+            step["memory_nbytes"] - step["mapped_nbytes"] for step in steps
         ),
-        "disk_nbytes": sum(part["disk_nbytes"] for part in parts),
+        "disk_nbytes": sum(step["disk_nbytes"] for step in steps),
     }
 
 
@@ -326,6 +329,8 @@ def main() -> None:
     if unknown := set(steps) - set(STEPS):
         parser.error(f"--steps: expected some of {', '.join(STEPS)}, found {sorted(unknown)}")
     _require_disk(chosen.preset, chosen.layers, steps, chosen.directory)
+    if not chosen.no_peers:
+        _require_disk(chosen.preset, PEER_LAYERS, ["bf16", "int8", *PEERS], chosen.directory)
     name = f"{chosen.preset}, {chosen.layers} layers"
     parts: list[tuple[str, Callable[[Path, Callable[[Measured], None]], None]]] = []
     if steps:
@@ -350,12 +355,15 @@ def _require_disk(preset: str, layers: int, steps: list[str], directory: Path | 
     from internvl_edge.export.checkpoint import expected_shapes
     from internvl_edge.export.synthetic import PRESETS, shrink
 
+    if preset not in PRESETS:
+        sys.exit(f"--preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
     shapes = expected_shapes(shrink(PRESETS[preset], layers)).values()
     checkpoint = 2 * sum(math.prod(shape) for shape in shapes)
     part = {"bf16": 0.0, "fp16": 1.0, "int8": 0.5, "fp8": 0.5}  # of the checkpoint, per export
     kept = sum(part[p] for p in PRECISIONS if p in steps and f"engine-{p}" not in steps)
     engines = [part[p] + (1.0 if "16" in p else 0.5) for p in PRECISIONS if f"engine-{p}" in steps]
-    factor = 1.0 + kept + max(engines, default=0.0)
+    peer = 4.0 if set(PEERS) & set(steps) else 0.0  # a float32 graph, and what is made of it
+    factor = 1.0 + kept + max(engines, default=0.0) + peer
     free = shutil.disk_usage(directory or tempfile.gettempdir()).free
     if free < factor * checkpoint + 2e9:
         sys.exit(

@@ -82,6 +82,10 @@ def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument(
+        "--width", type=int, default=3200, help="channels; heads are 64 or 128 wide"
+    )
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--layer-scale", type=float, default=1.0, help="mean of made-up LayerScale")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, default=[*CHECKPOINTS])
@@ -97,7 +101,8 @@ def main() -> None:
     for seed in chosen.seeds:
         for kind in chosen.checkpoints:
             python = (chosen.modelopt_python or "") if chosen.peers else None
-            for row in measure(kind, seed, chosen.layers, chosen.layer_scale, recipes, python):
+            made = synthesis(kind, seed, chosen)
+            for row in measure(kind, made, recipes, python):
                 rows.append(row)
                 sys.stdout.write(json.dumps(row) + "\n")
                 sys.stdout.flush()
@@ -107,24 +112,34 @@ def main() -> None:
         chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def synthesis(kind: str, seed: int, chosen: argparse.Namespace) -> Synthesis:
+    """InternViT-6B of the depth, width and image size asked for."""
+    config = shrink(PRESETS["internvit-6b-224"], chosen.layers)
+    vision = replace(
+        config.vision,
+        hidden_size=chosen.width,
+        intermediate_size=4 * chosen.width,
+        num_attention_heads=chosen.width // (128 if chosen.width % 128 == 0 else 64),
+        image_size=chosen.image_size,
+    )
+    return Synthesis(
+        config=replace(config, vision=vision),
+        seed=seed,
+        layer_scale=chosen.layer_scale,
+        **CHECKPOINTS[kind],
+    )
+
+
 def measure(
-    kind: str,
-    seed: int,
-    layers: int,
-    layer_scale: float,
-    recipes: list[Recipe],
-    modelopt_python: str | None = None,
+    kind: str, made: Synthesis, recipes: list[Recipe], modelopt_python: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """One row per recipe, on one checkpoint; and per peer, unless ``modelopt_python`` is None."""
+    seed = made.seed
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
-        config = shrink(PRESETS["internvit-6b-224"], layers)
-        synthesis = Synthesis(
-            config=config, seed=seed, layer_scale=layer_scale, **CHECKPOINTS[kind]
-        )
-        write_checkpoint(synthesis, path)
+        write_checkpoint(made, path)
         checkpoint = open_checkpoint(path)
-        pixels = _photographs(config.vision.image_size, seed)
+        pixels = _photographs(made.config.vision.image_size, seed)
         seen, held_out = pixels[:CALIBRATION_IMAGES], pixels[CALIBRATION_IMAGES:]
         with torch.inference_mode():
             reference = load_model(checkpoint)(held_out).numpy()
