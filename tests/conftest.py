@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from PIL import Image
+from torch import nn
+
+from internvl_edge.compiler import emit
+from internvl_edge.compiler.options import Plan
+from internvl_edge.export.config import CheckpointConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -31,6 +37,27 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(8):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """Trace a component of one configuration and dtype once: most of a tiny export's time.
+
+    What a trace is made of stands in the key, and every export works on a clone of its own.
+    """
+    kept: dict[str, ir.Model] = {}
+    trace = emit._trace
+
+    def traced_once(plan: Plan, name: str, config: CheckpointConfig, model: nn.Module) -> ir.Model:
+        dtypes = [(key, value.dtype) for key, value in model.state_dict().items()]
+        key = repr((name, config, plan.image_size, dtypes))
+        if key not in kept:
+            kept[key] = trace(plan, name, config, model)
+        return kept[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emit, "_trace", traced_once)
+        yield
 
 
 @pytest.fixture(autouse=True)
