@@ -2,12 +2,13 @@
 
     python benchmarks/quant.py [--layers 4] [--seeds 0 1] [--peers] [--json FILE]
 
-Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain,
-with function-preserving outlier channels, and with massive activations and outliers between v and
-its projection as well. Each is calibrated on a few photographs; what it computes is simulated in
-PyTorch (``compiler.simulate``, which every export is held against) on photographs it has not seen,
-and ``last_hidden_state`` is compared with float32. Massive activations carry nearly all of the
-signal's energy, so figures leave out the few channels and tokens that hold them (``ordinary``).
+Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain;
+with function-preserving outlier channels; with massive activations and outliers between v and its
+projection as well; and with outlier channels behind GELU on top. Each is calibrated on a few
+photographs; what it computes is simulated in PyTorch (``compiler.simulate``, which every export is
+held against) on photographs it has not seen, and ``last_hidden_state`` is compared with float32.
+Massive activations carry nearly all of the signal's energy, so figures leave out the few channels
+and tokens that hold them (``ordinary``).
 
 ``--peers`` lets ONNX Runtime and ModelOpt quantize PyTorch's own graph of the same towers, on the
 same photographs, to INT8.
@@ -48,6 +49,7 @@ CHECKPOINTS = {
     "plain": {},
     "outliers": {"outliers": True},
     "massive": {"outliers": True, "massive": True},
+    "gelu": {"outliers": True, "massive": True, "gelu": True},
 }
 INT8, FP8 = recipe_for("int8"), recipe_for("fp8")
 _NAIVE = Recipe(name="naive, max", range_method="max")
@@ -55,7 +57,8 @@ _FOLDED = replace(_NAIVE, name="+ gains and LayerScale folded, mse", range_metho
 _ROTATED = replace(_FOLDED, name="+ rotations", rotate=True)
 _SMOOTHED = replace(_ROTATED, name="+ smoothing, alpha searched", smooth="auto")
 _SHIFTED = replace(_SMOOTHED, name="+ shift behind GELU", shift=True)
-_CHOSEN = replace(_SHIFTED, name="+ ranges by output error", range_method="auto")
+_CHOSEN = replace(_SHIFTED, name="+ ranges with headroom, or by output error", range_method="auto")
+_SPREAD = replace(_CHOSEN, name="+ factors behind GELU", spread=True)
 RECIPES = (
     _NAIVE,
     replace(_NAIVE, name="SmoothQuant 0.5, mse", range_method="mse", smooth=0.5),
@@ -64,6 +67,7 @@ RECIPES = (
     _SMOOTHED,
     _SHIFTED,
     _CHOSEN,
+    _SPREAD,
     replace(INT8, name="int8 (+ bias correction)"),
     replace(FP8, name="fp8"),
     replace(FP8, name="fp8, rotated", rotate=True),

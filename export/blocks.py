@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from internvl_edge.export.checkpoint import Checkpoint, build_model, load_into
 from internvl_edge.export.components import COMPONENTS, build_component, language_config
-from internvl_edge.export.config import CheckpointConfig, InternVLConfig, with_depth
+from internvl_edge.export.config import (
+    CheckpointConfig,
+    InternVLConfig,
+    VisionConfig,
+    with_depth,
+)
 from internvl_edge.export.models import Chat, InternVL
 from internvl_edge.export.models.qllama import Layer
 from internvl_edge.export.models.vit import AttentionCore
@@ -72,7 +77,8 @@ class Site:
     producer: str | None = None  # each channel is linear in one row of this linear layer's weight
     first_row: int = 0  # of those rows
     head_dim: int | None = None  # it is attention's output: channels of a head may be mixed
-    shift: str | None = None  # it may be moved by this scalar parameter
+    spread: str | None = None  # it may be multiplied by this parameter, a factor per channel,
+    shift: str | None = None  # and moved by this scalar one
 
 
 def sites_of(config: CheckpointConfig, block: str) -> tuple[Site, ...]:
@@ -86,7 +92,7 @@ def sites_of(config: CheckpointConfig, block: str) -> tuple[Site, ...]:
                 first_row=2 * vision.hidden_size,
                 head_dim=vision.head_dim,
             ),
-            Site(readers=("mlp.fc2",), shift="mlp.shift" if vision.has_shift else None),
+            _behind_gelu(vision),
             *(Site(readers=readers, norm=norm) for norm, readers in VISION_NORMS.items()),
         )
     llama, has_cross = language_config(config), False
@@ -101,6 +107,12 @@ def sites_of(config: CheckpointConfig, block: str) -> tuple[Site, ...]:
         *(Site(readers=readers, norm=norm) for norm, readers in LLAMA_NORMS.items()),
     )
     return tuple(site for site in found if has_cross or "cross" not in site.readers[0])
+
+
+def _behind_gelu(vision: VisionConfig) -> Site:
+    if not vision.has_shift:
+        return Site(readers=("mlp.fc2",))
+    return Site(readers=("mlp.fc2",), spread="mlp.spread", shift="mlp.shift")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

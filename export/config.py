@@ -67,7 +67,8 @@ class VisionConfig:
     # The form that a tower takes for quantization; see ``export.folded``.
     has_layer_scale: bool = True  # False: it is part of proj and fc2
     is_rotated: bool = False  # the residual stream is in another basis until it leaves the tower
-    has_shift: bool = False  # what fc2 reads is moved by a constant, so that zero is its middle
+    # What fc2 reads is scaled by a factor per channel and moved, so that zero is its middle.
+    has_shift: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "vision_config")

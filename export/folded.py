@@ -78,7 +78,8 @@ def folded(
     Args:
         checkpoint: as on disk.
         rotation: the rotation of a width; None leaves the residual streams in their basis.
-        has_shift: give the vision tower's MLPs a shift (zero) behind GELU, for calibration to set.
+        has_shift: give the vision tower's MLPs factors (ones) and a shift (zero) behind GELU, for
+            calibration to set.
     """
     config = _folded_config(checkpoint.config, is_rotated=rotation is not None, shift=has_shift)
     tensors = dict(checkpoint.tensors)
@@ -132,10 +133,12 @@ def _vision(checkpoint: Checkpoint, q: Rotation | None, *, has_shift: bool) -> M
         makers[f"{EMBEDDINGS}.{name}"] = _rotated(checkpoint, f"{EMBEDDINGS}.{name}", q)
     patches = f"{EMBEDDINGS}.patch_embedding.weight"
     makers[patches] = _rotated(checkpoint, patches, q, axis=0)
+    width = checkpoint.config.vision.intermediate_size
     for i in range(checkpoint.config.vision.num_hidden_layers):
         block = f"{VISION_PREFIX}.{i}"
         makers |= _block(checkpoint, block, VISION_NORMS, VISION_WRITERS, q)
         if has_shift:
+            makers[f"{block}.mlp.spread"] = lambda: np.ones(width, np.float32)
             makers[f"{block}.mlp.shift"] = lambda: np.zeros((), np.float32)
     if q is None:
         return {name: make for name, make in makers.items() if EMBEDDINGS not in name}

@@ -13,6 +13,11 @@ Two options give what makes real towers hard to quantize, without changing the f
     --massive    a few tokens carry residual values of some thousands in a few channels, and some
                  rows of v are 64 times larger, the columns of proj that read them smaller
 
+A third changes the function, since GELU is not linear:
+
+    --gelu       a few rows of the vision tower's fc1 are 64 times larger, the columns of fc2 that
+                 read them smaller
+
 Values come from one pool of normal numbers, read from places that a hash of (seed, tensor name)
 decides: the same arguments give the same bytes on any machine.
 """
@@ -96,6 +101,7 @@ class Synthesis:
     seed: int = 0
     outliers: bool = False
     massive: bool = False
+    gelu: bool = False
     layer_scale: float = 0.1  # mean of every LayerScale; at 1.0 errors of a branch show in full
 
 
@@ -234,6 +240,10 @@ def inject(synthesis: Synthesis, name: str, rows: np.ndarray[Any, Any], first_ro
         if norm is not None:
             channels = _channels(synthesis.seed, norm, rows.shape[-1])
             rows[..., channels] *= FACTOR if name == f"{norm}.weight" else 1 / FACTOR
+    if synthesis.gelu:
+        block, _, leaf = name.rpartition(".mlp.")
+        if leaf in ("fc1.weight", "fc2.weight"):
+            _enlarge(synthesis, f"{block}.mlp", rows, first_row, is_reader=leaf == "fc2.weight")
     if not synthesis.massive:
         return
     if name.endswith("position_embedding"):
@@ -251,6 +261,19 @@ def inject(synthesis: Synthesis, name: str, rows: np.ndarray[Any, Any], first_ro
                 rows[row] *= FACTOR
     if leaf == "proj.weight":
         rows[:, _channels(synthesis.seed, f"{block}.attn.v", rows.shape[-1])] /= FACTOR
+
+
+def _enlarge(
+    synthesis: Synthesis, where: str, rows: np.ndarray[Any, Any], first_row: int, *, is_reader: bool
+) -> None:
+    """Some rows of fc1 larger, and the columns of fc2 that read them smaller."""
+    width = synthesis.config.vision.intermediate_size
+    channels = _channels(synthesis.seed, where, width)
+    if is_reader:
+        rows[:, channels] /= FACTOR
+        return
+    inside = channels[(channels >= first_row) & (channels < first_row + len(rows))]
+    rows[inside - first_row] *= FACTOR
 
 
 def _norm_of(name: str) -> str | None:
@@ -292,12 +315,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--massive", action="store_true")
+    parser.add_argument("--gelu", action="store_true")
     chosen = parser.parse_args()
     synthesis = Synthesis(
         config=shrink(PRESETS[chosen.preset], chosen.layers),
         seed=chosen.seed,
         outliers=chosen.outliers,
         massive=chosen.massive,
+        gelu=chosen.gelu,
     )
     try:
         total = write_checkpoint(synthesis, chosen.directory)

@@ -8,7 +8,7 @@ a linear layer is seen. What can be done about it depends on what made it (``Sit
                                 columns: attention only mixes rows of v, so both pass through it
     gate · up                   s, from up's rows into down's columns
     behind GELU                 a shift that makes its range symmetric; its sum with the weights
-                                goes into the bias
+                                goes into the bias. Factors for outlier channels, where they pay
 
 The first three are spooled, since s is solved from maxima over all samples, and observed as x / s,
 rotated. The others go straight into their observers. Then the range is chosen, each weight is
@@ -287,6 +287,9 @@ def _store_shifts(
     result: CalibratedBlock,
 ) -> None:
     for group in groups:
-        if group.site is not None and group.site.shift is not None and group.key in settled:
-            value = np.array(settled[group.key].shift, np.float32)
-            result.folded[f"{block.name}.{group.site.shift}"] = value
+        if group.site is None or group.site.shift is None or group.key not in settled:
+            continue
+        found = settled[group.key]
+        result.folded[f"{block.name}.{group.site.shift}"] = np.array(found.shift, np.float32)
+        if found.spread is not None:
+            result.folded[f"{block.name}.{group.site.spread}"] = found.spread

@@ -33,6 +33,7 @@ ALPHAS = (0.35, 0.5, 0.65, 0.8)
 # at the end of the range, so that of the values not seen more will saturate.
 WORTHWHILE = 0.9
 CLIP_WORTHWHILE = 0.5  # the same of a clip, of the error of a range that holds everything seen
+SPREAD_OCTAVES = 8  # how far below the largest channel's others are looked for
 
 
 @dataclass(slots=True)
@@ -146,3 +147,39 @@ def best_scale(
     error, wide = best(safe)
     below, narrow = best(clipped)
     return narrow if below < CLIP_WORTHWHILE * error else wide
+
+
+def best_spread(
+    x: Array,
+    w: Array,
+    peaks: Array,
+    scale: Range,
+    ranges: Callable[[float], Sequence[Range]],
+    fmt: str,
+) -> tuple[Range, NDArray[np.float32]] | None:
+    """Factors that bring outlier channels down to a limit, and the range for it, where they pay.
+
+    A factor costs an operation behind GELU, through which nothing can be folded into the weights
+    in front. So only what halves the error is worth it, and channels below the limit keep theirs:
+
+        fⱼ = min(1, limit / max|Xⱼ|)      X' = X diag(f)      W' = W diag(1 / f)
+
+    Args:
+        x: rows of the activation.
+        w: from :func:`sample_weights`.
+        peaks: largest |x| of each channel over everything seen, (channels,).
+        scale: the best range without factors.
+        ranges: the ranges to try when the largest |x| is a limit.
+        fmt: of both.
+    """
+    exact = product(x, w)
+    least, found = CLIP_WORTHWHILE * _error(exact, x, _rounded(w, fmt), *scale, fmt), None
+    top = float(peaks.max())
+    for limit in top * np.exp2(-np.arange(1.0, SPREAD_OCTAVES + 1.0)):
+        f = (limit / np.maximum(peaks, limit)).astype(np.float32)
+        rough = _rounded(w / f, fmt)
+        for one in ranges(float(limit)):
+            error = _error(exact, x * f, rough, *one, fmt)
+            if error < least:
+                least, found = error, (one, f)
+    return found

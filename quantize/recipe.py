@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "smooth": "auto",
         "range_method": "auto",
         "shift": True,
+        "spread": True,
         "correct_bias": True,
     },
     # The exponent of E4M3 absorbs outliers, and mixing channels takes small ones their precision:
@@ -67,6 +68,8 @@ class Recipe:
     # SmoothQuant's alpha in [0, 1], or the best; weight-only: AWQ's factors; None: none
     smooth: float | Literal["auto"] | None = None
     shift: bool = False  # move GELU's output so that its range is symmetric; one Sub at run time
+    # Divide outlier channels of GELU's output where that halves the error; one Mul there
+    spread: bool = False
     correct_bias: bool = False  # take the mean error of a linear layer's output out of its bias
     # Both products of the vision tower's attention too, with fp8 alone; see ``attention``
     attention: Literal["fp8"] | None = None
@@ -89,11 +92,12 @@ class Recipe:
         _require_number("percentile", self.percentile, above=0.0, most=100.0)
         if self.smooth is not None and self.smooth != "auto":
             _require_number("smooth", self.smooth, least=0.0, most=1.0)
-        for field in ("fold", "rotate", "shift", "correct_bias"):
+        for field in ("fold", "rotate", "shift", "spread", "correct_bias"):
             value = getattr(self, field)
             _require(isinstance(value, bool), field, "true or false", value)
         _require(self.fold or not self.rotate, "fold", "true with rotate", self.fold)
         _require(self.fold or not self.shift, "fold", "true with shift", self.fold)
+        _require(self.shift or not self.spread, "shift", "true with spread", self.shift)
         counts = ("min_features", 1), ("seed", 0), ("rotation_seed", 0), ("num_samples", 1)
         for field, least in (*counts, ("block_size", 16)):
             value = getattr(self, field)

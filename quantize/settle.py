@@ -54,12 +54,16 @@ class Settled:
     rows: Array  # of the sample
     scale: float
     shift: float
+    spread: Array | None  # factors that its channels were multiplied by, its readers' divided
     absmax: float
     sqnr_db: float  # of everything seen
 
 
 def settle(use: Use, weights: Mapping[str, Array], recipe: Recipe) -> Settled:
-    """Observe what was kept of an activation, and choose its range."""
+    """Observe what was kept of an activation, and choose its range.
+
+    Where outlier channels are divided, their readers' columns are multiplied, in place.
+    """
     group, inputs, change = use.group, use.inputs, use.change
     if inputs.kept is not None:
         for values in inputs.kept:
@@ -71,24 +75,48 @@ def settle(use: Use, weights: Mapping[str, Array], recipe: Recipe) -> Settled:
         raise CalibrationError(
             f"{group.key}: the {use.stream} stream gave an unusable scale {(*safe, *clipped)}"
         )
-    scale, shift = safe[0]
+    best, spread, absmax = safe[0], None, inputs.observer.absmax
+    sample = choose.sample_weights([weights[name] for name in group.readers])
     if len(safe) + len(clipped) > 1:
-        sample = choose.sample_weights([weights[name] for name in group.readers])
-        scale, shift = choose.best_scale(rows, sample, safe, clipped, recipe.weights)
+        best = choose.best_scale(rows, sample, safe, clipped, recipe.weights)
+    if _may_spread(use, recipe) and len(rows) >= choose.ENOUGH_ROWS:
+        peaks = inputs.observer.channel_absmax
+        found = choose.best_spread(rows, sample, peaks, best, _after(use, recipe), recipe.weights)
+        if found is not None:
+            best, spread = found
+            rows, absmax = rows * spread, float((peaks * spread).max())
+            for name in group.readers:
+                np.divide(weights[name], spread, out=weights[name])
+    scale, shift = best
     return Settled(
         rows=rows,
         scale=scale,
         shift=shift,
-        absmax=inputs.observer.absmax,
-        sqnr_db=_input_sqnr_db(inputs.observer, rows, scale, shift, recipe.weights),
+        spread=spread,
+        absmax=absmax,
+        sqnr_db=_input_sqnr_db(
+            inputs.observer if spread is None else None, rows, scale, shift, recipe.weights
+        ),
+    )
+
+
+def _may_spread(use: Use, recipe: Recipe) -> bool:
+    site = use.group.site
+    return recipe.spread and use.is_only and site is not None and site.spread is not None
+
+
+def _after(use: Use, recipe: Recipe) -> Callable[[float], list[Range]]:
+    """The ranges that hold an activation whose largest value has become another."""
+    return lambda absmax: list(
+        _ranges(use.inputs, lambda _: HEADROOM * absmax, recipe.weights, has_shift=True)
     )
 
 
 def _input_sqnr_db(
-    observer: RangeObserver, rows: Array, scale: float, shift: float, fmt: str
+    observer: RangeObserver | None, rows: Array, scale: float, shift: float, fmt: str
 ) -> float:
-    """From the histogram, which does not know of signs; with a shift, from the sample."""
-    if not shift:
+    """From the histogram, which does not know of signs or channels; else from the sample."""
+    if observer is not None and not shift:
         return input_sqnr_db(observer, scale, fmt)
     moved = rows - np.float32(shift)
     rounded = formats.fake_quantize(moved, scale, fmt) + np.float32(shift)

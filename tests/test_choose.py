@@ -10,6 +10,7 @@ from internvl_edge.quantize.choose import (
     RowSample,
     best_factors,
     best_scale,
+    best_spread,
     output_error,
     sample_weights,
 )
@@ -84,6 +85,28 @@ def test_a_clip_that_gains_little_is_not_taken() -> None:
     whole, clip = (float(np.abs(x).max()) * 1.1 / 127, 0.0), (3.6 / 127, 0.0)
     assert output_error(x, w, clip[0], "int8") < output_error(x, w, whole[0], "int8")
     assert best_scale(x, w, [whole], [clip], "int8") == whole
+
+
+def spread(outliers: float) -> tuple[tuple[float, float], np.ndarray] | None:
+    rng = np.random.default_rng(4)
+    x = np.abs(rng.standard_normal((300, 64))).astype(np.float32)
+    w = rng.standard_normal((32, 64)).astype(np.float32)
+    x[:, :3] *= outliers
+    w[:, :3] /= outliers
+    peaks = np.abs(x).max(0)
+    whole = (float(peaks.max()) / 127, 0.0)
+    return best_spread(x, w, peaks, whole, lambda top: [(top / 127, 0.0)], "int8")
+
+
+def test_outlier_channels_are_divided_where_it_pays() -> None:
+    found = spread(50.0)
+    assert found is not None
+    (scale, _), factors = found
+    assert factors[:3].max() < 0.1
+    assert factors[3:].min() > 5 * factors[:3].max()
+    assert factors.max() <= 1
+    assert scale < 10 / 127
+    assert spread(1.0) is None
 
 
 def test_a_shift_halves_the_step_of_a_one_sided_range() -> None:

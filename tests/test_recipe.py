@@ -139,6 +139,11 @@ def test_what_needs_folding_is_refused_without(field: str) -> None:
         Recipe(name="mine", **{field: True})  # type: ignore[arg-type]
 
 
+def test_factors_behind_gelu_need_the_shift_beside_them() -> None:
+    with pytest.raises(InputError, match="recipe: shift must be true with spread"):
+        Recipe(name="mine", fold=True, spread=True)
+
+
 @pytest.mark.parametrize("data", [None, [], "int8", 3])
 def test_only_an_object_is_a_recipe(data: object) -> None:
     with pytest.raises(InputError, match="JSON object"):

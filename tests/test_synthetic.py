@@ -14,7 +14,14 @@ from checkpoints import TINY
 from internvl_edge.export.checkpoint import expected_shapes, load_reference, open_checkpoint
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.export.models import InternViT, InternVL
-from internvl_edge.export.synthetic import PRESETS, Synthesis, main, shrink, write_checkpoint
+from internvl_edge.export.synthetic import (
+    OUTLIER_CHANNELS,
+    PRESETS,
+    Synthesis,
+    main,
+    shrink,
+    write_checkpoint,
+)
 
 SMALL = CheckpointConfig(kind="internvl", vision=TINY.vision, internvl=TINY)
 
@@ -120,3 +127,15 @@ def test_what_cannot_be_written(
     with pytest.raises(SystemExit, match="2"):
         main()
     assert message in capsys.readouterr().err
+
+
+def test_outliers_behind_gelu(tmp_path: Path) -> None:
+    config = CheckpointConfig(kind="vit", vision=TINY.vision)
+    write_checkpoint(Synthesis(config=config, gelu=True), tmp_path / "gelu")
+    model = load_reference(tmp_path / "gelu")
+    assert isinstance(model, InternViT)
+    for block in model.encoder.layers:
+        rows, columns = block.mlp.fc1.weight.abs().amax(1), block.mlp.fc2.weight.abs().amax(0)
+        large = set(rows.topk(OUTLIER_CHANNELS).indices.tolist())
+        assert large == set((-columns).topk(OUTLIER_CHANNELS).indices.tolist())
+        assert rows[list(large)].min() > 20 * rows.median()

@@ -106,11 +106,15 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        width = config.intermediate_size
+        self.spread = nn.Parameter(torch.ones(width)) if config.has_shift else None
         self.shift = nn.Parameter(torch.zeros(())) if config.has_shift else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.fc1(x))
-        return self.fc2(x if self.shift is None else x - self.shift)
+        if self.spread is not None and self.shift is not None:
+            x = x * self.spread - self.shift
+        return self.fc2(x)
 
 
 class Block(nn.Module):

@@ -278,7 +278,7 @@ def _require_no_loss(
 
 def stored_changes(weights: Path) -> dict[str, Array]:
     """What calibration left in the towers beside weights: scales, factors, biases and shifts."""
-    suffixes = (SMOOTHING_SUFFIX, f".weight{SCALE_SUFFIX}", ".bias", ".shift")
+    suffixes = (SMOOTHING_SUFFIX, f".weight{SCALE_SUFFIX}", ".bias", ".shift", ".spread")
     return {
         name: entry.read()
         for name, entry in read_header(weights).items()

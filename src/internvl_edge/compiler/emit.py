@@ -15,6 +15,7 @@ computes in 16 bits, which is what engines are built from. Where products are IN
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,6 +298,7 @@ def write_graph(
 ) -> Emitted:
     """Quantize a traced graph if the plan says so, bind its weights, write it as ``file``."""
     if plan.recipe is not None and name in COMPONENT_STREAM:
+        drop_ones(model, stored, directory)
         scales = activations[COMPONENT_STREAM[name]]
         linears = {
             weight: _linear(plan, weight, scale)
@@ -316,6 +318,25 @@ def write_graph(
     if take_unsigned_weights(model):
         save(model, directory / unsigned_graph(name))
     return emitted
+
+
+def drop_ones(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -> None:
+    """Take out the products with factors behind GELU that calibration left at one."""
+    for name, factors in [*model.graph.initializers.items()]:
+        if not name.endswith(".mlp.spread"):
+            continue
+        place = stored[name]
+        count = math.prod(place.shape)
+        path = directory / place.location
+        values = np.fromfile(path, place.dtype, count, offset=place.offset)
+        if not (values == 1).all():
+            continue
+        for use in factors.uses():
+            (x,) = (value for value in use.node.inputs if value is not factors)
+            assert x is not None and use.node.op_type == "Mul"
+            ir.convenience.replace_all_uses_with(use.node.outputs[0], x)
+            model.graph.remove(use.node, safe=True)
+        del model.graph.initializers[name]
 
 
 def _linear(plan: Plan, weight: str, scale: float | None) -> QuantizedLinear:

@@ -34,6 +34,8 @@ STREAMS = {
     "queries": "QLLaMA: queries looking at the image",
     "text": "QLLaMA: texts",
     "match": "QLLaMA: queries and text, for matching",
+    "caption": "QLLaMA: text about an image",
+    "chat": "Language model of the chat",
 }
 ORDER = (  # of a block's layers, as it runs them
     *("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),

@@ -79,7 +79,7 @@ def fake_quantized(
     parameters = {rename(name): p for name, p in module.named_parameters()}
     with ExitStack() as stack, torch.no_grad():
         for name, parameter in parameters.items():
-            is_stored = name in stored and name.endswith((".bias", ".shift"))
+            is_stored = name in stored and name.endswith((".bias", ".shift", ".spread"))
             if is_stored or (name.removesuffix(".weight") != name and ".layers." in name):
                 stack.callback(_restore, parameter, parameter.clone())
             if is_stored:
@@ -88,6 +88,9 @@ def fake_quantized(
             reader = name.removesuffix(SMOOTHING_SUFFIX)
             if reader != name and f"{reader}.weight" in parameters:
                 _fold(parameters, reader, np.array(values, np.float32), recipe, config)
+        for name in parameters.keys() & stored.keys():
+            if name.endswith(".spread"):  # what was divided in front of fc2
+                parameters[f"{name.removesuffix('spread')}fc2.weight"].div_(parameters[name])
         for name, layer in module.named_modules():
             weight = rename(f"{name}.weight")
             if isinstance(layer, nn.Linear) and weight in scales:
