@@ -279,11 +279,12 @@ def save(key: str, rows: list[Measured], chosen: argparse.Namespace) -> None:
     """Put steps into the results file, in the place of older ones; others stay."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     part = found.setdefault(key, {"steps": {}})
-    part["environment"] = environment()
+    here = environment()
     local = {str(chosen.modelopt_python): "PYTHON", str(chosen.directory): "DIRECTORY"}
     words = [local.get(word, word) for word in sys.argv[1:]]
     command = " ".join(["python", "benchmarks/fullsize.py", *words])
-    part["steps"] |= {row.step: {**asdict(row), "command": command} for row in rows}
+    more = {"command": command, "environment": here}
+    part["steps"] |= {row.step: {**asdict(row), **more} for row in rows}
     RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
 
 
@@ -291,11 +292,13 @@ def table() -> str:
     """The results file as Markdown, a table per model."""
     lines: list[str] = []
     for title, part in json.loads(RESULTS.read_text()).items():
-        lines += ["", f"**{title}**", "", "| step | time | RSS | anonymous | written |"]
-        lines += ["|---|--:|--:|--:|--:|"]
+        lines += ["", f"**{title}**", "", "| step | time | RSS | anonymous | written | CPU |"]
+        lines += ["|---|--:|--:|--:|--:|---|"]
         for step, row in part["steps"].items():
-            measured = Measured(**{k: v for k, v in row.items() if k != "command"})
-            lines.append(f"| {LABELS.get(step, step)} | {_cells(measured)} |")
+            fields = Measured.__dataclass_fields__
+            measured = Measured(**{k: v for k, v in row.items() if k in fields})
+            cpu = row["environment"]["cpu"].replace("(R)", "").removesuffix(" Processor")
+            lines.append(f"| {LABELS.get(step, step)} | {_cells(measured)} | {cpu} |")
     return "\n".join(lines[1:])
 
 

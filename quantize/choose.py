@@ -34,6 +34,7 @@ ALPHAS = (0.35, 0.5, 0.65, 0.8)
 WORTHWHILE = 0.9
 CLIP_WORTHWHILE = 0.5  # the same of a clip, of the error of a range that holds everything seen
 SPREAD_OCTAVES = 8  # how far below the largest channel's others are looked for
+SPREAD_LEAST = 3  # octaves from the largest channel to half the usual one; nearer is no outlier
 
 
 @dataclass(slots=True)
@@ -172,10 +173,14 @@ def best_spread(
         ranges: the ranges to try when the largest |x| is a limit.
         fmt: of both.
     """
+    top, usual = float(peaks.max()), float(np.median(peaks))
+    limits = top * np.exp2(-np.arange(1.0, SPREAD_OCTAVES + 1.0))
+    limits = limits[limits > usual / 2]  # below it, all channels are divided alike
+    if limits.size < SPREAD_LEAST:
+        return None
     exact = product(x, w)
     least, found = CLIP_WORTHWHILE * _error(exact, x, _rounded(w, fmt), *scale, fmt), None
-    top = float(peaks.max())
-    for limit in top * np.exp2(-np.arange(1.0, SPREAD_OCTAVES + 1.0)):
+    for limit in limits:
         f = (limit / np.maximum(peaks, limit)).astype(np.float32)
         rough = _rounded(w / f, fmt)
         for one in ranges(float(limit)):
