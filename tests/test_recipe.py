@@ -205,3 +205,9 @@ def test_a_missing_file_or_binary_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "binary")
     with pytest.raises(InputError, match="expected a recipe"):
         load_recipe(tmp_path)
+
+
+def test_the_recipe_of_the_docs_is_one() -> None:
+    found = load_recipe(Path(__file__).parents[1] / "docs" / "recipes" / "demo-auto.json")
+    assert len(found.exclude) == 4
+    assert dataclasses.replace(found, name="int8", exclude=()) == recipe_for("int8")
