@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,17 @@ def _export(work: Path, precision: str) -> list[str]:
     return ["export", checkpoint, "-o", out, "-p", precision, *links, "--verify", "none"]
 
 
-def forecast(command: list[str]) -> dict[str, float]:
-    """What a command with ``--dry-run --json`` says that it will take."""
+def forecast(command: list[str]) -> dict[str, float] | None:
+    """What a command with ``--dry-run --json`` says that it will take; None if it says nothing.
+
+    A forecast of what cannot fit is one too: the command refuses after it.
+    """
     said = subprocess.run(command, capture_output=True, text=True, check=False)
-    if said.returncode != 0:
-        sys.exit(f"{' '.join(command)}: {said.stdout}{said.stderr}")
-    steps = json.loads(said.stdout.splitlines()[-1])["steps"]
+    lines = [json.loads(line) for line in said.stdout.splitlines() if line.startswith("{")]
+    steps = next((line["steps"] for line in lines if "steps" in line), None)
+    if steps is None:
+        sys.stderr.write(f"no forecast: {said.stdout}{said.stderr}")
+        return None
     return {
         "seconds": round(sum(step["seconds"] for step in steps), 1),
         "peak_rss_nbytes": max(step["memory_nbytes"] for step in steps),
@@ -275,16 +281,14 @@ def _cpu() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
 
 
-def save(key: str, rows: list[Measured], chosen: argparse.Namespace) -> None:
-    """Put steps into the results file, in the place of older ones; others stay."""
+def save(key: str, chosen: argparse.Namespace, row: Measured) -> None:
+    """Put a step into the results file, in the place of an older one; others stay."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     part = found.setdefault(key, {"steps": {}})
-    here = environment()
     local = {str(chosen.modelopt_python): "PYTHON", str(chosen.directory): "DIRECTORY"}
     words = [local.get(word, word) for word in sys.argv[1:]]
     command = " ".join(["python", "benchmarks/fullsize.py", *words])
-    more = {"command": command, "environment": here}
-    part["steps"] |= {row.step: {**asdict(row), **more} for row in rows}
+    part["steps"][row.step] = {**asdict(row), "command": command, "environment": environment()}
     RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
 
 
@@ -343,10 +347,8 @@ def main() -> None:
         parts.append((f"peers at {PEER_LAYERS} layers", lambda work, keep: run_peers(
             chosen.preset, work, keep, chosen.modelopt_python)))  # fmt: skip
     for title, run in parts:
-        rows: list[Measured] = []
         with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
-            run(Path(folder), rows.append)
-        save(title, rows, chosen)
+            run(Path(folder), partial(save, title, chosen))
     for title, _ in parts:
         sys.stdout.write(f"{title}: {RESULTS}\n")
 

@@ -22,10 +22,11 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from internvl_edge.artifact import FileRecord, header_sha256
-from internvl_edge.disk import EXHAUSTED, FULL, open_regular, sibling
+from internvl_edge.disk import EXHAUSTED, FULL, nearest_existing, open_regular, os_errors
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.weights import StoredTensor
@@ -95,31 +96,33 @@ def bring_shards(
     return stored, brought
 
 
-def way_of(shards: Sequence[Path], folder: Path, transfer: Transfer) -> How:
-    """How shards would come into a folder: tried with the first of them, and undone.
+def way_of(shards: Sequence[Path], out: Path, transfer: Transfer) -> How:
+    """How shards would come into OUT: tried with the first of them beside it, and undone.
 
     Args:
         shards: the files.
-        folder: where to; the nearest above it that exists tells for one that does not.
+        out: what will be published; it need not exist.
         transfer: as in ``bring_shards``.
 
     Raises:
         UsageError: ``link``, and the shard can be neither reflinked nor hard-linked there.
+        ResourceError: the disk is full or fails.
     """
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_existing(out.absolute().parent)
     source, why = shards[0].resolve(strict=True), ""
-    for how in _ways(shards, transfer):
-        if how == "copy":
-            return how
-        probe = sibling(folder / source.name, "probe")
-        try:
-            _link(how, source, probe)
-        except OSError as error:
-            why = error.strerror or str(error)
-        else:
-            probe.unlink()
-            return how
+    # the name of what a run leaves that dies: the next one removes it
+    with os_errors(out), TemporaryDirectory(".partial", f".{out.name}.", folder) as place:
+        for how in _ways(shards, transfer):
+            if how == "copy":
+                return how
+            try:
+                _link(how, source, Path(place) / source.name)
+            except OSError as error:
+                if error.errno in FULL | EXHAUSTED:
+                    raise
+                why = error.strerror or str(error)
+            else:
+                return how
     raise _unlinked(shards[0], folder, why)
 
 

@@ -32,7 +32,8 @@ ALPHAS = (0.35, 0.5, 0.65, 0.8)
 # What smoothing must leave of the error to be chosen: it puts every channel's largest value seen
 # at the end of the range, so that of the values not seen more will saturate.
 WORTHWHILE = 0.9
-CLIP_WORTHWHILE = 0.5  # the same of a clip, of the error of a range that holds everything seen
+# The same of a clip, beside a range that holds everything seen, and of factors behind GELU: 3 dB.
+WORTH_HALVING = 0.5
 SPREAD_OCTAVES = 8  # how far below the largest channel's others are looked for
 SPREAD_LEAST = 3  # octaves from the largest channel to half the usual one; nearer is no outlier
 
@@ -130,7 +131,7 @@ def best_factors(
 def best_scale(
     x: Array, w: Array, safe: Sequence[Range], clipped: Sequence[Range], fmt: str
 ) -> Range:
-    """The (scale, shift) of the least output error; of ``clipped`` only where it halves it.
+    """The (scale, shift) of the least output error ‖·‖²; of ``clipped`` only where that halves it.
 
     Args:
         x: rows of the activation.
@@ -147,7 +148,7 @@ def best_scale(
 
     error, wide = best(safe)
     below, narrow = best(clipped)
-    return narrow if below < CLIP_WORTHWHILE * error else wide
+    return narrow if below < WORTH_HALVING * error else wide
 
 
 def best_spread(
@@ -165,13 +166,18 @@ def best_spread(
 
         fⱼ = min(1, limit / max|Xⱼ|)      X' = X diag(f)      W' = W diag(1 / f)
 
+    f is rounded down to a power of two, which is exact in every type that a graph computes in.
+
     Args:
-        x: rows of the activation.
-        w: from :func:`sample_weights`.
+        x: rows of the activation, (rows, channels).
+        w: from :func:`sample_weights`, (outputs, channels).
         peaks: largest |x| of each channel over everything seen, (channels,).
         scale: the best range without factors.
         ranges: the ranges to try when the largest |x| is a limit.
         fmt: of both.
+
+    Returns:
+        The range of X' and f, float32 (channels,); None where they do not pay.
     """
     top, usual = float(peaks.max()), float(np.median(peaks))
     limits = top * np.exp2(-np.arange(1.0, SPREAD_OCTAVES + 1.0))
@@ -179,9 +185,9 @@ def best_spread(
     if limits.size < SPREAD_LEAST:
         return None
     exact = product(x, w)
-    least, found = CLIP_WORTHWHILE * _error(exact, x, _rounded(w, fmt), *scale, fmt), None
+    least, found = WORTH_HALVING * _error(exact, x, _rounded(w, fmt), *scale, fmt), None
     for limit in limits:
-        f = (limit / np.maximum(peaks, limit)).astype(np.float32)
+        f = np.exp2(np.floor(np.log2(limit / np.maximum(peaks, limit)))).astype(np.float32)
         rough = _rounded(w / f, fmt)
         for one in ranges(float(limit)):
             error = _error(exact, x * f, rough, *one, fmt)

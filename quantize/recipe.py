@@ -97,7 +97,6 @@ class Recipe:
             _require(isinstance(value, bool), field, "true or false", value)
         _require(self.fold or not self.rotate, "fold", "true with rotate", self.fold)
         _require(self.fold or not self.shift, "fold", "true with shift", self.fold)
-        _require(self.shift or not self.spread, "shift", "true with spread", self.shift)
         counts = ("min_features", 1), ("seed", 0), ("rotation_seed", 0), ("num_samples", 1)
         for field, least in (*counts, ("block_size", 16)):
             value = getattr(self, field)
@@ -112,11 +111,14 @@ class Recipe:
                 f"found {self.weights!r}"
             )
         if not self.is_weight_only:
+            is_int8 = self.activations == "int8"
+            _require(is_int8 or not self.shift, "shift", "false but for int8", self.shift)
+            _require(self.shift or not self.spread, "shift", "true with spread", self.shift)
             return
         _require(self.weights != "fp8", "weights", "int8 or int4 without activations", self.weights)
         is_searched = self.smooth in (None, "auto")
         _require(is_searched, "smooth", 'null or "auto" without activations', self.smooth)
-        for field in ("shift", "correct_bias"):
+        for field in ("shift", "spread", "correct_bias"):
             value = getattr(self, field)
             _require(not value, field, "false without activations", value)
 

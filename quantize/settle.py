@@ -7,8 +7,8 @@ spooled goes through its change into the observer, and a range is taken.
 **The range of the choice "auto"** reaches a tenth beyond the largest value seen. That costs 0.8 dB
 of rounding error at most, and of the inputs still to come some exceed every one seen: saturation
 then costs several dB, on that input alone. A clip within what was seen always looks better on
-calibration data than it is, so that one is only taken where it halves the error of the readers'
-outputs (``choose``): where single values are far above all others.
+calibration data than it is, so that one is only taken where it halves the squared error of the
+readers' outputs (``choose``): where single values are far above all others.
 
 Activations do not depend on each other here, so that two threads settle two of them.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,10 @@ def settle(use: Use, weights: Mapping[str, Array], recipe: Recipe) -> Settled:
     if len(safe) + len(clipped) > 1:
         best = choose.best_scale(rows, sample, safe, clipped, recipe.weights)
     if _may_spread(use, recipe) and len(rows) >= choose.ENOUGH_ROWS:
-        peaks = inputs.observer.channel_absmax
-        found = choose.best_spread(rows, sample, peaks, best, _after(use, recipe), recipe.weights)
+        peaks, fmt = inputs.observer.channel_absmax, recipe.weights
+        # beside what holds everything seen: where a clip is worth it, factors are the better way
+        wide = choose.best_scale(rows, sample, safe, [], fmt)
+        found = choose.best_spread(rows, sample, peaks, wide, partial(_around, use, recipe), fmt)
         if found is not None:
             best, spread = found
             rows, absmax = rows * spread, float((peaks * spread).max())
@@ -105,11 +108,12 @@ def _may_spread(use: Use, recipe: Recipe) -> bool:
     return recipe.spread and use.is_only and site is not None and site.spread is not None
 
 
-def _after(use: Use, recipe: Recipe) -> Callable[[float], list[Range]]:
-    """The ranges that hold an activation whose largest value has become another."""
-    return lambda absmax: list(
-        _ranges(use.inputs, lambda _: HEADROOM * absmax, recipe.weights, has_shift=True)
-    )
+def _around(use: Use, recipe: Recipe, absmax: float) -> list[Range]:
+    """The ranges that hold an activation of this largest value, and what is still to come."""
+    is_auto = recipe.range_method == "auto"
+    widest = min(HEADROOM * absmax, float(np.finfo(np.float32).max)) if is_auto else absmax
+    has_shift = use.group.site is not None and use.group.site.shift is not None
+    return list(_ranges(use.inputs, lambda _: widest, recipe.weights, has_shift=has_shift))
 
 
 def _input_sqnr_db(
@@ -136,8 +140,7 @@ def _candidates(use: Use, recipe: Recipe, *, is_chosen: bool) -> tuple[list[Rang
 
     if recipe.range_method != "auto":
         return list(ranges(recipe.range_method)), []
-    widest = min(HEADROOM * observer.absmax, float(np.finfo(np.float32).max))
-    safe = list(_ranges(use.inputs, lambda _: widest, recipe.weights, has_shift=has_shift))
+    safe = _around(use, recipe, observer.absmax)
     methods = RANGE_METHODS if is_chosen else ()
     return safe, [found for method in methods for found in ranges(method)]
 

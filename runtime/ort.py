@@ -58,10 +58,11 @@ OUT_OF_MEMORY = re.compile(
 QDQ_PROPAGATION = "QDQPropagationTransformer"
 TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 # An unsigned graph shifts its weights from int8 to uint8 by a node of its own. Folded at opening,
-# they are copied twice, and products of one row are 8x faster; unfolded, they stay in the file's
-# pages. Small components fold, a tower of billions has to fit.
+# they are copied twice, and products of one row are 8 times as fast; unfolded, they stay in the
+# file's pages. So small components fold, and decoders; a tower of billions has to fit.
 CONSTANT_FOLDING = "ConstantFolding"
 MAX_FOLDED_NBYTES = 100_000_000
+DECODERS = ("decoder", "chat_decoder")
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
@@ -102,7 +103,7 @@ class OrtSession:
                 disabled_optimizers=[
                     QDQ_PROPAGATION,
                     *(TRANSPOSES if options.exact else ()),
-                    *(() if options.fold else (CONSTANT_FOLDING,)),
+                    *((CONSTANT_FOLDING,) if options.fold is False else ()),
                 ],
             )
         except Exception as error:
@@ -279,7 +280,8 @@ def open_component(
     is_needed = unsigned in artifact.manifest.files and products_saturate()
     if is_needed and choose_providers(device, options.gpu_provider) == [CPU]:
         path = artifact.file(unsigned)
-        if artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES:
+        is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
+        if options.fold is None and is_large and component not in DECODERS:
             options = replace(options, fold=False)
     return OrtSession(path, device=device, options=options)
 

@@ -47,7 +47,9 @@ class OrtOptions:
     num_threads: int | None = None  # within an operator; None: every core this process may use
     arena: bool = True  # keep intermediate buffers between runs
     prepack: bool = True  # weights in the layout of the kernels: faster, twice the memory
-    fold: bool = True  # constants are computed once, at opening: faster, and they are copies
+    # Constants are computed once, at opening: faster, and they are copies. None: but those of large
+    # graphs with unsigned weights, where no decoder reads them for a token at a time.
+    fold: bool | None = None
     spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
     gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
     # Weight-only products: rounding x to int8 by blocks is faster; exact: x stays in float32.

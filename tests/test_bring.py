@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from checkpoints import as_snapshot, write_internvl
 
-from internvl_edge.errors import CheckpointError, UsageError
+from internvl_edge.errors import CheckpointError, ResourceError, UsageError
 from internvl_edge.export import bring
 from internvl_edge.export.bring import Transfer, bring_shards
 from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
@@ -59,7 +59,7 @@ def no_hard_links(monkeypatch: pytest.MonkeyPatch, code: int = errno.EXDEV) -> N
 def brought(checkpoint: Checkpoint, out: Path, transfer: Transfer) -> dict[str, bring.Brought]:
     """Bring all shards, as is foretold, with their tensors where they are said to be."""
     foretold = bring.way_of(checkpoint.shards, out / "not" / "yet", transfer)
-    assert list(out.iterdir()) == []
+    assert list(out.iterdir()) == []  # nothing of the trial is left
     stored, found = bring_shards(checkpoint, checkpoint.tensors, out, transfer, lambda *_: None)
     assert sorted(os.listdir(out)) == sorted(found)
     assert hows(found) == {foretold}
@@ -156,8 +156,10 @@ def test_a_bad_disk_is_no_reason_to_try_another_way(
 ) -> None:
     no_reflinks(monkeypatch, code)
     with pytest.raises(OSError) as caught:
-        brought(checkpoint, out, "auto")
+        bring_shards(checkpoint, checkpoint.tensors, out, "auto", lambda *_: None)
     assert caught.value.errno == code
+    with pytest.raises(ResourceError, match=errno.errorcode[code]):
+        bring.way_of(checkpoint.shards, out / "new", "auto")
     assert list(out.iterdir()) == []
 
 

@@ -215,3 +215,14 @@ def test_a_bare_tower_needs_no_text(tmp_path: Path, samples: Samples) -> None:
     assert len(results) == TINY.vision.num_hidden_layers
     with torch.inference_mode():
         torch.testing.assert_close(states["image"][0], model(samples.pixel_values[0]))
+
+
+@pytest.mark.parametrize(("method", "headroom"), [("auto", 1.1), ("max", 1.0)])
+def test_ranges_hold_what_was_seen_and_a_tenth_more(
+    checkpoint: Checkpoint, samples: Samples, method: str, headroom: float
+) -> None:
+    """There are too few rows here for a clip to be chosen."""
+    recipe = replace(recipe_for("int8"), range_method=method, shift=False, spread=False)
+    results, _ = calibrate(checkpoint, samples, recipe, STREAMS)
+    ratios = [s.clip / s.absmax for result in results for s in result.statistics]
+    np.testing.assert_allclose(ratios, headroom, rtol=1e-5)

@@ -16,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fullsize
 
 DEPTHS = (2, 4)
-PARAMETER_NBYTES = 2  # bfloat16
-BASE_NBYTES = 600_000_000  # Python, PyTorch, the exporter and the builder
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +66,10 @@ def test_memory_does_not_grow_with_depth(measured: dict[Any, Any], step: str) ->
     assert ratio < 1.0, "allocators differ by some 0.3 GB from run to run"
 
 
-@pytest.mark.parametrize(("step", "most"), [("synthetic", 0.5), ("bf16", 0.6), ("int8", 2.5)])
-def test_memory_beside_the_model(measured: dict[Any, Any], step: str, most: float) -> None:
-    """Four layers in float32 are twice their bytes; a quantizer of loaded models takes 7 times."""
-    ratio = measured[step, DEPTHS[1]].peak_rss_nbytes / measured["size", DEPTHS[1]]
-    assert ratio < most
+def test_memory_beside_the_model(measured: dict[Any, Any]) -> None:
+    """ONNX Runtime's quantizer takes 6.6 times the bytes of these four layers in bfloat16."""
+    ratio = measured["int8", DEPTHS[1]].peak_rss_nbytes / measured["size", DEPTHS[1]]
+    assert ratio < 2.4
 
 
 def test_linking_writes_next_to_nothing(measured: dict[Any, Any]) -> None:

@@ -24,7 +24,7 @@ from internvl_edge import compiler, resume
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler import calibration as calibration_step
 from internvl_edge.errors import CheckpointError, InternVLError, ResourceError, UsageError
-from internvl_edge.resume import JOURNAL, KEY, Workspace, workspace
+from internvl_edge.resume import JOURNAL, KEY, Workspace, kept_nbytes, workspace
 from internvl_edge.spool import Budget, Spool
 
 KEY_A = {"checkpoint": "a"}
@@ -408,3 +408,15 @@ def test_budget_too_small_is_said_before_any_work(checkpoint: Path, tmp_path: Pa
     with pytest.raises(ResourceError, match=r"step .* needs .* GB .* allowed by --memory-budget"):
         compiler.export(options(checkpoint, tmp_path / "out", memory_budget=1000))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_kept_is_what_lies_on_the_disk(tmp_path: Path) -> None:
+    """The weights file has its full size before anything is written into it."""
+    assert kept_nbytes(tmp_path / "out") == 0
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    with open(work / "weights.safetensors", "wb") as file:
+        file.truncate(1 << 30)
+    assert kept_nbytes(tmp_path / "out") < 1 << 20
+    (work / "states").write_bytes(bytes(3_000_000))
+    assert kept_nbytes(tmp_path / "out") >= 3_000_000

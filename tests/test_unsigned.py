@@ -129,9 +129,16 @@ def test_a_cpu_opens_the_graph_it_needs(
     assert name == (unsigned_graph("vision") if saturates and has_graph else "vision.onnx")
 
 
-@pytest.mark.parametrize("is_large", [True, False])
+@pytest.mark.parametrize(
+    ("is_large", "fold", "found"),
+    [(True, None, False), (False, None, None), (True, True, True), (False, False, False)],
+)
 def test_weights_of_a_large_component_are_not_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_large: bool,
+    fold: bool | None,
+    found: bool | None,
 ) -> None:
     out = tmp_path / "out"
     write_artifact(out, contents() | {unsigned_graph("vision"): MODEL})
@@ -141,18 +148,31 @@ def test_weights_of_a_large_component_are_not_copied(
     monkeypatch.setattr(sessions, "products_saturate", lambda: True)
     opened: list[OrtOptions] = []
     monkeypatch.setattr(sessions, "OrtSession", lambda _, options, **__: opened.append(options))
-    open_component(artifact, "vision", device="cpu")
-    assert [options.fold for options in opened] == [not is_large]
+    open_component(artifact, "vision", device="cpu", options=OrtOptions(fold=fold))
+    assert [options.fold for options in opened] == [found]
+    if found is False:
+        monkeypatch.setattr(sessions, "DECODERS", ("vision",))
+        open_component(artifact, "vision", device="cpu", options=OrtOptions(fold=fold))
+        assert opened[1].fold is fold, "a decoder reads its weights for every token"
 
 
-def test_unfolded_it_computes_the_same(tmp_path: Path) -> None:
+def test_unfolded_it_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, scales = weights()
     model = graph(values, scales)
     take_unsigned_weights(model)
     ir.save(model, tmp_path / "m.onnx")
     x = np.random.default_rng(4).uniform(-2, 2, (5, K)).astype(np.float32)
+    switched_off: list[list[str]] = []
+    create = sessions.onnxruntime.InferenceSession
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        switched_off.append(kwargs["disabled_optimizers"])
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(sessions.onnxruntime, "InferenceSession", watched)
     for fold in (True, False):
         with OrtSession(tmp_path / "m.onnx", options=OrtOptions(fold=fold)) as session:
+            assert ("ConstantFolding" in switched_off[-1]) is not fold
             np.testing.assert_allclose(
                 session.run({"x": x})["y"], by_hand(x, values, scales), rtol=1e-5, atol=1e-5
             )

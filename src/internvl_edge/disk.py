@@ -87,16 +87,21 @@ def require_free_disk(path: Path, nbytes: int) -> None:
     Raises:
         ResourceError: less than ``nbytes`` are free.
     """
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
     with os_errors(path):
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(nearest_existing(path)).free
     if free < nbytes:
         raise ResourceError(
             f"{path}: needs {nbytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
             "free some or choose another disk"
         )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the folder nearest above it that exists, for one that does not yet."""
+    place = path.absolute()
+    while not os.path.exists(place) and place != place.parent:  # False where not allowed to look
+        place = place.parent
+    return place
 
 
 def open_regular(path: str | Path, *, directory: int | None = None) -> io.BufferedReader:

@@ -33,6 +33,7 @@ from internvl_edge.spool import Budget, Spool
 
 logger = logging.getLogger(__name__)
 
+BLOCK_NBYTES = 512  # of st_blocks, stat(2)
 KEY, JOURNAL, STATES, ENGINES = "key.json", "journal.jsonl", "states", "engines"
 
 
@@ -146,12 +147,15 @@ def drop_published(out: Path) -> None:
 
 
 def kept_nbytes(out: Path) -> int:
-    """Bytes that the work on ``out`` holds: to be taken up, or to be removed first."""
+    """Bytes that the work on ``out`` has on disk: to be taken up, or to be removed first.
+
+    Of the weights file, which has its full size from the start, only what is written counts.
+    """
     total = 0
     for folder, _, names in os.walk(_work_on(placed(out))):
         for name in names:
             with suppress(OSError):  # another run may be writing it
-                total += (Path(folder) / name).stat().st_size
+                total += (Path(folder) / name).stat().st_blocks * BLOCK_NBYTES
     return total
 
 

@@ -175,7 +175,7 @@ def build(
 
     profile = ranges_from(batch=batch, length=length, past=past)
     if dry_run:
-        _dry_build(output, out, targets, components)
+        _dry_build(output, out, targets, components, profile)
         return
     before = engine_files(out)
     with output.progress() as report:
@@ -341,28 +341,35 @@ def _dry_run(output: Output, compiler: Any, options: Any) -> None:
     """Show what an export will need, and refuse what it would refuse before it begins."""
     from internvl_edge.compiler.calibration import load_samples
     from internvl_edge.compiler.engines import require_targets
-    from internvl_edge.compiler.estimate import forecast_plan, require_fit
+    from internvl_edge.compiler.estimate import forecast_plan, require_forecast_fits
 
     plan = compiler.make_plan(options)
     engines = [target for target in options.targets if target != "onnx"]
     require_targets(engines, options.precision)
     forecast = forecast_plan(plan)
-    output.table(("step", "memory", "disk", "time"), forecast.rows())
-    output.result(forecast.to_json())
-    require_fit(plan)
+    _show(output, forecast)
+    require_forecast_fits(plan, forecast)
     if plan.recipe is not None:
         load_samples(plan)
 
 
 def _dry_build(
-    output: Output, out: Path, targets: tuple[str, ...], components: tuple[str, ...] | None
+    output: Output,
+    out: Path,
+    targets: tuple[str, ...],
+    components: tuple[str, ...] | None,
+    profile: Any,
 ) -> None:
     from internvl_edge.artifact import open_artifact
     from internvl_edge.compiler.engines import forecast_build, require_buildable
 
-    manifest = open_artifact(out).manifest
-    require_buildable(manifest, targets, components)
+    manifest = open_artifact(out, hash_files=False).manifest
+    require_buildable(manifest, targets, components, profile)
     forecast = forecast_build(manifest, targets, components)
+    _show(output, forecast)
+    forecast.require_fit(out)
+
+
+def _show(output: Output, forecast: Any) -> None:
     output.table(("step", "memory", "disk", "time"), forecast.rows())
     output.result(forecast.to_json())
-    forecast.require_fit(out)

@@ -6,7 +6,8 @@ a graph is also held against what it was made from, exactly:
 
     in the graph      each product of a calibrated weight has its pair, with the scale that
                       calibration gave; the weight's scales are its own, along its outputs
-    of activations    no range is wider than its choice allows: scale · limit ≤ 1.1 max |x|
+    of activations    no range is wider than its choice allows: scale · limit ≤ max |x|, or
+                      1.1 max |x| with headroom
     of weights        scale = max |W| / limit of each output or block (``simulate``)
 """
 
@@ -25,7 +26,7 @@ from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.settle import HEADROOM
 from internvl_edge.quantize.statistics import LayerStatistics
 
-SLACK = 1.02 * HEADROOM  # clips are edges of histograms
+SLACK = 1.02  # clips are edges of histograms
 
 
 def require_as_calibrated(
@@ -105,8 +106,10 @@ def require_seen_ranges(
         scale = scales.get(row.stream, {}).get(row.weight)
         if scale is None:
             continue
-        limit = formats.as_format(recipe.of(row.weight).weights).max_value
-        widest = max(row.absmax * SLACK, formats.MIN_SCALE * limit * SLACK)
+        own = recipe.of(row.weight)
+        limit = formats.as_format(own.weights).max_value
+        most = SLACK * (HEADROOM if own.range_method == "auto" else 1.0)
+        widest = max(row.absmax * most, formats.MIN_SCALE * limit * most)
         if scale * limit > widest or not np.isclose(scale, row.scale, rtol=1e-6):
             raise VerificationError(
                 f"{row.weight}, {row.stream}: expected a range of at most {widest:.6g}, the "

@@ -16,7 +16,7 @@ from internvl_edge.compiler.audit import require_as_calibrated, require_seen_ran
 from internvl_edge.compiler.layout import towers_of
 from internvl_edge.compiler.options import Verify
 from internvl_edge.compiler.precision import precision_of
-from internvl_edge.compiler.simulate import Scales, fake_quantized
+from internvl_edge.compiler.simulate import STORED_SUFFIXES, Scales, fake_quantized
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.blocks import (
     COMPONENT_STREAM,
@@ -278,7 +278,7 @@ def _require_no_loss(
 
 def stored_changes(weights: Path) -> dict[str, Array]:
     """What calibration left in the towers beside weights: scales, factors, biases and shifts."""
-    suffixes = (SMOOTHING_SUFFIX, f".weight{SCALE_SUFFIX}", ".bias", ".shift", ".spread")
+    suffixes = (SMOOTHING_SUFFIX, f".weight{SCALE_SUFFIX}", *STORED_SUFFIXES)
     return {
         name: entry.read()
         for name, entry in read_header(weights).items()

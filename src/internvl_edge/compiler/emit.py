@@ -214,8 +214,7 @@ def store_weights(
         report(Progress(step="copy", detail=f"{shard} (MB)", done=done, total=total))
 
     needed = needed_weights(plan, models)
-    resized = plan.image_size != plan.source.config.vision.image_size
-    held = {n: plan.source.tensors[n] for n in needed if n != POSITIONS or not resized}
+    held = held_weights(plan, needed)
     stored: dict[str, StoredTensor] = {}
     brought: dict[str, Brought] = {}
     if can_bring(plan.options, needed, held):
@@ -236,6 +235,12 @@ def store_weights(
             copy_rest(plan, writer, own, report)
         stored |= writer.stored
     return stored, brought
+
+
+def held_weights(plan: Plan, needed: Iterable[str]) -> dict[str, TensorEntry]:
+    """Those of the needed parameters that the checkpoint has as they are."""
+    resized = plan.image_size != plan.source.config.vision.image_size
+    return {n: plan.source.tensors[n] for n in needed if n != POSITIONS or not resized}
 
 
 def can_bring(

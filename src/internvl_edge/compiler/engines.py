@@ -8,9 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from internvl_edge.artifact import EngineRecord, Manifest, TensorSpec
-from internvl_edge.compiler.memory import LLAMA_COMPONENTS, require_memory_to_build
+from internvl_edge.compiler.memory import (
+    BLOCKLESS_COMPONENTS,
+    LLAMA_COMPONENTS,
+    require_memory_to_build,
+)
 from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.compiler.steps import Forecast, build_step
+from internvl_edge.compiler.steps import Forecast, build_steps
 from internvl_edge.disk import link_or_copy
 from internvl_edge.engineinfo import Range
 from internvl_edge.errors import UsageError
@@ -103,20 +107,30 @@ def profile_for(
 def forecast_build(
     manifest: Manifest, targets: Sequence[str], components: Sequence[str] | None = None
 ) -> Forecast:
-    """What building engines of a directory's components, all by default, will need."""
+    """What building engines will need, a step for each component.
+
+    Args:
+        manifest: of the directory.
+        targets: what is built for.
+        components: all by default.
+    """
     chosen = list(components or manifest.components)
     weights = {name: manifest.components[name].nbytes for name in chosen}
     depths = {name: _num_blocks(manifest, name) for name in chosen}
-    return Forecast(steps=(build_step(weights, depths, targets),))
+    return Forecast(steps=tuple(build_steps(weights, depths, targets)))
 
 
 def require_buildable(
-    manifest: Manifest, targets: Sequence[str], components: Sequence[str] | None
+    manifest: Manifest,
+    targets: Sequence[str],
+    components: Sequence[str] | None,
+    profile: Profile | Mapping[str, Range] | None,
 ) -> None:
     """Refuse, before any work, what cannot be built.
 
     Raises:
-        UsageError: a component that the directory does not have, or a target without engines.
+        UsageError: a component that the directory does not have, a target without engines, or a
+            profile that is longer than a model.
         MissingDependency, HardwareError: a target's package, or its GPU, is missing.
     """
     require_targets(targets, manifest.precision)
@@ -127,6 +141,8 @@ def require_buildable(
                 f"component {name!r}: the directory has {', '.join(known)}"
                 f"{did_you_mean(name, known)}"
             )
+    for name in components or known:
+        profile_for(manifest, name, profile)
 
 
 def build(
@@ -153,7 +169,7 @@ def build(
         BuildError: TensorRT refused a graph; what was built before stays.
     """
     with update(out) as artifact:
-        require_buildable(artifact.manifest, targets, components)
+        require_buildable(artifact.manifest, targets, components, profile)
         forecast_build(artifact.manifest, targets, components).require_fit(out)
         manifest = artifact.manifest
         for grown in add_engines(
@@ -251,6 +267,8 @@ def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[Ten
 
 def _num_blocks(manifest: Manifest, component: str) -> int:
     llama = manifest.language_model
+    if component in BLOCKLESS_COMPONENTS:
+        return 0
     if component in LLAMA_COMPONENTS and llama is not None:
         return int(llama["num_hidden_layers"])
     return int(manifest.model["vision"]["num_hidden_layers"])

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -22,11 +21,11 @@ from internvl_edge.compiler.check import (
     reason_not_to_verify,
     reference_nbytes,
 )
-from internvl_edge.compiler.emit import CHAT_TOKENS
+from internvl_edge.compiler.emit import CHAT_TOKENS, can_bring, held_weights
 from internvl_edge.compiler.layout import quantized_layout
 from internvl_edge.compiler.memory import available_memory
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
-from internvl_edge.compiler.steps import Forecast, Step, build_step
+from internvl_edge.compiler.steps import Forecast, Step, build_steps
 from internvl_edge.export.blocks import (
     CHAT_PREFIX,
     LLAMA_PREFIX,
@@ -38,6 +37,7 @@ from internvl_edge.export.bring import How, way_of
 from internvl_edge.export.checkpoint import DTYPES, build_model
 from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.models import InternViT
+from internvl_edge.export.precision import POLICIES
 from internvl_edge.resume import kept_nbytes
 from internvl_edge.spool import Budget
 
@@ -53,9 +53,11 @@ USUAL_TEXT_LENGTH = 16  # tokens of a caption
 VERIFY_NBYTES_PER_SECOND = 200e6
 # What is compared, in float32: reference and graph, constants that are widened, and the simulation.
 VERIFY_COPIES = {"fp32": 2.5, "fp16": 4.7, "bf16": 4.7, "quantized": 5.2}
+CROSS_ATTENTION = ".cross_attn."
 LLAMA_HEAD, LLAMA_TOKENS = "qllama.lm_head.weight", "qllama.model.embed_tokens.weight"
 TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
 STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def forecast(options: ExportOptions) -> Forecast:
@@ -70,16 +72,14 @@ def forecast(options: ExportOptions) -> Forecast:
 def forecast_plan(plan: Plan) -> Forecast:
     """What a checked plan will need."""
     options = plan.options
-    entries = plan.source.tensors
-    tensors = {name: (entries[name].dtype, entries[name].shape) for name in read_by(plan)}
-    steps = [_trace(plan), _weights(plan, tensors)]
+    steps = [_trace(plan), _weights(plan, read_by(plan))]
     if plan.recipe is not None:
         steps.append(_quantize(plan))
     if reason_not_to_verify(options.verify) is None:
         steps.append(_verify(plan))
     targets = [target for target in options.targets if target != "onnx"]
     if targets:
-        steps.append(_build(plan, targets))
+        steps += _builds(plan, targets)
     return Forecast(steps=tuple(steps))
 
 
@@ -89,8 +89,13 @@ def require_fit(plan: Plan) -> None:
     Raises:
         ResourceError: the step, what it needs and what there is.
     """
+    require_forecast_fits(plan, forecast_plan(plan))
+
+
+def require_forecast_fits(plan: Plan, found: Forecast) -> None:
+    """The same of a forecast that was made of the plan."""
     options = plan.options
-    forecast_plan(plan).require_fit(
+    found.require_fit(
         options.out.absolute().parent, options.memory_budget, kept_nbytes(options.out)
     )
 
@@ -120,6 +125,10 @@ def _read_by_each(plan: Plan) -> dict[str, set[str]]:
     unread = {component: {LLAMA_HEAD} for component in plan.components if component != "decoder"}
     if "image_queries" in unread:
         unread["image_queries"].add(LLAMA_TOKENS)
+    cross = {name for name in plan.source.tensors if CROSS_ATTENTION in name}
+    for component in plan.components:
+        if component in ("text_embed", "decoder"):  # no image, or one that lies in the cache
+            unread.setdefault(component, set()).update(cross)
     return {
         component: set(build_component(COMPONENTS[component], model).state_dict())
         - unread.get(component, set())
@@ -127,30 +136,28 @@ def _read_by_each(plan: Plan) -> dict[str, set[str]]:
     }
 
 
-def _way(plan: Plan, tensors: Mapping[str, Any]) -> How | None:
-    """How the checkpoint's own shards come into OUT; None where weights are written anew.
+def _transfer(plan: Plan, names: Collection[str]) -> tuple[How | None, int]:
+    """How the checkpoint's shards come into OUT, and bytes written; None: weights are new.
 
     Raises:
-        UsageError: they are to be linked and cannot be.
+        UsageError: the shards are to be linked and cannot be.
     """
-    options = plan.options
-    if plan.recipe is not None or options.align is not None:
-        return None
-    wanted = DTYPES[STORED_AS[options.precision]]
-    if options.weights == "auto" and any(dtype != wanted for dtype, _ in tensors.values()):
-        return None
-    return way_of(plan.checkpoint.shards, options.out.absolute().parent, options.weights)
-
-
-def _written_nbytes(plan: Plan, tensors: Mapping[str, Any], way: How | None) -> int:
+    held_dtypes = {name: plan.source.tensors[name].dtype for name in names}
     if plan.recipe is not None:
-        layout = quantized_layout(plan, {name: dtype for name, (dtype, _) in tensors.items()})
-        sizes = [math.prod(shape) * int(dtype.itemsize) for dtype, shape in layout.values()]
-        return sum(sizes)
-    if way is not None:
-        return sum(s.stat().st_size for s in plan.checkpoint.shards) if way == "copy" else 0
-    count: int = sum(math.prod(shape) for _, shape in tensors.values())
-    return int(DTYPES[STORED_AS[plan.options.precision]].itemsize) * count
+        layout = quantized_layout(plan, held_dtypes)
+        return None, sum(math.prod(shape) * int(d.itemsize) for d, shape in layout.values())
+    policy, own = POLICIES[plan.base], {CHAT_TOKENS} & set(names)
+    needed = {n: DTYPES[STORED_TYPES[policy.dtype_of(n)]] for n in names} | {
+        n: held_dtypes[n] for n in own
+    }
+    held = held_weights(plan, needed)
+    if can_bring(plan.options, needed, held):
+        shards = sorted({entry.file for entry in held.values()})
+        way = way_of(shards, plan.options.out, plan.options.weights)
+        return way, sum(s.stat().st_size for s in shards) if way == "copy" else 0
+    dtypes = held_dtypes if plan.options.weights == "copy" else needed
+    sizes = (math.prod(plan.source.tensors[n].shape) * int(dtypes[n].itemsize) for n in names)
+    return None, sum(sizes)
 
 
 def _blocks(plan: Plan) -> dict[str, int]:
@@ -175,9 +182,8 @@ def _trace(plan: Plan) -> Step:
     )
 
 
-def _weights(plan: Plan, tensors: Mapping[str, Any]) -> Step:
-    way = _way(plan, tensors)
-    written = _written_nbytes(plan, tensors, way)
+def _weights(plan: Plan, names: Collection[str]) -> Step:
+    way, written = _transfer(plan, names)
     sizes = {name: math.prod(entry.shape) for name, entry in plan.source.tensors.items()}
     if plan.recipe is not None:  # the rest is calibration's
         sizes = {n: size for n, size in sizes.items() if not n.startswith(TOWERS)}
@@ -277,14 +283,14 @@ def _verify(plan: Plan) -> Step:
     )
 
 
-def _build(plan: Plan, targets: Sequence[str]) -> Step:
+def _builds(plan: Plan, targets: Sequence[str]) -> list[Step]:
     weights = {name: _engine_nbytes(plan, names) for name, names in _read_by_each(plan).items()}
     blocks = list(_blocks(plan))
     depths = {
         component: sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
         for component in plan.components
     }
-    return build_step(weights, depths, targets)
+    return build_steps(weights, depths, targets)
 
 
 def _engine_nbytes(plan: Plan, names: Collection[str]) -> int:

@@ -18,6 +18,7 @@ BUILDER_NBYTES = 250_000_000
 BUILDER_NBYTES_PER_BLOCK = 11_500_000
 # A vision block has one qkv and no gate: nothing is merged. Of QLLaMA's weights two thirds are.
 MERGED_SHARE = 0.66
+BLOCKLESS_COMPONENTS = ("image_pool",)
 LLAMA_COMPONENTS = (
     "image_queries",
     "text_embed",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from internvl_edge.compiler.precision import QUANTIZED, recipe_of
+from internvl_edge.disk import nearest_existing
 from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
 from internvl_edge.export.bring import Transfer
 from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
@@ -139,9 +140,7 @@ def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoin
 
 def _check_parent(out: Path) -> None:
     """Refuse, before any work, a place where OUT cannot be made."""
-    place = out.absolute().parent
-    while not os.path.exists(place) and place != place.parent:  # False where not allowed to look
-        place = place.parent
+    place = nearest_existing(out.absolute().parent)
     if not place.is_dir():
         raise UsageError(f"{out}: {place} is not a folder; choose another place")
     if not os.access(place, os.W_OK | os.X_OK):

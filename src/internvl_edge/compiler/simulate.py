@@ -31,6 +31,7 @@ from internvl_edge.quantize.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import rotation
 
+STORED_SUFFIXES = (".bias", ".shift", ".spread")  # of parameters that calibration sets
 SCALES_FILE = "quantization.json"  # stream → weight → activation scale; null: not rounded
 Scales = Mapping[str, Mapping[str, float | None]]
 NOISE = 1e-4  # of a weight's largest scale
@@ -79,7 +80,7 @@ def fake_quantized(
     parameters = {rename(name): p for name, p in module.named_parameters()}
     with ExitStack() as stack, torch.no_grad():
         for name, parameter in parameters.items():
-            is_stored = name in stored and name.endswith((".bias", ".shift", ".spread"))
+            is_stored = name in stored and name.endswith(STORED_SUFFIXES)
             if is_stored or (name.removesuffix(".weight") != name and ".layers." in name):
                 stack.callback(_restore, parameter, parameter.clone())
             if is_stored:
@@ -89,8 +90,9 @@ def fake_quantized(
             if reader != name and f"{reader}.weight" in parameters:
                 _fold(parameters, reader, np.array(values, np.float32), recipe, config)
         for name in parameters.keys() & stored.keys():
-            if name.endswith(".spread"):  # what was divided in front of fc2
-                parameters[f"{name.removesuffix('spread')}fc2.weight"].div_(parameters[name])
+            if name.endswith(".spread"):
+                for reader in _readers_behind(name, config):
+                    parameters[f"{reader}.weight"].div_(parameters[name])
         for name, layer in module.named_modules():
             weight = rename(f"{name}.weight")
             if isinstance(layer, nn.Linear) and weight in scales:
@@ -137,6 +139,13 @@ def _fold(
     rows.div_(factors[:, None])
     if is_turned:
         rows.copy_(turn.T @ rows)
+
+
+def _readers_behind(spread: str, config: CheckpointConfig) -> list[str]:
+    """The linear layers that read what factors behind GELU were applied to."""
+    block, path = _split(spread)
+    sites = [site for site in sites_of(config, block) if site.spread == path]
+    return [f"{block}.{reader}" for site in sites for reader in site.readers]
 
 
 def _split(layer: str) -> tuple[str, str]:

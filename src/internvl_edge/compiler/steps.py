@@ -47,18 +47,18 @@ class Forecast:
     def disk_nbytes(self) -> int:
         return sum(step.disk_nbytes for step in self.steps)
 
-    def require_fit(self, folder: Path, budget: int | None = None, there_nbytes: int = 0) -> None:
+    def require_fit(self, folder: Path, budget: int | None = None, written_nbytes: int = 0) -> None:
         """Refuse, before any work, what this machine or a memory budget cannot hold.
 
         Args:
             folder: on whose disk all is written; it need not exist yet.
             budget: of memory; None: what is free.
-            there_nbytes: of the disk's share, what an earlier run has written.
+            written_nbytes: of the disk's share, what an earlier run has written.
 
         Raises:
             ResourceError: the step, what it needs and what there is.
         """
-        require_free_disk(folder, max(self.disk_nbytes - there_nbytes, 0))
+        require_free_disk(folder, max(self.disk_nbytes - written_nbytes, 0))
         worst = max(self.steps, key=lambda step: step.needed_nbytes)
         limit = available_memory() if budget is None else budget
         if worst.needed_nbytes > limit:
@@ -94,25 +94,28 @@ class Forecast:
         }
 
 
-def build_step(
+def build_steps(
     weights: Mapping[str, int], depths: Mapping[str, int], targets: Sequence[str]
-) -> Step:
-    """Building the engines of some components, one after the other, for each target.
+) -> list[Step]:
+    """Building the engine of each component, one after the other, for each target.
 
     Args:
         weights: component → bytes of its weights as the engine holds them.
         depths: component → blocks of its tower.
         targets: what is built for.
     """
-    seconds = BUILD_SECONDS * len(depths) + BUILD_SECONDS_PER_BLOCK * sum(depths.values())
-    own = {c: builder_nbytes(c, weights[c], depth) for c, depth in depths.items()}
-    worst = max(own, key=own.__getitem__)
-    mapped = weights[worst] + BUILDER_MAPPED_NBYTES  # the graph's weights
-    total = sum(weights.values())
-    return Step(
-        name="build",
-        memory_nbytes=mapped + own[worst],
-        mapped_nbytes=mapped,
-        disk_nbytes=total * len(targets),
-        seconds=len(targets) * (seconds + total / BUILD_NBYTES_PER_SECOND),
-    )
+    steps = []
+    for component, depth in depths.items():
+        nbytes = weights[component]
+        mapped = nbytes + BUILDER_MAPPED_NBYTES  # the graph's weights
+        seconds = BUILD_SECONDS + BUILD_SECONDS_PER_BLOCK * depth
+        steps.append(
+            Step(
+                name=f"build {component}",
+                memory_nbytes=mapped + builder_nbytes(component, nbytes, depth),
+                mapped_nbytes=mapped,
+                disk_nbytes=nbytes * len(targets),
+                seconds=len(targets) * (seconds + nbytes / BUILD_NBYTES_PER_SECOND),
+            )
+        )
+    return steps

@@ -1,0 +1,71 @@
+"""Forecasts beside what an export then writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_internvl
+
+from internvl_edge.compiler import ExportOptions, export
+from internvl_edge.compiler.estimate import forecast
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("stored", "precision", "weights"),
+    [
+        ("fp32", "fp32", "auto"),  # copied
+        ("fp32", "fp16", "auto"),
+        ("fp16", "fp16", "auto"),  # what lies on the residual stream becomes float32
+        ("fp16", "fp16", "copy"),
+        ("bf16", "bf16", "link"),
+        ("bf16", "bf16", "copy"),
+        ("bf16", "fp32", "link"),
+    ],
+)
+@pytest.mark.parametrize("components", [("vision",), ("vision", "decoder")])
+def test_what_is_written_was_foretold(
+    tmp_path: Path, stored: str, precision: str, weights: str, components: tuple[str, ...]
+) -> None:
+    checkpoint = write_internvl(tmp_path / "checkpoint", dtype=DTYPES[stored], shards=3).path
+    options = ExportOptions(
+        checkpoint=checkpoint,
+        out=tmp_path / "out",
+        precision=precision,
+        components=components,
+        weights=weights,
+        verify="none",
+    )
+    (step,) = (step for step in forecast(options).steps if step.name == "weights")
+    written = sum(
+        path.stat().st_size
+        for path in export(options).path.glob("*.safetensors")
+        if path.stat().st_nlink == 1
+    )
+    headers = 30_000  # of files, which a forecast does not count
+    assert written - headers <= step.disk_nbytes <= written
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int8-wo"])
+def test_quantized_weights_are_counted(tmp_path: Path, precision: str) -> None:
+    checkpoint = write_internvl(tmp_path / "checkpoint").path
+    options = ExportOptions(
+        checkpoint=checkpoint, out=tmp_path / "out", precision=precision, verify="none"
+    )
+    (step,) = (step for step in forecast(options).steps if step.name == "weights")
+    size = (export(options).path / "weights.safetensors").stat().st_size
+    assert size - 60_000 <= step.disk_nbytes <= size
+
+
+def test_an_engine_a_component(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
+    checkpoint = write_internvl(tmp_path / "checkpoint").path
+    options = ExportOptions(
+        checkpoint=checkpoint, out=tmp_path / "out", precision="fp16", targets=("tensorrt-rtx",)
+    )
+    found = {step.name: step for step in forecast(options).steps}
+    assert found["build image_pool"].seconds < found["build vision"].seconds
+    assert found["build vision"].memory_nbytes > found["build vision"].needed_nbytes
