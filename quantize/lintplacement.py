@@ -10,6 +10,7 @@ import onnx_ir as ir
 from internvl_edge.quantize.lintrules import Finding, Severity, finding
 from internvl_edge.quantize.qdqview import (
     ATTENTIONS,
+    MAX_SCORE_STEPS,
     MOVES,
     PRODUCTS,
     SCORE_STEPS,
@@ -29,7 +30,6 @@ MIN_FEATURES = 16
 INT8_HEAD_SIZES = (16, 32, 64)
 INT8_MAX_LENGTH = 512
 SOFTMAX_SCALE = 1 / 448
-MAX_STEPS = 16  # between q kᵀ and its softmax
 NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 NORMS |= {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "GroupNormalization"}
 NORMS |= {"InstanceNormalization", "BatchNormalization", "ReduceMean", "Pow", "Sqrt"}
@@ -209,7 +209,7 @@ def _check_scale_order(core: AttentionCore) -> Iterator[Finding]:
     if softmax is None or softmax.op_type != "Softmax":
         return
     value = softmax.inputs[0]
-    for _ in range(MAX_STEPS):
+    for _ in range(MAX_SCORE_STEPS):
         node = None if value is None else value.producer()
         if node is None or node.op_type not in MOVES | SCORE_STEPS:
             return

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 Array = np.ndarray[Any, Any]
+MAX_SCORE_STEPS = 16  # between q kᵀ and its softmax
 MAX_CONSTANT = 1 << 20  # elements of a constant that is looked at
 
 MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast"}
@@ -185,6 +186,17 @@ def behind(value: ir.Value, steps: set[str] = MOVES) -> ir.Value:
     return value
 
 
+def _scores(value: ir.Value, steps: int = MAX_SCORE_STEPS) -> ir.Node | None:
+    """The product that a softmax is of; a mask may be either input of what adds it."""
+    node = value.producer()
+    if node is None or steps == 0 or node.op_type == "MatMul":
+        return node
+    if node.op_type not in MOVES | SCORE_STEPS:
+        return None
+    found = (_scores(x, steps - 1) for x in node.inputs if x is not None)
+    return next((product for product in found if product is not None), None)
+
+
 # --- products ------------------------------------------------------------------------------------
 
 
@@ -287,7 +299,7 @@ def _decomposed(softmax: ir.Node) -> AttentionCore | None:
     """The products in front of and behind a softmax, where neither has a weight."""
     if not softmax.inputs or softmax.inputs[0] is None:
         return None
-    scores = behind(softmax.inputs[0], MOVES | SCORE_STEPS).producer()
+    scores = _scores(softmax.inputs[0])
     through = [softmax.outputs[0]]
     through += [
         output

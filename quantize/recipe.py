@@ -68,7 +68,7 @@ class Recipe:
     # SmoothQuant's alpha in [0, 1], or the best; weight-only: AWQ's factors; None: none
     smooth: float | Literal["auto"] | None = None
     shift: bool = False  # move GELU's output so that its range is symmetric; one Sub at run time
-    # Divide outlier channels of GELU's output where that halves the error; one Mul there
+    # Divide outlier channels of GELU's output where that gains 3 dB; one Mul there
     spread: bool = False
     correct_bias: bool = False  # take the mean error of a linear layer's output out of its bias
     # Both products of the vision tower's attention too, with fp8 alone; see ``attention``

@@ -100,6 +100,7 @@ def attention(
     heads: int = 2,
     pair_values: bool = True,
     factor: str = "",
+    mask: int | None = None,
 ) -> str:
     """Self-attention of x in three steps, with pairs on q, k, v and the softmax."""
     shape = g.constant("split", np.array([0, 0, heads, WIDTH // heads], np.int64))
@@ -110,6 +111,9 @@ def attention(
     scores = g.node("MatMul", *quantized)
     if factor:
         scores = g.node(factor, scores, g.constant("factor", np.float32(0.25)))
+    if mask is not None:  # the input of Add that it is
+        terms = [scores, g.constant("mask", np.zeros((1, 1, 1, 1), np.float32))]
+        scores = g.node("Add", *(terms[::-1] if mask == 0 else terms))
     weights = g.pair(g.node("Softmax", scores), scale=softmax_scale, dtype=dtype)
     return g.node("MatMul", weights, g.pair(v, dtype=dtype) if pair_values else v)
 
@@ -340,6 +344,13 @@ def test_int8_attention_fits_or_does_not(
     g = Graph(length)
     path = g.save(tmp_path / "m.onnx", attention(g, INT8, np.float32(1 / 127), heads))
     assert is_clean(lint(path)) is clean
+
+
+@pytest.mark.parametrize("mask", [0, 1])
+def test_a_mask_hides_no_attention(mask: int, tmp_path: Path) -> None:
+    g = Graph(513)
+    output = attention(g, INT8, np.float32(1 / 127), mask=mask)
+    assert "attention-int8" in {f.rule for f in lint(g.save(tmp_path / "m.onnx", output))}
 
 
 def test_attention_without_a_pair_on_v(tmp_path: Path) -> None:
