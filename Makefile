@@ -37,9 +37,12 @@ bench-demo: install
 bench-fullsize: install
 	$(BIN)/python benchmarks/fullsize.py $(FLAGS)
 
-# FLAGS="--seeds 0 1 --checkpoints massive" for more or less; see benchmarks/quant.py
+# The tables of docs/quantization.md, but for ModelOpt's rows: FLAGS="--modelopt-python PYTHON"
 bench-quant: install
-	$(BIN)/python benchmarks/quant.py --json benchmarks/results/quant.json $(FLAGS)
+	$(BIN)/python benchmarks/quant.py --peers --recipes "naive, max" "int8 (+ bias correction)" fp8 --json benchmarks/results/quant.json
+	$(BIN)/python benchmarks/quant.py --width 640 --image-size 112 --seeds 0 1 --json benchmarks/results/quant-ladder.json
+	$(BIN)/python benchmarks/quant.py --width 640 --image-size 112 --peers --recipes "naive, max" --json benchmarks/results/quant-peers.json $(FLAGS)
+	$(BIN)/python benchmarks/outliers.py
 
 bench-language: install
 	$(BIN)/python benchmarks/language.py $(FLAGS)

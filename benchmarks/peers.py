@@ -7,6 +7,7 @@ calibrate on ``work/images.npy`` or on noise. ``outputs`` runs what they wrote o
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ def torch_export(work: str) -> None:
 
     from internvl_edge.export.checkpoint import load_reference
 
-    model = load_reference(Path(work) / "checkpoint")
+    checkpoint = Path(work) / "checkpoint"
+    model = load_reference(checkpoint)
+    side = json.loads((checkpoint / "config.json").read_text())["image_size"]
     (Path(work) / "torch").mkdir()
     torch.onnx.export(
         model,
-        (torch.zeros(2, 3, 224, 224),),
+        (torch.zeros(2, 3, side, side),),
         str(Path(work) / "torch" / "vision.onnx"),
         dynamo=True,
         opset_version=23,

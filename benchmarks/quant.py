@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -111,7 +112,7 @@ def main() -> None:
                 sys.stdout.write(json.dumps(row) + "\n")
                 sys.stdout.flush()
     if chosen.json is not None:
-        command = " ".join(sys.argv).replace(str(chosen.modelopt_python), "PYTHON")
+        command = shlex.join(["python", *sys.argv]).replace(str(chosen.modelopt_python), "PYTHON")
         report = {"command": command, "rows": rows}
         chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
