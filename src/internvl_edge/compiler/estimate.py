@@ -44,7 +44,7 @@ from internvl_edge.spool import Budget
 IMPORTS_NBYTES = 450_000_000  # PyTorch, ONNX and the exporter, loaded
 START_SECONDS = 3.0
 TRACE_SECONDS_PER_COMPONENT = 3.0
-BLOCK_NBYTES_PER_PARAMETER = 7.0  # float32, what was read, and what is quantized of it
+BLOCK_NBYTES_PER_PARAMETER = 9.0  # float32, what was read, and what is quantized of it
 MAX_SPOOLED_NBYTES = 300_000_000
 CONVERT_NBYTES_PER_SECOND = 250e6
 FORWARD_OVERHEAD = 1.15  # of a block's forward over its matrix products
