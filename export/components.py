@@ -44,6 +44,8 @@ from internvl_edge.export.chatconfig import LlamaConfig
 from internvl_edge.export.config import CheckpointConfig, QLlamaConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
+from internvl_edge.export.models.qllama import InPlace, KeyValue
+from internvl_edge.runtime.inplace import WRITE_INDICES
 
 TOTAL = "past+length"
 # Sizes of the traced example; all of these dimensions stay dynamic.
@@ -121,6 +123,12 @@ class Matcher(nn.Module):
         return logits.float()
 
 
+def by_layer(past: Sequence[Tensor]) -> list[KeyValue | InPlace]:
+    """Keys and values of each layer; one tensor before them says where new positions begin."""
+    first, pairs = past[: len(past) % 2], past[len(past) % 2 :]
+    return [(k, v, *first) for k, v in zip(pairs[::2], pairs[1::2], strict=True)]  # type: ignore[misc]
+
+
 class Decoder(nn.Module):
     def __init__(self, model: InternVL) -> None:
         super().__init__()
@@ -129,8 +137,8 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        pairs = list(zip(past[::2], past[1::2], strict=True))
-        logits, cache = InternVL.decode_at(self, input_ids, attention_mask, position_ids, pairs)  # type: ignore[arg-type]
+        held = by_layer(past)
+        logits, cache = InternVL.decode_at(self, input_ids, attention_mask, position_ids, held)  # type: ignore[arg-type]
         return logits.float(), *(tensor for pair in cache for tensor in pair)
 
 
@@ -166,8 +174,8 @@ class ChatDecoder(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        pairs = list(zip(past[::2], past[1::2], strict=True))
-        logits, cache = self.language_model(inputs_embeds, attention_mask, position_ids, pairs)
+        held = by_layer(past)
+        logits, cache = self.language_model(inputs_embeds, attention_mask, position_ids, held)
         return logits.float(), *(tensor for pair in cache for tensor in pair)
 
 
@@ -181,11 +189,13 @@ class Component:
     outputs: tuple[str, ...]  # presents are appended by ``output_names``
     has_cache: bool = False  # gives presents
     takes_cache: bool = False
+    capacity: int | None = None  # positions of a cache that is written in place; None: it grows
 
     def input_names(self, config: CheckpointConfig) -> list[str]:
         """Names of the graph's inputs, key/value tensors of every layer included."""
         past = _cache_names(config, "past_key_values") if self.takes_cache else ()
-        return [*self.inputs, *past]
+        first = () if self.capacity is None else (WRITE_INDICES,)
+        return [*self.inputs, *first, *past]
 
     def output_names(self, config: CheckpointConfig) -> list[str]:
         """Names of the graph's outputs, key/value tensors of every layer included."""
@@ -313,6 +323,16 @@ def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> 
     return tuple(name for name in available if name in names)
 
 
+def component_of(name: str, capacity: int | None = None) -> Component:
+    """A component; of a decoder, with a cache of ``capacity`` positions if that is given.
+
+    Such a cache is written where it lies: the graph takes ``write_indices`` [B] int64, where new
+    positions begin, and a mask of the whole cache [B, capacity].
+    """
+    chosen = COMPONENTS[name]
+    return replace(chosen, capacity=capacity) if chosen.takes_cache else chosen
+
+
 def build_component(component: Component, model: InternVL | Chat | InternViT) -> nn.Module:
     """The component's module around the (shared) reference model."""
     if isinstance(model, InternViT):
@@ -340,8 +360,9 @@ def input_specs(
         "attention_mask": TensorSpec(
             name="attention_mask",
             dtype="int64",
-            shape=("batch", TOTAL if component.takes_cache else "length"),
+            shape=("batch", (component.capacity or TOTAL) if component.takes_cache else "length"),
         ),
+        WRITE_INDICES: TensorSpec(name=WRITE_INDICES, dtype="int64", shape=("batch",)),
         "position_ids": TensorSpec(name="position_ids", dtype="int64", shape=("batch", "length")),
     }
     specs["hidden_state"] = replace(specs["last_hidden_state"], name="hidden_state")
@@ -349,9 +370,10 @@ def input_specs(
     if component.takes_cache and llama is not None:
         embeds = ("batch", "length", llama.hidden_size)
         specs["inputs_embeds"] = TensorSpec(name="inputs_embeds", dtype="float32", shape=embeds)
-        shape = ("batch", llama.num_key_value_heads, "past", llama.head_dim)
+        places = component.capacity or "past"
+        shape = ("batch", llama.num_key_value_heads, places, llama.head_dim)
         past = TensorSpec(name="", dtype=compute, shape=shape)
-        names = component.input_names(config)[len(component.inputs) :]
+        names = _cache_names(config, "past_key_values")
         specs |= {name: replace(past, name=name) for name in names}
     return tuple(specs[name] for name in component.input_names(config))
 

@@ -45,6 +45,7 @@ from internvl_edge.export.targets import (
     load_builder,
     minimum_sm,
 )
+from internvl_edge.runtime.inplace import WRITE_INDICES
 from internvl_edge.runtime.vendor import DTYPES, NativeLog, callback, decisive_lines
 
 __all__ = ["Profile", "build_engine"]
@@ -154,7 +155,7 @@ def _write_sidecar(path: Path, info: EngineInfo) -> None:
 
 def _profiles(inputs: Sequence[TensorSpec], profile: Profile) -> list[Profile]:
     """The profiles of an engine: one with a cache has another, tuned for one token at a time."""
-    has_cache = any("past" in spec.shape for spec in inputs)
+    has_cache = any("past" in spec.shape or spec.name == WRITE_INDICES for spec in inputs)
     return [profile, replace(profile, length=(1, 1, 1))] if has_cache else [profile]
 
 

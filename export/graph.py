@@ -31,6 +31,7 @@ from internvl_edge.errors import InternVLError
 from internvl_edge.export.interrupts import interrupts_held
 
 OPSET = 23
+OPSETS = {"TensorScatter": 24}  # what else our graphs may hold; of the others nothing changed
 IR_VERSION = 11  # what opset 23 needs at least
 PRODUCER = "internvl-edge"
 # Folding a constant of more elements than this would write data into the graph file.
@@ -163,6 +164,8 @@ def simplify(model: ir.Model) -> ir.Model:
     foreign = {node.domain for node in model.graph if node.domain not in ("", "ai.onnx")}
     if foreign:
         raise InternVLError(f"the graph needs operators outside standard ONNX: {sorted(foreign)}")
+    newest = max((OPSETS.get(node.op_type, OPSET) for node in model.graph), default=OPSET)
+    model.opset_imports[""] = newest
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = PRODUCER, None
     return model

@@ -9,10 +9,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from internvl_edge.runtime.continuation import Decoding
+from internvl_edge.runtime.inplace import MASK, PAST, PRESENT, capacity_of, placed, positions_of
 from internvl_edge.runtime.session import Array, Session
 from internvl_edge.runtime.vendor import numpy_dtype
 
-PAST = "past_key_values."
 Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
 
 
@@ -35,7 +35,7 @@ def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = No
         cache: what ``image_queries`` gave as ``present.{i}.key`` and ``.value``, [B,heads,P,d].
         embed: of a decoder that takes embeddings.
     """
-    past = {name.replace("present.", PAST, 1): values for name, values in cache.items()}
+    past = {name.replace(PRESENT, PAST, 1): values for name, values in cache.items()}
     if hasattr(session, "run_device") and hasattr(session, "step"):
         return DeviceDecoding(cast(Device, session), past, embed)
     return HostDecoding(session, past, embed)
@@ -44,7 +44,7 @@ def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = No
 def empty_cache(session: Session, rows: int) -> dict[str, Array]:
     """A cache without positions, as a decoder's session takes it, by names of what it gives."""
     return {
-        name.replace(PAST, "present.", 1): np.zeros(
+        name.replace(PAST, PRESENT, 1): np.zeros(
             (rows, int(spec.shape[1]), 0, int(spec.shape[3])),
             numpy_dtype(spec.dtype),
         )
@@ -53,9 +53,29 @@ def empty_cache(session: Session, rows: int) -> dict[str, Array]:
     }
 
 
-def _feeds(ids: Array, mask: Array, positions: Array, embed: Embed | None) -> dict[str, Array]:
-    tokens = {"input_ids": ids} if embed is None else {"inputs_embeds": embed(ids)}
-    return {**tokens, "attention_mask": mask, "position_ids": positions}
+class _Layout:
+    """What a session's cache looks like, and what is fed beside it.
+
+    Args:
+        session: of a decoder.
+        embed: of one that takes embeddings.
+    """
+
+    def __init__(self, session: Any, embed: Embed | None) -> None:
+        self._capacity, self._embed = capacity_of(session.inputs), embed
+
+    def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
+        """A cache with room for all that comes, where it does not grow."""
+        if self._capacity is None:
+            return dict(cache)
+        return {name: placed(values, self._capacity) for name, values in cache.items()}
+
+    def feeds(self, ids: Array, mask: Array, positions: Array) -> dict[str, Array]:
+        tokens = {"input_ids": ids} if self._embed is None else {"inputs_embeds": self._embed(ids)}
+        where, first = {MASK: mask}, mask.shape[1] - ids.shape[1]
+        if self._capacity is not None:
+            where = positions_of(mask, first, self._capacity)
+        return {**tokens, "position_ids": positions, **where}
 
 
 class HostDecoding:
@@ -64,13 +84,14 @@ class HostDecoding:
     def __init__(
         self, session: Session, past: Mapping[str, Array], embed: Embed | None = None
     ) -> None:
-        self._session, self._past, self._embed = session, dict(past), embed
+        self._session, self._layout = session, _Layout(session, embed)
+        self._past = self._layout.past(past)
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        feeds = _feeds(ids, mask, positions, self._embed)
+        feeds = self._layout.feeds(ids, mask, positions)
         found = self._session.run({**feeds, **self._past}, check=False)
         logits: Array = found.pop("logits")[:, -1]
-        self._past = {name.replace("present.", PAST, 1): found[name] for name in found}
+        self._past = {name.replace(PRESENT, PAST, 1): found[name] for name in found}
         return logits
 
     def select(self, rows: Array) -> None:
@@ -85,17 +106,17 @@ class DeviceDecoding:
     """
 
     def __init__(
-        self, session: Device, past: Mapping[str, Any], embed: Embed | None = None
+        self, session: Device, past: Mapping[str, Array], embed: Embed | None = None
     ) -> None:
-        self._embed = embed
-        self._session, self._names, self._cache = session, list(past), list(past.values())
+        self._session, self._layout = session, _Layout(session, embed)
+        self._names, self._cache = list(past), list[Any](self._layout.past(past).values())
         self._is_there = False  # on the device
         self._num_rows = 0  # of what is there
         limit: int | None = getattr(session, "max_batch", None)
         self._max_rows = math.inf if limit is None else limit
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        feeds = _feeds(ids, mask, positions, self._embed)
+        feeds = self._layout.feeds(ids, mask, positions)
         self._num_rows = len(ids)
         if self._is_there:
             logits, self._cache = self._session.step(feeds, self._names, self._cache)
@@ -108,7 +129,7 @@ class DeviceDecoding:
             else:
                 found = self._session.run(feeds, check=False)
                 logits = found["logits"]
-            self._names = [name.replace("present.", PAST, 1) for name in found if name != "logits"]
+            self._names = [name.replace(PRESENT, PAST, 1) for name in found if name != "logits"]
             self._cache = [value for name, value in found.items() if name != "logits"]
             self._is_there = fits
         last: Array = logits[:, -1]

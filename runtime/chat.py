@@ -319,8 +319,7 @@ def _require_question(question: str) -> None:
 
 
 def _require_room(parts: Parts, lengths: Sequence[int], how: Generation) -> None:
-    llama = parts.artifact.manifest.language_model or {}
-    room, longest = llama["max_position_embeddings"], max(lengths)
+    room, longest = parts.positions("chat_decoder"), max(lengths)
     need = longest + how.max_new_tokens - 1  # the last token is not read
     if need > room:
         raise UsageError(

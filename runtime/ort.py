@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 try:
     import onnxruntime
 except ImportError as error:
@@ -36,6 +38,7 @@ from internvl_edge.errors import (
 from internvl_edge.runtime.device_array import DeviceArray
 from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs
+from internvl_edge.runtime.inplace import WRITE_INDICES
 from internvl_edge.runtime.ortoptions import (
     CPU,
     CUDA,
@@ -195,19 +198,23 @@ class OrtSession:
             The logits, and the next cache.
         """
         session = self._opened()
-        binding = session.io_binding()
+        is_in_place = WRITE_INDICES in self._inputs
+        held = cache if isinstance(cache, _Held) else _Held(session.io_binding(), names, cache)
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
-        for name, value in zip(names, cache, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output(self._names[0], "cpu")
-        for name in self._names[1:]:
-            binding.bind_output(name, *self._place)
+            held.binding.bind_cpu_input(name, array)
+        if is_in_place:
+            held.write_back(self._names, next(iter(feeds.values())).shape[:2], self._outputs)
+        else:
+            held.binding.bind_output(self._names[0], "cpu")
+            for name in self._names[1:]:
+                held.binding.bind_output(name, *self._place)
         try:
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(held.binding)
         except Exception as error:
             raise self._run_error(error) from error
-        logits, *presents = binding.get_outputs()
+        if is_in_place:
+            return held.logits.numpy(), held
+        logits, *presents = held.binding.get_outputs()
         return logits.numpy(), presents
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
@@ -259,6 +266,30 @@ class OrtSession:
         if type(error).__name__ == "InvalidArgument":  # such as an id outside the vocabulary
             return FeedError(f"{self._path.name} cannot run on these values: {message}")
         return InternVLError(f"ONNX Runtime failed to run {self._path}: {message}")
+
+
+class _Held(list[Any]):
+    """The values of a cache, bound to a decoder's inputs; written in place, the binding lasts."""
+
+    def __init__(self, binding: Any, names: Sequence[str], values: Sequence[Any]) -> None:
+        super().__init__(values)
+        self.binding = binding
+        self.logits: Any = None  # of the last step, where the cache is written in place
+        for name, value in zip(names, values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+
+    def write_back(
+        self, names: Sequence[str], tokens: tuple[int, ...], specs: Mapping[str, TensorSpec]
+    ) -> None:
+        """Bind logits of these (rows, tokens), and the cache to where it is read."""
+        shape = [*tokens, specs[names[0]].shape[-1]]
+        if self.logits is None:
+            for name, value in zip(names[1:], self, strict=True):
+                self.binding.bind_ortvalue_output(name, value)
+        elif self.logits.shape() == shape:
+            return
+        self.logits = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+        self.binding.bind_ortvalue_output(names[0], self.logits)
 
 
 def open_component(

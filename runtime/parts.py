@@ -15,6 +15,7 @@ import numpy as np
 
 from internvl_edge.artifact import Artifact
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime.inplace import capacity_of
 from internvl_edge.runtime.requests import batches_of, is_normalised, slices
 from internvl_edge.runtime.session import Array, Session, did_you_mean
 
@@ -61,6 +62,13 @@ class Parts:
         """
         found: Mapping[str, int] = getattr(self.session(component), "largest", {})
         return found
+
+    def positions(self, component: str) -> int:
+        """How many positions a decoder's cache can have: its capacity, or what its model has."""
+        record = self.artifact.manifest.components[component]
+        capacity = capacity_of({spec.name: spec for spec in record.inputs})
+        llama = self.artifact.manifest.language_model or {}
+        return int(llama["max_position_embeddings"] if capacity is None else capacity)
 
     def close(self) -> None:
         """Close every session; may be called again."""

@@ -55,6 +55,7 @@ class EngineSpec:
     tensors: dict[str, TensorSpec]  # both
     dtypes: dict[str, np.dtype[Any]]
     profiles: tuple[Profile, ...]
+    aliases: dict[str, str]  # output → the input in whose memory it is written
 
     @property
     def max_batch(self) -> int | None:
@@ -91,11 +92,11 @@ class EngineSpec:
         return profile
 
     def capacities(self, context: Any, stream: Stream, plan: Plan) -> dict[str, int]:
-        """Bytes of the largest value of every tensor, over all profiles."""
-        nbytes = dict.fromkeys(self.tensors, 0)
+        """Bytes of the largest value of every tensor with memory of its own, over all profiles."""
+        nbytes = dict.fromkeys((n for n in self.tensors if n not in self.aliases), 0)
         for profile in self.profiles:
             self.set_shapes(context, profile.index, profile.high, stream, plan)
-            for name in self.tensors:
+            for name in nbytes:
                 shape = profile.high[name] if name in self.inputs else _output(context, name, plan)
                 found = math.prod(shape) * self.dtypes[name].itemsize
                 nbytes[name] = max(nbytes[name], found)
@@ -164,7 +165,16 @@ def read_engine_spec(
         tensors=specs,
         dtypes={name: numpy_dtype(spec.dtype) for name, spec in specs.items()},
         profiles=tuple(sorted(profiles, key=lambda profile: profile.volume)),
+        aliases=_aliases(engine, [spec.name for spec in outputs]),
     )
+
+
+def _aliases(engine: Any, outputs: Sequence[str]) -> dict[str, str]:
+    """Outputs that are written in place, as a cache of fixed capacity; TensorRT 10.15 and newer."""
+    if not hasattr(engine, "get_aliased_input_tensor"):
+        return {}
+    found = {name: engine.get_aliased_input_tensor(name) for name in outputs}
+    return {name: source for name, source in found.items() if source}
 
 
 def _profile(engine: Any, index: int, names: Sequence[str]) -> Profile:

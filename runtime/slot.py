@@ -24,15 +24,15 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError
-from internvl_edge.runtime.blocks import ALIGNMENT, copy_rows, find_overlap, new_arrays
-from internvl_edge.runtime.contexts import Bound, Contexts
+from internvl_edge.runtime.blocks import ALIGNMENT, copy_rows, new_arrays
+from internvl_edge.runtime.calls import Call, Shapes, is_bound_in_place, require_apart
+from internvl_edge.runtime.contexts import Contexts
 from internvl_edge.runtime.cuda import Buffer, Event, PinnedBuffer, Stream
 from internvl_edge.runtime.device import Device
 from internvl_edge.runtime.device_array import DeviceArray, as_device_array, is_on_device
@@ -43,20 +43,6 @@ from internvl_edge.runtime.session import Array, check_feeds, check_outputs
 __all__ = ["Slot"]
 
 CALLS_KEPT = 2  # whose arrays the GPU may use: the last one, and the one being queued
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What is about to be queued."""
-
-    feeds: Mapping[str, Any]
-    bound: Bound
-    shapes: Shapes  # of the inputs as they run, filled up
-    outputs: Shapes  # without the rows that fill up
-    targets: Mapping[str, DeviceArray]  # outputs that are not written to the slot's own memory
-    addresses: Mapping[str, int]  # of all
 
 
 class Slot:
@@ -117,7 +103,7 @@ class Slot:
         with self._tidied():
             call = self._bound(self._checked(feeds, check), {})
             self._queue(call)
-            views = {name: self._fetched(name, call.outputs[name]) for name in names}
+            views = {name: self._fetched(name, call) for name in names}
             self._tell("fetched")
             self._rest()
         return views
@@ -144,7 +130,7 @@ class Slot:
         with self._tidied():
             targets = {name: self._target(name, value) for name, value in (out or {}).items()}
             call = self._bound(self._checked(feeds, check), targets)
-            self._check_targets(call)
+            require_apart(call, self._spec)
             self._queue(call)
             ready = Event(self._device)
             ready.record(self.stream.handle)
@@ -169,7 +155,7 @@ class Slot:
         used_up: Sequence[DeviceArray] | None = None,
         fetch: Sequence[str] = (),
     ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
-        """A call whose shapes do not come again, and whose outputs outlive the slot's next run.
+        """A call whose outputs outlive the slot's next run, and whose shapes do not come again.
 
         Args:
             feeds: as for ``run_device``.
@@ -186,7 +172,7 @@ class Slot:
             call, ready = self._passing(given, used_up or (), fetch)
             self._queue(call)
             ready.record(self.stream.handle)
-            views = {name: self._fetched(name, call.outputs[name]) for name in fetch}
+            views = {name: self._fetched(name, call) for name in fetch}
             self._rest()
         return {name: view.copy() for name, view in views.items()}, dict(call.targets)
 
@@ -243,7 +229,7 @@ class Slot:
 
     # --- binding: what a call will read and write -------------------------------------------------
 
-    def _bound(self, feeds: dict[str, Any], targets: Mapping[str, DeviceArray]) -> _Call:
+    def _bound(self, feeds: dict[str, Any], targets: Mapping[str, DeviceArray]) -> Call:
         """A call whose shapes may come again; nothing of it is queued yet."""
         shapes, profile, batch = self._fit(feeds, fills=not targets)
         addresses = self._addresses(feeds, targets)
@@ -251,12 +237,18 @@ class Slot:
         outputs = bound.output_shapes
         if batch is not None:
             outputs = {name: self._rows(name, shape, batch) for name, shape in outputs.items()}
-        return _Call(feeds, bound, shapes, outputs, targets, addresses)
+        return Call(feeds, bound, shapes, outputs, targets, addresses)
 
     def _passing(
         self, feeds: Mapping[str, Any], used_up: Sequence[DeviceArray], fetch: Sequence[str]
-    ) -> tuple[_Call, Event]:
-        """A call whose shapes do not come again, and when its outputs will be computed."""
+    ) -> tuple[Call, Event]:
+        """A call whose outputs live longer than it, and when they will be computed.
+
+        What is written where it lies is the next call's too: its shapes and addresses come again.
+        """
+        if used_up and self._spec.aliases:
+            written = {output: feeds[source] for output, source in self._spec.aliases.items()}
+            return self._bound(dict(feeds), written), Event(self._device)
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}
         bound = self._contexts.pass_through(self._spec.choose_profile(shapes), shapes)
         outputs = bound.output_shapes
@@ -264,7 +256,7 @@ class Slot:
         targets, ready = new_arrays(self._device, kept, self._spec.dtypes, used_up)
         addresses = self._addresses(feeds, targets)
         self._contexts.address(bound, addresses)
-        return _Call(feeds, bound, shapes, outputs, targets, addresses), ready
+        return Call(feeds, bound, shapes, outputs, targets, addresses), ready
 
     def _fit(self, feeds: Mapping[str, Any], *, fills: bool) -> tuple[Shapes, int, int | None]:
         """The shapes to run in, their profile, and the batch where it is filled up.
@@ -294,13 +286,18 @@ class Slot:
         self, feeds: Mapping[str, Any], targets: Mapping[str, DeviceArray]
     ) -> dict[str, int]:
         """Where tensors are: in the slot's memory, but for those in memory of others."""
+        aliases = self._spec.aliases
         addresses = {name: buffer.pointer for name, buffer in self._buffers.items()}
-        addresses |= {name: a.pointer for name, a in feeds.items() if _is_bound_in_place(a)}
-        return addresses | {name: array.pointer for name, array in targets.items()}
+        addresses |= {name: a.pointer for name, a in feeds.items() if is_bound_in_place(a)}
+        addresses |= {name: array.pointer for name, array in targets.items()}
+        for output, source in aliases.items():  # an input that is written belongs to nobody else
+            own = targets.get(output, self._buffers[source])
+            addresses[output] = addresses[source] = own.pointer
+        return addresses
 
     # --- queueing --------------------------------------------------------------------------------
 
-    def _queue(self, call: _Call) -> None:
+    def _queue(self, call: Call) -> None:
         """Steps 2 to 4."""
         self._staged.synchronize()  # pinned memory may still be read for a run that was not awaited
         self._kept.append((call.feeds, call.targets))
@@ -309,16 +306,16 @@ class Slot:
                 np.copyto(self._pinned[name].view(array.shape, array.dtype), array)
         self._tell("begun")
         for name, array in call.feeds.items():
-            if not _is_bound_in_place(array):
-                self._stage(name, array, call.shapes[name])
+            address = call.addresses[name]
+            if not isinstance(array, DeviceArray) or array.pointer != address:
+                self._stage(address, name, array, call.shapes[name])
         self._staged.record(self.stream.handle)
         self._tell("staged")
         self._contexts.execute(call.bound)
         self._tell("computed")
 
-    def _stage(self, name: str, array: Any, shape: tuple[int, ...]) -> None:
-        """Copy an input to the slot's memory on the GPU, with zeros in what it is filled up."""
-        buffer = self._buffers[name].pointer
+    def _stage(self, buffer: int, name: str, array: Any, shape: tuple[int, ...]) -> None:
+        """Copy an input to memory that is the engine's, with zeros in what it is filled up."""
         is_there = isinstance(array, DeviceArray)
         self.stream.copy(
             buffer, array.pointer if is_there else self._pinned[name].pointer, array.nbytes
@@ -326,10 +323,11 @@ class Slot:
         nbytes = math.prod(shape) * array.dtype.itemsize
         self.stream.zero(buffer + array.nbytes, nbytes - array.nbytes)
 
-    def _fetched(self, name: str, shape: tuple[int, ...]) -> Array:
+    def _fetched(self, name: str, call: Call) -> Array:
         """An output in pinned memory, once the stream got there."""
-        view = self._pinned[name].view(shape, self._spec.dtypes[name])
-        self.stream.copy(self._pinned[name].pointer, self._buffers[name].pointer, view.nbytes)
+        pinned = self._pinned[self._spec.aliases.get(name, name)]
+        view = pinned.view(call.outputs[name], self._spec.dtypes[name])
+        self.stream.copy(pinned.pointer, call.addresses[name], view.nbytes)
         return view
 
     def _tell(self, step: str) -> None:
@@ -350,31 +348,6 @@ class Slot:
             )
         return array
 
-    def _check_targets(self, call: _Call) -> None:
-        """An engine may write its outputs in any order, and before it has read all inputs."""
-        for name, array in call.targets.items():
-            if array.shape != call.outputs[name]:
-                raise FeedError(
-                    f"output {name!r}: expected {list(call.outputs[name])}, "
-                    f"found {list(array.shape)}"
-                )
-        written = []
-        for name, shape in call.outputs.items():
-            start = call.addresses[name]
-            nbytes = math.prod(shape) * self._spec.dtypes[name].itemsize
-            written.append((start, start + nbytes, f"output {name!r}"))
-        read = [
-            (array.pointer, array.pointer + array.nbytes, f"input {name!r}")
-            for name, array in call.feeds.items()
-            if _is_bound_in_place(array)
-        ]
-        found = find_overlap(written, read)
-        if found is not None:
-            raise FeedError(
-                f"{found[1]} is where this run writes {found[0]}; give that other memory with "
-                "out=, such as session.empty(...)"
-            )
-
     @contextlib.contextmanager
     def _tidied(self) -> Iterator[None]:
         """After a failure, let the stream come to rest and forget how contexts were bound."""
@@ -393,7 +366,3 @@ class Slot:
         """
         self.stream.synchronize()
         self._kept.clear()
-
-
-def _is_bound_in_place(array: Any) -> bool:
-    return isinstance(array, DeviceArray) and array.pointer % ALIGNMENT == 0

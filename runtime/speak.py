@@ -6,8 +6,8 @@ sections 0 and 2.5). ``see`` keeps these positions, so that the ViT runs once pe
 often it is asked about.
 
 A prompt is ``<s> TEXT``, left-padded beside longer ones; what a user types is text, also where it
-looks like a special token. The cache has as many positions as the model has rotary positions:
-image, prompt and new tokens must fit.
+looks like a special token. The cache has as many positions as the model has rotary positions, or
+as it was exported with: image, prompt and new tokens must fit.
 """
 
 from __future__ import annotations
@@ -286,8 +286,8 @@ def require_room(parts: Parts, component: str, length: int, past: int, how: Gene
 
 
 def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
-    internvl = parts.artifact.manifest.model["internvl"]
-    room, image = internvl["qllama"]["max_position_embeddings"], internvl["num_query_token"]
+    room = parts.positions("decoder")
+    image = parts.artifact.manifest.model["internvl"]["num_query_token"]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read
     if need > room:

@@ -62,7 +62,7 @@ def _traced_once() -> Iterator[None]:
 
     def traced_once(plan: Plan, name: str, config: CheckpointConfig, model: nn.Module) -> ir.Model:
         dtypes = [(key, value.dtype) for key, value in model.state_dict().items()]
-        key = repr((name, config, plan.image_size, dtypes))
+        key = repr((name, config, plan.image_size, plan.options.cache_capacity, dtypes))
         if key not in kept:
             kept[key] = trace(plan, name, config, model)
         return cloned(kept[key])

@@ -73,6 +73,25 @@ def cached_attention(
     return merge_heads(out)
 
 
+def write_positions(cache: Tensor, new: Tensor, first: Tensor) -> Tensor:
+    """A cache (B, heads, C, d) with ``new`` (B, heads, T, d) from position ``first`` (B,) on.
+
+    Exported, it is ``TensorScatter`` (opset 24): a runtime may write where the cache lies.
+    """
+    if torch.onnx.is_in_onnx_export():
+        out: Tensor = torch.onnx.ops.symbolic(
+            "TensorScatter",
+            (cache, new, first),
+            {"axis": 2},
+            dtype=cache.dtype,
+            shape=cache.shape,
+            version=23,  # as the other nodes': PyTorch converts no later ones (``graph.OPSETS``)
+        )
+        return out
+    place = first[:, None] + torch.arange(new.shape[2], device=new.device)  # (B, T)
+    return cache.scatter(2, place[:, None, :, None].expand_as(new), new)
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, heads·d) → (B, heads, T, d)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

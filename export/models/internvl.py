@@ -13,6 +13,7 @@ section 3; sequence layouts and masks: section 2.4.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,12 +23,13 @@ from torch.nn import functional as F
 from internvl_edge.export.config import InternVLConfig
 from internvl_edge.export.models.heads import AttentionPool
 from internvl_edge.export.models.qllama import (
+    InPlace,
     KeyValue,
     QLlama,
     causal_mask,
-    decoding_mask,
     generation_mask,
     generation_positions,
+    mask_on,
     padding_mask,
 )
 from internvl_edge.export.models.vit import InternViT
@@ -140,10 +142,14 @@ class InternVL(nn.Module):
         return self.decode_at(input_ids, attention_mask, positions, past)
 
     def decode_at(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, past: list[KeyValue]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        past: Sequence[KeyValue | InPlace],
     ) -> tuple[Tensor, list[KeyValue]]:
         """As :meth:`decode`, at the positions (B, T) given."""
-        mask = decoding_mask(attention_mask, input_ids.shape[1])
+        mask = mask_on(past, attention_mask, input_ids.shape[1])
         embeds = self.qllama.embed(input_ids)
         hidden, cache = self.qllama(embeds, mask, positions, past=past)
         return self.qllama.logits(hidden), cache

@@ -18,6 +18,7 @@ s = (L / w − low) / (high − low) is the share of f. Source: internvl-spec se
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from internvl_edge.export.chatconfig import LlamaConfig
 from internvl_edge.export.models.attention import rotary_frequencies, tables_of
-from internvl_edge.export.models.qllama import KeyValue, Layer, decoding_mask
+from internvl_edge.export.models.qllama import InPlace, KeyValue, Layer, mask_on
 from internvl_edge.export.models.vit import RMSNorm, unrotated, unrotation
 
 
@@ -85,11 +86,11 @@ class Llama(nn.Module):
         inputs_embeds: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor,
-        past: list[KeyValue],
+        past: Sequence[KeyValue | InPlace],
     ) -> tuple[Tensor, list[KeyValue]]:
         """The next tokens (B, T, D) behind a cache of P positions; the mask is (B, P + T)."""
         x, presents = self.entered(inputs_embeds), []
-        mask = decoding_mask(attention_mask, inputs_embeds.shape[1])
+        mask = mask_on(past, attention_mask, inputs_embeds.shape[1])
         rope = F.embedding(position_ids, self.rope_cos), F.embedding(position_ids, self.rope_sin)
         for layer, cached in zip(self.model.layers, past, strict=True):
             x, present = layer(x, rope, mask, cached)

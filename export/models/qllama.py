@@ -15,6 +15,8 @@ Parameter names are the published checkpoints'. Source: internvl-spec section 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,10 +29,12 @@ from internvl_edge.export.models.attention import (
     rotary_tables,
     rotate,
     split_heads,
+    write_positions,
 )
 from internvl_edge.export.models.vit import RMSNorm, unrotated, unrotation
 
 KeyValue = tuple[Tensor, Tensor]  # (B, heads, T, d) each, keys after their rotation
+InPlace = tuple[Tensor, Tensor, Tensor]  # (B, heads, C, d) each; where the new ones begin, (B,)
 
 
 # --- masks: True where row i may attend to column j (spec section 2.4) ----------------------
@@ -70,6 +74,38 @@ def decoding_mask(attention_mask: Tensor, length: int) -> Tensor:
     return (causal & padding_mask(attention_mask)) | (is_blind[:, None, :, None] & itself)
 
 
+def in_place_mask(attention_mask: Tensor, length: int, first: Tensor) -> Tensor:
+    """(B, C) → (B, 1, T, C): as :func:`decoding_mask`, of T positions from ``first`` (B,) on.
+
+    What lies behind them in the cache is nobody's to see, whatever the mask says of it.
+    """
+    device = attention_mask.device
+    row = first[:, None] + torch.arange(length, device=device)  # (B, T)
+    column = torch.arange(attention_mask.shape[1], device=device)
+    seen = (column <= row[..., None]) & attention_mask.bool()[:, None, :]  # (B, T, C)
+    is_blind = seen.long().sum(-1, keepdim=True) == 0
+    return (seen | (is_blind & (column == row[..., None])))[:, None]
+
+
+def mask_on(past: Sequence[KeyValue | InPlace], attention_mask: Tensor, length: int) -> Tensor:
+    """The mask of ``length`` new positions on a cache of either kind."""
+    first = past[0]
+    if len(first) == 2:
+        return decoding_mask(attention_mask, length)
+    return in_place_mask(attention_mask, length, first[2])
+
+
+def extended(past: KeyValue | InPlace, new: KeyValue) -> KeyValue:
+    """A cache with new positions: behind the others, or in their place."""
+    if len(past) == 2:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
+    else:
+        key, value = (
+            write_positions(held, x, past[2]) for held, x in zip(past[:2], new, strict=True)
+        )
+    return key, value
+
+
 def generation_positions(attention_mask: Tensor) -> Tensor:
     """(B, S) → positions (B, S): counted over what is not padding; padding sits at 1."""
     return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
@@ -88,7 +124,11 @@ class SelfAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past: KeyValue | InPlace | None,
     ) -> tuple[Tensor, KeyValue]:
         q = rotate(self.q_proj(x), *rope, self.num_heads)
         k = rotate(self.k_proj(x), *rope, self.num_kv_heads)
@@ -98,7 +138,7 @@ class SelfAttention(nn.Module):
             seen = attention(q, k, v, self.num_heads, mask, self.num_kv_heads)
             return self.o_proj(seen), present
         assert mask is not None
-        key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
+        key, value = extended(past, present)
         return self.o_proj(cached_attention(q, key, value, self.num_heads, mask)), (key, value)
 
 
@@ -155,7 +195,7 @@ class Layer(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        past: KeyValue | None = None,
+        past: KeyValue | InPlace | None = None,
         vision: Tensor | None = None,
         num_queries: int = 0,
     ) -> tuple[Tensor, KeyValue]:
@@ -217,7 +257,7 @@ class QLlama(nn.Module):
         inputs_embeds: Tensor,
         mask: Tensor | None,
         positions: Tensor | None = None,
-        past: list[KeyValue] | None = None,
+        past: Sequence[KeyValue | InPlace] | None = None,
         vision: Tensor | None = None,
         num_queries: int = 0,
     ) -> tuple[Tensor, list[KeyValue]]:

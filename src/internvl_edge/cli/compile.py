@@ -53,6 +53,11 @@ CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
     show_default=True,
     help="What image graphs take: normalised values, or 8-bit levels that they normalise.",
 )
+@click.option(
+    "--cache-capacity",
+    type=int,
+    help="Positions of a decoder's cache, written where it lies; default: it grows by each token.",
+)
 @click.option("--calib", "calibration", type=DIRECTORY, help="Folder of calibration images.")
 @click.option(
     "--target",

@@ -39,6 +39,8 @@ def seeded_feeds(artifact: Artifact, component: str, batch: int) -> Arrays:
             feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
         elif spec.name == "position_ids":
             feeds[spec.name] = np.broadcast_to(np.arange(shape[1]), shape) + DEFAULT_LENGTH
+        elif spec.name == "write_indices":
+            feeds[spec.name] = np.full(shape, DEFAULT_LENGTH, np.int64)
         elif spec.name == "attention_mask":
             feeds[spec.name] = np.ones(shape, np.int64)
         else:

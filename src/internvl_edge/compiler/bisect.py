@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.artifact import Artifact, open_artifact
-from internvl_edge.compiler.check import SAME_DB, Quantization, runnable
+from internvl_edge.compiler.check import SAME_DB, Quantization, run_as_reference, runnable
 from internvl_edge.compiler.engines import engine_graph
 from internvl_edge.compiler.pipeline import open_source, quantization_of
 from internvl_edge.compiler.progress import Progress, Report, silent
@@ -48,7 +48,7 @@ from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.components import COMPONENTS
 from internvl_edge.export.config import with_depth
 from internvl_edge.export.isolate import BLOCK_INPUT, BLOCK_OUTPUT, isolate_block, isolate_front
-from internvl_edge.export.pixels import graph_feeds, on_levels, preprocessing_inside
+from internvl_edge.export.pixels import on_levels, preprocessing_inside
 from internvl_edge.export.stamp import blocks_of
 from internvl_edge.export.verify import (
     BOUNDS,
@@ -295,7 +295,7 @@ class _Graph:
         return OrtSession(self.path, graph=runnable(model))
 
     def _outputs(self, session: OrtSession, feeds: Mapping[str, Array]) -> Arrays:
-        return session.run(graph_feeds(session.inputs, feeds, self.preprocessing))
+        return run_as_reference(session, feeds, self.preprocessing)
 
     def _session_outputs(self, model: ir.Model, feeds: Mapping[str, Array]) -> Arrays:
         with self._session(model) as session:

@@ -50,6 +50,7 @@ from internvl_edge.quantize.statistics import LayerStatistics
 from internvl_edge.quantize.unsigned import take_unsigned_weights
 from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.image import Preprocessing
+from internvl_edge.runtime.inplace import MASK, capacity_of, grown, in_place
 from internvl_edge.runtime.ort import OrtSession
 from internvl_edge.runtime.ortoptions import OrtOptions
 
@@ -233,7 +234,7 @@ class Checker:
         graph, options = runnable(model), OrtOptions(exact=True)
         with OrtSession(path, graph=graph, options=options) as session:
             # a cache has the graph's dtype, and one block's is one layer's
-            return session.run(graph_feeds(session.inputs, feeds, self.preprocessing))
+            return run_as_reference(session, feeds, self.preprocessing)
 
     def _reference(
         self, component: str, part: _Part, feeds: Mapping[str, Array]
@@ -243,6 +244,17 @@ class Checker:
             return reference_outputs(part.module, component, feeds, self.config)
         found = reference_outputs(part.module, component, feeds, with_depth(self.config, 1, 1))
         return {name.replace(".0.", f".{part.block}."): values for name, values in found.items()}
+
+
+def run_as_reference(
+    session: OrtSession, feeds: Mapping[str, Array], preprocessing: Preprocessing | None
+) -> dict[str, Array]:
+    """Outputs for the feeds of a component's reference, in the shapes that the reference gives."""
+    given = in_place(feeds, session.inputs)
+    found = session.run(graph_feeds(session.inputs, given, preprocessing))
+    if capacity_of(session.inputs) is None:
+        return found
+    return grown(found, feeds[MASK].shape[1])
 
 
 def runnable(model: ir.Model) -> bytes:

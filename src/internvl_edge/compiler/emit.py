@@ -49,8 +49,8 @@ from internvl_edge.export.checkpoint import (
     torch_from_numpy,
 )
 from internvl_edge.export.components import (
-    COMPONENTS,
     build_component,
+    component_of,
     example_inputs,
     input_specs,
 )
@@ -143,13 +143,14 @@ def _trace(
 ) -> ir.Model:
     linear = next((p for n, p in model.named_parameters() if n.endswith("q_proj.weight")), None)
     compute = "float32" if linear is None else str(linear.dtype).removeprefix("torch.")
-    specs = input_specs(COMPONENTS[name], config, plan.image_size, compute)
+    component = component_of(name, plan.options.cache_capacity)
+    specs = input_specs(component, config, plan.image_size, compute)
     traced = graphs.trace(
-        build_component(COMPONENTS[name], model),
+        build_component(component, model),
         example_inputs(specs),
         [{i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs],
         [spec.name for spec in specs],
-        COMPONENTS[name].output_names(config),
+        component.output_names(config),
     )
     graphs.set_constants(traced, _rotary_constants(config))
     return graphs.simplify(traced)

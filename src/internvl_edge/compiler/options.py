@@ -17,7 +17,7 @@ from internvl_edge.disk import nearest_existing
 from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
 from internvl_edge.export.bring import Transfer
 from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
-from internvl_edge.export.components import choose_components
+from internvl_edge.export.components import COMPONENTS, choose_components, language_config
 from internvl_edge.export.config import check_image_size
 from internvl_edge.export.folded import folded
 from internvl_edge.publish import check_out
@@ -44,6 +44,7 @@ class ExportOptions:
     components: tuple[str, ...] | None = None  # every one that the checkpoint has
     image_size: int | None = None  # the checkpoint's own
     input: Input = "float32"  # uint8: normalisation is in the graphs
+    cache_capacity: int | None = None  # positions of a decoder's cache, in place; None: it grows
     calibration: Path | None = None  # a folder of images; None: a bundled sample set
     targets: tuple[str, ...] = ("onnx",)
     weights: Transfer = "auto"
@@ -104,6 +105,7 @@ def make_plan(options: ExportOptions) -> Plan:
     checkpoint = open_checkpoint(options.checkpoint or demo_checkpoint())
     image_size = check_image_size(checkpoint.config, options.image_size)
     components = choose_components(checkpoint.config, options.components)
+    _check_capacity(options.cache_capacity, checkpoint, components)
     _warn_without_tokenizer(checkpoint.path, components)
     _require_layers(options.precision, recipe, checkpoint)
     return Plan(
@@ -174,6 +176,27 @@ def _check_weights(options: ExportOptions) -> None:
         )
     if options.weights != "auto":
         raise UsageError(f"{kept}, --align {options.align} moves them; leave one of the two out")
+
+
+def _check_capacity(
+    capacity: int | None, checkpoint: Checkpoint, components: tuple[str, ...]
+) -> None:
+    """A cache that is written in place needs a decoder, room for the image and for one token."""
+    if capacity is None:
+        return
+    llama = language_config(checkpoint.config)
+    if llama is None or not any(COMPONENTS[name].takes_cache for name in components):
+        raise UsageError(
+            f"--cache-capacity {capacity}: expected a decoder among the components, found "
+            f"{', '.join(components)}"
+        )
+    internvl, most = checkpoint.config.internvl, llama.max_position_embeddings
+    least = 1 if internvl is None else internvl.num_query_token + 1
+    if not least <= capacity <= most:
+        raise UsageError(
+            f"--cache-capacity: expected {least} to {most} positions for this model, found "
+            f"{capacity}"
+        )
 
 
 def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

@@ -136,6 +136,7 @@ def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict
         "image_size": plan.image_size,
         "preprocessing": plan.preprocessing.to_json(),
         "input": plan.options.input,
+        "cache_capacity": plan.options.cache_capacity,
         "weights": plan.options.weights,
         "align": plan.options.align,
         "recipe": None if plan.recipe is None else plan.recipe.to_json(),
