@@ -122,19 +122,35 @@ def sample_feeds(
 
 
 def component_feeds(
-    component: str, feeds: Arrays, config: CheckpointConfig
+    component: str, feeds: Arrays, config: CheckpointConfig, capacity: int | None = None
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Those of the feeds that a component takes.
+    """Those of the feeds that a component takes; a decoder's for a cache that grows.
 
     A decoder continues the cache that is among them by captions, if there are any, or else by the
-    same texts, cut to one length: what it says of padding no calibration has seen.
+    same texts, cut to one length: what it says of padding no calibration has seen. ``capacity``
+    is how many positions there may be in all.
     """
     chosen = COMPONENTS[component]
     if component == "decoder":
         first = feeds[f"{PAST}.0.key"]  # (B, heads, P, d)
         ids = feeds.get("caption_ids", feeds["input_ids"])
         feeds = {**feeds, **_decoding(ids, first.shape[2])}
-    return {name: feeds[name] for name in chosen.input_names(config)}
+    taken = {name: feeds[name] for name in chosen.input_names(config)}
+    return taken if capacity is None or not chosen.takes_cache else _within(taken, capacity)
+
+
+def _within(feeds: Arrays, capacity: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Fewer tokens, behind less of a cache, where it all would not fit."""
+    kept = dict(feeds)
+    batch, length = feeds["position_ids"].shape
+    past = feeds["attention_mask"].shape[1] - length
+    length = min(length, max(capacity - past, 1))
+    past = min(past, capacity - length)
+    for name in ("input_ids", "inputs_embeds"):
+        if name in kept:
+            kept[name] = kept[name][:, :length]
+    caches = {n: values[:, :, :past] for n, values in kept.items() if n.startswith(f"{PAST}.")}
+    return kept | caches | _behind(batch, past, length)
 
 
 def _decoding(ids: np.ndarray[Any, Any], past: int) -> dict[str, np.ndarray[Any, Any]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,6 +72,7 @@ class Computation:
     shapes: Callable[[Shapes], Shapes]  # of the inputs → of the outputs
     compute: Callable[[Arrays], Arrays]
     plan: bytes
+    aliases: dict[str, str] = field(default_factory=dict)  # output → input in the same memory
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -124,6 +125,49 @@ DECODER = Computation(
     },
     compute=decoded,
     plan=json.dumps([CACHE_RANGE]).encode(),
+)
+
+
+CAPACITY = 48
+IN_PLACE_RANGE = {
+    **{name: CACHE_RANGE[name] for name in ("input_ids", "position_ids")},
+    "attention_mask": [[1, CAPACITY], [2, CAPACITY], [8, CAPACITY]],
+    "write_indices": [[1], [2], [8]],
+    KEY: [[1, 1, CAPACITY, 2], [2, 1, CAPACITY, 2], [8, 1, CAPACITY, 2]],
+}
+
+
+def decoded_in_place(feeds: Arrays) -> Arrays:
+    """As ``decoded``, of the positions up to the new ones."""
+    first, length = int(feeds["write_indices"][0]), feeds["input_ids"].shape[1]
+    assert (feeds["write_indices"] == first).all()
+    found = decoded(
+        feeds
+        | {
+            KEY: feeds[KEY][:, :, :first],
+            "attention_mask": feeds["attention_mask"][:, : first + length],
+        }
+    )
+    whole = feeds[KEY].copy()
+    whole[:, :, : first + length] = found[PRESENT]
+    return {"logits": found["logits"], PRESENT: whole}
+
+
+def _of_capacity(spec: TensorSpec) -> TensorSpec:
+    sizes = {"past": CAPACITY, "past+length": CAPACITY}
+    return replace(spec, shape=tuple(sizes.get(str(n), n) for n in spec.shape))
+
+
+IN_PLACE = Computation(
+    inputs=(
+        *map(_of_capacity, DECODER.inputs),
+        TensorSpec(name="write_indices", dtype="int64", shape=("batch",)),
+    ),
+    outputs=tuple(map(_of_capacity, DECODER.outputs)),
+    shapes=lambda shapes: {"logits": (*shapes["input_ids"], VOCABULARY), PRESENT: shapes[KEY]},
+    compute=decoded_in_place,
+    plan=json.dumps([IN_PLACE_RANGE]).encode(),
+    aliases={PRESENT: KEY},
 )
 
 
@@ -205,6 +249,9 @@ class Engine:
 
     def get_tensor_location(self, name: str) -> Any:
         return Place.HOST if self.trt.changes.get("host") == name else Place.DEVICE
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.computation.aliases.get(name)
 
     def get_tensor_profile_shape(self, name: str, index: int) -> Any:
         return self.profiles[index][name]
@@ -295,6 +342,8 @@ class Context:
         assert self.shapes.keys() == {spec.name for spec in computation.inputs}
         assert len({shape[0] for shape in self.shapes.values()}) == 1
         assert self.addresses.keys() == computation.specs.keys()
+        for output, source in computation.aliases.items():
+            assert self.addresses[output] == self.addresses[source]
         cuda, generation = self.trt.cuda, self.generation
         is_captured = cuda.streams[stream].captured is not None
         if is_captured and self.ran != generation:

@@ -70,6 +70,24 @@ def test_decoders_of_lighter_weights_build(tmp_path: Path, precision: str) -> No
     assert (engine.component, info.precision) == ("decoder", precision)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8", "int4-wo"])
+def test_decoders_with_their_cache_in_place_build(tmp_path: Path, precision: str) -> None:
+    written = write_internvl(tmp_path / "checkpoint", OTHER, seed=4)
+    write_tokenizer(written.path)
+    options = ExportOptions(
+        checkpoint=written.path,
+        out=tmp_path / "out",
+        precision=precision,
+        components=("decoder",),
+        cache_capacity=40,
+        targets=("onnx", "tensorrt-rtx"),
+    )
+    (engine,) = compiler.export(options).manifest.engines
+    info = read_engine_info(tmp_path / "out" / engine.sidecar)
+    (cache, *_) = (spec for spec in info.inputs if spec.name.startswith("past_key_values."))
+    assert cache.shape == ("batch", 2, 40, 32)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])
 def test_chat_builds(tmp_path: Path, precision: str) -> None:
     written = write_chat(tmp_path / "checkpoint", seed=6)

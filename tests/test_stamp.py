@@ -73,6 +73,15 @@ def test_stamped_is_traced(
     assert serialized(model) == serialized(in_full(plan, name))
 
 
+def test_a_cache_in_place_is_stamped() -> None:
+    internvl = deep(5, 1)
+    config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
+    plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp16", capacity=40)
+    model = in_full(plan, "decoder", emit.shallow_config(config))
+    assert emit.stamp_towers(model, config)
+    assert serialized(model) == serialized(in_full(plan, "decoder"))
+
+
 def test_real_widths_are_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the widths of the real model, constants are too large to be shared by accident."""
     config = PRESETS["internvl-14b-224"]
@@ -84,9 +93,12 @@ def test_real_widths_are_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [o.name for o in model.graph.outputs][-1] == "present.31.value"
 
 
-def plan_like(plan: Any, config: CheckpointConfig, base: str = "bf16") -> Any:
+def plan_like(
+    plan: Any, config: CheckpointConfig, base: str = "bf16", capacity: int | None = None
+) -> Any:
     plan.base = base
     plan.checkpoint = type("C", (), {"config": config})()
+    plan.options = type("O", (), {"cache_capacity": capacity})()
     return plan
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.artifact import Artifact
+from internvl_edge.runtime.inplace import WRITE_INDICES, capacity_of
 
 __all__ = [
     "embedding_component",
@@ -29,18 +30,21 @@ def seeded_feeds(artifact: Artifact, component: str, batch: int) -> Arrays:
     """Inputs of the right shapes; speed does not depend on the values."""
     rng = np.random.default_rng(0)
     feeds: Arrays = {}
-    for spec in artifact.manifest.components[component].inputs:
-        sizes = {"batch": batch, "length": DEFAULT_LENGTH, "past": DEFAULT_LENGTH}
-        sizes["past+length"] = 2 * DEFAULT_LENGTH
+    specs = {spec.name: spec for spec in artifact.manifest.components[component].inputs}
+    room = capacity_of(specs) or 2 * DEFAULT_LENGTH
+    past = min(DEFAULT_LENGTH, room // 2)
+    length = min(DEFAULT_LENGTH, room - past)
+    sizes = {"batch": batch, "length": length, "past": past, "past+length": past + length}
+    for spec in specs.values():
         shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
         if spec.dtype == "uint8":
             feeds[spec.name] = rng.integers(0, 256, shape, np.uint8)
         elif spec.dtype.startswith("float"):
             feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
         elif spec.name == "position_ids":
-            feeds[spec.name] = np.broadcast_to(np.arange(shape[1]), shape) + DEFAULT_LENGTH
-        elif spec.name == "write_indices":
-            feeds[spec.name] = np.full(shape, DEFAULT_LENGTH, np.int64)
+            feeds[spec.name] = np.broadcast_to(np.arange(shape[1]), shape) + past
+        elif spec.name == WRITE_INDICES:
+            feeds[spec.name] = np.full(shape, past, np.int64)
         elif spec.name == "attention_mask":
             feeds[spec.name] = np.ones(shape, np.int64)
         else:

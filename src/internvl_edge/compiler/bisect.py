@@ -26,22 +26,28 @@ checked: a directory that is broken is what this is for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from internvl_edge.artifact import Artifact, open_artifact
-from internvl_edge.compiler.check import SAME_DB, Quantization, run_as_reference, runnable
+from internvl_edge.compiler.check import (
+    SAME_DB,
+    Quantization,
+    graph_capacity,
+    run_as_reference,
+    runnable,
+)
 from internvl_edge.compiler.engines import engine_graph
 from internvl_edge.compiler.pipeline import open_source, quantization_of
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.simulate import fake_quantized
+from internvl_edge.compiler.watch import watching
 from internvl_edge.errors import UsageError
 from internvl_edge.export.blocks import COMPONENT_STREAM, component_of_one_block, tower_of
 from internvl_edge.export.checkpoint import Checkpoint
@@ -67,8 +73,6 @@ Arrays = dict[str, Array]
 TENSOR_DB = 30.0  # of a quantized graph: one rounding to the other side shows in a small tensor
 MARGIN_DB = 3.0  # that a graph is nearer to its simulation than that is to PyTorch
 CHANNEL_SLACK_DB = 20.0  # a channel may be this much worse than a tensor
-OUTPUT_LAYER = "o_proj"  # of QLLaMA's attention: what it reads is attention's own result
-WATCHED = ("Norm", "AttentionCore")  # how the names of such modules end, beside linear layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,9 +196,10 @@ class _Graph:
         self.quantization, self.path = quantization, artifact.path / file
         tower = tower_of(component)
         assert tower is not None
-        self.tower, self.depth = tower, len(blocks_of(ir.load(self.path), tower))
+        model = ir.load(self.path)
+        self.tower, self.depth = tower, len(blocks_of(model, tower))
         self.preprocessing = preprocessing_inside(artifact.manifest)
-        feeds = _feeds(checkpoint, artifact.manifest.image_size, component)
+        feeds = _feeds(checkpoint, artifact.manifest.image_size, component, graph_capacity(model))
         self.feeds = on_levels(feeds, self.preprocessing)
 
     def read(self, bound_db: float, report: Report) -> GraphReading:
@@ -266,7 +271,7 @@ class _Graph:
     def _watched(self, module: nn.Module, hidden: Array | None) -> Arrays:
         """Run the reference; what went into its block, and the output of every module inside."""
         config = with_depth(self.checkpoint.config, 1, 1)
-        with _watching(module.get_submodule(f"{self.tower}.0"), hidden) as seen:
+        with watching(module.get_submodule(f"{self.tower}.0"), hidden) as seen:
             outputs = reference_outputs(module, self.component, self.feeds, config)
         tail = {name: outputs[name] for name in COMPONENTS[self.component].outputs}
         return {name: tensor.detach().float().numpy() for name, tensor in seen.items()} | tail
@@ -355,47 +360,8 @@ def worst_channel_db(expected: Array, actual: Array) -> float:
     return float(10 * np.log10(max(ratio.min(), 1e-20)))
 
 
-def _feeds(checkpoint: Checkpoint, image_size: int, component: str) -> Arrays:
+def _feeds(checkpoint: Checkpoint, image_size: int, component: str, capacity: int | None) -> Arrays:
     """Seeded inputs of a component; vision tokens are noise too, since no tower is run for them."""
     config = checkpoint.config
     feeds = with_noise(sample_feeds(config, image_size), config, image_size)
-    return component_feeds(component, feeds, config)
-
-
-@contextmanager
-def _watching(block: nn.Module, hidden: Array | None) -> Iterator[dict[str, Tensor]]:
-    """Keep the outputs of a block's norms, linear layers and attentions while it runs.
-
-    Args:
-        block: a block of PyTorch's tower.
-        hidden: what to feed it in place of what it is given; None: nothing.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen[BLOCK_INPUT] = inputs[0] if hidden is None else torch.from_numpy(hidden)
-        return seen[BLOCK_INPUT], *inputs[1:]
-
-    def leave(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[name] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
-
-    def read(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = inputs[0].detach()
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.callback(block.register_forward_pre_hook(enter).remove)
-        stack.callback(block.register_forward_hook(leave(BLOCK_OUTPUT)).remove)
-        for path, module in block.named_modules():
-            if isinstance(module, nn.Linear) or type(module).__name__.endswith(WATCHED):
-                stack.callback(module.register_forward_hook(leave(path)).remove)
-            parent, _, name = path.rpartition(".")
-            if name == OUTPUT_LAYER:  # before it is rounded
-                hook = module.register_forward_pre_hook(read(parent), prepend=True)
-                stack.callback(hook.remove)
-        yield seen
+    return component_feeds(component, feeds, config, capacity)

@@ -50,7 +50,7 @@ from internvl_edge.quantize.statistics import LayerStatistics
 from internvl_edge.quantize.unsigned import take_unsigned_weights
 from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.image import Preprocessing
-from internvl_edge.runtime.inplace import MASK, capacity_of, grown, in_place
+from internvl_edge.runtime.inplace import MASK, WRITE_INDICES, capacity_of, grown, in_place
 from internvl_edge.runtime.ort import OrtSession
 from internvl_edge.runtime.ortoptions import OrtOptions
 
@@ -185,7 +185,8 @@ class Checker:
     def _compare(
         self, component: str, part: _Part, path: Path, precision: str, base: str
     ) -> dict[str, Any]:
-        feeds, tower = component_feeds(component, self.feeds, self.config), tower_of(component)
+        tower, capacity = tower_of(component), graph_capacity(ir.load(path))
+        feeds = component_feeds(component, self.feeds, self.config, capacity)
         actual = self._run(component, part, path, feeds)
         reference = self._reference(component, part, feeds)
         found = agreements(reference, actual)
@@ -244,6 +245,17 @@ class Checker:
             return reference_outputs(part.module, component, feeds, self.config)
         found = reference_outputs(part.module, component, feeds, with_depth(self.config, 1, 1))
         return {name.replace(".0.", f".{part.block}."): values for name, values in found.items()}
+
+
+def graph_capacity(model: ir.Model) -> int | None:
+    """How many positions a decoder's cache has that is written in place; None: it grows."""
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    if WRITE_INDICES not in inputs:
+        return None
+    shape = inputs[MASK].shape
+    capacity = None if shape is None else shape[1]
+    assert isinstance(capacity, int)
+    return capacity
 
 
 def run_as_reference(
