@@ -6,9 +6,12 @@
     fp32, int8-wo, int4-wo     the decoder on ONNX Runtime's CPU provider, batch 1
     pytorch eager fp32         the reference, with the same cache
 
-All read one token behind the image's queries and a short prompt, with the same number of threads;
-weights are synthetic, speed does not depend on them. What a greedy token through ``generate`` costs
-on the demo beyond the call that computes it:
+    int4-wo, N in place        the same with a cache of N positions that is written where it lies
+
+All read one token behind the image's queries and a short prompt, and int4-wo also behind longer
+ones, with the same number of threads; weights are synthetic, speed does not depend on them. What a
+greedy token through ``generate`` costs on the demo beyond the call that computes it, with a cache
+that grows and with one in place:
 
     overhead_us    beyond ONNX Runtime's ``run_with_iobinding``, binding included; target 100 µs
     loop_us        beyond the session's ``step``: the loop alone
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -41,13 +45,15 @@ from internvl_edge.runtime.generate import generate
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 PRECISIONS = ("fp32", "int8-wo", "int4-wo")
 PAST, PROMPT = 96, 8  # positions of the cache; tokens of the prompt
+LONGER = (488, 1000)  # positions of caches beside it
+ROUNDS = 5
 TOKENS = 12  # that are timed, behind three that are not
 DEMO_TOKENS = 60
 
 Array = np.ndarray[Any, Any]
 
 
-def export_decoder(checkpoint: Path, out: Path, precision: str) -> int:
+def export_decoder(checkpoint: Path, out: Path, precision: str, capacity: int | None = None) -> int:
     """Export the decoder alone; the bytes of its weights."""
     recipe = recipe_of(precision)
     options = compiler.ExportOptions(
@@ -56,20 +62,21 @@ def export_decoder(checkpoint: Path, out: Path, precision: str) -> int:
         precision=precision,
         components=("decoder",),
         verify="none",
+        cache_capacity=capacity,
         # any scales are as fast as the best ones
         recipe=None if recipe is None else replace(recipe, num_samples=1, smooth=None),
     )
     return compiler.export(options).manifest.components["decoder"].nbytes
 
 
-def prompt_of(vocabulary: int) -> Prompt:
+def prompt_of(vocabulary: int, past: int = PAST) -> Prompt:
     ids = np.random.default_rng(0).integers(3, vocabulary, (1, PROMPT))
-    return Prompt(ids=ids, mask=np.ones_like(ids), past=PAST)
+    return Prompt(ids=ids, mask=np.ones_like(ids), past=past)
 
 
-def cache_of(config: Any) -> dict[str, Array]:
+def cache_of(config: Any, past: int = PAST) -> dict[str, Array]:
     llama = config.internvl.qllama
-    shape = 1, llama.num_attention_heads, PAST, llama.head_dim
+    shape = 1, llama.num_attention_heads, past, llama.head_dim
     rng = np.random.default_rng(1)
     return {
         f"present.{i}.{part}": rng.standard_normal(shape).astype(np.float32)
@@ -89,10 +96,10 @@ def timed(read: Callable[[Array], Array]) -> dict[str, float]:
     return {"token_ms": 1e3 * median, "tokens_per_second": 1 / median}
 
 
-def ours(out: Path, config: Any) -> dict[str, float]:
+def ours(out: Path, config: Any, past: int = PAST) -> dict[str, float]:
     with internvl_edge.open_session(out, "decoder") as session:
-        vocabulary = config.internvl.qllama.vocab_size
-        batch = Batch(start(session, cache_of(config)), prompt_of(vocabulary), TOKENS + 3)
+        prompt = prompt_of(config.internvl.qllama.vocab_size, past)
+        batch = Batch(start(session, cache_of(config, past)), prompt, TOKENS + 3)
         batch.read_prompt()
         return timed(batch.read)
 
@@ -125,10 +132,40 @@ def eager(checkpoint: Path, config: Any) -> dict[str, float]:
     return timed(batch.read)
 
 
-def overhead(out: Path) -> dict[str, float]:
+def in_turns(checkpoint: Path, work: Path, config: Any) -> dict[str, Any]:
+    """A token at int4-wo behind caches of several lengths: one that grows, and one in place.
+
+    Its capacity is the next multiple of 128 that holds everything.
+    """
+    result = {}
+    for past in (PAST, *LONGER):
+        capacity = -(-(past + PROMPT + TOKENS + 3) // 128) * 128
+        out = work / f"in place {capacity}"
+        export_decoder(checkpoint, out, "int4-wo", capacity)
+        rounds = [
+            (ours(work / "int4-wo", config, past), ours(out, config, past)) for _ in range(ROUNDS)
+        ]
+        grows, in_place = (
+            statistics.median(found["token_ms"] for found in each)
+            for each in zip(*rounds, strict=True)
+        )
+        result[str(past + PROMPT)] = {
+            "capacity": capacity,
+            "grows_token_ms": grows,
+            "in_place_token_ms": in_place,
+        }
+        print(past + PROMPT, result[str(past + PROMPT)], flush=True)
+        shutil.rmtree(out)
+    return result
+
+
+def overhead(out: Path, capacity: int | None = None) -> dict[str, float]:
     """Microseconds a token of ``generate`` beyond what it calls, on the demo."""
     parts = ("vision", "image_queries", "decoder")
-    compiler.export(compiler.ExportOptions(out=out, components=parts, verify="none"))
+    options = compiler.ExportOptions(
+        out=out, components=parts, verify="none", cache_capacity=capacity
+    )
+    compiler.export(options)
     with internvl_edge.load(out) as model, internvl_edge.open_session(out, "decoder") as opened:
         session: Any = opened
         cache = model.see(np.zeros((1, 3, 48, 48), np.float32)).cache
@@ -187,12 +224,14 @@ def main() -> None:
         if not checkpoint.exists():
             write_checkpoint(Synthesis(config=config), checkpoint)
         result["loop"] = overhead(work / "demo")
+        result["loop_in_place"] = overhead(work / "demo in place", 128)
         for precision in PRECISIONS:
             nbytes = export_decoder(checkpoint, work / precision, precision)
             result[precision] = ours(work / precision, config) | {"weights_nbytes": nbytes}
             print(precision, result[precision], flush=True)
+        result["int4-wo_by_positions"] = in_turns(checkpoint, work, config)
         result["pytorch"] = eager(checkpoint, config)
-        print("pytorch", result["pytorch"], result["loop"])
+        print("pytorch", result["pytorch"], result["loop"], result["loop_in_place"])
     result["environment"] = environment()
     chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from checkpoints import write_chat, write_internvl, write_tokenizer
+from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
 from fake_engine import CAPACITY, IN_PLACE, KEY, PRESENT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from internvl_edge.artifact import open_artifact
 from internvl_edge.cli.seeded import seeded_feeds
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.bisect import bisect
+from internvl_edge.compiler.workload import read_workload
 from internvl_edge.errors import FeedError, UsageError, VerificationError
 from internvl_edge.export.models import qllama
 from internvl_edge.export.models.qllama import decoding_mask, extended, in_place_mask
@@ -256,6 +257,18 @@ def test_feeds_and_outputs_of_a_growing_cache_are_translated(out: Path) -> None:
         found = grown(session.run(in_place(feeds, session.inputs)), 3)
     assert found["present.0.key"].shape == (2, 3, 3, 16)
     assert np.abs(found["present.1.value"]).min() > 0
+
+
+def test_what_a_step_moves_is_the_cache_once(out: Path) -> None:
+    """Read whole, and written where the new positions lie."""
+    record = open_artifact(out).manifest.components["decoder"]
+    sizes = {"batch": 1, "length": 2}
+    shapes = {s.name: tuple(sizes.get(str(n), n) for n in s.shape) for s in record.inputs}
+    found = read_workload(out / "decoder.onnx", shapes)  # type: ignore[arg-type]
+    layers, row = 2 * TINY.qllama.num_hidden_layers, 4 * TINY.qllama.hidden_size
+    integers = 8 * (2 + ROOM + 2 + 1)  # ids, mask, positions, write_indices
+    logits = 4 * 2 * TINY.qllama.vocab_size
+    assert found.io_nbytes == integers + layers * row * (ROOM + 2) + logits
 
 
 def test_speed_is_measured_on_feeds_that_fit(out: Path) -> None:

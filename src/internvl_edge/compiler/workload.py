@@ -13,8 +13,9 @@ is computed in: ``int8`` and ``float8`` where both factors come out of a Dequant
 type, else the type of its factors.
 
 Bytes are the least that any implementation moves: every weight once in the type it is stored in,
-of a table that is looked up in only the rows that are, every input and output once. Intermediate
-tensors may stay in a cache and are not counted.
+of a table that is looked up in only the rows that are, every input and output once, of a key/value
+cache that is written in place only what is written. Intermediate tensors may stay in a cache and
+are not counted.
 
 Shapes come from ONNX's own inference at the sizes of one call. Before, the integers that graphs
 compute from the shapes of their inputs are replaced by their values, which inference loses track
@@ -188,10 +189,12 @@ def _workload(proto: onnx.GraphProto) -> Workload:
         if count is not None:
             operations[graph.product_type(node.input[:2])] += count(graph, node)
     values = [value.name for value in (*proto.input, *proto.output)]
+    # what a cache in place gets anew, in place of the whole of it
+    written = {n.output[0]: n.input[1] for n in proto.node if n.op_type == "TensorScatter"}
     return Workload(
         operations=dict(operations),
         weight_nbytes=_weight_nbytes(proto, graph),
-        io_nbytes=sum(graph.nbytes(name) for name in values),
+        io_nbytes=sum(graph.nbytes(written.get(name, name)) for name in values),
     )
 
 
