@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
-from fake_engine import CAPACITY, IN_PLACE, KEY, PRESENT
+from fake_engine import CAPACITY, IN_PLACE, KEY, PRESENT, Engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trt import TARGETS, Bench
@@ -23,7 +23,7 @@ from internvl_edge.cli.seeded import seeded_feeds
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.bisect import bisect
 from internvl_edge.compiler.workload import read_workload
-from internvl_edge.errors import FeedError, UsageError, VerificationError
+from internvl_edge.errors import FeedError, ResourceError, UsageError, VerificationError
 from internvl_edge.export.models import qllama
 from internvl_edge.export.models.qllama import decoding_mask, extended, in_place_mask
 from internvl_edge.runtime.cache import DeviceDecoding, HostDecoding, empty_cache, start
@@ -363,3 +363,23 @@ def test_a_target_may_be_the_input_itself(bench: Bench) -> None:
             inside = replace(place, shape=(2, 1, 7), dtype=np.dtype(np.float32))
             with pytest.raises(FeedError, match="is where this run writes"):
                 slot.run_device(feeds | {KEY: place}, out={PRESENT: place, "logits": inside})
+
+
+def test_no_memory_for_another_context_is_told(bench: Bench) -> None:
+    """The prompt's shapes pass through a context of their own, before any other was bound."""
+    feeds = one_step()
+    with bench.open() as session:
+        bench.trt.refuses["create_execution_context"] = "Error Code 2: OutOfMemory"
+        with pytest.raises(ResourceError):
+            session.run_device(feeds)
+        bench.trt.refuses.clear()
+        assert session.largest == {"batch": 8, "length": 16}
+        found = session.run_device(feeds)
+        np.testing.assert_array_equal(found[PRESENT].numpy(), session.run(feeds)[PRESENT])
+
+
+def test_an_older_tensorrt_knows_no_aliases(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT before 10.15: nothing is in place, and such an engine could not have been built."""
+    monkeypatch.delattr(Engine, "get_aliased_input_tensor")
+    with bench.open() as session:
+        assert session._spec.aliases == {}
