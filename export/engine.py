@@ -23,12 +23,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact import EngineRecord, TensorSpec
+from internvl_edge.disk import os_errors
 from internvl_edge.engineinfo import EngineInfo, Profile, Range
 from internvl_edge.errors import (
     ArtifactError,
@@ -50,6 +52,7 @@ from internvl_edge.runtime.vendor import DTYPES, NativeLog, callback, decisive_l
 
 __all__ = ["Profile", "build_engine"]
 
+Prepare = Callable[[Path], AbstractContextManager[Path]]
 ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
 
 NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
@@ -68,6 +71,7 @@ def build_engine(
     onnx_sha256: str,
     compute_capabilities: Sequence[str] | None = None,
     known: Container[str] = (),
+    prepared: Prepare = nullcontext,
     progress: ReportPhase | None = None,
     trt: Any = None,
 ) -> EngineRecord:
@@ -84,6 +88,7 @@ def build_engine(
         onnx_sha256: identifies the graph and its weights.
         compute_capabilities: as ``("SM89", "SM120")``; None: every GPU that the target reaches.
         known: files of the directory; an engine among them is not built again.
+        prepared: makes of the graph, for as long as the build takes, the one that is parsed.
         progress: told (phase, steps done, steps); raising stops the build and comes back.
         trt: the builder's module; None imports the target's.
 
@@ -119,12 +124,15 @@ def build_engine(
 
     started = time.monotonic()
     log = NativeLog()
-    network = _parse(trt, chosen, component, onnx_path, log)
-    _check_inputs(network, component, inputs)
-    config = _configure(trt, chosen, network, ranges, capabilities)
-    with StreamedFile(out_dir / f"{stem}.plan") as plan:
-        fused, decomposed = _build(trt, network, config, plan, log, component, progress)
-        plan.publish()
+    with os_errors(onnx_path.parent), prepared(onnx_path) as graph:
+        network = _parse(trt, chosen, component, graph, log)
+        _check_inputs(network, component, inputs)
+        config = _configure(trt, chosen, network, ranges, capabilities)
+        with StreamedFile(out_dir / f"{stem}.plan") as plan:
+            fused, decomposed = _build(trt, network, config, plan, log, component, progress)
+            plan.publish()
+        outputs = _outputs(network)
+        del network, config  # which read what was prepared
     info = EngineInfo(
         component=component,
         target=target,
@@ -141,7 +149,7 @@ def build_engine(
         decomposed_attention=decomposed,
         build_seconds=round(time.monotonic() - started, 3),
         inputs=tuple(inputs),
-        outputs=_outputs(network),
+        outputs=outputs,
     )
     _write_sidecar(out_dir / f"{stem}.json", info)
     return record

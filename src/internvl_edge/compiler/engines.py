@@ -19,6 +19,7 @@ from internvl_edge.disk import link_or_copy
 from internvl_edge.engineinfo import Range
 from internvl_edge.errors import UsageError
 from internvl_edge.export.engine import Profile, build_engine
+from internvl_edge.export.merge import joined_graph
 from internvl_edge.export.targets import choose_capabilities, find_target, load_builder
 from internvl_edge.publish import record, update, write_manifest
 from internvl_edge.runtime.session import did_you_mean
@@ -117,7 +118,9 @@ def forecast_build(
     chosen = list(components or manifest.components)
     weights = {name: manifest.components[name].nbytes for name in chosen}
     depths = {name: _num_blocks(manifest, name) for name in chosen}
-    return Forecast(steps=tuple(build_steps(weights, depths, targets)))
+    is_quantized = manifest.recipe is not None
+    steps = build_steps(weights, depths, targets, is_quantized=is_quantized)
+    return Forecast(steps=tuple(steps))
 
 
 def require_buildable(
@@ -234,7 +237,12 @@ def _add_engine(
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:
     source = graph_file(manifest, name)
-    require_memory_to_build(name, manifest.components[name].nbytes, _num_blocks(manifest, name))
+    require_memory_to_build(
+        name,
+        manifest.components[name].nbytes,
+        _num_blocks(manifest, name),
+        is_quantized=manifest.recipe is not None,
+    )
     built = build_engine(
         directory / source,
         directory / ENGINES,
@@ -245,6 +253,7 @@ def _add_engine(
         inputs=_engine_inputs(manifest, name, source),
         onnx_sha256=_fingerprint(manifest, source),
         known={*manifest.files, *known},
+        prepared=joined_graph,
         progress=_phases(name, report),
     )
     files = {**manifest.files}

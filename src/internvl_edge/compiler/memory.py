@@ -2,7 +2,8 @@
 
 TensorRT-RTX reads weights from the mapped file and keeps the engine's bytes in memory until the
 last of them is written. Of linear layers that read one tensor (q, k and v, gate and up) it makes
-one product, whose weight is one more copy. Measured with TensorRT-RTX 1.7 at the widths of
+one product, whose weight is one more copy; gate and up are joined on disk before
+(``export.merge``), where they are not quantized. Measured with TensorRT-RTX 1.7 at the widths of
 InternViT-6B and QLLaMA; see ``docs/LOG.md``.
 """
 
@@ -18,6 +19,7 @@ BUILDER_NBYTES = 250_000_000
 BUILDER_NBYTES_PER_BLOCK = 11_500_000
 # A vision block has one qkv and no gate: nothing is merged. Of QLLaMA's weights two thirds are.
 MERGED_SHARE = 0.66
+JOINED_SHARE = 0.42  # of them, gate and up
 BLOCKLESS_COMPONENTS = ("image_pool",)
 LLAMA_COMPONENTS = (
     "image_queries",
@@ -47,20 +49,32 @@ def trim() -> None:
         malloc_trim(0)
 
 
-def builder_nbytes(component: str, weights_nbytes: int, num_blocks: int) -> int:
+def joined_nbytes(component: str, weights_nbytes: int, *, is_quantized: bool) -> int:
+    """Disk that weights joined for a builder take until the engine is built."""
+    is_joined = component in LLAMA_COMPONENTS and not is_quantized
+    return int(JOINED_SHARE * weights_nbytes) if is_joined else 0
+
+
+def builder_nbytes(
+    component: str, weights_nbytes: int, num_blocks: int, *, is_quantized: bool
+) -> int:
     """Anonymous memory that building a component's engine takes."""
-    copies = 1.0 + (MERGED_SHARE if component in LLAMA_COMPONENTS else 0.0)
+    merged = int(MERGED_SHARE * weights_nbytes) if component in LLAMA_COMPONENTS else 0
+    merged -= joined_nbytes(component, weights_nbytes, is_quantized=is_quantized)
     own = BUILDER_NBYTES + BUILDER_NBYTES_PER_BLOCK * num_blocks
-    return own + int(copies * weights_nbytes)
+    return own + weights_nbytes + merged
 
 
-def require_memory_to_build(component: str, weights_nbytes: int, num_blocks: int) -> None:
+def require_memory_to_build(
+    component: str, weights_nbytes: int, num_blocks: int, *, is_quantized: bool
+) -> None:
     """Refuse an engine that this machine cannot build, before the system kills the builder.
 
     Raises:
         ResourceError: what it needs, and what there is.
     """
-    need, free = builder_nbytes(component, weights_nbytes, num_blocks), available_memory()
+    need = builder_nbytes(component, weights_nbytes, num_blocks, is_quantized=is_quantized)
+    free = available_memory()
     if need > free:
         raise ResourceError(
             f"{component}: an engine of {weights_nbytes / 1e9:.2f} GB of weights takes "

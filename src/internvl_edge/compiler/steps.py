@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.compiler.memory import available_memory, builder_nbytes
+from internvl_edge.compiler.memory import available_memory, builder_nbytes, joined_nbytes
 from internvl_edge.disk import require_free_disk
 from internvl_edge.errors import ResourceError
 
@@ -26,6 +26,7 @@ class Step:
     disk_nbytes: int
     seconds: float
     mapped_nbytes: int = 0  # of the memory
+    scratch_nbytes: int = 0  # of disk beside that, until the step ends
 
     @property
     def needed_nbytes(self) -> int:
@@ -45,7 +46,8 @@ class Forecast:
 
     @property
     def disk_nbytes(self) -> int:
-        return sum(step.disk_nbytes for step in self.steps)
+        written = sum(step.disk_nbytes for step in self.steps)
+        return written + max(step.scratch_nbytes for step in self.steps)
 
     def require_fit(self, folder: Path, budget: int | None = None, written_nbytes: int = 0) -> None:
         """Refuse, before any work, what this machine or a memory budget cannot hold.
@@ -95,7 +97,11 @@ class Forecast:
 
 
 def build_steps(
-    weights: Mapping[str, int], depths: Mapping[str, int], targets: Sequence[str]
+    weights: Mapping[str, int],
+    depths: Mapping[str, int],
+    targets: Sequence[str],
+    *,
+    is_quantized: bool,
 ) -> list[Step]:
     """Building the engine of each component, one after the other, for each target.
 
@@ -103,19 +109,23 @@ def build_steps(
         weights: component → bytes of its weights as the engine holds them.
         depths: component → blocks of its tower.
         targets: what is built for.
+        is_quantized: whether weights are in 8 or 4 bits.
     """
     steps = []
     for component, depth in depths.items():
         nbytes = weights[component]
         mapped = nbytes + BUILDER_MAPPED_NBYTES  # the graph's weights
+        joined = joined_nbytes(component, nbytes, is_quantized=is_quantized)
+        taken = builder_nbytes(component, nbytes, depth, is_quantized=is_quantized)
         seconds = BUILD_SECONDS + BUILD_SECONDS_PER_BLOCK * depth
         steps.append(
             Step(
                 name=f"build {component}",
-                memory_nbytes=mapped + builder_nbytes(component, nbytes, depth),
+                memory_nbytes=mapped + taken,
                 mapped_nbytes=mapped,
                 disk_nbytes=nbytes * len(targets),
-                seconds=len(targets) * (seconds + nbytes / BUILD_NBYTES_PER_SECOND),
+                scratch_nbytes=joined,
+                seconds=len(targets) * (seconds + (nbytes + joined) / BUILD_NBYTES_PER_SECOND),
             )
         )
     return steps
