@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from internvl_edge.artifact import EngineRecord, Manifest, TensorSpec
@@ -18,8 +20,7 @@ from internvl_edge.compiler.steps import Forecast, build_steps
 from internvl_edge.disk import link_or_copy
 from internvl_edge.engineinfo import Range
 from internvl_edge.errors import UsageError
-from internvl_edge.export.engine import Profile, build_engine
-from internvl_edge.export.merge import joined_graph
+from internvl_edge.export.engine import Prepare, Profile, build_engine
 from internvl_edge.export.targets import choose_capabilities, find_target, load_builder
 from internvl_edge.publish import record, update, write_manifest
 from internvl_edge.runtime.session import did_you_mean
@@ -253,7 +254,7 @@ def _add_engine(
         inputs=_engine_inputs(manifest, name, source),
         onnx_sha256=_fingerprint(manifest, source),
         known={*manifest.files, *known},
-        prepared=joined_graph,
+        prepared=_preparation(name),
         progress=_phases(name, report),
     )
     files = {**manifest.files}
@@ -261,6 +262,19 @@ def _add_engine(
         files[file] = record(directory / file)
     others = tuple(e for e in manifest.engines if e.file != built.file)
     return replace(manifest, engines=(*others, built), files=files), built
+
+
+def _preparation(component: str) -> Prepare:
+    """What is done to a graph for its builder: a language model's pairs are joined.
+
+    That needs onnx-ir. Where only engines are built it may be missing, and the memory for what the
+    builder joins is there or not.
+    """
+    if component not in LLAMA_COMPONENTS or find_spec("onnx_ir") is None:
+        return nullcontext
+    from internvl_edge.export.merge import joined_graph
+
+    return joined_graph
 
 
 def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[TensorSpec, ...]:
