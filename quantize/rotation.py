@@ -134,8 +134,8 @@ def rotate_heads(
     """Rotate each head by itself; the heads lie one after the other along ``axis``, 0 or -1."""
     heads = values.shape[axis] // head.width
     if axis == 0:
-        each = values.reshape(heads, head.width, -1)
-        turned = [head.apply(one, axis=0, in_place=in_place) for one in each]
+        split = values.reshape(heads, head.width, -1)
+        turned = each(lambda one: head.apply(one, axis=0, in_place=in_place), [*split])
         return values if in_place else np.concatenate(turned).reshape(values.shape)
     split = values.reshape(*values.shape[:-1], heads, head.width)
     return head.apply(split, in_place=in_place).reshape(values.shape)

@@ -154,12 +154,13 @@ def quantize_weights(
                 _finish(plan, work, under_way, total)
             report(Progress(step="quantize", detail=block.name, done=work.num_done, total=total))
             calibrated = calibrate_block(block, current, plan.recipe, work.hidden, work.scratch)
+            hidden = {s: stream.hidden for s, stream in current.items()}
             under_way = _Block(
                 name=block.name,
                 activations=calibrated.activations,
                 statistics=layers_to_json(calibrated.statistics),
-                hidden={s: stream.hidden for s, stream in current.items()},
-                written=writing.submit(_write, writer, calibrated),
+                hidden=hidden,
+                written=writing.submit(_write, writer, calibrated, hidden),
             )
             del block, calibrated  # one block in memory: this one goes before the next is read
             trim()
@@ -185,9 +186,14 @@ class _Block:
     written: Future[list[str]]  # the names of its tensors, once they are durable
 
 
-def _write(writer: WeightsWriter, calibrated: CalibratedBlock) -> list[str]:
+def _write(
+    writer: WeightsWriter, calibrated: CalibratedBlock, hidden: Mapping[str, Spool]
+) -> list[str]:
+    """Make a block's weights durable, and what it left, which ``finish`` then need not wait for."""
     written = write_block(writer, calibrated)
     writer.sync()
+    for spool in hidden.values():
+        spool.sync()
     return written
 
 
