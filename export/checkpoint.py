@@ -96,7 +96,11 @@ class Checkpoint:
 
     def read_torch(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """One tensor by canonical name, as a torch tensor of ``dtype``."""
-        return torch_from_numpy(self.read(name)).to(dtype)
+        values = torch_from_numpy(self.read(name))
+        if dtype != torch.float32 or values.dtype == dtype:
+            return values.to(dtype)
+        # into NumPy's memory: it asks the system for large pages, PyTorch does not
+        return torch.from_numpy(np.empty(values.shape, np.float32)).copy_(values)
 
     def content_sha256(self, done: Callable[[int], None] = lambda nbytes: None) -> str:
         """A hash of every tensor's values; refuses NaN and infinities on the way.

@@ -63,10 +63,10 @@ class TensorEntry:
             CheckpointError: the file has gone or ended early: it was changed while we read it.
             OSError: the disk fails.
         """
-        buffer = bytearray(self.nbytes)
+        values = np.empty(self.shape, self.dtype)  # not a bytearray, which has small pages
         with open_shard(self.file) as file:
             file.seek(self.offset)
-            done, view = 0, memoryview(buffer)
+            done, view = 0, values.reshape(-1).view(np.uint8).data
             while done < self.nbytes:
                 count = file.readinto(view[done:])
                 if not count:
@@ -75,7 +75,7 @@ class TensorEntry:
                         f"({done} of {self.nbytes} bytes); was it changed while being read?"
                     )
                 done += count
-        return np.frombuffer(buffer, dtype=self.dtype).reshape(self.shape)
+        return values
 
     def finite_sha256(self) -> str | None:
         """The hash of the values; None if one of them is NaN or infinite."""

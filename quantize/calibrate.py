@@ -25,7 +25,6 @@ the spools' budget allows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,10 +50,10 @@ from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import rotate_heads
 from internvl_edge.quantize.settle import Settled, Use, corrected_bias, settle
 from internvl_edge.quantize.statistics import LayerStatistics
+from internvl_edge.quantize.threads import each
 from internvl_edge.quantize.weights import QuantizedWeight, quantize_weight
 from internvl_edge.spool import Spool
 
-THREADS = 2
 SMOOTHING_SUFFIX = ".smoothing"  # of the factors in the columns of a site's readers
 Array = np.ndarray[Any, Any]
 
@@ -114,19 +113,21 @@ def calibrate_block(
         change = _fold(block, group, weights, inputs, recipe, result)
         is_only = len(inputs) == 1
         uses += [Use(group, stream, one, change, is_only) for stream, one in inputs.items()]
-    with ThreadPoolExecutor(THREADS) as pool:
-        settled: list[Settled] = []
-        if not recipe.is_weight_only:
-            settled += pool.map(lambda use: settle(use, weights, recipe), uses)
-        quantized = pool.map(lambda name: quantize_weight(weights[name], name, recipe), weights)
-        result.weights.update(zip((f"{name}.weight" for name in weights), quantized, strict=True))
-        corrections = {
-            reader: found
-            for use, found in zip(uses, settled, strict=False)
-            for reader in use.group.readers
-            if use.is_only
-        }
-        _correct_biases(pool, linears, corrections, recipe, result)
+    settled: list[Settled] = []
+    if not recipe.is_weight_only:
+        settled += each(lambda use: settle(use, weights, recipe), uses)
+    largest_first = sorted(weights, key=lambda name: -weights[name].size)
+    quantized = each(lambda name: quantize_weight(weights[name], name, recipe), largest_first)
+    result.weights.update(
+        (f"{name}.weight", weight) for name, weight in zip(largest_first, quantized, strict=True)
+    )
+    corrections = {
+        reader: found
+        for use, found in zip(uses, settled, strict=False)
+        for reader in use.group.readers
+        if use.is_only
+    }
+    _correct_biases(linears, corrections, recipe, result)
     scales: list[float | None] = [found.scale for found in settled]
     for use, scale in zip(uses, scales or [None] * len(uses), strict=True):
         names = (f"{reader}.weight" for reader in use.group.readers)
@@ -265,7 +266,6 @@ def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:
 
 
 def _correct_biases(
-    pool: ThreadPoolExecutor,
     linears: Mapping[str, nn.Linear],
     settled: Mapping[str, Settled],
     recipe: Recipe,
@@ -275,7 +275,7 @@ def _correct_biases(
         weight = result.weights[f"{name}.weight"]
         return corrected_bias(linears[name], settled[name], weight, recipe)
 
-    for name, bias in zip(settled, pool.map(corrected, settled), strict=True):
+    for name, bias in zip(settled, each(corrected, [*settled]), strict=True):
         if bias is not None:
             result.folded[f"{name}.bias"] = bias
 

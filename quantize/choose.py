@@ -23,6 +23,7 @@ from torch import Tensor
 
 from internvl_edge.quantize import formats, smooth
 from internvl_edge.quantize.observers import RangeObserver
+from internvl_edge.quantize.threads import each
 
 Array = NDArray[Any]
 Range = tuple[float, float]  # scale, shift
@@ -123,14 +124,14 @@ def best_factors(
     if sum(len(rows) for rows in samples) < ENOUGH_ROWS:
         return none
     tried = [smooth.smoothing_factors(peaks, columns, alpha) for alpha in ALPHAS]
-    errors = [error(factors) for factors in tried]
+    *errors, plain = each(error, [*tried, none])
     best = int(np.argmin(errors))
-    return tried[best] if errors[best] < WORTHWHILE * error(none) else none
+    return tried[best] if errors[best] < WORTHWHILE * plain else none
 
 
 def best_scale(
     x: Array, w: Array, safe: Sequence[Range], clipped: Sequence[Range], fmt: str
-) -> Range:
+) -> tuple[Range, Range]:
     """The (scale, shift) of the least output error ‖·‖²; of ``clipped`` only where that halves it.
 
     Args:
@@ -139,6 +140,9 @@ def best_scale(
         safe: ranges that are taken as they are.
         clipped: ranges chosen from what was seen, and so better on it than on anything else.
         fmt: of both.
+
+    Returns:
+        That, and the best of ``safe``.
     """
     exact, rough = product(x, w), _rounded(w, fmt)
 
@@ -148,7 +152,7 @@ def best_scale(
 
     error, wide = best(safe)
     below, narrow = best(clipped)
-    return narrow if below < WORTH_HALVING * error else wide
+    return narrow if below < WORTH_HALVING * error else wide, wide
 
 
 def best_spread(

@@ -204,7 +204,8 @@ def sqnr_db(reference: Array, approximation: Array) -> float:
     signal = noise = 0.0
     for r, a in zip(_chunks(reference), _chunks(approximation), strict=True):
         signal += float(np.vdot(r, r))
-        noise += float(np.vdot(r - a, r - a))
+        r -= a
+        noise += float(np.vdot(r, r))
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf

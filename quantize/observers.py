@@ -47,6 +47,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from internvl_edge.errors import CalibrationError, UsageError
 from internvl_edge.quantize.formats import Format, as_format, grid, scale_of
+from internvl_edge.quantize.threads import each
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -58,6 +59,7 @@ _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _INFINITY = 0x7F80_0000  # the bits of infinity; those of every NaN lie above
 NUM_BINS = _INFINITY >> _SHIFT
 _CHUNK = 1 << 17  # elements; a chunk and the occupied bins fit the cache
+_PART = 1 << 22  # elements to a thread
 _PIECES = 16  # of a cell, for the entropy
 _OCTAVES, _PER_OCTAVE = 14, 8  # of the coarse search for a clip, downwards from max |x|
 
@@ -106,6 +108,14 @@ class RangeObserver:
         if array.size == 0:
             return
         rows = array.reshape(-1, array.shape[-1] if array.ndim else 1)
+        step = max(_PART // rows.shape[1], 1)
+        for counts, channels in each(
+            self._counted, [rows[start : start + step] for start in range(0, len(rows), step)]
+        ):
+            self._add(counts, channels)
+
+    def _counted(self, rows: Array) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """How many values lie in each bin, and the bits of the largest |x| of each channel."""
         channels = np.zeros(rows.shape[1], np.uint32)
         counts = np.zeros(NUM_BINS, np.int64)
         step = max(_CHUNK // rows.shape[1], 1)
@@ -125,7 +135,7 @@ class RangeObserver:
                 )
             np.right_shift(chunk.reshape(-1), _SHIFT, out=index)
             counts += np.bincount(index, minlength=NUM_BINS)
-        self._add(counts, channels)
+        return counts, channels
 
     def merge(self, other: RangeObserver) -> None:
         """Take in everything that ``other`` saw."""

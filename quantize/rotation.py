@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.errors import UsageError
+from internvl_edge.quantize.threads import each
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -77,15 +78,16 @@ class Rotation:
             )
         is_own = in_place and values.dtype == np.float32 and values.flags.c_contiguous
         result = values if is_own else np.empty(values.shape, np.float32)
+        shape = (self.width, -1) if axis == 0 else (-1, self.width)
+        source, target = (x.reshape(shape) for x in (values, result))
+        turned, along = (self._columns, 1) if axis == 0 else (self._rows, 0)
         step = max(_CHUNK // self.width, 1)
-        if axis == 0:
-            source, target = (x.reshape(self.width, -1) for x in (values, result))
-            for start in range(0, source.shape[1], step):
-                target[:, start : start + step] = self._columns(source[:, start : start + step])
-            return result
-        source, target = (x.reshape(-1, self.width) for x in (values, result))
-        for start in range(0, len(source), step):
-            target[start : start + step] = self._rows(source[start : start + step])
+
+        def turn(start: int) -> None:
+            part = (slice(None),) * along + (slice(start, start + step),)
+            target[part] = turned(source[part])
+
+        each(turn, range(0, source.shape[along], step))
         return result
 
     def matrix(self) -> NDArray[np.float32]:
@@ -132,8 +134,8 @@ def rotate_heads(
     """Rotate each head by itself; the heads lie one after the other along ``axis``, 0 or -1."""
     heads = values.shape[axis] // head.width
     if axis == 0:
-        each = values.reshape(heads, head.width, -1)
-        turned = [head.apply(one, axis=0, in_place=in_place) for one in each]
+        split = values.reshape(heads, head.width, -1)
+        turned = each(lambda one: head.apply(one, axis=0, in_place=in_place), [*split])
         return values if in_place else np.concatenate(turned).reshape(values.shape)
     split = values.reshape(*values.shape[:-1], heads, head.width)
     return head.apply(split, in_place=in_place).reshape(values.shape)

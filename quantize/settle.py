@@ -34,7 +34,7 @@ from internvl_edge.quantize.weights import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 HEADROOM = 1.1  # of a range, over the largest value seen
-PRODUCT_ROWS = 64  # of a stored weight, whose floats a core's cache holds
+PRODUCT_ROWS, PRODUCT_COLUMNS = 64, 2048  # of a stored weight; BLAS splits what is larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +76,14 @@ def settle(use: Use, weights: Mapping[str, Array], recipe: Recipe) -> Settled:
         raise CalibrationError(
             f"{group.key}: the {use.stream} stream gave an unusable scale {(*safe, *clipped)}"
         )
-    best, spread, absmax = safe[0], None, inputs.observer.absmax
+    best = wide = safe[0]
+    spread, absmax = None, inputs.observer.absmax
     sample = choose.sample_weights([weights[name] for name in group.readers])
     if len(safe) + len(clipped) > 1:
-        best = choose.best_scale(rows, sample, safe, clipped, recipe.weights)
+        best, wide = choose.best_scale(rows, sample, safe, clipped, recipe.weights)
     if _may_spread(use, recipe) and len(rows) >= choose.ENOUGH_ROWS:
         peaks, fmt = inputs.observer.channel_absmax, recipe.weights
         # beside what holds everything seen: where a clip is worth it, factors are the better way
-        wide = choose.best_scale(rows, sample, safe, [], fmt)
         found = choose.best_spread(rows, sample, peaks, wide, partial(_around, use, recipe), fmt)
         if found is not None:
             best, spread = found
@@ -181,9 +181,11 @@ def corrected_bias(
 
 
 def _product(error: Array, values: Array) -> Array:
-    """``error @ values`` of a stored weight (K, N), a few rows at a time."""
+    """``error @ values`` of a stored weight (K, N), in pieces that a core's cache holds."""
     result = np.zeros(values.shape[1], np.float32)
-    for start in range(0, len(values), PRODUCT_ROWS):
-        rows = slice(start, start + PRODUCT_ROWS)
-        result += error[rows] @ values[rows].astype(np.float32)
+    for first in range(0, values.shape[1], PRODUCT_COLUMNS):
+        columns = slice(first, first + PRODUCT_COLUMNS)
+        for start in range(0, len(values), PRODUCT_ROWS):
+            rows = slice(start, start + PRODUCT_ROWS)
+            result[columns] += error[rows] @ values[rows, columns].astype(np.float32)
     return result

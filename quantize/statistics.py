@@ -24,7 +24,6 @@ from internvl_edge.quantize.observers import RangeObserver, squared_error
 Array = np.ndarray[Any, Any]
 STATISTICS_FILE = "statistics.json"
 BEST_DB = 200.0  # what stands for no error at all
-_ROWS = 256  # of a weight at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,30 +45,26 @@ def input_sqnr_db(observer: RangeObserver, scale: float, fmt: str) -> float:
     low, high, counts = histogram.edges[:-1], histogram.edges[1:], histogram.counts
     power = float((counts * (low * low + low * high + high * high) / 3.0).sum() / counts.sum())
     clip = scale * as_format(fmt).max_value
-    return _decibels(power, float(squared_error(histogram, clip, fmt)))
+    return decibels(power, float(squared_error(histogram, clip, fmt)))
 
 
-def weight_sqnr_db(weight: Array, values: Array, scales: Array) -> float:
-    """What is left of a weight (N, K) stored as ``values`` (N, K) with N scales, in dB.
+def weight_squares(weight: Array, values: Array, scales: Array) -> tuple[float, float]:
+    """Σ w² and Σ (w − ŵ)² of rows of a weight (N, K) stored as ``values`` (N, K) with N scales.
 
     Squares are summed in float32 within a row, in float64 over the rows.
     """
-    signal = noise = 0.0
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
-        error = values[rows].astype(np.float32)
-        error *= scales[rows, None]
-        error -= weight[rows]
-        signal += _square_sum(weight[rows])
-        noise += _square_sum(error)
-    return _decibels(signal, noise)
+    error = values.astype(np.float32)
+    error *= scales[:, None]
+    error -= weight
+    return _square_sum(weight), _square_sum(error)
 
 
 def _square_sum(rows: Array) -> float:
     return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
 
 
-def _decibels(signal: float, noise: float) -> float:
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two sums of squares in dB, at most ``BEST_DB``."""
     if signal <= 0 or noise <= signal * 10 ** (-BEST_DB / 10):
         return BEST_DB
     return 10 * math.log10(signal / noise)

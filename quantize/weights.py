@@ -11,10 +11,11 @@ import torch
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import blockwise, formats
 from internvl_edge.quantize.recipe import Recipe
-from internvl_edge.quantize.statistics import BEST_DB, weight_sqnr_db
+from internvl_edge.quantize.statistics import BEST_DB, decibels, weight_squares
 
 Array = np.ndarray[Any, Any]
 Layout = tuple[np.dtype[Any], tuple[int, ...]]
+ROWS = 256  # of a weight at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +45,15 @@ def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight
     scales = formats.weight_scale(weight, recipe.weights, axis=0)
     if recipe.granularity == "per-tensor":
         scales[:] = scales.max()
-    values = formats.quantize(weight, scales, recipe.weights, axis=0)
-    sqnr = weight_sqnr_db(weight, values, scales)
-    return QuantizedWeight(values=_transposed(values), scales=scales, sqnr_db=sqnr)
+    stored = np.empty(weight.shape[::-1], formats.FORMATS[recipe.weights].dtype)
+    signal = noise = 0.0
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        values = formats.quantize(weight[rows], scales[rows], recipe.weights, axis=0)
+        stored[:, rows] = _transposed(values)
+        squares = weight_squares(weight[rows], values, scales[rows])
+        signal, noise = signal + squares[0], noise + squares[1]
+    return QuantizedWeight(values=stored, scales=scales, sqnr_db=decibels(signal, noise))
 
 
 def _transposed(values: Array) -> Array:

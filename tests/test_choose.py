@@ -75,7 +75,7 @@ def test_a_range_is_chosen_by_the_output() -> None:
     w = rng.standard_normal((8, 16)).astype(np.float32)
     x[0, 5], w[:, 5] = 1000.0, 0.0
     whole, clip = (1000.0 / 127, 0.0), (4.0 / 127, 0.0)
-    assert best_scale(x, w, [whole], [clip], "int8") == clip
+    assert best_scale(x, w, [whole], [clip], "int8") == (clip, whole)
 
 
 def test_a_clip_that_gains_little_is_not_taken() -> None:
@@ -84,7 +84,7 @@ def test_a_clip_that_gains_little_is_not_taken() -> None:
     x, w = rng.standard_normal((300, 64)), rng.standard_normal((32, 64))
     whole, clip = (float(np.abs(x).max()) * 1.1 / 127, 0.0), (3.6 / 127, 0.0)
     assert output_error(x, w, clip[0], "int8") < output_error(x, w, whole[0], "int8")
-    assert best_scale(x, w, [whole], [clip], "int8") == whole
+    assert best_scale(x, w, [whole], [clip], "int8") == (whole, whole)
 
 
 def spread(outliers: float) -> tuple[tuple[float, float], np.ndarray] | None:

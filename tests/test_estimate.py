@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import write_internvl
 
-from internvl_edge.compiler import ExportOptions, export
+from internvl_edge.compiler import ExportOptions, estimate, export
 from internvl_edge.compiler.estimate import forecast
+from internvl_edge.spool import Budget, Spool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -69,3 +72,33 @@ def test_an_engine_a_component(tmp_path: Path) -> None:
     found = {step.name: step for step in forecast(options).steps}
     assert found["build image_pool"].seconds < found["build vision"].seconds
     assert found["build vision"].memory_nbytes > found["build vision"].needed_nbytes
+
+
+@pytest.mark.parametrize("components", [("vision",), ("image_queries", "text_embed", "matcher")])
+def test_spools_of_every_stream_are_counted(
+    tmp_path: Path, components: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_internvl(tmp_path / "checkpoint").path
+    options = ExportOptions(
+        checkpoint=checkpoint,
+        out=tmp_path / "out",
+        precision="int8",
+        components=components,
+        verify="none",
+    )
+    monkeypatch.setattr(estimate, "spool_budget", lambda _: Budget(0))  # all of it on disk
+    (step,) = (step for step in forecast(options).steps if step.name == "quantize")
+    spools: list[Spool] = []
+    most = 0
+    append = Spool.append
+
+    def watch(self: Spool, values: Any) -> None:
+        nonlocal most
+        append(self, values)
+        spools.append(self)
+        alive = {id(s): s for s in spools if not s.is_closed}.values()
+        most = max(most, sum(4 * math.prod(shape) for s in alive for shape in s.shapes))
+
+    monkeypatch.setattr(Spool, "append", watch)
+    export(options)
+    assert most <= step.disk_nbytes < 1.5 * most

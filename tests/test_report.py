@@ -24,10 +24,11 @@ from internvl_edge.quantize.settle import HEADROOM
 from internvl_edge.quantize.statistics import (
     BEST_DB,
     LayerStatistics,
+    decibels,
     input_sqnr_db,
     layers_to_json,
     read_statistics,
-    weight_sqnr_db,
+    weight_squares,
     write_statistics,
 )
 
@@ -95,8 +96,9 @@ def test_the_sqnr_of_a_weight_is_that_of_rounding_it(fmt: str) -> None:
     scales = formats.weight_scale(weight, fmt, axis=0)
     values = formats.quantize(weight, scales, fmt, axis=0)
     exact = formats.sqnr_db(weight, formats.dequantize(values, scales, axis=0))
-    assert weight_sqnr_db(weight, values, scales) == pytest.approx(exact, abs=1e-4)
-    assert weight_sqnr_db(np.zeros_like(weight), np.zeros_like(values), scales) == BEST_DB
+    assert decibels(*weight_squares(weight, values, scales)) == pytest.approx(exact, abs=1e-4)
+    zeros = np.zeros_like(weight), np.zeros_like(values)
+    assert decibels(*weight_squares(*zeros, scales)) == BEST_DB
 
 
 def test_statistics_round_trip(tmp_path: Path) -> None:

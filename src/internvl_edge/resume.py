@@ -117,6 +117,8 @@ class Workspace:
 
     def _drop_states(self) -> None:
         kept = {saved["file"] for saved in self._latest().values()}
+        # of a block that is under way, or of a tower that is entered
+        kept |= {Path(spool.name).name for spool in self._spools if not spool.is_closed}
         for path in (self.path / STATES).iterdir():
             if path.name not in kept:
                 path.unlink()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,13 +27,14 @@ from internvl_edge.export.blocks import COMPONENT_STREAM, OF_IMAGES
 from internvl_edge.export.components import language_config
 from internvl_edge.export.streams import Samples, calibration_blocks
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
-from internvl_edge.quantize.calibrate import calibrate_block
+from internvl_edge.quantize.calibrate import CalibratedBlock, calibrate_block
 from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
 from internvl_edge.quantize.statistics import layers_to_json
 from internvl_edge.resume import Workspace
 from internvl_edge.runtime.environment import peak_rss_nbytes
 from internvl_edge.runtime.image import pixel_values
 from internvl_edge.runtime.tokenizer import CAPTION_PROMPT, Tokenizer
+from internvl_edge.spool import Spool
 
 logger = logging.getLogger(__name__)
 
@@ -141,19 +144,28 @@ def quantize_weights(
     blocks = calibration_blocks(plan.source, samples, streams, work)
     done = {name for entry in work.entries for name in entry["weights"]}
     path = work.path / WEIGHTS_FILE
-    with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
+    with (
+        WeightsWriter(path, layout, align=plan.options.align, done=done) as writer,
+        ThreadPoolExecutor(1, "write") as writing,
+    ):
+        under_way: _Block | None = None  # written while the next one is read
         for block, current in blocks:
+            if under_way is not None:
+                _finish(plan, work, under_way, total)
             report(Progress(step="quantize", detail=block.name, done=work.num_done, total=total))
             calibrated = calibrate_block(block, current, plan.recipe, work.hidden, work.scratch)
-            written = write_block(writer, calibrated)
-            writer.sync()
-            plan.checkpoint.require_unchanged()  # or another's weights would be taken up as these
-            finished: dict[str, Any] = {"weights": written, "activations": calibrated.activations}
-            finished["statistics"] = layers_to_json(calibrated.statistics)
-            work.finish(block.name, finished, {s: stream.hidden for s, stream in current.items()})
-            require_within_budget(plan.options.memory_budget, work.num_done, total)
+            hidden = {s: stream.hidden for s, stream in current.items()}
+            under_way = _Block(
+                name=block.name,
+                activations=calibrated.activations,
+                statistics=layers_to_json(calibrated.statistics),
+                hidden=hidden,
+                written=writing.submit(_write, writer, calibrated, hidden),
+            )
             del block, calibrated  # one block in memory: this one goes before the next is read
             trim()
+        if under_way is not None:
+            _finish(plan, work, under_way, total)
         rest = {name: layout[name][0] for name in writer.pending}
         copy_rest(plan, writer, rest, report)
     activations: dict[str, dict[str, float | None]] = {stream: {} for stream in streams}
@@ -161,6 +173,46 @@ def quantize_weights(
         for stream, scales in entry["activations"].items():
             activations.setdefault(stream, {}).update(scales)
     return writer.stored, activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """A calibrated block whose weights are being written."""
+
+    name: str
+    activations: dict[str, dict[str, float | None]]
+    statistics: list[dict[str, Any]]
+    hidden: dict[str, Spool]  # what it left, by stream
+    written: Future[list[str]]  # the names of its tensors, once they are durable
+
+
+def _write(
+    writer: WeightsWriter, calibrated: CalibratedBlock, hidden: Mapping[str, Spool]
+) -> list[str]:
+    """Make a block's weights durable, and what it left, which ``finish`` then need not wait for."""
+    written = write_block(writer, calibrated)
+    writer.sync()
+    for spool in hidden.values():
+        spool.sync()
+    return written
+
+
+def _finish(plan: Plan, work: Workspace, block: _Block, total: int) -> None:
+    """Note a block as finished once its weights are on the disk.
+
+    Raises:
+        OSError: they could not be written.
+        CheckpointError: the checkpoint was changed; the block may be of either.
+        ResourceError: the memory budget was exceeded.
+    """
+    entry = {
+        "weights": block.written.result(),
+        "activations": block.activations,
+        "statistics": block.statistics,
+    }
+    plan.checkpoint.require_unchanged()  # or another's weights would be taken up as these
+    work.finish(block.name, entry, block.hidden)
+    require_within_budget(plan.options.memory_budget, work.num_done, total)
 
 
 def require_within_budget(

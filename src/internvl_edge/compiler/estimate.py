@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -28,16 +28,22 @@ from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.steps import Forecast, Step, build_steps
 from internvl_edge.export.blocks import (
     CHAT_PREFIX,
+    COMPONENT_STREAM,
     LLAMA_PREFIX,
+    OF_IMAGES,
+    OFF_STREAM,
     PREFIXES,
     VISION_PREFIX,
+    Site,
+    sites_of,
     tower_of,
 )
 from internvl_edge.export.bring import How, way_of
 from internvl_edge.export.checkpoint import DTYPES, build_model
-from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.components import COMPONENTS, build_component, language_config
 from internvl_edge.export.models import InternViT
 from internvl_edge.export.precision import POLICIES
+from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.resume import kept_nbytes
 from internvl_edge.spool import Budget
 
@@ -215,17 +221,54 @@ def _quantize(plan: Plan) -> Step:
         prefix: sum(n for name, n in blocks.items() if name.startswith(prefix)) for prefix in tokens
     }
     products = 2.0 * sum(parameters[prefix] * tokens[prefix] for prefix in tokens)
-    states = FLOAT32_NBYTES * tokens[VISION_PREFIX] * vision.hidden_size
-    kept = 3 * states  # hidden states, and what is kept behind two norms
-    held = min(kept, spool_budget(plan).free_nbytes)
+    kept, states = _spooled(plan, tokens)
+    held = min(kept + states, spool_budget(plan).free_nbytes)
     return Step(
         name="quantize",
         memory_nbytes=_block_nbytes(plan) + held,
-        # what is not held, and the states of two blocks, which a later run could take up
-        disk_nbytes=kept - held + 2 * states,
+        disk_nbytes=states + min(kept, kept + states - held),
         seconds=FORWARD_OVERHEAD * products / matmul_flops()
         + QUANTIZE_SECONDS_PER_PARAMETER * sum(parameters.values()),
     )
+
+
+def _spooled(plan: Plan, tokens: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of activations that calibration spools, in the tower that takes the most.
+
+    Returns:
+        What enters the linear layers whose inputs will be smoothed or rotated, and behind the
+        vision tower its output in the checkpoint's basis. The hidden states in front of a block and
+        behind it, and that output, which are on disk in any case: a later run could take them up.
+    """
+    config, recipe = plan.source.config, plan.recipe
+    assert recipe is not None
+    llama = language_config(config)
+    streams = {COMPONENT_STREAM[name] for name in plan.components if name in COMPONENT_STREAM}
+    looking = len(streams & OF_IMAGES) * tokens[VISION_PREFIX]  # tokens of cross-attention's memory
+    image = tokens[VISION_PREFIX] * config.vision.hidden_size
+    found = [(0, 0)]
+    run = {VISION_PREFIX, *(tower_of(name) for name in plan.components)}
+    for tower, count in tokens.items():
+        if tower not in run:
+            continue
+        is_vision = tower == VISION_PREFIX
+        width = config.vision.hidden_size if is_vision or llama is None else llama.hidden_size
+        behind = kept = 0 if is_vision else image
+        for site in sites_of(config, f"{tower}.0"):
+            if _is_spooled(recipe.of(f"{tower}.0"), site):
+                inputs = plan.source.tensors[f"{tower}.0.{site.readers[0]}.weight"].shape[1]
+                kept += inputs * (looking if site.norm in OFF_STREAM else count)
+        found.append((kept, 2 * count * width + behind))
+    kept, states = max(found, key=sum)
+    return FLOAT32_NBYTES * kept, FLOAT32_NBYTES * states
+
+
+def _is_spooled(recipe: Recipe, site: Site) -> bool:
+    """Whether what a site's readers see is known only when the block has run."""
+    is_turned = recipe.rotate and site.head_dim is not None
+    is_changed = recipe.smooth is not None or is_turned
+    is_folded = site.norm is not None or site.producer is not None
+    return is_changed and is_folded and not recipe.is_weight_only
 
 
 def num_images(plan: Plan) -> int:

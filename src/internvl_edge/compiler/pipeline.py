@@ -102,7 +102,7 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
         raise type(failure)(
             f"{failure}; {options.out} is published, with {len(manifest.engines)} engine(s)"
         ) from failure
-    return open_artifact(options.out)
+    return open_artifact(options.out, hash_files=False)  # they were hashed for the manifest
 
 
 def _content(plan: Plan, report: Report) -> str:
