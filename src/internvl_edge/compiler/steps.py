@@ -13,6 +13,7 @@ from internvl_edge.errors import ResourceError
 
 BUILDER_MAPPED_NBYTES = 110_000_000  # its library
 BUILD_NBYTES_PER_SECOND = 290e6
+JOINED_NBYTES_PER_SECOND = 800e6
 BUILD_SECONDS_PER_BLOCK = 0.7
 BUILD_SECONDS = 1.0
 
@@ -118,6 +119,7 @@ def build_steps(
         joined = joined_nbytes(component, nbytes, is_quantized=is_quantized)
         taken = builder_nbytes(component, nbytes, depth, is_quantized=is_quantized)
         seconds = BUILD_SECONDS + BUILD_SECONDS_PER_BLOCK * depth
+        seconds += nbytes / BUILD_NBYTES_PER_SECOND + joined / JOINED_NBYTES_PER_SECOND
         steps.append(
             Step(
                 name=f"build {component}",
@@ -125,7 +127,7 @@ def build_steps(
                 mapped_nbytes=mapped,
                 disk_nbytes=nbytes * len(targets),
                 scratch_nbytes=joined,
-                seconds=len(targets) * (seconds + (nbytes + joined) / BUILD_NBYTES_PER_SECOND),
+                seconds=len(targets) * seconds,
             )
         )
     return steps
