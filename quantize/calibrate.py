@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from internvl_edge.quantize import blockwise, choose, formats, smooth
 from internvl_edge.quantize.attention import watching_attention
+from internvl_edge.quantize.gptq import Factor, change_rows
 from internvl_edge.quantize.inputs import (
     Block,
     Group,
@@ -105,8 +107,9 @@ def calibrate_block(
         if is_quantized(recipe, name, linear.in_features, linear.out_features)
     }
     groups = groups_of(block, linears)
+    products: dict[str, Array] = {}
     result = CalibratedBlock(activations={stream: {} for stream in streams})
-    seen = _run(block, streams, linears, groups, recipe, behind, new_spool, result)
+    seen = _run(block, streams, linears, groups, recipe, behind, new_spool, products, result)
     weights = {name: linear.weight.detach().numpy() for name, linear in linears.items()}
     uses: list[Use] = []
     for group in groups:  # in order: what one folds, another reads
@@ -118,14 +121,14 @@ def calibrate_block(
         settled: list[Settled] = []
         if not recipe.is_weight_only:
             settled += pool.map(lambda use: settle(use, weights, recipe), uses)
-        quantized = pool.map(lambda name: quantize_weight(weights[name], name, recipe), weights)
-        result.weights.update(zip((f"{name}.weight" for name in weights), quantized, strict=True))
         corrections = {
             reader: found
             for use, found in zip(uses, settled, strict=False)
             for reader in use.group.readers
             if use.is_only
         }
+        _fold_products(products, uses, corrections, recipe)
+        _round(pool, groups, weights, products, recipe, result)
         _correct_biases(pool, linears, corrections, recipe, result)
     scales: list[float | None] = [found.scale for found in settled]
     for use, scale in zip(uses, scales or [None] * len(uses), strict=True):
@@ -144,6 +147,7 @@ def _run(
     recipe: Recipe,
     behind: Callable[[str], Spool],
     new_spool: NewSpool,
+    products: dict[str, Array],
     result: CalibratedBlock,
 ) -> dict[str, dict[str, Inputs]]:
     """Run the block on every stream; what its linear layers read, and the ranges of attention."""
@@ -157,7 +161,7 @@ def _run(
     for name, stream in streams.items():
         outputs = behind(name)
         with (
-            watching(linears, groups, recipe, seen[name], new_spool) as look_at,
+            watching(linears, groups, recipe, seen[name], products, new_spool) as look_at,
             watching_attention(attentions) as operands,
         ):
             for x, context in zip(stream.hidden, stream.contexts, strict=True):
@@ -254,6 +258,43 @@ def _factors(
     if alpha == "auto":
         return choose.best_factors(samples, peaks, columns, sample, turn, recipe.weights)
     return smooth.smoothing_factors(peaks, columns, alpha)
+
+
+def _fold_products(
+    products: Mapping[str, Array],
+    uses: Sequence[Use],
+    settled: Mapping[str, Settled],
+    recipe: Recipe,
+) -> None:
+    """Make Xᵀ X that of each activation as its readers will see it."""
+    changes = {use.group.key: use.change for use in uses if is_changed(use.group, recipe)}
+    for key, h in products.items():
+        if key in changes:
+            change_rows(h, changes[key])
+        spread = settled[key].spread if key in settled else None
+        if spread is not None:
+            change_rows(h, partial(np.multiply, spread))
+
+
+def _round(
+    pool: ThreadPoolExecutor,
+    groups: Sequence[Group],
+    weights: Mapping[str, Array],
+    products: dict[str, Array],
+    recipe: Recipe,
+    result: CalibratedBlock,
+) -> None:
+    """Quantize every weight; with GPTQ group by group, so that one factor is there at a time."""
+    found: dict[str, QuantizedWeight] = {}
+    for group in groups if products else [Group(readers=tuple(weights))]:
+        h = products.pop(group.key, None)
+        factor = None if h is None else Factor(h, group.key)
+        quantized = pool.map(
+            lambda name, factor=factor: quantize_weight(weights[name], name, recipe, factor),
+            group.readers,
+        )
+        found |= zip(group.readers, quantized, strict=True)
+    result.weights.update((f"{name}.weight", found[name]) for name in weights)
 
 
 def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:

@@ -10,6 +10,7 @@ import torch
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import blockwise, formats
+from internvl_edge.quantize.gptq import Factor, improved
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.statistics import BEST_DB, weight_sqnr_db
 
@@ -26,8 +27,16 @@ class QuantizedWeight:
     sqnr_db: float  # beside the weight that it was made from
 
 
-def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight:
+def quantize_weight(
+    weight: Array, name: str, recipe: Recipe, factor: Factor | None = None
+) -> QuantizedWeight:
     """Put a weight (N, K) into the format of a recipe.
+
+    Args:
+        weight: finite.
+        name: of its layer.
+        recipe: the format.
+        factor: of its input, to round by GPTQ; None: to nearest.
 
     Raises:
         CalibrationError: it holds NaN or infinity.
@@ -37,6 +46,8 @@ def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight
     if recipe.weights == "int4":
         block = blockwise.block_of(weight.shape[1], recipe.block_size)
         values, scales = blockwise.quantize_blocks(weight, block)
+        if factor is not None:
+            values = improved(weight, values, scales, recipe.weights, factor)
         sqnr = formats.sqnr_db(weight, blockwise.dequantize_blocks(values, scales))
         packed = blockwise.pack(np.ascontiguousarray(values.T))
         per_block = np.ascontiguousarray(scales.T)
@@ -45,6 +56,8 @@ def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight
     if recipe.granularity == "per-tensor":
         scales[:] = scales.max()
     values = formats.quantize(weight, scales, recipe.weights, axis=0)
+    if factor is not None:
+        values = improved(weight, values, scales, recipe.weights, factor)
     sqnr = weight_sqnr_db(weight, values, scales)
     return QuantizedWeight(values=_transposed(values), scales=scales, sqnr_db=sqnr)
 
