@@ -19,7 +19,8 @@ A layer that runs in several streams (texts, image queries, pairs) has one set o
 smoothing, made from all of them, and one activation range per stream.
 
 In memory are this block's weights, which are changed in place, and whatever of the activations
-the spools' budget allows.
+the spools' budget allows; where weights are rounded by ``gptq``, also K × K products for each
+activation with K channels.
 """
 
 from __future__ import annotations
@@ -285,15 +286,18 @@ def _round(
     result: CalibratedBlock,
 ) -> None:
     """Quantize every weight; with GPTQ group by group, so that one factor is there at a time."""
+
+    def rounded(names: Sequence[str], factor: Factor | None) -> dict[str, QuantizedWeight]:
+        done = pool.map(lambda name: quantize_weight(weights[name], name, recipe, factor), names)
+        return dict(zip(names, done, strict=True))
+
     found: dict[str, QuantizedWeight] = {}
-    for group in groups if products else [Group(readers=tuple(weights))]:
-        h = products.pop(group.key, None)
-        factor = None if h is None else Factor(h, group.key)
-        quantized = pool.map(
-            lambda name, factor=factor: quantize_weight(weights[name], name, recipe, factor),
-            group.readers,
-        )
-        found |= zip(group.readers, quantized, strict=True)
+    if recipe.rounding == "nearest":
+        found = rounded(tuple(weights), None)
+    else:
+        for group in groups:
+            h = products.pop(group.key, None)  # None: no stream came here
+            found |= rounded(group.readers, None if h is None else Factor(h, group.key))
     result.weights.update((f"{name}.weight", found[name]) for name in weights)
 
 

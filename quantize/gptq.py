@@ -32,8 +32,8 @@ did not see. Rounded inputs X̂ add s²/12 per row to the diagonal, which is les
 
 **No output is worse** on what calibration saw: where a row's sum of squares is not below that of
 rounding to nearest, which choosing column by column does not exclude, the row is left at nearest.
-So are rows that would move too far, their |e|² over ``MAX_MOVED`` times that of rounding to nearest:
-inputs not seen might ask for what they gave up, and verification counts on it.
+So is a row whose |e|² would be more than ``MAX_MOVED`` times that of rounding to nearest: inputs
+not seen might ask for what it gave up, and verification counts on it.
 
 H needs no shift, which goes into the bias exactly. Whatever else is folded into X is linear, X M:
 H is made of X as the layer met it, while the block runs, and becomes Mᵀ H M; nothing is spooled.

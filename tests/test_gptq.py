@@ -335,6 +335,14 @@ def test_blocks_come_out_the_same_again(
     assert differ
 
 
+def test_layers_that_are_left_alone(checkpoint: Checkpoint, samples: Samples) -> None:
+    recipe = replace(gptq_recipe("int8"), exclude=(r"layers\.0\.", r"fc1$"))
+    first, *others = calibrate(source_of(checkpoint, recipe), samples, recipe, {"image"})[0]
+    assert not first.weights
+    assert all("fc2" in " ".join(found.weights) for found in others)
+    assert not any("fc1" in name for found in others for name in found.weights)
+
+
 def assert_same(one: QuantizedWeight, other: QuantizedWeight) -> None:
     np.testing.assert_array_equal(one.values.view(np.uint8), other.values.view(np.uint8))
     np.testing.assert_array_equal(one.scales, other.scales)
