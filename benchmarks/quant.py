@@ -71,6 +71,8 @@ RECIPES = (
     _SPREAD,
     replace(INT8, name="int8 (+ bias correction)"),
     replace(FP8, name="fp8"),
+    replace(INT8, name="int8, gptq", rounding="gptq"),
+    replace(FP8, name="fp8, gptq", rounding="gptq"),
     replace(FP8, name="fp8, rotated", rotate=True),
     replace(FP8, name="fp8, attention too", attention="fp8"),
 )
@@ -178,6 +180,7 @@ def quantized_output(
     source = source_of(checkpoint, recipe)
     scales: dict[str, float] = {}
     stored: dict[str, Array] = {}
+    held: dict[str, Array] = {}  # weights of recipes with GPTQ
     samples = Samples(pixel_values=[seen])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         work = Workspace(Path(folder), Budget(2 << 30))
@@ -186,9 +189,10 @@ def quantized_output(
             work.finish(block.name, {}, {"image": streams["image"].hidden})
             scales |= done.activations["image"]
             stored |= done.folded
+            held |= {name: weight.values for name, weight in done.weights.items()}
         work.close()
         model = build_component(COMPONENTS["vision"], load_model(source))
-        with fake_quantized(model, scales, recipe, stored, source.config):
+        with fake_quantized(model, scales, recipe, stored, source.config, held=held.__getitem__):
             output: Array = model(held_out).numpy()
     return output
 

@@ -2,7 +2,8 @@
 
 The functions take anything with the methods of a loaded model: a compiled directory on any
 backend, at any precision, or :class:`internvl_edge.demo.reference.ReferenceModel`. Every figure
-is a share of right answers in 0..1, or a perplexity, on scenes that ``seed`` decides.
+is a share of right answers in 0..1, or a perplexity, on scenes that ``seed`` decides. ``…_hits``
+tell which answers are right, (n,), so that two models can be compared scene by scene.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl_edge.demo import scenes
 from internvl_edge.demo.language import CAPTION_PROMPT, DIGITS, TEMPLATES
 from internvl_edge.runtime.session import Session
 
+Hits = NDArray[np.bool_]
 MAX_NEW_TOKENS = 24  # the longest caption has 16, and the end
 
 
@@ -57,13 +60,18 @@ class Speaks(Protocol):
 
 def zero_shot_accuracy(model: Embeds, n: int = 500, mode: str = "c", seed: int = 1) -> float:
     """Which of ten digits a scene shows: the class of the nearest mean over the templates."""
+    return float(np.mean(zero_shot_hits(model, n, mode, seed)))
+
+
+def zero_shot_hits(model: Embeds, n: int, mode: str, seed: int) -> Hits:
+    """The same, scene by scene."""
     images, labels = scenes.classification_scenes(n, seed)
     texts = [template.format(digit) for digit in DIGITS for template in TEMPLATES]
     embeds = np.asarray(model.encode_text(texts, normalize=True))
     classes = embeds.reshape(len(DIGITS), len(TEMPLATES), -1).mean(axis=1)  # (10, E)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
     similarity = np.asarray(model.encode_image(images, mode=mode, normalize=True)) @ classes.T
-    return float(np.mean(similarity.argmax(axis=1) == labels))
+    return np.asarray(similarity.argmax(axis=1) == labels)
 
 
 def retrieval_recall_at_1(model: Embeds, n: int = 100, mode: str = "c", seed: int = 2) -> float:
@@ -76,12 +84,22 @@ def retrieval_recall_at_1(model: Embeds, n: int = 100, mode: str = "c", seed: in
 
 def matching_accuracy(model: Matches, n: int = 500, seed: int = 4) -> float:
     """How often a caption is told from a near miss, half the pairs being each."""
+    return float(np.mean(matching_hits(model, n, seed)))
+
+
+def matching_hits(model: Matches, n: int, seed: int) -> Hits:
+    """The same, pair by pair."""
     images, texts, is_match = scenes.matching_pairs(n, seed)
-    return float(np.mean((np.asarray(model.match(images, texts)) > 0.5) == is_match))
+    return np.asarray((np.asarray(model.match(images, texts)) > 0.5) == is_match)
 
 
 def caption_exact_match(model: Speaks, n: int = 300, seed: int = 3) -> float:
     """How often the greedy caption is the scene's, word for word."""
+    return float(np.mean(caption_hits(model, n, seed)))
+
+
+def caption_hits(model: Speaks, n: int, seed: int) -> Hits:
+    """The same, scene by scene."""
     images, captions = scenes.caption_scenes(n, seed)
     return _exact(model.caption(images, num_beams=1, max_new_tokens=MAX_NEW_TOKENS), captions)
 
@@ -95,9 +113,17 @@ def caption_perplexity(model: Sees, decoder: Session, n: int = 300, seed: int = 
         n: scenes.
         seed: of the scenes.
     """
+    logs, ids = caption_logs(model, decoder, n, seed)
+    return float(np.exp(-logs[np.arange(len(ids)), ids].mean()))
+
+
+def caption_logs(
+    model: Sees, decoder: Session, n: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Log p of every token where those of held-out captions stand, (tokens, V), and these."""
     images, captions = scenes.caption_scenes(n, seed)
     cache = model.see(images).cache
-    lost, count = 0.0, 0
+    logs, targets = [], []
     for i, caption in enumerate(captions):
         start = model.tokenizer.prompt([CAPTION_PROMPT])[0]
         text = model.tokenizer.prompt([f"{CAPTION_PROMPT} {caption}"])[0]
@@ -114,19 +140,24 @@ def caption_perplexity(model: Sees, decoder: Session, n: int = 300, seed: int = 
         logits -= logits.max(axis=1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
         first = start.shape[1]
-        lost -= float(logits[np.arange(first - 1, ids.shape[1] - 1), ids[0, first:]].sum())
-        count += ids.shape[1] - first
-    return float(np.exp(lost / count))
+        logs.append(logits[first - 1 : -1])
+        targets.append(ids[0, first:])
+    return np.concatenate(logs), np.concatenate(targets)
 
 
 def vqa_accuracy(model: Speaks, n: int = 300, seed: int = 5) -> float:
     """How often the greedy answer to a question is the right one."""
+    return float(np.mean(vqa_hits(model, n, seed)))
+
+
+def vqa_hits(model: Speaks, n: int, seed: int) -> Hits:
+    """The same, question by question."""
     images, questions = scenes.question_scenes(n, seed)
     prompts = [question.prompt for question in questions]
     answers = model.answer(images, prompts, max_new_tokens=MAX_NEW_TOKENS)
     return _exact(answers, [question.answer for question in questions])
 
 
-def _exact(found: Sequence[str], expected: Sequence[str]) -> float:
+def _exact(found: Sequence[str], expected: Sequence[str]) -> Hits:
     pairs = zip(found, expected, strict=True)
-    return float(np.mean([text.strip() == truth for text, truth in pairs]))
+    return np.array([text.strip() == truth for text, truth in pairs])

@@ -19,13 +19,15 @@ A layer that runs in several streams (texts, image queries, pairs) has one set o
 smoothing, made from all of them, and one activation range per stream.
 
 In memory are this block's weights, which are changed in place, and whatever of the activations
-the spools' budget allows.
+the spools' budget allows; where weights are rounded by ``gptq``, also K × K products for each
+activation with K channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from internvl_edge.quantize import blockwise, choose, formats, smooth
 from internvl_edge.quantize.attention import watching_attention
+from internvl_edge.quantize.gptq import Factor, change_rows
 from internvl_edge.quantize.inputs import (
     Block,
     Group,
@@ -104,8 +107,9 @@ def calibrate_block(
         if is_quantized(recipe, name, linear.in_features, linear.out_features)
     }
     groups = groups_of(block, linears)
+    products: dict[str, Array] = {}
     result = CalibratedBlock(activations={stream: {} for stream in streams})
-    seen = _run(block, streams, linears, groups, recipe, behind, new_spool, result)
+    seen = _run(block, streams, linears, groups, recipe, behind, new_spool, products, result)
     weights = {name: linear.weight.detach().numpy() for name, linear in linears.items()}
     uses: list[Use] = []
     for group in groups:  # in order: what one folds, another reads
@@ -116,17 +120,14 @@ def calibrate_block(
     settled: list[Settled] = []
     if not recipe.is_weight_only:
         settled += each(lambda use: settle(use, weights, recipe), uses)
-    largest_first = sorted(weights, key=lambda name: -weights[name].size)
-    quantized = each(lambda name: quantize_weight(weights[name], name, recipe), largest_first)
-    result.weights.update(
-        (f"{name}.weight", weight) for name, weight in zip(largest_first, quantized, strict=True)
-    )
     corrections = {
         reader: found
         for use, found in zip(uses, settled, strict=False)
         for reader in use.group.readers
         if use.is_only
     }
+    _fold_products(products, uses, corrections, recipe)
+    _round(groups, weights, products, recipe, result)
     _correct_biases(linears, corrections, recipe, result)
     scales: list[float | None] = [found.scale for found in settled]
     for use, scale in zip(uses, scales or [None] * len(uses), strict=True):
@@ -145,6 +146,7 @@ def _run(
     recipe: Recipe,
     behind: Callable[[str], Spool],
     new_spool: NewSpool,
+    products: dict[str, Array],
     result: CalibratedBlock,
 ) -> dict[str, dict[str, Inputs]]:
     """Run the block on every stream; what its linear layers read, and the ranges of attention."""
@@ -158,7 +160,7 @@ def _run(
     for name, stream in streams.items():
         outputs = behind(name)
         with (
-            watching(linears, groups, recipe, seen[name], new_spool) as look_at,
+            watching(linears, groups, recipe, seen[name], products, new_spool) as look_at,
             watching_attention(attentions) as operands,
         ):
             for x, context in zip(stream.hidden, stream.contexts, strict=True):
@@ -255,6 +257,45 @@ def _factors(
     if alpha == "auto":
         return choose.best_factors(samples, peaks, columns, sample, turn, recipe.weights)
     return smooth.smoothing_factors(peaks, columns, alpha)
+
+
+def _fold_products(
+    products: Mapping[str, Array],
+    uses: Sequence[Use],
+    settled: Mapping[str, Settled],
+    recipe: Recipe,
+) -> None:
+    """Make Xᵀ X that of each activation as its readers will see it."""
+    changes = {use.group.key: use.change for use in uses if is_changed(use.group, recipe)}
+    for key, h in products.items():
+        if key in changes:
+            change_rows(h, changes[key])
+        spread = settled[key].spread if key in settled else None
+        if spread is not None:
+            change_rows(h, partial(np.multiply, spread))
+
+
+def _round(
+    groups: Sequence[Group],
+    weights: Mapping[str, Array],
+    products: dict[str, Array],
+    recipe: Recipe,
+    result: CalibratedBlock,
+) -> None:
+    """Quantize every weight; with GPTQ group by group, so that one factor is there at a time."""
+
+    def rounded(names: Sequence[str], factor: Factor | None) -> dict[str, QuantizedWeight]:
+        done = each(lambda name: quantize_weight(weights[name], name, recipe, factor), names)
+        return dict(zip(names, done, strict=True))
+
+    found: dict[str, QuantizedWeight] = {}
+    if recipe.rounding == "nearest":
+        found = rounded(sorted(weights, key=lambda name: -weights[name].size), None)
+    else:
+        for group in groups:
+            h = products.pop(group.key, None)  # None: no stream came here
+            found |= rounded(group.readers, None if h is None else Factor(h, group.key))
+    result.weights.update((f"{name}.weight", found[name]) for name in weights)
 
 
 def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:

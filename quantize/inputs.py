@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import choose
+from internvl_edge.quantize.gptq import add_rows
 from internvl_edge.quantize.observers import RangeObserver
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import Rotation, rotation
@@ -124,9 +125,18 @@ def watching(
     groups: Sequence[Group],
     recipe: Recipe,
     seen: dict[str, Inputs],
+    products: dict[str, Array],
     new_spool: NewSpool,
 ) -> Iterator[Callable[[Tensor | None], None]]:
     """Look at the input of every quantized linear layer while the block runs.
+
+    Args:
+        linears: the layers, by full name.
+        groups: of the layers.
+        recipe: decides what is kept of an input.
+        seen: what this stream brings to each group, by its key.
+        products: Xᵀ X of each group's input over all streams, where weights are rounded by it.
+        new_spool: a spool for inputs that are kept.
 
     Yields:
         A function that says which rows (B, T) of the next run are not padding; None: all.
@@ -156,6 +166,10 @@ def watching(
                 seen[group.key].sample.update(values)
             else:
                 seen[group.key].take(values)
+            if recipe.rounding == "gptq":
+                if group.key not in products:
+                    products[group.key] = np.zeros((values.shape[1],) * 2, np.float32)
+                add_rows(products[group.key], values)
 
         return hook
 

@@ -16,28 +16,58 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from internvl_edge.disk import open_regular
-from internvl_edge.errors import ArtifactError, InternVLError
+from internvl_edge.errors import ArtifactError, InternVLError, UsageError
 from internvl_edge.onnxwire import MAX_NBYTES, read_message
 from internvl_edge.quantize import lintplacement, lintscales
 from internvl_edge.quantize.lintrules import RULES, Finding, Rule
 from internvl_edge.quantize.qdqview import View
 
-__all__ = ["RULES", "Finding", "Rule", "is_clean", "lint", "lint_model"]
+__all__ = ["GPUS", "RULES", "Finding", "Rule", "is_clean", "lint", "lint_model", "sm_of"]
+
+GPUS = {  # that TensorRT or TensorRT-RTX builds for
+    "sm75": "Turing",
+    "sm80": "A100",
+    "sm86": "Ampere",
+    "sm87": "Orin",
+    "sm89": "Ada",
+    "sm90": "Hopper",
+    "sm100": "Blackwell",
+    "sm103": "Blackwell Ultra",
+    "sm110": "Thor",
+    "sm120": "Blackwell RTX",
+    "sm121": "GB10",
+}
 
 
-def lint(path: Path) -> list[Finding]:
+def sm_of(target: str) -> int:
+    """The compute capability of a GPU by name: 86 of ``sm86``, in whatever case.
+
+    Raises:
+        UsageError: none that is known.
+    """
+    name = target.strip().lower()
+    if name not in GPUS:
+        known = ", ".join(f"{name} ({gpus})" for name, gpus in GPUS.items())
+        raise UsageError(f"--target: expected one of {known}, found {target!r}")
+    return int(name.removeprefix("sm"))
+
+
+def lint(path: Path, target: str | None = None) -> list[Finding]:
     """Every place where an ONNX file breaks a rule of Q/DQ placement.
 
     Args:
         path: the file; what it stores in others need not be there, but values of scales that are
             not cannot be judged.
+        target: the GPU that it shall run on, a key of ``GPUS``; None: nothing is assumed.
 
     Returns:
         In the order of the rules, and of the graph.
 
     Raises:
         ArtifactError: it is not ONNX, or cannot be read.
+        UsageError: a target that is not known.
     """
+    sm = None if target is None else sm_of(target)
     try:
         with open_regular(path) as file:
             data = file.read(MAX_NBYTES + 1)
@@ -51,7 +81,7 @@ def lint(path: Path) -> list[Finding]:
         raise ArtifactError(f"{path}: not ONNX: expected a graph with nodes, found none")
     del data, message
     try:
-        return lint_model(ir.load(path))
+        return lint_model(ir.load(path), sm)
     except InternVLError:
         raise
     except Exception as error:  # whatever a parser makes of a hostile file
@@ -60,11 +90,11 @@ def lint(path: Path) -> list[Finding]:
         ) from error
 
 
-def lint_model(model: ir.Model) -> list[Finding]:
+def lint_model(model: ir.Model, sm: int | None = None) -> list[Finding]:
     """The same of a model in memory; shapes that it does not say are inferred, in place."""
     if any(value.shape is None for node in model.graph for value in node.outputs):
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
-    view = View(model)
+    view = View(model, sm)
     checks = (*lintscales.CHECKS, *lintplacement.CHECKS)
     return [found for check in checks for found in check(view)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,8 +41,8 @@ NONLINEAR = NORMS | ACTIVATIONS | {"Softmax", "LogSoftmax"}
 
 def check_products(view: View) -> Iterator[Finding]:
     bare = [p for p in view.products if _is_weight_only(p)]
-    mixes = any(p.is_quantized and p.weight and not _is_weight_only(p) for p in view.products)
-    bare = [p for p in bare if not mixes or _is_int4(p)]
+    paired = {_family(p) for p in view.products if p.is_quantized and p.weight and p not in bare}
+    bare = [p for p in bare if _family(p) not in paired or _is_int4(p)]
     if bare:
         yield finding("weight-only", bare[0].node, f"{len(bare)} product(s)")
     for product in view.products:
@@ -69,6 +70,13 @@ def _is_weight_only(product: Product) -> bool:
     others = [o for o in product.operands if o is not weight]
     is_stored = weight is not None and weight.dequantize is not None
     return is_stored and all(o.dequantize is None for o in others)
+
+
+def _family(product: Product) -> str:
+    """The stack of layers that a product belongs to: its weight's name up to the first index."""
+    name = "" if product.weight is None else str(product.weight.source.name)
+    found = re.match(r"(.*?)[./]\d+[./]", name)
+    return "" if found is None else found[1]
 
 
 def _is_int4(product: Product) -> bool:

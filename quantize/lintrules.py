@@ -6,6 +6,8 @@ Severities:
     warning    it builds and runs, but not as the 8-bit kernel that the pair was placed for
     note       a condition to know of; a graph with notes alone is clean
 
+Where the GPU is named, a note on hardware becomes an error or goes; nothing is assumed of it else.
+
 The rules are TensorRT's ("Working with Quantized Types", its answers to issues 2981, 4084, 4167
 and 4540 of NVIDIA/TensorRT) and ONNX's specification of QuantizeLinear.
 """
@@ -108,6 +110,12 @@ RULES: dict[str, Rule] = {
         says="There is one scale per tensor, or one for each index of the axis.",
         fix="Store as many scales as the axis is long.",
     ),
+    "scale-rank": Rule(
+        severity="error",
+        says="A scale is a scalar, or a list along the axis; only scales of blocks have the rank "
+        "of their tensor. Shapes such as (N, 1) and (1, N) are left to each builder's reading.",
+        fix="Store it with the shape () or (N,), and name the axis.",
+    ),
     "zero-point": Rule(
         severity="error",
         says="Quantization is symmetric: zero points are 0.",
@@ -145,6 +153,11 @@ RULES: dict[str, Rule] = {
         severity="note",
         says="FP8 needs compute capability 8.9 or newer: Ada, Hopper, Blackwell.",
         fix="Export int8 beside it for older GPUs.",
+    ),
+    "fp8-target": Rule(
+        severity="error",
+        says="FP8 needs compute capability 8.9 or newer; builders refuse it for the GPU asked for.",
+        fix="Export int8 for this GPU.",
     ),
     # --- placement ---
     "missing-pair": Rule(

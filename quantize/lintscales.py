@@ -25,6 +25,7 @@ FP8 = ir.DataType.FLOAT8E4M3FN
 ACTIVATION_TYPES = {ir.DataType.INT8, FP8}
 WEIGHT_TYPES = ACTIVATION_TYPES | {ir.DataType.INT4, ir.DataType.FLOAT4E2M1}
 SCALE_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+FP8_SM = 89
 DEFAULT_AXIS = 1  # of QuantizeLinear and DequantizeLinear
 
 
@@ -79,6 +80,8 @@ def check_scales(view: View) -> Iterator[Finding]:
         if scale is not None and scale not in seen:  # a pair shares its scale
             seen.add(scale)
             yield from _check_scale(node, behind(scale, {"Cast"}))
+            if scale.shape is not None and len(scale.shape) > 1 and not _is_blocked(node):
+                yield finding("scale-rank", node, f"{scale.name!r} is of shape {scale.shape}")
         yield from _check_scale_shape(node, scale)
 
 
@@ -189,8 +192,13 @@ def _check_axis(weight: Operand) -> Iterator[Finding]:
 
 def check_hardware(view: View) -> Iterator[Finding]:
     found = [node for node in view.dequantizers if dtype_of(_input(node, 0)) == FP8]
-    if found:
-        yield finding("fp8-hardware", "the model", f"{len(found)} tensors in FP8 E4M3")
+    what = f"{len(found)} tensors in FP8 E4M3"
+    if not found or (view.sm is not None and view.sm >= FP8_SM):
+        return
+    if view.sm is None:
+        yield finding("fp8-hardware", "the model", what)
+    else:
+        yield finding("fp8-target", "the model", f"{what}; SM{view.sm} has no kernels for it")
 
 
 def axis_of(node: ir.Node) -> int:

@@ -82,8 +82,9 @@ class AttentionCore:
 class View:
     """What the rules ask of a model."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, sm: int | None = None) -> None:
         self.model = model
+        self.sm = sm  # compute capability that it shall run on, 86 for 8.6; None: any
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
         graphs = [model.graph, *(function.graph for function in model.functions.values())]
         self.nodes = [node for g in graphs for node in ir.traversal.RecursiveGraphIterator(g)]

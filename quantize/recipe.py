@@ -22,6 +22,7 @@ Granularity = Literal["per-channel", "per-tensor"]
 Base = Literal["fp32", "fp16", "bf16"]
 EngineBase = Literal["fp16", "bf16"]
 RangeChoice = Literal["max", "percentile", "mse", "entropy", "auto"]
+Rounding = Literal["nearest", "gptq"]
 
 MAX_FILE_NBYTES = 1 << 20
 VISION = "vision_model."  # of its parameters' names
@@ -48,6 +49,7 @@ _CHOICES: dict[str, Any] = {
     "granularity": Granularity,
     "range_method": RangeChoice,
     "engine_base": EngineBase,
+    "rounding": Rounding,
 }
 
 
@@ -60,6 +62,8 @@ class Recipe:
     weights: WeightFormat = "int8"  # the same: no kernel multiplies int8 by fp8; int4 weight-only
     block_size: int = 128  # inputs that share a scale of int4; see ``blockwise.block_of``
     granularity: Granularity = "per-channel"  # of weight scales; a channel is an output
+    # Of weights: each by itself, or by the error that they leave together in the output; ``gptq``
+    rounding: Rounding = "nearest"
     fold: bool = False  # norm gains and LayerScale into the linear layers beside them
     rotate: bool = False  # the residual streams, and each head between v and its projection
     rotation_seed: int = 0
@@ -82,7 +86,7 @@ class Recipe:
     language: Recipe | None = None  # of the blocks behind the vision tower; None: this one
 
     def __post_init__(self) -> None:
-        for field in ("weights", "granularity", "range_method", "engine_base"):
+        for field in _CHOICES:
             _require_choice(field, getattr(self, field), get_args(_CHOICES[field]))
         _require_choice("activations", self.activations, (None, *get_args(FormatName)))
         _require_choice("base", self.base, (None, *get_args(Base)))

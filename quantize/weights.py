@@ -10,6 +10,7 @@ import torch
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize import blockwise, formats
+from internvl_edge.quantize.gptq import Factor, improved
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.statistics import BEST_DB, decibels, weight_squares
 
@@ -27,8 +28,16 @@ class QuantizedWeight:
     sqnr_db: float  # beside the weight that it was made from
 
 
-def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight:
+def quantize_weight(
+    weight: Array, name: str, recipe: Recipe, factor: Factor | None = None
+) -> QuantizedWeight:
     """Put a weight (N, K) into the format of a recipe.
+
+    Args:
+        weight: finite.
+        name: of its layer.
+        recipe: the format.
+        factor: of its input, to round by GPTQ; None: to nearest.
 
     Raises:
         CalibrationError: it holds NaN or infinity.
@@ -38,6 +47,8 @@ def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight
     if recipe.weights == "int4":
         block = blockwise.block_of(weight.shape[1], recipe.block_size)
         values, scales = blockwise.quantize_blocks(weight, block)
+        if factor is not None:
+            values = improved(weight, values, scales, recipe.weights, factor)
         sqnr = formats.sqnr_db(weight, blockwise.dequantize_blocks(values, scales))
         packed = blockwise.pack(np.ascontiguousarray(values.T))
         per_block = np.ascontiguousarray(scales.T)
@@ -45,13 +56,18 @@ def quantize_weight(weight: Array, name: str, recipe: Recipe) -> QuantizedWeight
     scales = formats.weight_scale(weight, recipe.weights, axis=0)
     if recipe.granularity == "per-tensor":
         scales[:] = scales.max()
+    chosen: Array | None = None  # by GPTQ; else row by row
+    if factor is not None:
+        nearest = formats.quantize(weight, scales, recipe.weights, axis=0)
+        chosen = improved(weight, nearest, scales, recipe.weights, factor)
     stored = np.empty(weight.shape[::-1], formats.FORMATS[recipe.weights].dtype)
     signal = noise = 0.0
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
-        values = formats.quantize(weight[rows], scales[rows], recipe.weights, axis=0)
-        stored[:, rows] = _transposed(values)
-        squares = weight_squares(weight[rows], values, scales[rows])
+        w, s = weight[rows], scales[rows]
+        some = formats.quantize(w, s, recipe.weights, axis=0) if chosen is None else chosen[rows]
+        stored[:, rows] = _transposed(some)
+        squares = weight_squares(w, some, s)
         signal, noise = signal + squares[0], noise + squares[1]
     return QuantizedWeight(values=stored, scales=scales, sqnr_db=decibels(signal, noise))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import write_internvl
+from checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.compiler import ExportOptions, estimate, export
 from internvl_edge.compiler.estimate import forecast
+from internvl_edge.quantize.recipe import recipe_for
 from internvl_edge.spool import Budget, Spool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,6 +63,24 @@ def test_quantized_weights_are_counted(tmp_path: Path, precision: str) -> None:
     (step,) = (step for step in forecast(options).steps if step.name == "weights")
     size = (export(options).path / "weights.safetensors").stat().st_size
     assert size - 60_000 <= step.disk_nbytes <= size
+
+
+def test_products_of_inputs_are_counted(tmp_path: Path) -> None:
+    """Four activations of a block are held as K × K, queries, keys and values sharing one."""
+    checkpoint = write_vit(tmp_path / "checkpoint").path
+    plain = recipe_for("int8")
+    options = ExportOptions(
+        checkpoint=checkpoint, out=tmp_path / "out", precision="int8", recipe=plain
+    )
+    rounded = dataclasses.replace(options, recipe=dataclasses.replace(plain, rounding="gptq"))
+    before, after = (
+        next(step for step in forecast(found).steps if step.name == "quantize")
+        for found in (options, rounded)
+    )
+    vision = TINY.vision
+    width, inner = vision.hidden_size, vision.intermediate_size
+    assert after.memory_nbytes - before.memory_nbytes == 4 * (3 * width**2 + inner**2)
+    assert after.disk_nbytes == before.disk_nbytes
 
 
 def test_an_engine_a_component(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, export
-from internvl_edge.errors import ArtifactError
+from internvl_edge.errors import ArtifactError, UsageError
 from internvl_edge.quantize.lint import RULES, is_clean, lint
 
 WIDTH = 32
@@ -183,6 +183,12 @@ def _(g: Graph) -> str:
     return g.node("MatMul", g.pair("x"), weight)
 
 
+@breaks("scale-rank")
+def _(g: Graph) -> str:
+    weight = g.weight("w", WIDTH, WIDTH, scale=np.full((1, WIDTH), 0.01, np.float32))
+    return g.node("MatMul", g.pair("x"), weight)
+
+
 @breaks("zero-point")
 def _(g: Graph) -> str:
     return g.linear(g.pair("x", zero=3))
@@ -215,6 +221,11 @@ def _(g: Graph) -> str:
 
 
 @breaks("fp8-hardware")
+def _(g: Graph) -> str:
+    return block(g, FP8)
+
+
+@breaks("fp8-target")
 def _(g: Graph) -> str:
     return block(g, FP8)
 
@@ -316,8 +327,10 @@ def _(g: Graph) -> str:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_graph_that_breaks_one_rule(rule: str, tmp_path: Path) -> None:
     g = Graph()
-    findings = lint(g.save(tmp_path / "m.onnx", BREAK[rule](g)))
-    beside = {"fp8-hardware"} if any(c.dtype == FP8 for c in g.constants.values()) else set()
+    path = g.save(tmp_path / "m.onnx", BREAK[rule](g))
+    findings = lint(path, "sm86" if rule == "fp8-target" else None)
+    is_fp8 = any(c.dtype == FP8 for c in g.constants.values())
+    beside = {"fp8-hardware"} if is_fp8 and rule != "fp8-target" else set()
     assert {found.rule for found in findings} == {rule} | beside
     (found, *_) = [f for f in findings if f.rule == rule]
     assert found.found
@@ -330,6 +343,76 @@ def test_a_graph_that_keeps_every_rule(dtype: Any, tmp_path: Path) -> None:
     g = Graph()
     found = lint(g.save(tmp_path / "m.onnx", block(g, dtype)))
     assert [f.rule for f in found] == (["fp8-hardware"] if dtype == FP8 else [])
+
+
+@pytest.mark.parametrize(
+    ("target", "rules"),
+    [(None, {"fp8-hardware"}), ("sm75", {"fp8-target"}), ("SM86", {"fp8-target"})]
+    + [(target, set()) for target in ("sm89", "sm90", "sm120")],
+)
+def test_fp8_on_a_gpu(target: str | None, rules: set[str], tmp_path: Path) -> None:
+    g = Graph()
+    path = g.save(tmp_path / "fp8.onnx", block(g, FP8))
+    assert {f.rule for f in lint(path, target)} == rules
+    g = Graph()
+    assert lint(g.save(tmp_path / "int8.onnx", block(g)), target) == []
+
+
+@pytest.mark.parametrize("target", ["", "86", "sm8", "sm88", "hopper", "sm86,sm89"])
+def test_a_gpu_that_is_not_known(target: str, tmp_path: Path) -> None:
+    g = Graph()
+    path = g.save(tmp_path / "m.onnx", block(g))
+    with pytest.raises(UsageError, match=r"--target: expected one of sm75 \(Turing\), .*sm121"):
+        lint(path, target)
+
+
+@pytest.mark.parametrize("shape", [(WIDTH, 1), (1, WIDTH), (1, 1)])
+def test_scales_of_two_dimensions(shape: tuple[int, int], tmp_path: Path) -> None:
+    g = Graph()
+    weight = g.weight("w", WIDTH, WIDTH, scale=np.full(shape, 0.01, np.float32))
+    (found,) = lint(g.save(tmp_path / "m.onnx", g.node("MatMul", g.pair("x"), weight)))
+    assert (found.rule, found.severity) == ("scale-rank", "error")
+    assert f"[{shape[0]},{shape[1]}]" in found.found
+    g = Graph()
+    (found,) = lint(g.save(tmp_path / "a.onnx", g.linear(g.pair("x", scale=[[SCALE]]))))
+    assert found.rule == "scale-rank"
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_scales_of_a_tensor(shape: tuple[int, ...], tmp_path: Path) -> None:
+    g = Graph()
+    y = g.linear(g.pair("x", scale=np.full(shape, SCALE, np.float32)))
+    assert lint(g.save(tmp_path / "m.onnx", y)) == []
+
+
+def tower(g: Graph, name: str, *paired: bool) -> str:
+    """Linear layers, one behind the other, with a pair on their inputs or without."""
+    y = "x"
+    for i, has_pair in enumerate(paired):
+        y = g.linear(g.norm(y) if not has_pair else g.pair(g.norm(y)), f"{name}.{i}.fc.weight")
+    return y
+
+
+@pytest.mark.parametrize(
+    ("language", "rules"),
+    [((False, False), {"weight-only"}), ((True, False), {"missing-pair"}), ((True, True), set())],
+)
+def test_weights_alone_in_one_of_two_towers(
+    language: tuple[bool, ...], rules: set[str], tmp_path: Path
+) -> None:
+    """A family of layers whose inputs are all left alone misses nothing."""
+    g = Graph()
+    y = g.node("Add", tower(g, "vision.layers", True, True), tower(g, "llama.layers", *language))
+    findings = lint(g.save(tmp_path / "m.onnx", y))
+    assert {f.rule for f in findings} - {"shared-pair"} == rules
+    assert is_clean(findings) == (rules != {"missing-pair"})
+
+
+def test_weights_alone_beside_pairs_without_names(tmp_path: Path) -> None:
+    g = Graph()
+    g.linear(g.pair("x"), "onnx::MatMul_12")
+    y = g.node("Add", g.nodes[-1].output[0], g.linear("x", "onnx::MatMul_13"))
+    assert {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))} == {"missing-pair"}
 
 
 def test_fp8_attention_in_the_form_that_is_fused(tmp_path: Path) -> None:
@@ -522,3 +605,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(["lint", good, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["clean"] is True
     assert run(["lint", str(tmp_path / "none.onnx")]) == 3
+
+
+def test_the_command_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    g = Graph()
+    path = str(g.save(tmp_path / "m.onnx", block(g, FP8)))
+    assert run(["lint", path]) == 0
+    assert run(["lint", path, "--target", "sm89"]) == 0
+    capsys.readouterr()
+    assert run(["lint", path, "--target", "sm86"]) == 6
+    assert "error fp8-target: 1 place(s)" in capsys.readouterr().out
+    assert run(["lint", path, "--target", "sm1"]) == 2
+    assert "sm86 (Ampere)" in capsys.readouterr().err

@@ -96,6 +96,8 @@ BAD: list[dict[str, Any]] = [
     {"language": {"name": "b", "activations": "fp8", "weights": "fp8", "attention": "fp8"}},
     {"activations": ["int8"]},
     {"granularity": "per-block"},
+    {"rounding": "up"},
+    {"rounding": None},
     {"range_method": "minmax"},
     {"percentile": 0},
     {"percentile": 100.5},

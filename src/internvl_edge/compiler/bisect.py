@@ -266,7 +266,8 @@ class _Graph:
         recipe, stored = self.quantization.recipe, self.quantization.stored
         # a wrong scale of a weight is to be found, not refused
         stored = {n: v for n, v in stored.items() if not n.endswith(SCALE_SUFFIX)}
-        return fake_quantized(module, scales, recipe, stored, self.checkpoint.config, rename)
+        config, held = self.checkpoint.config, self.quantization.held
+        return fake_quantized(module, scales, recipe, stored, config, rename, held)
 
     def _watched(self, module: nn.Module, hidden: Array | None) -> Arrays:
         """Run the reference; what went into its block, and the output of every module inside."""

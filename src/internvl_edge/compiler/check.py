@@ -71,6 +71,7 @@ class Quantization:
     stored: Mapping[str, Array]  # scales, factors, biases and shifts, from the weights file
     source: Checkpoint  # in the form that the recipe quantizes
     statistics: tuple[LayerStatistics, ...] = ()  # what calibration saw
+    held: Callable[[str], Array | None] | None = None  # a weight's stored values; for GPTQ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +205,13 @@ class Checker:
         twin = self._simulated(component, part)
         config = quantization.source.config
         with fake_quantized(
-            twin.module, scales, quantization.recipe, quantization.stored, config, twin.rename
+            twin.module,
+            scales,
+            quantization.recipe,
+            quantization.stored,
+            config,
+            twin.rename,
+            quantization.held,
         ):
             simulated = self._reference(component, twin, feeds)
         beside = agreements(simulated, actual)
@@ -308,6 +315,12 @@ def stored_changes(weights: Path) -> dict[str, Array]:
         for name, entry in read_header(weights).items()
         if ".layers." in name and name.endswith(suffixes)
     }
+
+
+def values_in(weights: Path) -> Callable[[str], Array | None]:
+    """Reads the values of a tensor when asked; None of what no component of a directory reads."""
+    entries = read_header(weights)
+    return lambda name: entries[name].read() if name in entries else None
 
 
 def reference_nbytes(checkpoint: Checkpoint) -> int:

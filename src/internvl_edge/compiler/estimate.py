@@ -22,7 +22,7 @@ from internvl_edge.compiler.check import (
     reference_nbytes,
 )
 from internvl_edge.compiler.emit import CHAT_TOKENS, can_bring, held_weights
-from internvl_edge.compiler.layout import quantized_layout
+from internvl_edge.compiler.layout import products_of, quantized_layout
 from internvl_edge.compiler.memory import available_memory
 from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.steps import Forecast, Step, build_steps
@@ -227,7 +227,7 @@ def _quantize(plan: Plan) -> Step:
         name="quantize",
         memory_nbytes=_block_nbytes(plan) + held,
         disk_nbytes=states + min(kept, kept + states - held),
-        seconds=FORWARD_OVERHEAD * products / matmul_flops()
+        seconds=(FORWARD_OVERHEAD * products + _rounding_operations(plan, tokens)) / matmul_flops()
         + QUANTIZE_SECONDS_PER_PARAMETER * sum(parameters.values()),
     )
 
@@ -271,6 +271,17 @@ def _is_spooled(recipe: Recipe, site: Site) -> bool:
     return is_changed and is_folded and not recipe.is_weight_only
 
 
+def _rounding_operations(plan: Plan, tokens: Mapping[str, int]) -> float:
+    """Of GPTQ: products of every activation with itself, their factor, and the rounding by it."""
+    return sum(
+        2.0 * tokens[prefix] * width**2 + width**3 / 3 + 2.0 * outputs * width**2
+        for block, widths in products_of(plan).items()
+        for prefix in tokens
+        if block.startswith(f"{prefix}.")
+        for width, outputs in widths
+    )
+
+
 def num_images(plan: Plan) -> int:
     """How many images calibration will see."""
     assert plan.recipe is not None
@@ -299,7 +310,8 @@ def _block_nbytes(plan: Plan) -> int:
     tokens = BATCH * vision.num_tokens(plan.image_size)
     running = FLOAT32_NBYTES * tokens * (2 * vision.intermediate_size + 6 * vision.hidden_size)
     weights = int(BLOCK_NBYTES_PER_PARAMETER * max(_blocks(plan).values()))
-    return IMPORTS_NBYTES + weights + running
+    products = [FLOAT32_NBYTES * sum(k**2 for k, _ in w) for w in products_of(plan).values()]
+    return IMPORTS_NBYTES + weights + running + max(products, default=0)
 
 
 def _verify(plan: Plan) -> Step:

@@ -102,6 +102,36 @@ def smoothed_readers(plan: Plan, layers: Container[str]) -> list[str]:
     return found
 
 
+def products_of(plan: Plan) -> dict[str, list[tuple[int, int]]]:
+    """Block → (inputs, outputs) of each activation whose readers are rounded by its products."""
+    assert plan.recipe is not None
+    layers = quantized_layers(plan.source, plan.recipe, plan.source.tensors)
+    shapes = {
+        name.removesuffix(".weight"): plan.source.tensors[name].shape
+        for name in layers
+        if plan.recipe.of(name).rounding == "gptq"
+    }
+    found: dict[str, list[tuple[int, int]]] = {}
+    for block in dict.fromkeys(_block_of(name) for name in shapes):
+        alone = {name: [name] for name in shapes if _block_of(name) == block}
+        for site in sites_of(plan.source.config, block):
+            readers = [f"{block}.{reader}" for reader in site.readers]
+            if all(name in alone for name in readers):
+                alone |= {readers[0]: readers}
+                for name in readers[1:]:
+                    del alone[name]
+        found[block] = [
+            (shapes[name][1], sum(shapes[reader][0] for reader in readers))
+            for name, readers in alone.items()
+        ]
+    return found
+
+
+def _block_of(layer: str) -> str:
+    prefix = next(prefix for prefix in PREFIXES if layer.startswith(f"{prefix}."))
+    return layer[: layer.index(".", len(prefix) + 1)]
+
+
 def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:
     """Write what one calibrated block leaves behind; the names of the tensors written."""
     tensors = {name: weight.values for name, weight in block.weights.items()}

@@ -26,6 +26,7 @@ from internvl_edge.compiler.check import (
     is_compared_whole,
     reason_not_to_verify,
     stored_changes,
+    values_in,
 )
 from internvl_edge.compiler.emit import WEIGHTS_FILE, Emitted, store_weights, trace_all, write_graph
 from internvl_edge.compiler.engines import (
@@ -216,6 +217,7 @@ def quantization_of(artifact: Artifact, checkpoint: Checkpoint) -> Quantization 
         stored=stored_changes(artifact.file(WEIGHTS_FILE)),
         source=source_of(checkpoint, recipe),
         statistics=read_statistics(artifact.path),
+        held=values_in(artifact.file(WEIGHTS_FILE)),
     )
 
 
@@ -255,6 +257,7 @@ def _compile_into(
             stored=stored_changes(directory / WEIGHTS_FILE),
             source=plan.source,
             statistics=read_statistics(directory),
+            held=values_in(directory / WEIGHTS_FILE),
         )
     checker = None
     if reason is None:

@@ -192,7 +192,13 @@ class _Towers:
             return _forward(block, use.contexts, inputs)
         q, config = self.quantization, self.plan.source.config
         with fake_quantized(
-            block.module, scales, q.recipe, q.stored, config, lambda name: f"{block.name}.{name}"
+            block.module,
+            scales,
+            q.recipe,
+            q.stored,
+            config,
+            lambda name: f"{block.name}.{name}",
+            q.held,
         ):
             return _forward(block, use.contexts, inputs)
 

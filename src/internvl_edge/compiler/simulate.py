@@ -6,6 +6,9 @@ layer of forty may cost less than honest rounding. So the component is also comp
 simulation, made independently of what was written: from the checkpoint's own weights, folded and
 rounded anew, and the activation scales. Where the two differ by more than a few roundings, an
 axis, a scale or a pair of Q/DQ is wrong.
+
+What GPTQ rounded cannot be rounded anew without all of calibration. The simulation then takes the
+values as they were stored, with scales of its own, once they have been held against the weight.
 """
 
 from __future__ import annotations
@@ -25,16 +28,19 @@ from internvl_edge.export.blocks import PREFIXES, sites_of
 from internvl_edge.export.config import CheckpointConfig
 from internvl_edge.quantize import formats
 from internvl_edge.quantize.attention import SOFTMAX_SCALE, AttentionScales, scales_by_attention
-from internvl_edge.quantize.blockwise import block_of
+from internvl_edge.quantize.blockwise import block_of, unpack
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
+from internvl_edge.quantize.gptq import MAX_MOVED
 from internvl_edge.quantize.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.quantize.rotation import rotation
 
 STORED_SUFFIXES = (".bias", ".shift", ".spread")  # of parameters that calibration sets
 SCALES_FILE = "quantization.json"  # stream → weight → activation scale; null: not rounded
+Array = np.ndarray[Any, Any]
 Scales = Mapping[str, Mapping[str, float | None]]
 NOISE = 1e-4  # of a weight's largest scale
+MOVED_SLACK = 1.1  # of a squared error, folded and rotated once more
 SCALE_TOLERANCE = 1e-2  # of a weight's maximum, folded and rotated once more
 
 
@@ -63,9 +69,10 @@ def fake_quantized(
     module: nn.Module,
     scales: Mapping[str, float | None],
     recipe: Recipe,
-    stored: Mapping[str, np.ndarray[Any, Any]],
+    stored: Mapping[str, Array],
     config: CheckpointConfig,
     rename: Callable[[str], str] = str,
+    held: Callable[[str], Array | None] | None = None,
 ) -> Iterator[None]:
     """Make ``module`` compute what the quantized component should, while the context lasts.
 
@@ -76,6 +83,11 @@ def fake_quantized(
         stored: factors, biases and shifts as they were stored, by checkpoint name.
         config: of that form.
         rename: the checkpoint's name of a parameter of the module.
+        held: the stored values of a weight, by checkpoint name, for recipes that round by GPTQ;
+            None of a weight that is not stored, and then read by nothing.
+
+    Raises:
+        VerificationError: scales or values that are not those of a weight; names it.
     """
     parameters = {rename(name): p for name, p in module.named_parameters()}
     with ExitStack() as stack, torch.no_grad():
@@ -97,7 +109,7 @@ def fake_quantized(
             weight = rename(f"{name}.weight")
             if isinstance(layer, nn.Linear) and weight in scales:
                 _require_scales(weight, layer.weight, recipe.of(weight), stored)
-                layer.weight.copy_(_rounded(layer.weight, recipe.of(weight)))
+                layer.weight.copy_(_stored(weight, layer.weight, recipe.of(weight), held))
                 scale = scales[weight]
                 if scale is not None:
                     hook = _rounding_hook(scale, recipe.of(weight))
@@ -113,7 +125,7 @@ def fake_quantized(
 def _fold(
     parameters: Mapping[str, Tensor],
     reader: str,
-    values: np.ndarray[Any, Any],
+    values: Array,
     recipe: Recipe,
     config: CheckpointConfig,
 ) -> None:
@@ -155,6 +167,33 @@ def _split(layer: str) -> tuple[str, str]:
     return f"{prefix}.{index}", path
 
 
+def _stored(
+    name: str, weight: Tensor, recipe: Recipe, held: Callable[[str], Array | None] | None
+) -> Tensor:
+    """A weight as a graph multiplies by it: rounded anew, or what is held of it."""
+    nearest = _rounded(weight, recipe)
+    if recipe.rounding == "nearest":
+        return nearest
+    assert held is not None
+    values = held(name)
+    if values is None:
+        return nearest
+    outputs, inputs = weight.shape
+    if recipe.weights == "int4":
+        values = unpack(values, (inputs, outputs))
+    scale = _scales(weight, recipe)  # (N, 1) or (N, K / block, 1)
+    blocks = torch.from_numpy(values.astype(np.float32).T.copy()).reshape(*scale.shape[:-1], -1)
+    found = (blocks * scale).reshape(weight.shape)
+    far, near = (float((w - weight).square().sum()) for w in (found, nearest))
+    least = NOISE**2 * float(weight.square().sum())
+    if not far <= MOVED_SLACK * MAX_MOVED * near + least:
+        raise VerificationError(
+            f"{name}: expected values near those of the weight, their squared error at most "
+            f"{MAX_MOVED:g} times that of rounding to nearest, {near:.3g}, found {far:.3g}"
+        )
+    return found
+
+
 def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
     """Per output channel or block, as a builder would see it; plain torch arithmetic."""
     scale = _scales(weight, recipe)
@@ -180,9 +219,7 @@ def _limit(fmt: str) -> float:
     return formats.as_format(fmt).max_value
 
 
-def _require_scales(
-    name: str, weight: Tensor, recipe: Recipe, stored: Mapping[str, np.ndarray[Any, Any]]
-) -> None:
+def _require_scales(name: str, weight: Tensor, recipe: Recipe, stored: Mapping[str, Array]) -> None:
     """Hold a weight's stored scales against those that it should have.
 
     Raises:
