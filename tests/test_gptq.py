@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,15 +288,16 @@ def test_products_are_of_activations_as_their_readers_see_them(
     expected: dict[str, Array] = {}
     streams: dict[str, int] = {}
     found: dict[str, Array] = {}
-    settle, factor = calibrating.settle, Factor.__init__
+    settle, factor, lock = calibrating.settle, Factor.__init__, threading.Lock()
 
     def settled(use: Any, *args: Any) -> Any:
         result = settle(use, *args)
         key = use.group.key
         rows = result.rows.astype(np.float64)
         assert len(rows) == use.inputs.sample._seen, "the sample holds every row"
-        expected[key] = expected.get(key, 0) + rows.T @ rows
-        streams[key] = streams.get(key, 0) + 1
+        with lock:  # sites are settled side by side
+            expected[key] = expected.get(key, 0) + rows.T @ rows
+            streams[key] = streams.get(key, 0) + 1
         return result
 
     def factorised(self: Factor, h: Array, name: str) -> None:
@@ -303,7 +305,6 @@ def test_products_are_of_activations_as_their_readers_see_them(
         factor(self, h, name)
 
     monkeypatch.setattr(calibrating, "settle", settled)
-    monkeypatch.setattr(calibrating, "THREADS", 1)
     monkeypatch.setattr(Factor, "__init__", factorised)
     recipe = gptq_recipe("int8")
     calibrate(source_of(checkpoint, recipe), samples, recipe, STREAMS)
