@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.demo import scenes
 from internvl_edge.demo.language import CAPTION_PROMPT, DIGITS, TEMPLATES
+from internvl_edge.runtime.inplace import in_place
 from internvl_edge.runtime.session import Session
 
 Hits = NDArray[np.bool_]
@@ -136,7 +137,8 @@ def caption_logs(
         mask = np.ones((1, seen + ids.shape[1]), np.int64)
         positions = np.arange(seen, mask.shape[1])[None]
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
-        logits = decoder.run(feeds, outputs=["logits"])["logits"][0].astype(np.float64)  # (T, V)
+        found = decoder.run(in_place(feeds, decoder.inputs), outputs=["logits"])
+        logits = found["logits"][0].astype(np.float64)  # (T, V)
         logits -= logits.max(axis=1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
         first = start.shape[1]

@@ -23,7 +23,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,9 @@ def build_engine(
 
     started = time.monotonic()
     log = NativeLog()
-    with os_errors(onnx_path.parent), prepared(onnx_path) as graph:
+    with ExitStack() as stack:
+        with os_errors(onnx_path.parent):
+            graph = stack.enter_context(prepared(onnx_path))
         network = _parse(trt, chosen, component, graph, log)
         _check_inputs(network, component, inputs)
         config = _configure(trt, chosen, network, ranges, capabilities)

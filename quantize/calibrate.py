@@ -57,6 +57,7 @@ from internvl_edge.quantize.threads import each
 from internvl_edge.quantize.weights import QuantizedWeight, quantize_weight
 from internvl_edge.spool import Spool
 
+THREADS = 2  # that hold copies of activations or weights
 SMOOTHING_SUFFIX = ".smoothing"  # of the factors in the columns of a site's readers
 Array = np.ndarray[Any, Any]
 
@@ -119,7 +120,7 @@ def calibrate_block(
         uses += [Use(group, stream, one, change, is_only) for stream, one in inputs.items()]
     settled: list[Settled] = []
     if not recipe.is_weight_only:
-        settled += each(lambda use: settle(use, weights, recipe), uses)
+        settled += each(lambda use: settle(use, weights, recipe), uses, THREADS)
     corrections = {
         reader: found
         for use, found in zip(uses, settled, strict=False)
@@ -285,7 +286,9 @@ def _round(
     """Quantize every weight; with GPTQ group by group, so that one factor is there at a time."""
 
     def rounded(names: Sequence[str], factor: Factor | None) -> dict[str, QuantizedWeight]:
-        done = each(lambda name: quantize_weight(weights[name], name, recipe, factor), names)
+        done = each(
+            lambda name: quantize_weight(weights[name], name, recipe, factor), names, THREADS
+        )
         return dict(zip(names, done, strict=True))
 
     found: dict[str, QuantizedWeight] = {}

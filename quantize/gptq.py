@@ -119,7 +119,16 @@ def _factorise(h: Tensor, damping: float) -> None:
 
 
 def _cholesky(h: Tensor, damping: float) -> Tensor:
-    """L of H = L Lᵀ. No pivot is below the damping but by rounding, for which more is added."""
+    """L of H = L Lᵀ. No pivot is below the damping but by rounding, for which more is added.
+
+    Raises:
+        CalibrationError: H is not finite.
+    """
+    if not bool(h.isfinite().all()):
+        raise CalibrationError(
+            "GPTQ: expected finite products of a layer's inputs, found NaN or infinity; the recipe's "
+            'rounding "nearest" needs none'
+        )
     more = 0.0
     while True:
         lower: Tensor

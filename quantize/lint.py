@@ -39,35 +39,35 @@ GPUS = {  # that TensorRT or TensorRT-RTX builds for
 }
 
 
-def sm_of(target: str) -> int:
+def sm_of(gpu: str) -> int:
     """The compute capability of a GPU by name: 86 of ``sm86``, in whatever case.
 
     Raises:
         UsageError: none that is known.
     """
-    name = target.strip().lower()
+    name = gpu.strip().lower()
     if name not in GPUS:
         known = ", ".join(f"{name} ({gpus})" for name, gpus in GPUS.items())
-        raise UsageError(f"--target: expected one of {known}, found {target!r}")
+        raise UsageError(f"--gpu: expected one of {known}, found {gpu!r}")
     return int(name.removeprefix("sm"))
 
 
-def lint(path: Path, target: str | None = None) -> list[Finding]:
+def lint(path: Path, gpu: str | None = None) -> list[Finding]:
     """Every place where an ONNX file breaks a rule of Q/DQ placement.
 
     Args:
         path: the file; what it stores in others need not be there, but values of scales that are
             not cannot be judged.
-        target: the GPU that it shall run on, a key of ``GPUS``; None: nothing is assumed.
+        gpu: what that it shall run on, a key of ``GPUS``; None: nothing is assumed.
 
     Returns:
         In the order of the rules, and of the graph.
 
     Raises:
         ArtifactError: it is not ONNX, or cannot be read.
-        UsageError: a target that is not known.
+        UsageError: a GPU that is not known.
     """
-    sm = None if target is None else sm_of(target)
+    sm = None if gpu is None else sm_of(gpu)
     try:
         with open_regular(path) as file:
             data = file.read(MAX_NBYTES + 1)

@@ -57,8 +57,9 @@ def require_apart(call: Call, spec: EngineSpec) -> None:
     read = [
         (array.pointer, array.pointer + array.nbytes, f"input {name!r}")
         for name, array in call.feeds.items()
-        if is_bound_in_place(array)
-        and not (name in in_place and array.pointer == call.addresses[name])
+        # what is copied before the run is safe, but for a copy to where something is written
+        if is_bound_in_place(array) or (in_place and isinstance(array, DeviceArray))
+        if not (name in in_place and array.pointer == call.addresses[name])
     ]
     found = find_overlap(written, read)
     if found is not None:

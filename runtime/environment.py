@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
     return {
         "internvl_edge": __version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cpu_features": _cpu_features(),
         "cores_usable": _usable_cores(),

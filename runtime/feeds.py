@@ -27,6 +27,8 @@ __all__ = ["Array", "check_feeds", "check_outputs", "did_you_mean"]
 
 Array = np.ndarray[Any, Any]
 
+# Of a decoder whose cache is written in place (``inplace``).
+WRITE_INDICES, MASK, POSITIONS = "write_indices", "attention_mask", "position_ids"
 MAY_BE_EMPTY = frozenset({"past"})
 SIMILAR = 0.75  # of difflib's ratio, 0 to 1: a typo, not another name of the same family
 
@@ -49,7 +51,8 @@ def check_feeds(
 
     Raises:
         FeedError: a missing or unknown name, not a plain array, another dtype, byte order, rank or
-            dimension, dimensions that contradict each other, an empty batch, a non-finite value.
+            dimension, dimensions that contradict each other, an empty batch, a non-finite value,
+            new positions outside of a cache that is written in place.
     """
     if not isinstance(feeds, Mapping):
         raise FeedError(
@@ -75,6 +78,8 @@ def check_feeds(
                 raise FeedError(_wrong_size(spec, array, axis, "at least 1"))
     for spec, axis, expression in sums:
         _check_sum(spec, feeds[spec.name], axis, expression, sizes)
+    if WRITE_INDICES in specs:
+        _check_places(specs, feeds)
     if check_finite:
         for name, array in feeds.items():
             _check_finite(name, array)
@@ -95,6 +100,19 @@ def check_outputs(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> list
     if not names:
         raise UsageError(f"no outputs asked for; expected some of {', '.join(specs)}")
     return list(names)
+
+
+def _check_places(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> None:
+    """New positions lie within a cache that is written in place; nothing else would say so."""
+    first, tokens = feeds[WRITE_INDICES], feeds[POSITIONS]
+    if not isinstance(first, np.ndarray):
+        return
+    capacity, length = int(specs[MASK].shape[1]), tokens.shape[1]
+    if first.min() < 0 or first.max() + length > capacity:
+        raise FeedError(
+            f"input {WRITE_INDICES!r}: expected 0 to {capacity - length}, where {length} new "
+            f"positions fit into a cache of {capacity}, found {first.tolist()}"
+        )
 
 
 def _wrong_names(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> str:

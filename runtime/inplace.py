@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime.feeds import MASK, WRITE_INDICES
 
 __all__ = [
     "MASK",
@@ -35,8 +36,6 @@ __all__ = [
 ]
 
 PAST, PRESENT = "past_key_values.", "present."
-WRITE_INDICES = "write_indices"
-MASK = "attention_mask"
 
 Array = NDArray[Any]
 
@@ -60,19 +59,28 @@ def positions_of(mask: Array, first: int, capacity: int) -> dict[str, Array]:
         UsageError: the cache has no room for them.
     """
     rows, used = mask.shape
-    if used > capacity:
-        raise UsageError(
-            f"the cache has {capacity} positions, {used} are needed; ask for less, or export with "
-            f"--cache-capacity {used} or more"
-        )
+    _require_room(used, capacity)
     wide = np.ones((rows, capacity), np.int64)
     wide[:, :used] = mask
     return {MASK: wide, WRITE_INDICES: np.full(rows, first, np.int64)}
 
 
+def _require_room(used: int, capacity: int) -> None:
+    if used > capacity:
+        raise UsageError(
+            f"the cache has {capacity} positions, {used} are needed; ask for less, or export with "
+            f"--cache-capacity {used} or more"
+        )
+
+
 def placed(values: Array, capacity: int) -> Array:
-    """A cache [B,heads,P,d] as the first positions of one with zeros behind, [B,heads,C,d]."""
+    """A cache [B,heads,P,d] as the first positions of one with zeros behind, [B,heads,C,d].
+
+    Raises:
+        UsageError: it has more positions than that.
+    """
     rows, heads, past, width = values.shape
+    _require_room(past, capacity)
     whole = np.zeros((rows, heads, capacity, width), values.dtype)
     whole[:, :, :past] = values
     return whole

@@ -203,7 +203,7 @@ class OrtSession:
         for name, array in feeds.items():
             held.binding.bind_cpu_input(name, array)
         if is_in_place:
-            held.write_back(self._names, next(iter(feeds.values())).shape[:2], self._outputs)
+            held.write_back(self._names, feeds["position_ids"].shape, self._outputs)
         else:
             held.binding.bind_output(self._names[0], "cpu")
             for name in self._names[1:]:

@@ -362,7 +362,7 @@ def test_fp8_on_a_gpu(target: str | None, rules: set[str], tmp_path: Path) -> No
 def test_a_gpu_that_is_not_known(target: str, tmp_path: Path) -> None:
     g = Graph()
     path = g.save(tmp_path / "m.onnx", block(g))
-    with pytest.raises(UsageError, match=r"--target: expected one of sm75 \(Turing\), .*sm121"):
+    with pytest.raises(UsageError, match=r"--gpu: expected one of sm75 \(Turing\), .*sm121"):
         lint(path, target)
 
 
@@ -611,9 +611,9 @@ def test_the_command_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     g = Graph()
     path = str(g.save(tmp_path / "m.onnx", block(g, FP8)))
     assert run(["lint", path]) == 0
-    assert run(["lint", path, "--target", "sm89"]) == 0
+    assert run(["lint", path, "--gpu", "sm89"]) == 0
     capsys.readouterr()
-    assert run(["lint", path, "--target", "sm86"]) == 6
+    assert run(["lint", path, "--gpu", "sm86"]) == 6
     assert "error fp8-target: 1 place(s)" in capsys.readouterr().out
     assert run(["lint", path, "--target", "sm1"]) == 2
     assert "sm86 (Ampere)" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from test_inplace import noise
 
 from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.errors import CheckpointError, ResourceError
+from internvl_edge.errors import ArtifactError, ResourceError
 from internvl_edge.export import merge
 from internvl_edge.export.merge import joined_graph
 from internvl_edge.runtime.ort import OrtSession
@@ -37,6 +37,32 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def names(out: Path) -> set[str]:
     return {path.name for path in out.rglob("*")}
+
+
+def test_weights_of_another_type_are_joined_in_front_of_their_cast(
+    out: Path, tmp_path: Path
+) -> None:
+    """float32 shards that were linked, read by a float16 graph."""
+    options = ExportOptions(
+        checkpoint=out.parent / "checkpoint",
+        out=tmp_path / "half",
+        precision="fp16",
+        components=("text_embed",),
+        weights="copy",
+        verify="none",
+    )
+    compiler.export(options)
+    ids = np.random.default_rng(0).integers(3, 300, (2, 6))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    with open_session(tmp_path / "half", "text_embed") as session:
+        expected = session.run(feeds)
+    with (
+        joined_graph(tmp_path / "half" / "text_embed.onnx") as path,
+        OrtSession(path) as session,
+    ):
+        assert "joined" in path.name
+        found = session.run(feeds)
+    np.testing.assert_allclose(found["text_embeds"], expected["text_embeds"], atol=1e-3)
 
 
 @pytest.mark.parametrize("component", ["text_embed", "image_queries"])
@@ -102,7 +128,7 @@ def test_weights_that_became_shorter(out: Path, tmp_path: Path) -> None:
     os.truncate(data, data.stat().st_size // 8)
     before = names(tmp_path)
     with (
-        pytest.raises(CheckpointError, match="became shorter"),
+        pytest.raises(ArtifactError, match="became shorter"),
         joined_graph(tmp_path / "text_embed.onnx"),
     ):
         pass

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, BinaryIO, overload
 
 import numpy as np
@@ -29,16 +30,23 @@ FLOAT32 = np.dtype(np.float32)
 
 @dataclass(slots=True)
 class Budget:
-    """Bytes of memory that spools may still hold."""
+    """Bytes of memory that spools may still hold; of several threads."""
 
     free_nbytes: int
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def take(self, nbytes: int) -> bool:
         """Take ``nbytes`` if they are there."""
-        if nbytes > self.free_nbytes:
-            return False
-        self.free_nbytes -= nbytes
-        return True
+        with self._lock:
+            if nbytes > self.free_nbytes:
+                return False
+            self.free_nbytes -= nbytes
+            return True
+
+    def give_back(self, nbytes: int) -> None:
+        """Let others have what was taken."""
+        with self._lock:
+            self.free_nbytes += nbytes
 
 
 class Spool(Sequence[Array]):
@@ -101,7 +109,7 @@ class Spool(Sequence[Array]):
 
     def close(self) -> None:
         """Give back the memory; the arrays are gone, the file of a write-through spool is not."""
-        self._budget.free_nbytes += sum(a.nbytes for a in self._held if a is not None)
+        self._budget.give_back(sum(a.nbytes for a in self._held if a is not None))
         self._held.clear()
         self._file.close()
 

@@ -19,10 +19,10 @@ EXAMPLES = 3  # of each rule, in the answer for people
 
 @click.command()
 @click.argument("file", type=DIRECTORY)
-@click.option("--target", help="The GPU it shall run on, as sm86; default: any.")
+@click.option("--gpu", help="The GPU it shall run on, as sm86; default: any.")
 @backend
 @answers
-def lint(output: Output, backend: str, file: Path, target: str | None) -> None:
+def lint(output: Output, backend: str, file: Path, gpu: str | None) -> None:
     """Explain every violation of the Q/DQ placement rules in FILE.onnx, ours or another tool's.
 
     Exit code 0 where there is none (notes do not count), 6 where there are.
@@ -31,7 +31,7 @@ def lint(output: Output, backend: str, file: Path, target: str | None) -> None:
     from internvl_edge.quantize.lint import RULES, is_clean
     from internvl_edge.quantize.lint import lint as lint_file
 
-    findings = sorted(lint_file(file, target), key=lambda found: found.rule)
+    findings = sorted(lint_file(file, gpu), key=lambda found: found.rule)
     clean = is_clean(findings)
     counts: dict[str, int] = {}
     for rule, group in groupby(findings, key=lambda found: found.rule):

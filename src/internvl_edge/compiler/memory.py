@@ -19,7 +19,7 @@ BUILDER_NBYTES = 250_000_000
 BUILDER_NBYTES_PER_BLOCK = 11_500_000
 # A vision block has one qkv and no gate: nothing is merged. Of QLLaMA's weights two thirds are.
 MERGED_SHARE = 0.66
-JOINED_SHARE = 0.42  # of them, gate and up
+JOINED_SHARE = 0.42  # gate and up; with keys and values of cross-attention 0.44
 BLOCKLESS_COMPONENTS = ("image_pool",)
 LLAMA_COMPONENTS = (
     "image_queries",
@@ -50,7 +50,11 @@ def trim() -> None:
 
 
 def joined_nbytes(component: str, weights_nbytes: int, *, is_quantized: bool) -> int:
-    """Disk that weights joined for a builder take until the engine is built."""
+    """Disk that weights joined for a builder take until the engine is built.
+
+    Queries of a chat model are never quantized.
+    """
+    is_quantized = is_quantized and component != "chat_queries"
     is_joined = component in LLAMA_COMPONENTS and not is_quantized
     return int(JOINED_SHARE * weights_nbytes) if is_joined else 0
 

@@ -48,7 +48,7 @@ class Forecast:
     @property
     def disk_nbytes(self) -> int:
         written = sum(step.disk_nbytes for step in self.steps)
-        return written + max(step.scratch_nbytes for step in self.steps)
+        return written + max((step.scratch_nbytes for step in self.steps), default=0)
 
     def require_fit(self, folder: Path, budget: int | None = None, written_nbytes: int = 0) -> None:
         """Refuse, before any work, what this machine or a memory budget cannot hold.
