@@ -126,8 +126,8 @@ def _cholesky(h: Tensor, damping: float) -> Tensor:
     """
     if not bool(h.isfinite().all()):
         raise CalibrationError(
-            "GPTQ: expected finite products of a layer's inputs, found NaN or infinity; the recipe's "
-            'rounding "nearest" needs none'
+            "GPTQ: expected finite products of a layer's inputs, found NaN or infinity; the "
+            'recipe\'s rounding "nearest" needs none'
         )
     more = 0.0
     while True:

@@ -615,5 +615,5 @@ def test_the_command_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert run(["lint", path, "--gpu", "sm86"]) == 6
     assert "error fp8-target: 1 place(s)" in capsys.readouterr().out
-    assert run(["lint", path, "--target", "sm1"]) == 2
+    assert run(["lint", path, "--gpu", "sm1"]) == 2
     assert "sm86 (Ampere)" in capsys.readouterr().err
