@@ -16,7 +16,7 @@ from internvl_edge.cli.against import Contender, contender_of, rival
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.contest import Question, Results, measure_component
 from internvl_edge.cli.footprint import measure_footprint
-from internvl_edge.cli.options import DIRECTORY, answers, backend, names, one_of
+from internvl_edge.cli.options import DIRECTORY, NEW_FILE, answers, backend, names, one_of
 from internvl_edge.cli.seeded import (
     embedding_component,
     seeded_feeds,
@@ -27,7 +27,6 @@ from internvl_edge.runtime.environment import environment
 from internvl_edge.runtime.scenarios import SCENARIOS
 from internvl_edge.runtime.session import did_you_mean, require_backend
 
-FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 FEW_REQUESTS = 100  # below, p99 is nearly the slowest
 
 
@@ -58,7 +57,7 @@ FEW_REQUESTS = 100  # below, p99 is nearly the slowest
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option(
     "--image",
-    type=click.Path(path_type=Path),
+    type=DIRECTORY,
     help="The picture that is timed from its file's bytes to its embedding; default: a JPEG of "
     "640 by 480.",
 )
@@ -80,9 +79,11 @@ FEW_REQUESTS = 100  # below, p99 is nearly the slowest
     default=True,
     help="Open each component in a process of its own too, and say what memory that took.",
 )
-@click.option("--markdown", type=FILE, help="Write the table to this file too.")
+@click.option("--markdown", type=NEW_FILE, help="Write the table to this file too.")
 @click.option(
-    "--report", type=FILE, help="Write the first OUT's report to this file, with plots of speed."
+    "--report",
+    type=NEW_FILE,
+    help="Write the first OUT's report to this file, with plots of speed.",
 )
 @backend
 @answers
