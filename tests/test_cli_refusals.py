@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_vit
+from checkpoints import write_internvl, write_tokenizer, write_vit
+from PIL import Image
 
-from internvl_edge.cli import run
+from internvl_edge.cli import measure, run
+from internvl_edge.cli.console import Output
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,19 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = write_vit(folder / "checkpoint").path
     command = ["export", str(checkpoint), "-o", str(folder / "out"), "--verify", "none", "-q"]
     assert run(command) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``checkpoint``, a whole model; ``out``, compiled from it; ``photos`` of one picture."""
+    folder = tmp_path_factory.mktemp("place")
+    checkpoint = write_internvl(folder / "checkpoint").path
+    write_tokenizer(checkpoint)
+    command = ["export", str(checkpoint), "-o", str(folder / "out"), "--verify", "none", "-q"]
+    assert run(command) == 0
+    (folder / "photos").mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "photos" / "0.png")
     return folder
 
 
@@ -66,6 +81,75 @@ def test_what_a_benchmark_cannot_write(
     assert reason in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["match", "OUT", "PHOTOS", "--text", "a"], "expected one image, found a folder"),
+        (["answer", "OUT", "PHOTOS", "--prompt", "a"], "expected one image, found a folder"),
+        (["retrieve", "OUT", "PHOTOS", "--texts", "PHOTOS"], "one text a line; it is a folder"),
+    ],
+)
+def test_a_folder_in_place_of_a_file(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    names = {"OUT": str(place / "out"), "PHOTOS": str(place / "photos")}
+    assert message in refused(capsys, 3, *(names.get(word, word) for word in arguments))
+
+
+# --- options of text and of speed ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "3"], "--seed 3: nothing is drawn; add --temperature, --top-k or --top-p"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: expected at least 1"),
+        (["--max-new-tokens", "999"], "shorten the prompt or lower --max-new-tokens"),
+        (["--top-p", "2"], "--top-p 2.0: expected more than 0, up to 1"),
+        (["--num-beams", "2", "--top-k", "3"], "--num-beams 2: beams are not drawn; leave --temp"),
+        (["--num-beams", "2", "--stream"], "--num-beams 2: only one beam can be streamed"),
+    ],
+)
+def test_options_are_called_as_they_are_typed(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    command = ["answer", place / "out", place / "photos" / "0.png", "--prompt", "a"]
+    assert message in refused(capsys, 2, *command, *arguments)
+
+
+@pytest.mark.parametrize(("command", "default"), [("caption", 30), ("chat", 128)])
+def test_the_help_has_the_commands_own_default(
+    capsys: pytest.CaptureFixture[str], command: str, default: int
+) -> None:
+    assert run([command, "--help"]) == 0
+    assert f"of a text; {default} by default" in " ".join(capsys.readouterr().out.split())
+
+
+def test_streams_need_a_scenario(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, 2, "benchmark", place / "out", "--streams", "4")
+    assert "--streams 4" in message
+    assert "choose multi-stream, offline, server" in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["answer", "OUT", "IMAGE", "--prompt", ""],
+        ["caption", "OUT", "IMAGE", "--prompt", " "],
+        ["chat", "OUT", "IMAGE", "--question", ""],
+        ["classify", "OUT", "IMAGE", "--labels", ""],
+        ["match", "OUT", "IMAGE", "--text", ""],
+        ["retrieve", "OUT", "IMAGE", "--text", "a", "--text", " "],
+        ["embed", "OUT", "--text", ""],
+    ],
+)
+def test_an_empty_text_is_a_broken_input(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    names = {"OUT": str(place / "out"), "IMAGE": str(place / "photos" / "0.png")}
+    refused(capsys, 3, *(names.get(word, word) for word in arguments))
+
+
 # --- signals and faults --------------------------------------------------------------------------
 
 
@@ -106,3 +190,22 @@ def test_a_fault_of_ours_says_how_to_see_where(
     monkeypatch.setattr("internvl_edge.artifact.open_artifact", fail)
     message = refused(capsys, 7, "verify", "a folder")
     assert message.endswith("to see where: internvl-edge --debug verify 'a folder' --json")
+
+
+# --- figures that cannot be trusted --------------------------------------------------------------
+
+
+def test_a_benchmark_beside_other_work(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (999.0, 1.0, 1.0))
+    command = ["benchmark", str(place / "out"), "--components", "image_pool", "--seconds", "0"]
+    assert run([*command, "--no-roofline", "--no-memory"]) == 0
+    assert "warning: other work is under way, a load of 999.0 on" in capsys.readouterr().err
+
+
+def test_a_component_above_the_peaks(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"out": "o", "component": "c", "roofline": {"mfu": 1.5}}
+    measure.warn_of_peaks(Output(), [result, result | {"roofline": {"mfu": None}}])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: o c: MFU 150%")

@@ -44,12 +44,17 @@ class Output:
             for value in values:
                 click.echo(value)
 
-    def piece(self, text: str) -> None:
-        """A part of the answer, at once: as it is for people, a JSON object of its own else."""
+    def piece(self, shown: str, **fields: Any) -> None:
+        """A part of the answer, at once: as it is for people, a JSON object of its own else.
+
+        Args:
+            shown: for people.
+            fields: the same for programs, where it is more than text.
+        """
         if self.as_json:
-            click.echo(json.dumps({"piece": text}, ensure_ascii=False))
+            click.echo(json.dumps({"piece": fields or shown}, ensure_ascii=False))
         else:
-            click.echo(text, nl=False)
+            click.echo(shown, nl=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """The answer for people, as a table."""
