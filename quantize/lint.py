@@ -38,6 +38,9 @@ def lint(path: Path) -> list[Finding]:
     Raises:
         ArtifactError: it is not ONNX, or cannot be read.
     """
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.glob("*.onnx"))) or "no .onnx file"
+        raise ArtifactError(f"{path}: expected FILE.onnx, found a folder; in it: {inside}")
     try:
         with open_regular(path) as file:
             data = file.read(MAX_NBYTES + 1)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from checkpoints import write_internvl
 
-from internvl_edge.compiler import ExportOptions, export
+from internvl_edge.compiler import ExportOptions, check, export
 from internvl_edge.compiler.estimate import forecast
+from internvl_edge.compiler.steps import Forecast
+from internvl_edge.errors import ResourceError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -69,3 +71,17 @@ def test_an_engine_a_component(tmp_path: Path) -> None:
     found = {step.name: step for step in forecast(options).steps}
     assert found["build image_pool"].seconds < found["build vision"].seconds
     assert found["build vision"].memory_nbytes > found["build vision"].needed_nbytes
+
+
+def test_memory_that_verification_lacks_has_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_internvl(tmp_path / "checkpoint").path
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", verify="full")
+    (step,) = (step for step in forecast(options).steps if step.name == "verify")
+    short = Forecast(steps=(step,))
+    with pytest.raises(ResourceError, match="GB are allowed by --memory-budget; --verify none lea"):
+        short.require_fit(tmp_path, 1000)
+    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    (step,) = (step for step in forecast(options).steps if step.name == "verify")
+    assert step.remedy.startswith("--verify auto compares one block at a time, --verify none")

@@ -443,6 +443,29 @@ def test_a_missing_component_says_what_to_export(
 
 
 @pytest.mark.parametrize(
+    ("model", "call", "message"),
+    [
+        ({"internvl": None}, lambda m: m.encode_text("a"), "a vision tower alone, which has no te"),
+        ({"internvl": {}}, lambda m: m.parts.require("chat_vision"), "has no chat_vision"),
+        ({"chat": {"num_queries": 0, "llama": {}}}, lambda m: m.encode_image(PIXELS), "-Chat"),
+        (
+            {"chat": {"num_queries": 0, "llama": {}}},
+            lambda m: m.parts.require("chat_queries", "chat_decoder"),
+            "an InternVL-Chat, which has no chat_queries, chat_decoder",
+        ),
+    ],
+)
+def test_what_the_checkpoint_lacks_is_not_advised(
+    tmp_path: Path, model: dict[str, Any], call: Any, message: str
+) -> None:
+    counting = Counting(["vision"], tmp_path)
+    counting.model.parts.artifact.manifest.model.clear()
+    counting.model.parts.artifact.manifest.model.update(model)
+    with pytest.raises(UsageError, match=message):
+        call(counting.model)
+
+
+@pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda m: m.encode_image(PIXELS, "d"), UsageError, "mode 'd'"),

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 human = Console(stderr=True, highlight=False)
+SECONDS_BETWEEN_LINES = 10.0  # of progress in one step
 UNLIMITED = 100_000  # columns: what is read by a program or a file is never cut
 
 
@@ -77,9 +79,12 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
-        """A callback for ``compiler.Progress``, drawn as bars on a terminal and nowhere else."""
-        if self.quiet or not human.is_terminal or os.environ.get("CI"):
+        """A callback for ``compiler.Progress``: bars on a terminal, elsewhere a few lines."""
+        if self.quiet:
             yield lambda progress: None
+            return
+        if not human.is_terminal or os.environ.get("CI"):
+            yield _Lines(self)
             return
         columns = (
             TextColumn("{task.description:>9}", markup=False),
@@ -106,6 +111,24 @@ class Output:
                 )
 
             yield report
+
+
+class _Lines:
+    """Progress where nothing is drawn again: a line for every step, in a long one more of them."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._begun: set[str] = set()
+        self._told = -math.inf
+
+    def __call__(self, progress: Any) -> None:
+        now = time.monotonic()
+        if progress.step in self._begun and now - self._told < SECONDS_BETWEEN_LINES:
+            return
+        self._begun.add(progress.step)
+        self._told = now
+        count = f" {progress.done}/{progress.total}" if progress.total > 1 else ""
+        self._output.say(f"{progress.step}{count}: {progress.detail}")
 
 
 def error_line(message: str) -> None:

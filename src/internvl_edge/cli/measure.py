@@ -129,7 +129,6 @@ def benchmark(
             f"--streams {streams}: one call at a time is --scenario {scenario}; choose "
             f"{', '.join(SCENARIOS[1:])}, or leave --streams out"
         )
-    _warn_of_load(output)
     artifacts = _opened(outs)
     chosen = _components(artifacts, components)
     if image is not None and embedding_component(chosen) is None:
@@ -144,12 +143,13 @@ def benchmark(
         seconds=seconds,
         p99_ms=p99_ms,
     )
-    picture = _picture(image)
+    picture, sizes = _picture(image), _batch_sizes(batch)
+    _warn_of_load(output)
     results: Results = []
     ratios: Results = []
     for component in chosen:
         whole = picture if component == embedding_component(chosen) else None
-        for size in _batch_sizes(batch):
+        for size in sizes:
             measured, compared = measure_component(question, component, size, whole)
             results += measured
             ratios += compared

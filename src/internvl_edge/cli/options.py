@@ -71,13 +71,14 @@ def one_of(*choices: str) -> click.Choice[str]:
     return click.Choice(choices, case_sensitive=False)
 
 
-backend = click.option(
-    "--backend",
-    type=one_of(*BACKENDS),
-    default="auto",
-    show_default=True,
-    help="What runs the components.",
-)
+def _backend(text: str) -> Callable[[Function], Function]:
+    return click.option(
+        "--backend", type=one_of(*BACKENDS), default="auto", show_default=True, help=text
+    )
+
+
+backend = _backend("What runs the components.")
+no_backend = _backend("Taken by every command; it changes nothing in this one.")
 
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
