@@ -44,8 +44,7 @@ from onnx_ir.passes import common as passes
 
 from internvl_edge.errors import InternVLError
 
-# Operators that the residual stream goes through in a block, and inputs of each that may be it.
-ON_THE_STREAM = {"Add": 2, "Cast": 1, "Concat": 2, "Slice": 1}
+ON_THE_STREAM = {"Add": 2, "Cast": 1, "Concat": 2, "Slice": 1}  # → inputs that may be the stream
 Place = tuple[str, int]  # of a value in its block: its node's name behind the block's, its output
 
 
@@ -369,11 +368,7 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
 
 
 def residual_stream(model: ir.Model, stack: str, index: int) -> tuple[ir.Value, ir.Value]:
-    """The residual stream in front of a block of a tower, and behind it.
-
-    Raises:
-        InternVLError: there is no such block, or the blocks are not joined by one value.
-    """
+    """The residual stream before a block of a tower, and behind it; raises as ``keep_block``."""
     tower = _blocks(model, stack)
     if not 0 <= index < len(tower) or not all(block.nodes for block in tower):
         raise InternVLError(f"{stack}: expected a block {index}, found {len(tower)} blocks")
@@ -389,14 +384,13 @@ def _stream_into(tower: Sequence[_Block], index: int) -> ir.Value:
     """The residual stream in front of a block; of the first, what additions carry to its end."""
     if index > 0:
         return _stream_behind(tower[index - 1])
-    block = tower[0]
-    found, waiting = set(), [_stream_behind(block)]
+    block, found = tower[0], set()
+    waiting = [_stream_behind(block)]
     while waiting:
         value = waiting.pop()
-        node = value.producer()
         if value not in block.places:
             found.add(value)
-        elif node is not None:
+        elif node := value.producer():
             given = node.inputs[: ON_THE_STREAM.get(node.op_type, 0)]
             waiting += [v for v in given if v is not None and not v.is_initializer()]
     if len(found) != 1:

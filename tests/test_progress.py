@@ -35,3 +35,12 @@ def test_more_of_a_long_step(
     between = int(console.SECONDS_BETWEEN_LINES)
     counts = [f"quantize {done}/50: layers.{done}" for done in range(0, 50, between)]
     assert lines == ["trace: vision", *counts, "publish: out"]
+
+
+def test_a_reader_that_has_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("internvl_edge.cli.console.human.print", gone)
+    with Output().progress() as report:
+        report(Progress(step="trace", detail="vision", done=0, total=1))

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,8 @@ class _Lines:
         self._begun.add(progress.step)
         self._told = now
         count = f" {progress.done}/{progress.total}" if progress.total > 1 else ""
-        self._output.say(f"{progress.step}{count}: {progress.detail}")
+        with suppress(MemoryError, OSError):  # a reader that has gone ends no export
+            self._output.say(f"{progress.step}{count}: {progress.detail}")
 
 
 def error_line(message: str) -> None:
