@@ -39,8 +39,9 @@ def lint(path: Path) -> list[Finding]:
         ArtifactError: it is not ONNX, or cannot be read.
     """
     if path.is_dir():
-        inside = ", ".join(sorted(p.name for p in path.glob("*.onnx"))) or "no .onnx file"
-        raise ArtifactError(f"{path}: expected FILE.onnx, found a folder; in it: {inside}")
+        inside = sorted(path.glob("*.onnx"))
+        hint = f"; {len(inside)} are in it, such as {inside[0]}" if inside else ""
+        raise ArtifactError(f"{path}: expected FILE.onnx, found a folder{hint}")
     try:
         with open_regular(path) as file:
             data = file.read(MAX_NBYTES + 1)
