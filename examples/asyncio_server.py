@@ -103,5 +103,10 @@ async def serve(out: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2])))
+    if len(sys.argv) != 3 or not sys.argv[2].isdecimal():
+        sys.exit("usage: asyncio_server.py OUT PORT")
+    try:
+        asyncio.run(serve(sys.argv[1], int(sys.argv[2])))
+    except InternVLError as error:
+        sys.exit(f"error: {error}")
     sys.exit(1)

@@ -19,4 +19,9 @@ def main(out: str, text: str, *images: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) < 4 or sys.argv[1].startswith("-"):
+        sys.exit("usage: embed_app.py OUT TEXT IMAGE...")
+    try:
+        main(*sys.argv[1:])
+    except internvl_edge.InternVLError as error:
+        sys.exit(f"error: {error}")

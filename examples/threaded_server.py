@@ -95,4 +95,9 @@ def main(out: str, port: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 3 or not sys.argv[2].isdecimal():
+        sys.exit("usage: threaded_server.py OUT PORT")
+    try:
+        main(*sys.argv[1:])
+    except InternVLError as error:
+        sys.exit(f"error: {error}")

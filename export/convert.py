@@ -59,6 +59,12 @@ def convert_pickles(source: Path, out: Path) -> int:
         )
     if out.exists():
         raise UsageError(f"{out}: already exists; convert writes a new directory")
+    if not source.is_dir():
+        found = "found a file" if source.exists() else "it does not exist"
+        raise CheckpointError(
+            f"{source}: expected a folder with config.json and {', '.join(PICKLE_SUFFIXES)} "
+            f"files; {found}"
+        )
     pickles = _weights_of(source)
     if not pickles:
         raise CheckpointError(f"{source}: no {', '.join(PICKLE_SUFFIXES)} file to convert")

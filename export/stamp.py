@@ -44,6 +44,7 @@ from onnx_ir.passes import common as passes
 
 from internvl_edge.errors import InternVLError
 
+ON_THE_STREAM = {"Add": 2, "Cast": 1, "Concat": 2, "Slice": 1}  # → inputs that may be the stream
 Place = tuple[str, int]  # of a value in its block: its node's name behind the block's, its output
 
 
@@ -367,14 +368,10 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
 
 
 def residual_stream(model: ir.Model, stack: str, index: int) -> tuple[ir.Value, ir.Value]:
-    """The residual stream in front of a block of a tower, and behind it.
-
-    Raises:
-        InternVLError: there is no such block, or the blocks are not joined by one value.
-    """
+    """The residual stream before a block of a tower, and behind it; raises as ``keep_block``."""
     tower = _blocks(model, stack)
-    if not 0 <= index < len(tower) or len(tower) < 2 or not all(b.nodes for b in tower):
-        raise InternVLError(f"{stack}: expected a block {index} of two or more in {len(tower)}")
+    if not 0 <= index < len(tower) or not all(block.nodes for block in tower):
+        raise InternVLError(f"{stack}: expected a block {index}, found {len(tower)} blocks")
     return _stream_into(tower, index), _stream_behind(tower[index])
 
 
@@ -384,16 +381,18 @@ def _stream_behind(block: _Block) -> ir.Value:
 
 
 def _stream_into(tower: Sequence[_Block], index: int) -> ir.Value:
-    """The residual stream in front of a block."""
+    """The residual stream in front of a block; of the first, what additions carry to its end."""
     if index > 0:
         return _stream_behind(tower[index - 1])
-    first, second = tower[:2]
-    nodes = {str(node.name).removeprefix(first.name): node for node in first.nodes}
-    found = set()
-    for node, i in _stream_behind(first).uses():
-        twin = nodes.get(str(node.name).removeprefix(second.name))
-        if node in second.nodes and twin is not None:
-            found.add(twin.inputs[i])
-    if len(found) != 1 or None in found:
-        raise InternVLError(f"{first.name}: the blocks are not joined by one value")
-    return found.pop()  # type: ignore[return-value]
+    block, found = tower[0], set()
+    waiting = [_stream_behind(block)]
+    while waiting:
+        value = waiting.pop()
+        if value not in block.places:
+            found.add(value)
+        elif node := value.producer():
+            given = node.inputs[: ON_THE_STREAM.get(node.op_type, 0)]
+            waiting += [v for v in given if v is not None and not v.is_initializer()]
+    if len(found) != 1:
+        raise InternVLError(f"{block.name}: the blocks are not joined by one value")
+    return found.pop()

@@ -68,6 +68,10 @@ def lint(path: Path, gpu: str | None = None) -> list[Finding]:
         UsageError: a GPU that is not known.
     """
     sm = None if gpu is None else sm_of(gpu)
+    if path.is_dir():
+        inside = sorted(path.glob("*.onnx"))
+        hint = f"; {len(inside)} are in it, such as {inside[0]}" if inside else ""
+        raise ArtifactError(f"{path}: expected FILE.onnx, found a folder{hint}")
     try:
         with open_regular(path) as file:
             data = file.read(MAX_NBYTES + 1)

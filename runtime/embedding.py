@@ -129,7 +129,8 @@ class Embedder:
         The last sets of labels are remembered, so that classifying again costs no text.
 
         Raises:
-            UsageError: no labels, a label twice, a template without one ``{}`` or ``{c}``.
+            UsageError: a label twice, a template without one ``{}`` or ``{c}``.
+            MediaError: no labels, or an empty one.
         """
         key = (distinct_labels(labels), one_place_templates(templates))
         with self._lock:

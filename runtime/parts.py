@@ -6,7 +6,7 @@ else is computed from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,22 @@ if TYPE_CHECKING:
 __all__ = ["Parts"]
 
 TOKENIZER_FILE = "tokenizer.model"
+
+
+def _why_impossible(model: Mapping[str, Any], components: Sequence[str]) -> str | None:
+    """Why a checkpoint of this configuration cannot be compiled into components; None: it can."""
+    if chat := model.get("chat"):
+        kind = "an InternVL-Chat"
+        missing = [name for name in components if not name.startswith("chat_")]
+        own = {"chat_queries": chat["num_queries"], "chat_decoder": chat["llama"]}
+        missing += [name for name in components if name in own and not own[name]]
+    elif model.get("internvl") is not None:
+        kind = "an InternVL with QLLaMA"
+        missing = [name for name in components if name.startswith("chat_")]
+    else:
+        kind = "a vision tower alone"
+        missing = [name for name in components if name != "vision"]
+    return f"its checkpoint is {kind}, which has no {', '.join(missing)}" if missing else None
 
 
 class Parts:
@@ -89,10 +105,14 @@ class Parts:
         missing = [name for name in components if not self.has(name)]
         if missing:
             present = list(self.artifact.manifest.components)
+            impossible = _why_impossible(self.artifact.manifest.model, missing)
+            remedy = impossible or (
+                "run: internvl-edge export CHECKPOINT -o OUT --components "
+                f"{','.join([*present, *missing])}"
+            )
             raise UsageError(
                 f"{self.artifact.path} has no component {', '.join(missing)} (it has "
-                f"{', '.join(present)}){did_you_mean(missing[0], present)}; run: internvl-edge "
-                f"export CHECKPOINT -o OUT --components {','.join([*present, *missing])}"
+                f"{', '.join(present)}){did_you_mean(missing[0], present)}; {remedy}"
             )
 
     def run(self, component: str, output: str, **feeds: Array) -> Array:

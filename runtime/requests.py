@@ -56,11 +56,15 @@ def image_list(images: Any) -> Any:
     return given
 
 
-def text_list(texts: Any) -> list[str] | Array:
+def text_list(texts: Any, what: str = "text") -> list[str] | Array:
     """Strings as a list, or ids, an array or rows of equal length, as int64 [B,T].
 
+    Args:
+        texts: one or several.
+        what: they are called in errors.
+
     Raises:
-        MediaError: none, neither strings nor ids, or a negative id.
+        MediaError: none, an empty one, neither strings nor ids, or a negative id.
     """
     if isinstance(texts, np.ndarray) and texts.dtype.kind in "iu":
         if texts.ndim != 2 or not texts.size or texts.min() < 0:
@@ -78,8 +82,10 @@ def text_list(texts: Any) -> list[str] | Array:
         return text_list(_id_array(given))
     for i, text in enumerate(given):
         problem = text_problem(text)
+        if problem is None and not text.strip():
+            problem = "expected text, found none"
         if problem is not None:
-            raise MediaError(f"text {i + 1} of {len(given)}: {problem}")
+            raise MediaError(f"{what} {i + 1} of {len(given)}: {problem}")
     return given
 
 
@@ -167,14 +173,15 @@ def distinct_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """The classes.
 
     Raises:
-        UsageError: one string in place of several, none, an empty one, not a string, one twice.
+        UsageError: one string in place of several, or one twice.
+        MediaError: none, an empty one, or not a string.
     """
     if isinstance(labels, str):
         parts = [part.strip() for part in labels.split(",")]
         raise UsageError(f"labels: expected a list of strings such as {parts}, found {labels!r}")
     given = tuple(labels)
     if not given or not all(isinstance(label, str) and label.strip() for label in given):
-        raise UsageError(f"labels: expected one or more non-empty strings, found {list(given)!r}")
+        raise MediaError(f"labels: expected one or more non-empty strings, found {list(given)!r}")
     if len(set(given)) < len(given):
         twice = next(label for label in given if given.count(label) > 1)
         raise UsageError(f"labels: {twice!r} is there more than once")

@@ -214,11 +214,8 @@ def _caches(
 
 def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
     """The ids of each prompt, without padding."""
-    given = text_list(prompts)
+    given = text_list(prompts, "prompt")
     if not isinstance(given, np.ndarray):
-        for i, text in enumerate(given):
-            if not text.strip():
-                raise MediaError(f"prompt {i + 1} of {len(given)}: expected text, found none")
         ids, mask = parts.tokenizer.prompt(given)
         return [row[keep > 0].tolist() for row, keep in zip(ids, mask, strict=True)]
     llama = parts.artifact.manifest.language_model or {}

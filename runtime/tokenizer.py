@@ -38,6 +38,7 @@ PREFIX = "summarize:"
 CAPTION_PROMPT = "English caption:"  # of the published captioning results (section 3.5)
 MAX_TEXT_LENGTH = 80  # tokens that the text tower was trained on
 MAX_MODEL_NBYTES = 64 << 20
+MAX_SHOWN = 40  # characters of a text, in a warning
 GUARD = "<unk>"
 SPACE = "▁"  # how a piece spells a space
 
@@ -169,11 +170,11 @@ class Tokenizer:
             raise UsageError(f"max_length must be 2 or more (<s> and </s>), found {max_length}")
         rows = [self._encode(prefix + text) for text in texts]
         body = max_length - 2
-        for i, row in enumerate(rows):
+        for text, row in zip(texts, rows, strict=True):
             if len(row) > body:
                 logger.warning(
-                    "text %d has %d tokens, the last %d are cut off",
-                    i,
+                    "the text %r has %d tokens, the last %d are cut off",
+                    text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…",
                     len(row) + 2,
                     len(row) - body,
                 )

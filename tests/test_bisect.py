@@ -155,6 +155,32 @@ def test_the_language_tower_and_what_is_behind_it(tmp_path: Path) -> None:
     assert first_bad(bisect(out, checkpoint, "text_embed")) == ["text_embeds"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_towers_of_one_block(precision: str, tmp_path: Path) -> None:
+    shallow = replace(
+        TINY,
+        vision=replace(TINY.vision, num_hidden_layers=1),
+        qllama=replace(TINY.qllama, num_hidden_layers=1),
+    )
+    checkpoint = write_internvl(tmp_path / "checkpoint", shallow).path
+    out = tmp_path / "out"
+    export(ExportOptions(checkpoint=checkpoint, out=out, precision=precision, verify="none"))
+    readings = bisect(out, checkpoint)
+    assert {r.component for r in readings} >= {"vision", "image_queries", "text_embed", "decoder"}
+    assert first_bad(readings) == [None] * len(readings)
+    assert all(len(reading.blocks) == 1 for reading in readings)
+    bare = write_vit(tmp_path / "vit", shallow.vision).path
+    out = tmp_path / "bare"
+    export(ExportOptions(checkpoint=bare, out=out, precision=precision, verify="none"))
+    assert first_bad(bisect(out, bare)) == [None] * (1 + (precision == "int8"))
+
+
+@pytest.mark.parametrize("bound", [float("nan"), float("inf"), -1.0])
+def test_a_bound_that_is_none_is_refused(bound: float, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--min-sqnr .*: expected a number of dB from 0 up"):
+        bisect(tmp_path, tmp_path, min_sqnr_db=bound)
+
+
 def test_the_command(vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bisect", str(vit / "int8"), "--checkpoint", str(vit / "checkpoint")]
     assert run([*command, "--json"]) == 0

@@ -516,6 +516,27 @@ def test_chat_from_the_shell(
     assert not any(lines[3:])
 
 
+def test_a_bad_question_on_stdin_ends_nothing(
+    out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = tmp_path / "picture.png"
+    picture(60, 60).save(image)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"a\n<image> <image> b\n{'c' * 999}\na\n"))
+    command = ["chat", str(out), str(image), "--max-new-tokens", "4", "--json"]
+    assert run(command) == UsageError.exit_code
+    captured = capsys.readouterr()
+    turns = json.loads(captured.out.strip().splitlines()[-1])["turns"]
+    assert ["answer" in turn for turn in turns] == [True, False, False, True]
+    assert turns[1]["error"]["exit_code"] == UsageError.exit_code
+    assert "expected one for each of 1 image(s)" in turns[1]["error"]["message"]
+    told = captured.err.strip().splitlines()
+    assert [line.startswith("error: ") for line in told] == [True, True]
+    assert "or lower --max-new-tokens" in told[1]
+
+
 def test_chat_refuses_in_the_shell(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

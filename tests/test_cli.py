@@ -153,7 +153,10 @@ def test_embed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert run([*map(str, command)]) == 2
     assert "--force" in capsys.readouterr().err
     answer(capsys, *command, "--force", "--text", "a")
-    assert np.load(save)["texts"].shape == (1, 16)
+    saved = np.load(save)
+    assert saved["texts"].shape == (1, 16)
+    assert saved["image_names"].tolist() == [str(pictures / "0.png")]
+    assert saved["texts_given"].tolist() == ["a"]
 
 
 def test_embeddings_are_labelled(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,14 +226,13 @@ def test_match(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["match", str(place / "out"), str(picture), "--text", "b", "--text", "a", "--stream"]
     assert run([*command, "--json"]) == 0
     *pieces, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [piece["piece"].split() for piece in pieces] == [
-        [f"{item['probability']:.4f}", item["text"]]
-        for item in sorted(last["results"], key=lambda item: item["text"], reverse=True)
-    ]
+    given = sorted(last["results"], key=lambda item: str(item["text"]), reverse=True)
+    assert [piece["piece"] for piece in pieces] == given
     probabilities = [item["probability"] for item in found["results"]]
     assert [item["probability"] for item in last["results"]] == pytest.approx(probabilities)
     assert run(command) == 0
-    assert capsys.readouterr().out == "".join(piece["piece"] for piece in pieces)
+    lines = [f"{item['probability']:.4f}  {item['text']}\n" for item in given]
+    assert capsys.readouterr().out == "".join(lines)
 
 
 def test_answers_without_json_are_on_stdout(
@@ -243,7 +245,8 @@ def test_answers_without_json_are_on_stdout(
 
 @pytest.fixture
 def small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks of small products and arrays: wrong, and soon measured."""
+    """Peaks of small products and arrays: wrong, and soon measured; nothing else is running."""
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(peaks, "SIDE", 64)
     monkeypatch.setattr(peaks, "ARRAY_NBYTES", 1 << 20)
 
@@ -613,12 +616,20 @@ def test_every_failure_has_a_code_and_a_line(
     [
         (["export", "nowhere", "-o", "OUT"], 3, "does not exist"),
         (["export", "CHECKPOINT", "-o", "OUT", "-p", "int7"], 2, "int8"),
+        (["export", "CHECKPOINT", "-o", "OUT", "-p", "atuo"], 2, "did you mean 'auto'"),
+        (["export", "CHECKPOINT", "-o", "OUT", "-p", "auto"], 2, "add --max-drop, such as 1e-4"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--max-drop", "0.5"], 2, "--max-drop 0.5: of --pre"),
+        (["export", "CHECKPOINT", "-o", "OUT", "--metric", "cosine"], 2, "--metric cosine: of"),
+        (["convert", "nowhere", "OUT"], 3, "nowhere: expected a folder with config.json and"),
+        (["lint", "COMPILED"], 3, "expected FILE.onnx, found a folder; 7 are in it"),
+        (["embed", "CHECKPOINT", "PICTURE"], 3, "is a checkpoint: it has config.json"),
+        (["embed", "PICTURES", "PICTURE"], 3, "internvl-edge export CHECKPOINT -o OUT"),
         (["export", "CHECKPOINT", "-o", "OUT", "--components", "x"], 2, "vision"),
         (["export", "CHECKPOINT", "-o", "OUT", "--components", "visoin"], 2, "mean 'vision'"),
         (["export", "CHECKPOINT", "-o", "OUT", "--image-size", "100000"], 2, "--image-size"),
         (["export", "CHECKPOINT", "-o", "PICTURE/out"], 2, "is not a folder"),
         (["export", "CHECKPOINT", "-o", "OUT", "--target", ","], 2, "at least one name"),
-        (["export", "PICTURES", "-o", "OUT"], 3, "config.json or a compiled directory"),
+        (["export", "PICTURES", "-o", "OUT"], 3, "pictures to calibrate on go to --calib"),
         (["export", "COMPILED", "-o", "OUT"], 3, "is a compiled directory"),
         (["export", "CHECKPOINT", "-o", "OUT", "--image-size", "29"], 2, "28 and 42"),
         (["export", "CHECKPOINT", "-o", "COMPILED"], 2, "--force"),

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import internvl_edge
 from internvl_edge import compiler
 from internvl_edge.artifact import Artifact, open_artifact
+from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import (
     BuildError,
@@ -394,7 +395,7 @@ def test_force_replaces_only_what_is_complete(tiny: Written, tmp_path: Path) -> 
 
 def test_verify_refuses_another_checkpoint(tiny: Written, int8: Artifact, tmp_path: Path) -> None:
     other = write_internvl(tmp_path / "other", seed=9)
-    with pytest.raises(UsageError, match="was not made from"):
+    with pytest.raises(UsageError, match=r"was not made from .* of .* bytes, found .*--checkpoint"):
         compiler.verify(int8.path, other.path)
 
 
@@ -422,3 +423,19 @@ def test_a_recipe_file_is_followed(tiny: Written, pictures: Path, tmp_path: Path
     kinds = {name: entry.dtype for name, entry in stored.items()}
     assert kinds["vision_model.encoder.layers.0.attn.qkv.weight"] == np.int8
     assert kinds["vision_model.encoder.layers.0.mlp.fc1.weight"] != np.int8
+
+
+def test_what_a_recipe_says_in_vain_is_told(
+    tiny: Written, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = sum(path.suffix == ".png" for path in pictures.iterdir())
+    patterns = (r"mlp", r"layers\.0\.attn\.core$", r"mlp\.fc9")
+    recipe = replace(recipe_for("int8"), name="mine", exclude=patterns, num_samples=count + 1)
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.to_json()))
+    command = ["export", str(tiny.path), "-o", str(tmp_path / "out"), "-p", "int8", "--dry-run"]
+    assert run([*command, "--calib", str(pictures), "--recipe", str(file)]) == 0
+    told = [record.getMessage() for record in caplog.records if "recipe" in record.getMessage()]
+    assert len(told) == 2
+    assert r"excludes 'mlp\\.fc9', which matches no linear layer" in told[0]
+    assert f"{count} image(s) to calibrate on, the recipe asks for {count + 1}" in told[1]

@@ -12,7 +12,7 @@ from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
 from internvl_edge import compiler
 from internvl_edge.artifact import open_artifact
 from internvl_edge.compiler import ExportOptions, memory
-from internvl_edge.compiler.engines import profile_for
+from internvl_edge.compiler.engines import profile_for, profile_from, require_buildable
 from internvl_edge.engineinfo import Profile, read_engine_info
 from internvl_edge.errors import ResourceError, UsageError
 
@@ -104,7 +104,7 @@ def test_chat_builds(tmp_path: Path, precision: str) -> None:
     profile = read_engine_info(tmp_path / "out" / sidecar).profile
     assert profile.batch == (1, 1, 1)
     assert profile.length == (1, 320, 512)
-    assert profile.past == (0, 512, 512)
+    assert profile.past == (0, 511, 511)
 
 
 def test_ranges_that_were_not_asked_for_are_the_models(tmp_path: Path) -> None:
@@ -112,11 +112,45 @@ def test_ranges_that_were_not_asked_for_are_the_models(tmp_path: Path) -> None:
     options = ExportOptions(checkpoint=written.path, out=tmp_path / "out", verify="none")
     manifest = compiler.export(options).manifest
     found = profile_for(manifest, "chat_decoder", {"batch": (1, 2, 3)})
-    assert found == Profile(batch=(1, 2, 3), length=(1, 320, 512), past=(0, 512, 512))
+    assert found == Profile(batch=(1, 2, 3), length=(1, 320, 512), past=(0, 511, 511))
     asked = profile_for(manifest, "chat_decoder", {"length": (1, 2, 300)})
     assert asked.length == (1, 2, 300)
     with pytest.raises(UsageError, match="positions for 512 tokens, asked for up to 513"):
         profile_for(manifest, "chat_decoder", {"length": (1, 2, 513)})
+    with pytest.raises(UsageError, match="512 positions, asked for up to 512 before 1 or more"):
+        profile_for(manifest, "chat_decoder", {"past": (0, 96, 512)})
+    with pytest.raises(UsageError, match="512 positions, asked for up to 504 before 9 or more"):
+        profile_for(manifest, "chat_decoder", {"past": (0, 96, 504), "length": (9, 9, 9)})
+    assert profile_for(manifest, "chat_decoder", {"past": (0, 96, 511)}).past == (0, 96, 511)
+    assert profile_for(manifest, "chat_decoder", profile_from(batch="1,2,3")).past == (0, 96, 256)
+
+
+def test_a_size_that_no_component_has_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_internvl(tmp_path / "checkpoint").path
+    options = ExportOptions(
+        checkpoint=checkpoint,
+        out=tmp_path / "out",
+        components=("vision", "decoder"),
+        cache_capacity=40,
+        verify="none",
+    )
+    manifest = compiler.export(options).manifest
+    past = {"past": (0, 8, 20)}
+    with pytest.raises(UsageError, match="found vision; leave --past out"):
+        require_buildable(manifest, (), ["vision"], past)
+    with pytest.raises(UsageError, match="found vision, decoder, as --cache-capacity fixed"):
+        require_buildable(manifest, (), None, past)
+    require_buildable(manifest, (), ["vision"], profile_from(batch="1,2,3"))
+
+
+def test_usual_sizes_are_cut_to_a_small_model(tmp_path: Path) -> None:
+    checkpoint = write_internvl(tmp_path / "checkpoint").path  # of 128 positions
+    options = ExportOptions(
+        checkpoint=checkpoint, out=tmp_path / "out", components=("decoder",), verify="none"
+    )
+    manifest = compiler.export(options).manifest
+    for asked in (None, {"batch": (1, 2, 3)}, profile_from(batch="1,2,3")):
+        assert profile_for(manifest, "decoder", asked).past == (0, 96, 127)
 
 
 def test_engines_are_added_to_a_published_directory(tmp_path: Path) -> None:

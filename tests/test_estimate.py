@@ -11,8 +11,10 @@ import pytest
 import torch
 from checkpoints import TINY, write_internvl, write_vit
 
-from internvl_edge.compiler import ExportOptions, estimate, export
+from internvl_edge.compiler import ExportOptions, check, estimate, export
 from internvl_edge.compiler.estimate import forecast
+from internvl_edge.compiler.steps import Forecast
+from internvl_edge.errors import ResourceError
 from internvl_edge.quantize.recipe import recipe_for
 from internvl_edge.spool import Budget, Spool
 
@@ -122,3 +124,17 @@ def test_spools_of_every_stream_are_counted(
     monkeypatch.setattr(Spool, "append", watch)
     export(options)
     assert most <= step.disk_nbytes < 1.5 * most
+
+
+def test_memory_that_verification_lacks_has_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_internvl(tmp_path / "checkpoint").path
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", verify="full")
+    (step,) = (step for step in forecast(options).steps if step.name == "verify")
+    short = Forecast(steps=(step,))
+    with pytest.raises(ResourceError, match="GB are allowed by --memory-budget; --verify none lea"):
+        short.require_fit(tmp_path, 1000)
+    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    (step,) = (step for step in forecast(options).steps if step.name == "verify")
+    assert step.remedy.startswith("--verify auto compares one block at a time, --verify none")

@@ -98,6 +98,26 @@ def test_the_application(place: Path) -> None:
     assert len([line for line in source.split('"""')[2].splitlines() if line]) <= 20
 
 
+@pytest.mark.parametrize("name", ["embed_app.py", "threaded_server.py", "asyncio_server.py"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "usage: NAME OUT "),
+        (["--help"], "usage: NAME OUT "),
+        (["nowhere", "1", "2", "3"], "usage: "),
+        (["nowhere", "1"], "error: nowhere: expected a directory written by internvl-edge export"),
+    ],
+)
+def test_what_an_example_cannot_do_is_said(name: str, arguments: list[str], said: str) -> None:
+    if name == "embed_app.py" and len(arguments) > 1:
+        arguments, said = ["nowhere", "a", "0.png"], "error: nowhere: expected a directory"
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said.replace("NAME", name))
+    assert len(done.stderr.splitlines()) == 1
+
+
 def post(port: int, body: bytes) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}", data=body)
     try:

@@ -443,6 +443,29 @@ def test_a_missing_component_says_what_to_export(
 
 
 @pytest.mark.parametrize(
+    ("model", "call", "message"),
+    [
+        ({"internvl": None}, lambda m: m.encode_text("a"), "a vision tower alone, which has no te"),
+        ({"internvl": {}}, lambda m: m.parts.require("chat_vision"), "has no chat_vision"),
+        ({"chat": {"num_queries": 0, "llama": {}}}, lambda m: m.encode_image(PIXELS), "-Chat"),
+        (
+            {"chat": {"num_queries": 0, "llama": {}}},
+            lambda m: m.parts.require("chat_queries", "chat_decoder"),
+            "an InternVL-Chat, which has no chat_queries, chat_decoder",
+        ),
+    ],
+)
+def test_what_the_checkpoint_lacks_is_not_advised(
+    tmp_path: Path, model: dict[str, Any], call: Any, message: str
+) -> None:
+    counting = Counting(["vision"], tmp_path)
+    counting.model.parts.artifact.manifest.model.clear()
+    counting.model.parts.artifact.manifest.model.update(model)
+    with pytest.raises(UsageError, match=message):
+        call(counting.model)
+
+
+@pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda m: m.encode_image(PIXELS, "d"), UsageError, "mode 'd'"),
@@ -453,6 +476,8 @@ def test_a_missing_component_says_what_to_export(
         (lambda m: m.encode_image(PIXELS, batch_size=0), UsageError, "batch_size 0"),
         (lambda m: m.encode_text([]), MediaError, "at least one text"),
         (lambda m: m.encode_text(7), MediaError, "found int"),
+        (lambda m: m.encode_text(""), MediaError, "text 1 of 1: expected text, found none"),
+        (lambda m: m.retrieve(PIXELS, ["a", " "]), MediaError, "text 2 of 2: expected text"),
         (lambda m: m.encode_text(["a", 7]), MediaError, "text 2 of 2: .* found int"),
         (lambda m: m.encode_text([[1, 2], [3]]), MediaError, "rows of 2, 1 items"),
         (lambda m: m.encode_text([["a"], ["b"]]), MediaError, "as many integers each"),
@@ -461,12 +486,12 @@ def test_a_missing_component_says_what_to_export(
         (lambda m: m.encode_text(IDS[:0]), MediaError, r"found \[0, 4\]"),
         (lambda m: m.encode_text(-IDS), MediaError, "from -7"),
         (lambda m: m.encode_text(IDS * 1.0), MediaError, "found ndarray"),
-        (lambda m: m.classify(PIXELS, []), UsageError, "labels: expected one or more"),
+        (lambda m: m.classify(PIXELS, []), MediaError, "labels: expected one or more"),
         (lambda m: m.classify(PIXELS, "zero, seven"), UsageError, r"\['zero', 'seven'\], found"),
         (lambda m: m.classify(PIXELS, ["a"], mode="d"), UsageError, "mode 'd'"),
         (lambda m: m.retrieve([], ["a"]), MediaError, "at least one image"),
-        (lambda m: m.classify(PIXELS, ["a", " "]), UsageError, "non-empty"),
-        (lambda m: m.classify(PIXELS, ["a", 1]), UsageError, "non-empty strings"),
+        (lambda m: m.classify(PIXELS, ["a", " "]), MediaError, "non-empty"),
+        (lambda m: m.classify(PIXELS, ["a", 1]), MediaError, "non-empty strings"),
         (lambda m: m.classify(PIXELS, ["a", "b", "a"]), UsageError, "'a' is there more than once"),
         (lambda m: m.classify(PIXELS, ["a"], []), UsageError, "templates"),
         (lambda m: m.classify(PIXELS, ["a"], ["a photo"]), UsageError, "template 'a photo'"),

@@ -220,7 +220,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", [1, 3])  # inside the vision tower, and inside QLLaMA
 def test_interrupted_runs_end_byte_identical(
-    checkpoint: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    tmp_path: Path,
+    after: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     compiler.export(options(checkpoint, tmp_path / "whole"))
     finish, calls = Workspace.finish, []
@@ -244,7 +248,10 @@ def test_interrupted_runs_end_byte_identical(
         return run(block, *args)
 
     monkeypatch.setattr(calibration_step, "calibrate_block", calibrate)
-    compiler.export(options(checkpoint, tmp_path / "out"))
+    with caplog.at_level(logging.WARNING):
+        compiler.export(options(checkpoint, tmp_path / "out"))
+    total = len(done) + after
+    assert f"{after} of {total} block(s) that an earlier run finished are taken up" in caplog.text
     assert done
     assert not set(done) & set(calls), "finished blocks are not calibrated again"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

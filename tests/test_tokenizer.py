@@ -141,11 +141,13 @@ def test_an_empty_text_has_a_beginning_and_an_end(tokenizer: Tokenizer) -> None:
 def test_a_long_text_is_cut_with_a_warning(
     tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
+    long = "a red panda " * 100
+    count = len(tokenizer.prompt("summarize:" + long)[0][0]) + 1
     with caplog.at_level(logging.WARNING, "internvl_edge.runtime.tokenizer"):
-        ids = tokenizer.contrastive(["a dog", "a red panda " * 100], 20)
+        ids = tokenizer.contrastive(["a dog", long], 20)
     assert ids[1, -1] == tokenizer.eos_id and ids[1].all()
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
-        f"text 1 has {len(tokenizer.prompt('summarize:' + 'a red panda ' * 100)[0][0]) + 1} tokens"
+        f"the text {long[:40] + '…'!r} has {count} tokens"
     ]
 
 

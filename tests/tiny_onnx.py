@@ -73,7 +73,7 @@ def open_directory(
     manifest = Manifest(
         tool_version="0",
         precision="fp32",
-        model={},
+        model={"internvl": {}},
         image_size=image_size,
         preprocessing=preprocessing or {"size": 4},
         recipe=None,

@@ -1,6 +1,36 @@
-"""``python -m internvl_edge``: the command line."""
+"""``python -m internvl_edge``, and the command ``internvl-edge``.
 
-from internvl_edge.cli import main
+Importing the command line takes a moment, in which Ctrl-C is as likely as at any other.
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import NoReturn
+
+
+def main() -> None:
+    """Run the command line; while it is imported there is nothing to clean up after Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # or a shell ignores it
+        signal.signal(signal.SIGINT, _leave)
+    from internvl_edge.cli import main as run
+
+    try:
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        run()
+    except KeyboardInterrupt:  # just before or behind what the command line catches itself
+        _leave()
+
+
+def _leave(*_: object) -> NoReturn:
+    os.write(sys.stderr.fileno(), b"error: interrupted\n")
+    if "--json" in sys.argv:
+        error = {"type": "Interrupted", "message": "interrupted", "exit_code": 130}
+        os.write(sys.stdout.fileno(), f"{json.dumps({'error': error})}\n".encode())
+    os._exit(130)
+
 
 if __name__ == "__main__":
     main()

@@ -50,6 +50,7 @@ __all__ = [
     "open_artifact",
 ]
 
+CHECKPOINT_FILE = "config.json"  # of what is not compiled yet
 HASHING_THREADS = 2
 MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit
 
@@ -142,12 +143,30 @@ def _open_directory(path: Path) -> int:
 
 
 def _read_manifest(path: Path, directory: int) -> Manifest:
+    if not _has(directory, MANIFEST):
+        if _has(directory, CHECKPOINT_FILE):
+            raise ArtifactError(
+                f"{path} is a checkpoint: it has {CHECKPOINT_FILE} and no {MANIFEST}; compile it, "
+                f"internvl-edge export {path} -o OUT, and name OUT"
+            )
+        raise ArtifactError(
+            f"{path} is no compiled directory: it has no {MANIFEST}; make one, internvl-edge "
+            "export CHECKPOINT -o OUT, and name OUT"
+        )
     with _open(path, directory, MANIFEST) as file:
         data = file.read(MAX_NBYTES + 1)
     try:
         return Manifest.from_bytes(data)
     except ArtifactError as error:
         raise ArtifactError(f"{path / MANIFEST}: {error}") from error
+
+
+def _has(directory: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _open(path: Path, directory: int, name: str) -> io.BufferedReader:

@@ -183,8 +183,15 @@ def record(path: Path) -> FileRecord:
 
 
 def placed(out: Path) -> Path:
-    """The absolute path of a directory that may not exist; a final link is not followed."""
-    return out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+    """The absolute path of a directory that may not exist; a final link is not followed.
+
+    Raises:
+        UsageError: the root of the file system, which has no place beside it.
+    """
+    found = out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+    if not found.name:
+        raise UsageError(f"{out} is the root of the file system; choose a folder in it")
+    return found
 
 
 def make_parents(parent: Path, cleanup: ExitStack) -> None:

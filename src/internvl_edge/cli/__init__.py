@@ -8,9 +8,11 @@ and SIGTERM with 143, both after cleaning up.
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,12 +96,12 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        ours = as_ours(error)
+        ours = as_ours(error, arguments)
         return _fail(output, str(ours), ours.exit_code, type(ours).__name__)
     return code if isinstance(code, int) else 0  # click returns what a command exits with
 
 
-def as_ours(error: Exception) -> InternVLError:
+def as_ours(error: Exception, arguments: Sequence[str]) -> InternVLError:
     """Any failure as one of our errors, so that none leaves without its exit code."""
     if isinstance(error, InternVLError):
         cause = error.__cause__  # whatever a file was read for, it may be the system that ran out
@@ -109,7 +111,8 @@ def as_ours(error: Exception) -> InternVLError:
         return ResourceError("out of memory; --dry-run says what is needed")
     if isinstance(error, OSError):
         return translated(error, Path(str(error.filename or "")))
-    return InternVLError(f"unexpected {type(error).__name__}: {error}; --debug shows where")
+    command = shlex.join(["internvl-edge", "--debug", *(a for a in arguments if a != "--debug")])
+    return InternVLError(f"unexpected {type(error).__name__}: {error}; to see where: {command}")
 
 
 def _fail(output: Output, message: str, code: int, kind: str) -> int:

@@ -11,11 +11,11 @@ import click
 
 from internvl_edge.cli.console import Output, error_line
 from internvl_edge.cli.options import DIRECTORY, answers, backend
-from internvl_edge.cli.speak import generation, show, stream_option
+from internvl_edge.cli.speak import as_typed, generation, show, stream_option
 from internvl_edge.cli.use import expand, open_model
-from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.errors import InternVLError, SessionDead, UsageError
 from internvl_edge.runtime.chat import remembered
-from internvl_edge.runtime.model import Model
+from internvl_edge.runtime.model import CHAT_TOKENS, Model
 from internvl_edge.runtime.templates import Turn
 
 QUIT, CLEAR = "/quit", "/clear"
@@ -33,7 +33,7 @@ HELP = f"Ask; {CLEAR} forgets the conversation, {QUIT} or Ctrl-D ends it."
 )
 @click.option("--template", help="How the prompt is spelled; the checkpoint's own by default.")
 @click.option("--system", help="Instead of the template's own sentence.")
-@generation
+@generation(CHAT_TOKENS)
 @stream_option
 @backend
 @answers
@@ -50,13 +50,16 @@ def chat(
 ) -> None:
     """Talk about IMAGES, which are looked at once; the conversation is remembered.
 
-    An InternVL-G, as the bundled demo, answers single questions about one image: what was said
-    before is shown again with --json and not read by the model.
+    Of questions on stdin, one that fails is told and the next one asked; the exit code is that of
+    the first failure. An InternVL-G, as the bundled demo, answers single questions about one image:
+    what was said before is shown again with --json and not read by the model.
     """
     if stream and how.get("num_beams", 1) > 1:
         raise UsageError("--stream: only one beam can be streamed; leave --num-beams out")
     options = {"template": template, "system": system, **how}
-    paths, turns = expand(images) if images else [], []
+    paths = expand(images) if images else []
+    turns: list[dict[str, Any]] = []
+    failed: list[InternVLError] = []
     with open_model(out, backend) as model:
         seen = model.see(paths) if paths else None
         history: tuple[Turn, ...] = ()
@@ -68,13 +71,23 @@ def chat(
                 text, history = _answer(
                     output, model, seen, question, history, options, stream=stream
                 )
-            except (UsageError, MediaError) as error:
-                if questions or not sys.stdin.isatty():
+            except InternVLError as error:
+                if questions or isinstance(error, SessionDead):
                     raise
-                error_line(str(error))
+                failed.append(error)
+                turns.append({"question": question, "error": _told(error)})
                 continue
             turns.append({"question": question, "answer": text})
     output.result({"images": paths, "turns": turns})
+    if failed and not sys.stdin.isatty():
+        raise click.exceptions.Exit(failed[0].exit_code)
+
+
+def _told(error: InternVLError) -> dict[str, Any]:
+    """Say what is wrong with a question; the same for programs."""
+    message = as_typed(str(error))
+    error_line(message)
+    return {"type": type(error).__name__, "message": message, "exit_code": error.exit_code}
 
 
 def _answer(

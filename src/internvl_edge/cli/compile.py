@@ -15,22 +15,28 @@ from internvl_edge.cli.artifacts import (
     figures_row,
     show_artifact,
 )
+from internvl_edge.cli.asked import (
+    ARTIFACT_FILE,
+    CHECKPOINT_FILE,
+    PRECISIONS,
+    is_searched,
+    neither,
+    require_checkpoint,
+    require_components,
+)
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import (
     DIRECTORY,
     answers,
-    backend,
     memory,
     names,
+    no_backend,
     one_of,
     targets,
 )
-from internvl_edge.errors import CheckpointError, InputError, MissingDependency, UsageError
+from internvl_edge.errors import InputError, MissingDependency
 
-AUTO = "auto"
-PRECISIONS = "fp32, fp16, bf16, int8, fp8, int8-wo, int4-wo, auto"
 METRICS = ("cosine", "zero-shot", "recall@1")
-CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
 
 
 @click.command()
@@ -42,7 +48,7 @@ CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
     callback=lambda _, __, value: value.lower(),
     default="fp32",
     show_default=True,
-    help=f"{PRECISIONS}; or one per tower: vision=int8,decoder=int4-wo.",
+    help=f"{', '.join(PRECISIONS)}; or one per tower: vision=int8,decoder=int4-wo.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option("--image-size", type=int, help="Resolution; default: the checkpoint's own.")
@@ -101,7 +107,7 @@ CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
 )
 @click.option("--force", is_flag=True, help="Replace OUT, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything and forecast; write nothing.")
-@backend
+@no_backend
 @answers
 def export(
     output: Output,
@@ -118,11 +124,9 @@ def export(
     with as few layers in 16 bits as --max-drop allows.
     """
     compiler = _compiler()
-    _require_checkpoint(chosen["checkpoint"])
-    _require_components(chosen["components"])
-    is_auto = chosen["precision"] == AUTO
-    if is_auto == (max_drop is None) or (metric is not None and not is_auto):
-        raise UsageError("--precision auto and --max-drop go together; --metric is for them")
+    require_checkpoint(chosen["checkpoint"])
+    require_components(chosen["components"])
+    is_auto = is_searched(chosen["precision"], max_drop, metric)
     options = compiler.ExportOptions(**chosen | ({"precision": "int8"} if is_auto else {}))
     if dry_run:
         _dry_run(output, compiler, options)
@@ -161,7 +165,7 @@ def _search_lines(found: Any) -> list[str]:
 @click.option("--length", help="The same, of texts; 1,32,80, of a chat model 1,320,3584.")
 @click.option("--past", help="The same, of cached positions; 0,96,256, of a chat model 0,512,4096.")
 @click.option("--dry-run", is_flag=True, help="Say what it will take, and build nothing.")
-@backend
+@no_backend
 @answers
 def build(
     output: Output,
@@ -194,7 +198,7 @@ def build(
 @click.argument("out", type=DIRECTORY)
 @click.option("--checkpoint", type=DIRECTORY, help="Compare with this checkpoint in PyTorch too.")
 @click.option("--full", is_flag=True, help="Hash the checkpoint's own linked files whole, too.")
-@backend
+@no_backend
 @answers
 def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backend: str) -> None:
     """Check that OUT is what its manifest says, and with --checkpoint that it computes it.
@@ -231,7 +235,7 @@ def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backe
 
 @click.command()
 @click.argument("path", type=DIRECTORY)
-@backend
+@no_backend
 @answers
 def inspect(output: Output, path: Path, backend: str) -> None:
     """Say what PATH is: a compiled directory, or a checkpoint."""
@@ -241,7 +245,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
         show_artifact(output, open_artifact(path))
         return
     if not (path / CHECKPOINT_FILE).exists():
-        raise InputError(_neither(path))
+        raise InputError(neither(path))
     require_export()
     from internvl_edge.export.checkpoint import open_checkpoint
     from internvl_edge.export.components import available_components
@@ -274,7 +278,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
 @click.command()
 @click.argument("source", type=DIRECTORY)
 @click.argument("out", type=DIRECTORY)
-@backend
+@no_backend
 @answers
 def convert(output: Output, source: Path, out: Path, backend: str) -> None:
     """Turn a checkpoint of pickle files (.bin, .pth) into safetensors, in a subprocess."""
@@ -301,45 +305,6 @@ def require_export() -> None:
     for package in ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependency.of(package, "export")
-
-
-def _require_checkpoint(path: Path | None) -> None:
-    """Tell a folder of another kind from a checkpoint; what is wrong inside one is said later."""
-    if path is None or not path.is_dir() or (path / CHECKPOINT_FILE).exists():
-        return
-    if (path / ARTIFACT_FILE).exists():
-        raise CheckpointError(
-            f"{path} is a compiled directory ({ARTIFACT_FILE}); expected a checkpoint, the folder "
-            f"with {CHECKPOINT_FILE} and the weights it was made from"
-        )
-    raise CheckpointError(_neither(path))
-
-
-def _neither(path: Path) -> str:
-    found = (
-        "found neither"
-        if path.is_dir()
-        else "it is a file"
-        if path.exists()
-        else "it does not exist"
-    )
-    return (
-        f"{path}: expected a folder, a checkpoint with {CHECKPOINT_FILE} or a compiled directory "
-        f"with {ARTIFACT_FILE}; {found}"
-    )
-
-
-def _require_components(chosen: tuple[str, ...] | None) -> None:
-    """Refuse what no checkpoint has; whether this one has them is seen later."""
-    from internvl_edge.export.components import COMPONENTS
-    from internvl_edge.runtime.session import did_you_mean
-
-    for name in chosen or ():
-        if name not in COMPONENTS:
-            raise UsageError(
-                f"component {name!r}: expected some of {', '.join(COMPONENTS)}"
-                f"{did_you_mean(name, COMPONENTS)}"
-            )
 
 
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 human = Console(stderr=True, highlight=False)
+SECONDS_BETWEEN_LINES = 10.0  # of progress in one step
 UNLIMITED = 100_000  # columns: what is read by a program or a file is never cut
 
 
@@ -44,12 +46,17 @@ class Output:
             for value in values:
                 click.echo(value)
 
-    def piece(self, text: str) -> None:
-        """A part of the answer, at once: as it is for people, a JSON object of its own else."""
+    def piece(self, shown: str, **fields: Any) -> None:
+        """A part of the answer, at once: as it is for people, a JSON object of its own else.
+
+        Args:
+            shown: for people.
+            fields: the same for programs, where it is more than text.
+        """
         if self.as_json:
-            click.echo(json.dumps({"piece": text}, ensure_ascii=False))
+            click.echo(json.dumps({"piece": fields or shown}, ensure_ascii=False))
         else:
-            click.echo(text, nl=False)
+            click.echo(shown, nl=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """The answer for people, as a table."""
@@ -72,9 +79,12 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
-        """A callback for ``compiler.Progress``, drawn as bars on a terminal and nowhere else."""
-        if self.quiet or not human.is_terminal or os.environ.get("CI"):
+        """A callback for ``compiler.Progress``: bars on a terminal, elsewhere a few lines."""
+        if self.quiet:
             yield lambda progress: None
+            return
+        if not human.is_terminal or os.environ.get("CI"):
+            yield _Lines(self)
             return
         columns = (
             TextColumn("{task.description:>9}", markup=False),
@@ -101,6 +111,25 @@ class Output:
                 )
 
             yield report
+
+
+class _Lines:
+    """Progress where nothing is drawn again: a line for every step, in a long one more of them."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._begun: set[str] = set()
+        self._told = -math.inf
+
+    def __call__(self, progress: Any) -> None:
+        now = time.monotonic()
+        if progress.step in self._begun and now - self._told < SECONDS_BETWEEN_LINES:
+            return
+        self._begun.add(progress.step)
+        self._told = now
+        count = f" {progress.done}/{progress.total}" if progress.total > 1 else ""
+        with suppress(MemoryError, OSError):  # a reader that has gone ends no export
+            self._output.say(f"{progress.step}{count}: {progress.detail}")
 
 
 def error_line(message: str) -> None:

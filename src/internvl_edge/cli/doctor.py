@@ -14,7 +14,7 @@ import click
 
 from internvl_edge._version import __version__
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import answers, backend
+from internvl_edge.cli.options import answers, no_backend
 
 # Package → what it unlocks, and the extra that installs it.
 PACKAGES = {
@@ -34,7 +34,7 @@ PACKAGES = {
 
 
 @click.command()
-@backend
+@no_backend
 @answers
 def doctor(output: Output, backend: str) -> None:
     """Say what is installed, what this machine has, and what each missing piece would unlock."""

@@ -10,7 +10,7 @@ import click
 
 from internvl_edge.cli.compile import require_export
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, backend
+from internvl_edge.cli.options import DIRECTORY, answers, no_backend
 from internvl_edge.errors import VerificationError
 
 BLOCK_COLUMNS = ("block", "isolated", "accumulated", "unrounded", "worst tensor", "")
@@ -20,7 +20,7 @@ EXAMPLES = 3  # of each rule, in the answer for people
 @click.command()
 @click.argument("file", type=DIRECTORY)
 @click.option("--gpu", help="The GPU it shall run on, as sm86; default: any.")
-@backend
+@no_backend
 @answers
 def lint(output: Output, backend: str, file: Path, gpu: str | None) -> None:
     """Explain every violation of the Q/DQ placement rules in FILE.onnx, ours or another tool's.
@@ -60,7 +60,7 @@ def _verdict(counts: dict[str, int], clean: bool) -> str:
 @click.option("--checkpoint", type=DIRECTORY, help="What OUT was made from; default: the demo's.")
 @click.option("--component", help="One of OUT's; default: all that run through a tower.")
 @click.option("--min-sqnr", type=float, help="In dB, of every tensor; default: by precision.")
-@backend
+@no_backend
 @answers
 def bisect(
     output: Output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from internvl_edge.cli.against import Contender, contender_of, rival
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.contest import Question, Results, measure_component
 from internvl_edge.cli.footprint import measure_footprint
-from internvl_edge.cli.options import DIRECTORY, answers, backend, names, one_of
+from internvl_edge.cli.options import DIRECTORY, NEW_FILE, answers, backend, names, one_of
 from internvl_edge.cli.seeded import (
     embedding_component,
     seeded_feeds,
@@ -27,7 +28,7 @@ from internvl_edge.runtime.environment import environment
 from internvl_edge.runtime.scenarios import SCENARIOS
 from internvl_edge.runtime.session import did_you_mean, require_backend
 
-FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+STREAMS = 2  # calls at once, unless asked otherwise
 FEW_REQUESTS = 100  # below, p99 is nearly the slowest
 
 
@@ -47,7 +48,9 @@ FEW_REQUESTS = 100  # below, p99 is nearly the slowest
     help="How calls come in; all but the first measure each contender by itself.",
 )
 @click.option(
-    "--streams", type=click.IntRange(min=1), default=2, show_default=True, help="Calls at once."
+    "--streams",
+    type=click.IntRange(min=1),
+    help=f"Calls at once, of every scenario but the first; {STREAMS} by default.",
 )
 @click.option(
     "--p99",
@@ -58,7 +61,7 @@ FEW_REQUESTS = 100  # below, p99 is nearly the slowest
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option(
     "--image",
-    type=click.Path(path_type=Path),
+    type=DIRECTORY,
     help="The picture that is timed from its file's bytes to its embedding; default: a JPEG of "
     "640 by 480.",
 )
@@ -80,9 +83,11 @@ FEW_REQUESTS = 100  # below, p99 is nearly the slowest
     default=True,
     help="Open each component in a process of its own too, and say what memory that took.",
 )
-@click.option("--markdown", type=FILE, help="Write the table to this file too.")
+@click.option("--markdown", type=NEW_FILE, help="Write the table to this file too.")
 @click.option(
-    "--report", type=FILE, help="Write the first OUT's report to this file, with plots of speed."
+    "--report",
+    type=NEW_FILE,
+    help="Write the first OUT's report to this file, with plots of speed.",
 )
 @backend
 @answers
@@ -97,7 +102,7 @@ def benchmark(
     seconds: float,
     backend: str,
     scenario: str,
-    streams: int,
+    streams: int | None,
     p99_ms: float | None,
     roofline: bool,
     memory: bool,
@@ -119,6 +124,11 @@ def benchmark(
         raise UsageError(f"--checkpoint {checkpoint} is what --against pytorch times; add that")
     if p99_ms is not None and scenario != "server":
         raise UsageError(f"--p99 {p99_ms:g} bounds --scenario server; add that")
+    if streams is not None and scenario == SCENARIOS[0]:
+        raise UsageError(
+            f"--streams {streams}: one call at a time is --scenario {scenario}; choose "
+            f"{', '.join(SCENARIOS[1:])}, or leave --streams out"
+        )
     artifacts = _opened(outs)
     chosen = _components(artifacts, components)
     if image is not None and embedding_component(chosen) is None:
@@ -129,16 +139,17 @@ def benchmark(
         reference=_reference(against, checkpoint, artifacts, backend),
         backend=backend,
         scenario=scenario,
-        streams=streams,
+        streams=streams or STREAMS,
         seconds=seconds,
         p99_ms=p99_ms,
     )
-    picture = _picture(image)
+    picture, sizes = _picture(image), _batch_sizes(batch)
+    _warn_of_load(output)
     results: Results = []
     ratios: Results = []
     for component in chosen:
         whole = picture if component == embedding_component(chosen) else None
-        for size in _batch_sizes(batch):
+        for size in sizes:
             measured, compared = measure_component(question, component, size, whole)
             results += measured
             ratios += compared
@@ -151,11 +162,32 @@ def benchmark(
         "ratios": ratios,
     }
     _show(output, found)
+    warn_of_peaks(output, results)
     if markdown is not None:
         markdown.write_text(speedtable.markdown(found), encoding="utf-8")
     if report is not None:
         report.write_text(_report(next(iter(artifacts.values())), found), encoding="utf-8")
     output.result(found)
+
+
+def _warn_of_load(output: Output) -> None:
+    """What else runs on the machine makes every figure worse."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores:
+        output.say(
+            f"warning: other work is under way, a load of {load:.1f} on {cores} core(s): figures "
+            "will be worse than this machine's; wait until it is idle"
+        )
+
+
+def warn_of_peaks(output: Output, results: Results) -> None:
+    """No component is faster than the machine: then the peaks are wrong."""
+    for result in results:
+        if (share := result.get("roofline", {}).get("mfu") or 0) > 1:
+            output.say(
+                f"warning: {result['out']} {result['component']}: MFU {share:.0%}: the peaks were "
+                "measured too low, most likely beside other work; run again on an idle machine"
+            )
 
 
 def _opened(outs: tuple[Path, ...]) -> dict[str, Artifact]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,41 @@ from internvl_edge.cli.console import Output
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-DIRECTORY = click.Path(path_type=Path)
 BACKENDS = ("auto", "onnxruntime", "tensorrt-rtx", "tensorrt")
+
+
+class Place(click.Path):
+    """A path; an empty text, which ``pathlib`` takes for the current folder, is none."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | Any:
+        if value == "":
+            self.fail("expected a path, found an empty text; the current folder is '.'", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class NewFile(Place):
+    """A file that will be written, in a folder that is there: seen before any work."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | Any:
+        path = super().convert(value, param, ctx)
+        folder = path.absolute().parent
+        if path.is_dir():
+            self.fail(f"{path}: expected a file to write, found a folder", param, ctx)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            self.fail(f"{path}: {folder} cannot be written or is missing", param, ctx)
+        if path.exists() and not os.access(path, os.W_OK):
+            self.fail(f"{path}: cannot be written", param, ctx)
+        return path
+
+
+DIRECTORY, NEW_FILE = Place(), NewFile()
 
 
 def answers(function: Function) -> Function:
@@ -37,13 +71,14 @@ def one_of(*choices: str) -> click.Choice[str]:
     return click.Choice(choices, case_sensitive=False)
 
 
-backend = click.option(
-    "--backend",
-    type=one_of(*BACKENDS),
-    default="auto",
-    show_default=True,
-    help="What runs the components.",
-)
+def _backend(text: str) -> Callable[[Function], Function]:
+    return click.option(
+        "--backend", type=one_of(*BACKENDS), default="auto", show_default=True, help=text
+    )
+
+
+backend = _backend("What runs the components.")
+no_backend = _backend("Taken by every command; it changes nothing in this one.")
 
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,14 +12,14 @@ import click
 
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, backend
-from internvl_edge.cli.use import expand, open_model
+from internvl_edge.cli.use import expand, one_image, open_model
 from internvl_edge.errors import UsageError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 OPTIONS: dict[str, tuple[type, str]] = {
     "num_beams": (int, "Sentences kept under way, up to 128; 1 is greedy."),
-    "max_new_tokens": (int, "The most tokens of a text; 30 by default."),
+    "max_new_tokens": (int, "The most tokens of a text; {tokens} by default."),
     "min_new_tokens": (int, "The fewest; 0 by default."),
     "length_penalty": (float, "Of beams: above 0, longer sentences gain; 1 by default."),
     "temperature": (float, "Draw tokens; 1: as likely as the model has them."),
@@ -27,28 +28,52 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "seed": (int, "Draw the same tokens again."),
 }
 DRAWN = {"temperature", "top_k", "top_p"}  # of one beam
+NAMES = re.compile(rf"(?<![\w./-])(?:{'|'.join(OPTIONS)})(?![\w/])")
 stream_option = click.option("--stream", is_flag=True, help="Print text as it comes; greedy.")
 
 
-def generation(function: Function) -> Function:
-    """Add the options of generation; the command gets those given as ``how``."""
+def generation(max_new_tokens: int) -> Callable[[Function], Function]:
+    """Add the options of generation; the command gets those given as ``how``.
 
-    @functools.wraps(function)
-    def wrapped(**given: Any) -> Any:
-        how = {name: given.pop(name) for name in OPTIONS}
-        return function(how={n: v for n, v in how.items() if v is not None}, **given)
+    Args:
+        max_new_tokens: the command's default, for its help.
+    """
 
-    for name, (kind, text) in reversed(OPTIONS.items()):
-        option = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=text)
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]
+    def add(function: Function) -> Function:
+        @functools.wraps(function)
+        def wrapped(**given: Any) -> Any:
+            asked = {name: given.pop(name) for name in OPTIONS}
+            how = {name: value for name, value in asked.items() if value is not None}
+            if "seed" in how and not how.keys() & DRAWN:
+                raise UsageError(
+                    f"--seed {how['seed']}: nothing is drawn; add --temperature, --top-k or "
+                    "--top-p, or leave --seed out"
+                )
+            try:
+                return function(how=how, **given)
+            except UsageError as error:
+                raise UsageError(as_typed(str(error))) from error
+
+        for name, (kind, text) in reversed(OPTIONS.items()):
+            option = click.option(
+                as_typed(name), name, type=kind, help=text.format(tokens=max_new_tokens)
+            )
+            wrapped = option(wrapped)
+        return wrapped  # type: ignore[return-value]
+
+    return add
+
+
+def as_typed(message: str) -> str:
+    """A message of the library with its names of options as they are typed."""
+    return NAMES.sub(lambda found: f"--{found[0].replace('_', '-')}", message)
 
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
 @click.argument("images", type=DIRECTORY, nargs=-1, required=True)
 @click.option("--prompt", help="What the caption continues; 'English caption:' by default.")
-@generation
+@generation(30)
 @stream_option
 @backend
 @answers
@@ -93,7 +118,7 @@ def caption(
     required=True,
     help="A text to continue, as 'Question: how many? Answer:'; repeat for several.",
 )
-@generation
+@generation(30)
 @stream_option
 @backend
 @answers
@@ -107,6 +132,7 @@ def answer(
     backend: str,
 ) -> None:
     """Continue prompts about IMAGE; the image is looked at once for all of them."""
+    one_image(image)
     with open_model(out, backend) as model:
         if stream:
             _require_one("prompts", len(prompts))

@@ -43,7 +43,11 @@ texts_file = click.option("--texts", "file", type=DIRECTORY, help="A file of tex
 @texts_option
 @mode
 @click.option("--normalize", is_flag=True, help="Scale every embedding to length one.")
-@click.option("--save", type=DIRECTORY, help="Write the embeddings to this new .npz file.")
+@click.option(
+    "--save",
+    type=DIRECTORY,
+    help="Write the embeddings, image_names and texts_given to this new .npz file.",
+)
 @click.option("--force", is_flag=True, help="Replace the file of --save.")
 @backend
 @answers
@@ -72,7 +76,9 @@ def embed(
             results["texts"] = model.encode_text(list(texts), normalize=normalize)
     if save is not None:
         buffer = io.BytesIO()
-        np.savez(buffer, **cast(dict[str, Any], results))
+        told = {"image_names": [*map(str, paths)], "texts_given": [*texts]}
+        labels = {name: np.array(some) for name, some in told.items() if some}
+        np.savez(buffer, **cast(dict[str, Any], results | labels))
         write_atomically(save, buffer.getvalue())
         output.lines([f"{save}: {', '.join(f'{k} {v.shape}' for k, v in results.items())}"])
     else:
@@ -209,6 +215,7 @@ def match(
     backend: str,
 ) -> None:
     """Say how well each text describes IMAGE, by the image-text matching head."""
+    one_image(image)
     queries = read_texts(texts, file)
     scored: list[tuple[float, str]] = []
     with open_model(out, backend) as model:
@@ -217,7 +224,7 @@ def match(
             for probability, text in list(new):
                 scored.append((probability, text))
                 if stream:
-                    output.piece(f"{probability:.4f}  {text}\n")
+                    output.piece(f"{probability:.4f}  {text}\n", text=text, probability=probability)
     rows = sorted(scored, reverse=True)
     if not stream:
         output.lines([f"{probability:.4f}  {text}" for probability, text in rows])
@@ -240,17 +247,25 @@ def expand(paths: tuple[Path, ...]) -> list[Path]:
     return found
 
 
+def one_image(path: Path) -> None:
+    """Refuse a folder where a command looks at one image."""
+    if path.is_dir():
+        raise MediaError(f"{path}: expected one image, found a folder; name a file in it")
+
+
 def read_texts(texts: tuple[str, ...], file: Path | None) -> list[str]:
     """The texts of ``--text`` and ``--texts``."""
     given = list(texts)
+    if file is not None and file.is_dir():
+        raise MediaError(f"--texts {file}: expected a UTF-8 file, one text a line; it is a folder")
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise MediaError(f"{file}: expected a UTF-8 text file: {error}") from error
+            raise MediaError(f"--texts {file}: expected a UTF-8 text file: {error}") from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:
-            raise MediaError(f"{file}: expected texts, one a line, found none")
+            raise MediaError(f"--texts {file}: expected texts, one a line, found none")
         given += found
     if not given:
         raise UsageError("expected at least one --text, or a file of them as --texts")

@@ -134,8 +134,11 @@ def bisect(
 
     Raises:
         ArtifactError: the directory is not what its manifest says.
-        UsageError: another checkpoint than the one it was made from, or no such component.
+        UsageError: another checkpoint than the one it was made from, no such component, or a bound
+            that is no number of dB from 0 up.
     """
+    if min_sqnr_db is not None and not 0 <= min_sqnr_db < np.inf:
+        raise UsageError(f"--min-sqnr {min_sqnr_db:g}: expected a number of dB from 0 up")
     artifact = open_artifact(out, hash_files=False)
     opened = open_source(artifact, checkpoint)
     quantization = quantization_of(artifact, opened)

@@ -62,6 +62,14 @@ def load_samples(plan: Plan) -> CalibrationSet:
                 len(found.skipped),
                 ", ".join(found.skipped[:5]),
             )
+        if len(found) < count:
+            logger.warning(
+                "%s: %d image(s) to calibrate on, the recipe asks for %d; ranges that few images "
+                "reach may clip others, add more",
+                plan.options.calibration,
+                len(found),
+                count,
+            )
         return found
     if plan.is_demo:
         from internvl_edge.demo import scenes  # training scans only; needs scikit-learn
@@ -141,6 +149,13 @@ def quantize_weights(
     layout = quantized_layout(plan, needed)
     streams = {COMPONENT_STREAM[name] for name in models if name in COMPONENT_STREAM}
     total = _num_blocks(plan, streams)
+    if work.num_done:
+        logger.warning(
+            "%d of %d block(s) that an earlier run finished are taken up from %s",
+            work.num_done,
+            total,
+            work.path,
+        )
     blocks = calibration_blocks(plan.source, samples, streams, work)
     done = {name for entry in work.entries for name in entry["weights"]}
     path = work.path / WEIGHTS_FILE

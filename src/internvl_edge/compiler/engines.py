@@ -96,14 +96,32 @@ def profile_for(
     internvl = manifest.model.get("internvl")
     queries = internvl["num_query_token"] if internvl and component == "matcher" else 0
     longest = llama["max_position_embeddings"] - queries
-    if "length" in ranges and ranges["length"][2] > longest:
+    length = ranges.get("length", _capped(usual.length, longest))
+    if length[2] > longest:
         raise UsageError(
-            f"--length: {component} has positions for {longest} tokens, asked for up to "
-            f"{ranges['length'][2]}"
+            f"--length: {component} has positions for {longest} tokens, asked for up to {length[2]}"
         )
-    low, typical, high = (min(n, longest) for n in usual.length)
-    past = usual.past[0], min(usual.past[1], longest), min(usual.past[2], longest)
-    return replace(usual, **{"length": (low, typical, high), "past": past} | ranges)
+    room = longest - length[0]  # a call adds one token at least
+    past = ranges.get("past", usual.past)
+    if past in (usual.past, Profile().past):  # not asked for
+        past = _capped(past, room)
+    if past[2] > room and "past" in _dimensions(manifest, [component]):
+        raise UsageError(
+            f"--past: {component} has {longest} positions, asked for up to {past[2]} before "
+            f"{length[0]} or more new ones"
+        )
+    return replace(usual, **ranges | {"length": length, "past": past})
+
+
+def _capped(sizes: Range, most: int) -> Range:
+    low, typical, high = sizes
+    return min(low, most), min(typical, most), min(high, most)
+
+
+def _dimensions(manifest: Manifest, components: Collection[str]) -> set[str]:
+    """The dimensions of components' inputs that are decided at run time."""
+    specs = [spec for name in components for spec in manifest.components[name].inputs]
+    return {size for spec in specs for size in spec.shape if isinstance(size, str)}
 
 
 def forecast_build(
@@ -134,7 +152,7 @@ def require_buildable(
 
     Raises:
         UsageError: a component that the directory does not have, a target without engines, or a
-            profile that is longer than a model.
+            profile that is longer than a model, or of a dimension that nothing has.
         MissingDependency, HardwareError: a target's package, or its GPU, is missing.
     """
     require_targets(targets, manifest.precision)
@@ -145,8 +163,24 @@ def require_buildable(
                 f"component {name!r}: the directory has {', '.join(known)}"
                 f"{did_you_mean(name, known)}"
             )
-    for name in components or known:
+    chosen = tuple(components or known)
+    if not isinstance(profile, Profile):
+        _require_dimensions(manifest, chosen, profile or {})
+    for name in chosen:
         profile_for(manifest, name, profile)
+
+
+def _require_dimensions(
+    manifest: Manifest, components: Sequence[str], asked: Mapping[str, Range]
+) -> None:
+    """Refuse sizes of a dimension that no component has."""
+    for size in sorted({*asked} - _dimensions(manifest, components)):
+        is_fixed = size == "past" and any("decoder" in name for name in components)
+        why = ", as --cache-capacity fixed it when OUT was exported" if is_fixed else ""
+        raise UsageError(
+            f"--{size}: expected a component with that dimension, found {', '.join(components)}"
+            f"{why}; leave --{size} out"
+        )
 
 
 def build(

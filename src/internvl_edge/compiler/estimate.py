@@ -326,11 +326,14 @@ def _verify(plan: Plan) -> Step:
         compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
         seconds = 3.0
     graphs = 1 if plan.base == plan.engine_base else 2
+    is_by_choice = plan.options.verify == "full" and not is_compared_whole(plan.checkpoint, "auto")
+    remedy = "--verify auto compares one block at a time, " if is_by_choice else ""
     copies = VERIFY_COPIES["quantized" if plan.recipe is not None else plan.base]
     return Step(
         name="verify",
         memory_nbytes=IMPORTS_NBYTES + int(copies * compared),
         disk_nbytes=0,
+        remedy=f"{remedy}--verify none leaves the comparison out",
         seconds=graphs
         * len(plan.components)
         * seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -108,6 +109,8 @@ def make_plan(options: ExportOptions) -> Plan:
     _check_capacity(options.cache_capacity, checkpoint, components)
     _warn_without_tokenizer(checkpoint.path, components)
     _require_layers(options.precision, recipe, checkpoint)
+    if options.recipe is not None and recipe is not None:
+        _warn_of_patterns(recipe, checkpoint)
     return Plan(
         options=options,
         checkpoint=checkpoint,
@@ -138,6 +141,27 @@ def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoin
             f"--precision {precision}: expected linear layers to quantize, found none; "
             f"{checkpoint.path} has no such tower, or the recipe excludes all of it"
         )
+
+
+def _warn_of_patterns(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """A pattern that matches nothing is most likely misspelled, and what it meant is quantized."""
+    names = [
+        name.removesuffix(".weight")
+        for name, entry in checkpoint.tensors.items()
+        if ".layers." in name and name.endswith(".weight") and len(entry.shape) == 2
+    ]
+    cores = [f"{name.removesuffix('qkv')}core" for name in names if name.endswith(".attn.qkv")]
+    for one in filter(None, (recipe, recipe.language)):
+        own = [name for name in (*names, *cores) if recipe.of(name) is one]
+        for pattern in one.exclude:
+            if not any(re.search(pattern, name) for name in own):
+                logger.warning(
+                    "the recipe excludes %r, which matches no linear layer of %s; their names are "
+                    "such as %s",
+                    pattern,
+                    checkpoint.path,
+                    own[0] if own else "none",
+                )
 
 
 def _check_parent(out: Path) -> None:

@@ -52,6 +52,7 @@ from internvl_edge.quantize.statistics import read_statistics, write_statistics
 from internvl_edge.resume import Workspace, drop_published, workspace
 
 MB = 10**6
+MAX_LISTED = 3  # shards, in an error
 # Files of a checkpoint that a runtime reads; copied as they are.
 SIDE_FILES = (
     "tokenizer.model",
@@ -199,11 +200,24 @@ def open_source(artifact: Artifact, checkpoint: Path) -> Checkpoint:
     expected = artifact.manifest.source["files"]
     found = _source_files(opened.shards)
     if found != expected:
+        of_old = {name: shard["nbytes"] for name, shard in expected.items()}
+        of_this = {name: shard["nbytes"] for name, shard in found.items()}
+        difference = (
+            "its shards have the same names and sizes, and other tensors"
+            if of_old == of_this
+            else f"expected {_listed(of_old)}, found {_listed(of_this)}"
+        )
         raise UsageError(
-            f"{artifact.path} was not made from {checkpoint}: expected shards {expected}, "
-            f"found {found}"
+            f"{artifact.path} was not made from {checkpoint}: {difference}; name its checkpoint "
+            f"with --checkpoint, a folder that was called {artifact.manifest.source['checkpoint']}"
         )
     return opened
+
+
+def _listed(shards: Mapping[str, int]) -> str:
+    """The first shards with their sizes."""
+    some = [f"{name} of {nbytes} bytes" for name, nbytes in [*shards.items()][:MAX_LISTED]]
+    return ", ".join([*some, *[f"{len(shards) - MAX_LISTED} more"] * (len(shards) > MAX_LISTED)])
 
 
 def quantization_of(artifact: Artifact, checkpoint: Checkpoint) -> Quantization | None:

@@ -28,6 +28,7 @@ class Step:
     seconds: float
     mapped_nbytes: int = 0  # of the memory
     scratch_nbytes: int = 0  # of disk beside that, until the step ends
+    remedy: str = "--dry-run lists every step"  # for who has less
 
     @property
     def needed_nbytes(self) -> int:
@@ -68,7 +69,7 @@ class Forecast:
             source = "are free" if budget is None else "are allowed by --memory-budget"
             raise ResourceError(
                 f"step {worst.name!r} needs {worst.needed_nbytes / 1e9:.2f} GB of memory, "
-                f"{limit / 1e9:.2f} GB {source}; --dry-run lists every step"
+                f"{limit / 1e9:.2f} GB {source}; {worst.remedy}"
             )
 
     def rows(self) -> list[tuple[str, str, str, str]]:
