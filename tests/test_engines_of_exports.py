@@ -86,6 +86,7 @@ def test_decoders_with_their_cache_in_place_build(tmp_path: Path, precision: str
     info = read_engine_info(tmp_path / "out" / engine.sidecar)
     (cache, *_) = (spec for spec in info.inputs if spec.name.startswith("past_key_values."))
     assert cache.shape == ("batch", 2, 40, 32)
+    assert (info.profile.batch, info.profile.length) == ((1, 1, 4), (1, 32, 40))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])

@@ -161,7 +161,10 @@ def _search_lines(found: Any) -> list[str]:
     help="tensorrt-rtx, tensorrt, or both, comma-separated.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
-@click.option("--batch", help="Smallest, usual, largest; 1,4,16, of a chat decoder 1,1,1.")
+@click.option(
+    "--batch",
+    help="Smallest, usual, largest; 1,4,16; of a cache in place 1,1,4, of a chat decoder 1,1,1.",
+)
 @click.option("--length", help="The same, of texts; 1,32,80, of a chat model 1,320,3584.")
 @click.option("--past", help="The same, of cached positions; 0,96,256, of a chat model 0,512,4096.")
 @click.option("--dry-run", is_flag=True, help="Say what it will take, and build nothing.")

@@ -23,9 +23,11 @@ from internvl_edge.errors import UsageError
 from internvl_edge.export.engine import Prepare, Profile, build_engine
 from internvl_edge.export.targets import choose_capabilities, find_target, load_builder
 from internvl_edge.publish import record, update, write_manifest
+from internvl_edge.runtime.inplace import capacity_of
 from internvl_edge.runtime.session import did_you_mean
 
 ENGINES = "engines"
+IN_PLACE_BATCH = (1, 1, 4)
 COMPUTE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -96,6 +98,10 @@ def profile_for(
     internvl = manifest.model.get("internvl")
     queries = internvl["num_query_token"] if internvl and component == "matcher" else 0
     longest = llama["max_position_embeddings"] - queries
+    capacity = capacity_of({spec.name: spec for spec in manifest.components[component].inputs})
+    if capacity is not None:  # a session takes memory for the whole cache of every row
+        batch = min(usual.batch, IN_PLACE_BATCH)
+        longest, usual = min(longest, capacity), replace(usual, batch=batch)
     length = ranges.get("length", _capped(usual.length, longest))
     if length[2] > longest:
         raise UsageError(
