@@ -178,5 +178,7 @@ def test_the_largest_call_is_that_of_all_profiles() -> None:
         {"input_ids": (8, 20), "attention_mask": (8, 40), "past_key_values.0.key": (8, 4, 20, 16)},
     ]
     profiles = tuple(Bounds(index=i, low={}, high=high) for i, high in enumerate(highs))
-    spec = EngineSpec(inputs=inputs, outputs={}, tensors=inputs, dtypes={}, profiles=profiles)
+    spec = EngineSpec(
+        inputs=inputs, outputs={}, tensors=inputs, dtypes={}, profiles=profiles, aliases={}
+    )
     assert spec.largest == {"batch": 8, "length": 20, "past": 64}

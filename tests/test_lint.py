@@ -556,9 +556,10 @@ def test_what_is_not_onnx_is_refused(data: bytes, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_and_a_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.onnx", tmp_path):
-        with pytest.raises(ArtifactError, match="cannot be read"):
-            lint(path)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        lint(tmp_path / "none.onnx")
+    with pytest.raises(ArtifactError, match=r"expected FILE\.onnx, found a folder"):
+        lint(tmp_path)
 
 
 def test_a_graph_that_bites_its_tail(tmp_path: Path) -> None:
