@@ -54,7 +54,7 @@ BLOCK_NBYTES_PER_PARAMETER = 9.0  # float32, what was read, and what is quantize
 MAX_SPOOLED_NBYTES = 300_000_000
 CONVERT_NBYTES_PER_SECOND = 250e6
 FORWARD_OVERHEAD = 1.15  # of a block's forward over its matrix products
-QUANTIZE_SECONDS_PER_PARAMETER = 17e-9  # reading, folding, rounding and writing it
+QUANTIZE_SECONDS_PER_PARAMETER = 12e-9  # reading, folding, rounding and writing it
 USUAL_TEXT_LENGTH = 16  # tokens of a caption
 VERIFY_NBYTES_PER_SECOND = 200e6
 # What is compared, in float32: reference and graph, constants that are widened, and the simulation.
