@@ -286,11 +286,13 @@ class Slot:
         self, feeds: Mapping[str, Any], targets: Mapping[str, DeviceArray]
     ) -> dict[str, int]:
         """Where tensors are: in the slot's memory, but for those in memory of others."""
-        aliases = self._spec.aliases
         addresses = {name: buffer.pointer for name, buffer in self._buffers.items()}
         addresses |= {name: a.pointer for name, a in feeds.items() if is_bound_in_place(a)}
         addresses |= {name: array.pointer for name, array in targets.items()}
-        for output, source in aliases.items():  # an input that is written belongs to nobody else
+        for (
+            output,
+            source,
+        ) in self._spec.aliases.items():  # an input that is written belongs to nobody else
             own = targets.get(output, self._buffers[source])
             addresses[output] = addresses[source] = own.pointer
         return addresses

@@ -13,7 +13,7 @@ from internvl_edge import compiler
 from internvl_edge.artifact import open_artifact
 from internvl_edge.compiler import ExportOptions, memory
 from internvl_edge.compiler.engines import profile_for, profile_from, require_buildable
-from internvl_edge.engineinfo import Profile, read_engine_info
+from internvl_edge.engineinfo import EngineInfo, Profile, read_engine_info
 from internvl_edge.errors import ResourceError, UsageError
 
 pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
@@ -53,8 +53,8 @@ def test_every_component_builds(tmp_path: Path, precision: str) -> None:
     assert {e.file for e in again} == {e.file for e in built.values()}, "engines are reused"
 
 
-@pytest.mark.parametrize("precision", ["int8-wo", "int4-wo"])
-def test_decoders_of_lighter_weights_build(tmp_path: Path, precision: str) -> None:
+def built_decoder(tmp_path: Path, precision: str, capacity: int | None = None) -> EngineInfo:
+    """What is said of the engine of a decoder alone."""
     written = write_internvl(tmp_path / "checkpoint", OTHER, seed=4)
     write_tokenizer(written.path)
     options = ExportOptions(
@@ -62,28 +62,25 @@ def test_decoders_of_lighter_weights_build(tmp_path: Path, precision: str) -> No
         out=tmp_path / "out",
         precision=precision,
         components=("decoder",),
+        cache_capacity=capacity,
         targets=("onnx", "tensorrt-rtx"),
     )
     artifact = compiler.export(options)
     (engine,) = artifact.manifest.engines
+    assert engine.component == "decoder"
     info = read_engine_info(artifact.file(engine.sidecar))
-    assert (engine.component, info.precision) == ("decoder", precision)
+    assert info.precision == precision
+    return info
+
+
+@pytest.mark.parametrize("precision", ["int8-wo", "int4-wo"])
+def test_decoders_of_lighter_weights_build(tmp_path: Path, precision: str) -> None:
+    assert built_decoder(tmp_path, precision).component == "decoder"
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8", "int4-wo"])
 def test_decoders_with_their_cache_in_place_build(tmp_path: Path, precision: str) -> None:
-    written = write_internvl(tmp_path / "checkpoint", OTHER, seed=4)
-    write_tokenizer(written.path)
-    options = ExportOptions(
-        checkpoint=written.path,
-        out=tmp_path / "out",
-        precision=precision,
-        components=("decoder",),
-        cache_capacity=40,
-        targets=("onnx", "tensorrt-rtx"),
-    )
-    (engine,) = compiler.export(options).manifest.engines
-    info = read_engine_info(tmp_path / "out" / engine.sidecar)
+    info = built_decoder(tmp_path, precision, capacity=40)
     (cache, *_) = (spec for spec in info.inputs if spec.name.startswith("past_key_values."))
     assert cache.shape == ("batch", 2, 40, 32)
     assert (info.profile.batch, info.profile.length) == ((1, 1, 4), (1, 32, 40))

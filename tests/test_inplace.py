@@ -14,7 +14,8 @@ from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
 from fake_engine import CAPACITY, IN_PLACE, KEY, PRESENT, Engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trt import TARGETS, Bench
+from test_generate import COMPONENTS, Compiled, on_host
+from test_trt import TARGETS, Bench, on_gpu_and_on_host
 
 import internvl_edge
 from internvl_edge import compiler, open_session
@@ -26,13 +27,11 @@ from internvl_edge.compiler.workload import read_workload
 from internvl_edge.errors import FeedError, ResourceError, UsageError, VerificationError
 from internvl_edge.export.models import qllama
 from internvl_edge.export.models.qllama import decoding_mask, extended, in_place_mask
-from internvl_edge.runtime.cache import DeviceDecoding, HostDecoding, empty_cache, start
+from internvl_edge.runtime.cache import DeviceDecoding, empty_cache, start
 from internvl_edge.runtime.generate import Generation, Prompt, generate, stream
 from internvl_edge.runtime.inplace import PAST, grown, in_place, placed, positions_of
-from internvl_edge.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
-COMPONENTS = ("vision", "image_queries", "decoder")
 ROOM = 40  # positions of the tiny models' caches here
 
 
@@ -77,19 +76,6 @@ def test_rows_may_begin_at_places_of_their_own() -> None:
 # --- ONNX Runtime --------------------------------------------------------------------------------
 
 
-class Compiled:
-    """A directory whose decoder writes its cache in place."""
-
-    def __init__(self, out: Path) -> None:
-        self.sessions = {name: open_session(out, name) for name in COMPONENTS}
-        self.decoder: Session = self.sessions["decoder"]
-
-    def cache(self, pixels: Array) -> dict[str, Array]:
-        hidden = self.sessions["vision"].run({"pixel_values": pixels})
-        found = self.sessions["image_queries"].run(hidden)
-        return {name: found[name] for name in found if name.startswith("present.")}
-
-
 @pytest.fixture(scope="module")
 def original(golden: Path, tmp_path_factory: Any) -> tuple[Compiled, dict[str, Array]]:
     out = tmp_path_factory.mktemp("golden") / "out"
@@ -102,10 +88,6 @@ def original(golden: Path, tmp_path_factory: Any) -> tuple[Compiled, dict[str, A
     compiler.export(options)
     with np.load(golden / "tiny" / "reference.npz") as file:
         return Compiled(out), {name: file[name] for name in file.files}
-
-
-def on_host(session: Session, cache: dict[str, Array]) -> HostDecoding:
-    return HostDecoding(session, {n.replace("present.", PAST): v for n, v in cache.items()})
 
 
 @pytest.mark.parametrize("begin", [start, on_host])
@@ -303,16 +285,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
 @pytest.mark.parametrize("num_beams", [1, 2, 3])
 def test_an_engine_says_the_same_with_its_cache_on_the_gpu(bench: Bench, num_beams: int) -> None:
     """Beams change places, and 9 rows are more than the engine takes."""
-    ids = np.array([[3, 1, 4], [1, 5, 2], [6, 5, 3]])
-    prompt = Prompt(ids=ids, mask=np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1]]))
-    how = Generation(max_new_tokens=20, num_beams=num_beams, stop_ids=(2,))
-    with bench.open() as session:
-        cache = empty_cache(session, rows=3)
-        on_gpu = start(session, cache)
-        found = generate(on_gpu, prompt, how)
-        past = {KEY: next(iter(cache.values()))}
-        np.testing.assert_array_equal(found, generate(HostDecoding(session, past), prompt, how))
-    del on_gpu
+    np.testing.assert_array_equal(*on_gpu_and_on_host(bench, num_beams))
     assert bench.cuda.num_live == 0
 
 

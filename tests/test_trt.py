@@ -661,21 +661,26 @@ def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     return Bench(tmp_path, request.param, DECODER)
 
 
-@pytest.mark.parametrize("num_beams", [1, 2, 3])
-def test_a_decoder_says_the_same_with_its_cache_on_the_gpu(decoder: Bench, num_beams: int) -> None:
-    """Rows end at different tokens, beams change places, and 9 are more than the engine takes."""
+def on_gpu_and_on_host(bench: Bench, num_beams: int) -> tuple[Any, Any]:
+    """The ids of three prompts with the cache on the GPU, and with it handed through the host."""
     ids = np.array([[3, 1, 4], [1, 5, 2], [6, 5, 3]])
     prompt = Prompt(ids=ids, mask=np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1]]))
     how = Generation(max_new_tokens=20, num_beams=num_beams, stop_ids=(2,))
-    with decoder.open() as session:
+    with bench.open() as session:
         cache = empty_cache(session, rows=3)
         on_gpu = start(session, cache)
         assert isinstance(on_gpu, DeviceDecoding)
         found = generate(on_gpu, prompt, how)
         past = {KEY: next(iter(cache.values()))}
-        np.testing.assert_array_equal(found, generate(HostDecoding(session, past), prompt, how))
-        assert len(set(map(len, (row[row > 0] for row in found)))) > 1  # of different lengths
-    del on_gpu
+        return found, generate(HostDecoding(session, past), prompt, how)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2, 3])
+def test_a_decoder_says_the_same_with_its_cache_on_the_gpu(decoder: Bench, num_beams: int) -> None:
+    """Rows end at different tokens, beams change places, and 9 are more than the engine takes."""
+    found, expected = on_gpu_and_on_host(decoder, num_beams)
+    np.testing.assert_array_equal(found, expected)
+    assert len(set(map(len, (row[row > 0] for row in found)))) > 1  # of different lengths
     assert decoder.cuda.num_live == 0
 
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from torch import nn
 
 from internvl_edge.compiler.audit import require_as_calibrated, require_seen_ranges
+from internvl_edge.compiler.emit import tensor_specs
 from internvl_edge.compiler.layout import towers_of
 from internvl_edge.compiler.options import Verify
 from internvl_edge.compiler.precision import precision_of
@@ -50,7 +51,7 @@ from internvl_edge.quantize.statistics import LayerStatistics
 from internvl_edge.quantize.unsigned import take_unsigned_weights
 from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.image import Preprocessing
-from internvl_edge.runtime.inplace import MASK, WRITE_INDICES, capacity_of, grown, in_place
+from internvl_edge.runtime.inplace import MASK, capacity_of, grown, in_place
 from internvl_edge.runtime.ort import OrtSession
 from internvl_edge.runtime.ortoptions import OrtOptions
 
@@ -256,13 +257,7 @@ class Checker:
 
 def graph_capacity(model: ir.Model) -> int | None:
     """How many positions a decoder's cache has that is written in place; None: it grows."""
-    inputs = {str(value.name): value for value in model.graph.inputs}
-    if WRITE_INDICES not in inputs:
-        return None
-    shape = inputs[MASK].shape
-    capacity = None if shape is None else shape[1]
-    assert isinstance(capacity, int)
-    return capacity
+    return capacity_of({spec.name: spec for spec in tensor_specs(model.graph.inputs)})
 
 
 def run_as_reference(

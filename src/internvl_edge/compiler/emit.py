@@ -317,8 +317,8 @@ def write_graph(
     save(model, directory / file)
     emitted = Emitted(
         file=file,
-        inputs=_specs(model.graph.inputs),
-        outputs=_specs(model.graph.outputs),
+        inputs=tensor_specs(model.graph.inputs),
+        outputs=tensor_specs(model.graph.outputs),
         nbytes=nbytes,
     )
     if take_unsigned_weights(model):
@@ -355,7 +355,8 @@ def _linear(plan: Plan, weight: str, scale: float | None) -> QuantizedLinear:
     )
 
 
-def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    """What a graph's inputs or outputs are."""
     return tuple(
         TensorSpec(
             name=str(value.name),
