@@ -3,17 +3,21 @@
     python benchmarks/gpu_check.py           # the demo, and 6B widths as deep as the GPU has memory
     python benchmarks/gpu_check.py --layers 4
     python benchmarks/gpu_check.py --layers "" --precisions fp16,int8 --components image_embed
+    python benchmarks/gpu_check.py --layers "" --untimed --artifacts DIR   # DIR/demo-fp16, …
 
 Each component runs at each precision on each backend that is installed here, on the same seeded
 inputs, and by ``torch.compile`` in the types that PyTorch has. Its error is the largest difference
 from ONNX Runtime's result on the CPU, of the same precision (of float32 where the CPU cannot run
-it), over the largest value of that result. Latencies are of host arrays to host arrays; of engines,
-with CUDA graphs and without. Roofline shares are of what the same backend reached on plain
+it), over the largest value of that result. Latencies are of host arrays to host arrays; with CUDA
+graphs and without. Roofline shares are of what the same backend reached on plain
 products, and the memory on plain copies. GPU memory is what opening and one call took.
 
 Every row is a process of its own (``gpu_row``), and the JSON is replaced after each: what fails,
 faults the GPU or never ends is a row with the reason, and the rest goes on. It needs no network and
 installs nothing: any interpreter that has the packages will do, from a clone with PYTHONPATH=src.
+Directories compiled elsewhere, engines with them, are taken from ``--artifacts`` where they are
+there. ``--untimed`` only compares, several rows at a time. Rows of the component ``answers`` are of
+the whole model: embeddings of an image, and a caption that has to be the CPU's to the letter.
 On a machine without a GPU it checks the demo on the CPU and says what it skipped.
 """
 
@@ -26,7 +30,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +57,10 @@ BLOCK_PARAMETERS = 122_900_000  # of one such layer: 4 · 3200² + 2 · 3200 · 
 NBYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}  # of a weight
 HEADROOM = 1.25  # times the weights: activations, scratch, the CUDA context
 TIMEOUT_S = 1800.0  # of a row
+ANSWERS = "answers"  # of the whole model, beside its components
+SIDE_BY_SIDE = 6  # rows that nothing is timed of
+
+Place = tuple[str, str]  # backend, device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +75,7 @@ class Row:
     p50_ms: float | None = None
     p99_ms: float | None = None
     items_per_s: float | None = None
-    p50_ms_without_graphs: float | None = None  # of engines
+    p50_ms_without_graphs: float | None = None  # on a GPU
     phases_ms: dict[str, float] | None = None  # of engines: medians of trtexec's metrics
     gpu_memory_nbytes: int | None = None  # that opening and one call took
     peak_rss_nbytes: int | None = None  # of the row's process
@@ -93,7 +103,7 @@ class Bench:
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
         """What ``gpu_row`` found, or why it found nothing."""
-        answer = self.work / "answer.json"
+        answer = self.work / f"answer-{threading.get_ident()}.json"
         answer.unlink(missing_ok=True)
         command = [sys.executable, str(ROW), json.dumps(job), str(answer)]
         try:
@@ -108,7 +118,7 @@ class Bench:
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found
 
-    def peaks(self, kind: str, place: tuple[str, str]) -> dict[str, Any]:
+    def peaks(self, kind: str, place: Place) -> dict[str, Any]:
         """The peak of a type at a place, measured once; empty where it cannot be."""
         key = (kind, *place)
         if key not in self._peaks:
@@ -118,7 +128,7 @@ class Bench:
         return self._peaks[key]
 
     def below_roof(
-        self, artifact: Artifact, component: str, place: tuple[str, str], latency_ms: float
+        self, artifact: Artifact, component: str, place: Place, latency_ms: float
     ) -> Roofline | None:
         """What share of the machine's peaks a component reached; None where none is known."""
         feeds = seeded_feeds(artifact, component, self.args.batch)
@@ -131,20 +141,37 @@ class Bench:
         return locate(work, merged, latency_ms)
 
     def rows(self, model: Model, artifact: Artifact) -> Iterator[Row]:
-        """Every component of a directory in every place."""
+        """Every component of a directory in every place, the CPU first where rows are at once."""
+        precision, components = artifact.manifest.precision, self.args.components
+        has_torch = precision in TORCH_TYPES and not self.args.untimed
+        places = [*PLACES, *([TORCH] if has_torch else [])]
+        cells = [(c, p) for c in components or all_of(artifact) for p in places]
+        cells = [cell for cell in cells if cell != (ANSWERS, TORCH)]
+        if not self.args.untimed:
+            yield from (self.row(model, artifact, *cell) for cell in cells)
+            return
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            for first in (True, False):
+                wave = [cell for cell in cells if (cell[1] == CPU) == first]
+                yield from pool.map(lambda cell: self.row(model, artifact, *cell), wave)
+
+    def row(self, model: Model, artifact: Artifact, component: str, place: Place) -> Row:
+        """A component in a place."""
         precision = artifact.manifest.precision
-        places = [*PLACES, *([TORCH] if precision in TORCH_TYPES else [])]
-        for component in self.args.components or artifact.manifest.components:
-            for place in places:
-                cell = {"component": component, "precision": precision, "backend": " ".join(place)}
-                try:
-                    figures = self.figures(model, artifact, component, place)
-                except Exception as error:  # a fault of this script's: a row like any other
-                    figures = {"failed": f"{type(error).__name__}: {error}"}
-                yield Row(model=model.name, **cell, **figures)
+        try:
+            figures = self.figures(model, artifact, component, place)
+        except Exception as error:  # a fault of this script's: a row like any other
+            figures = {"failed": f"{type(error).__name__}: {error}"}
+        return Row(
+            model=model.name,
+            component=component,
+            precision=precision,
+            backend=" ".join(place),
+            **figures,
+        )
 
     def figures(
-        self, model: Model, artifact: Artifact, component: str, place: tuple[str, str]
+        self, model: Model, artifact: Artifact, component: str, place: Place
     ) -> dict[str, Any]:
         """A row's."""
         own, fp32 = (
@@ -153,24 +180,30 @@ class Bench:
         )
         reference = next((path for path in (own, fp32) if path.exists()), None)
         job = {
-            "job": "torch" if place == TORCH else "component",
+            "job": "torch" if place == TORCH else ANSWERS if component == ANSWERS else "component",
             "out": str(artifact.path),
             "component": component,
             "backend": place[0],
             "device": place[1],
             "batch": self.args.batch,
             "seconds": self.args.seconds,
-            "timed": place != CPU or model.timed_on_cpu,
+            "timed": not self.args.untimed and (place != CPU or model.timed_on_cpu),
             "checkpoint": None if model.checkpoint is None else str(model.checkpoint),
             "reference": None if place == CPU or reference is None else str(reference),
             "save": str(own) if place == CPU else None,
         }
         figures = self.answer(job)
-        if figures.get("p50_ms") is not None and place != TORCH:
+        if figures.get("p50_ms") is not None and place != TORCH and component != ANSWERS:
             roofline = self.below_roof(artifact, component, place, figures["p50_ms"])
             if roofline is not None:
                 figures |= {"mfu": roofline.mfu, "mbu": roofline.mbu}
         return figures
+
+
+def all_of(artifact: Artifact) -> Sequence[str]:
+    """Its components; of a model that captions, its answers."""
+    components = list(artifact.manifest.components)
+    return [*components, *([ANSWERS] if "decoder" in components else [])]
 
 
 def line(row: Row) -> str:
@@ -223,10 +256,12 @@ def check_model(model: Model, precisions: list[str], bench: Bench) -> Iterator[R
     """All precisions of a checkpoint; float32 first, as others are held against it."""
     built = targets()
     for precision in sorted(precisions, key=lambda name: name != "fp32"):
-        out = bench.work / f"{model.name}-{precision}"
+        compiled = bench.args.artifacts and bench.args.artifacts / f"{model.name}-{precision}"
+        is_given = compiled is not None and compiled.exists()
+        out = compiled if is_given else bench.work / f"{model.name}-{precision}"
         head = {"model": model.name, "component": "", "precision": precision, "backend": ""}
         try:
-            error = export(model.checkpoint, out, precision, built)
+            error = None if is_given else export(model.checkpoint, out, precision, built)
             if error is not None:
                 yield Row(**head, failed=error)
                 continue
@@ -234,7 +269,8 @@ def check_model(model: Model, precisions: list[str], bench: Bench) -> Iterator[R
         except Exception as error:
             yield Row(**head, failed=f"{type(error).__name__}: {error}")
         finally:
-            shutil.rmtree(out, ignore_errors=True)  # 48 layers at five precisions fill a disk
+            if not is_given:  # 48 layers at five precisions fill a disk
+                shutil.rmtree(out, ignore_errors=True)
 
 
 def check_depth(layers: int, precisions: list[str], bench: Bench) -> Iterator[Row]:
@@ -255,16 +291,20 @@ def check_depth(layers: int, precisions: list[str], bench: Bench) -> Iterator[Ro
             yield Row(**head, precision=precision, skipped=reason)
     if not fitting:
         return
-    checkpoint = bench.work / name
+    given = bench.args.artifacts and bench.args.artifacts / name
+    is_given = given is not None and given.exists()
+    checkpoint = given if is_given else bench.work / name
     try:
-        synthesize(layers, checkpoint)
+        if not is_given:
+            synthesize(layers, checkpoint)
     except Exception as error:
         yield Row(**head, precision="", failed=f"{type(error).__name__}: {error}")
     else:
         model = Model(name=name, checkpoint=checkpoint, timed_on_cpu=False)
         yield from check_model(model, fitting, bench)
     finally:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        if not is_given:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def synthesize(layers: int, path: Path) -> None:
@@ -276,8 +316,9 @@ def synthesize(layers: int, path: Path) -> None:
 def check(bench: Bench) -> Iterator[Row]:
     """Everything that the arguments ask for."""
     args = bench.args
-    demo = Model(name="demo", checkpoint=None, timed_on_cpu=True)
-    yield from check_model(demo, args.precisions, bench)
+    if args.demo:
+        demo = Model(name="demo", checkpoint=None, timed_on_cpu=True)
+        yield from check_model(demo, args.precisions, bench)
     args.components = ["vision"]
     for layers in DEPTHS if args.layers is None else args.layers:
         yield from check_depth(layers, args.precisions, bench)
@@ -306,6 +347,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="of a row, in seconds")
+    parser.add_argument("--untimed", action="store_true", help="only errors, rows side by side")
+    parser.add_argument("--no-demo", dest="demo", action="store_false", help="only 6B widths")
+    parser.add_argument("--artifacts", type=Path, help="MODEL-PRECISION, compiled before")
     parser.add_argument("--work", type=Path, help="where to compile; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

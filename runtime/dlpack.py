@@ -1,4 +1,4 @@
-"""DLPack, the producer's half: GPU memory as the capsule that other libraries take.
+"""DLPack, the producer's half: memory as the capsule that other libraries take.
 
 Written out, since what NumPy and CUDA's Python packages export goes by NumPy's names of types and
 so has no bfloat16, which is what a decoder's cache is made of. The capsule points to a
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CUDA", "CUDA_MANAGED", "capsule_of"]
+__all__ = ["CPU", "CUDA", "CUDA_MANAGED", "capsule_of"]
 
-CUDA, CUDA_MANAGED = 2, 13  # kDLCUDA, kDLCUDAManaged
+CPU, CUDA, CUDA_MANAGED = 1, 2, 13  # kDLCPU, kDLCUDA, kDLCUDAManaged
 # The kind of a NumPy dtype, or its name where NumPy has none → DLDataTypeCode.
 CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6, "bfloat16": 4, "float8_e4m3fn": 10}
 NAME = b"dltensor"

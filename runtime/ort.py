@@ -35,23 +35,29 @@ from internvl_edge.errors import (
     ResourceError,
     UsageError,
 )
-from internvl_edge.runtime.device_array import DeviceArray
 from internvl_edge.runtime.environment import products_saturate
 from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs
 from internvl_edge.runtime.inplace import WRITE_INDICES
+from internvl_edge.runtime.ortgraphs import Replays
 from internvl_edge.runtime.ortoptions import (
     CPU,
     CUDA,
     OrtOptions,
     choose_providers,
+    load_gpu_libraries,
     names_of,
     native_options,
     place_of,
 )
-from internvl_edge.runtime.vendor import numpy_dtype
+from internvl_edge.runtime.ortvalues import (
+    BFLOAT16,
+    array_of,
+    described,
+    is_value,
+    spec_of,
+    value_of,
+)
 
-# ONNX Runtime's name of a type → NumPy's, where they differ.
-NUMPY_NAMES = {"float": "float32", "double": "float64"}
 OUT_OF_MEMORY = re.compile(
     r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",
     re.IGNORECASE,
@@ -64,9 +70,14 @@ TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 # they are copied twice, and products of one row are 8 times as fast; unfolded, they stay in the
 # file's pages. So small components fold, and decoders; a tower of billions has to fit.
 CONSTANT_FOLDING = "ConstantFolding"
+FIRST_RIGHT = (1, 32)  # the release that leaves FP8 products alone
 MAX_FOLDED_NBYTES = 100_000_000
 DECODERS = ("decoder", "chat_decoder")
+# What CUDA graphs are made of: ONNX Runtime computes the masks of texts on the host, between
+# kernels, and a decoder's cache stays on the device from call to call.
+TOWERS = ("vision", "image_embed", "image_pool")
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+CAPTURE = "graph capture"  # in what it says of a graph with kernels on the host between the GPU's
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
 
@@ -94,13 +105,31 @@ class OrtSession:
         options: OrtOptions = OrtOptions(),
     ) -> None:
         self._path = Path(path)
-        self._providers = choose_providers(device, options.gpu_provider)
+        try:
+            session = self._native(graph, device, options)
+        except _NoGraphs:
+            options = replace(options, graphs=False)
+            session = self._native(graph, device, options)
+        self._session: Any = session
+        self._process = os.getpid()
+        self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
+        self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
+        self._names = list(self._outputs)
+        self._place = place_of(self._providers)
+        self._is_numpy = _is_numpy(session)
+        has_graphs = options.graphs and self._providers != [CPU]
+        self._replays = Replays(session, self._place) if has_graphs else None
+
+    def _native(self, graph: bytes | None, device: str, options: OrtOptions) -> Any:
+        """ONNX Runtime's session; _NoGraphs where it cannot capture this one's calls."""
+        self._providers = choose_providers(device, options)
+        missing = load_gpu_libraries() if self._providers != [CPU] else ""
         native = native_options(options)
         if graph is not None:
             native.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._path.parent))
         try:
             session = onnxruntime.InferenceSession(
-                os.fspath(path) if graph is None else graph,
+                os.fspath(self._path) if graph is None else graph,
                 native,
                 providers=self._providers,
                 disabled_optimizers=[
@@ -110,18 +139,18 @@ class OrtSession:
                 ],
             )
         except Exception as error:
+            if CAPTURE in str(error):
+                raise _NoGraphs from error
             raise self._load_error(error) from error
         if len(session.get_providers()) < len(self._providers):  # it falls back without an error
             raise HardwareError(
                 f"device {device!r}: ONNX Runtime could not start its GPU provider; its CUDA and "
-                "cuDNN libraries are missing or do not fit; use device 'cpu'"
+                'cuDNN libraries are missing or do not fit; run: pip install "internvl-edge'
+                f"[ort-gpu]\", or use device 'cpu'{missing and f' ({missing})'}"
             )
-        self._session: Any = session
-        self._process = os.getpid()
-        self._inputs = {value.name: _spec(value) for value in session.get_inputs()}
-        self._outputs = {value.name: _spec(value) for value in session.get_outputs()}
-        self._names = list(self._outputs)
-        self._place = place_of(self._providers)
+        if options.graphs and self._providers != [CPU] and not _is_numpy(session):
+            raise _NoGraphs  # bfloat16 is not written to the memory that a graph reads
+        return session
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -142,7 +171,12 @@ class OrtSession:
         session = self._opened()
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         arrays = check_feeds(self._inputs, feeds, check)
+        if not self._is_numpy:
+            found = self.run_device(arrays, check=False, outputs=names)
+            return {name: array_of(value, self._place) for name, value in found.items()}
         try:
+            if self._replays is not None:
+                return self._replays.run(names, arrays)
             return dict(zip(names, session.run(names, arrays), strict=True))
         except Exception as error:
             raise self._run_error(error) from error
@@ -165,15 +199,22 @@ class OrtSession:
             An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
         """
         session = self._opened()
+        if self._replays is not None:
+            raise UsageError(
+                f"{self._path.name} was opened with graphs, whose memory the next call writes "
+                "again; open it with OrtOptions(graphs=False) to leave outputs on the device"
+            )
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         given: Any = feeds
         if isinstance(feeds, Mapping):
-            given = {n: _described(v) if _is_value(v) else v for n, v in feeds.items()}
+            given = {n: described(v) if is_value(v) else v for n, v in feeds.items()}
         arrays = check_feeds(self._inputs, given, check)
         binding = session.io_binding()
         for name, array in arrays.items():
-            if _is_value(feeds[name]):
+            if is_value(feeds[name]):
                 binding.bind_ortvalue_input(name, feeds[name])
+            elif array.dtype.name == BFLOAT16:
+                binding.bind_ortvalue_input(name, value_of(array, ("cpu", 0)))
             else:
                 binding.bind_cpu_input(name, array)
         for name in names:
@@ -219,8 +260,8 @@ class OrtSession:
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """These rows of a cache, in this order; they pass through the host."""
-        taken = [value.numpy()[rows] for value in cache]
-        return [onnxruntime.OrtValue.ortvalue_from_numpy(a, *self._place) for a in taken]
+        taken = [array_of(value, self._place)[rows] for value in cache]
+        return [value_of(array, self._place) for array in taken]
 
     def _opened(self) -> Any:
         session = self._session  # a close() by another thread waits for this reference
@@ -268,6 +309,10 @@ class OrtSession:
         return InternVLError(f"ONNX Runtime failed to run {self._path}: {message}")
 
 
+class _NoGraphs(Exception):
+    """ONNX Runtime cannot replay calls of this session as CUDA graphs."""
+
+
 class _Held(list[Any]):
     """The values of a cache, bound to a decoder's inputs; written in place, the binding lasts."""
 
@@ -308,8 +353,12 @@ def open_component(
     if not isinstance(options, OrtOptions):
         raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
+    if component not in TOWERS:
+        options = replace(options, graphs=False)
+    if has_wrong_fusions() and "fp8" in artifact.manifest.precision:
+        options = replace(options, qdq=False)
     is_needed = unsigned in artifact.manifest.files and products_saturate()
-    if is_needed and choose_providers(device, options.gpu_provider) == [CPU]:
+    if is_needed and choose_providers(device, options) == [CPU]:
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
         if options.fold is None and is_large and component not in DECODERS:
@@ -325,32 +374,16 @@ def unsigned_graph(component: str) -> str:
     return f"{component}.u8.onnx"
 
 
-def _is_value(value: object) -> bool:
-    return isinstance(value, onnxruntime.OrtValue)
+def has_wrong_fusions() -> bool:
+    """Whether this ONNX Runtime makes INT8 products of FP8 ones, and then refuses them."""
+    release = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
+    return release is not None and (int(release[1]), int(release[2])) < FIRST_RIGHT
 
 
-def _described(value: Any) -> DeviceArray:
-    """What an OrtValue is, to be checked like an array."""
-    dtype = _dtype(value.data_type())
-    return DeviceArray(
-        pointer=value.data_ptr(), shape=tuple(value.shape()), dtype=numpy_dtype(dtype), owner=value
-    )
-
-
-def _spec(value: Any) -> TensorSpec:
-    """A graph input or output; a dimension without a name gets one of its own."""
-    shape = tuple(
-        size if isinstance(size, (int, str)) and size != "" else f"{value.name}.{axis}"
-        for axis, size in enumerate(value.shape)
-    )
-    return TensorSpec(name=value.name, dtype=_dtype(value.type), shape=shape)
-
-
-def _dtype(kind: str) -> str:
-    """NumPy's name of a type such as ``tensor(float)``."""
-    inner = re.fullmatch(r"tensor\((\w+)\)", kind)
-    name = inner[1] if inner else kind
-    return NUMPY_NAMES.get(name, name)
+def _is_numpy(session: Any) -> bool:
+    """Whether NumPy has a type for all that it takes and gives."""
+    values = (*session.get_inputs(), *session.get_outputs())
+    return all(spec_of(value).dtype != BFLOAT16 for value in values)
 
 
 def _message(error: Exception) -> str:

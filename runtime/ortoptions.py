@@ -5,10 +5,13 @@ Options can be written down where ONNX Runtime is not installed.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
@@ -21,6 +24,7 @@ __all__ = [
     "OrtOptions",
     "available_cores",
     "choose_providers",
+    "load_gpu_libraries",
     "names_of",
     "native_options",
     "place_of",
@@ -35,7 +39,10 @@ GPU_PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
-FATAL_ONLY = 4  # its log goes to stderr, and a library does not print: errors come as exceptions
+ERRORS, FATAL_ONLY = (
+    3,
+    4,
+)  # its log goes to stderr, and a library does not print: errors come as exceptions
 PRODUCTS_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 EXACT_PRODUCTS, ROUNDED_PRODUCTS = 1, 4  # MatMulNBits' accuracy_level: float32 and int8
 
@@ -52,6 +59,10 @@ class OrtOptions:
     fold: bool | None = None
     spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
     gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
+    # On a GPU, replay an image tower's calls of shapes seen before as CUDA graphs; they take turns.
+    graphs: bool = True
+    tf32: bool = False  # on a GPU, round the factors of float32 products to 10 bits: faster
+    qdq: bool = True  # compute between DequantizeLinear and QuantizeLinear in 8 bits, where it can
     # Weight-only products: rounding x to int8 by blocks is faster; exact: x stays in float32.
     exact: bool = False
 
@@ -70,6 +81,7 @@ def native_options(options: OrtOptions) -> Any:
     native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
     level = str(EXACT_PRODUCTS if options.exact else ROUNDED_PRODUCTS)
     native.add_session_config_entry(PRODUCTS_ACCURACY, level)
+    native.add_session_config_entry("session.disable_quant_qdq", str(int(not options.qdq)))
     return native
 
 
@@ -86,10 +98,11 @@ def place_of(providers: Sequence[Provider]) -> tuple[str, int]:
     return ("cpu", 0) if isinstance(first, str) else ("cuda", int(first[1]["device_id"]))
 
 
-def choose_providers(device: str, gpu_provider: str = "cuda") -> list[Provider]:
+def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Provider]:
     """ONNX Runtime's providers for a device, in the order of preference."""
     import onnxruntime
 
+    gpu_provider = options.gpu_provider
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
@@ -107,7 +120,29 @@ def choose_providers(device: str, gpu_provider: str = "cuda") -> list[Provider]:
         raise HardwareError(
             f"device {device!r}: found {cuda_device_count()} CUDA devices; use device 'cpu'"
         )
-    return [*((name, {"device_id": str(index)}) for name in wanted), CPU]
+    computing = {
+        CUDA: {
+            "use_tf32": str(int(options.tf32)),
+            "enable_cuda_graph": str(int(options.graphs)),
+        }
+    }
+    return [*((name, {"device_id": str(index), **computing.get(name, {})}) for name in wanted), CPU]
+
+
+@cache
+def load_gpu_libraries() -> str:
+    """Load CUDA and cuDNN from NVIDIA's wheels, where the system's paths may not have them.
+
+    Returns:
+        What was not found, in ONNX Runtime's words; it may be found later, or not needed.
+    """
+    import onnxruntime
+
+    said = io.StringIO()
+    with redirect_stdout(said):  # it prints, and a library does not
+        onnxruntime.preload_dlls()
+    onnxruntime.set_default_logger_severity(ERRORS)  # it warns of each session on a GPU
+    return "; ".join(said.getvalue().split("\n")).strip("; ")
 
 
 def names_of(providers: Sequence[Provider]) -> list[str]:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ PLACE = {"model": "demo", "component": "vision", "precision": "fp8", "backend": 
 
 def bench(work: Path, **options: Any) -> Bench:
     defaults = {"batch": 1, "seconds": 0.0, "timeout": 30.0, "components": None, "layers": None}
+    defaults |= {"untimed": False, "artifacts": None}
     return Bench(work, Namespace(**defaults | options))
 
 
@@ -120,6 +121,78 @@ def test_rows_go_on_after_one_that_broke(tmp_path: Path, monkeypatch: pytest.Mon
     assert found[4].backend == "torch-compile cuda"
 
 
+def test_untimed_rows_have_the_cpu_first_and_no_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(self: Bench, job: dict[str, Any]) -> dict[str, Any]:
+        asked.append(job)
+        return {}
+
+    monkeypatch.setattr(Bench, "answer", answer)
+    artifact = open_directory(tmp_path, ["vision", "decoder"])
+    found = list(bench(tmp_path, untimed=True).rows(DEMO, artifact))
+    assert [row.component for row in found[:3]] == ["vision", "decoder", "answers"]
+    assert {row.backend for row in found[:3]} == {"onnxruntime cpu"}
+    assert len(found) == 12
+    assert not any("torch" in row.backend for row in found)
+    assert {job["job"] for job in asked} == {"component", "answers"}
+    assert not any(job["timed"] for job in asked)
+    assert all((job["save"] is None) == (job["device"] == "cuda") for job in asked)
+
+
+def test_directories_compiled_before_are_taken_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo-fp16").mkdir()
+    open_directory(tmp_path / "demo-fp16", ["vision"])
+    exported: list[str] = []
+    monkeypatch.setattr(gpu_check, "targets", list)
+    monkeypatch.setattr(gpu_check, "export", lambda *a: exported.append(a[2]) or "no")
+    monkeypatch.setattr(Bench, "answer", lambda self, job: {})
+    asking = bench(tmp_path, untimed=True, artifacts=tmp_path)
+    found = list(gpu_check.check_model(DEMO, ["fp16", "int8"], asking))
+    assert exported == ["int8"]
+    assert [row.failed for row in found if row.precision == "int8"] == ["no"]
+    assert (tmp_path / "demo-fp16").exists()
+
+
+class Speaker:
+    """A model of one picture."""
+
+    def __init__(self, caption: str = "a red seven") -> None:
+        self.said, self.modes = caption, list[str]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def encode_image(self, images: list[Any], mode: str) -> np.ndarray[Any, Any]:
+        self.modes.append(mode)
+        return np.full((len(images), 2), 1.0 + len(mode), np.float32)
+
+    def caption(self, images: list[Any], **how: Any) -> list[str]:
+        return [self.said]
+
+
+def test_answers_of_the_whole_model_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings and a caption; another caption is a row that failed."""
+    kept, speaker = str(tmp_path / "kept.npz"), Speaker()
+    monkeypatch.setattr(gpu_row, "load", lambda *_, **__: speaker)
+    monkeypatch.setattr(gpu_row, "open_artifact", lambda out: open_directory(tmp_path, []))
+    job = {"out": "", "backend": "onnxruntime", "device": "cpu", "timed": False, "seconds": 0.0}
+    assert gpu_row.answers(job | {"save": kept, "reference": None}) == {}
+    assert gpu_row.answers(job | {"save": None, "reference": kept}) == {"max_error": 0.0}
+    assert speaker.modes == ["c", "g"] * 2
+    speaker.said = "a red sevens"
+    with pytest.raises(ValueError, match="broadcast"):
+        gpu_row.answers(job | {"save": None, "reference": kept})
+
+
 def test_shares_are_of_the_peaks_of_the_same_place(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -157,19 +230,19 @@ def test_an_engine_is_timed_with_graphs_and_without(
 ) -> None:
     """On stand-ins of TensorRT and CUDA."""
     stand_ins = StandIns(tmp_path)
-    opened: list[dict[str, Any]] = []
+    opened: list[bool] = []
 
-    def open_without(*args: Any, options: TrtOptions) -> TrtSession:
-        opened.append({"graphs": options.graphs})
-        return stand_ins.open(graphs=options.graphs)
+    def open_one(*args: Any, options: TrtOptions | None = None) -> TrtSession:
+        graphs = (options or TrtOptions()).graphs
+        opened.append(graphs)
+        return stand_ins.open(graphs=graphs)
 
     monkeypatch.setattr(gpu_row, "open_artifact", lambda out: None)
     monkeypatch.setattr(gpu_row, "seeded_feeds", lambda *_: feeds_of(2, 3))
     monkeypatch.setattr(gpu_row, "require_backend", lambda name: name)
     free = iter([5 * 10**9, 3 * 10**9])
     monkeypatch.setattr(gpu_row, "free_nbytes", lambda device: next(free))
-    monkeypatch.setattr(gpu_row, "open_component", lambda *_: stand_ins.open())
-    monkeypatch.setattr("internvl_edge.runtime.trt.open_component", open_without)
+    monkeypatch.setattr(gpu_row, "open_component", open_one)
     job = {"out": "", "component": "vision", "batch": 1, "backend": "tensorrt", "device": "cuda"}
     job |= {"seconds": 0.0, "timed": True, "save": None, "reference": None}
     found = gpu_row.component(job)
@@ -177,7 +250,7 @@ def test_an_engine_is_timed_with_graphs_and_without(
     assert found["gpu_memory_nbytes"] == 2 * 10**9
     assert found["p50_ms_without_graphs"] > 0
     assert "GPU Compute Time" in found["phases_ms"]
-    assert opened == [{"graphs": False}]
+    assert opened == [True, False]
 
 
 # --- what is checked -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from internvl_edge.errors import (
 )
 from internvl_edge.runtime import ort, ortoptions
 from internvl_edge.runtime.ort import OrtSession, open_component
-from internvl_edge.runtime.ortoptions import CPU, CUDA, choose_providers
+from internvl_edge.runtime.ortoptions import CPU, CUDA, OrtOptions, choose_providers
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
@@ -259,19 +259,18 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_providers("cuda")
     machine["providers"] = [CUDA, CPU]
     assert choose_providers("cpu") == [CPU]
-    assert choose_providers("auto") == [
-        (CUDA, {"device_id": "0"}),
-        CPU,
-    ]
-    assert choose_providers("cuda:1") == [
-        (CUDA, {"device_id": "1"}),
-        CPU,
-    ]
+    exact = {"use_tf32": "0", "enable_cuda_graph": "1"}
+    assert choose_providers("auto") == [(CUDA, {"device_id": "0", **exact}), CPU]
+    assert choose_providers("cuda:1") == [(CUDA, {"device_id": "1", **exact}), CPU]
+    fast = {"use_tf32": "1", "enable_cuda_graph": "0"}
+    found = choose_providers("auto", OrtOptions(tf32=True, graphs=False))
+    assert found == [(CUDA, {"device_id": "0", **fast}), CPU]
     with pytest.raises(HardwareError, match="found 2 CUDA devices"):
         choose_providers("cuda:2")
     rtx = ortoptions.GPU_PROVIDERS["tensorrt-rtx"]
     machine["providers"] = [rtx, CPU]  # a build with nothing else
-    assert choose_providers("cuda", "tensorrt-rtx") == [(rtx, {"device_id": "0"}), CPU]
+    options = OrtOptions(gpu_provider="tensorrt-rtx")
+    assert choose_providers("cuda", options) == [(rtx, {"device_id": "0"}), CPU]
     with pytest.raises(MissingDependency, match="ort-gpu"):
         choose_providers("cuda")
     machine["devices"] = 0

@@ -174,10 +174,10 @@ def test_providers_of_tensorrt_fall_back_to_cuda(monkeypatch: pytest.MonkeyPatch
     available = ["NvTensorRTRTXExecutionProvider", CUDA, CPU]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
     monkeypatch.setattr(ortoptions, "cuda_device_count", lambda: 2)
-    found = choose_providers("cuda:1", "tensorrt-rtx")
+    found = choose_providers("cuda:1", OrtOptions(gpu_provider="tensorrt-rtx"))
     assert names_of(found) == available
     assert place_of(found) == ("cuda", 1)
     assert place_of([CPU]) == ("cpu", 0)
-    assert choose_providers("auto", "tensorrt") == [CPU]  # it is not in this build
+    assert choose_providers("auto", OrtOptions(gpu_provider="tensorrt")) == [CPU]
     with pytest.raises(UsageError, match="gpu_provider 'rocm': expected cuda, tensorrt"):
-        choose_providers("cuda", "rocm")
+        choose_providers("cuda", OrtOptions(gpu_provider="rocm"))

@@ -99,7 +99,7 @@ def test_the_graph_computes_what_it_says(kind: str) -> None:
         product = np.full((16, 16), 0.5) @ np.linalg.matrix_power(
             weight.astype(np.float64), REPEATS
         )
-        np.testing.assert_allclose(found, [product.max()], rtol=1e-4)
+        np.testing.assert_allclose(found, [product.mean()], atol=1e-5)
 
 
 def test_a_peak_is_the_best_call() -> None:

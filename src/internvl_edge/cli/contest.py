@@ -10,7 +10,7 @@ from typing import Any
 
 from internvl_edge.artifact import Artifact
 from internvl_edge.cli.against import Contender
-from internvl_edge.cli.seeded import from_picture, seeded_feeds, takes_levels
+from internvl_edge.cli.seeded import as_taken, from_picture, seeded_feeds, takes_levels
 from internvl_edge.runtime.bench import Timing, measure_many, ratio_of
 from internvl_edge.runtime.scenarios import run_scenario
 from internvl_edge.runtime.session import Array, Session, open_component
@@ -50,7 +50,10 @@ def measure_component(
     with ExitStack() as stack:
         sessions = _sessions(stack, question.artifacts, component, question.backend)
         runs: dict[str, Run] = {name: session.run for name, session in sessions.items()}
-        feeds = {n: seeded_feeds(a, component, batch) for n, a in question.artifacts.items()}
+        feeds = {
+            name: as_taken(seeded_feeds(artifact, component, batch), sessions[name].inputs)
+            for name, artifact in question.artifacts.items()
+        }
         first = next(iter(feeds))
         if question.reference is not None and question.against is not None:
             runs[question.against] = question.reference(component)

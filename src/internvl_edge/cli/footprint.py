@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from internvl_edge.artifact import open_artifact
-from internvl_edge.cli.seeded import seeded_feeds
+from internvl_edge.cli.seeded import as_taken, seeded_feeds
 from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.device import Device
 from internvl_edge.runtime.environment import peak_rss_nbytes, rss_nbytes
@@ -56,7 +56,7 @@ def main() -> None:
     gpu = _gpu()
     before_rss, before_gpu = rss_nbytes(), _free_nbytes(gpu)
     with open_component(artifact, component, backend) as session:
-        session.run(feeds)
+        session.run(as_taken(feeds, session.inputs))
         after_gpu = _free_nbytes(gpu)
     found = {
         "peak_rss_bytes": peak_rss_nbytes(),

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact import Artifact
+from internvl_edge.artifact import Artifact, TensorSpec
 from internvl_edge.runtime.inplace import WRITE_INDICES, capacity_of
+from internvl_edge.runtime.vendor import numpy_dtype
 
 __all__ = [
+    "as_taken",
     "embedding_component",
     "from_picture",
     "seeded_feeds",
@@ -39,8 +41,8 @@ def seeded_feeds(artifact: Artifact, component: str, batch: int) -> Arrays:
         shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
         if spec.dtype == "uint8":
             feeds[spec.name] = rng.integers(0, 256, shape, np.uint8)
-        elif spec.dtype.startswith("float"):
-            feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+        elif "float" in spec.dtype:
+            feeds[spec.name] = rng.standard_normal(shape).astype(numpy_dtype(spec.dtype))
         elif spec.name == "position_ids":
             feeds[spec.name] = np.broadcast_to(np.arange(shape[1]), shape) + past
         elif spec.name == WRITE_INDICES:
@@ -52,6 +54,18 @@ def seeded_feeds(artifact: Artifact, component: str, batch: int) -> Arrays:
             vocabulary = 2 if llama is None else llama["vocab_size"]
             feeds[spec.name] = rng.integers(1, vocabulary, shape)
     return feeds
+
+
+def as_taken(feeds: Arrays, inputs: Mapping[str, TensorSpec]) -> Arrays:
+    """Floats in the dtypes that a session takes: an engine's cache may have 16 bits."""
+    return {
+        name: array.astype(numpy_dtype(inputs[name].dtype)) if _is_float(array) else array
+        for name, array in feeds.items()
+    }
+
+
+def _is_float(array: np.ndarray[Any, Any]) -> bool:
+    return "float" in array.dtype.name
 
 
 def seeded_picture() -> bytes:
