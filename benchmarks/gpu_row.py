@@ -58,8 +58,10 @@ def component(job: Job) -> dict[str, Any]:
             figures["phases_ms"] = phases(session, feeds)
     if job["timed"] and device != "cpu" and (backend != "onnxruntime" or name in TOWERS):
         figures["p50_ms_without_graphs"] = without_graphs(artifact, job, feeds)
-    taken = None if before is None or after is None else before - after
-    return figures | {"gpu_memory_nbytes": taken, "peak_rss_nbytes": peak_rss_nbytes()}
+    figures["peak_rss_nbytes"] = peak_rss_nbytes()
+    if job["timed"] and before is not None and after is not None:  # else others run beside it
+        figures["gpu_memory_nbytes"] = before - after
+    return figures
 
 
 def without_graphs(artifact: Artifact, job: Job, feeds: dict[str, Array]) -> float:

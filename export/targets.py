@@ -1,8 +1,8 @@
 """The builders of engines, and the GPUs their engines run on.
 
-TensorRT-RTX builds without a GPU. Its engines run on SM80 and later when no compute capability is
-named; Turing (SM75) has to be asked for, and costs the others speed. TensorRT builds for the GPU
-it runs on, and its engines stay there.
+TensorRT-RTX builds without a GPU. Its engines run on SM80, SM86, SM89, and SM120 and later when no
+compute capability is named; Turing (SM75) has to be asked for, and costs the others speed. TensorRT
+builds for the GPU it runs on, and its engines stay there; it is the one for an H100 or a B200.
 """
 
 from __future__ import annotations

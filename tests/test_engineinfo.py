@@ -139,7 +139,7 @@ def test_a_sidecar_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_engine_info(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("sm", [None, 80, 86, 89, 90, 120])
+@pytest.mark.parametrize("sm", [None, 80, 86, 89, 120, 121])
 def test_a_portable_engine_fits_this_release_and_later_gpus(sm: int | None) -> None:
     check_engine(INFO, RTX, sm=sm)
 
@@ -163,6 +163,20 @@ def test_another_gpu_is_refused(minimum: int, named: tuple[str, ...], sm: int) -
     info = replace(INFO, minimum_sm=minimum, compute_capabilities=named)
     with pytest.raises(HardwareError, match=f"another GPU: built for SM{minimum}.*SM{sm}"):
         check_engine(info, RTX, sm=sm)
+
+
+@pytest.mark.parametrize(
+    ("sm", "runs"), [(80, True), (87, False), (90, False), (100, False), (120, True), (121, True)]
+)
+def test_a_portable_rtx_engine_does_not_run_between_its_gpus(sm: int, runs: bool) -> None:
+    """As a first run on an H100 said: 8.0 8.6 8.9 12.0 12.1 >12.0."""
+    if runs:
+        check_engine(INFO, RTX, sm=sm)
+        return
+    with pytest.raises(
+        HardwareError, match=rf"not run on this GPU, which is SM{sm}.*tensorrt here"
+    ):
+        check_engine(INFO, RTX, sm=sm)
 
 
 def test_the_largest_call_is_that_of_all_profiles() -> None:

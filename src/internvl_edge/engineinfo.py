@@ -9,7 +9,9 @@ cannot run an engine learns why before a native library reads the first byte of 
 
 Vendor rules: TensorRT and TensorRT-RTX engines run on the exact release that built them. A
 TensorRT engine runs on the compute capability it was built on. A TensorRT-RTX engine is portable
-over SM80 and later unless it was built for named compute capabilities; FP8 needs SM89.
+over SM80, SM86, SM89, and SM120 and later, unless it was built for named ones; FP8 needs SM89.
+Between them, on data centers' Hopper and Blackwell, it does not run: on an H100 (SM90) TensorRT-RTX
+1.7 refuses every engine, and says that none can be built for it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import ArtifactError, HardwareError, UsageError
 
 SCHEMA = 1
+RTX, RTX_SMS, RTX_SMS_FROM = "tensorrt-rtx", (80, 86, 89), 120  # where a portable engine runs
 MAX_SIDECAR_NBYTES = 1 << 20
 
 Range = tuple[int, int, int]  # smallest, typical and largest size of a dimension
@@ -161,6 +164,13 @@ def check_engine(info: EngineInfo, trt: Any, *, sm: int | None = None) -> None:
     if sm is None:
         return
     named = info.compute_capabilities
+    is_between = RTX_SMS[0] < sm < RTX_SMS_FROM and sm not in RTX_SMS
+    if info.target == RTX and is_between and not named:
+        runs_on = ", ".join(f"SM{known}" for known in (*RTX_SMS, RTX_SMS_FROM))
+        raise HardwareError(
+            f"{info.component}: TensorRT-RTX does not run on this GPU, which is SM{sm}, but on "
+            f"{runs_on} and later; use --target tensorrt here, or the backend 'onnxruntime'"
+        )
     if sm < info.minimum_sm or (named and f"SM{sm}" not in named):
         expected = ", ".join(named) if named else f"SM{info.minimum_sm} and later"
         raise HardwareError(
