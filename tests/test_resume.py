@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge import compiler, resume
-from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler import ExportOptions, emit
 from internvl_edge.compiler import calibration as calibration_step
 from internvl_edge.errors import CheckpointError, InternVLError, ResourceError, UsageError
 from internvl_edge.resume import JOURNAL, KEY, Workspace, kept_nbytes, workspace
@@ -126,7 +127,7 @@ def work_on(out: Path, key: dict[str, Any], blocks: int, *, fail: bool) -> list[
 def test_goes_on_where_the_other_failed(out: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ResourceError), caplog.at_level(logging.WARNING):
         work_on(out, KEY_A, 2, fail=True)
-    assert "2 finished block(s) are kept" in caplog.text
+    assert "2 finished step(s) are kept" in caplog.text
     with workspace(out, lambda: KEY_A, Budget(0)) as work:
         assert work.num_done == 2
         np.testing.assert_array_equal(work.restore("image")[0], np.ones((2, 2)))
@@ -256,6 +257,61 @@ def test_interrupted_runs_end_byte_identical(
     assert not set(done) & set(calls), "finished blocks are not calibrated again"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_conversion_goes_on_behind_its_last_piece(
+    checkpoint: Path,
+    tmp_path: Path,
+    after: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To float16, where nothing is calibrated."""
+    how = {"precision": "fp16", "components": ("vision", "text_embed")}
+    compiler.export(replace(options(checkpoint, tmp_path / "whole"), **how))
+    whole = contents(tmp_path / "whole")
+    monkeypatch.setattr(emit, "PIECE_NBYTES", len(whole["weights.safetensors"]) // 4)
+    finish, noted = Workspace.finish, list[str]()
+
+    def finish_some(self: Workspace, name: str, entry: Any, hidden: Any) -> None:
+        finish(self, name, entry, hidden)
+        noted.extend(entry["weights"])
+        if self.num_done == after:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Workspace, "finish", finish_some)
+        compiler.export(replace(options(checkpoint, tmp_path / "out"), **how))
+    assert not (tmp_path / "out").exists()
+    read, run = list[str](), emit.read_tensor
+    monkeypatch.setattr(
+        emit, "read_tensor", lambda plan, name: read.append(name) or run(plan, name)
+    )
+    with caplog.at_level(logging.WARNING):
+        compiler.export(replace(options(checkpoint, tmp_path / "out"), **how))
+    total = len(noted) + len(read)
+    assert f"{len(noted)} of {total} tensors that an earlier run wrote are taken up" in caplog.text
+    assert noted and read
+    assert not set(noted) & set(read), "what is durable is not converted again"
+    assert contents(tmp_path / "out") == whole
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_piece_of_a_changed_checkpoint_is_not_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emit, "PIECE_NBYTES", 1)
+    run = emit.read_tensor
+
+    def touch(plan: Any, name: str) -> Any:
+        os.utime(plan.checkpoint.shards[0], (0, 0))
+        return run(plan, name)
+
+    monkeypatch.setattr(emit, "read_tensor", touch)
+    with pytest.raises(CheckpointError, match="changed"):
+        compiler.export(replace(options(checkpoint, tmp_path / "out"), precision="fp16"))
+    assert not list(tmp_path.glob(".out*"))
 
 
 KILLED_BY_ITSELF = """

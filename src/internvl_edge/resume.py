@@ -1,8 +1,8 @@
 """What an interrupted compilation has finished, kept beside OUT for the same command to go on.
 
     .OUT.work/key.json             hashes of everything that decides the result
-              journal.jsonl        a line per finished block
-              weights.safetensors  its 8-bit weights, at the places they have in the end
+              journal.jsonl        a line per finished block, or piece of converted weights
+              weights.safetensors  its weights, at the places they have in the end
               states/image.17      the samples' hidden states behind it
               engines/             engines that were built
 
@@ -207,7 +207,7 @@ def workspace(
         except BaseException:
             if work.is_worth_keeping:
                 logger.warning(
-                    "%d finished block(s) are kept in %s; the same command goes on from there",
+                    "%d finished step(s) are kept in %s; the same command goes on from there",
                     work.num_done,
                     path,
                 )

@@ -34,6 +34,7 @@ from internvl_edge.compiler.layout import (
 )
 from internvl_edge.compiler.options import ExportOptions, Plan
 from internvl_edge.compiler.progress import Progress, Report
+from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import UsageError
 from internvl_edge.export import graph as graphs
 from internvl_edge.export.bind import bind, save, weights_without_data
@@ -68,6 +69,7 @@ from internvl_edge.quantize.blockwise import block_of
 from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX
 from internvl_edge.quantize.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.unsigned import take_unsigned_weights
+from internvl_edge.resume import Workspace
 from internvl_edge.runtime.ort import unsigned_graph
 
 Array = np.ndarray[Any, Any]
@@ -75,6 +77,8 @@ Array = np.ndarray[Any, Any]
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
+PIECE_NBYTES = 1 << 29  # of converted weights, between two points to go on from
+PIECE_NBYTES = 1 << 29  # of converted weights, between two points to go on from
 CHAT_TOKENS = "language_model.model.embed_tokens.weight"
 
 
@@ -202,9 +206,12 @@ def needed_weights(plan: Plan, models: Mapping[str, ir.Model]) -> dict[str, np.d
 
 
 def store_weights(
-    plan: Plan, models: Mapping[str, ir.Model], directory: Path, report: Report
+    plan: Plan, models: Mapping[str, ir.Model], directory: Path, work: Workspace, report: Report
 ) -> tuple[dict[str, StoredTensor], dict[str, Brought]]:
     """Put every parameter the graphs need into ``directory``; nothing is quantized.
+
+    What has to be converted is written in ``work`` and linked: another run goes on behind the
+    last piece of it that is durable.
 
     Returns:
         Where each lies, and the checkpoint's own shards that were brought.
@@ -231,9 +238,18 @@ def store_weights(
         )
     if own:
         layout = {name: (dtype, shape_of(plan, name)) for name, dtype in own.items()}
-        path = directory / WEIGHTS_FILE
-        with WeightsWriter(path, layout, align=plan.options.align) as writer:
-            copy_rest(plan, writer, own, report)
+        done = {name for entry in work.entries for name in entry["weights"]}
+        if done:
+            logger.warning(
+                "%d of %d tensors that an earlier run wrote are taken up from %s",
+                len(done),
+                len(own),
+                work.path,
+            )
+        path = work.path / WEIGHTS_FILE
+        with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
+            copy_rest(plan, writer, own, report, work)
+        link_or_copy(path, directory / WEIGHTS_FILE)
         stored |= writer.stored
     return stored, brought
 
@@ -271,12 +287,32 @@ def can_bring(
 
 
 def copy_rest(
-    plan: Plan, writer: WeightsWriter, dtypes: Mapping[str, np.dtype[Any]], report: Report
+    plan: Plan,
+    writer: WeightsWriter,
+    dtypes: Mapping[str, np.dtype[Any]],
+    report: Report,
+    work: Workspace | None = None,
 ) -> None:
-    """Stream parameters into the weights file, each converted to its dtype."""
-    for done, (name, dtype) in enumerate(dtypes.items()):
+    """Stream the parameters that are not written yet into the file, each converted to its dtype.
+
+    Args:
+        plan: of the compilation.
+        writer: of the file.
+        dtypes: of the parameters.
+        report: told before each.
+        work: where pieces that are durable are noted; None: they are not.
+    """
+    written: list[str] = []
+    for name in writer.pending:
+        done = len(dtypes) - len(writer.pending)
         report(Progress(step="weights", detail=name, done=done, total=len(dtypes)))
-        writer.write(name, convert(read_tensor(plan, name), dtype))
+        writer.write(name, convert(read_tensor(plan, name), dtypes[name]))
+        written.append(name)
+        if work is not None and sum(writer.stored[n].nbytes for n in written) >= PIECE_NBYTES:
+            writer.sync()
+            plan.checkpoint.require_unchanged()  # or another's weights would be taken up as these
+            work.finish(f"weights.{work.num_done}", {"weights": written}, {})
+            written = []
 
 
 def convert(values: Array, dtype: np.dtype[Any]) -> Array:

@@ -249,7 +249,7 @@ def _compile_into(
     models = trace_all(plan, plan.base, report)
     brought: dict[str, Brought] = {}
     if samples is None:
-        stored, brought = store_weights(plan, models, directory, report)
+        stored, brought = store_weights(plan, models, directory, work, report)
     else:
         stored, scales = quantize_weights(plan, models, samples, work, report)
         link_or_copy(work.path / WEIGHTS_FILE, directory / WEIGHTS_FILE)
