@@ -68,7 +68,10 @@ def test_quantized_weights_are_counted(tmp_path: Path, precision: str) -> None:
 
 
 def test_products_of_inputs_are_counted(tmp_path: Path) -> None:
-    """Four activations of a block are held as K × K, queries, keys and values sharing one."""
+    """Four activations of a block are held as K × K, queries, keys and values sharing one.
+
+    Of the largest layer, what is rounded and its errors are there twice.
+    """
     checkpoint = write_vit(tmp_path / "checkpoint").path
     plain = recipe_for("int8")
     options = ExportOptions(
@@ -81,7 +84,8 @@ def test_products_of_inputs_are_counted(tmp_path: Path) -> None:
     )
     vision = TINY.vision
     width, inner = vision.hidden_size, vision.intermediate_size
-    assert after.memory_nbytes - before.memory_nbytes == 4 * (3 * width**2 + inner**2)
+    held = 3 * width**2 + inner**2 + 2 * max(3 * width, inner) * width
+    assert after.memory_nbytes - before.memory_nbytes == 4 * held
     assert after.disk_nbytes == before.disk_nbytes
 
 
@@ -124,6 +128,21 @@ def test_spools_of_every_stream_are_counted(
     monkeypatch.setattr(Spool, "append", watch)
     export(options)
     assert most <= step.disk_nbytes < 1.5 * most
+
+
+def test_a_cache_of_fixed_capacity_is_counted_where_it_is_compared(tmp_path: Path) -> None:
+    """Keys and values of two texts, as given, read and written; a position more costs as much."""
+    checkpoint = write_internvl(tmp_path / "checkpoint").path
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", components=("decoder",))
+    needs = {}
+    for capacity in (None, 64, 65):
+        chosen = dataclasses.replace(options, cache_capacity=capacity)
+        (step,) = (step for step in forecast(chosen).steps if step.name == "verify")
+        needs[capacity] = step.memory_nbytes
+    llama = TINY.qllama
+    position = 2 * llama.num_key_value_heads * llama.head_dim * llama.num_hidden_layers
+    assert needs[65] - needs[64] == 4 * 3 * 2 * position
+    assert needs[64] - needs[None] == 64 * (needs[65] - needs[64])
 
 
 def test_memory_that_verification_lacks_has_a_way_out(

@@ -59,6 +59,8 @@ USUAL_TEXT_LENGTH = 16  # tokens of a caption
 VERIFY_NBYTES_PER_SECOND = 200e6
 # What is compared, in float32: reference and graph, constants that are widened, and the simulation.
 VERIFY_COPIES = {"fp32": 2.5, "fp16": 4.7, "bf16": 4.7, "quantized": 5.2}
+VERIFIED_TEXTS = 2
+CACHE_COPIES = 3  # of a cache in place that is compared: as it is given, read and written
 CROSS_ATTENTION = ".cross_attn."
 LLAMA_HEAD, LLAMA_TOKENS = "qllama.lm_head.weight", "qllama.model.embed_tokens.weight"
 TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
@@ -310,8 +312,11 @@ def _block_nbytes(plan: Plan) -> int:
     tokens = BATCH * vision.num_tokens(plan.image_size)
     running = FLOAT32_NBYTES * tokens * (2 * vision.intermediate_size + 6 * vision.hidden_size)
     weights = int(BLOCK_NBYTES_PER_PARAMETER * max(_blocks(plan).values()))
-    products = [FLOAT32_NBYTES * sum(k**2 for k, _ in w) for w in products_of(plan).values()]
-    return IMPORTS_NBYTES + weights + running + max(products, default=0)
+    # GPTQ: each H, and of the layer that is rounded its errors and what was found
+    rounding = [
+        sum(k**2 for k, _ in w) + 2 * max(k * n for k, n in w) for w in products_of(plan).values()
+    ]
+    return IMPORTS_NBYTES + weights + running + FLOAT32_NBYTES * max(rounding, default=0)
 
 
 def _verify(plan: Plan) -> Step:
@@ -331,7 +336,7 @@ def _verify(plan: Plan) -> Step:
     copies = VERIFY_COPIES["quantized" if plan.recipe is not None else plan.base]
     return Step(
         name="verify",
-        memory_nbytes=IMPORTS_NBYTES + int(copies * compared),
+        memory_nbytes=IMPORTS_NBYTES + int(copies * compared) + _cache_nbytes(plan, whole=whole),
         disk_nbytes=0,
         remedy=f"{remedy}--verify none leaves the comparison out",
         seconds=graphs
@@ -339,6 +344,16 @@ def _verify(plan: Plan) -> Step:
         * seconds
         * (1.0 + compared / VERIFY_NBYTES_PER_SECOND),
     )
+
+
+def _cache_nbytes(plan: Plan, *, whole: bool) -> int:
+    """What comparing a decoder holds of a cache of fixed capacity, of one layer or of all."""
+    llama, capacity = language_config(plan.checkpoint.config), plan.options.cache_capacity
+    if llama is None or capacity is None:
+        return 0
+    layers = llama.num_hidden_layers if whole else 1
+    position = 2 * llama.num_key_value_heads * llama.head_dim  # a key and a value
+    return FLOAT32_NBYTES * CACHE_COPIES * VERIFIED_TEXTS * layers * position * capacity
 
 
 def _builds(plan: Plan, targets: Sequence[str]) -> list[Step]:
