@@ -6,7 +6,9 @@ A builder runs gate and up as one product:
 
 It makes W in memory, beside the engine's own copy: 42 % of QLLaMA once more. Joined before, W lies
 in a file that the parser maps. Rows behind rows are bytes behind bytes: they are copied as they are
-stored, and nothing is computed. Keys and values of the vision states are such a pair too.
+stored, and nothing is computed. A weight in 8 bits is stored as Wᵀ with a scale for every column:
+columns go beside columns, scales behind scales. Keys and values of the vision states are such a
+pair too.
 
 Of q, k and v the builder makes one product too, but takes it apart first where it finds it joined
 (TensorRT-RTX 1.7: four layers of QLLaMA took 3.33 GB for an engine of 2.04 GB either way, and
@@ -19,10 +21,11 @@ tensors.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -33,8 +36,11 @@ from internvl_edge.export.bind import save
 __all__ = ["joined_graph"]
 
 PAIR = 2
+EIGHT_BITS = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
 _CHUNK = 1 << 24  # bytes copied at once
-_Key = tuple[ir.Value, int, ir.DataType]  # what is read, K, dtype
+_Key = tuple[
+    ir.Value, int, ir.DataType, tuple[str, ...]
+]  # what is read, K, dtype, way to the product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +48,17 @@ class _Layer:
     """x Wᵀ of a weight that lies in a file, and that nothing else reads."""
 
     product: ir.Node
-    between: tuple[ir.Node, ...]  # Transpose and, where the graph computes in another type, Cast
-    weight: ir.Value
+    # Transpose and, where the graph computes in another type, Cast; or DequantizeLinear
+    between: tuple[ir.Node, ...]
+    weight: ir.Value  # (N, K), or in 8 bits (K, N)
     stored: ir.ExternalTensor
+    scales: np.ndarray[Any, Any] | None = None  # (N,), of a weight in 8 bits
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        first, second = self.stored.shape.numpy()
+        return (first, second) if self.scales is None else (second, first)
 
 
 @contextlib.contextmanager
@@ -68,8 +82,11 @@ def joined_graph(path: Path) -> Iterator[Path]:
         with data.open("wb") as file:
             for layers in groups:
                 offset = file.tell()
-                for layer in layers:
-                    _copy(layer.stored, file)
+                if layers[0].scales is None:
+                    for layer in layers:
+                        _copy(layer.stored, file)
+                else:
+                    _copy_columns(layers, file)
                 _join(model, layers, data, offset, file.tell() - offset)
         save(model, graph)
         yield graph
@@ -86,25 +103,76 @@ def _groups(model: ir.Model) -> dict[_Key, list[_Layer]]:
         if layer is not None:
             read, dtype = node.inputs[0], layer.stored.dtype
             assert read is not None
-            found.setdefault((read, layer.stored.shape.numpy()[1], dtype), []).append(layer)
+            way = tuple(f"{n.op_type} {n.attributes}" for n in layer.between)
+            found.setdefault((read, layer.shape[1], dtype, way), []).append(layer)
     return found
 
 
 def _layer(node: ir.Node) -> _Layer | None:
-    transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
-    if transpose is None or transpose.op_type != "Transpose":
+    last = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
+    if last is None:
         return None
-    between: tuple[ir.Node, ...] = (transpose,)
-    weight = transpose.inputs[0]
+    between: tuple[ir.Node, ...] = (last,)
+    weight, scales = last.inputs[0], None
+    if last.op_type == "DequantizeLinear":
+        scales = _scales(last)
+        if scales is None:
+            return None
+    elif last.op_type != "Transpose":
+        return None
     cast = None if weight is None else weight.producer()
-    if cast is not None and cast.op_type == "Cast":
-        between, weight = (transpose, cast), cast.inputs[0]
+    if scales is None and cast is not None and cast.op_type == "Cast":
+        between, weight = (last, cast), cast.inputs[0]
     stored = None if weight is None else weight.const_value
     if weight is None or not isinstance(stored, ir.ExternalTensor) or len(stored.shape) != 2:
         return None
     if any(len(value.uses()) != 1 for value in (weight, *(n.outputs[0] for n in between))):
         return None
-    return _Layer(product=node, between=between, weight=weight, stored=stored)
+    return _Layer(product=node, between=between, weight=weight, stored=stored, scales=scales)
+
+
+def _scales(dequantize: ir.Node) -> np.ndarray[Any, Any] | None:
+    """One for each column of a weight in 8 bits whose zero is zero; None: it is another kind."""
+    weight, scale, *zero = dequantize.inputs
+    attributes = dequantize.attributes
+    is_by_column = attributes.get_int("axis", 1) == 1 and not attributes.get_int("block_size", 0)
+    if weight is None or weight.dtype not in EIGHT_BITS or any(zero) or not is_by_column:
+        return None
+    cast = None if scale is None else scale.producer()
+    if cast is not None and cast.op_type == "Cast":  # where all is in 16 bits
+        scale = cast.inputs[0]
+    if scale is None or scale.const_value is None or len(scale.const_value.shape) != 1:
+        return None
+    values = _values(scale.const_value)
+    if cast is None:
+        return values
+    return values.astype(ir.DataType(cast.attributes["to"].as_int()).numpy())
+
+
+def _values(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
+    """What a tensor holds, of a file that has a second name too, which onnx-ir does not read."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.asarray(tensor.numpy())
+    dtype, shape = tensor.dtype.numpy(), tensor.shape.numpy()
+    found = np.fromfile(tensor.path, dtype, math.prod(shape), offset=tensor.offset or 0)
+    if found.size < math.prod(shape):
+        raise ArtifactError(f"{tensor.path}: it became shorter while it was read")
+    return found.reshape(shape)
+
+
+def _copy_columns(layers: Sequence[_Layer], target: BinaryIO) -> None:
+    """Of matrices of bytes, columns beside columns, a few rows at a time."""
+    count = layers[0].shape[1]
+    sources = []
+    for layer in layers:
+        where, shape = layer.stored, (count, layer.shape[0])
+        try:
+            sources.append(np.memmap(where.path, np.uint8, "r", where.offset or 0, shape))
+        except ValueError as error:
+            raise ArtifactError(f"{where.path}: it became shorter while it was read") from error
+    rows = max(1, _CHUNK // sum(source.shape[1] for source in sources))
+    for start in range(0, count, rows):
+        target.write(np.concatenate([s[start : start + rows] for s in sources], axis=1).data)
 
 
 def _copy(stored: ir.ExternalTensor, target: BinaryIO) -> None:
@@ -119,38 +187,71 @@ def _copy(stored: ir.ExternalTensor, target: BinaryIO) -> None:
             left -= len(data)
 
 
-def _join(model: ir.Model, layers: list[_Layer], data: Path, offset: int, nbytes: int) -> None:
+def _join(model: ir.Model, layers: Sequence[_Layer], data: Path, offset: int, nbytes: int) -> None:
     """Put one product and a Split where the layers' products were, in place."""
     first, graph = layers[0], model.graph
-    rows = [layer.stored.shape.numpy()[0] for layer in layers]
-    shape, dtype = ir.Shape([sum(rows), first.stored.shape.numpy()[1]]), first.stored.dtype
-    name = "+".join(str(layer.weight.name) for layer in layers)
+    sizes, inner = [layer.shape[0] for layer in layers], first.shape[1]
+    shape = ir.Shape([sum(sizes), inner] if first.scales is None else [inner, sum(sizes)])
+    name, dtype = "+".join(str(layer.weight.name) for layer in layers), first.stored.dtype
     weight = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
     weight.const_value = ir.ExternalTensor(
         data.name, offset, nbytes, dtype, shape=shape, name=name, base_dir=data.parent
     )
-    sizes = ir.Value(name=f"{name}/rows", type=ir.TensorType(ir.DataType.INT64))
-    sizes.shape, sizes.const_value = ir.Shape([len(rows)]), ir.tensor(np.array(rows, np.int64))
-    for value in (weight, sizes):
-        graph.initializers[str(value.name)] = value
-    read, casts = weight, [node for node in first.between if node.op_type == "Cast"]
-    for cast in casts:
-        casts = [ir.node("Cast", [weight], dict(cast.attributes), name=f"{name}/Cast")]
-        read = casts[0].outputs[0]
-    turned = ir.node("Transpose", [read], {"perm": [1, 0]}, name=f"{name}/Transpose")
-    product = ir.node("MatMul", [first.product.inputs[0], turned.outputs[0]], name=f"{name}/MatMul")
+    graph.initializers[name] = weight
+    way = _way(model, layers, weight)
+    read = way[-1].outputs[0]
+    product = ir.node("MatMul", [first.product.inputs[0], read], name=f"{name}/MatMul")
     split = ir.node(
         "Split",
-        [product.outputs[0], sizes],
+        [product.outputs[0], _constant(model, f"{name}/sizes", np.array(sizes, np.int64))],
         {"axis": -1},
         num_outputs=len(layers),
         name=f"{name}/Split",
     )
-    graph.insert_before(first.product, [*casts, turned, product, split])
+    graph.insert_before(first.product, [*way, product, split])
     for layer, part in zip(layers, split.outputs, strict=True):
         old = layer.product.outputs[0]
         part.name, part.type, part.shape = f"{old.name}/rows", old.type, old.shape
         old.replace_all_uses_with(part, replace_graph_outputs=True)
     for layer in layers:
+        given = [value for node in layer.between for value in node.inputs if value is not None]
         graph.remove([layer.product, *layer.between], safe=True)
-        del graph.initializers[str(layer.weight.name)]
+        _drop_unused(graph, [layer.weight, *given])
+
+
+def _way(model: ir.Model, layers: Sequence[_Layer], weight: ir.Value) -> list[ir.Node]:
+    """What stands between the joined weight and its product, as it stood before."""
+    first, name = layers[0], weight.name
+    if first.scales is not None:
+        scales = [layer.scales for layer in layers if layer.scales is not None]
+        scale = _constant(model, f"{name}/scale", np.concatenate(scales))
+        old = first.between[0]
+        attributes = dict(old.attributes)
+        return [ir.node(old.op_type, [weight, scale], attributes, name=f"{name}/{old.op_type}")]
+    way, read = [], weight
+    for old in reversed(first.between):  # a Cast comes before its Transpose
+        way.append(ir.node(old.op_type, [read], dict(old.attributes), name=f"{name}/{old.op_type}"))
+        read = way[-1].outputs[0]
+    return way
+
+
+def _drop_unused(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
+    """Initializers that nothing reads any more, and the Casts behind them."""
+    for value in values:
+        producer = value.producer()
+        if value.uses():
+            continue
+        if producer is not None and producer.graph is not None:
+            given = [v for v in producer.inputs if v is not None]
+            graph.remove([producer], safe=True)
+            _drop_unused(graph, given)
+        graph.initializers.pop(str(value.name), None)
+
+
+def _constant(model: ir.Model, name: str, values: np.ndarray[Any, Any]) -> ir.Value:
+    """An initializer that lies in the graph's own file."""
+    tensor = ir.tensor(values)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(values.shape))
+    value.const_value = tensor
+    model.graph.initializers[name] = value
+    return value

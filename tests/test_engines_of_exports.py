@@ -182,9 +182,11 @@ def test_an_engine_that_does_not_fit_is_refused(
 
 
 def test_merged_weights_count_twice() -> None:
-    def nbytes(component: str, *, is_quantized: bool) -> float:
-        return memory.builder_nbytes(component, 10**9, 4, is_quantized=is_quantized) / 1e9
+    def nbytes(component: str, precision: str) -> float:
+        return memory.builder_nbytes(component, 10**9, 4, precision) / 1e9
 
-    for is_quantized, more in ((True, 0.66), (False, 0.24)):
-        assert nbytes("vision", is_quantized=is_quantized) == pytest.approx(1.296)
-        assert nbytes("text_embed", is_quantized=is_quantized) == pytest.approx(1.296 + more)
+    for precision, more in (("int4-wo", 0.66), ("int8", 0.28), ("bf16", 0.24)):
+        assert nbytes("vision", precision) == pytest.approx(1.296)
+        assert nbytes("text_embed", precision) == pytest.approx(1.296 + more)
+    assert nbytes("text_embed", "vision=int8,decoder=int4-wo") == pytest.approx(1.296 + 0.66)
+    assert nbytes("chat_queries", "int8") == pytest.approx(1.296 + 0.24)

@@ -20,6 +20,7 @@ from internvl_edge.errors import ArtifactError, ResourceError
 from internvl_edge.export import merge
 from internvl_edge.export.merge import joined_graph
 from internvl_edge.runtime.ort import OrtSession
+from internvl_edge.runtime.ortoptions import OrtOptions
 
 COMPONENTS = ("vision", "image_queries", "text_embed")
 
@@ -84,6 +85,38 @@ def test_a_joined_graph_gives_the_same(out: Path, component: str) -> None:
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values)
     assert names(out) == before
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int8-wo"])
+def test_pairs_in_8_bits_are_joined_by_column(
+    out: Path, tmp_path: Path, precision: str, pictures: Path
+) -> None:
+    """Both graphs of a component: around float32, and around the 16 bits of engines. To the bit."""
+    options = ExportOptions(
+        checkpoint=out.parent / "checkpoint",
+        out=tmp_path / "out",
+        precision=precision,
+        components=("text_embed",),
+        calibration=pictures,
+        verify="none",
+    )
+    compiler.export(options)
+    ids = np.random.default_rng(0).integers(3, 300, (2, 6))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    exact = OrtOptions(exact=True)
+    graphs = [tmp_path / "out" / f"text_embed.{kind}" for kind in ("onnx", "fp16.onnx")]
+    os.link(tmp_path / "out" / "weights.safetensors", tmp_path / "second name")
+    before, layers = names(tmp_path / "out"), 0
+    for graph in graphs:
+        with OrtSession(graph, options=exact) as session:
+            expected = session.run(feeds)
+        with joined_graph(graph) as path, OrtSession(path, options=exact) as session:
+            nodes = onnx.load(path, load_external_data=False).graph.node
+            found = session.run(feeds)
+        layers += sum(node.op_type == "Split" and "gate_proj" in node.name for node in nodes)
+        np.testing.assert_array_equal(found["text_embeds"], expected["text_embeds"])
+    assert layers >= 2 * len(graphs)
+    assert names(tmp_path / "out") == before
 
 
 def test_a_tower_without_pairs_stays(out: Path) -> None:

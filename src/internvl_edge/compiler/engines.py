@@ -143,9 +143,7 @@ def forecast_build(
     chosen = list(components or manifest.components)
     weights = {name: manifest.components[name].nbytes for name in chosen}
     depths = {name: _num_blocks(manifest, name) for name in chosen}
-    is_quantized = manifest.recipe is not None
-    steps = build_steps(weights, depths, targets, is_quantized=is_quantized)
-    return Forecast(steps=tuple(steps))
+    return Forecast(steps=tuple(build_steps(weights, depths, targets, manifest.precision)))
 
 
 def require_buildable(
@@ -282,7 +280,7 @@ def _add_engine(
         name,
         manifest.components[name].nbytes,
         _num_blocks(manifest, name),
-        is_quantized=manifest.recipe is not None,
+        manifest.precision,
     )
     built = build_engine(
         directory / source,

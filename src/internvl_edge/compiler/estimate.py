@@ -363,7 +363,7 @@ def _builds(plan: Plan, targets: Sequence[str]) -> list[Step]:
         component: sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
         for component in plan.components
     }
-    return build_steps(weights, depths, targets, is_quantized=plan.recipe is not None)
+    return build_steps(weights, depths, targets, plan.options.precision)
 
 
 def _engine_nbytes(plan: Plan, names: Collection[str]) -> int:

@@ -3,7 +3,7 @@
 TensorRT-RTX reads weights from the mapped file and keeps the engine's bytes in memory until the
 last of them is written. Of linear layers that read one tensor (q, k and v, gate and up) it makes
 one product, whose weight is one more copy; gate and up are joined on disk before
-(``export.merge``), where they are not quantized. Measured with TensorRT-RTX 1.7 at the widths of
+(``export.merge``), where they are not in 4 bits. Measured with TensorRT-RTX 1.7 at the widths of
 InternViT-6B and QLLaMA; see ``docs/LOG.md``.
 """
 
@@ -19,7 +19,9 @@ BUILDER_NBYTES = 250_000_000
 BUILDER_NBYTES_PER_BLOCK = 11_500_000
 # A vision block has one qkv and no gate: nothing is merged. Of QLLaMA's weights two thirds are.
 MERGED_SHARE = 0.66
-JOINED_SHARE = 0.42  # gate and up; with keys and values of cross-attention 0.44
+# Gate and up; with keys and values of cross-attention 0.44. In 8 bits embeddings weigh more.
+JOINED_SHARE, JOINED_SHARE_8_BITS = 0.42, 0.38
+QUANTIZED = ("int8", "fp8", "int4")  # so begin the precisions of quantized weights
 BLOCKLESS_COMPONENTS = ("image_pool",)
 LLAMA_COMPONENTS = (
     "image_queries",
@@ -49,35 +51,45 @@ def trim() -> None:
         malloc_trim(0)
 
 
-def joined_nbytes(component: str, weights_nbytes: int, *, is_quantized: bool) -> int:
+def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
     """Disk that weights joined for a builder take until the engine is built.
 
-    Queries of a chat model are never quantized.
+    Args:
+        component: its name.
+        weights_nbytes: bytes of its weights.
+        precision: of the export: one for all, or one per tower.
     """
-    is_quantized = is_quantized and component != "chat_queries"
-    is_joined = component in LLAMA_COMPONENTS and not is_quantized
-    return int(JOINED_SHARE * weights_nbytes) if is_joined else 0
+    own = _language_precision(precision)
+    is_quantized = own.startswith(QUANTIZED) and component != "chat_queries"  # those never are
+    if component not in LLAMA_COMPONENTS or (is_quantized and own.startswith("int4")):
+        return 0
+    return int((JOINED_SHARE_8_BITS if is_quantized else JOINED_SHARE) * weights_nbytes)
 
 
-def builder_nbytes(
-    component: str, weights_nbytes: int, num_blocks: int, *, is_quantized: bool
-) -> int:
+def _language_precision(precision: str) -> str:
+    if "=" not in precision:
+        return precision
+    parts = (part.strip().split("=") for part in precision.split(","))
+    return next((value for name, value in parts if name in LLAMA_COMPONENTS), "fp32")
+
+
+def builder_nbytes(component: str, weights_nbytes: int, num_blocks: int, precision: str) -> int:
     """Anonymous memory that building a component's engine takes."""
     merged = int(MERGED_SHARE * weights_nbytes) if component in LLAMA_COMPONENTS else 0
-    merged -= joined_nbytes(component, weights_nbytes, is_quantized=is_quantized)
+    merged -= joined_nbytes(component, weights_nbytes, precision)
     own = BUILDER_NBYTES + BUILDER_NBYTES_PER_BLOCK * num_blocks
     return own + weights_nbytes + merged
 
 
 def require_memory_to_build(
-    component: str, weights_nbytes: int, num_blocks: int, *, is_quantized: bool
+    component: str, weights_nbytes: int, num_blocks: int, precision: str
 ) -> None:
     """Refuse an engine that this machine cannot build, before the system kills the builder.
 
     Raises:
         ResourceError: what it needs, and what there is.
     """
-    need = builder_nbytes(component, weights_nbytes, num_blocks, is_quantized=is_quantized)
+    need = builder_nbytes(component, weights_nbytes, num_blocks, precision)
     free = available_memory()
     if need > free:
         raise ResourceError(

@@ -102,8 +102,7 @@ def build_steps(
     weights: Mapping[str, int],
     depths: Mapping[str, int],
     targets: Sequence[str],
-    *,
-    is_quantized: bool,
+    precision: str,
 ) -> list[Step]:
     """Building the engine of each component, one after the other, for each target.
 
@@ -111,14 +110,14 @@ def build_steps(
         weights: component → bytes of its weights as the engine holds them.
         depths: component → blocks of its tower.
         targets: what is built for.
-        is_quantized: whether weights are in 8 or 4 bits.
+        precision: what was asked for: one for all, or one per tower.
     """
     steps = []
     for component, depth in depths.items():
         nbytes = weights[component]
         mapped = nbytes + BUILDER_MAPPED_NBYTES  # the graph's weights
-        joined = joined_nbytes(component, nbytes, is_quantized=is_quantized)
-        taken = builder_nbytes(component, nbytes, depth, is_quantized=is_quantized)
+        joined = joined_nbytes(component, nbytes, precision)
+        taken = builder_nbytes(component, nbytes, depth, precision)
         seconds = BUILD_SECONDS + BUILD_SECONDS_PER_BLOCK * depth
         seconds += nbytes / BUILD_NBYTES_PER_SECOND + joined / JOINED_NBYTES_PER_SECOND
         steps.append(
