@@ -27,6 +27,7 @@ __all__ = [
     "check_feeds",
     "check_outputs",
     "cuda_device_count",
+    "cuda_devices",
     "did_you_mean",
     "open_component",
     "open_session",
@@ -45,6 +46,9 @@ PACKAGES = {
     "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
     "tensorrt": ("tensorrt", "trt"),
 }
+
+NAME_NBYTES = 256
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
 
 
 class Session(Protocol):
@@ -173,3 +177,18 @@ def cuda_device_count() -> int:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
+
+
+def cuda_devices() -> list[tuple[str, int]]:
+    """Name and compute capability of each GPU that the driver shows, 90 for 9.0."""
+    found = []
+    for index in range(cuda_device_count()):
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        device, name = ctypes.c_int(), ctypes.create_string_buffer(NAME_NBYTES)
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetName(name, NAME_NBYTES, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
+        found.append((name.value.decode(), 10 * major.value + minor.value))
+    return found

@@ -536,6 +536,17 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["cores"] >= 1
 
 
+def test_doctor_says_which_gpus_have_no_rtx(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [("RTX 4090", 89), ("H100", 90)]
+    monkeypatch.setattr("internvl_edge.runtime.session.cuda_devices", lambda: found)
+    machine = answer(capsys, "doctor")["machine"]
+    assert machine["cuda_devices"] == 2
+    assert machine["cuda:0"] == "RTX 4090, SM89"
+    assert machine["cuda:1"].startswith("H100, SM90, which TensorRT-RTX does not run on")
+
+
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = write_vit(tmp_path / "vit")
     (written.path / "model.safetensors").unlink()

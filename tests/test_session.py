@@ -246,7 +246,21 @@ def test_counting_devices_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
             count._obj.value = 3
             return 0
 
+        def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
+            device._obj.value = 7 + index
+            return 0
+
+        def cuDeviceGetName(self, name: Any, nbytes: int, device: Any) -> int:  # noqa: N802
+            assert nbytes == len(name)
+            name.value = f"GPU {device.value}".encode()
+            return 0
+
+        def cuDeviceGetAttribute(self, value: Any, what: int, device: Any) -> int:  # noqa: N802
+            value._obj.value = {75: device.value, 76: 6}[what]
+            return 0
+
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     assert sessions.cuda_device_count() == 3
+    assert sessions.cuda_devices() == [("GPU 7", 76), ("GPU 8", 86), ("GPU 9", 96)]
     monkeypatch.setattr(Driver, "status", 100)  # CUDA_ERROR_NO_DEVICE
     assert sessions.cuda_device_count() == 0

@@ -164,8 +164,7 @@ def check_engine(info: EngineInfo, trt: Any, *, sm: int | None = None) -> None:
     if sm is None:
         return
     named = info.compute_capabilities
-    is_between = RTX_SMS[0] < sm < RTX_SMS_FROM and sm not in RTX_SMS
-    if info.target == RTX and is_between and not named:
+    if info.target == RTX and lacks_rtx(sm) and not named:
         runs_on = ", ".join(f"SM{known}" for known in (*RTX_SMS, RTX_SMS_FROM))
         raise HardwareError(
             f"{info.component}: TensorRT-RTX does not run on this GPU, which is SM{sm}, but on "
@@ -177,6 +176,11 @@ def check_engine(info: EngineInfo, trt: Any, *, sm: int | None = None) -> None:
             f"{info.component}: engine of another GPU: built for {expected} at {info.precision}, "
             f"this one is SM{sm}; {rebuild}"
         )
+
+
+def lacks_rtx(sm: int) -> bool:
+    """Whether TensorRT-RTX refuses a GPU of this compute capability, however an engine is built."""
+    return RTX_SMS[0] < sm < RTX_SMS_FROM and sm not in RTX_SMS
 
 
 # --- reading JSON: each returns the value or raises ------------------------------------------

@@ -15,6 +15,7 @@ import click
 from internvl_edge._version import __version__
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import answers, no_backend
+from internvl_edge.engineinfo import lacks_rtx
 
 # Package → what it unlocks, and the extra that installs it.
 PACKAGES = {
@@ -38,7 +39,7 @@ PACKAGES = {
 @answers
 def doctor(output: Output, backend: str) -> None:
     """Say what is installed, what this machine has, and what each missing piece would unlock."""
-    from internvl_edge.runtime.session import cuda_device_count
+    from internvl_edge.runtime.session import cuda_devices
 
     rows, missing = [], {}
     for package, (unlocks, extra) in PACKAGES.items():
@@ -48,7 +49,11 @@ def doctor(output: Output, backend: str) -> None:
             version = ""
             missing[package] = f'pip install "internvl-edge[{extra}]"'
         rows.append((package, version or "missing", unlocks, missing.get(package, "")))
-    machine = _machine() | {"cuda_devices": cuda_device_count()}
+    gpus = cuda_devices()
+    machine = _machine() | {"cuda_devices": len(gpus)}
+    for index, (name, sm) in enumerate(gpus):
+        lack = ", which TensorRT-RTX does not run on: build for tensorrt" if lacks_rtx(sm) else ""
+        machine[f"cuda:{index}"] = f"{name}, SM{sm}{lack}"
     output.table(("package", "version", "unlocks", "install"), rows)
     output.lines([f"{key}: {value}" for key, value in machine.items()])
     output.result(
