@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,22 @@ class Killed(BaseException):
     """As if the process had died: nothing of ours catches it."""
 
 
+@contextmanager
+def dying_after(steps: int) -> Iterator[list[tuple[Any, ...]]]:
+    """A run dies behind its so-many-th finished step; what it noted of each."""
+    finish, noted = Workspace.finish, list[tuple[Any, ...]]()
+
+    def finish_some(self: Workspace, *args: Any) -> None:
+        finish(self, *args)
+        noted.append(args)
+        if len(noted) == steps:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Workspace, "finish", finish_some)
+        yield noted
+
+
 @pytest.mark.parametrize("after", [1, 3])  # inside the vision tower, and inside QLLaMA
 def test_interrupted_runs_end_byte_identical(
     checkpoint: Path,
@@ -228,16 +244,7 @@ def test_interrupted_runs_end_byte_identical(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     compiler.export(options(checkpoint, tmp_path / "whole"))
-    finish, calls = Workspace.finish, []
-
-    def finish_some(self: Workspace, *args: Any) -> None:
-        finish(self, *args)
-        calls.append(args[0])
-        if len(calls) == after:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Workspace, "finish", finish_some)
+    with dying_after(after) as noted:
         compiler.export(options(checkpoint, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -254,7 +261,7 @@ def test_interrupted_runs_end_byte_identical(
     total = len(done) + after
     assert f"{after} of {total} block(s) that an earlier run finished are taken up" in caplog.text
     assert done
-    assert not set(done) & set(calls), "finished blocks are not calibrated again"
+    assert not set(done) & {args[0] for args in noted}, "finished blocks are not calibrated again"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
 
@@ -272,17 +279,9 @@ def test_an_interrupted_conversion_goes_on_behind_its_last_piece(
     compiler.export(replace(options(checkpoint, tmp_path / "whole"), **how))
     whole = contents(tmp_path / "whole")
     monkeypatch.setattr(emit, "PIECE_NBYTES", len(whole["weights.safetensors"]) // 4)
-    finish, noted = Workspace.finish, list[str]()
-
-    def finish_some(self: Workspace, name: str, entry: Any, hidden: Any) -> None:
-        finish(self, name, entry, hidden)
-        noted.extend(entry["weights"])
-        if self.num_done == after:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Workspace, "finish", finish_some)
+    with dying_after(after) as pieces:
         compiler.export(replace(options(checkpoint, tmp_path / "out"), **how))
+    noted = [name for _, entry, _ in pieces for name in entry["weights"]]
     assert not (tmp_path / "out").exists()
     read, run = list[str](), emit.read_tensor
     monkeypatch.setattr(
