@@ -10,7 +10,7 @@ inputs, and by ``torch.compile`` in the types that PyTorch has. Its error is the
 from ONNX Runtime's result on the CPU, of the same precision (of float32 where the CPU cannot run
 it), over the largest value of that result. Latencies are of host arrays to host arrays; with CUDA
 graphs and without. Roofline shares are of what the same backend reached on plain
-products, and the memory on plain copies. GPU memory is what opening and one call took.
+products, and the memory on plain copies. GPU memory is what opening and the first calls took.
 
 Every row is a process of its own (``gpu_row``), and the JSON is replaced after each: what fails,
 faults the GPU or never ends is a row with the reason, and the rest goes on. It needs no network and
@@ -151,8 +151,9 @@ class Bench:
             yield from (self.row(model, artifact, *cell) for cell in cells)
             return
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            for first in (True, False):
-                wave = [cell for cell in cells if (cell[1] == CPU) == first]
+            on_cpu = [cell for cell in cells if cell[1] == CPU]
+            others = [cell for cell in cells if cell[1] != CPU]
+            for wave in (on_cpu, others):
                 yield from pool.map(lambda cell: self.row(model, artifact, *cell), wave)
 
     def row(self, model: Model, artifact: Artifact, component: str, place: Place) -> Row:
@@ -252,16 +253,21 @@ def export(checkpoint: Path | None, out: Path, precision: str, built: list[str])
     return (done.stderr.strip().splitlines() or [f"export ended with code {done.returncode}"])[-1]
 
 
+def compiled_before(bench: Bench, name: str) -> Path | None:
+    """Of the directory that was given, what has this name."""
+    path = None if bench.args.artifacts is None else bench.args.artifacts / name
+    return path if path is not None and path.exists() else None
+
+
 def check_model(model: Model, precisions: list[str], bench: Bench) -> Iterator[Row]:
     """All precisions of a checkpoint; float32 first, as others are held against it."""
     built = targets()
     for precision in sorted(precisions, key=lambda name: name != "fp32"):
-        compiled = bench.args.artifacts and bench.args.artifacts / f"{model.name}-{precision}"
-        is_given = compiled is not None and compiled.exists()
-        out = compiled if is_given else bench.work / f"{model.name}-{precision}"
+        given = compiled_before(bench, f"{model.name}-{precision}")
+        out = given or bench.work / f"{model.name}-{precision}"
         head = {"model": model.name, "component": "", "precision": precision, "backend": ""}
         try:
-            error = None if is_given else export(model.checkpoint, out, precision, built)
+            error = None if given else export(model.checkpoint, out, precision, built)
             if error is not None:
                 yield Row(**head, failed=error)
                 continue
@@ -269,7 +275,7 @@ def check_model(model: Model, precisions: list[str], bench: Bench) -> Iterator[R
         except Exception as error:
             yield Row(**head, failed=f"{type(error).__name__}: {error}")
         finally:
-            if not is_given:  # 48 layers at five precisions fill a disk
+            if given is None:  # 48 layers at five precisions fill a disk
                 shutil.rmtree(out, ignore_errors=True)
 
 
@@ -291,11 +297,10 @@ def check_depth(layers: int, precisions: list[str], bench: Bench) -> Iterator[Ro
             yield Row(**head, precision=precision, skipped=reason)
     if not fitting:
         return
-    given = bench.args.artifacts and bench.args.artifacts / name
-    is_given = given is not None and given.exists()
-    checkpoint = given if is_given else bench.work / name
+    given = compiled_before(bench, name)
+    checkpoint = given or bench.work / name
     try:
-        if not is_given:
+        if given is None:
             synthesize(layers, checkpoint)
     except Exception as error:
         yield Row(**head, precision="", failed=f"{type(error).__name__}: {error}")
@@ -303,7 +308,7 @@ def check_depth(layers: int, precisions: list[str], bench: Bench) -> Iterator[Ro
         model = Model(name=name, checkpoint=checkpoint, timed_on_cpu=False)
         yield from check_model(model, fitting, bench)
     finally:
-        if not is_given:
+        if given is None:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 

@@ -153,26 +153,31 @@ def _values(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
     """What a tensor holds, of a file that has a second name too, which onnx-ir does not read."""
     if not isinstance(tensor, ir.ExternalTensor):
         return np.asarray(tensor.numpy())
-    dtype, shape = tensor.dtype.numpy(), tensor.shape.numpy()
-    found = np.fromfile(tensor.path, dtype, math.prod(shape), offset=tensor.offset or 0)
-    if found.size < math.prod(shape):
-        raise ArtifactError(f"{tensor.path}: it became shorter while it was read")
-    return found.reshape(shape)
+    shape = tensor.shape.numpy()
+    return _read(tensor, tensor.dtype.numpy(), math.prod(shape), 0).reshape(shape)
+
+
+def _read(
+    stored: ir.ExternalTensor, dtype: np.dtype[Any], count: int, start_nbytes: int
+) -> np.ndarray[Any, Any]:
+    """So many values of a tensor's file, from a byte of the tensor on."""
+    found = np.fromfile(stored.path, dtype, count, offset=(stored.offset or 0) + start_nbytes)
+    if found.size < count:
+        raise ArtifactError(f"{stored.path}: it became shorter while it was read")
+    return found
 
 
 def _copy_columns(layers: Sequence[_Layer], target: BinaryIO) -> None:
     """Of matrices of bytes, columns beside columns, a few rows at a time."""
-    count = layers[0].shape[1]
-    sources = []
-    for layer in layers:
-        where, shape = layer.stored, (count, layer.shape[0])
-        try:
-            sources.append(np.memmap(where.path, np.uint8, "r", where.offset or 0, shape))
-        except ValueError as error:
-            raise ArtifactError(f"{where.path}: it became shorter while it was read") from error
-    rows = max(1, _CHUNK // sum(source.shape[1] for source in sources))
-    for start in range(0, count, rows):
-        target.write(np.concatenate([s[start : start + rows] for s in sources], axis=1).data)
+    count, widths = layers[0].shape[1], [layer.shape[0] for layer in layers]
+    step = max(1, _CHUNK // sum(widths))
+    for start in range(0, count, step):
+        rows = min(step, count - start)
+        parts = [
+            _read(layer.stored, np.dtype(np.uint8), rows * width, start * width)
+            for layer, width in zip(layers, widths, strict=True)
+        ]
+        target.write(np.hstack([part.reshape(rows, -1) for part in parts]).data)
 
 
 def _copy(stored: ir.ExternalTensor, target: BinaryIO) -> None:

@@ -59,6 +59,9 @@ class WeightsWriter:
             None: of its item size.
         done: names that an earlier writer of the same tensors has written to ``path``, which may
             then exist; None: it must not.
+
+    Raises:
+        InternVLError: of what is done, the file is not there, or shorter.
     """
 
     def __init__(
@@ -72,6 +75,11 @@ class WeightsWriter:
         self.path = path
         raw, self.stored, size = _layout(path.name, tensors, align or 1)
         self._pending = set(tensors) - set(done or ())
+        if done and (not path.is_file() or path.stat().st_size != size):
+            raise InternVLError(
+                f"{path}: expected {size} bytes, some of which an earlier run has written; remove "
+                f"{path.parent}, to begin anew"
+            )
         exclusive = os.O_EXCL if done is None else 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | exclusive | os.O_CLOEXEC, 0o644)
         _pwrite(self._descriptor, raw, 0)

@@ -43,6 +43,7 @@ from internvl_edge.runtime.ortoptions import (
     CPU,
     CUDA,
     OrtOptions,
+    captures,
     choose_providers,
     load_gpu_libraries,
     names_of,
@@ -70,14 +71,17 @@ TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 # they are copied twice, and products of one row are 8 times as fast; unfolded, they stay in the
 # file's pages. So small components fold, and decoders; a tower of billions has to fit.
 CONSTANT_FOLDING = "ConstantFolding"
-FIRST_RIGHT = (1, 32)  # the release that leaves FP8 products alone
 MAX_FOLDED_NBYTES = 100_000_000
 DECODERS = ("decoder", "chat_decoder")
 # What CUDA graphs are made of: ONNX Runtime computes the masks of texts on the host, between
 # kernels, and a decoder's cache stays on the device from call to call.
-TOWERS = ("vision", "image_embed", "image_pool")
+TOWERS = ("vision", "image_embed", "image_pool", "chat_vision")
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-CAPTURE = "graph capture"  # in what it says of a graph with kernels on the host between the GPU's
+# In what it says of a graph with kernels on the host between those on the GPU.
+CAPTURE = "graph capture"
+# Releases up to 1.31 make INT8 products of FP8 ones, and refuse them; unfused, weights stay FP8.
+QDQ_FUSION = "QDQSelectorActionTransformer"
+FP8_FUSED = re.compile(r"float8e4m3fn.*MatMulIntegerToFloat", re.DOTALL)
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
 
@@ -104,12 +108,12 @@ class OrtSession:
         device: str = "cpu",
         options: OrtOptions = OrtOptions(),
     ) -> None:
-        self._path = Path(path)
-        try:
-            session = self._native(graph, device, options)
-        except _NoGraphs:
-            options = replace(options, graphs=False)
-            session = self._native(graph, device, options)
+        self._path, session = Path(path), None
+        while session is None:
+            try:
+                session = self._native(graph, device, options)
+            except _Again as other:  # outside of it, nothing holds what was opened
+                options = other.options
         self._session: Any = session
         self._process = os.getpid()
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
@@ -117,11 +121,11 @@ class OrtSession:
         self._names = list(self._outputs)
         self._place = place_of(self._providers)
         self._is_numpy = _is_numpy(session)
-        has_graphs = options.graphs and self._providers != [CPU]
+        has_graphs = captures(self._providers)
         self._replays = Replays(session, self._place) if has_graphs else None
 
     def _native(self, graph: bytes | None, device: str, options: OrtOptions) -> Any:
-        """ONNX Runtime's session; _NoGraphs where it cannot capture this one's calls."""
+        """ONNX Runtime's session; _Again where it takes other options."""
         self._providers = choose_providers(device, options)
         missing = load_gpu_libraries() if self._providers != [CPU] else ""
         native = native_options(options)
@@ -136,11 +140,14 @@ class OrtSession:
                     QDQ_PROPAGATION,
                     *(TRANSPOSES if options.exact else ()),
                     *((CONSTANT_FOLDING,) if options.fold is False else ()),
+                    *(() if options.qdq else (QDQ_FUSION,)),
                 ],
             )
         except Exception as error:
-            if CAPTURE in str(error):
-                raise _NoGraphs from error
+            if CAPTURE in str(error) and options.graphs:
+                raise _Again(replace(options, graphs=False)) from None
+            if FP8_FUSED.search(str(error)) and options.qdq:
+                raise _Again(replace(options, qdq=False)) from None
             raise self._load_error(error) from error
         if len(session.get_providers()) < len(self._providers):  # it falls back without an error
             raise HardwareError(
@@ -148,8 +155,9 @@ class OrtSession:
                 'cuDNN libraries are missing or do not fit; run: pip install "internvl-edge'
                 f"[ort-gpu]\", or use device 'cpu'{missing and f' ({missing})'}"
             )
-        if options.graphs and self._providers != [CPU] and not _is_numpy(session):
-            raise _NoGraphs  # bfloat16 is not written to the memory that a graph reads
+        if captures(self._providers) and not _is_numpy(session):
+            # bfloat16 is not written to the memory that a graph reads
+            raise _Again(replace(options, graphs=False))
         return session
 
     @property
@@ -168,15 +176,15 @@ class OrtSession:
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array]:
         """See ``Session.run``."""
-        session = self._opened()
+        session, replays = self._opened(), self._replays
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         arrays = check_feeds(self._inputs, feeds, check)
         if not self._is_numpy:
             found = self.run_device(arrays, check=False, outputs=names)
             return {name: array_of(value, self._place) for name, value in found.items()}
         try:
-            if self._replays is not None:
-                return self._replays.run(names, arrays)
+            if replays is not None:
+                return replays.run(names, arrays)
             return dict(zip(names, session.run(names, arrays), strict=True))
         except Exception as error:
             raise self._run_error(error) from error
@@ -276,7 +284,7 @@ class OrtSession:
 
     def close(self) -> None:
         """Free the session once the runs that are under way have ended."""
-        self._session = None
+        self._session = self._replays = None
 
     def __enter__(self) -> Self:
         return self
@@ -309,8 +317,11 @@ class OrtSession:
         return InternVLError(f"ONNX Runtime failed to run {self._path}: {message}")
 
 
-class _NoGraphs(Exception):
-    """ONNX Runtime cannot replay calls of this session as CUDA graphs."""
+class _Again(Exception):
+    """ONNX Runtime refuses a graph that it takes with these options."""
+
+    def __init__(self, options: OrtOptions) -> None:
+        self.options = options
 
 
 class _Held(list[Any]):
@@ -355,8 +366,6 @@ def open_component(
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
     if component not in TOWERS:
         options = replace(options, graphs=False)
-    if has_wrong_fusions() and "fp8" in artifact.manifest.precision:
-        options = replace(options, qdq=False)
     is_needed = unsigned in artifact.manifest.files and products_saturate()
     if is_needed and choose_providers(device, options) == [CPU]:
         path = artifact.file(unsigned)
@@ -372,12 +381,6 @@ def unsigned_graph(component: str) -> str:
     It computes the same from the same weights (``quantize.unsigned``).
     """
     return f"{component}.u8.onnx"
-
-
-def has_wrong_fusions() -> bool:
-    """Whether this ONNX Runtime makes INT8 products of FP8 ones, and then refuses them."""
-    release = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
-    return release is not None and (int(release[1]), int(release[2])) < FIRST_RIGHT
 
 
 def _is_numpy(session: Any) -> bool:

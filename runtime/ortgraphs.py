@@ -12,13 +12,14 @@ outside it, those of others are copied to the host before the next call begins.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
 import onnxruntime
 
 from internvl_edge.runtime.feeds import Array
-from internvl_edge.runtime.ortvalues import Place, value_of
+from internvl_edge.runtime.ortvalues import Place, array_of, value_of
 
 __all__ = ["MAX_GRAPHS", "Replays"]
 
@@ -41,23 +42,32 @@ class Replays:
         self._session, self._place, self._limit = session, place, limit
         self._names = [value.name for value in session.get_outputs()]
         self._turn = Lock()
-        self._seen: set[Shapes] = set()
+        self._may_capture: dict[Shapes, bool] = {}  # of shapes that came before
         self._captured: dict[Shapes, _Captured] = {}
+        self._num_tried = 0
 
     def run(self, names: Sequence[str], arrays: Mapping[str, Array]) -> dict[str, Array]:
         """These outputs, as arrays; shapes that come for the second time are captured."""
         shapes = tuple(array.shape for array in arrays.values())
         with self._turn:
-            call = self._captured.get(shapes)
-            if call is None and shapes in self._seen and len(self._captured) < self._limit:
-                graph_id = len(self._captured) + 1
-                call = _Captured(self._session, self._place, self._names, arrays, graph_id)
-                self._captured[shapes] = call
-            if call is not None:
-                return call.run(names, arrays)
+            if shapes in self._captured:
+                return self._captured[shapes].run(names, arrays)
+            if self._may_capture.get(shapes) and self._num_tried < self._limit:
+                self._may_capture[shapes] = False  # what fails once stays plain
+                with suppress(Exception):  # the plain call says what there is to say
+                    return self._capture(shapes, names, arrays)
             found = self._session.run(names, dict(arrays), _options(UNCAPTURED))
-            self._seen.add(shapes)
+            self._may_capture.setdefault(shapes, True)
         return dict(zip(names, found, strict=True))
+
+    def _capture(
+        self, shapes: Shapes, names: Sequence[str], arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        self._num_tried += 1
+        call = _Captured(self._session, self._place, self._names, arrays, self._num_tried)
+        found = call.run(names, arrays)
+        self._captured[shapes] = call
+        return found
 
 
 class _Captured:
@@ -71,7 +81,7 @@ class _Captured:
         arrays: Mapping[str, Array],
         graph_id: int,
     ) -> None:
-        self._session, self._options = session, _options(graph_id)
+        self._session, self._place, self._options = session, place, _options(graph_id)
         self._binding = session.io_binding()
         self._inputs = {name: value_of(array, place) for name, array in arrays.items()}
         for name, value in self._inputs.items():
@@ -85,7 +95,7 @@ class _Captured:
         for name, value in self._inputs.items():
             value.update_inplace(arrays[name])
         self._session.run_with_iobinding(self._binding, self._options)
-        return {name: self._outputs[name].numpy() for name in names}
+        return {name: array_of(self._outputs[name], self._place) for name in names}
 
 
 def _options(graph_id: int) -> Any:

@@ -23,6 +23,7 @@ __all__ = [
     "GPU_PROVIDERS",
     "OrtOptions",
     "available_cores",
+    "captures",
     "choose_providers",
     "load_gpu_libraries",
     "names_of",
@@ -39,10 +40,7 @@ GPU_PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
-ERRORS, FATAL_ONLY = (
-    3,
-    4,
-)  # its log goes to stderr, and a library does not print: errors come as exceptions
+ERRORS, FATAL_ONLY = 3, 4
 PRODUCTS_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 EXACT_PRODUCTS, ROUNDED_PRODUCTS = 1, 4  # MatMulNBits' accuracy_level: float32 and int8
 
@@ -62,7 +60,7 @@ class OrtOptions:
     # On a GPU, replay an image tower's calls of shapes seen before as CUDA graphs; they take turns.
     graphs: bool = True
     tf32: bool = False  # on a GPU, round the factors of float32 products to 10 bits: faster
-    qdq: bool = True  # compute between DequantizeLinear and QuantizeLinear in 8 bits, where it can
+    qdq: bool = True  # make products of 8 bits of what DequantizeLinear stands around
     # Weight-only products: rounding x to int8 by blocks is faster; exact: x stays in float32.
     exact: bool = False
 
@@ -81,7 +79,6 @@ def native_options(options: OrtOptions) -> Any:
     native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
     level = str(EXACT_PRODUCTS if options.exact else ROUNDED_PRODUCTS)
     native.add_session_config_entry(PRODUCTS_ACCURACY, level)
-    native.add_session_config_entry("session.disable_quant_qdq", str(int(not options.qdq)))
     return native
 
 
@@ -123,7 +120,7 @@ def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Pr
     computing = {
         CUDA: {
             "use_tf32": str(int(options.tf32)),
-            "enable_cuda_graph": str(int(options.graphs)),
+            "enable_cuda_graph": str(int(options.graphs and gpu_provider == "cuda")),
         }
     }
     return [*((name, {"device_id": str(index), **computing.get(name, {})}) for name in wanted), CPU]
@@ -133,6 +130,9 @@ def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Pr
 def load_gpu_libraries() -> str:
     """Load CUDA and cuDNN from NVIDIA's wheels, where the system's paths may not have them.
 
+    Once per process, and for all of it: ONNX Runtime's warnings are turned off, as it has one for
+    each session on a GPU, and what is printed meanwhile is taken for its own.
+
     Returns:
         What was not found, in ONNX Runtime's words; it may be found later, or not needed.
     """
@@ -141,8 +141,14 @@ def load_gpu_libraries() -> str:
     said = io.StringIO()
     with redirect_stdout(said):  # it prints, and a library does not
         onnxruntime.preload_dlls()
-    onnxruntime.set_default_logger_severity(ERRORS)  # it warns of each session on a GPU
+    onnxruntime.set_default_logger_severity(ERRORS)
     return "; ".join(said.getvalue().split("\n")).strip("; ")
+
+
+def captures(providers: Sequence[Provider]) -> bool:
+    """Whether calls are captured as CUDA graphs there."""
+    first = providers[0]
+    return not isinstance(first, str) and first[1].get("enable_cuda_graph") == "1"
 
 
 def names_of(providers: Sequence[Provider]) -> list[str]:

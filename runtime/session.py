@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from internvl_edge.artifact import Artifact, TensorSpec, open_artifact
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
@@ -169,26 +169,32 @@ def require_backend(backend: str) -> str:
 
 def cuda_device_count() -> int:
     """NVIDIA GPUs that the driver shows this process; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+    driver, count = _driver(), ctypes.c_int()
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
 
 
 def cuda_devices() -> list[tuple[str, int]]:
-    """Name and compute capability of each GPU that the driver shows, 90 for 9.0."""
-    found = []
+    """Name and compute capability of each GPU, 90 for 9.0; of those that the driver describes."""
+    found, driver = [], _driver()
     for index in range(cuda_device_count()):
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
         device, name = ctypes.c_int(), ctypes.create_string_buffer(NAME_NBYTES)
         major, minor = ctypes.c_int(), ctypes.c_int()
-        driver.cuDeviceGet(ctypes.byref(device), index)
-        driver.cuDeviceGetName(name, NAME_NBYTES, device)
-        driver.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
-        found.append((name.value.decode(), 10 * major.value + minor.value))
+        failed = driver is None or (
+            driver.cuDeviceGet(ctypes.byref(device), index)
+            or driver.cuDeviceGetName(name, NAME_NBYTES, device)
+            or driver.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
+            or driver.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
+        )
+        if not failed:
+            found.append((name.value.decode(), 10 * major.value + minor.value))
     return found
+
+
+def _driver() -> Any:
+    """NVIDIA's driver; None where there is none."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None

@@ -541,10 +541,13 @@ def test_doctor_says_which_gpus_have_no_rtx(
 ) -> None:
     found = [("RTX 4090", 89), ("H100", 90)]
     monkeypatch.setattr("internvl_edge.runtime.session.cuda_devices", lambda: found)
-    machine = answer(capsys, "doctor")["machine"]
-    assert machine["cuda_devices"] == 2
-    assert machine["cuda:0"] == "RTX 4090, SM89"
-    assert machine["cuda:1"].startswith("H100, SM90, which TensorRT-RTX does not run on")
+    said = answer(capsys, "doctor")
+    assert said["machine"]["cuda_devices"] == 2
+    assert [gpu["runs_tensorrt_rtx"] for gpu in said["gpus"]] == [True, False]
+    assert run(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "cuda:0: RTX 4090, SM89\n" in told
+    assert "cuda:1: H100, SM90: not for TensorRT-RTX" in told
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from internvl_edge.errors import ArtifactError, HardwareError, UsageError
 
 SCHEMA = 1
 RTX, RTX_SMS, RTX_SMS_FROM = "tensorrt-rtx", (80, 86, 89), 120  # where a portable engine runs
+RTX_SM_IF_ASKED = 75  # and where one runs that was built for it
 MAX_SIDECAR_NBYTES = 1 << 20
 
 Range = tuple[int, int, int]  # smallest, typical and largest size of a dimension
@@ -180,7 +181,7 @@ def check_engine(info: EngineInfo, trt: Any, *, sm: int | None = None) -> None:
 
 def lacks_rtx(sm: int) -> bool:
     """Whether TensorRT-RTX refuses a GPU of this compute capability, however an engine is built."""
-    return RTX_SMS[0] < sm < RTX_SMS_FROM and sm not in RTX_SMS
+    return sm < RTX_SMS_FROM and sm not in (RTX_SM_IF_ASKED, *RTX_SMS)
 
 
 # --- reading JSON: each returns the value or raises ------------------------------------------

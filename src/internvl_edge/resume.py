@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from internvl_edge.disk import link_or_copy, os_errors, write_atomically
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, VerificationError
 from internvl_edge.manifest import MANIFEST
 from internvl_edge.publish import hold, make_parents, placed
 from internvl_edge.spool import Budget, Spool
@@ -38,7 +38,7 @@ KEY, JOURNAL, STATES, ENGINES = "key.json", "journal.jsonl", "states", "engines"
 
 
 class Workspace:
-    """The work of one compilation: finished blocks, and the states behind the last of them."""
+    """The work of one compilation: finished blocks and the states behind the last, or pieces."""
 
     def __init__(self, path: Path, budget: Budget) -> None:
         self.path, self._budget = path, budget
@@ -52,8 +52,13 @@ class Workspace:
 
     @property
     def num_done(self) -> int:
-        """Blocks that are finished."""
+        """Blocks that are finished, or pieces of converted weights."""
         return len(self.entries)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether blocks are among what is finished, which take longer than converting weights."""
+        return any("activations" in entry for entry in self.entries)
 
     @property
     def engines(self) -> Path:
@@ -88,6 +93,15 @@ class Workspace:
         """Note the manifest of a directory that is about to be published: with it, work is done."""
         (self.path / MANIFEST).unlink(missing_ok=True)
         link_or_copy(directory / MANIFEST, self.path / MANIFEST)
+
+    def hand_over(self, name: str, directory: Path) -> None:
+        """A finished file goes into ``directory``, and stays here if a file can have two names."""
+        try:
+            os.link(self.path / name, directory / name)
+        except OSError:
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            self.entries = []
+            os.replace(self.path / name, directory / name)
 
     def close(self) -> None:
         """Close every file; what is finished stays."""
@@ -145,7 +159,7 @@ def drop_published(out: Path) -> None:
     with suppress(OSError, UsageError), ExitStack() as cleanup:
         if (path / MANIFEST).read_bytes() == (out / MANIFEST).read_bytes():
             hold(path, cleanup)
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def kept_nbytes(out: Path) -> int:
@@ -204,17 +218,27 @@ def workspace(
             cleanup.callback(work.close)
         try:
             yield work
-        except BaseException:
-            if work.is_worth_keeping:
+        except BaseException as error:
+            is_futile = isinstance(error, VerificationError) and not work.is_calibrated
+            if work.is_worth_keeping and not is_futile:
                 logger.warning(
-                    "%d finished step(s) are kept in %s; the same command goes on from there",
+                    "%d finished step(s) are kept in %s, %.2f GB; the same command goes on from "
+                    "there",
                     work.num_done,
                     path,
+                    kept_nbytes(out) / 1e9,
                 )
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             raise
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove what it can; the journal first, or it would speak of what is not there any more."""
+    with suppress(OSError):
+        (path / JOURNAL).unlink(missing_ok=True)
+        shutil.rmtree(path)
 
 
 def _claim(path: Path, key: Mapping[str, Any]) -> None:
@@ -225,6 +249,7 @@ def _claim(path: Path, key: Mapping[str, Any]) -> None:
             return
     except OSError:
         pass
+    (path / JOURNAL).unlink(missing_ok=True)  # first: it speaks of the rest
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -120,13 +120,14 @@ def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contende
     """PyTorch, eager or compiled."""
     import torch
 
+    from internvl_edge.export.checkpoint import torch_from_numpy
     from internvl_edge.export.components import COMPONENTS, build_component
 
     floats = getattr(torch, dtype)
 
     def tensor(values: np.ndarray[Any, Any]) -> Any:
         # the reference takes normalised floats, whatever the graph does
-        found = torch.from_numpy(values).to(device)
+        found = torch_from_numpy(values).to(device)
         return found.to(floats) if found.is_floating_point() or values.dtype == np.uint8 else found
 
     def contender(component: str) -> Callable[[Feeds], object]:

@@ -49,17 +49,21 @@ def doctor(output: Output, backend: str) -> None:
             version = ""
             missing[package] = f'pip install "internvl-edge[{extra}]"'
         rows.append((package, version or "missing", unlocks, missing.get(package, "")))
-    gpus = cuda_devices()
+    gpus = [
+        {"name": name, "sm": sm, "runs_tensorrt_rtx": not lacks_rtx(sm)}
+        for name, sm in cuda_devices()
+    ]
     machine = _machine() | {"cuda_devices": len(gpus)}
-    for index, (name, sm) in enumerate(gpus):
-        lack = ", which TensorRT-RTX does not run on: build for tensorrt" if lacks_rtx(sm) else ""
-        machine[f"cuda:{index}"] = f"{name}, SM{sm}{lack}"
     output.table(("package", "version", "unlocks", "install"), rows)
     output.lines([f"{key}: {value}" for key, value in machine.items()])
+    for index, gpu in enumerate(gpus):
+        lack = "" if gpu["runs_tensorrt_rtx"] else ": not for TensorRT-RTX, but for TensorRT"
+        output.lines([f"cuda:{index}: {gpu['name']}, SM{gpu['sm']}{lack}"])
     output.result(
         {
             "version": __version__,
             "machine": machine,
+            "gpus": gpus,
             "packages": {name: version for name, version, _, _ in rows},
             "missing": missing,
             "execution_providers": _providers(),

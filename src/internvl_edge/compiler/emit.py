@@ -34,7 +34,6 @@ from internvl_edge.compiler.layout import (
 )
 from internvl_edge.compiler.options import ExportOptions, Plan
 from internvl_edge.compiler.progress import Progress, Report
-from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import UsageError
 from internvl_edge.export import graph as graphs
 from internvl_edge.export.bind import bind, save, weights_without_data
@@ -77,7 +76,6 @@ Array = np.ndarray[Any, Any]
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
-PIECE_NBYTES = 1 << 29  # of converted weights, between two points to go on from
 PIECE_NBYTES = 1 << 29  # of converted weights, between two points to go on from
 CHAT_TOKENS = "language_model.model.embed_tokens.weight"
 
@@ -249,7 +247,7 @@ def store_weights(
         path = work.path / WEIGHTS_FILE
         with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
             copy_rest(plan, writer, own, report, work)
-        link_or_copy(path, directory / WEIGHTS_FILE)
+        work.hand_over(WEIGHTS_FILE, directory)
         stored |= writer.stored
     return stored, brought
 
@@ -303,16 +301,17 @@ def copy_rest(
         work: where pieces that are durable are noted; None: they are not.
     """
     written: list[str] = []
-    for name in writer.pending:
-        done = len(dtypes) - len(writer.pending)
+    nbytes, pending = 0, writer.pending
+    for done, name in enumerate(pending, len(dtypes) - len(pending)):
         report(Progress(step="weights", detail=name, done=done, total=len(dtypes)))
         writer.write(name, convert(read_tensor(plan, name), dtypes[name]))
         written.append(name)
-        if work is not None and sum(writer.stored[n].nbytes for n in written) >= PIECE_NBYTES:
+        nbytes += writer.stored[name].nbytes
+        if work is not None and nbytes >= PIECE_NBYTES:
             writer.sync()
             plan.checkpoint.require_unchanged()  # or another's weights would be taken up as these
             work.finish(f"weights.{work.num_done}", {"weights": written}, {})
-            written = []
+            written, nbytes = [], 0
 
 
 def convert(values: Array, dtype: np.dtype[Any]) -> Array:

@@ -67,9 +67,10 @@ def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
 
 
 def _language_precision(precision: str) -> str:
+    """As ``precision.precision_of``, which needs PyTorch; engines are built without it."""
     if "=" not in precision:
         return precision
-    parts = (part.strip().split("=") for part in precision.split(","))
+    parts = ([text.strip() for text in part.split("=")] for part in precision.split(","))
     return next((value for name, value in parts if name in LLAMA_COMPONENTS), "fp32")
 
 
