@@ -24,7 +24,13 @@ from hypothesis import strategies as st
 from internvl_edge import compiler, resume
 from internvl_edge.compiler import ExportOptions, emit
 from internvl_edge.compiler import calibration as calibration_step
-from internvl_edge.errors import CheckpointError, InternVLError, ResourceError, UsageError
+from internvl_edge.errors import (
+    CheckpointError,
+    InternVLError,
+    ResourceError,
+    UsageError,
+    VerificationError,
+)
 from internvl_edge.resume import JOURNAL, KEY, Workspace, kept_nbytes, workspace
 from internvl_edge.spool import Budget, Spool
 
@@ -311,6 +317,54 @@ def test_a_piece_of_a_changed_checkpoint_is_not_kept(
     with pytest.raises(CheckpointError, match="changed"):
         compiler.export(replace(options(checkpoint, tmp_path / "out"), precision="fp16"))
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_journal_is_the_first_to_go(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work whose removal is cut short must not speak of what is not there any more."""
+    with pytest.raises(Killed), workspace(out, lambda: KEY_A, Budget(0)) as work:
+        work.finish("a", {"weights": ["w"]}, {})
+        raise Killed
+
+    def cut_short(path: Path, **_: Any) -> None:
+        assert not (path / JOURNAL).exists()
+        raise OSError("cut short")
+
+    monkeypatch.setattr(resume.shutil, "rmtree", cut_short)
+    with workspace(out, lambda: KEY_A, Budget(0)) as work:
+        assert work.num_done == 1
+    with workspace(out, lambda: KEY_A, Budget(0)) as work:
+        assert work.num_done == 0
+
+
+@pytest.mark.parametrize(("entry", "is_kept"), [({}, False), ({"activations": {}}, True)])
+def test_a_conversion_that_failed_to_verify_is_not_kept(
+    out: Path, entry: dict[str, Any], is_kept: bool
+) -> None:
+    """It would fail again; blocks that took minutes to calibrate may be looked at without."""
+    with (
+        pytest.raises(VerificationError),
+        workspace(out, lambda: KEY_A, Budget(0)) as work,
+    ):
+        work.finish("a", {"weights": ["w"], **entry}, {})
+        raise VerificationError("wrong")
+    assert out.with_name(".out.work").exists() == is_kept
+
+
+def test_where_a_file_has_one_name_only_it_is_moved(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    out.mkdir()
+    monkeypatch.setattr(os, "link", no_links)
+    with workspace(out.with_name("new"), lambda: KEY_A, Budget(0)) as work:
+        (work.path / "w").write_bytes(b"weights")
+        work.finish("a", {"weights": ["w"]}, {})
+        work.hand_over("w", out)
+        assert work.num_done == 0
+        assert not (work.path / "w").exists()
+    assert (out / "w").read_bytes() == b"weights"
 
 
 KILLED_BY_ITSELF = """

@@ -162,3 +162,14 @@ def test_without_alignment_nothing_lies_between(tmp_path: Path) -> None:
         for name, values in tensors.items():
             writer.write(name, values)
     assert set(read_header(tmp_path / "w.safetensors")) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("left", [None, 100])
+def test_what_is_said_to_be_done_has_to_be_there(tmp_path: Path, left: int | None) -> None:
+    """A hole reads as zeros, which would pass for weights."""
+    tensors = {name: (np.dtype(np.float32), (64,)) for name in ("a", "b")}
+    path = tmp_path / "w.safetensors"
+    if left is not None:
+        path.write_bytes(bytes(left))
+    with pytest.raises(InternVLError, match="an earlier run has written; remove"):
+        WeightsWriter(path, tensors, done={"a"})

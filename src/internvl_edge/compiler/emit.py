@@ -293,12 +293,7 @@ def copy_rest(
 ) -> None:
     """Stream the parameters that are not written yet into the file, each converted to its dtype.
 
-    Args:
-        plan: of the compilation.
-        writer: of the file.
-        dtypes: of the parameters.
-        report: told before each.
-        work: where pieces that are durable are noted; None: they are not.
+    Pieces that are durable are noted in ``work``, if there is one.
     """
     written: list[str] = []
     nbytes, pending = 0, writer.pending
