@@ -19,7 +19,6 @@ from internvl_edge.compiler.emit import (
     needed_weights,
 )
 from internvl_edge.compiler.layout import quantized_layout, write_block
-from internvl_edge.compiler.memory import trim
 from internvl_edge.compiler.options import Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.errors import ResourceError
@@ -27,6 +26,7 @@ from internvl_edge.export.blocks import COMPONENT_STREAM, OF_IMAGES
 from internvl_edge.export.components import language_config
 from internvl_edge.export.streams import Samples, calibration_blocks
 from internvl_edge.export.weights import StoredTensor, WeightsWriter
+from internvl_edge.heap import trim
 from internvl_edge.quantize.calibrate import CalibratedBlock, calibrate_block
 from internvl_edge.quantize.data import CalibrationSet, load_calibration, sample_set
 from internvl_edge.quantize.statistics import layers_to_json

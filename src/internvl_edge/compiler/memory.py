@@ -9,7 +9,6 @@ InternViT-6B and QLLaMA; see ``docs/LOG.md``.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -42,13 +41,6 @@ def available_memory() -> int:
     except OSError:
         pass
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def trim() -> None:
-    """Give freed memory back to the system; glibc keeps it for later (malloc_trim(3))."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if malloc_trim is not None:
-        malloc_trim(0)
 
 
 def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
