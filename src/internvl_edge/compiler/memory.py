@@ -15,7 +15,7 @@ from pathlib import Path
 from internvl_edge.errors import ResourceError
 
 BUILDER_NBYTES = 250_000_000
-BUILDER_NBYTES_PER_BLOCK = 11_500_000
+BUILDER_NBYTES_PER_BLOCK = 1_000_000
 # A vision block has one qkv and no gate: nothing is merged. Of QLLaMA's weights two thirds are.
 MERGED_SHARE = 0.66
 # Gate and up; with keys and values of cross-attention 0.44. In 8 bits embeddings weigh more.
