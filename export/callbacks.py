@@ -12,7 +12,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,10 +22,17 @@ from internvl_edge.heap import trim
 
 
 class Monitor:
-    """A builder's progress, told to a function that may stop the build by raising."""
+    """A builder's progress, told to a function that may stop the build by raising.
 
-    def __init__(self, report: Callable[[str, int, int], None]) -> None:
-        self.report = report  # phase, steps done, steps
+    Args:
+        report: takes the phase, steps done, steps.
+        signals: those that came and wait; the build stops for one.
+    """
+
+    def __init__(
+        self, report: Callable[[str, int, int], None], signals: Sequence[int] = ()
+    ) -> None:
+        self.report, self._signals = report, signals
         self.stopped_by: BaseException | None = None
         self._steps: dict[str, int] = {}
 
@@ -48,7 +55,12 @@ class Monitor:
                 self.report(phase, done, steps)
             except BaseException as error:  # an interrupt too; raised again after the build
                 self.stopped_by = error
-        return self.stopped_by is None
+        return not self.is_stopped
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the build is to end without an engine."""
+        return self.stopped_by is not None or bool(self._signals)
 
 
 class StreamedFile:

@@ -40,6 +40,7 @@ from internvl_edge.errors import (
     ResourceError,
 )
 from internvl_edge.export.callbacks import Monitor, StreamedFile
+from internvl_edge.export.interrupts import interrupts_held
 from internvl_edge.export.targets import (
     Target,
     choose_capabilities,
@@ -127,11 +128,15 @@ def build_engine(
     with ExitStack() as stack:
         with os_errors(onnx_path.parent):
             graph = stack.enter_context(prepared(onnx_path))
+        signals = stack.enter_context(interrupts_held())  # which a builder's callback would lose
         network = _parse(trt, chosen, component, graph, log)
         _check_inputs(network, component, inputs)
         config = _configure(trt, chosen, network, ranges, capabilities)
         with StreamedFile(out_dir / f"{stem}.plan") as plan:
-            fused, decomposed = _build(trt, network, config, plan, log, component, progress)
+            monitor = Monitor(progress or _silent, signals)
+            fused, decomposed = _build(trt, network, config, plan, log, component, monitor)
+            if signals:
+                raise BuildError(f"{component}: interrupted")  # the signal's own error follows
             plan.publish()
         outputs = _outputs(network)
         del network, config  # which read what was prepared
@@ -285,17 +290,18 @@ def _build(
     plan: StreamedFile,
     log: NativeLog,
     component: str,
-    progress: ReportPhase | None,
+    monitor: Monitor,
 ) -> tuple[int, int]:
     """Stream the engine into ``plan``; how many attention layers are fused and decomposed."""
-    monitor = Monitor(progress or _silent)
     config.progress_monitor = callback(
         trt.IProgressMonitor,
         phase_start=monitor.phase_start,
         step_complete=monitor.step_complete,
         phase_finish=monitor.phase_finish,
     )
-    writer = callback(trt.IStreamWriter, write=plan.write)
+    writer = callback(
+        trt.IStreamWriter, write=lambda data: 0 if monitor.is_stopped else plan.write(data)
+    )
     for everything in (False, True):
         counts = _mark_attention(trt, network.definition, everything=everything)
         built = network.builder.build_serialized_network_to_stream(

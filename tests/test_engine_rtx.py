@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from internvl_edge.artifact import TensorSpec
 from internvl_edge.engineinfo import EngineInfo, Profile, check_engine, read_engine_info
 from internvl_edge.errors import BuildError, HardwareError, ResourceError
 from internvl_edge.export import engine
+from internvl_edge.export.callbacks import StreamedFile
 
 pytestmark = pytest.mark.rtx
 
@@ -198,4 +201,50 @@ def test_a_real_build_is_interrupted(tmp_path: Path, rtx: Any) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         build_real(tmp_path, tiny_graph(tmp_path, "fp16"), "fp16", progress=interrupted)
+    assert list((tmp_path / "engines").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["parse", "first", "last", "write"])
+def test_a_signal_ends_a_build_without_an_engine(
+    tmp_path: Path, rtx: Any, monkeypatch: pytest.MonkeyPatch, number: int, where: str
+) -> None:
+    """Raised in a callback it would be lost: the builder goes on and reports success."""
+    told: list[str] = []
+
+    def once() -> None:
+        if not told:
+            told.append(where)
+            os.kill(os.getpid(), number)
+
+    def report(phase: str, done: int, steps: int) -> None:
+        if where == "first" or (where == "last" and phase == "Building engine" and done == steps):
+            once()
+
+    def write(self: StreamedFile, data: bytes) -> int:
+        if where == "write":
+            once()
+        return written(self, data)
+
+    def parse(*args: Any) -> Any:
+        if where == "parse":
+            once()
+        return parsed(*args)
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    written, parsed = StreamedFile.write, engine._parse
+    monkeypatch.setattr(StreamedFile, "write", write)
+    monkeypatch.setattr(engine, "_parse", parse)
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stopped):
+            build_real(tmp_path, tiny_graph(tmp_path, "fp16"), "fp16", progress=report)
+    finally:
+        signal.signal(number, before)
+    assert told == [where]
     assert list((tmp_path / "engines").iterdir()) == []
