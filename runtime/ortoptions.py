@@ -110,6 +110,8 @@ def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Pr
     has_provider = preferred in available
     if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
         return [CPU]
+    if cuda_device_count() == 0:
+        raise HardwareError(f"device {device!r}: found no CUDA device; use device 'cpu'")
     if not has_provider:
         raise MissingDependency.of("onnxruntime-gpu", "ort-gpu")
     index = int(match[1] or 0)

@@ -156,14 +156,14 @@ def require_backend(backend: str) -> str:
             f"{did_you_mean(backend, BACKENDS)}"
         )
     chosen = "onnxruntime" if backend == "auto" else backend
-    package, extra = PACKAGES[chosen]
-    if importlib.util.find_spec(package) is None:
-        raise MissingDependency.of(package, extra)
     if chosen != "onnxruntime" and cuda_device_count() == 0:
         raise HardwareError(
             f"backend {backend!r} needs an NVIDIA GPU and found no CUDA device; "
             "use backend 'onnxruntime' on this machine"
         )
+    package, extra = PACKAGES[chosen]
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependency.of(package, extra)
     return chosen
 
 

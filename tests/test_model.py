@@ -20,7 +20,6 @@ from internvl_edge.errors import (
     HardwareError,
     InputError,
     MediaError,
-    MissingDependency,
     UsageError,
 )
 from internvl_edge.runtime import session as sessions
@@ -560,7 +559,7 @@ def test_load_refuses_what_is_not_a_directory_of_ours(tmp_path: Path) -> None:
     ("backend", "error", "message"),
     [
         ("onxx", UsageError, "backend 'onxx': expected auto, onnxruntime"),
-        ("tensorrt", MissingDependency, r"internvl-edge\[trt\]"),
+        ("tensorrt", HardwareError, "no CUDA device"),
         ("tensorrt-rtx", HardwareError, "no CUDA device"),
     ],
 )

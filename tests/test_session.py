@@ -209,7 +209,7 @@ def test_tensorrt_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     )
     bare = open_directory(tmp_path, ["vision"])
     built = open_directory(tmp_path, ["vision"], engines=(engine,))
-    found = {"package": False, "devices": 0}
+    found = {"package": False, "devices": 1}
     finding = importlib.util.find_spec("json")
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: finding if found["package"] else None
@@ -219,10 +219,10 @@ def test_tensorrt_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
         open_component(built, "vision", "tensorrt-rtx")
     with pytest.raises(MissingDependency, match=r"internvl-edge\[trt\]"):
         open_component(built, "vision", "tensorrt")
-    found["package"] = True
+    found["devices"] = 0  # of more use than a package for hardware that is not there
     with pytest.raises(HardwareError, match="no CUDA device"):
         open_component(built, "vision", "tensorrt-rtx")
-    found["devices"] = 1
+    found |= {"devices": 1, "package": True}
     with pytest.raises(UsageError, match=r"internvl-edge build .* --target tensorrt-rtx"):
         open_component(bare, "vision", "tensorrt-rtx")
 

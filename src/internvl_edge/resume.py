@@ -249,6 +249,10 @@ def _claim(path: Path, key: Mapping[str, Any]) -> None:
             return
     except OSError:
         pass
+    if (path / JOURNAL).exists():
+        logger.warning(
+            "what another run with other options or inputs finished is dropped: %s", path
+        )
     (path / JOURNAL).unlink(missing_ok=True)  # first: it speaks of the rest
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():

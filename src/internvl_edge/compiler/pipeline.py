@@ -286,7 +286,8 @@ def _compile_into(
         )
     records = {}
     for done, (name, graph) in enumerate(emitted.items()):
-        report(Progress(step="verify", detail=name, done=done, total=len(emitted)))
+        if checker is not None:
+            report(Progress(step="verify", detail=name, done=done, total=len(emitted)))
         records[name] = _component(plan, name, graph, checker, reason, directory)
         if checker is not None:
             budget, remedy = plan.options.memory_budget, "raise the budget, or choose --verify none"
