@@ -141,10 +141,12 @@ def test_goes_on_where_the_other_failed(out: Path, caplog: pytest.LogCaptureFixt
     assert not list(out.parent.iterdir())
 
 
-def test_work_of_another_key_is_never_taken_up(out: Path) -> None:
+def test_work_of_another_key_is_never_taken_up(out: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ResourceError):
         work_on(out, KEY_A, 2, fail=True)
+    assert "is dropped" not in caplog.text
     assert work_on(out, {"checkpoint": "b"}, 1, fail=False) == ["block 0"]
+    assert "what another run with other options or inputs finished is dropped" in caplog.text
 
 
 def test_nothing_stays_of_a_run_that_finished_nothing(out: Path) -> None:
