@@ -22,6 +22,7 @@ from internvl_edge import compiler
 from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler.steps import ENGINE_NBYTES
 from internvl_edge.errors import (
     BuildError,
     CalibrationError,
@@ -184,7 +185,7 @@ def test_forecast_of_engines_counts_what_each_component_reads(
     read = {f"build {name}": c.nbytes for name, c in int8.manifest.components.items()}
     assert builds.keys() == read.keys()
     for name, nbytes in builds.items():
-        assert 0.95 * read[name] < nbytes < 1.05 * read[name], name
+        assert 0.95 * read[name] < nbytes - ENGINE_NBYTES < 1.05 * read[name], name
     alone = compiler.forecast(replace(chosen, components=("vision",))).steps[-1]
     assert alone.disk_nbytes == builds["build vision"]
 
