@@ -47,6 +47,7 @@ def run(order: dict[str, Any]) -> None:
         traceback.print_exc()
         raise
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the second one, when all is over
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
