@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import onnx  # noqa: F401
@@ -47,7 +48,8 @@ def run(order: dict[str, Any]) -> None:
         traceback.print_exc()
         raise
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the second one, when all is over
+        with suppress(KeyboardInterrupt):  # the second one, when all is over
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
