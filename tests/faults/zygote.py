@@ -14,7 +14,6 @@ import resource
 import signal
 import sys
 import traceback
-from contextlib import suppress
 from typing import Any
 
 import onnx  # noqa: F401
@@ -48,8 +47,10 @@ def run(order: dict[str, Any]) -> None:
         traceback.print_exc()
         raise
     finally:
-        with suppress(KeyboardInterrupt):  # the second one, when all is over
+        try:  # noqa: SIM105 - the second one, when all is over, would come in a call of suppress
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:
+            pass
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
