@@ -77,7 +77,7 @@ class Row:
     items_per_s: float | None = None
     p50_ms_without_graphs: float | None = None  # on a GPU
     phases_ms: dict[str, float] | None = None  # of engines: medians of trtexec's metrics
-    gpu_memory_nbytes: int | None = None  # that opening and one call took
+    gpu_memory_nbytes: int | None = None  # that opening and the first calls took
     peak_rss_nbytes: int | None = None  # of the row's process
     mfu: float | None = None  # of the peak that the same backend reached here
     mbu: float | None = None

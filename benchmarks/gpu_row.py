@@ -54,7 +54,7 @@ def component(job: Job) -> dict[str, Any]:
         figures = compared(found, job)
         if job["timed"]:
             figures |= latencies(session.run, feeds, job["seconds"])
-        if hasattr(session, "lease"):
+        if job["timed"] and hasattr(session, "lease"):
             figures["phases_ms"] = phases(session, feeds)
     if job["timed"] and device != "cpu" and (backend != "onnxruntime" or name in TOWERS):
         figures |= without_graphs(artifact, job, feeds)

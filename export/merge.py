@@ -38,9 +38,8 @@ __all__ = ["joined_graph"]
 PAIR = 2
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
 _CHUNK = 1 << 24  # bytes copied at once
-_Key = tuple[
-    ir.Value, int, ir.DataType, tuple[str, ...]
-]  # what is read, K, dtype, way to the product
+# What is read, K, dtype, and the operators on the way to the product.
+_Key = tuple[ir.Value, int, ir.DataType, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,15 +180,9 @@ def _copy_columns(layers: Sequence[_Layer], target: BinaryIO) -> None:
 
 
 def _copy(stored: ir.ExternalTensor, target: BinaryIO) -> None:
-    with open(stored.path, "rb") as source:
-        source.seek(stored.offset or 0)
-        left = stored.nbytes
-        while left:
-            data = source.read(min(left, _CHUNK))
-            if not data:
-                raise ArtifactError(f"{stored.path}: it became shorter while it was read")
-            target.write(data)
-            left -= len(data)
+    for start in range(0, stored.nbytes, _CHUNK):
+        count = min(_CHUNK, stored.nbytes - start)
+        target.write(_read(stored, np.dtype(np.uint8), count, start).data)
 
 
 def _join(model: ir.Model, layers: Sequence[_Layer], data: Path, offset: int, nbytes: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
+from internvl_edge.runtime.session import cuda_driver
 
 __all__ = [
     "environment",
@@ -73,9 +74,8 @@ def rss_nbytes() -> int | None:
 
 def gpu_nbytes() -> int | None:
     """All the memory of the first NVIDIA GPU, as its driver says; None where there is none."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
+    driver = cuda_driver()
+    if driver is None:
         return None
     device, nbytes = ctypes.c_int(), ctypes.c_size_t()
     if (

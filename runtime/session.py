@@ -28,6 +28,7 @@ __all__ = [
     "check_outputs",
     "cuda_device_count",
     "cuda_devices",
+    "cuda_driver",
     "did_you_mean",
     "open_component",
     "open_session",
@@ -169,7 +170,7 @@ def require_backend(backend: str) -> str:
 
 def cuda_device_count() -> int:
     """NVIDIA GPUs that the driver shows this process; 0 without a driver."""
-    driver, count = _driver(), ctypes.c_int()
+    driver, count = cuda_driver(), ctypes.c_int()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
@@ -177,7 +178,7 @@ def cuda_device_count() -> int:
 
 def cuda_devices() -> list[tuple[str, int]]:
     """Name and compute capability of each GPU, 90 for 9.0; of those that the driver describes."""
-    found, driver = [], _driver()
+    found, driver = [], cuda_driver()
     for index in range(cuda_device_count()):
         device, name = ctypes.c_int(), ctypes.create_string_buffer(NAME_NBYTES)
         major, minor = ctypes.c_int(), ctypes.c_int()
@@ -192,7 +193,7 @@ def cuda_devices() -> list[tuple[str, int]]:
     return found
 
 
-def _driver() -> Any:
+def cuda_driver() -> Any:
     """NVIDIA's driver; None where there is none."""
     try:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
