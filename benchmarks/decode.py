@@ -35,12 +35,12 @@ import numpy as np
 
 import internvl_edge
 from internvl_edge import compiler
+from internvl_edge.benchmark.machine import environment
 from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
-from internvl_edge.runtime.cache import start
-from internvl_edge.runtime.continuation import Batch, Generation, Prompt
-from internvl_edge.runtime.environment import environment
-from internvl_edge.runtime.generate import generate
+from internvl_edge.runtime.generation.batch import Batch, Generation, Prompt
+from internvl_edge.runtime.generation.cache import start
+from internvl_edge.runtime.generation.loop import generate
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 PRECISIONS = ("fp32", "int8-wo", "int4-wo")
@@ -108,7 +108,7 @@ def eager(checkpoint: Path, config: Any) -> dict[str, float]:
     """The reference in float32; its cache is what its last call gave."""
     import torch
 
-    from internvl_edge.export.checkpoint import load_reference
+    from internvl_edge.export.checkpoint.checkpoint import load_reference
     from internvl_edge.export.components import COMPONENTS, build_component
 
     module = build_component(COMPONENTS["decoder"], load_reference(checkpoint))

@@ -193,11 +193,11 @@ def work_forwards(checkpoint: str) -> None:
     import numpy as np
     import torch
 
-    from internvl_edge.compiler.calibration import BATCH
-    from internvl_edge.export.checkpoint import open_checkpoint
-    from internvl_edge.export.streams import Samples, calibration_blocks
-    from internvl_edge.resume import Workspace
-    from internvl_edge.spool import Budget
+    from internvl_edge.artifact.workspace import Workspace
+    from internvl_edge.compiler.steps.calibrate import BATCH
+    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export.towers.streams import Samples, calibration_blocks
+    from internvl_edge.files.spool import Budget
 
     opened = open_checkpoint(checkpoint)
     side = opened.config.vision.image_size
@@ -357,7 +357,7 @@ def _require_disk(preset: str, layers: int, steps: list[str], directory: Path | 
     """Refuse to begin what the disk cannot hold: the checkpoint, and exports until their engine."""
     import math
 
-    from internvl_edge.export.checkpoint import expected_shapes
+    from internvl_edge.export.checkpoint.checkpoint import expected_shapes
     from internvl_edge.export.synthetic import PRESETS, shrink
 
     if preset not in PRESETS:

@@ -20,18 +20,18 @@ import numpy as np
 from PIL import Image
 
 from internvl_edge import load
-from internvl_edge.artifact import Artifact, open_artifact
-from internvl_edge.cli.against import contender_of
-from internvl_edge.cli.seeded import as_taken, seeded_feeds, seeded_picture
-from internvl_edge.compiler.peaks import measure_backend
+from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.benchmark.contenders import contender_of
+from internvl_edge.benchmark.inputs import as_taken, seeded_feeds, seeded_picture
+from internvl_edge.benchmark.machine import peak_rss_nbytes
+from internvl_edge.benchmark.peaks import measure_backend
+from internvl_edge.benchmark.timing import measure
 from internvl_edge.errors import InternVLError
-from internvl_edge.runtime.bench import measure
-from internvl_edge.runtime.device import Device
-from internvl_edge.runtime.environment import peak_rss_nbytes
-from internvl_edge.runtime.ort import TOWERS
-from internvl_edge.runtime.ortoptions import OrtOptions
+from internvl_edge.runtime.gpu.device import Device
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.session import TOWERS
 from internvl_edge.runtime.session import Array, open_component, require_backend
-from internvl_edge.runtime.trt import TrtOptions
+from internvl_edge.runtime.trt.session import TrtOptions
 
 TORCH_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 CALLS = 3  # before results are compared: the second captures graphs, the third replays them
@@ -143,7 +143,7 @@ def latencies(run: Any, feeds: dict[str, Array], seconds: float) -> dict[str, An
 
 def phases(session: Any, feeds: dict[str, Array]) -> dict[str, float]:
     """Where the GPU spends a call: the median of each of ``trtexec``'s metrics."""
-    from internvl_edge.runtime.phases import measure_phases
+    from internvl_edge.benchmark.gpu_phases import measure_phases
 
     return {name: found["p50"] for name, found in measure_phases(session, feeds).items()}
 

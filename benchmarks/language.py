@@ -24,9 +24,9 @@ import numpy as np
 
 import internvl_edge
 from internvl_edge import compiler
+from internvl_edge.benchmark.machine import environment
 from internvl_edge.demo import evaluate
 from internvl_edge.quantize.recipe import Recipe, recipe_for
-from internvl_edge.runtime.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "language.json"
 PRECISIONS = ("fp32", "int8", "int8-wo", "int4-wo", "vision=int8,decoder=int4-wo")

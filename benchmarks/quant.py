@@ -31,19 +31,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from internvl_edge.compiler.options import source_of
-from internvl_edge.compiler.simulate import fake_quantized
-from internvl_edge.export.checkpoint import Checkpoint, load_model, open_checkpoint
+from internvl_edge.artifact.workspace import Workspace
+from internvl_edge.compiler.oracle.simulate import fake_quantized
+from internvl_edge.compiler.plan import source_of
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint
 from internvl_edge.export.components import COMPONENTS, build_component
-from internvl_edge.export.streams import Samples, calibration_blocks
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
-from internvl_edge.quantize.calibrate import calibrate_block
-from internvl_edge.quantize.data import sample_set
-from internvl_edge.quantize.formats import sqnr_db
+from internvl_edge.export.towers.streams import Samples, calibration_blocks
+from internvl_edge.files.spool import Budget
+from internvl_edge.quantize.calibration.block import calibrate_block
+from internvl_edge.quantize.calibration.images import sample_set
+from internvl_edge.quantize.numerics.formats import sqnr_db
 from internvl_edge.quantize.recipe import Recipe, recipe_for
-from internvl_edge.resume import Workspace
-from internvl_edge.runtime.image import Preprocessing, pixel_values
-from internvl_edge.spool import Budget
+from internvl_edge.runtime.images.transform import Preprocessing, pixel_values
 
 Array = np.ndarray[Any, Any]
 CHECKPOINTS = {

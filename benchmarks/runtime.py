@@ -33,19 +33,19 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from internvl_edge.artifact import open_artifact
-from internvl_edge.cli.against import contender_of
-from internvl_edge.compiler.peaks import (
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.benchmark.contenders import contender_of
+from internvl_edge.benchmark.machine import environment
+from internvl_edge.benchmark.peaks import (
     ARRAY_NBYTES,
     SIDE,
     Peaks,
     host_bandwidth,
     measure_peaks,
 )
-from internvl_edge.compiler.roofline import component_workload, locate
-from internvl_edge.runtime.bench import MIN_ROUNDS, Timing, measure_many, ratio_of
-from internvl_edge.runtime.environment import environment
-from internvl_edge.runtime.ort import OrtOptions, OrtSession
+from internvl_edge.benchmark.roofline import component_workload, locate
+from internvl_edge.benchmark.timing import MIN_ROUNDS, Timing, measure_many, ratio_of
+from internvl_edge.runtime.ort.session import OrtOptions, OrtSession
 
 RESULTS = Path(__file__).parent / "results" / "runtime.json"
 OURS = "internvl-edge int8"

@@ -22,8 +22,8 @@ import numpy as np
 
 import internvl_edge
 from internvl_edge import compiler
+from internvl_edge.benchmark.machine import environment
 from internvl_edge.demo import evaluate
-from internvl_edge.runtime.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "scenes.json"
 NUM_SCENES = 4000

@@ -19,14 +19,14 @@ import numpy as np
 
 import internvl_edge
 from internvl_edge import compiler
-from internvl_edge.artifact import Artifact
+from internvl_edge.artifact.open import Artifact
+from internvl_edge.benchmark.machine import environment
+from internvl_edge.benchmark.timing import measure_many
 from internvl_edge.cli.console import Output, error_line
-from internvl_edge.compiler.options import demo_checkpoint
+from internvl_edge.compiler.plan import demo_checkpoint
 from internvl_edge.demo import evaluate
-from internvl_edge.disk import write_atomically
 from internvl_edge.errors import InternVLError
-from internvl_edge.runtime.bench import measure_many
-from internvl_edge.runtime.environment import environment
+from internvl_edge.files.disk import write_atomically
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8", "int4-wo")
 ENGINES_AT = "int8"
@@ -89,7 +89,7 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     """Time one image through ``image_embed`` at every precision and in PyTorch, in turns."""
     import torch
 
-    from internvl_edge.export.checkpoint import load_reference
+    from internvl_edge.export.checkpoint.checkpoint import load_reference
     from internvl_edge.export.components import COMPONENTS, build_component
 
     model = load_reference(demo_checkpoint())
@@ -120,7 +120,7 @@ def write_report(
     out: Path, artifacts: dict[str, Artifact], found: dict[str, dict[str, float]]
 ) -> None:
     """The INT8 directory's report with the accuracy of all, as ``OUT/report.html``."""
-    from internvl_edge.compiler.report import AccuracyFigures, report_with
+    from internvl_edge.compiler.report.report import AccuracyFigures, report_with
 
     accuracy = AccuracyFigures(
         on=f"held-out scans: {NUM_SCENES} scenes, {NUM_PAIRS} pairs, {NUM_TEXTS} texts",

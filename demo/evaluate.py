@@ -1,7 +1,7 @@
 """How well a model does the demo's tasks, on scenes of scans that it was never trained on.
 
 The functions take anything with the methods of a loaded model: a compiled directory on any
-backend, at any precision, or :class:`internvl_edge.demo.reference.ReferenceModel`. Every figure
+backend, at any precision, or the ``ReferenceModel`` of ``demo/training``. Every figure
 is a share of right answers in 0..1, or a perplexity, on scenes that ``seed`` decides. ``…_hits``
 tell which answers are right, (n,), so that two models can be compared scene by scene.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.demo import scenes
 from internvl_edge.demo.language import CAPTION_PROMPT, DIGITS, TEMPLATES
-from internvl_edge.runtime.inplace import in_place
+from internvl_edge.runtime.generation.fixed_cache import in_place
 from internvl_edge.runtime.session import Session
 
 Hits = NDArray[np.bool_]

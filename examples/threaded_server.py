@@ -19,10 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-from internvl_edge.artifact import open_artifact
+from internvl_edge.artifact.open import open_artifact
 from internvl_edge.errors import InternVLError, MediaError, ResourceError, SessionDead
 from internvl_edge.runtime.batching import Batcher
-from internvl_edge.runtime.image import Preprocessing, pixel_levels, pixel_values
+from internvl_edge.runtime.images.transform import Preprocessing, pixel_levels, pixel_values
 from internvl_edge.runtime.session import open_component
 
 MAX_NBYTES = 20_000_000  # of a picture

@@ -1,7 +1,12 @@
 """From a checkpoint to verified ONNX components and engines.
 
-Reading order: ``config``, ``checkpoint``, ``models``, ``components``, ``graph``, ``weights``,
-``verify``, ``engine``; ``internvl_edge.compiler`` calls them in turn.
+    config      what ``config.json`` says;  checkpoint  the files of a checkpoint; start here
+    models      the PyTorch reference;  components  the pieces it is compiled into
+    graph       ONNX graphs;  towers  one block in memory at a time;  weights  files of tensors
+    compare     a compiled component and the reference, on the same inputs
+    engine      TensorRT engines;  synthetic  checkpoints of the real shapes with made-up weights
+
+``internvl_edge.compiler`` calls them in turn.
 """
 
 from __future__ import annotations
@@ -12,14 +17,14 @@ if __name__ != "internvl_edge.export":
     raise ImportError("import internvl_edge.export, not the folder export of the repository")
 
 if TYPE_CHECKING:
-    from internvl_edge.export.checkpoint import load_reference, open_checkpoint
+    from internvl_edge.export.checkpoint.checkpoint import load_reference, open_checkpoint
 
 __all__ = ["load_reference", "open_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from internvl_edge.export import checkpoint
+        from internvl_edge.export.checkpoint import checkpoint
 
         return getattr(checkpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,14 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internvl_edge.artifact import TensorSpec
+from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import UsageError
-from internvl_edge.export.chatconfig import LlamaConfig
-from internvl_edge.export.config import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.config.chat import LlamaConfig
+from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
 from internvl_edge.export.models.qllama import InPlace, KeyValue
-from internvl_edge.runtime.inplace import WRITE_INDICES
+from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
 
 TOTAL = "past+length"
 # Sizes of the traced example; all of these dimensions stay dynamic.

@@ -37,18 +37,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from internvl_edge.export.blocks import LLAMA_NORMS, VISION_NORMS
-from internvl_edge.export.chatconfig import ChatConfig, LlamaConfig
-from internvl_edge.export.checkpoint import expected_shapes
+from internvl_edge.export.checkpoint.checkpoint import expected_shapes
 from internvl_edge.export.components import language_config
-from internvl_edge.export.config import (
+from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
+from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,
     InternVLConfig,
     VisionConfig,
     published_fields,
     with_depth,
 )
-from internvl_edge.export.weights import WeightsWriter
+from internvl_edge.export.towers.blocks import LLAMA_NORMS, VISION_NORMS
+from internvl_edge.export.weights.writer import WeightsWriter
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 POOL_SIZE = 1 << 21

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact import TensorSpec
+from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import FeedError, UsageError
-from internvl_edge.runtime.device_array import DeviceArray
+from internvl_edge.runtime.gpu.device_array import DeviceArray
 
 __all__ = ["Array", "check_feeds", "check_outputs", "did_you_mean"]
 

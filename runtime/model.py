@@ -16,26 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvl_edge.artifact import open_artifact
+from internvl_edge.artifact.open import open_artifact
 from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime import chat as chats
-from internvl_edge.runtime import speak
-from internvl_edge.runtime.embedding import DEFAULT_TEMPLATES, Embedder
-from internvl_edge.runtime.requests import (
+from internvl_edge.runtime.images.video import dual_softmax
+from internvl_edge.runtime.session import Array, open_component, require_backend
+from internvl_edge.runtime.tasks import caption as speak
+from internvl_edge.runtime.tasks import chat as chats
+from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, Embedder
+from internvl_edge.runtime.tasks.requests import (
     distinct_labels,
     image_list,
     masked,
     one_place_templates,
     text_list,
 )
-from internvl_edge.runtime.session import Array, open_component, require_backend
-from internvl_edge.runtime.tokenizer import CAPTION_PROMPT
-from internvl_edge.runtime.vectors import ranked, softmax
-from internvl_edge.runtime.video import dual_softmax
+from internvl_edge.runtime.tasks.vectors import ranked, softmax
+from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT
 
 if TYPE_CHECKING:
-    from internvl_edge.runtime.ortoptions import OrtOptions
-    from internvl_edge.runtime.trt import TrtOptions
+    from internvl_edge.runtime.ort.options import OrtOptions
+    from internvl_edge.runtime.trt.session import TrtOptions
 
 __all__ = ["Model", "Retrieval", "load"]
 

@@ -12,13 +12,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from internvl_edge.artifact import Artifact, TensorSpec, open_artifact
+from internvl_edge.artifact.open import Artifact, TensorSpec, open_artifact
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs, did_you_mean
 
 if TYPE_CHECKING:
-    from internvl_edge.runtime.ortoptions import OrtOptions
-    from internvl_edge.runtime.trt import TrtOptions
+    from internvl_edge.runtime.ort.options import OrtOptions
+    from internvl_edge.runtime.trt.session import TrtOptions
 
 __all__ = [
     "BACKENDS",
@@ -37,9 +37,9 @@ __all__ = [
 
 # Backend → the module whose ``open_component`` opens a session of it.
 BACKENDS = {
-    "onnxruntime": "internvl_edge.runtime.ort",
-    "tensorrt-rtx": "internvl_edge.runtime.trt",
-    "tensorrt": "internvl_edge.runtime.trt",
+    "onnxruntime": "internvl_edge.runtime.ort.session",
+    "tensorrt-rtx": "internvl_edge.runtime.trt.session",
+    "tensorrt": "internvl_edge.runtime.trt.session",
 }
 # Backend → its Python package, and the extra that installs it.
 PACKAGES = {

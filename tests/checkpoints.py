@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from internvl_edge.export.chatconfig import LlamaConfig
-from internvl_edge.export.checkpoint import LLAVA_TOWER
-from internvl_edge.export.config import (
+from internvl_edge.export.checkpoint.checkpoint import LLAVA_TOWER
+from internvl_edge.export.config.chat import LlamaConfig
+from internvl_edge.export.config.checkpoint import (
     InternVLConfig,
     QLlamaConfig,
     VisionConfig,

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from internvl_edge.compiler import emit
-from internvl_edge.compiler.options import Plan
-from internvl_edge.export.config import CheckpointConfig
+from internvl_edge.compiler.plan import Plan
+from internvl_edge.compiler.steps import graphs
+from internvl_edge.export.config.checkpoint import CheckpointConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -58,7 +58,7 @@ def _traced_once() -> Iterator[None]:
     What a trace is made of stands in the key, and every export works on a clone of its own.
     """
     kept: dict[str, ir.Model] = {}
-    trace = emit._trace
+    trace = graphs._trace
 
     def traced_once(plan: Plan, name: str, config: CheckpointConfig, model: nn.Module) -> ir.Model:
         dtypes = [(key, value.dtype) for key, value in model.state_dict().items()]
@@ -68,7 +68,7 @@ def _traced_once() -> Iterator[None]:
         return cloned(kept[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emit, "_trace", traced_once)
+        patch.setattr(graphs, "_trace", traced_once)
         yield
 
 

@@ -23,10 +23,10 @@ from typing import Any
 
 from artifacts import ENGINE, SIDECAR, contents, manifest_of, write_files
 
-from internvl_edge import disk
-from internvl_edge.artifact import open_artifact
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.artifact.publish import staging, update, write_manifest
 from internvl_edge.errors import ArtifactError, InternVLError, ResourceError
-from internvl_edge.publish import staging, update, write_manifest
+from internvl_edge.files import disk
 
 STEPS = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "close")
 READING = {"update": [ArtifactError.__name__]}  # it opens what is there

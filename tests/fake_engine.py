@@ -24,7 +24,7 @@ import numpy as np
 from fake_cuda import FakeCuda, Fault
 from fake_trt import DataType, FakeTrt, Severity, _Base
 
-from internvl_edge.artifact import TensorSpec
+from internvl_edge.artifact.open import TensorSpec
 
 Mode = enum.Enum("Mode", "INPUT OUTPUT")
 Place = enum.Enum("Place", "DEVICE HOST")

@@ -21,7 +21,7 @@ from artifacts import ENGINE, MODEL, SIDECAR, contents, file_record, manifest_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.artifact import (
+from internvl_edge.artifact.open import (
     Artifact,
     ComponentRecord,
     EngineRecord,

@@ -14,18 +14,19 @@ import torch
 from checkpoints import Written, write_vit
 
 from internvl_edge import compiler
-from internvl_edge.artifact import Artifact
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import InputError, InternVLError, VerificationError
 from internvl_edge.export.models.vit import AttentionCore
-from internvl_edge.quantize import formats, qdq
-from internvl_edge.quantize.attention import (
+from internvl_edge.quantize.calibration.attention import (
     SOFTMAX_SCALE,
     AttentionScales,
     scales_by_attention,
     watching_attention,
 )
+from internvl_edge.quantize.graph import qdq
 from internvl_edge.quantize.lint import lint
+from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.recipe import Recipe, recipe_for
 from internvl_edge.runtime import open_session
 
@@ -174,7 +175,7 @@ def test_wrong_scales_are_caught(
     def wrong(model: ir.Model, attentions: dict[str, AttentionScales]) -> int:
         return original(model, {name: mutate(scales) for name, scales in attentions.items()})
 
-    monkeypatch.setattr("internvl_edge.compiler.emit.insert_attention_qdq", wrong)
+    monkeypatch.setattr("internvl_edge.compiler.steps.graphs.insert_attention_qdq", wrong)
     with pytest.raises(VerificationError):
         exported(vit, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -206,7 +207,7 @@ def test_a_pair_left_out_shows(
         assert found is not None
         return float(found["simulated_sqnr_db"])
 
-    monkeypatch.setattr("internvl_edge.compiler.emit.insert_attention_qdq", without_one)
+    monkeypatch.setattr("internvl_edge.compiler.steps.graphs.insert_attention_qdq", without_one)
     assert figure(artifact) > 100.0
     assert figure(exported(vit, tmp_path / "out")) < 70.0
 

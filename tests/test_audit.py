@@ -15,7 +15,9 @@ from checkpoints import TINY, Written, write_vit
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import VerificationError
-from internvl_edge.quantize import calibrate, qdq, weights
+from internvl_edge.quantize.calibration import block
+from internvl_edge.quantize.graph import qdq
+from internvl_edge.quantize.numerics import weights
 
 VISION = replace(TINY.vision, num_hidden_layers=3)
 LAYER = "vision_model.encoder.layers.1.mlp.fc1.weight"
@@ -66,13 +68,13 @@ def one_pair_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ranges_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every range that calibration settles on, so that all that follows agrees with it."""
-    made = calibrate.settle
+    made = block.settle
 
     def broken(use: Any, *rest: Any) -> Any:
         found = made(use, *rest)
         return replace(found, scale=2 * found.scale)
 
-    monkeypatch.setattr(calibrate, "settle", broken)
+    monkeypatch.setattr(block, "settle", broken)
 
 
 def weights_doubled(monkeypatch: pytest.MonkeyPatch) -> None:

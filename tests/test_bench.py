@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from internvl_edge.errors import UsageError
-from internvl_edge.runtime import bench
-from internvl_edge.runtime import environment as environment_module
-from internvl_edge.runtime.bench import (
+from internvl_edge.benchmark import machine as environment_module
+from internvl_edge.benchmark import timing as bench
+from internvl_edge.benchmark.machine import environment, peak_rss_nbytes
+from internvl_edge.benchmark.timing import (
     MIN_ROUNDS,
     TURN_CALLS,
     WARMUP_ITERATIONS,
@@ -21,7 +21,7 @@ from internvl_edge.runtime.bench import (
     measure_many,
     ratio_of,
 )
-from internvl_edge.runtime.environment import environment, peak_rss_nbytes
+from internvl_edge.errors import UsageError
 
 MS = 1_000_000
 

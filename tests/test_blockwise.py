@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.quantize import blockwise
-from internvl_edge.quantize.blockwise import (
+from internvl_edge.quantize.numerics import int4
+from internvl_edge.quantize.numerics.int4 import (
     best_factors,
     block_of,
     dequantize_blocks,
@@ -129,5 +129,5 @@ def test_few_rows_choose_nothing() -> None:
 def test_dead_channels_keep_their_scale() -> None:
     rows = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
     rows[:, 3] = 0
-    factors = blockwise.best_factors([rows], weights(1), identity, "int4", 32)
+    factors = int4.best_factors([rows], weights(1), identity, "int4", 32)
     assert factors[3] == 1 and np.isfinite(factors).all()

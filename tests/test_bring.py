@@ -13,9 +13,9 @@ import pytest
 from checkpoints import as_snapshot, write_internvl
 
 from internvl_edge.errors import CheckpointError, ResourceError, UsageError
-from internvl_edge.export import bring
-from internvl_edge.export.bring import Transfer, bring_shards
-from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.weights import link
+from internvl_edge.export.weights.link import Transfer, bring_shards
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -56,9 +56,9 @@ def no_hard_links(monkeypatch: pytest.MonkeyPatch, code: int = errno.EXDEV) -> N
     monkeypatch.setattr(os, "link", refuse)
 
 
-def brought(checkpoint: Checkpoint, out: Path, transfer: Transfer) -> dict[str, bring.Brought]:
+def brought(checkpoint: Checkpoint, out: Path, transfer: Transfer) -> dict[str, link.Brought]:
     """Bring all shards, as is foretold, with their tensors where they are said to be."""
-    foretold = bring.way_of(checkpoint.shards, out / "not" / "yet", transfer)
+    foretold = link.way_of(checkpoint.shards, out / "not" / "yet", transfer)
     assert list(out.iterdir()) == []  # nothing of the trial is left
     stored, found = bring_shards(checkpoint, checkpoint.tensors, out, transfer, lambda *_: None)
     assert sorted(os.listdir(out)) == sorted(found)
@@ -70,7 +70,7 @@ def brought(checkpoint: Checkpoint, out: Path, transfer: Transfer) -> dict[str, 
     return found
 
 
-def hows(found: dict[str, bring.Brought]) -> set[str]:
+def hows(found: dict[str, link.Brought]) -> set[str]:
     return {shard.how for shard in found.values()}
 
 
@@ -122,7 +122,7 @@ def test_auto_copies_what_is_small(
     checkpoint: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: str
 ) -> None:
     no_reflinks(monkeypatch)
-    monkeypatch.setattr(bring, "AUTO_COPY_NBYTES", limit)
+    monkeypatch.setattr(link, "AUTO_COPY_NBYTES", limit)
     assert hows(brought(checkpoint, out, "auto")) == {expected}
 
 
@@ -132,7 +132,7 @@ def test_where_hard_links_cannot_be(
 ) -> None:
     no_reflinks(monkeypatch)
     no_hard_links(monkeypatch, code)
-    monkeypatch.setattr(bring, "AUTO_COPY_NBYTES", 0)
+    monkeypatch.setattr(link, "AUTO_COPY_NBYTES", 0)
     assert hows(brought(checkpoint, out, "auto")) == {"copy"}
     for path in out.iterdir():
         path.unlink()
@@ -147,7 +147,7 @@ def test_no_link_is_foretold_where_none_can_be(
     no_reflinks(monkeypatch)
     no_hard_links(monkeypatch)
     with pytest.raises(UsageError, match="--weights copy"):
-        bring.way_of(checkpoint.shards, out, "link")
+        link.way_of(checkpoint.shards, out, "link")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
@@ -159,7 +159,7 @@ def test_a_bad_disk_is_no_reason_to_try_another_way(
         bring_shards(checkpoint, checkpoint.tensors, out, "auto", lambda *_: None)
     assert caught.value.errno == code
     with pytest.raises(ResourceError, match=errno.errorcode[code]):
-        bring.way_of(checkpoint.shards, out / "new", "auto")
+        link.way_of(checkpoint.shards, out / "new", "auto")
     assert list(out.iterdir()) == []
 
 
@@ -175,7 +175,7 @@ def test_only_shards_that_are_needed(
 def test_progress_of_copies(
     checkpoint: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bring, "CHUNK_NBYTES", 100_000)
+    monkeypatch.setattr(link, "CHUNK_NBYTES", 100_000)
     told: dict[str, list[int]] = {}
     totals: dict[str, int] = {}
 
@@ -251,7 +251,7 @@ def test_changed_after_opening(
 def test_changed_while_copying(
     checkpoint: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int
 ) -> None:
-    monkeypatch.setattr(bring, "CHUNK_NBYTES", 100_000)
+    monkeypatch.setattr(link, "CHUNK_NBYTES", 100_000)
 
     def change(shard: str, done: int, total: int) -> None:
         if shard == SECOND and done == 100_000:

@@ -12,21 +12,25 @@ import pytest
 import torch
 from checkpoints import TINY, write_internvl, write_vit
 
-from internvl_edge.compiler.options import source_of
+from internvl_edge.artifact.workspace import Workspace
+from internvl_edge.compiler.plan import source_of
 from internvl_edge.errors import CalibrationError
-from internvl_edge.export.checkpoint import (
+from internvl_edge.export.checkpoint.checkpoint import (
     Checkpoint,
     load_model,
     load_reference,
     open_checkpoint,
 )
 from internvl_edge.export.models import InternViT, InternVL
-from internvl_edge.export.streams import Samples, calibration_blocks
-from internvl_edge.quantize import formats
-from internvl_edge.quantize.calibrate import SMOOTHING_SUFFIX, CalibratedBlock, calibrate_block
+from internvl_edge.export.towers.streams import Samples, calibration_blocks
+from internvl_edge.files.spool import Budget
+from internvl_edge.quantize.calibration.block import (
+    SMOOTHING_SUFFIX,
+    CalibratedBlock,
+    calibrate_block,
+)
+from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.recipe import Recipe, recipe_for
-from internvl_edge.resume import Workspace
-from internvl_edge.spool import Budget
 
 STREAMS = {"image", "queries", "text", "match"}
 

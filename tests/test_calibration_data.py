@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from internvl_edge.errors import CalibrationError, MissingDependency, UsageError
-from internvl_edge.quantize import data
-from internvl_edge.quantize.data import (
+from internvl_edge.quantize.calibration import images as data
+from internvl_edge.quantize.calibration.images import (
     SAMPLE_SETS,
     CalibrationSet,
     ImageFile,

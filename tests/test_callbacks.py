@@ -10,9 +10,9 @@ import pytest
 from disk import fill_disk
 
 from internvl_edge.errors import ResourceError
-from internvl_edge.export import callbacks
-from internvl_edge.export.callbacks import Monitor, StreamedFile
-from internvl_edge.runtime.vendor import NativeLog, callback, decisive_lines
+from internvl_edge.export.engine import monitor as callbacks
+from internvl_edge.export.engine.monitor import Monitor, StreamedFile
+from internvl_edge.runtime.trt.vendor import NativeLog, callback, decisive_lines
 
 Severity = Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO")
 

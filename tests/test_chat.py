@@ -20,23 +20,23 @@ from internvl_edge import compiler, load
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import ArtifactError, MediaError, UsageError
-from internvl_edge.export.checkpoint import load_reference
+from internvl_edge.export.checkpoint.checkpoint import load_reference
 from internvl_edge.export.models import Chat
-from internvl_edge.runtime.chat import ChatSeen, remembered
-from internvl_edge.runtime.chattokens import PLACE, ChatTokenizer
-from internvl_edge.runtime.continuation import Generation
-from internvl_edge.runtime.image import squared, tile
+from internvl_edge.runtime.generation.batch import Generation
+from internvl_edge.runtime.images.transform import squared, tile
 from internvl_edge.runtime.model import Model
-from internvl_edge.runtime.speak import until_end
-from internvl_edge.runtime.table import Embedding, TokenTable, open_table
-from internvl_edge.runtime.templates import (
+from internvl_edge.runtime.tasks.caption import until_end
+from internvl_edge.runtime.tasks.chat import ChatSeen, remembered
+from internvl_edge.runtime.text.chat_tokenizer import PLACE, ChatTokenizer
+from internvl_edge.runtime.text.embeddings import Embedding, TokenTable, open_table
+from internvl_edge.runtime.text.templates import (
     TEMPLATES,
     Piece,
     Turn,
     conversation,
     find_template,
 )
-from internvl_edge.runtime.tokenizer import Tokenizer
+from internvl_edge.runtime.text.tokenizer import Tokenizer
 
 BOS = 1
 
@@ -185,8 +185,8 @@ def test_control_tokens_are_not_decoded(tokenizer: ChatTokenizer, pieces: Any) -
 
 
 def test_broken_token_lists_are_refused(out: Path, tmp_path: Path) -> None:
-    from internvl_edge.artifact import open_artifact
-    from internvl_edge.runtime.chattokens import open_chat_tokenizer
+    from internvl_edge.artifact.open import open_artifact
+    from internvl_edge.runtime.text.chat_tokenizer import open_chat_tokenizer
 
     artifact = open_artifact(out)
     tokenizer = Tokenizer(out / "tokenizer.model")
@@ -208,7 +208,7 @@ def test_rows_of_every_dtype_are_found(tmp_path: Path) -> None:
         compiler.export(
             ExportOptions(checkpoint=written.path, out=directory, verify="none", precision="fp16")
         )
-        from internvl_edge.artifact import open_artifact
+        from internvl_edge.artifact.open import open_artifact
 
         table = open_table(open_artifact(directory))
         ids = np.array([[5, 0], [319, 7]])

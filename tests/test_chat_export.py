@@ -14,18 +14,19 @@ import torch
 from checkpoints import CHAT, write_chat, write_llava
 
 from internvl_edge import compiler, open_session
-from internvl_edge.compiler import ExportOptions, emit, make_plan, pipeline
+from internvl_edge.compiler import ExportOptions, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
+from internvl_edge.compiler.steps import graphs
 from internvl_edge.errors import CheckpointError, UsageError
-from internvl_edge.export.chatconfig import ChatConfig, LlamaConfig
-from internvl_edge.export.checkpoint import load_model, load_reference, open_checkpoint
-from internvl_edge.export.config import CheckpointConfig, VisionConfig, load_config
-from internvl_edge.export.folded import folded
+from internvl_edge.export.checkpoint.checkpoint import load_model, load_reference, open_checkpoint
+from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
+from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
 from internvl_edge.export.models import Chat
 from internvl_edge.export.models.chat import pixel_shuffle
 from internvl_edge.export.models.llama import Llama, llama_tables
-from internvl_edge.quantize.rotation import rotation
-from internvl_edge.runtime.speak import generation
+from internvl_edge.quantize.fold import folded
+from internvl_edge.quantize.numerics.rotation import rotation
+from internvl_edge.runtime.tasks.caption import generation
 
 IMAGE_TOKEN = 299  # of the golden prompts
 
@@ -216,7 +217,7 @@ def test_components_are_the_originals(
     expected = reference["chat.v2.sel-1.image_tokens"]
     np.testing.assert_allclose(tokens, expected, atol=1e-5, rtol=0)
     ids = reference["chat.v2.in.input_ids"]
-    table = open_checkpoint(golden / "tiny/chat_v2").read(emit.CHAT_TOKENS)
+    table = open_checkpoint(golden / "tiny/chat_v2").read(graphs.CHAT_TOKENS)
     embeds = table[ids]
     embeds[ids == IMAGE_TOKEN] = tokens.reshape(-1, tokens.shape[-1])
     with open_session(out, "chat_decoder") as decoder:
@@ -252,10 +253,10 @@ def test_deep_towers_are_stamped_as_traced(tmp_path: Path) -> None:
     vision = replace(CHAT.vision, num_hidden_layers=4)
     written = write_chat(tmp_path / "c", replace(CHAT, llama=llama, vision=vision))
     plan = make_plan(ExportOptions(checkpoint=written.path, out=tmp_path / "out"))
-    stamped = emit.trace_all(plan, plan.base, silent)
+    stamped = graphs.trace_all(plan, plan.base, silent)
     config = plan.source.config
     for name, model in stamped.items():
-        full = emit._trace(plan, name, config, emit._meta_model(plan, config, plan.base))
+        full = graphs._trace(plan, name, config, graphs._meta_model(plan, config, plan.base))
         assert [n.name for n in model.graph] == [n.name for n in full.graph]
         assert list(model.graph.initializers) == list(full.graph.initializers)
         assert [v.name for v in model.graph.inputs] == [v.name for v in full.graph.inputs]
@@ -282,12 +283,12 @@ def test_weights_hold_the_token_embedding_as_stored(tmp_path: Path) -> None:
     written = write_chat(tmp_path / "c", dtype=torch.bfloat16)
     out = tmp_path / "out"
     compiler.export(ExportOptions(checkpoint=written.path, out=out, precision="fp16"))
-    assert (out / emit.WEIGHTS_FILE).exists()
-    from internvl_edge.export.shards import read_header
+    assert (out / graphs.WEIGHTS_FILE).exists()
+    from internvl_edge.export.checkpoint.shards import read_header
 
-    entry = read_header(out / emit.WEIGHTS_FILE)[emit.CHAT_TOKENS]
+    entry = read_header(out / graphs.WEIGHTS_FILE)[graphs.CHAT_TOKENS]
     stored = torch.from_numpy(entry.read().view(np.int16)).view(torch.bfloat16)
-    assert torch.equal(stored, written.state[emit.CHAT_TOKENS])
+    assert torch.equal(stored, written.state[graphs.CHAT_TOKENS])
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -15,16 +15,17 @@ from checkpoints import TINY, Written, write_chat_tokenizer, write_llava_queries
 from torch.nn.functional import gelu
 
 from internvl_edge import compiler, load, open_session
-from internvl_edge.compiler import ExportOptions, check, emit, make_plan, pipeline
-from internvl_edge.compiler.calibration import load_samples, samples_for
+from internvl_edge.artifact.workspace import Workspace
+from internvl_edge.compiler import ExportOptions, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
+from internvl_edge.compiler.steps import graphs, verify
+from internvl_edge.compiler.steps.calibrate import load_samples, samples_for
 from internvl_edge.errors import CheckpointError, UsageError
-from internvl_edge.export.checkpoint import LLAVA_TOWER, load_reference, open_checkpoint
-from internvl_edge.export.config import CheckpointConfig, load_config
+from internvl_edge.export.checkpoint.checkpoint import LLAVA_TOWER, load_reference, open_checkpoint
+from internvl_edge.export.config.checkpoint import CheckpointConfig, load_config
 from internvl_edge.export.models import Chat, InternVL
-from internvl_edge.export.streams import calibration_blocks
-from internvl_edge.resume import Workspace
-from internvl_edge.spool import Budget
+from internvl_edge.export.towers.streams import calibration_blocks
+from internvl_edge.files.spool import Budget
 
 NUM_QUERIES, SIDE = TINY.num_query_token, 3  # 42 px in patches of 14
 
@@ -122,7 +123,7 @@ def test_every_precision_is_verified(written: Written, tmp_path: Path, precision
 def test_one_block_at_a_time_is_verified(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 1)
+    monkeypatch.setattr(verify, "MAX_WHOLE_NBYTES", 1)
     options = ExportOptions(checkpoint=written.path, out=tmp_path / "out", precision=precision)
     artifact = compiler.export(options)
     found = artifact.manifest.components["chat_queries"].verification
@@ -134,10 +135,10 @@ def test_one_block_at_a_time_is_verified(
 def test_a_deep_qllama_is_stamped_as_traced(tmp_path: Path) -> None:
     written = write_llava_queries(tmp_path / "c", depth=10)
     plan = make_plan(ExportOptions(checkpoint=written.path, out=tmp_path / "out"))
-    assert emit.shallow_config(plan.source.config).queries.qllama.num_hidden_layers == 6  # type: ignore[union-attr]
-    stamped = emit.trace_all(plan, plan.base, silent)["chat_queries"]
+    assert graphs.shallow_config(plan.source.config).queries.qllama.num_hidden_layers == 6  # type: ignore[union-attr]
+    stamped = graphs.trace_all(plan, plan.base, silent)["chat_queries"]
     config = plan.source.config
-    full = emit._trace(plan, "chat_queries", config, emit._meta_model(plan, config, plan.base))
+    full = graphs._trace(plan, "chat_queries", config, graphs._meta_model(plan, config, plan.base))
     assert [n.name for n in stamped.graph] == [n.name for n in full.graph]
     assert list(stamped.graph.initializers) == list(full.graph.initializers)
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from internvl_edge.errors import CheckpointError
-from internvl_edge.export.checkpoint import load_reference, open_checkpoint, read_header
-from internvl_edge.export.config import load_config
+from internvl_edge.export.checkpoint.checkpoint import load_reference, open_checkpoint, read_header
+from internvl_edge.export.config.checkpoint import load_config
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from internvl_edge.quantize import formats
-from internvl_edge.quantize.choose import (
+from internvl_edge.quantize.numerics import formats
+from internvl_edge.quantize.numerics.output_error import (
     SAMPLE_ROWS,
     RowSample,
     best_factors,
@@ -14,7 +14,7 @@ from internvl_edge.quantize.choose import (
     output_error,
     sample_weights,
 )
-from internvl_edge.quantize.smooth import column_absmax
+from internvl_edge.quantize.numerics.smooth import column_absmax
 
 
 def test_output_error_is_that_of_the_rounded_product() -> None:

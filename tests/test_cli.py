@@ -19,12 +19,12 @@ from checkpoints import write_internvl, write_tokenizer, write_vit
 from PIL import Image
 
 from internvl_edge import cli
-from internvl_edge.artifact import EngineRecord, open_artifact
+from internvl_edge.artifact.open import EngineRecord, open_artifact
+from internvl_edge.artifact.sidecar import Profile
+from internvl_edge.benchmark import peaks
+from internvl_edge.benchmark.footprint import measure_footprint
 from internvl_edge.cli import run
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.footprint import measure_footprint
-from internvl_edge.compiler import peaks
-from internvl_edge.engineinfo import Profile
 from internvl_edge.errors import CheckpointError, ResourceError, UsageError
 
 COMMANDS = [
@@ -410,9 +410,9 @@ def test_build_says_what_is_new(
         nbytes, profile = 1_500_000, Profile(batch=(1, 8, 32))
         inputs = open_artifact(place / "out").manifest.components["vision"].inputs
 
-    monkeypatch.setattr("internvl_edge.compiler.engines.build", build)
-    monkeypatch.setattr("internvl_edge.cli.compile.engine_files", lambda out: {old.file})
-    monkeypatch.setattr("internvl_edge.engineinfo.read_engine_info", lambda path: Info)
+    monkeypatch.setattr("internvl_edge.compiler.steps.engines.build", build)
+    monkeypatch.setattr("internvl_edge.cli.export.engine_files", lambda out: {old.file})
+    monkeypatch.setattr("internvl_edge.artifact.sidecar.read_engine_info", lambda path: Info)
     target = ["--target", "TensorRT-RTX, tensorrt", "--target", "tensorrt"]
     found = answer(capsys, "build", place / "out", *target)
     assert asked == [("tensorrt-rtx", "tensorrt")]
@@ -453,7 +453,7 @@ def test_a_checkpoint_without_a_tokenizer(
         "image_embed,text_embed",
     ]
     assert run([*command, "--verify", "none"]) == 0
-    (record,) = [r for r in caplog.records if r.name == "internvl_edge.compiler.options"]
+    (record,) = [r for r in caplog.records if r.name == "internvl_edge.compiler.plan"]
     assert "no tokenizer.model: text_embed will take token ids only" in record.getMessage()
     capsys.readouterr()
     assert run(["embed", str(out), "--text", "a"]) == 2
@@ -481,7 +481,7 @@ def test_a_signal_is_said(
     def fail(*_: Any, **__: Any) -> None:
         raise stop
 
-    monkeypatch.setattr("internvl_edge.artifact.open_artifact", fail)
+    monkeypatch.setattr("internvl_edge.artifact.open.open_artifact", fail)
     assert run(["verify", "x", "--json"]) == code
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["exit_code"] == code
@@ -524,7 +524,7 @@ cli.main(["verify", "x"])
 def test_build_needs_no_pytorch() -> None:
     """Engines are built from graphs: neither its memory nor its absence matters."""
     code = (
-        "import sys; import internvl_edge.cli.compile, internvl_edge.compiler as c; c.build; "
+        "import sys; import internvl_edge.cli.export, internvl_edge.compiler as c; c.build; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'onnx', 'onnx_ir')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -618,7 +618,7 @@ def test_every_failure_has_a_code_and_a_line(
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr("internvl_edge.artifact.open_artifact", fail)
+    monkeypatch.setattr("internvl_edge.artifact.open.open_artifact", fail)
     assert run([*debug, "verify", "x", "--json"]) == code
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["exit_code"] == code

@@ -15,7 +15,7 @@ import pytest
 from checkpoints import write_internvl, write_tokenizer, write_vit
 from PIL import Image
 
-from internvl_edge.cli import measure, run
+from internvl_edge.cli import benchmark, run
 from internvl_edge.cli.console import Output
 
 
@@ -187,7 +187,7 @@ def test_a_fault_of_ours_says_how_to_see_where(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("internvl_edge.artifact.open_artifact", fail)
+    monkeypatch.setattr("internvl_edge.artifact.open.open_artifact", fail)
     message = refused(capsys, 7, "verify", "a folder")
     assert message.endswith("to see where: internvl-edge --debug verify 'a folder' --json")
 
@@ -206,6 +206,6 @@ def test_a_benchmark_beside_other_work(
 
 def test_a_component_above_the_peaks(capsys: pytest.CaptureFixture[str]) -> None:
     result = {"out": "o", "component": "c", "roofline": {"mfu": 1.5}}
-    measure.warn_of_peaks(Output(), [result, result | {"roofline": {"mfu": None}}])
+    benchmark.warn_of_peaks(Output(), [result, result | {"roofline": {"mfu": None}}])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: o c: MFU 150%")

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 
 import internvl_edge
 from internvl_edge import compiler
-from internvl_edge.artifact import Artifact, open_artifact
+from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.steps import ENGINE_NBYTES
+from internvl_edge.compiler.engine_forecast import ENGINE_NBYTES
 from internvl_edge.errors import (
     BuildError,
     CalibrationError,
@@ -31,9 +31,10 @@ from internvl_edge.errors import (
     UsageError,
     VerificationError,
 )
-from internvl_edge.export.checkpoint import load_reference
+from internvl_edge.export.checkpoint.checkpoint import load_reference
 from internvl_edge.export.models import InternVL
-from internvl_edge.quantize import formats, qdq
+from internvl_edge.quantize.graph import qdq
+from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.recipe import recipe_for
 
 FAST = ("vision", "image_pool")  # the components that trace fastest
@@ -219,7 +220,7 @@ def double_activation_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     def doubled(**fields: Any) -> Any:
         return original(**{**fields, "activation_scale": 4 * fields["activation_scale"]})
 
-    monkeypatch.setattr("internvl_edge.compiler.emit.QuantizedLinear", doubled)
+    monkeypatch.setattr("internvl_edge.compiler.steps.graphs.QuantizedLinear", doubled)
 
 
 def drop_a_dequantization(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +236,7 @@ def drop_a_dequantization(monkeypatch: pytest.MonkeyPatch) -> None:
         model.graph.remove(node, safe=True)
         return count
 
-    monkeypatch.setattr("internvl_edge.compiler.emit.insert_qdq", without_one)
+    monkeypatch.setattr("internvl_edge.compiler.steps.graphs.insert_qdq", without_one)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_a_broken_quantizer_is_caught(
 def test_a_wrong_weight_is_caught(
     tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from internvl_edge.compiler import emit
+    from internvl_edge.compiler.steps import graphs as emit
 
     original = emit.read_tensor
 
@@ -364,7 +365,7 @@ def test_channels_that_are_switched_off(tmp_path: Path, pictures: Path) -> None:
 def test_an_engine_that_fails_does_not_cost_the_export(
     tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from internvl_edge.compiler import engines
+    from internvl_edge.compiler.steps import engines
 
     original = engines.build_engine
 
@@ -418,7 +419,7 @@ def test_a_recipe_file_is_followed(tiny: Written, pictures: Path, tmp_path: Path
     chosen = options(tiny, tmp_path / "out", precision="int8", calibration=pictures, recipe=file)
     artifact = compiler.export(chosen)
     assert artifact.manifest.recipe == json.loads(file.read_text())
-    from internvl_edge.export.checkpoint import read_header
+    from internvl_edge.export.checkpoint.checkpoint import read_header
 
     stored = read_header(artifact.path / "weights.safetensors")
     kinds = {name: entry.dtype for name, entry in stored.items()}

@@ -15,9 +15,14 @@ import torch
 from checkpoints import TINY, write_internvl
 
 from internvl_edge.errors import InternVLError, UsageError
-from internvl_edge.export import graph as graphs
-from internvl_edge.export.bind import bind, save, weights_without_data
-from internvl_edge.export.checkpoint import Checkpoint, load_reference, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_reference, open_checkpoint
+from internvl_edge.export.compare import (
+    agreement,
+    component_feeds,
+    reference_outputs,
+    sample_feeds,
+    with_hidden_state,
+)
 from internvl_edge.export.components import (
     COMPONENTS,
     OF_CHAT,
@@ -26,19 +31,14 @@ from internvl_edge.export.components import (
     example_inputs,
     input_specs,
 )
-from internvl_edge.export.config import CheckpointConfig, VisionConfig
+from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig
+from internvl_edge.export.graph import trace as graphs
+from internvl_edge.export.graph.bf16_twin import widen
+from internvl_edge.export.graph.bind import bind, save, weights_without_data
+from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
 from internvl_edge.export.models import InternVL
 from internvl_edge.export.models.attention import rotary_tables
-from internvl_edge.export.precision import POLICIES, apply_policy
-from internvl_edge.export.verify import (
-    agreement,
-    component_feeds,
-    reference_outputs,
-    sample_feeds,
-    with_hidden_state,
-)
-from internvl_edge.export.weights import WeightsWriter
-from internvl_edge.export.widen import widen
+from internvl_edge.export.weights.writer import WeightsWriter
 
 STANDARD = {"", "ai.onnx"}
 
@@ -147,7 +147,7 @@ def test_interface_is_the_contract(checkpoint: Checkpoint, name: str) -> None:
 
 def test_the_float16_stream_is_float32(checkpoint: Checkpoint) -> None:
     """Residual additions happen in float32, matrix products in float16."""
-    from internvl_edge.export.widen import infer_dtypes
+    from internvl_edge.export.graph.bf16_twin import infer_dtypes
 
     graph = traced(checkpoint, "vision", "fp16").graph
     infer_dtypes(graph)

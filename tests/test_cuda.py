@@ -10,9 +10,9 @@ import pytest
 from fake_cuda import CAPTURE_INVALIDATED, ILLEGAL_ADDRESS, INSUFFICIENT_DRIVER, MEMORY, FakeCuda
 
 from internvl_edge.errors import HardwareError, MissingDependency, ResourceError, SessionDead
-from internvl_edge.runtime import device as device_module
-from internvl_edge.runtime.cuda import Buffer, Event, PinnedBuffer, Stream
-from internvl_edge.runtime.device import BINDINGS, Device
+from internvl_edge.runtime.gpu import device as device_module
+from internvl_edge.runtime.gpu.device import BINDINGS, Device
+from internvl_edge.runtime.gpu.handles import Buffer, Event, PinnedBuffer, Stream
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from internvl_edge.demo import evaluate, language, scenes
-from internvl_edge.demo.batches import BOS, EOS, IGNORED, TrainingBatches, pixel_values
-from internvl_edge.demo.reference import CHECKPOINT, ReferenceModel
-from internvl_edge.demo.tokenizer import TOKENIZER_FILE, VOCAB_SIZE, train_tokenizer
-from internvl_edge.demo.train import (
+from internvl_edge.demo.training.batches import BOS, EOS, IGNORED, TrainingBatches, pixel_values
+from internvl_edge.demo.training.reference import CHECKPOINT, ReferenceModel
+from internvl_edge.demo.training.tokenizer import TOKENIZER_FILE, VOCAB_SIZE, train_tokenizer
+from internvl_edge.demo.training.train import (
     CONFIG,
     PatchHeads,
     Plan,
@@ -27,10 +27,10 @@ from internvl_edge.demo.train import (
     save_checkpoint,
 )
 from internvl_edge.errors import MissingDependency
-from internvl_edge.export.checkpoint import load_reference
-from internvl_edge.export.config import load_config
+from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.export.config.checkpoint import load_config
 from internvl_edge.export.models import InternVL
-from internvl_edge.runtime.tokenizer import Tokenizer
+from internvl_edge.runtime.text.tokenizer import Tokenizer
 
 MAX_CHECKPOINT_NBYTES = 8_000_000
 seeds = st.integers(0, 2**32 - 1)

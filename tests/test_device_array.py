@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from internvl_edge.errors import FeedError
-from internvl_edge.runtime.device_array import DeviceArray, as_device_array, is_on_device
-from internvl_edge.runtime.dlpack import capsule_of
+from internvl_edge.runtime.gpu.device_array import DeviceArray, as_device_array, is_on_device
+from internvl_edge.runtime.gpu.dlpack import capsule_of
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 

@@ -13,8 +13,8 @@ import pytest
 from disk import fill_disk
 from fake_trt import DataType, FakeTrt, IAttentionInputLayer, Layer, LayerType, parser_error, tensor
 
-from internvl_edge.artifact import EngineRecord, TensorSpec
-from internvl_edge.engineinfo import EngineInfo, Profile, check_engine, read_engine_info
+from internvl_edge.artifact.open import EngineRecord, TensorSpec
+from internvl_edge.artifact.sidecar import EngineInfo, Profile, check_engine, read_engine_info
 from internvl_edge.errors import (
     ArtifactError,
     BuildError,
@@ -23,7 +23,8 @@ from internvl_edge.errors import (
     ResourceError,
     UsageError,
 )
-from internvl_edge.export import engine, targets
+from internvl_edge.export.engine import build as engine
+from internvl_edge.export.engine import targets
 
 X = TensorSpec(name="x", dtype="float32", shape=("batch", 17, 64))
 PROFILE = Profile(batch=(1, 2, 4))

@@ -15,11 +15,11 @@ import pytest
 from disk import fill_disk
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.artifact import TensorSpec
-from internvl_edge.engineinfo import EngineInfo, Profile, check_engine, read_engine_info
+from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.sidecar import EngineInfo, Profile, check_engine, read_engine_info
 from internvl_edge.errors import BuildError, HardwareError, ResourceError
-from internvl_edge.export import engine
-from internvl_edge.export.callbacks import StreamedFile
+from internvl_edge.export.engine import build
+from internvl_edge.export.engine.monitor import StreamedFile
 
 pytestmark = pytest.mark.rtx
 
@@ -112,7 +112,7 @@ def _initializer(name: str, values: np.ndarray[Any, Any], onnx_type: int) -> Any
 
 
 def build_real(tmp_path: Path, graph: Path, precision: str, **changes: Any) -> EngineInfo:
-    record = engine.build_engine(
+    record = build.build_engine(
         graph,
         tmp_path / "engines",
         component="tiny",
@@ -161,7 +161,7 @@ def test_a_real_engine_with_weights_in_another_file(tmp_path: Path, rtx: Any) ->
 def test_a_real_fallback_to_decomposed_attention(
     tmp_path: Path, rtx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_has_fused_kernel", lambda query: True)
+    monkeypatch.setattr(build, "_has_fused_kernel", lambda query: True)
     info = build_real(tmp_path, tiny_graph(tmp_path, "fp32"), "fp32")
     assert (info.fused_attention, info.decomposed_attention) == (0, 1)
 
@@ -237,9 +237,9 @@ def test_a_signal_ends_a_build_without_an_engine(
     def stop(*_: Any) -> None:
         raise Stopped
 
-    written, parsed = StreamedFile.write, engine._parse
+    written, parsed = StreamedFile.write, build._parse
     monkeypatch.setattr(StreamedFile, "write", write)
-    monkeypatch.setattr(engine, "_parse", parse)
+    monkeypatch.setattr(build, "_parse", parse)
     before = signal.signal(number, stop)
     try:
         with pytest.raises(Stopped):

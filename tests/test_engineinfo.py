@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.artifact import TensorSpec
-from internvl_edge.engineinfo import (
+from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.sidecar import (
     MAX_SIDECAR_NBYTES,
     EngineInfo,
     Profile,
@@ -21,8 +21,8 @@ from internvl_edge.engineinfo import (
     read_engine_info,
 )
 from internvl_edge.errors import ArtifactError, HardwareError, UsageError
-from internvl_edge.runtime.profiles import EngineSpec
-from internvl_edge.runtime.profiles import Profile as Bounds
+from internvl_edge.runtime.trt.profiles import EngineSpec
+from internvl_edge.runtime.trt.profiles import Profile as Bounds
 
 RTX = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7.1.116")
 INFO = EngineInfo(

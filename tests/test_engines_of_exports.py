@@ -10,11 +10,12 @@ import pytest
 from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
 
 from internvl_edge import compiler
-from internvl_edge.artifact import open_artifact
-from internvl_edge.compiler import ExportOptions, memory
-from internvl_edge.compiler.engines import profile_for, profile_from, require_buildable
-from internvl_edge.engineinfo import EngineInfo, Profile, read_engine_info
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.artifact.sidecar import EngineInfo, Profile, read_engine_info
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler.steps.engines import profile_for, profile_from, require_buildable
 from internvl_edge.errors import ResourceError, UsageError
+from internvl_edge.export.engine import memory
 
 pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
 

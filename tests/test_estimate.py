@@ -11,12 +11,14 @@ import pytest
 import torch
 from checkpoints import TINY, write_internvl, write_vit
 
-from internvl_edge.compiler import ExportOptions, check, estimate, export
-from internvl_edge.compiler.estimate import forecast
-from internvl_edge.compiler.steps import Forecast
+from internvl_edge.compiler import ExportOptions, export
+from internvl_edge.compiler import forecast as estimate
+from internvl_edge.compiler.engine_forecast import Forecast
+from internvl_edge.compiler.forecast import forecast
+from internvl_edge.compiler.steps import verify
 from internvl_edge.errors import ResourceError
+from internvl_edge.files.spool import Budget, Spool
 from internvl_edge.quantize.recipe import recipe_for
-from internvl_edge.spool import Budget, Spool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -154,6 +156,6 @@ def test_memory_that_verification_lacks_has_a_way_out(
     short = Forecast(steps=(step,))
     with pytest.raises(ResourceError, match="GB are allowed by --memory-budget; --verify none lea"):
         short.require_fit(tmp_path, 1000)
-    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    monkeypatch.setattr(verify, "MAX_WHOLE_NBYTES", 0)
     (step,) = (step for step in forecast(options).steps if step.name == "verify")
     assert step.remedy.startswith("--verify auto compares one block at a time, --verify none")

@@ -22,14 +22,15 @@ from test_bring import no_hard_links, no_reflinks, reflinks
 
 import internvl_edge
 from internvl_edge import compiler
-from internvl_edge.artifact import Artifact, open_artifact
+from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact.publish import verify_whole
 from internvl_edge.cli import run
-from internvl_edge.compiler import ExportOptions, engines, pipeline
+from internvl_edge.compiler import ExportOptions, pipeline
+from internvl_edge.compiler.steps import engines
 from internvl_edge.errors import ArtifactError, CheckpointError, UsageError
-from internvl_edge.export import bring
-from internvl_edge.export.checkpoint import expected_shapes, read_header
-from internvl_edge.export.config import CheckpointConfig
-from internvl_edge.publish import verify_whole
+from internvl_edge.export.checkpoint.checkpoint import expected_shapes, read_header
+from internvl_edge.export.config.checkpoint import CheckpointConfig
+from internvl_edge.export.weights import link
 
 FAST = ("image_pool",)  # the component that traces fastest; it reads both shards
 SHARDS = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
@@ -83,7 +84,7 @@ def test_auto_converts_what_is_not(half: Written, precision: str) -> None:
 
 
 def test_auto_links_what_is_large(half: Written, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bring, "AUTO_COPY_NBYTES", 0)
+    monkeypatch.setattr(link, "AUTO_COPY_NBYTES", 0)
     artifact = exported(half.path)
     assert artifact.manifest.hard_links == tuple(SHARDS)
 

@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 from onnx.reference import ReferenceEvaluator
 
 from internvl_edge.errors import CalibrationError, CheckpointError, UsageError, VerificationError
-from internvl_edge.quantize.formats import (
+from internvl_edge.quantize.numerics.formats import (
     FORMATS,
     FP8,
     INT8,

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import FeedError, InternVLError, UsageError
-from internvl_edge.export.checkpoint import load_reference
-from internvl_edge.runtime.beams import _best_next
-from internvl_edge.runtime.cache import PAST, HostDecoding, start
-from internvl_edge.runtime.generate import Generation, Prompt, _nucleus, generate, stream
+from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.runtime.generation.beams import _best_next
+from internvl_edge.runtime.generation.cache import PAST, HostDecoding, start
+from internvl_edge.runtime.generation.loop import Generation, Prompt, _nucleus, generate, stream
 from internvl_edge.runtime.session import Session
-from internvl_edge.runtime.vectors import largest
+from internvl_edge.runtime.tasks.vectors import largest
 
 Array = np.ndarray[Any, Any]
 COMPONENTS = ("vision", "image_queries", "decoder")

@@ -17,21 +17,21 @@ from hypothesis import strategies as st
 from test_calibrate import STREAMS, calibrate
 
 from internvl_edge import compiler
-from internvl_edge.artifact import open_artifact
+from internvl_edge.artifact.open import open_artifact
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.check import Checker
-from internvl_edge.compiler.options import source_of
 from internvl_edge.compiler.pipeline import quantization_of
+from internvl_edge.compiler.plan import source_of
 from internvl_edge.compiler.search import export_auto
+from internvl_edge.compiler.steps.verify import Checker
 from internvl_edge.errors import CalibrationError, InputError, VerificationError
-from internvl_edge.export.checkpoint import Checkpoint, open_checkpoint, read_header
-from internvl_edge.export.streams import Samples
-from internvl_edge.quantize import blockwise, formats, gptq
-from internvl_edge.quantize import calibrate as calibrating
-from internvl_edge.quantize.gptq import Factor, add_rows, change_rows, improved
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_header
+from internvl_edge.export.towers.streams import Samples
+from internvl_edge.quantize.calibration import block as calibrating
+from internvl_edge.quantize.numerics import formats, gptq, int4
+from internvl_edge.quantize.numerics.gptq import Factor, add_rows, change_rows, improved
+from internvl_edge.quantize.numerics.weights import QuantizedWeight, quantize_weight
 from internvl_edge.quantize.recipe import Recipe, recipe_for
-from internvl_edge.quantize.weights import QuantizedWeight, quantize_weight
 
 Array = np.ndarray[Any, Any]
 FORMATS = ["int8", "int4", "fp8"]
@@ -60,7 +60,7 @@ def products(x: Array) -> Array:
 
 def nearest(w: Array, fmt: str) -> tuple[Array, Array]:
     if fmt == "int4":
-        return blockwise.quantize_blocks(w, BLOCK)
+        return int4.quantize_blocks(w, BLOCK)
     scales = formats.weight_scale(w, fmt, 0)
     return formats.quantize(w, scales, fmt, 0), scales
 
@@ -226,7 +226,7 @@ def test_a_weight_as_it_is_stored(fmt: str) -> None:
     plain = quantize_weight(w, "a layer", recipe)
     np.testing.assert_array_equal(found.scales, plain.scales)
     assert (found.values.dtype, found.values.shape) == (plain.values.dtype, plain.values.shape)
-    values = blockwise.unpack(found.values, (48, 32)) if fmt == "int4" else found.values
+    values = int4.unpack(found.values, (48, 32)) if fmt == "int4" else found.values
     np.testing.assert_array_equal(values.T, rounded(w, x, fmt)[0])
     assert found.sqnr_db < plain.sqnr_db
 

@@ -14,9 +14,9 @@ from test_trt import Bench as StandIns
 from test_trt import feeds_of
 from tiny_onnx import open_directory
 
-from internvl_edge.compiler.workload import Workload
+from internvl_edge.benchmark.workload import Workload
 from internvl_edge.errors import ArtifactError, HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.trt import TrtOptions, TrtSession
+from internvl_edge.runtime.trt.session import TrtOptions, TrtSession
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_check

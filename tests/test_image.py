@@ -20,8 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
-from internvl_edge.runtime import decode
-from internvl_edge.runtime.image import Preprocessing, load_image, pixel_values, tile, tile_grid
+from internvl_edge.runtime.images import decode
+from internvl_edge.runtime.images.transform import (
+    Preprocessing,
+    load_image,
+    pixel_values,
+    tile,
+    tile_grid,
+)
 
 TRANSFORMS = ("retrieval", "classification", "clip")
 FORMATS = ("JPEG", "PNG", "WEBP")

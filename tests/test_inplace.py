@@ -19,17 +19,17 @@ from test_trt import TARGETS, Bench, on_gpu_and_on_host
 
 import internvl_edge
 from internvl_edge import compiler, open_session
-from internvl_edge.artifact import open_artifact
-from internvl_edge.cli.seeded import seeded_feeds
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.benchmark.inputs import seeded_feeds
+from internvl_edge.benchmark.workload import read_workload
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.bisect import bisect
-from internvl_edge.compiler.workload import read_workload
+from internvl_edge.compiler.oracle.bisect import bisect
 from internvl_edge.errors import FeedError, ResourceError, UsageError, VerificationError
 from internvl_edge.export.models import qllama
 from internvl_edge.export.models.qllama import decoding_mask, extended, in_place_mask
-from internvl_edge.runtime.cache import DeviceDecoding, empty_cache, start
-from internvl_edge.runtime.generate import Generation, Prompt, generate, stream
-from internvl_edge.runtime.inplace import PAST, grown, in_place, placed, positions_of
+from internvl_edge.runtime.generation.cache import DeviceDecoding, empty_cache, start
+from internvl_edge.runtime.generation.fixed_cache import PAST, grown, in_place, placed, positions_of
+from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
 
 Array = np.ndarray[Any, Any]
 ROOM = 40  # positions of the tiny models' caches here

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from internvl_edge.export.interrupts import HELD, interrupts_held
+from internvl_edge.files.signals import HELD, interrupts_held
 
 
 @pytest.mark.parametrize("number", HELD)

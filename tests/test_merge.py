@@ -17,10 +17,10 @@ from test_inplace import noise
 from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import ArtifactError, ResourceError
-from internvl_edge.export import merge
-from internvl_edge.export.merge import joined_graph
-from internvl_edge.runtime.ort import OrtSession
-from internvl_edge.runtime.ortoptions import OrtOptions
+from internvl_edge.export.graph import join_pairs
+from internvl_edge.export.graph.join_pairs import joined_graph
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.session import OrtSession
 
 COMPONENTS = ("vision", "image_queries", "text_embed")
 
@@ -109,7 +109,7 @@ def test_pairs_in_8_bits_are_joined_by_column(
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     exact = OrtOptions(exact=True)
     graphs = [tmp_path / "out" / f"text_embed.{kind}" for kind in ("onnx", "fp16.onnx")]
-    monkeypatch.setattr(merge, "_CHUNK", 1000)  # a few rows at a time, and fewer in the end
+    monkeypatch.setattr(join_pairs, "_CHUNK", 1000)  # a few rows at a time, and fewer in the end
     os.link(tmp_path / "out" / "weights.safetensors", tmp_path / "second name")
     before, layers = names(tmp_path / "out"), 0
     for graph in graphs:
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) 
     def full(stored: object, target: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(merge, "_copy", full)
+    monkeypatch.setattr(join_pairs, "_copy", full)
     with pytest.raises(ResourceError, match="No space left"):
         compiler.build(out, ["tensorrt-rtx"], components=["text_embed"])
     assert names(out) - {"engines"} == before

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny_onnx import linear, open_directory
 
-from internvl_edge.artifact import Artifact, TensorSpec
+from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import (
     ArtifactError,
     HardwareError,
@@ -23,10 +23,10 @@ from internvl_edge.errors import (
     UsageError,
 )
 from internvl_edge.runtime import session as sessions
+from internvl_edge.runtime.images.video import decode_frames, dual_softmax
 from internvl_edge.runtime.model import Model, load
 from internvl_edge.runtime.session import Session, check_outputs
-from internvl_edge.runtime.vectors import ranked, softmax, unit
-from internvl_edge.runtime.video import decode_frames, dual_softmax
+from internvl_edge.runtime.tasks.vectors import ranked, softmax, unit
 
 Array = np.ndarray[Any, Any]
 ALL = ("vision", "image_embed", "image_pool", "image_queries", "text_embed", "matcher")
@@ -91,7 +91,7 @@ def ref(golden: Path) -> Any:
 def torch_sessions(tiny: Path) -> Any:
     import torch
 
-    from internvl_edge.export.checkpoint import load_reference
+    from internvl_edge.export.checkpoint.checkpoint import load_reference
     from internvl_edge.export.components import COMPONENTS, build_component
 
     reference = load_reference(tiny)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from internvl_edge.errors import CalibrationError, UsageError
-from internvl_edge.quantize.formats import FORMATS, as_format, fake_quantize
-from internvl_edge.quantize.observers import (
+from internvl_edge.quantize.numerics.formats import FORMATS, as_format, fake_quantize
+from internvl_edge.quantize.numerics.observers import (
     NUM_BINS,
     RANGE_METHODS,
     Histogram,

@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from internvl_edge import onnxwire
+from internvl_edge.artifact import onnx_wire
+from internvl_edge.artifact.onnx_gate import BITS, OnnxSummary, scan
 from internvl_edge.errors import ArtifactError
-from internvl_edge.onnxfile import BITS, OnnxSummary, scan
 
 FILES = {"w.bin": 4096, "manifest-less.txt": 10}
 FLOATS = TensorProto.FLOAT
@@ -146,7 +146,7 @@ def test_unpacked_lists_count_alike() -> None:
     parsed = TensorProto.FromString(tensor)
     assert list(parsed.int64_data) == [1, 128, 5]
     scan_tensor(parsed)
-    model = onnxwire.read_message(tensor, "Tensor")
+    model = onnx_wire.read_message(tensor, "Tensor")
     assert model == {"dims": [3], "data_type": 7, "int64_data": 3, "name": "w"}
 
 
@@ -290,7 +290,7 @@ def test_wire_format_rules(data: bytes, message: str) -> None:
 def test_lists_of_numbers_cut_off() -> None:
     for data in (b"\x22\x03abc", b"\x52\x04abcd", b"\x20\x01"):  # float_data, double_data
         with pytest.raises(ArtifactError):
-            onnxwire.read_message(data, "Tensor")
+            onnx_wire.read_message(data, "Tensor")
 
 
 def test_nesting_is_bounded() -> None:
@@ -307,7 +307,7 @@ def test_nesting_is_bounded() -> None:
 
 
 def test_fields_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxwire, "MAX_FIELDS", 200)
+    monkeypatch.setattr(onnx_wire, "MAX_FIELDS", 200)
     scan_model(model_of(external()))
     nodes = b"\x0a\x00" * 60  # 60 empty nodes
     bomb = b"\x3a\x78" + nodes  # a graph of them
@@ -317,7 +317,7 @@ def test_fields_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         scan(bomb, files=FILES)
     for kind, data in (("Model", repeated), ("Tensor", packed), ("Graph", nodes * 4)):
         with pytest.raises(ArtifactError, match="more than 200 fields"):
-            onnxwire.read_message(data, kind)
+            onnx_wire.read_message(data, kind)
 
 
 def test_weights_cost_nothing() -> None:
@@ -417,9 +417,9 @@ def test_file_and_what_is_none(tmp_path: Path) -> None:
 
 
 def test_too_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert onnxwire.MAX_NBYTES == 2**31 - 1
+    assert onnx_wire.MAX_NBYTES == 2**31 - 1
     (tmp_path / "model.onnx").write_bytes(_tiny())
-    monkeypatch.setattr(onnxwire, "MAX_NBYTES", len(_tiny()) - 1)
+    monkeypatch.setattr(onnx_wire, "MAX_NBYTES", len(_tiny()) - 1)
     for source in (tmp_path / "model.onnx", _tiny()):
         with pytest.raises(ArtifactError, match="more than"):
             scan(source, files=FILES)

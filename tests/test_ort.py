@@ -23,9 +23,10 @@ from internvl_edge.errors import (
     ResourceError,
     UsageError,
 )
-from internvl_edge.runtime import ort, ortoptions
-from internvl_edge.runtime.ort import OrtSession, open_component
-from internvl_edge.runtime.ortoptions import CPU, CUDA, OrtOptions, choose_providers
+from internvl_edge.runtime.ort import options as ortoptions
+from internvl_edge.runtime.ort import session as ort
+from internvl_edge.runtime.ort.options import CPU, CUDA, OrtOptions, choose_providers
+from internvl_edge.runtime.ort.session import OrtSession, open_component
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 

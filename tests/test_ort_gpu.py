@@ -17,11 +17,13 @@ from onnx import helper
 from tiny_onnx import BFLOAT16, linear, open_directory, write_onnx
 
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime import ort, ortgraphs, ortoptions
-from internvl_edge.runtime.ort import OrtSession, open_component
-from internvl_edge.runtime.ortgraphs import GRAPH_ID, Replays
-from internvl_edge.runtime.ortoptions import CPU, CUDA, OrtOptions, load_gpu_libraries
-from internvl_edge.runtime.ortvalues import array_of, value_of
+from internvl_edge.runtime.ort import cuda_graphs
+from internvl_edge.runtime.ort import options as ortoptions
+from internvl_edge.runtime.ort import session as ort
+from internvl_edge.runtime.ort.cuda_graphs import GRAPH_ID, Replays
+from internvl_edge.runtime.ort.options import CPU, CUDA, OrtOptions, load_gpu_libraries
+from internvl_edge.runtime.ort.session import OrtSession, open_component
+from internvl_edge.runtime.ort.values import array_of, value_of
 
 PLACE = ("cpu", 0)
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -69,7 +71,7 @@ class Native:
 @pytest.fixture
 def native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Native:
     """What it gives are copies, as a GPU's are: on the CPU a value and its array share memory."""
-    monkeypatch.setattr(ortgraphs, "array_of", lambda value, place: value.numpy().copy())
+    monkeypatch.setattr(cuda_graphs, "array_of", lambda value, place: value.numpy().copy())
     return Native(linear(tmp_path / "linear.onnx"))
 
 

@@ -16,9 +16,8 @@ from onnx import helper
 from tiny_onnx import FLOAT, linear, write_onnx
 
 from internvl_edge.errors import FeedError, UsageError
-from internvl_edge.runtime import ortoptions
-from internvl_edge.runtime.ort import OrtOptions, OrtSession
-from internvl_edge.runtime.ortoptions import (
+from internvl_edge.runtime.ort import options as ortoptions
+from internvl_edge.runtime.ort.options import (
     CPU,
     CUDA,
     choose_providers,
@@ -26,6 +25,7 @@ from internvl_edge.runtime.ortoptions import (
     native_options,
     place_of,
 )
+from internvl_edge.runtime.ort.session import OrtOptions, OrtSession
 
 MAX_OVERHEAD_S = 30e-6
 MAX_IMPORT_RATIO = 2  # 120 ms of import, of which NumPy is at least a third

@@ -10,8 +10,8 @@ import pytest
 from fake_engine import KERNEL_MS
 from test_trt import Bench, assert_same, feeds_of
 
+from internvl_edge.benchmark.gpu_phases import METRICS, measure_phases
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime.phases import METRICS, measure_phases
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])

@@ -6,7 +6,7 @@ import pytest
 
 from internvl_edge.compiler.precision import PRECISIONS, precision_of, recipe_of
 from internvl_edge.errors import UsageError
-from internvl_edge.export.targets import first_sm
+from internvl_edge.export.engine.targets import first_sm
 from internvl_edge.quantize.recipe import Recipe, recipe_for
 
 VISION = "vision_model.encoder.layers.0.attn.qkv"

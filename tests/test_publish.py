@@ -21,10 +21,8 @@ from typing import Any
 import pytest
 from artifacts import ENGINE, SIDECAR, contents, manifest_of, write_artifact, write_files
 
-from internvl_edge import disk
-from internvl_edge.artifact import FileRecord, Manifest, open_artifact
-from internvl_edge.errors import ArtifactError, InternVLError, ResourceError, UsageError
-from internvl_edge.publish import (
+from internvl_edge.artifact.open import FileRecord, Manifest, open_artifact
+from internvl_edge.artifact.publish import (
     os_errors,
     record,
     require_free_disk,
@@ -34,6 +32,8 @@ from internvl_edge.publish import (
     write_atomically,
     write_manifest,
 )
+from internvl_edge.errors import ArtifactError, InternVLError, ResourceError, UsageError
+from internvl_edge.files import disk
 
 OLD, NEW = contents(bytes(192)), contents(b"\1" * 192)
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internvl_edge.benchmark.machine import products_saturate
 from internvl_edge.errors import InternVLError
-from internvl_edge.export import graph as graphs
-from internvl_edge.export.bind import bind, save, weights_without_data
+from internvl_edge.export.graph import trace as graphs
+from internvl_edge.export.graph.bind import bind, save, weights_without_data
+from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
 from internvl_edge.export.models.vit import RMSNorm
-from internvl_edge.export.precision import POLICIES, apply_policy
-from internvl_edge.export.weights import WeightsWriter
-from internvl_edge.quantize import formats
-from internvl_edge.quantize.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
-from internvl_edge.quantize.unsigned import take_unsigned_weights
-from internvl_edge.runtime.environment import products_saturate
+from internvl_edge.export.weights.writer import WeightsWriter
+from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
+from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
+from internvl_edge.quantize.numerics import formats
 
 WIDTH, OUT = 32, 48
 

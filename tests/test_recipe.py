@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge.errors import InputError, UsageError
-from internvl_edge.quantize.formats import FORMATS, WEIGHT_FORMATS
-from internvl_edge.quantize.observers import RANGE_METHODS
+from internvl_edge.quantize.numerics.formats import FORMATS, WEIGHT_FORMATS
+from internvl_edge.quantize.numerics.observers import RANGE_METHODS
 from internvl_edge.quantize.recipe import (
     PRESETS,
     FormatName,

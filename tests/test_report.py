@@ -14,14 +14,14 @@ import pytest
 from artifacts import contents, manifest_of
 from checkpoints import write_internvl
 
-from internvl_edge.artifact import Manifest, open_artifact
+from internvl_edge.artifact.open import Manifest, open_artifact
 from internvl_edge.compiler import ExportOptions, export
-from internvl_edge.compiler.report import REPORT_FILE, AccuracyFigures, render, report_with
+from internvl_edge.compiler.report.report import REPORT_FILE, AccuracyFigures, render, report_with
 from internvl_edge.errors import ArtifactError
-from internvl_edge.quantize import formats
-from internvl_edge.quantize.observers import RangeObserver
-from internvl_edge.quantize.settle import HEADROOM
-from internvl_edge.quantize.statistics import (
+from internvl_edge.quantize.calibration.ranges import HEADROOM
+from internvl_edge.quantize.numerics import formats
+from internvl_edge.quantize.numerics.observers import RangeObserver
+from internvl_edge.quantize.numerics.statistics import (
     BEST_DB,
     LayerStatistics,
     decibels,

@@ -21,9 +21,12 @@ from checkpoints import write_internvl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_edge import compiler, resume
-from internvl_edge.compiler import ExportOptions, emit
-from internvl_edge.compiler import calibration as calibration_step
+from internvl_edge import compiler
+from internvl_edge.artifact import workspace as resume
+from internvl_edge.artifact.workspace import JOURNAL, KEY, Workspace, kept_nbytes, workspace
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler.steps import calibrate as calibration_step
+from internvl_edge.compiler.steps import graphs
 from internvl_edge.errors import (
     CheckpointError,
     InternVLError,
@@ -31,8 +34,7 @@ from internvl_edge.errors import (
     UsageError,
     VerificationError,
 )
-from internvl_edge.resume import JOURNAL, KEY, Workspace, kept_nbytes, workspace
-from internvl_edge.spool import Budget, Spool
+from internvl_edge.files.spool import Budget, Spool
 
 KEY_A = {"checkpoint": "a"}
 
@@ -286,14 +288,14 @@ def test_an_interrupted_conversion_goes_on_behind_its_last_piece(
     how = {"precision": "fp16", "components": ("vision", "text_embed")}
     compiler.export(replace(options(checkpoint, tmp_path / "whole"), **how))
     whole = contents(tmp_path / "whole")
-    monkeypatch.setattr(emit, "PIECE_NBYTES", len(whole["weights.safetensors"]) // 4)
+    monkeypatch.setattr(graphs, "PIECE_NBYTES", len(whole["weights.safetensors"]) // 4)
     with dying_after(after) as pieces:
         compiler.export(replace(options(checkpoint, tmp_path / "out"), **how))
     noted = [name for _, entry, _ in pieces for name in entry["weights"]]
     assert not (tmp_path / "out").exists()
-    read, run = list[str](), emit.read_tensor
+    read, run = list[str](), graphs.read_tensor
     monkeypatch.setattr(
-        emit, "read_tensor", lambda plan, name: read.append(name) or run(plan, name)
+        graphs, "read_tensor", lambda plan, name: read.append(name) or run(plan, name)
     )
     with caplog.at_level(logging.WARNING):
         compiler.export(replace(options(checkpoint, tmp_path / "out"), **how))
@@ -308,14 +310,14 @@ def test_an_interrupted_conversion_goes_on_behind_its_last_piece(
 def test_a_piece_of_a_changed_checkpoint_is_not_kept(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(emit, "PIECE_NBYTES", 1)
-    run = emit.read_tensor
+    monkeypatch.setattr(graphs, "PIECE_NBYTES", 1)
+    run = graphs.read_tensor
 
     def touch(plan: Any, name: str) -> Any:
         os.utime(plan.checkpoint.shards[0], (0, 0))
         return run(plan, name)
 
-    monkeypatch.setattr(emit, "read_tensor", touch)
+    monkeypatch.setattr(graphs, "read_tensor", touch)
     with pytest.raises(CheckpointError, match="changed"):
         compiler.export(replace(options(checkpoint, tmp_path / "out"), precision="fp16"))
     assert not list(tmp_path.glob(".out*"))
@@ -372,7 +374,7 @@ def test_where_a_file_has_one_name_only_it_is_moved(
 KILLED_BY_ITSELF = """
 import os, signal, sys
 from internvl_edge import compiler, resume
-from internvl_edge.resume import Workspace
+from internvl_edge.artifact.workspace import Workspace
 finish = Workspace.finish
 def finish_and_die(self, *args):
     finish(self, *args)
@@ -482,7 +484,7 @@ def test_killed_between_publishing_and_cleaning_up(
 def test_budget_does_not_count_who_started_us() -> None:
     """``ru_maxrss`` begins at the size of the process that forked us."""
     child = """
-from internvl_edge.compiler.calibration import require_within_budget
+from internvl_edge.compiler.steps.calibrate import require_within_budget
 import resource
 assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 900_000
 require_within_budget(900_000_000, 1, 1)

@@ -12,8 +12,8 @@ import pytest
 from fake_cuda import FakeCuda
 from onnx.reference import ReferenceEvaluator
 
-from internvl_edge.compiler import peaks as peaks_module
-from internvl_edge.compiler.peaks import (
+from internvl_edge.benchmark import peaks as peaks_module
+from internvl_edge.benchmark.peaks import (
     REPEATS,
     SCALE,
     Peaks,
@@ -25,10 +25,10 @@ from internvl_edge.compiler.peaks import (
     open_graph_with,
     product_model,
 )
-from internvl_edge.compiler.roofline import locate
-from internvl_edge.compiler.workload import Workload, read_workload
+from internvl_edge.benchmark.roofline import locate
+from internvl_edge.benchmark.workload import Workload, read_workload
 from internvl_edge.errors import HardwareError
-from internvl_edge.runtime.device import Device
+from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.session import Session
 
 PEAKS = Peaks(operations={"float32": 100e9, "int8": 400e9}, bytes=20e9)

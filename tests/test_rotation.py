@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.errors import UsageError
-from internvl_edge.export.checkpoint import expected_shapes, load_model, open_checkpoint
-from internvl_edge.export.folded import folded
+from internvl_edge.export.checkpoint.checkpoint import expected_shapes, load_model, open_checkpoint
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
-from internvl_edge.quantize.rotation import rotate_heads, rotation
+from internvl_edge.quantize.fold import folded
+from internvl_edge.quantize.numerics.rotation import rotate_heads, rotation
 
 SEEDED = partial(rotation, seed=3)
 

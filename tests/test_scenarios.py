@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from test_bench import FakeTime, timing
 
+from internvl_edge.benchmark import load as scenarios
+from internvl_edge.benchmark.load import highest_rate, run_closed_loop, run_scenario, run_server
+from internvl_edge.benchmark.timing import NS_PER_S, Timing
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime import scenarios
-from internvl_edge.runtime.bench import NS_PER_S, Timing
-from internvl_edge.runtime.scenarios import highest_rate, run_closed_loop, run_scenario, run_server
 
 MS = 1_000_000
 

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge import compiler
-from internvl_edge.compiler import ExportOptions, frontier
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler.report import plots
 from internvl_edge.errors import UsageError
 from internvl_edge.quantize.recipe import Recipe, recipe_for
-from internvl_edge.quantize.search import Sensitivity, exactly, fewest
+from internvl_edge.quantize.sensitivity import Sensitivity, exactly, fewest
 
 
 def layers(count: int) -> list[Sensitivity]:
@@ -103,7 +104,7 @@ def test_budgets_and_metrics_that_cannot_be(tmp_path: Path, drop: float, metric:
 
 def test_the_plot_of_a_frontier_holds_every_point() -> None:
     found = fewest(lambda ks: [0.5 / (1 + k) for k in ks], layers(12), "cosine", 0.2, 4)
-    drawn = frontier.plot(found.to_json())
+    drawn = plots.plot(found.to_json())
     assert len(drawn.points) == len(found.frontier)
     assert sum(chosen for _, _, chosen, _ in drawn.points) == 1
     xs, ys = zip(*[(x, y) for x, y, _, _ in drawn.points], strict=True)

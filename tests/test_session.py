@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tiny_onnx import linear, open_directory, spec
 
 import internvl_edge
-from internvl_edge.artifact import EngineRecord
+from internvl_edge.artifact.open import EngineRecord
 from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime import model as model_module
-from internvl_edge.runtime import ort
 from internvl_edge.runtime import session as sessions
+from internvl_edge.runtime.ort import session as ort
 from internvl_edge.runtime.session import check_feeds, check_outputs, open_component, open_session
 
 TEXT = {

@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.errors import CalibrationError, UsageError
-from internvl_edge.quantize.formats import INT8, fake_quantize, sqnr_db, weight_scale
-from internvl_edge.quantize.observers import RangeObserver
-from internvl_edge.quantize.smooth import MAX_FACTOR, column_absmax, fold, smoothing_factors
+from internvl_edge.quantize.numerics.formats import INT8, fake_quantize, sqnr_db, weight_scale
+from internvl_edge.quantize.numerics.observers import RangeObserver
+from internvl_edge.quantize.numerics.smooth import (
+    MAX_FACTOR,
+    column_absmax,
+    fold,
+    smoothing_factors,
+)
 
 Array = np.ndarray[Any, Any]
 

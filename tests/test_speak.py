@@ -17,11 +17,11 @@ from internvl_edge import compiler
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import InternVLError, MediaError, UsageError
-from internvl_edge.export.checkpoint import load_reference
-from internvl_edge.runtime.generate import Generation
+from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.runtime.generation.loop import Generation
 from internvl_edge.runtime.model import Model
-from internvl_edge.runtime.speak import streamed, until_end
-from internvl_edge.runtime.tokenizer import CAPTION_PROMPT, Tokenizer
+from internvl_edge.runtime.tasks.caption import streamed, until_end
+from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT, Tokenizer
 
 Array = np.ndarray[Any, Any]
 PROMPTS = ["a red seven", "English caption: a", "what colour is the three? a blue"]

@@ -9,11 +9,16 @@ from xml.etree import ElementTree
 import pytest
 from test_report import HOSTILE, manifest, parsed
 
-from internvl_edge.cli import speedtable
-from internvl_edge.compiler.report import render
-from internvl_edge.compiler.speed import SpeedFigures, latency_plot, roofline_plot, speed_figures
-from internvl_edge.runtime.bench import Timing
-from internvl_edge.runtime.phases import METRICS
+from internvl_edge.benchmark import table
+from internvl_edge.benchmark.gpu_phases import METRICS
+from internvl_edge.benchmark.timing import Timing
+from internvl_edge.compiler.report.report import render
+from internvl_edge.compiler.report.speed import (
+    SpeedFigures,
+    latency_plot,
+    roofline_plot,
+    speed_figures,
+)
 
 PEAKS = {"operations": {"float32": 100e9, "int8": 400e9}, "bytes": 20e9}
 ROOFLINE = {"operations": 10**9, "bytes": 10**7, "intensity": 100.0, "mfu": 0.5, "mbu": 0.025}
@@ -37,13 +42,13 @@ def found(*results: dict[str, Any], peaks: Any = PEAKS) -> dict[str, Any]:
 
 
 def figures(of: dict[str, Any]) -> SpeedFigures:
-    names = speedtable.columns(of["results"])
+    names = table.columns(of["results"])
     return speed_figures(
         of,
         columns=names,
-        rows=[speedtable.row(entry, names) for entry in of["results"]],
-        ratios=[speedtable.ratio_line(ratio) for ratio in of["ratios"]],
-        environment=speedtable.flat(of["environment"]),
+        rows=[table.row(entry, names) for entry in of["results"]],
+        ratios=[table.ratio_line(ratio) for ratio in of["ratios"]],
+        environment=table.flat(of["environment"]),
     )
 
 
@@ -51,13 +56,13 @@ def figures(of: dict[str, Any]) -> SpeedFigures:
 
 
 def test_columns_that_nothing_fills_are_left_out() -> None:
-    assert "MFU" not in speedtable.columns([result()])
-    with_roofline = speedtable.columns([result(), result(roofline=ROOFLINE)])
+    assert "MFU" not in table.columns([result()])
+    with_roofline = table.columns([result(), result(roofline=ROOFLINE)])
     assert with_roofline[-4:] == ("GFLOP", "MB", "MFU", "MBU")
     phases = {name: {"p50": float(i)} for i, name in enumerate(METRICS)}
-    names = speedtable.columns([result(phases=phases)])
+    names = table.columns([result(phases=phases)])
     assert names[-4:] == ("Enqueue Time", "H2D Latency", "GPU Compute Time", "D2H Latency")
-    assert speedtable.row(result(phases=phases), names)[-4:] == (
+    assert table.row(result(phases=phases), names)[-4:] == (
         "1.000 ms",
         "2.000 ms",
         "3.000 ms",
@@ -66,35 +71,35 @@ def test_columns_that_nothing_fills_are_left_out() -> None:
 
 
 def test_a_row() -> None:
-    names = speedtable.columns([result(roofline=ROOFLINE)])
-    assert speedtable.row(result(roofline=ROOFLINE), names) == (
+    names = table.columns([result(roofline=ROOFLINE)])
+    assert table.row(result(roofline=ROOFLINE), names) == (
         *("out", "vision", "single-stream", "1", "50.50 ms", "90.10 ms", "99.01 ms", "19.8"),
         *("1", "10", "50%", "2%"),
     )
     unknown = ROOFLINE | {"mfu": None}
-    assert speedtable.row(result(roofline=unknown), names)[-2] == "–"
-    assert speedtable.row(result(), names)[-4:] == ("–",) * 4
+    assert table.row(result(roofline=unknown), names)[-2] == "–"
+    assert table.row(result(), names)[-4:] == ("–",) * 4
 
 
 def test_what_only_some_measurements_have() -> None:
     server = {"request_rate": {"avg": 31.25}, "p99_bound": {"max": 30.0}}
     memory = {"peak_rss_bytes": 2 * 10**9, "before_rss_bytes": 10**8, "gpu_bytes": None}
-    names = speedtable.columns([result(), result(memory=memory, **server)])
+    names = table.columns([result(), result(memory=memory, **server)])
     assert names[-3:] == ("calls/s", "p99 bound", "peak RSS")
-    cells = speedtable.row(result(memory=memory, **server), names)
+    cells = table.row(result(memory=memory, **server), names)
     assert cells[-3:] == ("31.25", "30.00 ms", "2000 MB")
     on_gpu = result(memory=memory | {"gpu_bytes": 10**9})
-    assert speedtable.row(on_gpu, speedtable.columns([on_gpu]))[-1] == "1000 MB"
-    assert speedtable.columns([result(memory={"failed": "no room"})])[-1] == "items/s"
+    assert table.row(on_gpu, table.columns([on_gpu]))[-1] == "1000 MB"
+    assert table.columns([result(memory={"failed": "no room"})])[-1] == "items/s"
 
 
 def test_a_ratio_without_an_interval_says_why() -> None:
     ratio = found(result())["ratios"][0] | {"low": None, "high": None, "reason": "too few"}
-    assert speedtable.ratio_line(ratio).endswith("takes 2.00 times a's latency (too few)")
+    assert table.ratio_line(ratio).endswith("takes 2.00 times a's latency (too few)")
 
 
 def test_markdown() -> None:
-    text = speedtable.markdown(found(result("a|b", roofline=ROOFLINE), result("c\\d")))
+    text = table.markdown(found(result("a|b", roofline=ROOFLINE), result("c\\d")))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 4
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {13}
@@ -103,7 +108,7 @@ def test_markdown() -> None:
     assert "- peaks measured here: float32 100 GFLOP/s, int8 400 GFLOP/s, memory 20.0 GB/s" in text
     assert "takes 2.00 times a's latency (95 %: 1.90 to 2.10, 20 rounds)" in text
     assert "- packages: numpy 2" in text
-    assert "peaks" not in speedtable.markdown(found(result(), peaks=None))
+    assert "peaks" not in table.markdown(found(result(), peaks=None))
 
 
 # --- plots ---------------------------------------------------------------------------------------

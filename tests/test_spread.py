@@ -12,13 +12,13 @@ import pytest
 from checkpoints import TINY, write_vit
 from safetensors.torch import load_file, save_file
 
-from internvl_edge.artifact import Artifact
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions, export, pipeline
-from internvl_edge.compiler.emit import WEIGHTS_FILE
-from internvl_edge.compiler.engines import build
+from internvl_edge.compiler.steps.engines import build
+from internvl_edge.compiler.steps.graphs import WEIGHTS_FILE
 from internvl_edge.errors import VerificationError
-from internvl_edge.export.config import CheckpointConfig
-from internvl_edge.export.shards import read_header
+from internvl_edge.export.checkpoint.shards import read_header
+from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.synthetic import Synthesis, write_checkpoint
 from internvl_edge.quantize import recipe
 

@@ -12,13 +12,14 @@ import pytest
 from checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge import compiler
-from internvl_edge.compiler import ExportOptions, Plan, check, emit, make_plan, pipeline
+from internvl_edge.compiler import ExportOptions, Plan, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
+from internvl_edge.compiler.steps import graphs, verify
 from internvl_edge.errors import InternVLError, VerificationError
-from internvl_edge.export.blocks import LLAMA_PREFIX, VISION_PREFIX
-from internvl_edge.export.config import CheckpointConfig, with_depth
-from internvl_edge.export.stamp import blocks_of, keep_block, shallow_depth, stamp
+from internvl_edge.export.config.checkpoint import CheckpointConfig, with_depth
+from internvl_edge.export.graph.repeat import blocks_of, keep_block, shallow_depth, stamp
 from internvl_edge.export.synthetic import PRESETS
+from internvl_edge.export.towers.blocks import LLAMA_PREFIX, VISION_PREFIX
 
 
 def deep(depth: int, period: int, norm_type: str = "rms_norm") -> Any:
@@ -34,7 +35,7 @@ def plan_of(tmp_path: Path, config: Any, **more: Any) -> Plan:
 
 def in_full(plan: Plan, name: str, config: CheckpointConfig | None = None) -> ir.Model:
     config = config or plan.checkpoint.config
-    return emit._trace(plan, name, config, emit._meta_model(plan, config, plan.base))
+    return graphs._trace(plan, name, config, graphs._meta_model(plan, config, plan.base))
 
 
 def serialized(model: ir.Model) -> bytes:
@@ -66,10 +67,10 @@ def test_stamped_is_traced(
     internvl = deep(depth, period, norm_type)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, precision)
-    shallow = emit.shallow_config(config)
+    shallow = graphs.shallow_config(config)
     assert shallow_depth(depth, period) < depth
     model = in_full(plan, name, shallow)
-    assert emit.stamp_towers(model, config)
+    assert graphs.stamp_towers(model, config)
     assert serialized(model) == serialized(in_full(plan, name))
 
 
@@ -77,8 +78,8 @@ def test_a_cache_in_place_is_stamped() -> None:
     internvl = deep(5, 1)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp16", capacity=40)
-    model = in_full(plan, "decoder", emit.shallow_config(config))
-    assert emit.stamp_towers(model, config)
+    model = in_full(plan, "decoder", graphs.shallow_config(config))
+    assert graphs.stamp_towers(model, config)
     assert serialized(model) == serialized(in_full(plan, "decoder"))
 
 
@@ -198,7 +199,7 @@ def traced() -> dict[str, ir.Model]:
     internvl = deep(6, 2)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp32")
-    shallow = emit.shallow_config(config)
+    shallow = graphs.shallow_config(config)
     names = "vision", "image_queries", "decoder"
     return {name: in_full(plan, name, shallow) for name in names}
 
@@ -266,8 +267,8 @@ def test_a_block_that_is_not_there_is_not_kept(traced: dict[str, ir.Model], inde
 
 def test_fallback_is_the_full_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path, deep(5, 1), components=("vision",))
-    monkeypatch.setattr(emit, "stamp", lambda *_: False)
-    found = emit.trace_all(plan, plan.base, silent)["vision"]
+    monkeypatch.setattr(graphs, "stamp", lambda *_: False)
+    found = graphs.trace_all(plan, plan.base, silent)["vision"]
     assert serialized(found) == serialized(in_full(plan, "vision"))
 
 
@@ -286,7 +287,7 @@ def test_blocks_that_are_not_joined(tmp_path: Path) -> None:
 def test_compared_block_by_block(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    monkeypatch.setattr(verify, "MAX_WHOLE_NBYTES", 0)
     checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
     options = ExportOptions(
         checkpoint=checkpoint,
@@ -305,7 +306,7 @@ def test_compared_block_by_block(
 def test_a_bare_tower_is_compared_block_by_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    monkeypatch.setattr(verify, "MAX_WHOLE_NBYTES", 0)
     checkpoint = write_vit(tmp_path / "vit").path
     options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", image_size=42)
     figures = compiler.export(options).manifest.components["vision"].verification
@@ -325,7 +326,7 @@ def test_a_wrong_block_is_found(
     tmp_path: Path, precision: str, is_audited: bool, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the weights, and in the activation scales: by the audit, and by what it computes."""
-    monkeypatch.setattr(check, "MAX_WHOLE_NBYTES", 0)
+    monkeypatch.setattr(verify, "MAX_WHOLE_NBYTES", 0)
     plan = {"fp32": "store_weights", "int8": "quantize_weights"}[precision]
     run = getattr(pipeline, plan)
 
@@ -346,7 +347,7 @@ def test_a_wrong_block_is_found(
     if precision == "int8":  # the graph is written with the spoiled scales, the check has its own
         monkeypatch.setattr(pipeline, "Quantization", unspoiled)
     if not is_audited:
-        monkeypatch.setattr(check, "require_as_calibrated", lambda *_: None)
+        monkeypatch.setattr(verify, "require_as_calibrated", lambda *_: None)
     checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
     options = ExportOptions(
         checkpoint=checkpoint, out=tmp_path / "out", precision=precision, components=("vision",)
@@ -356,8 +357,8 @@ def test_a_wrong_block_is_found(
     assert not (tmp_path / "out").exists()
 
 
-def unspoiled(**fields: Any) -> check.Quantization:
+def unspoiled(**fields: Any) -> verify.Quantization:
     image = dict(fields["scales"]["image"])
     image[f"{VISION_PREFIX}.2.mlp.fc2.weight"] /= 4
     fields["scales"] = {**fields["scales"], "image": image}
-    return check.Quantization(**fields)
+    return verify.Quantization(**fields)

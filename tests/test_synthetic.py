@@ -11,8 +11,12 @@ import pytest
 import torch
 from checkpoints import TINY
 
-from internvl_edge.export.checkpoint import expected_shapes, load_reference, open_checkpoint
-from internvl_edge.export.config import CheckpointConfig
+from internvl_edge.export.checkpoint.checkpoint import (
+    expected_shapes,
+    load_reference,
+    open_checkpoint,
+)
+from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.synthetic import (
     OUTLIER_CHANNELS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from internvl_edge.quantize.threads import each
+from internvl_edge.quantize.numerics.threads import each
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.errors import ArtifactError, MediaError, UsageError
-from internvl_edge.runtime.tokenizer import Tokenizer
+from internvl_edge.runtime.text.tokenizer import Tokenizer
 
 CORPUS = ("a photo of a red panda", "two dogs on the grass", "eine rote Katze im Wald")
 SPECIALS = "<s>", "</s>", "<unk>", "[PAD]"
@@ -143,7 +143,7 @@ def test_a_long_text_is_cut_with_a_warning(
 ) -> None:
     long = "a red panda " * 100
     count = len(tokenizer.prompt("summarize:" + long)[0][0]) + 1
-    with caplog.at_level(logging.WARNING, "internvl_edge.runtime.tokenizer"):
+    with caplog.at_level(logging.WARNING, "internvl_edge.runtime.text.tokenizer"):
         ids = tokenizer.contrastive(["a dog", long], 20)
     assert ids[1, -1] == tokenizer.eos_id and ids[1].all()
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [

@@ -38,8 +38,8 @@ from fake_engine import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_edge.artifact import Artifact, ComponentRecord, EngineRecord
-from internvl_edge.engineinfo import EngineInfo, Profile
+from internvl_edge.artifact.open import Artifact, ComponentRecord, EngineRecord
+from internvl_edge.artifact.sidecar import EngineInfo, Profile
 from internvl_edge.errors import (
     ArtifactError,
     FeedError,
@@ -49,16 +49,16 @@ from internvl_edge.errors import (
     SessionDead,
     UsageError,
 )
-from internvl_edge.runtime import contexts as contexts_module
-from internvl_edge.runtime import plan as plan_module
 from internvl_edge.runtime import session as session_module
-from internvl_edge.runtime.blocks import find_overlap
-from internvl_edge.runtime.cache import DeviceDecoding, HostDecoding, empty_cache, start
-from internvl_edge.runtime.cuda import Event
-from internvl_edge.runtime.device_array import DeviceArray
-from internvl_edge.runtime.generate import Generation, Prompt, generate, stream
-from internvl_edge.runtime.ortoptions import OrtOptions
-from internvl_edge.runtime.trt import TrtOptions, TrtSession, open_component
+from internvl_edge.runtime.generation.cache import DeviceDecoding, HostDecoding, empty_cache, start
+from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
+from internvl_edge.runtime.gpu.device_array import DeviceArray
+from internvl_edge.runtime.gpu.handles import Event
+from internvl_edge.runtime.gpu.memory import find_overlap
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.trt import contexts as contexts_module
+from internvl_edge.runtime.trt import engine as plan_module
+from internvl_edge.runtime.trt.session import TrtOptions, TrtSession, open_component
 
 ALLOCATIONS = (
     "cudaMalloc",
@@ -945,7 +945,7 @@ def test_all_memory_of_a_slot_is_counted(
 ) -> None:
     """A byte less than a slot takes is refused, with nothing allocated for one."""
     bench = Bench(tmp_path)
-    monkeypatch.setattr("internvl_edge.runtime.trt.GB", 1)
+    monkeypatch.setattr("internvl_edge.runtime.trt.session.GB", 1)
     with caplog.at_level("INFO"), bench.open():
         held = sum(map(len, bench.cuda.memory.values()))
     assert f"{held}.00 GB of GPU memory, {bench.cuda.total - held}.00 GB free" in caplog.text
@@ -1189,7 +1189,7 @@ def test_a_directory_that_cannot_be_written_is_no_error(
     def refuse(path: Path, data: bytes) -> None:
         raise UsageError(f"{path}: read-only")
 
-    monkeypatch.setattr("internvl_edge.runtime.plan.write_atomically", refuse)
+    monkeypatch.setattr("internvl_edge.runtime.trt.engine.write_atomically", refuse)
     rtx.open().close()
     assert not cache_of(rtx).exists()
 
@@ -1202,7 +1202,7 @@ def test_open_session_leads_here(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
     artifact = Artifact(path=bench.path, manifest=bench.manifest)
     opened = []
     monkeypatch.setattr(
-        "internvl_edge.runtime.trt.open_component",
+        "internvl_edge.runtime.trt.session.open_component",
         lambda *args, **options: opened.append((args, options)),
     )
     session_module.open_component(artifact, "vision", bench.target)

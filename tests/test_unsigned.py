@@ -13,12 +13,12 @@ from artifacts import MODEL, contents, write_artifact
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from internvl_edge.artifact import open_artifact
-from internvl_edge.quantize.unsigned import take_unsigned_weights
-from internvl_edge.runtime import environment
-from internvl_edge.runtime import ort as sessions
-from internvl_edge.runtime.ort import OrtSession, open_component, unsigned_graph
-from internvl_edge.runtime.ortoptions import OrtOptions
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.benchmark import machine as environment
+from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
+from internvl_edge.runtime.ort import session as sessions
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.session import OrtSession, open_component, unsigned_graph
 
 Array = np.ndarray[Any, Any]
 SCALE = np.float32(1 / 64)  # of activations

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from internvl_edge.errors import HardwareError, MissingDependency
-from internvl_edge.runtime import vendor
-from internvl_edge.runtime.vendor import MAX_ERRORS, NativeLog, import_vendor, numpy_dtype
+from internvl_edge.runtime.trt import vendor
+from internvl_edge.runtime.trt.vendor import MAX_ERRORS, NativeLog, import_vendor, numpy_dtype
 
 
 def test_dtypes_by_name() -> None:

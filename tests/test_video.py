@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge.errors import MediaError, MissingDependency, UsageError
-from internvl_edge.runtime.video import (
+from internvl_edge.runtime.images.video import (
     decode_frames,
     dual_softmax,
     pool_frames,

@@ -13,14 +13,14 @@ from checkpoints import Written, write_internvl, write_vit
 from safetensors.numpy import load_file
 
 from internvl_edge import compiler
-from internvl_edge.artifact import Artifact
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import UsageError, VerificationError
-from internvl_edge.export.checkpoint import open_checkpoint
-from internvl_edge.quantize.blockwise import block_of, dequantize_blocks, rounded, unpack
+from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
 from internvl_edge.quantize.lint import is_clean, lint
-from internvl_edge.runtime.ort import OrtSession
-from internvl_edge.runtime.ortoptions import OrtOptions
+from internvl_edge.quantize.numerics.int4 import block_of, dequantize_blocks, rounded, unpack
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.session import OrtSession
 
 Array = np.ndarray[Any, Any]
 MIXED = "vision=int8,decoder=int4-wo"
@@ -107,8 +107,8 @@ def test_a_wrong_scale_is_caught(artifact: Artifact, tiny: Written, tmp_path: Pa
 
 
 def check_decoder(artifact: Artifact, tiny: Written) -> None:
-    from internvl_edge.compiler.check import Checker
     from internvl_edge.compiler.pipeline import quantization_of
+    from internvl_edge.compiler.steps.verify import Checker
 
     opened = open_checkpoint(tiny.path)
     size = artifact.manifest.image_size

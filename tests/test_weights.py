@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.errors import InternVLError
-from internvl_edge.export.bind import bind, save
-from internvl_edge.export.checkpoint import DTYPES, read_header
-from internvl_edge.export.weights import DATA_ALIGNMENT, StoredTensor, WeightsWriter
+from internvl_edge.export.checkpoint.checkpoint import DTYPES, read_header
+from internvl_edge.export.graph.bind import bind, save
+from internvl_edge.export.weights.writer import DATA_ALIGNMENT, StoredTensor, WeightsWriter
 
 
 def layout(tensors: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[Any, Any]]:

@@ -14,11 +14,11 @@ from onnx import TensorProto, helper
 from PIL import Image
 from tiny_onnx import FLOAT, INT64, linear, write_onnx
 
-from internvl_edge.artifact import open_artifact
-from internvl_edge.cli.seeded import seeded_feeds
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.benchmark.inputs import seeded_feeds
+from internvl_edge.benchmark.roofline import component_workload
+from internvl_edge.benchmark.workload import Workload, read_workload
 from internvl_edge.compiler import ExportOptions, export
-from internvl_edge.compiler.roofline import component_workload
-from internvl_edge.compiler.workload import Workload, read_workload
 from internvl_edge.errors import ArtifactError
 
 F32 = 4  # bytes

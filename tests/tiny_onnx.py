@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.artifact import Artifact, ComponentRecord, FileRecord, Manifest, TensorSpec
+from internvl_edge.artifact.open import Artifact, ComponentRecord, FileRecord, Manifest, TensorSpec
 
 FLOAT, INT64, BFLOAT16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BFLOAT16
 Value = tuple[str, int, Sequence[int | str | None]]

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.errors import CheckpointError
-from internvl_edge.export.chatconfig import ChatConfig
-from internvl_edge.export.config import CheckpointConfig, InternVLConfig
+from internvl_edge.export.config.chat import ChatConfig
+from internvl_edge.export.config.checkpoint import CheckpointConfig, InternVLConfig
 from internvl_edge.export.models.internvl import InternVL
 from internvl_edge.export.models.llama import Llama
 from internvl_edge.export.models.qllama import QLlama

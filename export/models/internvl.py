@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.export.config import InternVLConfig
+from internvl_edge.export.config.checkpoint import InternVLConfig
 from internvl_edge.export.models.heads import AttentionPool
 from internvl_edge.export.models.qllama import (
     InPlace,

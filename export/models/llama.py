@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.export.chatconfig import LlamaConfig
+from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.models.attention import rotary_frequencies, tables_of
 from internvl_edge.export.models.qllama import InPlace, KeyValue, Layer, mask_on
 from internvl_edge.export.models.vit import RMSNorm, unrotated, unrotation

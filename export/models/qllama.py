@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.export.chatconfig import LlamaConfig
-from internvl_edge.export.config import InternVLConfig, QLlamaConfig
+from internvl_edge.export.config.chat import LlamaConfig
+from internvl_edge.export.config.checkpoint import InternVLConfig, QLlamaConfig
 from internvl_edge.export.models.attention import (
     attention,
     cached_attention,

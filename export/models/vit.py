@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.export.config import VisionConfig
+from internvl_edge.export.config.checkpoint import VisionConfig
 from internvl_edge.export.models.attention import attention
 
 

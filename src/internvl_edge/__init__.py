@@ -17,9 +17,9 @@ from internvl_edge.errors import InternVLError
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.model import load
-    from internvl_edge.runtime.ortoptions import OrtOptions
+    from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.session import open_session
-    from internvl_edge.runtime.trt import TrtOptions
+    from internvl_edge.runtime.trt.session import TrtOptions
 
 __all__ = ["InternVLError", "OrtOptions", "TrtOptions", "__version__", "load", "open_session"]
 
@@ -29,8 +29,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 _LAZY = {
     "load": "internvl_edge.runtime.model",
     "open_session": "internvl_edge.runtime.session",
-    "OrtOptions": "internvl_edge.runtime.ortoptions",
-    "TrtOptions": "internvl_edge.runtime.trt",
+    "OrtOptions": "internvl_edge.runtime.ort.options",
+    "TrtOptions": "internvl_edge.runtime.trt.session",
 }
 
 

@@ -33,7 +33,7 @@ from typing import Any
 import pytest
 from checkpoints import write_internvl
 
-from internvl_edge.artifact import open_artifact
+from internvl_edge.artifact.open import open_artifact
 from internvl_edge.errors import ArtifactError
 
 POINTS = int(os.environ.get("FAULT_POINTS", "24"))

@@ -19,11 +19,13 @@ from typing import Any, NoReturn
 import click
 
 from internvl_edge._version import __version__
-from internvl_edge.cli import chat, doctor, examine, measure, speak, use
-from internvl_edge.cli import compile as compile_commands
+from internvl_edge.cli import benchmark, chat, doctor, embed
+from internvl_edge.cli import debug as examine
+from internvl_edge.cli import export as compile_commands
+from internvl_edge.cli import text as speak
 from internvl_edge.cli.console import Output, error_line, flush
-from internvl_edge.disk import EXHAUSTED, translated
 from internvl_edge.errors import InternVLError, ResourceError
+from internvl_edge.files.disk import EXHAUSTED, translated
 
 __all__ = ["app", "main"]
 
@@ -43,14 +45,14 @@ for command in (
     compile_commands.convert,
     examine.lint,
     examine.bisect,
-    use.embed,
-    use.classify,
-    use.retrieve,
-    use.match,
+    embed.embed,
+    embed.classify,
+    embed.retrieve,
+    embed.match,
     speak.caption,
     speak.answer,
     chat.chat,
-    measure.benchmark,
+    benchmark.benchmark,
     doctor.doctor,
 ):
     app.add_command(command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from internvl_edge.cli.use import IMAGE_SUFFIXES
+from internvl_edge.cli.embed import IMAGE_SUFFIXES
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.runtime.session import did_you_mean
 

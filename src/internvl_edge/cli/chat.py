@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output, error_line
+from internvl_edge.cli.embed import expand, open_model
 from internvl_edge.cli.options import DIRECTORY, answers, backend
-from internvl_edge.cli.speak import as_typed, generation, show, stream_option
-from internvl_edge.cli.use import expand, open_model
+from internvl_edge.cli.text import as_typed, generation, show, stream_option
 from internvl_edge.errors import InternVLError, SessionDead, UsageError
-from internvl_edge.runtime.chat import remembered
 from internvl_edge.runtime.model import CHAT_TOKENS, Model
-from internvl_edge.runtime.templates import Turn
+from internvl_edge.runtime.tasks.chat import remembered
+from internvl_edge.runtime.text.templates import Turn
 
 QUIT, CLEAR = "/quit", "/clear"
 HELP = f"Ask; {CLEAR} forgets the conversation, {QUIT} or Ctrl-D ends it."

@@ -13,9 +13,9 @@ from typing import Any
 import click
 
 from internvl_edge._version import __version__
+from internvl_edge.artifact.sidecar import lacks_rtx
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import answers, no_backend
-from internvl_edge.engineinfo import lacks_rtx
 
 # Package → what it unlocks, and the extra that installs it.
 PACKAGES = {

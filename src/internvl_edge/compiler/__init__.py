@@ -1,16 +1,13 @@
 """The whole way from a checkpoint to a published directory, in reading order.
 
-    options       what is asked for, refused before any work if it cannot be
-    estimate      what it will need
-    pipeline      export and verify: the steps below, one after the other
-    emit          one ONNX graph per component, one weights file for all of them
-    calibration   weights quantized block by block, straight into that file
-    check         every component beside PyTorch
-    search        which layers INT8 cannot afford, and a recipe that spares them
-    engines       TensorRT engines, into a directory that is already published
-    workload      operations and bytes of a graph;  peaks  what a machine reaches
-    roofline      the one beside the other;  speed  plots of what was measured
-    bisect        block by block beside PyTorch, when something is wrong
+    plan        the options, refused before any work if they cannot be met; start here
+    precision   what ``--precision`` says of each tower
+    pipeline    export and verify: the steps, one after the other
+    steps       each of them: calibrate, weights, graphs, verify, engines
+    forecast    the memory, disk and time they need;  progress  how far they have come
+    oracle      second opinions on what a component computes
+    search      which layers INT8 cannot afford, and a recipe that spares them
+    report      the page and the README of a compiled directory
 
 ``export`` does all of it; ``build`` and ``verify`` take up a published directory again. Names are
 imported when they are used: ``build`` needs a builder, and no PyTorch.
@@ -22,12 +19,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvl_edge.compiler.engines import build, profile_from
-    from internvl_edge.compiler.estimate import forecast
-    from internvl_edge.compiler.options import ExportOptions, Plan, make_plan
+    from internvl_edge.compiler.forecast import forecast
     from internvl_edge.compiler.pipeline import export, verify
+    from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
     from internvl_edge.compiler.search import export_auto
+    from internvl_edge.compiler.steps.engines import build, profile_from
 
 __all__ = [
     "ExportOptions",
@@ -43,15 +40,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "ExportOptions": "options",
-    "Plan": "options",
+    "ExportOptions": "plan",
+    "Plan": "plan",
     "Progress": "progress",
-    "build": "engines",
+    "build": "steps.engines",
     "export": "pipeline",
     "export_auto": "search",
-    "forecast": "estimate",
-    "make_plan": "options",
-    "profile_from": "engines",
+    "forecast": "forecast",
+    "make_plan": "plan",
+    "profile_from": "steps.engines",
     "verify": "pipeline",
 }
 

@@ -13,14 +13,34 @@ from typing import Any
 import torch
 
 from internvl_edge._version import __version__
-from internvl_edge.artifact import Artifact, ComponentRecord, Manifest, open_artifact
-from internvl_edge.compiler.calibration import (
+from internvl_edge.artifact.open import Artifact, ComponentRecord, Manifest, open_artifact
+from internvl_edge.artifact.publish import record, staging, write_manifest
+from internvl_edge.artifact.workspace import Workspace, drop_published, workspace
+from internvl_edge.compiler.forecast import require_fit, spool_budget
+from internvl_edge.compiler.oracle.simulate import read_scales, write_scales
+from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan, source_of
+from internvl_edge.compiler.progress import Progress, Report, silent
+from internvl_edge.compiler.report.readme import readme
+from internvl_edge.compiler.report.report import with_report
+from internvl_edge.compiler.steps.calibrate import (
     load_samples,
     quantize_weights,
     require_within_budget,
     samples_for,
 )
-from internvl_edge.compiler.check import (
+from internvl_edge.compiler.steps.engines import (
+    add_engines,
+    engine_graph,
+    require_targets,
+)
+from internvl_edge.compiler.steps.graphs import (
+    WEIGHTS_FILE,
+    Emitted,
+    store_weights,
+    trace_all,
+    write_graph,
+)
+from internvl_edge.compiler.steps.verify import (
     Checker,
     Quantization,
     is_compared_whole,
@@ -28,28 +48,18 @@ from internvl_edge.compiler.check import (
     stored_changes,
     values_in,
 )
-from internvl_edge.compiler.emit import WEIGHTS_FILE, Emitted, store_weights, trace_all, write_graph
-from internvl_edge.compiler.engines import (
-    add_engines,
-    engine_graph,
-    require_targets,
-)
-from internvl_edge.compiler.estimate import require_fit, spool_budget
-from internvl_edge.compiler.options import ExportOptions, Plan, make_plan, source_of
-from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.compiler.readme import readme
-from internvl_edge.compiler.report import with_report
-from internvl_edge.compiler.simulate import read_scales, write_scales
-from internvl_edge.disk import link_or_copy
 from internvl_edge.errors import BuildError, InternVLError, ResourceError, UsageError
-from internvl_edge.export.bring import Brought
-from internvl_edge.export.checkpoint import Checkpoint, header_fingerprint, open_checkpoint
-from internvl_edge.export.pixels import preprocessing_inside
-from internvl_edge.publish import record, staging, write_manifest
-from internvl_edge.quantize.data import CalibrationSet
+from internvl_edge.export.checkpoint.checkpoint import (
+    Checkpoint,
+    header_fingerprint,
+    open_checkpoint,
+)
+from internvl_edge.export.graph.uint8_input import preprocessing_inside
+from internvl_edge.export.weights.link import Brought
+from internvl_edge.files.disk import link_or_copy
+from internvl_edge.quantize.calibration.images import CalibrationSet
+from internvl_edge.quantize.numerics.statistics import read_statistics, write_statistics
 from internvl_edge.quantize.recipe import Recipe
-from internvl_edge.quantize.statistics import read_statistics, write_statistics
-from internvl_edge.resume import Workspace, drop_published, workspace
 
 MB = 10**6
 MAX_LISTED = 3  # shards, in an error

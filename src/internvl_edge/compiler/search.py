@@ -28,20 +28,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_edge.artifact import Artifact
-from internvl_edge.compiler.calibration import load_samples, samples_for
-from internvl_edge.compiler.frontier import SEARCH_FILE
-from internvl_edge.compiler.options import ExportOptions, Plan, make_plan, require_choice
+from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact.workspace import Workspace
+from internvl_edge.compiler.oracle.simulate import fake_quantized
 from internvl_edge.compiler.pipeline import export, quantization_of
+from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan, require_choice
 from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.compiler.simulate import fake_quantized
+from internvl_edge.compiler.report.plots import SEARCH_FILE
+from internvl_edge.compiler.steps.calibrate import load_samples, samples_for
 from internvl_edge.errors import UsageError
-from internvl_edge.export.blocks import COMPONENT_STREAM, Block
-from internvl_edge.export.streams import Samples, calibration_blocks
-from internvl_edge.quantize.search import Search, Sensitivity, exactly, fewest
-from internvl_edge.resume import Workspace
+from internvl_edge.export.towers.blocks import COMPONENT_STREAM, Block
+from internvl_edge.export.towers.streams import Samples, calibration_blocks
+from internvl_edge.files.spool import Budget
+from internvl_edge.quantize.sensitivity import Search, Sensitivity, exactly, fewest
 from internvl_edge.runtime.model import load
-from internvl_edge.spool import Budget
 
 EMBEDDERS = ("image_embed", "text_embed")
 NEEDED = {"cosine": set[str](), "zero-shot": set(EMBEDDERS), "recall@1": set(EMBEDDERS)}

@@ -1,0 +1,307 @@
+"""Checkpoints on disk: a Hugging Face directory, read tensor by tensor and never as a whole.
+
+The safetensors headers of all shards are parsed and validated when a checkpoint is opened; the
+tensors stay on disk as (file, offset, length) until something asks for one. Nothing is ever
+written there. A checkpoint that changes while we read it is refused in the end.
+
+Names are canonical: those of InternVL-14B, with ``vision_model.`` in front of a bare InternViT's.
+``lm_head`` and ``embed_tokens`` are two tensors and are never tied (internvl-spec section 2.6).
+Pickle files are refused here; ``internvl-edge convert`` turns them into safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from internvl_edge.errors import CheckpointError
+from internvl_edge.export.checkpoint.shards import (
+    DTYPES,
+    MAX_LISTED,
+    PICKLE_SUFFIXES,
+    FileState,
+    TensorEntry,
+    all_entries,
+    file_state,
+    find_shards,
+    header_fingerprint,
+    raise_problems,
+    read_header,
+)
+from internvl_edge.export.config.chat import ChatConfig
+from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
+from internvl_edge.export.models import Chat, InternViT, InternVL
+
+__all__ = [
+    "DTYPES",
+    "FLOATS",
+    "PICKLE_SUFFIXES",
+    "Checkpoint",
+    "TensorEntry",
+    "build_model",
+    "expected_shapes",
+    "header_fingerprint",
+    "load_into",
+    "load_model",
+    "load_reference",
+    "open_checkpoint",
+    "read_header",
+    "torch_from_numpy",
+]
+
+READING_THREADS = 2
+MAX_DEPTH = 256  # of a vision tower
+BLOCKS = "vision_model.encoder.layers."
+LLAVA_NAMES = {
+    "model.vision_tower.vision_tower.": "vision_model.",
+    "model.mm_projector.": "mm_projector.",
+    "model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
+# Where the tower is InternVL-14B, of which only the queries' outputs are read.
+LLAVA_TOWER = "model.vision_tower.vision_tower."
+LLAVA_QUERY_NAMES = {
+    f"{LLAVA_TOWER}vision_model.": "vision_model.",
+    f"{LLAVA_TOWER}qllama.": "queries.qllama.",
+    f"{LLAVA_TOWER}query_tokens": "queries.query_tokens",
+    **LLAVA_NAMES,
+}
+UNREAD = ("lm_head.", "model.embed_tokens.")  # of QLLaMA, by its queries
+UNREAD_HEADS = ("clip_projector", "text_projection", "logit_scale", "itm_head")
+FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A directory's configuration and where each of its tensors lies."""
+
+    path: Path
+    config: CheckpointConfig
+    tensors: Mapping[str, TensorEntry]  # canonical name → place
+    shards: tuple[Path, ...]
+    states: tuple[FileState | None, ...]  # of the shards, before their headers were read
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """One tensor by canonical name, in its stored dtype."""
+        return self.tensors[name].read()
+
+    def read_torch(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """One tensor by canonical name, as a torch tensor of ``dtype``."""
+        values = torch_from_numpy(self.read(name))
+        if dtype != torch.float32 or values.dtype == dtype:
+            return values.to(dtype)
+        # into NumPy's memory: it asks the system for large pages, PyTorch does not
+        return torch.from_numpy(np.empty(values.shape, np.float32)).copy_(values)
+
+    def content_sha256(self, done: Callable[[int], None] = lambda nbytes: None) -> str:
+        """A hash of every tensor's values; refuses NaN and infinities on the way.
+
+        Args:
+            done: told the bytes of each tensor that was read.
+
+        Raises:
+            CheckpointError: names every tensor that is not finite.
+        """
+        bad, digest = [], hashlib.sha256()
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            hashes = pool.map(TensorEntry.finite_sha256, self.tensors.values())
+            for (name, entry), found in zip(self.tensors.items(), hashes, strict=True):
+                if found is None:
+                    bad.append(f"{name}: holds NaN or infinity")
+                digest.update(f"{name} {entry.dtype} {entry.shape} {found}\n".encode())
+                done(entry.nbytes)
+        raise_problems(self.path, bad)
+        return digest.hexdigest()
+
+    def require_unchanged(self) -> None:
+        """Make sure that no shard was changed or replaced since this checkpoint was opened.
+
+        Raises:
+            CheckpointError: names every shard that was.
+        """
+        changed = [
+            f"{shard.name}: {before} when it was opened, now {now or 'gone'}"
+            for shard, before in zip(self.shards, self.states, strict=True)
+            if (now := file_state(shard)) != before
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.path}: changed while it was read: {'; '.join(changed[:MAX_LISTED])}; "
+                "run again once nothing writes there"
+            )
+
+
+def torch_from_numpy(values: np.ndarray[Any, Any]) -> torch.Tensor:
+    """As ``torch.from_numpy``, which does not know bfloat16."""
+    if values.dtype == DTYPES["BF16"]:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def open_checkpoint(directory: Path | str) -> Checkpoint:
+    """Open a checkpoint directory and prove that its tensors are those its config asks for.
+
+    Raises:
+        CheckpointError: not a checkpoint, pickle only, a malformed or missing shard, or tensors
+            missing, unexpected, of a wrong shape or type: all of them named in one message.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; expected a Hugging Face checkpoint directory")
+    config = load_config(path)
+    shards = tuple(find_shards(path))
+    states = tuple(file_state(shard) for shard in shards)
+    found = _canonical(config, all_entries(shards))
+    tensors, problems = _match(config, found)
+    raise_problems(path, problems)
+    return Checkpoint(path=path, config=config, tensors=tensors, shards=shards, states=states)
+
+
+def build_model(config: CheckpointConfig) -> InternVL | Chat | InternViT:
+    """The PyTorch model of a configuration, on the current default device."""
+    if config.kind == "internvl":
+        assert config.internvl is not None
+        return InternVL(config.internvl)
+    if config.kind == "chat":
+        return Chat(config)
+    return InternViT(config.vision)
+
+
+def expected_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of every tensor that a configuration calls for."""
+    with torch.device("meta"), _uninitialised():
+        model = build_model(config)
+    prefix = _prefix(config)
+    return {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Spare layers without data their random values: PyTorch would load its compiler for them."""
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding)
+    usual = [kind.reset_parameters for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.reset_parameters = lambda _: None
+        yield
+    finally:
+        for kind, reset in zip(kinds, usual, strict=True):
+            kind.reset_parameters = reset
+
+
+def load_reference(
+    checkpoint: Path | str, dtype: torch.dtype = torch.float32
+) -> InternVL | Chat | InternViT:
+    """Our PyTorch model of a checkpoint, weights loaded, in evaluation mode.
+
+    Args:
+        checkpoint: the directory.
+        dtype: every parameter's dtype.
+    """
+    return load_model(open_checkpoint(checkpoint), dtype)
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
+) -> InternVL | Chat | InternViT:
+    """As :func:`load_reference`, of a checkpoint that is open."""
+    with torch.device("meta"):
+        model = build_model(checkpoint.config)
+    prefix = _prefix(checkpoint.config)
+    load_into(model, checkpoint, prefix, dtype)
+    return model.eval()
+
+
+def load_into(
+    module: nn.Module,
+    source: Checkpoint,
+    prefix: str,
+    dtype: torch.dtype,
+    rename: Callable[[str], str] = str,
+) -> None:
+    """Give a module built on the meta device its weights, read one tensor at a time.
+
+    Args:
+        module: a part of the model.
+        source: where the weights are.
+        prefix: of the part's parameters in the checkpoint.
+        dtype: every parameter's dtype.
+        rename: what a parameter is called there, where it is another block's.
+    """
+    state = {n: source.read_torch(rename(prefix + n), dtype) for n in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+    for owner in module.modules():  # tables that are computed, not stored
+        restore = getattr(owner, "reset_tables", None)
+        if restore is not None:
+            restore()
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def _canonical(config: CheckpointConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Entries under canonical names, without what is computed rather than stored."""
+    kept = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}
+    if config.kind == "vit" and not any(n.startswith("vision_model.") for n in kept):
+        return {"vision_model." + n: e for n, e in kept.items()}
+    if config.kind == "vit":  # of a composite of another kind, the tower is what we compile
+        return {n: e for n, e in kept.items() if n.startswith("vision_model.")}
+    return kept if config.chat is None else _of_chat(config.vision, config.chat, kept)
+
+
+def _of_chat(
+    vision: VisionConfig, chat: ChatConfig, kept: dict[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """Names of either layout as one; without blocks and language models that are not compiled."""
+    depth, behind = vision.num_hidden_layers, chat.num_blocks_behind
+    dropped = [f"{BLOCKS}{i}." for i in range(depth + behind, MAX_DEPTH)]
+    if chat.num_queries:
+        moved = {f"{BLOCKS}{depth + i}.": f"queries.vision_behind.{i}." for i in range(behind)}
+        kept = {_renamed(_renamed(n, LLAVA_QUERY_NAMES), moved): e for n, e in kept.items()}
+        dropped += [f"queries.qllama.{name}" for name in UNREAD]
+        dropped += [f"vision_model.{name}" for name in UNREAD_HEADS]
+    elif chat.layout == "llava":
+        kept = {_renamed(name, LLAVA_NAMES): entry for name, entry in kept.items()}
+    if chat.llama is None:
+        dropped.append("language_model.")
+    elif chat.llama.tie_word_embeddings:
+        dropped.append("language_model.lm_head.")
+    return {n: e for n, e in kept.items() if not n.startswith(tuple(dropped))}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """A name with another beginning, if it has one of those that are listed."""
+    for old, new in names.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _prefix(config: CheckpointConfig) -> str:
+    """What stands before the names of a model's parameters to make them canonical."""
+    return "vision_model." if config.kind == "vit" else ""
+
+
+def _match(
+    config: CheckpointConfig, found: dict[str, TensorEntry]
+) -> tuple[dict[str, TensorEntry], list[str]]:
+    expected = expected_shapes(config)
+    problems = [f"{name}: missing" for name in expected if name not in found]
+    for name, entry in found.items():
+        if name not in expected:
+            problems.append(f"{name}: unexpected")
+        elif entry.shape != expected[name]:
+            problems.append(f"{name}: expected shape {expected[name]}, found {entry.shape}")
+        elif entry.dtype not in FLOATS:
+            problems.append(f"{name}: expected a float type, found {entry.dtype}")
+    return {name: found[name] for name in expected if name in found}, problems

@@ -1,0 +1,282 @@
+"""Does a compiled component compute what the checkpoint's PyTorch model computes?
+
+Every component is run beside the float32 reference on the same inputs, and each output is
+compared by three figures over all its rows (the last axis is a row; an output of a few logits is
+one row as a whole, for the direction of two numbers says nothing):
+
+    cosine    the worst row's cosine similarity
+    sqnr_db   10 log₁₀ (Σ reference² / Σ (reference − actual)²)
+    max_abs   the largest difference
+
+A component passes when its worst output is within the bound of its precision. The bounds catch
+mistakes; they do not promise quality, which the figures report. What 8 bits cost depends on the
+checkpoint, so quantized components have a wide bound here and a narrow one beside the simulation
+of their quantization, which a wrong axis, a doubled scale or a lost dequantization fails.
+
+bfloat16 graphs, for which ONNX Runtime has no CPU kernels, are run as ``widen`` rewrites them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from internvl_edge.errors import VerificationError
+from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.config.chat import LlamaConfig
+from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.models import Chat, InternViT, InternVL
+from internvl_edge.export.models.chat import require_llama
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+PAST = "past_key_values"
+
+NOISE_PAST = 12  # positions of a chat model's cache, and new ones
+NARROW = 4  # numbers that are no row
+# precision → (smallest cosine of any row, smallest SQNR in dB)
+BOUNDS: dict[str, tuple[float, float]] = {
+    "fp32": (0.99999, 70.0),
+    "fp16": (0.999, 40.0),
+    "bf16": (0.99, 20.0),
+    "int8": (0.9, 6.0),
+    "fp8": (0.8, 3.0),
+    "int8-wo": (0.99, 20.0),
+    # No bound on a row: heads of 16 random channels fell to a cosine of 0.2, correctly rounded.
+    # What catches mistakes in 4 bits is the simulation below; beside PyTorch an error may not be
+    # larger than the signal. Two match logits of a model with random weights had 2.3 dB.
+    "int4-wo": (-1.0, 0.0),
+    # A quantized graph beside the simulation of what it should compute (compiler.simulate): equal
+    # but for float32 noise, or in 16 bits for roundings that fall to the other side.
+    "simulated": (0.99, 25.0),
+    "simulated, 16-bit": (0.95, 10.0),
+    # One block alone cannot amplify such roundings.
+    "simulated, one block": (0.999, 40.0),
+    "simulated, 16-bit, one block": (0.97, 15.0),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How close one output is to its reference."""
+
+    cosine: float
+    sqnr_db: float
+    max_abs: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"cosine": self.cosine, "sqnr_db": self.sqnr_db, "max_abs": self.max_abs}
+
+
+def agreement(reference: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> Agreement:
+    """Compare two arrays of one shape in float64; a non-finite value is total disagreement."""
+    if reference.shape != actual.shape:
+        raise VerificationError(f"expected shape {reference.shape}, found {actual.shape}")
+    width = reference.shape[-1] if reference.shape[-1] >= NARROW else reference.size
+    r = reference.astype(np.float64).reshape(-1, width)
+    a = actual.astype(np.float64).reshape(r.shape)
+    if not (np.isfinite(a).all() and np.isfinite(r).all()):
+        return Agreement(cosine=-1.0, sqnr_db=-np.inf, max_abs=np.inf)
+    error = r - a
+    norms = np.linalg.norm(r, axis=1) * np.linalg.norm(a, axis=1)
+    cosines = np.where(norms > 0, (r * a).sum(axis=1) / np.where(norms > 0, norms, 1), 0.0)
+    cosines = np.where((r == a).all(axis=1), 1.0, cosines)  # rows of zeros agree with themselves
+    signal, noise = float((r**2).sum()), float((error**2).sum())
+    return Agreement(
+        cosine=float(cosines.min()),
+        sqnr_db=float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else 200.0,
+        max_abs=float(np.abs(error).max()),
+    )
+
+
+def sample_feeds(
+    config: CheckpointConfig,
+    image_size: int,
+    seed: int = 0,
+    batch: int = 2,
+    length: int = 12,
+    pixel_values: np.ndarray[Any, Any] | None = None,
+    input_ids: np.ndarray[Any, Any] | None = None,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs to compare on: the given samples, or seeded noise and random right-padded ids."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, config.vision.num_channels, image_size, image_size)
+    feeds: dict[str, np.ndarray[Any, Any]] = {
+        "pixel_values": rng.standard_normal(shape).astype(np.float32)
+        if pixel_values is None
+        else pixel_values
+    }
+    if config.internvl is not None:
+        if input_ids is None:
+            llama = config.internvl.qllama
+            input_ids = rng.integers(3, llama.vocab_size, (len(feeds["pixel_values"]), length))
+            input_ids[:, 0], input_ids[0, -1] = llama.bos_token_id, llama.eos_token_id
+            input_ids[1:, length // 2 :] = 0  # a shorter text beside a full one
+        feeds["input_ids"] = input_ids.astype(np.int64)
+        feeds["attention_mask"] = (feeds["input_ids"] > 0).astype(np.int64)
+    return feeds
+
+
+def component_feeds(
+    component: str, feeds: Arrays, config: CheckpointConfig, capacity: int | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Those of the feeds that a component takes; a decoder's for a cache that grows.
+
+    A decoder continues the cache that is among them by captions, if there are any, or else by the
+    same texts, cut to one length: what it says of padding no calibration has seen. ``capacity``
+    is how many positions there may be in all.
+    """
+    chosen = COMPONENTS[component]
+    if component == "decoder":
+        first = feeds[f"{PAST}.0.key"]  # (B, heads, P, d)
+        ids = feeds.get("caption_ids", feeds["input_ids"])
+        feeds = {**feeds, **_decoding(ids, first.shape[2])}
+    taken = {name: feeds[name] for name in chosen.input_names(config)}
+    return taken if capacity is None or not chosen.takes_cache else _within(taken, capacity)
+
+
+def _within(feeds: Arrays, capacity: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Fewer tokens, behind less of a cache, where it all would not fit."""
+    kept = dict(feeds)
+    batch, length = feeds["position_ids"].shape
+    past = feeds["attention_mask"].shape[1] - length
+    length = min(length, max(capacity - past, 1))
+    past = min(past, capacity - length)
+    for name in ("input_ids", "inputs_embeds"):
+        if name in kept:
+            kept[name] = kept[name][:, :length]
+    caches = {n: values[:, :, :past] for n, values in kept.items() if n.startswith(f"{PAST}.")}
+    return kept | caches | _behind(batch, past, length)
+
+
+def _decoding(ids: np.ndarray[Any, Any], past: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Right-padded ids (B, T) as a prompt behind ``past`` positions."""
+    length = int(np.count_nonzero(ids, axis=1).min())
+    return {"input_ids": ids[:, :length], **_behind(len(ids), past, length)}
+
+
+def _behind(batch: int, past: int, length: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Mask and positions of tokens behind ``past`` others, without padding."""
+    mask = np.ones((batch, past + length), np.int64)
+    return {"attention_mask": mask, "position_ids": mask.cumsum(axis=1)[:, past:] - 1}
+
+
+def reference_outputs(
+    module: nn.Module, component: str, feeds: Arrays, config: CheckpointConfig
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What a component's PyTorch module gives; its outputs are named as for ``config``."""
+    with torch.inference_mode():
+        names = COMPONENTS[component].input_names(config)
+        tensors = [torch.from_numpy(feeds[name]) for name in names]
+        outputs = module(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    names = COMPONENTS[component].output_names(config)
+    return {n: t.float().numpy() for n, t in zip(names, outputs, strict=True)}
+
+
+def agreements(expected: Arrays, actual: Arrays) -> dict[str, Agreement]:
+    """How close each output is to what was expected of it."""
+    return {name: agreement(expected[name], np.asarray(actual[name])) for name in expected}
+
+
+def require_agreement(found: Mapping[str, Agreement], component: str, bound: str) -> None:
+    """Hold every output against one of ``BOUNDS``.
+
+    Raises:
+        VerificationError: one is outside.
+    """
+    cosine, sqnr = BOUNDS[bound]
+    for name, figure in found.items():
+        if figure.cosine < cosine or figure.sqnr_db < sqnr:
+            against = (
+                "the simulation of its quantization" if bound.startswith("simulated") else "PyTorch"
+            )
+            raise VerificationError(
+                f"{component}, output {name!r}: expected cosine ≥ {cosine} and SQNR ≥ {sqnr} dB "
+                f"beside {against} ({bound}), found {figure.cosine:.5f} and "
+                f"{figure.sqnr_db:.1f} dB"
+            )
+
+
+def summary(found: Mapping[str, Agreement], samples: int) -> dict[str, Any]:
+    """The figures for a manifest: the worst over the outputs."""
+    return {
+        "against": "PyTorch float32",
+        "samples": samples,
+        "cosine": min(f.cosine for f in found.values()),
+        "sqnr_db": min(f.sqnr_db for f in found.values()),
+        "max_abs": max(f.max_abs for f in found.values()),
+    }
+
+
+def with_hidden_state(
+    model: InternVL | Chat | InternViT,
+    feeds: dict[str, np.ndarray[Any, Any]],
+    config: CheckpointConfig,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Add the reference's vision tokens to the feeds, and what its queries leave in the cache."""
+    if isinstance(model, Chat):
+        if model.config.num_queries:
+            with torch.inference_mode():
+                hidden = model.vision_model(torch.from_numpy(feeds["pixel_values"]))
+            feeds = {**feeds, "hidden_state": hidden.numpy()}
+        return feeds if model.language_model is None else feeds | _chat_feeds(model, feeds)
+    vision = build_component(COMPONENTS["vision"], model)
+    feeds = {**feeds, **reference_outputs(vision, "vision", feeds, config)}
+    if isinstance(model, InternViT):
+        return feeds
+    queries = build_component(COMPONENTS["image_queries"], model)
+    found = reference_outputs(queries, "image_queries", feeds, config)
+    return feeds | {
+        name.replace("present", PAST, 1): values
+        for name, values in found.items()
+        if name.startswith("present.")
+    }
+
+
+@torch.inference_mode()
+def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    """A text of a chat model behind the cache that its image's tokens leave."""
+    llama = require_llama(model)
+    tokens = model.encode_image(torch.from_numpy(feeds["pixel_values"]))
+    batch, places, _ = tokens.shape
+    before = {name: torch.from_numpy(v) for name, v in _behind(batch, 0, places).items()}
+    _, cache = llama(tokens, *before.values(), llama.empty_cache(batch))
+    ids = torch.from_numpy(_random_ids(llama.config, batch))
+    flat = [tensor.numpy() for pair in cache for tensor in pair]
+    names = COMPONENTS["chat_decoder"].input_names(model.checkpoint_config)
+    past = dict(zip(names[-len(flat) :], flat, strict=True))
+    embeds = llama.model.embed_tokens(ids).numpy()
+    return {"inputs_embeds": embeds, **_behind(batch, places, ids.shape[1]), **past}
+
+
+def _random_ids(
+    llama: QLlamaConfig | LlamaConfig, batch: int, length: int = 12, seed: int = 2
+) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(min(3, llama.vocab_size - 1), llama.vocab_size, (batch, length))
+
+
+def with_noise(
+    feeds: dict[str, np.ndarray[Any, Any]], config: CheckpointConfig, image_size: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """As :func:`with_hidden_state`, with noise where no model is run; one array for all layers."""
+    rng, vision, batch = np.random.default_rng(1), config.vision, len(feeds["pixel_values"])
+    shape = batch, vision.num_tokens(image_size), vision.hidden_size
+    states = rng.standard_normal(shape, np.float32)
+    feeds = {**feeds, "last_hidden_state": states, "hidden_state": states}
+    llama = language_config(config)
+    if llama is None:
+        return feeds
+    past = NOISE_PAST if config.internvl is None else config.internvl.num_query_token
+    cached = batch, llama.num_key_value_heads, past, llama.head_dim
+    noise = rng.standard_normal(cached, np.float32)
+    if config.chat is not None:
+        embeds = rng.standard_normal((batch, NOISE_PAST, llama.hidden_size), np.float32)
+        feeds |= {"inputs_embeds": embeds, **_behind(batch, past, NOISE_PAST)}
+    names = COMPONENTS["decoder" if config.chat is None else "chat_decoder"].input_names(config)
+    return feeds | {name: noise for name in names if name.startswith(f"{PAST}.")}

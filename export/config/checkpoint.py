@@ -1,0 +1,337 @@
+"""What a checkpoint's ``config.json`` says about the shapes of the model, as frozen dataclasses.
+
+A published config is a dump of everything its training framework knows. Only the keys that
+decide the computation are read here, each against its type; the rest is ignored. Nothing a
+config says is ever imported or executed.
+
+A checkpoint is one of three kinds, recognised by what the config holds rather than by
+``model_type`` (which transformers' own, different InternVL shares):
+
+    internvl   ``vision_config`` and ``qllama_config``          InternVL-14B: ViT, QLLaMA, heads
+    chat       ``vision_config`` and ``llm_config``, or LLaVA's  InternVL-Chat: ViT, projector, LLM
+    vit        ``model_type`` intern_vit_6b, or a bare ViT      InternViT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from internvl_edge.errors import CheckpointError, UsageError
+from internvl_edge.export.config.chat import (
+    ChatConfig,
+    LlamaConfig,
+    has_queries,
+    is_llava,
+    read_chat,
+    read_llava,
+    used_depth,
+)
+from internvl_edge.export.config.fields import (
+    known_fields,
+    read_json,
+    refuse_remote_code,
+    require_choice,
+    require_divisible,
+    require_positive,
+    section,
+    typed,
+)
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["internvl", "chat", "vit"]
+OURS = ("has_layer_scale", "is_rotated", "has_shift")  # fields that no config.json decides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """InternViT (internvl-spec section 1.1)."""
+
+    hidden_size: int = 3200  # C
+    num_attention_heads: int = 25
+    intermediate_size: int = 12800
+    num_hidden_layers: int = 48
+    patch_size: int = 14
+    image_size: int = 224  # the resolution of the stored position embedding
+    num_channels: int = 3
+    qkv_bias: bool = False
+    qk_normalization: bool = True  # RMSNorm of q and k over the full width, before the heads
+    norm_type: str = "rms_norm"  # or layer_norm (the 300M kind)
+    layer_norm_eps: float = 1e-6
+    initializer_factor: float = 0.1  # LayerScale at initialisation
+    hidden_act: str = "gelu"
+    # The form that a tower takes for quantization; see ``export.folded``.
+    has_layer_scale: bool = True  # False: it is part of proj and fc2
+    is_rotated: bool = False  # the residual stream is in another basis until it leaves the tower
+    # What fc2 reads is scaled by a factor per channel and moved, so that zero is its middle.
+    has_shift: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(self, "vision_config")
+        require_divisible(self.hidden_size, self.num_attention_heads, "vision_config")
+        require_choice("vision_config.norm_type", self.norm_type, ("rms_norm", "layer_norm"))
+        require_choice("vision_config.hidden_act", self.hidden_act, ("gelu",))
+        if self.image_size % self.patch_size:
+            raise CheckpointError(
+                f"vision_config.image_size must be a multiple of patch_size {self.patch_size}, "
+                f"found {self.image_size}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def num_tokens(self, image_size: int | None = None) -> int:
+        """Patches of a square image and the class token: N."""
+        side = (self.image_size if image_size is None else image_size) // self.patch_size
+        return 1 + side * side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QLlamaConfig:
+    """QLLaMA: LLaMA with learnable queries and cross-attention (internvl-spec section 2.1).
+
+    ``rope_theta``, ``rope_scaling`` and ``num_key_value_heads`` stand in published configs and
+    are ignored here as in the original, whose rotary base and head count are fixed.
+    """
+
+    hidden_size: int = 4096  # D
+    num_attention_heads: int = 32
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    vocab_size: int = 49954
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    tie_word_embeddings: bool = False
+    is_rotated: bool = False  # as in VisionConfig
+
+    def __post_init__(self) -> None:
+        require_positive(self, "qllama_config", but=("bos_token_id", "pad_token_id"))
+        require_divisible(self.hidden_size, self.num_attention_heads, "qllama_config")
+        require_choice("qllama_config.hidden_act", self.hidden_act, ("silu",))
+        if self.head_dim % 2:
+            raise CheckpointError(
+                f"qllama_config: rotary embedding needs an even head size, found {self.head_dim} "
+                f"(hidden_size {self.hidden_size} / {self.num_attention_heads} heads)"
+            )
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InternVLConfig:
+    """InternVL-C/-G: both towers, the two pools and the heads (internvl-spec section 3.1)."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qllama: QLlamaConfig = field(default_factory=QLlamaConfig)
+    clip_embed_dim: int = 768  # E
+    attn_pool_num_heads: int = 16
+    num_query_token: int = 96
+    cross_attention_frequency: int = 2
+
+    def __post_init__(self) -> None:
+        require_positive(self, "config")
+        require_divisible(self.vision.hidden_size, self.attn_pool_num_heads, "clip_projector")
+        require_divisible(self.qllama.hidden_size, self.attn_pool_num_heads, "clip_projector2")
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any] | None) -> InternVLConfig | None:
+        """The inverse of ``dataclasses.asdict``: refuses keys it does not know."""
+        if raw is None:
+            return None
+        vision, qllama = VisionConfig(**raw["vision"]), QLlamaConfig(**raw["qllama"])
+        return cls(**{**raw, "vision": vision, "qllama": qllama})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """A checkpoint's kind and the configuration of what it holds."""
+
+    kind: Kind
+    vision: VisionConfig  # of a chat model: the blocks before select_layer
+    internvl: InternVLConfig | None = None
+    chat: ChatConfig | None = None
+    queries: InternVLConfig | None = None  # of a chat model with QLLaMA: the whole tower's
+
+    @property
+    def image_size(self) -> int:
+        """The resolution that the model is run at unless another is asked for."""
+        return self.vision.image_size if self.chat is None else self.chat.image_size
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CheckpointConfig:
+        """The inverse of :meth:`to_json`: refuses keys it does not know."""
+        chat = data.get("chat")
+        try:
+            return cls(
+                kind=data["kind"],
+                vision=VisionConfig(**data["vision"]),
+                internvl=InternVLConfig.from_json(data.get("internvl")),
+                chat=None if chat is None else ChatConfig.from_json(chat),
+                queries=InternVLConfig.from_json(data.get("queries")),
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"model configuration not understood: {error}") from error
+
+
+def load_config(directory: Path) -> CheckpointConfig:
+    """Read ``config.json`` of a checkpoint directory.
+
+    Raises:
+        CheckpointError: absent, malformed, of an unknown architecture, or defined by remote code.
+    """
+    path = directory / "config.json"
+    raw = read_json(path)
+    refuse_remote_code(raw, path)
+    nested_vision = raw.get("vision_config")
+    if is_llava(raw):  # first, since it may have the config of its tower
+        vision, (chat, select_layer) = _llava_vision(raw, path), read_llava(raw, path)
+        if has_queries(raw):
+            return _chat_with_queries(raw, vision, chat, select_layer, path)
+        return _chat(vision, chat, select_layer, path)
+    if isinstance(raw.get("qllama_config"), dict):
+        if raw.get("tie_word_embeddings"):
+            logger.warning(
+                "%s: tie_word_embeddings is true at the top level, where it would make a loader "
+                "overwrite one of two different tensors; lm_head and embed_tokens are both kept",
+                path,
+            )
+        vision = _vision_config(section(raw, "vision_config", path), path, raw)
+        return CheckpointConfig(
+            kind="internvl", vision=vision, internvl=_internvl(raw, vision, path)
+        )
+    if isinstance(raw.get("llm_config"), dict) and isinstance(nested_vision, dict):
+        return _chat(_vision_config(nested_vision, path, {}), *read_chat(raw, path), path)
+    if isinstance(nested_vision, dict) and raw.get("model_type") != "internvl":
+        return CheckpointConfig(kind="vit", vision=_vision_config(nested_vision, path, raw))
+    if raw.get("model_type") == "intern_vit_6b":
+        return CheckpointConfig(kind="vit", vision=_vision_config(raw, path, raw))
+    raise CheckpointError(
+        f"{path}: expected an InternViT, InternVL (vision_config and qllama_config) or "
+        f"InternVL-Chat configuration, found model_type {raw.get('model_type')!r}, "
+        f"architectures {raw.get('architectures')!r}; remote code is never run"
+    )
+
+
+def check_image_size(config: CheckpointConfig, image_size: int | None) -> int:
+    """The resolution to compile for: ``image_size``, or the checkpoint's own.
+
+    Raises:
+        UsageError: not a positive multiple of the patch size.
+    """
+    size = config.image_size if image_size is None else image_size
+    # a chat model merges neighbouring patches into one token
+    step = config.vision.patch_size * (1 if config.chat is None else config.chat.shuffle)
+    if size <= 0 or size % step:
+        lower = max(size // step, 1) * step
+        what = "the patch size" if step == config.vision.patch_size else "merged patches,"
+        raise UsageError(
+            f"image size must be a positive multiple of {what} {step}, found {size}; the nearest "
+            f"are {lower} and {lower + step}"
+        )
+    return size
+
+
+def _chat(
+    vision: VisionConfig, chat: ChatConfig, select_layer: int, path: Path
+) -> CheckpointConfig:
+    """Blocks behind ``select_layer`` are not run, so the tower ends there."""
+    depth = used_depth(select_layer, vision.num_hidden_layers, path)
+    return CheckpointConfig(kind="chat", vision=replace(vision, num_hidden_layers=depth), chat=chat)
+
+
+def _chat_with_queries(
+    raw: dict[str, Any], vision: VisionConfig, chat: ChatConfig, select_layer: int, path: Path
+) -> CheckpointConfig:
+    """The tower's last blocks are run after all, since queries look at what the whole gives."""
+    whole = _chat(vision, chat, select_layer, path)
+    # InternVL-14B's, unless a nested config says more; there are no pools whose heads would divide
+    queries = _internvl({"qllama_config": {}, **raw, "attn_pool_num_heads": 1}, vision, path)
+    behind = vision.num_hidden_layers - whole.vision.num_hidden_layers
+    chat = replace(chat, num_queries=queries.num_query_token, num_blocks_behind=behind)
+    return replace(whole, chat=chat, queries=queries)
+
+
+def _llava_vision(raw: dict[str, Any], path: Path) -> VisionConfig:
+    """The tower that a LLaVA config names, InternViT-6B; a ``vision_config`` says more."""
+    name, nested = str(raw.get("mm_vision_tower")), raw.get("vision_config")
+    if isinstance(nested, dict):
+        return _vision_config(nested, path, {})
+    is_newer = any(version in name for version in ("V1-2", "V1-5"))
+    size = 448 if "448" in name else 224
+    return VisionConfig(image_size=size, num_hidden_layers=45 if is_newer else 48)
+
+
+def _internvl(raw: dict[str, Any], vision: VisionConfig, path: Path) -> InternVLConfig:
+    # The constructor upstream copies the top-level query count and frequency over the nested ones.
+    qllama = section(raw, "qllama_config", path)
+    return InternVLConfig(
+        vision=vision,
+        qllama=_from_raw(QLlamaConfig, qllama, path, "qllama_config."),
+        **known_fields(InternVLConfig, raw, path, "", skip=("vision", "qllama")),
+    )
+
+
+def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> VisionConfig:
+    config = _from_raw(VisionConfig, section, path, "vision_config.")
+    # A checkpoint made with force_image_size stores the already resized position embedding.
+    forced = top.get("force_image_size")
+    return (
+        config
+        if forced is None
+        else dataclasses.replace(config, image_size=typed(forced, int, path, "force_image_size"))
+    )
+
+
+def published_fields(config: VisionConfig | QLlamaConfig | LlamaConfig) -> dict[str, Any]:
+    """The fields that a ``config.json`` has; those of our own forms are left out."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in OURS}
+
+
+_C = TypeVar("_C", VisionConfig, QLlamaConfig)
+
+
+def _from_raw(cls: type[_C], raw: dict[str, Any], path: Path, prefix: str) -> _C:
+    return cls(**known_fields(cls, raw, path, prefix, skip=OURS))
+
+
+def with_depth(
+    config: CheckpointConfig, vision: int, language: int, queries: int | None = None
+) -> CheckpointConfig:
+    """The same widths with other numbers of blocks; ``language`` counts where there is one.
+
+    Args:
+        config: of a checkpoint.
+        vision: blocks of the vision tower.
+        language: of the language model.
+        queries: of the QLLaMA of a chat model that has one; None leaves them as they are.
+    """
+    tower = replace(config.vision, num_hidden_layers=vision)
+    if config.queries is not None and queries is not None:
+        llama = replace(config.queries.qllama, num_hidden_layers=queries)
+        config = replace(config, queries=replace(config.queries, qllama=llama))
+    if config.chat is not None and config.chat.llama is not None:
+        chat = replace(config.chat, llama=replace(config.chat.llama, num_hidden_layers=language))
+        return replace(config, vision=tower, chat=chat)
+    if config.internvl is None:
+        return replace(config, vision=tower)
+    llama = replace(config.internvl.qllama, num_hidden_layers=language)
+    internvl = replace(config.internvl, vision=tower, qllama=llama)
+    return replace(config, vision=tower, internvl=internvl)

@@ -1,0 +1,7 @@
+"""Engines: an ONNX component through the builder of TensorRT-RTX or TensorRT.
+
+build    one engine; start here
+targets  the builders, and the GPUs their engines run on
+monitor  what a builder calls back while it works
+memory   what a builder takes
+"""

@@ -1,0 +1,356 @@
+"""Engines: an ONNX component through the builder of TensorRT-RTX or TensorRT.
+
+The two builders share one Python interface under two module names, so there is one code path; the
+module is passed in, and ``targets`` knows what differs.
+
+Precision lives in the graph. The network is strongly typed, so the builder picks no types: it
+fuses explicit Q/DQ pairs and refuses types that disagree. TF32 is off, so that float32 products
+are float32.
+
+Memory: the parser maps the weights from their file, and the plan leaves the builder in pieces of
+some 64 MB that go straight to disk.
+
+Attention. A layer without a fused kernel fails the build unless it may be decomposed into MatMul,
+Softmax and MatMul. The kernels take float16 and bfloat16, heads of 9 to 256 channels and more than
+one query (found by trying). Only layers outside of that are marked decomposable, so that a lost
+fusion cannot pass unseen; where the builder still has no kernel, the build is repeated with every
+layer decomposable. The sidecar counts both kinds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from internvl_edge._version import __version__
+from internvl_edge.artifact.open import EngineRecord, TensorSpec
+from internvl_edge.artifact.sidecar import EngineInfo, Profile, Range
+from internvl_edge.errors import (
+    ArtifactError,
+    BuildError,
+    HardwareError,
+    InternVLError,
+    ResourceError,
+)
+from internvl_edge.export.engine.monitor import Monitor, StreamedFile
+from internvl_edge.export.engine.targets import (
+    Target,
+    choose_capabilities,
+    find_target,
+    load_builder,
+    minimum_sm,
+)
+from internvl_edge.files.disk import os_errors
+from internvl_edge.files.signals import interrupts_held
+from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
+from internvl_edge.runtime.trt.vendor import DTYPES, NativeLog, callback, decisive_lines
+
+__all__ = ["Profile", "build_engine"]
+
+Prepare = Callable[[Path], AbstractContextManager[Path]]
+ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
+
+NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 9, 256  # of fused attention kernels
+
+
+def build_engine(
+    onnx_path: Path,
+    out_dir: Path,
+    *,
+    component: str,
+    target: str = "tensorrt-rtx",
+    profile: Profile,
+    precision: str,
+    inputs: Sequence[TensorSpec],
+    onnx_sha256: str,
+    compute_capabilities: Sequence[str] | None = None,
+    known: Container[str] = (),
+    prepared: Prepare = nullcontext,
+    progress: ReportPhase | None = None,
+    trt: Any = None,
+) -> EngineRecord:
+    """Build one component's engine into ``out_dir``, with its sidecar beside it.
+
+    Args:
+        onnx_path: the graph; its external data is found relative to it.
+        out_dir: the ``engines`` directory of an artifact.
+        component: its name.
+        target: a name in ``TARGETS``.
+        profile: sizes of the symbolic dimensions.
+        precision: the artifact's; decides which GPUs can run the engine.
+        inputs: the component's contract, which the graph must keep.
+        onnx_sha256: identifies the graph and its weights.
+        compute_capabilities: as ``("SM89", "SM120")``; None: every GPU that the target reaches.
+        known: files of the directory; an engine among them is not built again.
+        prepared: makes of the graph, for as long as the build takes, the one that is parsed.
+        progress: told (phase, steps done, steps); raising stops the build and comes back.
+        trt: the builder's module; None imports the target's.
+
+    Returns:
+        The engine and its sidecar, relative to the parent of ``out_dir``.
+
+    Raises:
+        UsageError: unknown target, compute capability or symbolic dimension.
+        MissingDependency: the builder is not installed.
+        HardwareError: a GPU is missing, or one asked for cannot run this precision.
+        ArtifactError: no such graph, or one with other inputs.
+        BuildError: the builder refused the graph; its own words are in the message.
+        ResourceError: memory or disk did not suffice; no partial engine is left.
+    """
+    chosen = find_target(target)
+    if not onnx_path.is_file():
+        raise ArtifactError(f"{onnx_path}: expected the ONNX graph of {component}, found no file")
+    ranges = [  # errors before work
+        {spec.name: _ranges(spec, one) for spec in inputs} for one in _profiles(inputs, profile)
+    ]
+    trt = load_builder(chosen) if trt is None else trt
+    capabilities = choose_capabilities(trt, chosen, precision, compute_capabilities)
+    key = _key(target, trt.__version__, __version__, onnx_sha256, precision, ranges, capabilities)
+    stem = f"{component}.{target}-{key}"
+    record = EngineRecord(
+        component=component,
+        target=target,
+        file=f"{out_dir.name}/{stem}.plan",
+        sidecar=f"{out_dir.name}/{stem}.json",
+    )
+    if record.file in known and record.sidecar in known:
+        return record
+
+    started = time.monotonic()
+    log = NativeLog()
+    with ExitStack() as stack:
+        with os_errors(onnx_path.parent):
+            graph = stack.enter_context(prepared(onnx_path))
+        signals = stack.enter_context(interrupts_held())  # which a builder's callback would lose
+        network = _parse(trt, chosen, component, graph, log)
+        _check_inputs(network, component, inputs)
+        config = _configure(trt, chosen, network, ranges, capabilities)
+        with StreamedFile(out_dir / f"{stem}.plan") as plan:
+            monitor = Monitor(progress or _silent, signals)
+            fused, decomposed = _build(trt, network, config, plan, log, component, monitor)
+            if signals:
+                raise BuildError(f"{component}: interrupted")  # the signal's own error follows
+            plan.publish()
+        outputs = _outputs(network)
+        del network, config  # which read what was prepared
+    info = EngineInfo(
+        component=component,
+        target=target,
+        precision=precision,
+        builder_version=str(trt.__version__),
+        tool_version=__version__,
+        compute_capabilities=capabilities,
+        minimum_sm=minimum_sm(precision, capabilities),
+        profile=profile,
+        onnx_sha256=onnx_sha256,
+        nbytes=plan.nbytes,
+        sha256=plan.sha256,
+        fused_attention=fused,
+        decomposed_attention=decomposed,
+        build_seconds=round(time.monotonic() - started, 3),
+        inputs=tuple(inputs),
+        outputs=outputs,
+    )
+    _write_sidecar(out_dir / f"{stem}.json", info)
+    return record
+
+
+def _write_sidecar(path: Path, info: EngineInfo) -> None:
+    with StreamedFile(path) as sidecar:
+        sidecar.write((json.dumps(info.to_json(), indent=2) + "\n").encode())
+        sidecar.publish()
+
+
+def _profiles(inputs: Sequence[TensorSpec], profile: Profile) -> list[Profile]:
+    """The profiles of an engine: one with a cache has another, tuned for one token at a time."""
+    has_cache = any("past" in spec.shape or spec.name == WRITE_INDICES for spec in inputs)
+    return [profile, replace(profile, length=(1, 1, 1))] if has_cache else [profile]
+
+
+def _ranges(spec: TensorSpec, profile: Profile) -> list[Range]:
+    """Of each dimension of an input, the smallest, typical and largest size."""
+    return [(n, n, n) if isinstance(n, int) else profile.range_of(n) for n in spec.shape]
+
+
+def _key(*parts: object) -> str:
+    """Short hash of everything that decides what the engine is."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+# --- the builder -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Network:
+    """A parsed graph, and what must live as long: the parser owns the mapped weights."""
+
+    definition: Any
+    builder: Any
+    parser: Any
+    logger: Any
+
+
+def _parse(trt: Any, target: Target, component: str, path: Path, log: NativeLog) -> _Network:
+    logger = callback(trt.ILogger, log=log.log)
+    try:
+        builder = trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # the factory gave no builder
+        raise HardwareError(
+            f"{target.name} cannot start a builder: {log.decisive() or error}"
+        ) from error
+    flags = trt.NetworkDefinitionCreationFlag.__members__
+    typed = 1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0
+    definition = builder.create_network(typed)
+    parser = trt.OnnxParser(definition, logger)
+    if not parser.parse_from_file(str(path)) or parser.num_errors:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        told = (
+            "\n  ".join(map(_parser_error, errors[:3])) or log.decisive() or "it does not say why"
+        )
+        raise BuildError(f"{target.name} cannot parse {component} ({path}):\n  {told}")
+    if definition.num_outputs == 0:
+        raise BuildError(f"{target.name} found no outputs in {path}: is it an ONNX model?")
+    return _Network(definition=definition, builder=builder, parser=parser, logger=logger)
+
+
+def _parser_error(error: Any) -> str:
+    """Which node of the graph, and why."""
+    code = str(error.code()).removeprefix("ErrorCode.")
+    reason = decisive_lines([error.desc()])
+    if code == "UNSUPPORTED_NODE" and reason in ("", "false"):
+        reason = "the operator is not supported in this form"
+    operator = error.node_operator()
+    where = f"{operator} node {error.node_name() or error.node()!r}: " if operator else ""
+    return f"{where}{code}: {reason}"
+
+
+def _check_inputs(network: _Network, component: str, specs: Sequence[TensorSpec]) -> None:
+    """The graph must take what the manifest says, or its profile would be of other tensors."""
+    definition = network.definition
+    tensors = [definition.get_input(index) for index in range(definition.num_inputs)]
+    found = sorted((t.name, DTYPES.get(t.dtype.name), tuple(t.shape)) for t in tensors)
+    expected = sorted(
+        (s.name, s.dtype, tuple(n if isinstance(n, int) else -1 for n in s.shape)) for s in specs
+    )
+    if found != expected:
+        raise ArtifactError(f"{component}: expected inputs {expected}, the graph has {found}")
+
+
+def _outputs(network: _Network) -> tuple[TensorSpec, ...]:
+    """The engine's outputs; a graph does not name their symbolic dimensions after the first."""
+    definition = network.definition
+    tensors = [definition.get_output(index) for index in range(definition.num_outputs)]
+    return tuple(
+        TensorSpec(
+            name=tensor.name,
+            dtype=DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()),
+            shape=tuple(
+                int(n) if n >= 0 else "batch" if axis == 0 else f"axis_{axis}"
+                for axis, n in enumerate(tensor.shape)
+            ),
+        )
+        for tensor in tensors
+    )
+
+
+def _configure(
+    trt: Any,
+    target: Target,
+    network: _Network,
+    ranges: Sequence[dict[str, list[Range]]],
+    capabilities: Sequence[str],
+) -> Any:
+    config = network.builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if target.portable and capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for index, name in enumerate(capabilities):
+            if not config.set_compute_capability(trt.ComputeCapability.__members__[name], index):
+                raise HardwareError(f"{target.name} {trt.__version__} refuses to build for {name}")
+    for shapes in ranges:
+        profile = network.builder.create_optimization_profile()
+        for name, sizes in shapes.items():
+            low, typical, high = zip(*sizes, strict=True)
+            profile.set_shape(name, low, typical, high)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _build(
+    trt: Any,
+    network: _Network,
+    config: Any,
+    plan: StreamedFile,
+    log: NativeLog,
+    component: str,
+    monitor: Monitor,
+) -> tuple[int, int]:
+    """Stream the engine into ``plan``; how many attention layers are fused and decomposed."""
+    config.progress_monitor = callback(
+        trt.IProgressMonitor,
+        phase_start=monitor.phase_start,
+        step_complete=monitor.step_complete,
+        phase_finish=monitor.phase_finish,
+    )
+    writer = callback(
+        trt.IStreamWriter, write=lambda data: 0 if monitor.is_stopped else plan.write(data)
+    )
+    for everything in (False, True):
+        counts = _mark_attention(trt, network.definition, everything=everything)
+        built = network.builder.build_serialized_network_to_stream(
+            network.definition, config, writer
+        )
+        if monitor.stopped_by is not None:
+            raise monitor.stopped_by
+        if built or plan.error is not None:
+            break
+        if everything or not log.mentions(NO_FUSED_KERNEL):
+            raise _failure(component, log)
+        log.errors.clear()
+    if plan.error is None and plan.nbytes == 0:
+        raise BuildError(f"{component}: the builder reported success and wrote nothing")
+    return counts
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def _mark_attention(trt: Any, definition: Any, *, everything: bool) -> tuple[int, int]:
+    """Let attention layers without a fused kernel be decomposed; (fused, decomposed) layers."""
+    fused = decomposed = 0
+    for index in range(definition.num_layers):
+        layer = definition.get_layer(index)
+        if layer.type != trt.LayerType.ATTENTION_INPUT:
+            continue
+        if everything or not _has_fused_kernel(layer.get_input(0)):
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings return a plain ILayer
+            layer.attention.decomposable = True
+            decomposed += 1
+        else:
+            fused += 1
+    return fused, decomposed
+
+
+def _has_fused_kernel(query: Any) -> bool:
+    """Whether there is one for queries (B, heads, T, d) of this type and shape."""
+    *_, length, head_size = query.shape
+    half = query.dtype.name in ("HALF", "BF16")
+    return half and length != 1 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
+
+
+def _failure(component: str, log: NativeLog) -> InternVLError:
+    """The error for a build that gave no engine, from what the builder logged."""
+    told = log.decisive() or "the builder logged no reason"
+    if log.mentions("OutOfMemory") or log.mentions("bad_alloc"):
+        return ResourceError(f"{component}: not enough memory to build the engine:\n  {told}")
+    if log.mentions("Cannot compile"):
+        return HardwareError(f"{component}: the graph needs newer GPUs than asked for:\n  {told}")
+    return BuildError(f"{component}: no engine was built:\n  {told}")

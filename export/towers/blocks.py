@@ -1,0 +1,283 @@
+"""The towers taken apart: one block in memory at a time, and what of it may be changed.
+
+A block's linear layers read activations at a few sites. What is in front of a site (a norm's gain,
+the rows of another linear layer) can be changed to suit the formats of its readers, and the
+function stays what it was: ``sites_of`` says where. How samples flow through the blocks stands in
+``export.streams``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, build_model, load_into
+from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.config.checkpoint import (
+    CheckpointConfig,
+    InternVLConfig,
+    VisionConfig,
+    with_depth,
+)
+from internvl_edge.export.models import Chat, InternVL
+from internvl_edge.export.models.qllama import Layer
+from internvl_edge.export.models.vit import AttentionCore
+from internvl_edge.export.models.vit import Block as VisionBlock
+
+Array = np.ndarray[Any, Any]
+
+COMPONENT_STREAM = {
+    "vision": "image",
+    "chat_vision": "image",
+    "image_embed": "image",
+    "image_queries": "queries",
+    "text_embed": "text",
+    "matcher": "match",
+    "decoder": "caption",
+    "chat_decoder": "chat",
+}
+# Components that have a tower and are never quantized
+OTHER_TOWERS = {"chat_queries": "queries.qllama.model.layers"}
+OF_IMAGES = frozenset({"queries", "match", "caption", "chat"})  # streams that read vision tokens
+VISION_PREFIX, LLAMA_PREFIX = "vision_model.encoder.layers", "qllama.model.layers"
+CHAT_PREFIX = "language_model.model.layers"
+PREFIXES = (VISION_PREFIX, LLAMA_PREFIX, CHAT_PREFIX)
+
+# A norm's output is read by these linear layers alone, so a per-channel factor can move from the
+# norm's gain into their columns without changing the function.
+VISION_NORMS = {"norm1": ("attn.qkv",), "norm2": ("mlp.fc1",)}
+LLAMA_NORMS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    "cross_attn.norm1": ("cross_attn.q_proj",),
+    "cross_attn.norm2": ("cross_attn.k_proj", "cross_attn.v_proj"),
+}
+OFF_STREAM = ("cross_attn.norm2",)  # norms of what another tower left
+# Linear layers that write into the residual stream, and the LayerScale behind each.
+VISION_WRITERS: dict[str, str | None] = {"attn.proj": "ls1", "mlp.fc2": "ls2"}
+LLAMA_WRITERS: dict[str, str | None] = dict.fromkeys(
+    ("self_attn.o_proj", "cross_attn.o_proj", "mlp.down_proj")
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """An activation that linear layers read, and what in front of it can be changed to suit them.
+
+    Names are relative to the block. Of ``norm`` and ``producer`` at most one is set.
+    """
+
+    readers: tuple[str, ...]  # linear layers; nothing else reads the activation
+    norm: str | None = None  # it is this norm's output
+    producer: str | None = None  # each channel is linear in one row of this linear layer's weight
+    first_row: int = 0  # of those rows
+    head_dim: int | None = None  # it is attention's output: channels of a head may be mixed
+    spread: str | None = None  # it may be multiplied by this parameter, a factor per channel,
+    shift: str | None = None  # and moved by this scalar one
+
+
+def sites_of(config: CheckpointConfig, block: str) -> tuple[Site, ...]:
+    """The sites of a block by its full name; those with producers first."""
+    if block.startswith(VISION_PREFIX):
+        vision = config.vision
+        return (
+            Site(
+                readers=("attn.proj",),
+                producer="attn.qkv",
+                first_row=2 * vision.hidden_size,
+                head_dim=vision.head_dim,
+            ),
+            _behind_gelu(vision),
+            *(Site(readers=readers, norm=norm) for norm, readers in VISION_NORMS.items()),
+        )
+    llama, has_cross = language_config(config), False
+    assert llama is not None
+    if config.internvl is not None:
+        has_cross = int(block.rpartition(".")[2]) % config.internvl.cross_attention_frequency == 0
+    found = (
+        # the values of self-attention leave the graph as its cache: they stay what they are
+        Site(readers=("self_attn.o_proj",)),
+        Site(readers=("cross_attn.o_proj",), producer="cross_attn.v_proj", head_dim=llama.head_dim),
+        Site(readers=("mlp.down_proj",), producer="mlp.up_proj"),
+        *(Site(readers=readers, norm=norm) for norm, readers in LLAMA_NORMS.items()),
+    )
+    return tuple(site for site in found if has_cross or "cross" not in site.readers[0])
+
+
+def _behind_gelu(vision: VisionConfig) -> Site:
+    if not vision.has_shift:
+        return Site(readers=("mlp.fc2",))
+    return Site(readers=("mlp.fc2",), spread="mlp.spread", shift="mlp.shift")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One block with its weights in memory, float32."""
+
+    name: str  # prefix of its parameters' names
+    module: nn.Module
+    sites: tuple[Site, ...]
+    run: Callable[[Tensor, Context | None], Tensor]  # hidden states (B, T, C) → the same
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Its linear layers by full name, without the ``.weight``."""
+        return {
+            f"{self.name}.{path}": module
+            for path, module in self.module.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def attentions(self) -> dict[str, nn.Module]:
+        """The vision tower's attention by full name; of QLLaMA's layers none."""
+        return {
+            f"{self.name}.{path}": module
+            for path, module in self.module.named_modules()
+            if isinstance(module, AttentionCore)
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What QLLaMA's layers look at besides a batch's hidden states."""
+
+    mask: Tensor | None
+    rope: tuple[Tensor, Tensor]
+    rows: Tensor | None = None  # (B, T), true where there is no padding; None: nowhere
+    num_queries: int = 0
+    vision: Sequence[Array] = ()  # the vision tower's output, by batch
+    index: int = 0  # of this batch's vision
+
+    def vision_states(self) -> Tensor | None:
+        """(B, N, C), brought into memory for as long as a block needs it; None for texts."""
+        if not self.vision:
+            return None
+        states = torch.from_numpy(self.vision[self.index])
+        return states if self.rows is None else states[: self.rows.shape[0]]
+
+
+def vision_blocks(checkpoint: Checkpoint, layers: Iterable[int]) -> Iterator[Block]:
+    config = checkpoint.config.vision
+    for i in layers:
+        with torch.device("meta"):
+            module = VisionBlock(config)
+        name = f"{VISION_PREFIX}.{i}"
+        load_into(module, checkpoint, f"{name}.", torch.float32)
+        sites = sites_of(checkpoint.config, name)
+        yield Block(name=name, module=module.eval(), sites=sites, run=_run_vit(module))
+
+
+def _run_vit(module: VisionBlock) -> Callable[[Tensor, Context | None], Tensor]:
+    def run(x: Tensor, _: Context | None) -> Tensor:
+        y: Tensor = module(x)
+        return y
+
+    return run
+
+
+def llama_blocks(checkpoint: Checkpoint, start: int) -> Iterator[Block]:
+    config, llama = checkpoint.config, language_config(checkpoint.config)
+    assert llama is not None
+    for i in range(start, llama.num_hidden_layers):
+        name = f"{language_prefix(config)}.{i}"
+        with torch.device("meta"):
+            layer = _layer(config, i)
+        load_into(layer, checkpoint, f"{name}.", torch.float32)
+        sites = sites_of(config, name)
+        yield Block(name=name, module=layer.eval(), sites=sites, run=_run_layer(layer))
+
+
+def behind_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
+    """The vision tower's blocks behind a chat model's ``select_layer``, for QLLaMA's queries."""
+    assert checkpoint.config.queries is not None and checkpoint.config.chat is not None
+    for i in range(checkpoint.config.chat.num_blocks_behind):
+        with torch.device("meta"):
+            module = VisionBlock(checkpoint.config.queries.vision)
+        load_into(module, checkpoint, f"queries.vision_behind.{i}.", torch.float32)
+        yield module.eval()
+
+
+def query_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
+    """The layers of a chat model's QLLaMA."""
+    config = checkpoint.config.queries
+    assert config is not None
+    for i in range(config.qllama.num_hidden_layers):
+        with torch.device("meta"):
+            layer = _layer_of(config, i)
+        load_into(layer, checkpoint, f"{OTHER_TOWERS['chat_queries']}.{i}.", torch.float32)
+        yield layer.eval()
+
+
+def _layer(config: CheckpointConfig, index: int) -> Layer:
+    """A layer of the language model, as its index says."""
+    if config.internvl is None:
+        llama = language_config(config)
+        assert llama is not None
+        return Layer(llama)
+    return _layer_of(config.internvl, index)
+
+
+def _layer_of(config: InternVLConfig, index: int) -> Layer:
+    has_cross = index % config.cross_attention_frequency == 0
+    return Layer(config.qllama, config.vision.hidden_size, has_cross=has_cross)
+
+
+def _run_layer(layer: Layer) -> Callable[[Tensor, Context | None], Tensor]:
+    def run(x: Tensor, context: Context | None) -> Tensor:
+        assert context is not None
+        vision = context.vision_states()
+        y, _ = layer(x, context.rope, context.mask, None, vision, context.num_queries)
+        return y
+
+    return run
+
+
+def component_of_one_block(
+    checkpoint: Checkpoint, component: str, index: int
+) -> tuple[nn.Module, Callable[[str], str]]:
+    """A component's reference with one block of its tower, the others left out, in float32.
+
+    Args:
+        checkpoint: where the weights are.
+        component: its name.
+        index: the block to keep.
+
+    Returns:
+        The module, and the checkpoint's name of each of its parameters.
+    """
+    config, prefix = checkpoint.config, tower_of(component)
+    with torch.device("meta"):
+        model = build_model(with_depth(config, 1, 1, 1))
+        if component in OTHER_TOWERS:
+            assert isinstance(model, Chat) and config.queries is not None
+            model.queries.qllama.model.layers[0] = _layer_of(config.queries, index)
+        if isinstance(model, InternVL):
+            model.qllama.model.layers[0] = _layer(config, index)
+            if component != "decoder":
+                model.qllama.lm_head = nn.Identity()  # type: ignore[assignment]
+    module = build_component(COMPONENTS[component], model)
+
+    def stored(name: str) -> str:
+        return name.replace(f"{prefix}.0.", f"{prefix}.{index}.")
+
+    load_into(module, checkpoint, "", torch.float32, stored)
+    return module, stored
+
+
+def tower_of(component: str) -> str | None:
+    """Prefix of the blocks that a component runs through; None of none."""
+    if component in OTHER_TOWERS:
+        return OTHER_TOWERS[component]
+    stream = COMPONENT_STREAM.get(component)
+    if stream is None or stream == "image":
+        return stream and VISION_PREFIX
+    return CHAT_PREFIX if stream == "chat" else LLAMA_PREFIX
+
+
+def language_prefix(config: CheckpointConfig) -> str:
+    """Prefix of the language model's blocks."""
+    return LLAMA_PREFIX if config.chat is None else CHAT_PREFIX

@@ -1,0 +1,301 @@
+"""The samples of a calibration on their way through the towers, block by block.
+
+Calibration needs the activations that enter every linear layer. Running the whole model would
+need all of its weights at once, so the activations of the calibration samples are carried from
+block to block instead: load block i, run what block i − 1 left, drop it.
+
+QLLaMA runs the same layers for several uses whose activations differ, so each use is a stream of
+its own with its own ranges:
+
+    stream    what runs                              components
+    image     ViT                                    vision, image_embed
+    queries   queries looking at an image            image_queries
+    text      causal text                            text_embed
+    match     queries and text, all seeing all       matcher
+    caption   text behind the queries, causal        decoder
+    chat      image tokens, then text, causal        chat_decoder, of InternVL-Chat's LLaMA
+
+What changes from block to block is a batch's hidden states; they lie in a spool, in memory or on
+disk. What a batch's blocks look at besides (masks, rotary tables, the image) is its context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_into
+from internvl_edge.export.config.checkpoint import InternVLConfig, with_depth
+from internvl_edge.export.models import Chat
+from internvl_edge.export.models.chat import Queries, require_llama
+from internvl_edge.export.models.qllama import (
+    QLlama,
+    causal_mask,
+    generation_mask,
+    padding_mask,
+)
+from internvl_edge.export.models.vit import InternViT, unrotated
+from internvl_edge.export.towers.blocks import (
+    OF_IMAGES,
+    Block,
+    Context,
+    behind_blocks,
+    llama_blocks,
+    query_blocks,
+    vision_blocks,
+)
+from internvl_edge.files.spool import Spool
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What calibration runs on; batches of the sizes that memory allows."""
+
+    pixel_values: Sequence[Tensor] = ()  # (B, 3, H, W) each, normalised
+    input_ids: Sequence[Tensor] = ()  # (B, T) each, as for text embedding
+    match_ids: Sequence[Tensor] = ()  # (B, T) each, as for matching; pairs with pixel_values
+    caption_ids: Sequence[Tensor] = ()  # (B, T) each, prompt and caption; pairs with pixel_values
+
+
+@dataclass(slots=True)
+class Stream:
+    """One use of a tower on all samples."""
+
+    hidden: Spool  # (B, T, C) of each batch; replaced block by block by the calibrator
+    contexts: list[Context | None]
+
+
+class Store(Protocol):
+    """Where hidden states lie between two blocks, and how many blocks an earlier run finished."""
+
+    @property
+    def num_done(self) -> int: ...
+    def hidden(self, stream: str) -> Spool:
+        """A new spool for a stream's hidden states behind the block under way."""
+        ...
+
+    def restore(self, stream: str) -> Spool:
+        """The hidden states that the last finished block of the stream left."""
+        ...
+
+    def scratch(self) -> Spool:
+        """A spool that leaves nothing behind."""
+        ...
+
+
+def calibration_blocks(
+    checkpoint: Checkpoint, samples: Samples, streams: set[str], store: Store
+) -> Iterator[tuple[Block, dict[str, Stream]]]:
+    """Every block that the wanted streams run through and that is not done yet, in order.
+
+    The consumer runs ``block.run`` on each batch of each stream, and replaces the stream's hidden
+    states by the results before it asks for the next block. Tower outputs flow on by themselves.
+    """
+    depth = 0
+    image: Sequence[Array] = ()
+    if streams & {"image", *OF_IMAGES}:
+        depth = checkpoint.config.vision.num_hidden_layers
+        current = {"image": _images(checkpoint, samples, store)}
+        yield from _with(current, vision_blocks(checkpoint, range(store.num_done, depth)))
+        image = _unrotated(checkpoint, current["image"].hidden, streams, store)
+    if streams & {"text", *OF_IMAGES}:
+        start = max(store.num_done - depth, 0)
+        begin = _chat_streams if checkpoint.config.chat is not None else _llama_streams
+        current = begin(checkpoint, samples, streams, image, store, resumed=start > 0)
+        yield from _with(current, llama_blocks(checkpoint, start))
+
+
+def _with(
+    streams: dict[str, Stream], blocks: Iterator[Block]
+) -> Iterator[tuple[Block, dict[str, Stream]]]:
+    """Each block with the streams; a loop would hold one while it loads the next."""
+    return map(lambda block: (block, streams), blocks)  # noqa: C417 - see above
+
+
+@torch.inference_mode()
+def _images(checkpoint: Checkpoint, samples: Samples, store: Store) -> Stream:
+    contexts: list[Context | None] = [None] * len(samples.pixel_values)
+    if store.num_done:
+        return Stream(hidden=store.restore("image"), contexts=contexts)
+    with torch.device("meta"):
+        one = replace(checkpoint.config.vision, num_hidden_layers=1)
+        embeddings = InternViT(one).embeddings
+    load_into(embeddings, checkpoint, "vision_model.embeddings.", torch.float32)
+    hidden = store.hidden("image")
+    for pixels in samples.pixel_values:
+        hidden.append(embeddings(pixels).numpy())
+    return Stream(hidden=hidden, contexts=contexts)
+
+
+@torch.inference_mode()
+def _unrotated(
+    checkpoint: Checkpoint, hidden: Spool, streams: set[str], store: Store
+) -> Sequence[Array]:
+    """What the vision tower left, as cross-attention looks at it."""
+    if not checkpoint.config.vision.is_rotated or not streams & OF_IMAGES:
+        return hidden
+    matrix, states = checkpoint.read_torch("vision_model.unrotation"), store.scratch()
+    for values in hidden:
+        states.append(unrotated(torch.from_numpy(values), matrix).numpy())
+    return states
+
+
+@torch.inference_mode()
+def _llama_streams(
+    checkpoint: Checkpoint,
+    samples: Samples,
+    streams: set[str],
+    image: Sequence[Array],
+    store: Store,
+    *,
+    resumed: bool,
+) -> dict[str, Stream]:
+    config = checkpoint.config.internvl
+    assert config is not None
+    front = _llama_front(checkpoint, config)
+    queries = checkpoint.read_torch("query_tokens")
+    batches: dict[str, Iterator[tuple[Tensor, Context]]] = {
+        "queries": (_queries(front, queries, image, i) for i in range(len(image))),
+        "text": (_text(front, ids) for ids in samples.input_ids),
+        "match": (
+            _match(front, queries, image, i, ids)
+            for i, ids in zip(range(len(image)), samples.match_ids, strict=False)
+        ),
+        "caption": (
+            _caption(front, queries, image, i, ids)
+            for i, ids in zip(range(len(image)), samples.caption_ids, strict=False)
+        ),
+    }
+    return _started({n: b for n, b in batches.items() if n in streams}, store, resumed=resumed)
+
+
+def _started(
+    batches: dict[str, Iterator[tuple[Tensor, Context]]], store: Store, *, resumed: bool
+) -> dict[str, Stream]:
+    """Streams in front of a tower, or behind the last finished block of it."""
+    current = {}
+    for name in batches:
+        hidden = store.restore(name) if resumed else store.hidden(name)
+        contexts: list[Context | None] = []
+        for x, context in batches[name]:
+            contexts.append(context)
+            if not resumed:
+                hidden.append(x.numpy())
+        current[name] = Stream(hidden=hidden, contexts=contexts)
+    return current
+
+
+@torch.inference_mode()
+def _chat_streams(
+    checkpoint: Checkpoint,
+    samples: Samples,
+    streams: set[str],
+    image: Sequence[Array],
+    store: Store,
+    *,
+    resumed: bool,
+) -> dict[str, Stream]:
+    """A chat model's prompts: the tokens of an image, and a text behind them."""
+    with torch.device("meta"):
+        front = Chat(with_depth(checkpoint.config, 1, 1, 1))
+    front.vision_model = front.queries = nn.Identity()  # type: ignore[assignment]
+    llama = require_llama(front)
+    llama.model.layers, llama.lm_head = nn.ModuleList(), None
+    load_into(front, checkpoint, "", torch.float32)
+
+    def prompt(states: Array, ids: Tensor, queries: Tensor | None) -> tuple[Tensor, Context]:
+        tokens = front.project(torch.from_numpy(states))
+        if queries is not None:
+            tokens = torch.cat((front.project_queries(queries), tokens), dim=1)
+        x = llama.entered(torch.cat((tokens, llama.model.embed_tokens(ids)), dim=1))
+        rows = F.pad(ids > 0, (tokens.shape[1], 0), value=True)
+        mask = causal_mask(x.shape[1], x.device) & padding_mask(rows)
+        rope = tuple(t[None, : x.shape[1]] for t in (llama.rope_cos, llama.rope_sin))
+        return x, Context(mask=mask, rope=rope, rows=rows)  # type: ignore[arg-type]
+
+    config = checkpoint.config.queries
+    queries = [None] * len(image) if config is None else _query_states(checkpoint, config, image)
+    triples = zip(image, samples.input_ids, queries, strict=True)
+    return _started({"chat": (prompt(*triple) for triple in triples)}, store, resumed=resumed)
+
+
+def _query_states(
+    checkpoint: Checkpoint, config: InternVLConfig, image: Sequence[Array]
+) -> list[Tensor]:
+    """What a chat model's queries see of each batch (B, nq, D'), one block in memory at a time."""
+    with torch.device("meta"):
+        front = Queries(config, num_blocks=0)
+    front.qllama.model.layers = nn.ModuleList()
+    load_into(front, checkpoint, "queries.", torch.float32)
+    vision = [torch.from_numpy(np.array(states)) for states in image]
+    for block in behind_blocks(checkpoint):
+        vision = [block(x) for x in vision]
+    count = config.num_query_token
+    states = [front.query_tokens.expand(len(x), -1, -1) for x in vision]
+    for layer in query_blocks(checkpoint):
+        states = [
+            layer(x, front.qllama.rope(count), None, None, seen, count)[0]
+            for x, seen in zip(states, vision, strict=True)
+        ]
+    return [front.qllama.model.norm(x) for x in states]
+
+
+def _llama_front(checkpoint: Checkpoint, config: InternVLConfig) -> QLlama:
+    """QLLaMA without its layers: the token embedding and the rotary tables."""
+    with torch.device("meta"):
+        front = QLlama(config)
+    front.model.layers, front.lm_head = nn.ModuleList(), nn.Identity()  # type: ignore[assignment]
+    load_into(front, checkpoint, "qllama.", torch.float32)
+    return front
+
+
+def _queries(
+    front: QLlama, queries: Tensor, image: Sequence[Array], index: int
+) -> tuple[Tensor, Context]:
+    count = queries.shape[1]
+    x = queries.expand(image[index].shape[0], -1, -1)
+    return x, Context(
+        mask=None, rope=front.rope(count), num_queries=count, vision=image, index=index
+    )
+
+
+def _text(front: QLlama, ids: Tensor) -> tuple[Tensor, Context]:
+    mask = causal_mask(ids.shape[1], ids.device) & padding_mask(ids > 0)
+    return front.embed(ids), Context(mask=mask, rope=front.rope(ids.shape[1]), rows=ids > 0)
+
+
+def _match(
+    front: QLlama, queries: Tensor, image: Sequence[Array], index: int, ids: Tensor
+) -> tuple[Tensor, Context]:
+    count = queries.shape[1]
+    x = torch.cat((queries.expand(ids.shape[0], -1, -1), front.embed(ids)), dim=1)
+    rows = F.pad(ids > 0, (count, 0), value=True)
+    return x, Context(
+        mask=padding_mask(rows),
+        rope=front.rope(x.shape[1]),
+        rows=rows,
+        num_queries=count,
+        vision=image,
+        index=index,
+    )
+
+
+def _caption(
+    front: QLlama, queries: Tensor, image: Sequence[Array], index: int, ids: Tensor
+) -> tuple[Tensor, Context]:
+    """As generation sees a prompt and its continuation; the decoder runs the text alone."""
+    x, context = _match(front, queries, image, index, ids)
+    assert context.rows is not None
+    count = context.num_queries
+    mask = generation_mask(context.rows.long(), count)
+    rows = context.rows.clone()
+    rows[:, :count] = False
+    return x, replace(context, mask=mask, rows=rows)

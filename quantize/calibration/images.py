@@ -1,0 +1,314 @@
+"""Calibration sets: images and captions whose activations decide the ranges.
+
+A set comes from a folder of images (``load_calibration``), from packages that bring images with
+them (``sample_set``), or from arrays. Nothing is fetched from a network.
+
+What is sampled depends on names and seed alone: candidates are ordered by the hash of
+(seed, path relative to the folder), so the order in which a file system lists them, the platform
+and the version of numpy play no part, and one more file in the folder changes one sample at most.
+
+Images are decoded when asked for. Every file's hash is taken when the set is made and compared
+when the file is read again, so that ``digest`` does identify what the model was calibrated on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.resources
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.errors import CalibrationError, MediaError, MissingDependency, UsageError
+from internvl_edge.runtime.images.transform import load_image
+
+Image = NDArray[np.uint8]  # (height, width, 3)
+T = TypeVar("T")
+
+SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})  # what load_image takes from a file
+MAX_CORRUPT = 0.05  # of the images looked at; beyond, the folder is not what it should be
+NUM_CHECKED = 256  # images decoded to tell, at least, where the folder has as many
+MAX_CAPTIONS_NBYTES = 64 << 20
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SAMPLE_SETS = ("photographs", "digits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFile:
+    """An image on disk, as it was when the set was made."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CalibrationSet:
+    """Images, a caption for each, and what identifies them."""
+
+    name: str
+    sources: tuple[ImageFile | Image, ...]
+    captions: tuple[str, ...]  # as many as images
+    skipped: tuple[str, ...] = ()  # files that did not decode, relative to the folder
+    digest: str  # SHA-256 over images and captions, in order
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[ImageFile | Image],
+        captions: Sequence[str],
+        *,
+        name: str,
+        skipped: Sequence[str] = (),
+    ) -> CalibrationSet:
+        """A set whose captions are repeated until every image has one."""
+        if not sources or not captions:
+            raise CalibrationError(
+                f"calibration set {name!r}: expected images and captions, found {len(sources)} "
+                f"images and {len(captions)} captions"
+            )
+        captions = tuple(captions[i % len(captions)] for i in range(len(sources)))
+        digest = hashlib.sha256(json.dumps([[_sha256(s) for s in sources], captions]).encode())
+        return cls(
+            name=name,
+            sources=tuple(sources),
+            captions=captions,
+            skipped=tuple(skipped),
+            digest=digest.hexdigest(),
+        )
+
+    @classmethod
+    def from_arrays(
+        cls, images: Sequence[Image], captions: Sequence[str], *, name: str
+    ) -> CalibrationSet:
+        """A set of images in memory.
+
+        Raises:
+            CalibrationError: none at all, or one that is not HWC uint8 with three channels.
+        """
+        for i, image in enumerate(images):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise CalibrationError(
+                    f"calibration set {name!r}, image {i}: expected uint8 (height, width, 3), "
+                    f"found {image.dtype} {image.shape}"
+                )
+        return cls.of(images, captions, name=name)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def image(self, index: int) -> Image:
+        """Image ``index``, (height, width, 3) uint8.
+
+        Raises:
+            CalibrationError: the file is gone, or no longer the one the set was made from.
+        """
+        source = self.sources[index]
+        if not isinstance(source, ImageFile):
+            return source
+        try:
+            data = source.path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != source.sha256:
+                raise CalibrationError(f"{source.path}: changed while it was calibrated on")
+            return _decode(data)
+        except (OSError, MediaError) as error:
+            raise CalibrationError(f"{source.path}: no longer readable: {error}") from error
+
+    def images(self) -> Iterator[Image]:
+        """Every image, decoded one at a time."""
+        return (self.image(i) for i in range(len(self)))
+
+
+def load_calibration(folder: Path, num_samples: int, seed: int = 0) -> CalibrationSet:
+    """Sample a folder of images, searched with its sub-folders.
+
+    Captions come from ``captions.txt`` (one a line), or from ``captions.json`` or
+    ``captions.jsonl`` (texts, or objects with ``image``, relative to the folder, and
+    ``caption``); without any of them from the captions that come with the package.
+
+    Args:
+        folder: where the images lie.
+        num_samples: how many to take; all of them if there are fewer.
+        seed: of the choice.
+
+    Raises:
+        CalibrationError: no such folder, no images in it, more than 5 % of them corrupt, or a
+            captions file that is not understood.
+    """
+    if not folder.is_dir():
+        raise CalibrationError(f"{folder}: expected a folder of calibration images")
+    paired, captions = _captions_of(folder)
+    found = [
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
+    if not found:
+        raise CalibrationError(
+            f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}), found none"
+        )
+    if paired:
+        found = [path for path in found if path.as_posix() in paired]
+        if not found:
+            raise CalibrationError(f"{folder}: none of its images has a caption in its captions")
+    chosen, skipped = _readable(folder, _ordered(found, seed, Path.as_posix), num_samples)
+    texts = [paired[path.as_posix()] for path, _ in chosen] if paired else _ordered(captions, seed)
+    sources = [ImageFile(path=folder / path, sha256=sha256) for path, sha256 in chosen]
+    return CalibrationSet.of(sources, texts, name=folder.name, skipped=skipped)
+
+
+def sample_set(name: str, num_samples: int | None = None, seed: int = 0) -> CalibrationSet:
+    """Images that installed packages bring: ``photographs`` or ``digits``.
+
+    Args:
+        name: ``photographs`` (scikit-image) or ``digits`` (scikit-learn's 8 × 8 scans).
+        num_samples: how many to take; None for all.
+        seed: of the choice.
+
+    Raises:
+        UsageError: another name.
+        MissingDependency: the package is not installed.
+        CalibrationError: a file is not the one that the manifest pins.
+    """
+    if name not in SAMPLE_SETS:
+        raise UsageError(f"sample set: expected one of {', '.join(SAMPLE_SETS)}, found {name!r}")
+    files = pinned_files(json.loads(_resource(f"{name}.json")))
+    if name == "digits":
+        images, captions = _digits(files[0].path)
+        chosen = _ordered(range(len(images)), seed)[:num_samples]
+        return CalibrationSet.from_arrays(
+            [images[i] for i in chosen], [captions[i] for i in chosen], name=name
+        )
+    sources = _ordered(files, seed, lambda file: file.path.name)[:num_samples]
+    return CalibrationSet.of(sources, _ordered(bundled_captions(), seed), name=name)
+
+
+def bundled_captions() -> tuple[str, ...]:
+    """The captions of everyday scenes that come with the package."""
+    return tuple(_resource("captions.txt").splitlines())
+
+
+def pinned_files(manifest: dict[str, Any]) -> list[ImageFile]:
+    """The files that a manifest of ``calib_data`` names, each checked against its hash.
+
+    Raises:
+        MissingDependency: their package is not installed.
+        CalibrationError: one is absent or another file than the manifest's.
+    """
+    spec = importlib.util.find_spec(manifest["module"])
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependency.of(manifest["package"], manifest["extra"])
+    root = Path(next(iter(spec.submodule_search_locations)))
+    files = []
+    for entry in manifest["files"]:
+        path = root / entry["path"]
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        if found != entry["sha256"]:
+            raise CalibrationError(
+                f"{path}: expected SHA-256 {entry['sha256']}, found {found}; reinstall "
+                f"{manifest['package']}, or calibrate on a folder of images of your own"
+            )
+        files.append(ImageFile(path=path, sha256=found))
+    return files
+
+
+def _ordered(items: Iterable[T], seed: int, key: Callable[[T], object] = str) -> list[T]:
+    """``items`` shuffled by a hash of the seed and each one's key."""
+
+    def place(item: T) -> tuple[bytes, str]:
+        text = str(key(item))
+        return hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogateescape")).digest(), text
+
+    return sorted(items, key=place)
+
+
+def _readable(
+    folder: Path, candidates: Sequence[Path], num_samples: int
+) -> tuple[list[tuple[Path, str]], list[str]]:
+    """The first candidates that decode, with their hashes, and the names of those that do not."""
+    chosen: list[tuple[Path, str]] = []
+    skipped: list[str] = []
+    for examined, path in enumerate(candidates):
+        if len(chosen) >= num_samples and examined >= NUM_CHECKED:
+            break
+        try:
+            data = (folder / path).read_bytes()
+            _decode(data)
+        except (OSError, MediaError):
+            skipped.append(path.as_posix())
+        else:
+            chosen.append((path, hashlib.sha256(data).hexdigest()))
+    examined = len(chosen) + len(skipped)
+    if not chosen or len(skipped) > MAX_CORRUPT * examined:
+        raise CalibrationError(
+            f"{folder}: {len(skipped)} of {examined} images cannot be decoded, more than "
+            f"{MAX_CORRUPT:.0%}: {', '.join(sorted(skipped)[:5])}; remove or replace them"
+        )
+    return chosen[:num_samples], sorted(skipped)
+
+
+def _decode(data: bytes) -> Image:
+    return np.asarray(load_image(data), np.uint8)
+
+
+def _captions_of(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Captions by image, if the folder's file pairs them, or captions alone."""
+    for file in ("captions.json", "captions.jsonl", "captions.txt"):
+        path = folder / file
+        if path.exists():
+            break
+    else:
+        return {}, bundled_captions()
+    try:
+        return _parse_captions(_caption_entries(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path}: not understood as captions: {error}") from error
+
+
+def _caption_entries(path: Path) -> Any:
+    if path.stat().st_size > MAX_CAPTIONS_NBYTES:
+        raise ValueError(f"larger than {MAX_CAPTIONS_NBYTES} bytes")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
+
+
+def _parse_captions(entries: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("expected a list of captions, or of {image, caption} objects")
+    if all(isinstance(entry, str) and entry.strip() for entry in entries):
+        return {}, tuple(entries)
+    paired: dict[str, str] = {}
+    for i, entry in enumerate(entries):
+        pair = [entry.get(k) for k in ("image", "caption")] if isinstance(entry, dict) else []
+        if len(pair) != 2 or not all(isinstance(value, str) and value.strip() for value in pair):
+            raise ValueError(f"entry {i + 1}: expected {{image, caption}}, found {entry!r:.80}")
+        paired.setdefault(str(pair[0]), str(pair[1]))
+    return paired, ()
+
+
+def _digits(path: Path) -> tuple[list[Image], list[str]]:
+    """scikit-learn's handwritten digits: 64 grey levels of 0 … 16 and the digit, a row each."""
+    with gzip.open(path) as file:
+        rows = np.loadtxt(file, delimiter=",", dtype=np.float64)
+    grey = np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    captions = [f"a handwritten {DIGITS[int(digit)]}" for digit in rows[:, 64]]
+    return list(np.repeat(grey, 3, axis=3)), captions
+
+
+def _resource(file: str) -> str:
+    return (importlib.resources.files("internvl_edge.calib_data") / file).read_text("utf-8")
+
+
+def _sha256(source: ImageFile | Image) -> str:
+    if isinstance(source, ImageFile):
+        return source.sha256
+    return hashlib.sha256(f"{source.shape}".encode() + source.tobytes()).hexdigest()

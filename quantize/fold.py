@@ -1,0 +1,239 @@
+"""A checkpoint in the form that quantizes well: gains folded away, the residual stream rotated.
+
+The function is the same, the tensors are others. Between two norms of a pre-norm tower stand only
+linear maps, so what is diagonal there moves into the weights beside it:
+
+    norm gain g, norm bias b       W ← W diag(g),  bias ← bias + W b       its readers' columns
+    LayerScale l                   W ← diag(l) W,  bias ← l · bias         its writer's rows
+
+and so does an orthogonal Q of the stream (``quantize.rotation`` says which, and why):
+
+    readers                        W ← W Q
+    writers, patch embedding       W ← Qᵀ W,  bias ← bias Q
+    class token, positions, token embedding, query tokens     t ← t Q
+    behind the last block          one more product with Qᵀ, ``unrotation``
+
+Cross-attention's second norm reads the vision tower's output, which has left its stream: its gain
+is folded, nothing is rotated. Self-attention's q and k norms stay, they do not read the stream.
+
+The result is a ``Checkpoint`` as any other, with another config and other tensors; each is made
+when it is read, so calibration, verification and writing stay as streaming as they
+are. It holds no shard of its own: hashes and links are those of the original.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, TensorEntry, expected_shapes
+from internvl_edge.export.components import language_config
+from internvl_edge.export.config.chat import LlamaConfig
+from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.towers.blocks import (
+    LLAMA_NORMS,
+    LLAMA_WRITERS,
+    OFF_STREAM,
+    VISION_NORMS,
+    VISION_PREFIX,
+    VISION_WRITERS,
+    language_prefix,
+    sites_of,
+)
+
+Array = np.ndarray[Any, Any]
+FLOAT32 = np.dtype(np.float32)
+EMBEDDINGS = "vision_model.embeddings"
+TOKENS = "qllama.model.embed_tokens.weight"
+
+
+class Rotation(Protocol):
+    """What is needed of ``quantize.rotation.Rotation``: a symmetric Q that is its own inverse."""
+
+    def apply(self, values: Array, axis: int = -1, *, in_place: bool = False) -> Array: ...
+    def matrix(self) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derived(TensorEntry):
+    """A tensor that is computed from others when it is read."""
+
+    compute: Callable[[], Array]
+
+    def read(self) -> Array:
+        """The values, in the entry's dtype."""
+        return self.compute().astype(self.dtype, copy=False)
+
+
+def folded(
+    checkpoint: Checkpoint, rotation: Callable[[int], Rotation] | None, *, has_shift: bool
+) -> Checkpoint:
+    """The checkpoint with gains and LayerScale folded, and rotated where a rotation is given.
+
+    Args:
+        checkpoint: as on disk.
+        rotation: the rotation of a width; None leaves the residual streams in their basis.
+        has_shift: give the vision tower's MLPs factors (ones) and a shift (zero) behind GELU, for
+            calibration to set.
+    """
+    config = _folded_config(checkpoint.config, is_rotated=rotation is not None, shift=has_shift)
+    tensors = dict(checkpoint.tensors)
+    vision = rotation and rotation(config.vision.hidden_size)
+    makers = _vision(checkpoint, vision, has_shift=has_shift)
+    llama = language_config(config)
+    if llama is not None:
+        makers |= _llama(checkpoint, llama, rotation and rotation(llama.hidden_size))
+    for name, shape in expected_shapes(config).items():
+        if name in makers:
+            # embeddings are large and were never float32; all else is small or quantized next
+            dtype = tensors[name].dtype if name == TOKENS else FLOAT32
+            tensors[name] = Derived(
+                name=name,
+                dtype=dtype,
+                shape=shape,
+                file=Path(),
+                offset=0,
+                nbytes=dtype.itemsize * math.prod(shape),
+                compute=makers[name],
+            )
+    kept = expected_shapes(config)
+    return replace(checkpoint, config=config, tensors={n: tensors[n] for n in kept})
+
+
+def _folded_config(config: CheckpointConfig, *, is_rotated: bool, shift: bool) -> CheckpointConfig:
+    has_bias = config.vision.qkv_bias or config.vision.norm_type == "layer_norm"
+    vision = replace(
+        config.vision,
+        has_layer_scale=False,
+        is_rotated=is_rotated,
+        has_shift=shift,
+        qkv_bias=has_bias,
+    )
+    if config.chat is not None and config.chat.llama is not None:
+        chat = replace(config.chat, llama=replace(config.chat.llama, is_rotated=is_rotated))
+        return replace(config, vision=vision, chat=chat)
+    if config.internvl is None:
+        return replace(config, vision=vision)
+    llama = replace(config.internvl.qllama, is_rotated=is_rotated)
+    internvl = replace(config.internvl, vision=vision, qllama=llama)
+    return replace(config, vision=vision, internvl=internvl)
+
+
+Makers = dict[str, Callable[[], Array]]
+
+
+def _vision(checkpoint: Checkpoint, q: Rotation | None, *, has_shift: bool) -> Makers:
+    makers: Makers = {}
+    for name in ("class_embedding", "position_embedding", "patch_embedding.bias"):
+        makers[f"{EMBEDDINGS}.{name}"] = _rotated(checkpoint, f"{EMBEDDINGS}.{name}", q)
+    patches = f"{EMBEDDINGS}.patch_embedding.weight"
+    makers[patches] = _rotated(checkpoint, patches, q, axis=0)
+    width = checkpoint.config.vision.intermediate_size
+    for i in range(checkpoint.config.vision.num_hidden_layers):
+        block = f"{VISION_PREFIX}.{i}"
+        makers |= _block(checkpoint, block, VISION_NORMS, VISION_WRITERS, q)
+        if has_shift:
+            makers[f"{block}.mlp.spread"] = lambda: np.ones(width, np.float32)
+            makers[f"{block}.mlp.shift"] = lambda: np.zeros((), np.float32)
+    if q is None:
+        return {name: make for name, make in makers.items() if EMBEDDINGS not in name}
+    return makers | {"vision_model.unrotation": q.matrix}
+
+
+def _llama(checkpoint: Checkpoint, llama: QLlamaConfig | LlamaConfig, q: Rotation | None) -> Makers:
+    config, makers = checkpoint.config, dict[str, Callable[[], Array]]()
+    for i in range(llama.num_hidden_layers):
+        block = f"{language_prefix(config)}.{i}"
+        readers = [name for site in sites_of(config, block) for name in site.readers]
+        has_cross = any("cross" in name for name in readers)
+        norms = {n: r for n, r in LLAMA_NORMS.items() if has_cross or "cross" not in n}
+        writers = {w: s for w, s in LLAMA_WRITERS.items() if has_cross or "cross" not in w}
+        makers |= _block(checkpoint, block, norms, writers, q)
+    if q is None:
+        return makers
+    if config.chat is not None:  # token embeddings come from outside and are rotated in the graph
+        return makers | {"language_model.model.unrotation": q.matrix}
+    for name in (TOKENS, "query_tokens"):
+        makers[name] = _rotated(checkpoint, name, q)
+    return makers | {"qllama.model.unrotation": q.matrix}
+
+
+def _block(
+    checkpoint: Checkpoint,
+    block: str,
+    norms: Mapping[str, tuple[str, ...]],
+    writers: Mapping[str, str | None],
+    q: Rotation | None,
+) -> Makers:
+    makers: Makers = {}
+    for norm, readers in norms.items():
+        gain, bias = f"{block}.{norm}.weight", f"{block}.{norm}.bias"
+        makers[gain] = _constant(checkpoint, gain, 1.0)
+        if bias in checkpoint.tensors:
+            makers[bias] = _constant(checkpoint, bias, 0.0)
+        for reader in readers:
+            name = f"{block}.{reader}"
+            makers[f"{name}.weight"] = _reader(
+                checkpoint, f"{name}.weight", gain, None if norm in OFF_STREAM else q
+            )
+            if bias in checkpoint.tensors:
+                makers[f"{name}.bias"] = _reader_bias(checkpoint, name, bias)
+    for writer, scale in writers.items():
+        for part in ("weight", "bias"):
+            name = f"{block}.{writer}.{part}"
+            if name in checkpoint.tensors:
+                scaled = None if scale is None else f"{block}.{scale}"
+                makers[name] = _writer(checkpoint, name, scaled, q)
+    return makers
+
+
+def _wide(checkpoint: Checkpoint, name: str) -> Array:
+    return checkpoint.read(name).astype(np.float64)
+
+
+def _constant(checkpoint: Checkpoint, name: str, value: float) -> Callable[[], Array]:
+    shape = checkpoint.tensors[name].shape
+    return lambda: np.full(shape, value, np.float32)
+
+
+def _rotated(
+    checkpoint: Checkpoint, name: str, q: Rotation | None, axis: int = -1
+) -> Callable[[], Array]:
+    return lambda: checkpoint.read(name) if q is None else q.apply(checkpoint.read(name), axis)
+
+
+def _reader(
+    checkpoint: Checkpoint, name: str, gain: str, q: Rotation | None
+) -> Callable[[], Array]:
+    def make() -> Array:
+        weight = checkpoint.read_torch(name).mul_(checkpoint.read_torch(gain)).numpy()
+        return weight if q is None else q.apply(weight, in_place=True)
+
+    return make
+
+
+def _reader_bias(checkpoint: Checkpoint, name: str, norm_bias: str) -> Callable[[], Array]:
+    def make() -> Array:
+        moved = _wide(checkpoint, f"{name}.weight") @ _wide(checkpoint, norm_bias)
+        own = f"{name}.bias"
+        return np.asarray(moved + _wide(checkpoint, own) if own in checkpoint.tensors else moved)
+
+    return make
+
+
+def _writer(
+    checkpoint: Checkpoint, name: str, scale: str | None, q: Rotation | None
+) -> Callable[[], Array]:
+    def make() -> Array:
+        values = checkpoint.read_torch(name)
+        if scale is not None:
+            values.mul_(checkpoint.read_torch(scale).reshape(-1, *[1] * (values.ndim - 1)))
+        weight, axis = values.numpy(), 0 if values.ndim > 1 else -1
+        return weight if q is None else q.apply(weight, axis, in_place=True)
+
+    return make

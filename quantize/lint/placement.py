@@ -1,0 +1,250 @@
+"""Rules of Q/DQ that a node's neighbours decide: where pairs stand, and where they are missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from internvl_edge.quantize.lint.rules import Finding, Severity, finding
+from internvl_edge.quantize.lint.view import (
+    ATTENTIONS,
+    MAX_SCORE_STEPS,
+    MOVES,
+    PRODUCTS,
+    SCORE_STEPS,
+    AttentionCore,
+    Operand,
+    Product,
+    View,
+    behind,
+    constant,
+    is_constant,
+    name_of,
+    readers,
+    size_of,
+)
+
+MIN_FEATURES = 16
+INT8_HEAD_SIZES = (16, 32, 64)
+INT8_MAX_LENGTH = 512
+SOFTMAX_SCALE = 1 / 448
+NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+NORMS |= {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "GroupNormalization"}
+NORMS |= {"InstanceNormalization", "BatchNormalization", "ReduceMean", "Pow", "Sqrt"}
+ACTIVATIONS = {"Gelu", "FastGelu", "BiasGelu", "QuickGelu", "Relu", "Erf", "Tanh", "Sigmoid"}
+ACTIVATIONS |= {"Swish", "HardSwish", "LeakyRelu", "Clip", "Elu", "Mish"}
+NONLINEAR = NORMS | ACTIVATIONS | {"Softmax", "LogSoftmax"}
+
+
+def check_products(view: View) -> Iterator[Finding]:
+    bare = [p for p in view.products if _is_weight_only(p)]
+    paired = {_family(p) for p in view.products if p.is_quantized and p.weight and p not in bare}
+    bare = [p for p in bare if _family(p) not in paired or _is_int4(p)]
+    if bare:
+        yield finding("weight-only", bare[0].node, f"{len(bare)} product(s)")
+    for product in view.products:
+        if not product.is_quantized:
+            continue
+        without = [] if product in bare else [o for o in product.operands if o.dequantize is None]
+        for operand in without:
+            what = "weight" if operand.is_constant else "input"
+            yield finding("missing-pair", product.node, f"{what} {operand.value.name!r} has none")
+        formats = {o.element.name for o in product.operands if o.element is not None}
+        if len(formats) > 1 and not without:
+            yield finding("mixed-formats", product.node, " with ".join(sorted(formats)))
+        weight = product.weight
+        if weight is not None:
+            outputs, inputs = _features(product.node, weight)
+            if min(outputs, inputs) < MIN_FEATURES:
+                found = f"{inputs} inputs and {outputs} outputs"
+                yield finding("narrow-product", product.node, found)
+            if product.node.op_type == "Conv" and _reads_pixels(product.operands):
+                yield finding("patch-embed", product.node, "a quantized Conv of the graph's input")
+
+
+def _is_weight_only(product: Product) -> bool:
+    weight = product.weight
+    others = [o for o in product.operands if o is not weight]
+    is_stored = weight is not None and weight.dequantize is not None
+    return is_stored and all(o.dequantize is None for o in others)
+
+
+def _family(product: Product) -> str:
+    """The stack of layers that a product belongs to: its weight's name up to the first index."""
+    name = "" if product.weight is None else str(product.weight.source.name)
+    found = re.match(r"(.*?)[./]\d+[./]", name)
+    return "" if found is None else found[1]
+
+
+def _is_int4(product: Product) -> bool:
+    """Nothing but weights has 4 bits, so that no input is missing a pair."""
+    return product.weight is not None and product.weight.element == ir.DataType.INT4
+
+
+def _features(node: ir.Node, weight: Operand) -> tuple[int, int]:
+    """Outputs and inputs of each of a product's sums; unknown ones count as wide."""
+    shape = weight.source.shape
+    if shape is None or weight.output_axis is None:
+        return MIN_FEATURES, MIN_FEATURES
+    outputs = size_of(weight.source, weight.output_axis) or MIN_FEATURES
+    if node.op_type not in ("Conv", "ConvTranspose"):
+        return outputs, size_of(weight.source, weight.input_axis) or MIN_FEATURES
+    rest = [d for i, d in enumerate(shape) if i != weight.output_axis]
+    return outputs, int(np.prod([d for d in rest if isinstance(d, int)]))
+
+
+def _reads_pixels(operands: tuple[Operand, ...]) -> bool:
+    source = behind(operands[0].source)
+    return source.producer() is None and not is_constant(source)
+
+
+def check_pairs(view: View) -> Iterator[Finding]:
+    """Who reads a pair, and whose output it rounds."""
+    for quantize in view.quantizers:
+        source = quantize.inputs[0]
+        if source is None or is_constant(behind(source)):
+            continue
+        pairs = [n for n in readers(quantize.outputs[0]) if n is not None]
+        reads = [r for n in pairs if n.op_type == "DequantizeLinear" for r in readers(n.outputs[0])]
+        if not any(n.op_type == "DequantizeLinear" for n in pairs):
+            continue  # check_pairing says it
+        yield from _check_readers(quantize, source, reads)
+
+
+def _check_readers(
+    quantize: ir.Node, source: ir.Value, reads: list[ir.Node | None]
+) -> Iterator[Finding]:
+    """One finding for each kind of reader that has no use for 8 bits."""
+    maker = behind(source).producer()
+    kinds = {_kind_of_reader(maker, node) for node in reads}
+    for kind, rule in (
+        ("epilogue", "breaks-epilogue"),
+        ("addition", "residual-trunk"),
+        ("nonlinear", "quantized-nonlinear"),
+    ):
+        if kind in kinds:
+            names = [n for n in reads if n is not None and _kind_of_reader(maker, n) == kind]
+            yield finding(rule, quantize, f"{names[0].op_type} {name_of(names[0])!r} reads it")
+    if kinds <= {"other", "output"}:
+        is_output = maker is not None and (maker.op_type in PRODUCTS or _is_bias(maker))
+        found = "no product reads it"
+        yield finding("output-pair" if is_output else "pair-without-product", quantize, found)
+
+
+def _kind_of_reader(maker: ir.Node | None, node: ir.Node | None) -> str:
+    if node is None:
+        return "output"
+    if node.op_type in PRODUCTS | ATTENTIONS or node.op_type == "QuantizeLinear":
+        return "product"
+    is_product = maker is not None and maker.op_type in PRODUCTS
+    is_biased = maker is not None and _is_bias(maker)
+    if (is_product and _is_bias(node)) or (
+        (is_product or is_biased) and node.op_type in ACTIVATIONS
+    ):
+        return "epilogue"
+    if node.op_type in NONLINEAR:
+        return "nonlinear"
+    if node.op_type == "Add" and not _is_bias(node):
+        return "addition"
+    return "other"
+
+
+def _is_bias(node: ir.Node) -> bool:
+    """An addition of a constant, behind a pair or not."""
+    return node.op_type == "Add" and any(
+        v is not None and is_constant(behind(v, MOVES | {"QuantizeLinear", "DequantizeLinear"}))
+        for v in node.inputs
+    )
+
+
+def check_shared(view: View) -> Iterator[Finding]:
+    """Several pairs on one tensor."""
+    groups: dict[ir.Value, list[ir.Node]] = {}
+    for node in view.quantizers:
+        if node.inputs[0] is not None:
+            groups.setdefault(node.inputs[0], []).append(node)
+    for tensor, nodes in groups.items():
+        if len(nodes) == 1:
+            continue
+        scales = [constant(node.inputs[1]) for node in nodes]
+        known = [float(s.ravel()[0]) for s in scales if s is not None and s.size == 1]
+        differ = len(set(known)) > 1
+        severity: Severity = "warning" if differ else "note"
+        found = f"{len(nodes)} pairs of {tensor.name!r}"
+        found += (
+            f", scales {', '.join(f'{s:g}' for s in known[:4])}" if differ else ", of one scale"
+        )
+        yield finding("shared-pair", nodes[0], found, severity)
+
+
+def check_attention(view: View) -> Iterator[Finding]:
+    for core in view.attentions:
+        paired = [o for o in core.operands if o.dequantize is not None]
+        if not paired:
+            continue
+        formats = {o.element for o in paired}
+        if ir.DataType.INT8 in formats:
+            yield from _check_int8_attention(core)
+        missing = [str(o.value.name) for o in core.operands if o.dequantize is None]
+        if missing:
+            yield finding("attention-incomplete", core.name, f"no pair on {', '.join(missing)}")
+        yield from _check_softmax_scale(core)
+        yield from _check_scale_order(core)
+
+
+def _check_int8_attention(core: AttentionCore) -> Iterator[Finding]:
+    if core.head_size is not None and core.head_size not in INT8_HEAD_SIZES:
+        yield finding("attention-int8", core.name, f"head size {core.head_size}")
+    elif core.length is not None and core.length > INT8_MAX_LENGTH:
+        yield finding("attention-int8", core.name, f"{core.length} tokens")
+
+
+def _check_softmax_scale(core: AttentionCore) -> Iterator[Finding]:
+    pair = core.probabilities
+    if pair is None or pair.dequantize is None or pair.element != ir.DataType.FLOAT8E4M3FN:
+        return
+    scale = constant(pair.dequantize.inputs[1])
+    if scale is not None and abs(float(scale.ravel()[0]) / SOFTMAX_SCALE - 1) > 0.01:
+        yield finding("attention-softmax-scale", core.name, f"scale {float(scale.ravel()[0]):g}")
+
+
+def _check_scale_order(core: AttentionCore) -> Iterator[Finding]:
+    """A factor between q kᵀ and the softmax."""
+    softmax = None if core.probabilities is None else behind(core.probabilities.source).producer()
+    if softmax is None or softmax.op_type != "Softmax":
+        return
+    value = softmax.inputs[0]
+    for _ in range(MAX_SCORE_STEPS):
+        node = None if value is None else value.producer()
+        if node is None or node.op_type not in MOVES | SCORE_STEPS:
+            return
+        if node.op_type in ("Mul", "Div") and any(is_constant(v) for v in node.inputs):
+            yield finding("attention-scale-order", core.name, f"{name_of(node)!r} behind q kᵀ")
+            return
+        value = node.inputs[0]
+
+
+def check_norms(view: View) -> Iterator[Finding]:
+    """Norms written out, in graphs that have pairs."""
+    if not view.quantizers:
+        return
+    for node in view.nodes:
+        if node.op_type != "Sqrt" or not node.inputs or node.inputs[0] is None:
+            continue
+        mean = behind(node.inputs[0], MOVES | {"Add"}).producer()
+        if mean is not None and mean.op_type == "ReduceMean" and mean.inputs[0] is not None:
+            square = mean.inputs[0].producer()
+            if square is not None and square.op_type in ("Pow", "Mul"):
+                yield finding("decomposed-norm", node, f"{square.op_type}, ReduceMean, Sqrt")
+
+
+CHECKS = (
+    check_products,
+    check_pairs,
+    check_shared,
+    check_attention,
+    check_norms,
+)

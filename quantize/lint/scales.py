@@ -1,0 +1,249 @@
+"""Rules of Q/DQ that one node and its constants decide: types, scales, zero points, axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from internvl_edge.quantize.lint.rules import Finding, finding
+from internvl_edge.quantize.lint.view import (
+    Array,
+    Operand,
+    View,
+    behind,
+    constant,
+    dtype_of,
+    is_constant,
+    size_of,
+)
+
+INTEGER_OPERATORS = {"QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger"}
+INTEGER_OPERATORS |= {"DynamicQuantizeLinear", "QGemm", "QAttention", "QLinearAdd", "QLinearMul"}
+FP8 = ir.DataType.FLOAT8E4M3FN
+ACTIVATION_TYPES = {ir.DataType.INT8, FP8}
+WEIGHT_TYPES = ACTIVATION_TYPES | {ir.DataType.INT4, ir.DataType.FLOAT4E2M1}
+SCALE_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+FP8_SM = 89
+DEFAULT_AXIS = 1  # of QuantizeLinear and DequantizeLinear
+
+
+def check_opset(view: View) -> Iterator[Finding]:
+    pairs = [*view.quantizers, *view.dequantizers]
+    needed = 13 if pairs else 0
+    if any(_quantized_type(node) == FP8 for node in pairs):
+        needed = 19
+    if any("output_dtype" in node.attributes for node in pairs):
+        needed = 23
+    if view.opset < needed:
+        yield finding("opset", "the model", f"opset {view.opset}; it needs {needed}")
+
+
+def check_operator_form(view: View) -> Iterator[Finding]:
+    for node in view.nodes:
+        if node.op_type in INTEGER_OPERATORS:
+            yield finding("operator-form", node, f"{node.domain or 'ai.onnx'}.{node.op_type}")
+
+
+def check_pairing(view: View) -> Iterator[Finding]:
+    for node in view.quantizers:
+        reads = {use.node.op_type for use in node.outputs[0].uses()}
+        for other in sorted(reads - {"DequantizeLinear"}):
+            yield finding("unpaired", node, f"{other} reads the quantized values")
+        if not reads:
+            yield finding("unpaired", node, "nothing reads the quantized values")
+    for node in view.dequantizers:
+        source = behind(node.inputs[0]) if node.inputs and node.inputs[0] else None
+        producer = None if source is None else source.producer()
+        if producer is not None and producer.op_type == "QuantizeLinear":
+            yield from _check_same_scale(producer, node)
+        elif not is_constant(source):
+            found = "an input of the graph" if producer is None else producer.op_type
+            yield finding("unpaired", node, f"it dequantizes what comes from {found}")
+
+
+def _check_same_scale(quantize: ir.Node, dequantize: ir.Node) -> Iterator[Finding]:
+    first, second = (constant(_input(node, 1)) for node in (quantize, dequantize))
+    if first is None or second is None:
+        return
+    wide, other = first.astype(np.float64), second.astype(np.float64)
+    if wide.size != other.size or not np.array_equal(wide.ravel(), other.ravel(), equal_nan=True):
+        found = f"quantized with {_few(wide)}, dequantized with {_few(other)}"
+        yield finding("scale-mismatch", dequantize, found)
+
+
+def check_scales(view: View) -> Iterator[Finding]:
+    seen: set[ir.Value] = set()
+    for node in (*view.quantizers, *view.dequantizers):
+        scale = _input(node, 1)
+        if scale is not None and scale not in seen:  # a pair shares its scale
+            seen.add(scale)
+            yield from _check_scale(node, behind(scale, {"Cast"}))
+            if scale.shape is not None and len(scale.shape) > 1 and not _is_blocked(node):
+                yield finding("scale-rank", node, f"{scale.name!r} is of shape {scale.shape}")
+        yield from _check_scale_shape(node, scale)
+
+
+def _check_scale(node: ir.Node, scale: ir.Value) -> Iterator[Finding]:
+    if not is_constant(scale):
+        yield finding("scale-constant", node, f"{scale.name!r} is computed or a graph input")
+        return
+    dtype = dtype_of(scale)
+    if dtype == ir.DataType.FLOAT16:
+        yield finding("scale-type", node, f"{scale.name!r} is float16", "warning")
+    elif dtype is not None and dtype not in SCALE_TYPES and not _is_block_scale(dtype):
+        yield finding("scale-type", node, f"{scale.name!r} is {dtype.name}")
+    values = constant(scale)
+    if values is None:
+        return
+    wide = values.astype(np.float64).ravel()
+    smallest = float(np.finfo(np.float16 if dtype == ir.DataType.FLOAT16 else np.float32).tiny)
+    for what, wrong in (
+        ("NaN or infinite", ~np.isfinite(wide)),
+        ("zero or negative", wide <= 0),
+        ("denormal", (wide > 0) & (wide < smallest)),
+    ):
+        if wrong.any():
+            first = int(np.flatnonzero(wrong)[0])
+            found = f"{int(wrong.sum())} of {wide.size} {what}, the first {wide[first]} at {first}"
+            yield finding("scale-value", node, f"{scale.name!r}: {found}")
+
+
+def _is_block_scale(dtype: ir.DataType) -> bool:
+    """Types that MXFP8 and NVFP4 have for the scales of their blocks."""
+    return dtype in (ir.DataType.FLOAT8E8M0, FP8)
+
+
+def _check_scale_shape(node: ir.Node, scale: ir.Value | None) -> Iterator[Finding]:
+    if scale is None or scale.shape is None or "block_size" in node.attributes:
+        return
+    count = int(np.prod([d for d in scale.shape if isinstance(d, int)]))
+    length = size_of(_input(node, 0), axis_of(node))
+    if count > 1 and length is not None and count != length:
+        found = f"{count} scales for axis {axis_of(node)}, which is {length} long"
+        yield finding("scale-shape", node, found)
+
+
+def check_zero_points(view: View) -> Iterator[Finding]:
+    seen: set[ir.Value] = set()
+    for node in (*view.quantizers, *view.dequantizers):
+        zero = _input(node, 2)
+        if zero is None or zero in seen:
+            continue
+        seen.add(zero)
+        values = constant(zero)
+        if not is_constant(zero):
+            yield finding("zero-point", node, f"{zero.name!r} is computed or a graph input")
+        elif values is not None and np.any(values.astype(np.float64) != 0):
+            yield finding("zero-point", node, f"{zero.name!r} is {_few(values)}")
+
+
+def check_types(view: View) -> Iterator[Finding]:
+    for node in (*view.quantizers, *view.dequantizers):
+        dtype = _quantized_type(node)
+        source = _input(node, 0)
+        is_stored = node.op_type == "DequantizeLinear" and is_constant(source)
+        behind_pair = node.op_type == "DequantizeLinear" and not is_stored
+        if dtype is None or behind_pair:  # its QuantizeLinear says it
+            continue
+        if is_stored and dtype == ir.DataType.INT32:
+            yield finding("quantized-bias", node, f"{source.name!r} is INT32")  # type: ignore[union-attr]
+        elif dtype not in (WEIGHT_TYPES if is_stored else ACTIVATION_TYPES):
+            what = "a weight" if is_stored else "an activation"
+            yield finding("quantized-type", node, f"{what} in {dtype.name}")
+
+
+def check_activation_scales(view: View) -> Iterator[Finding]:
+    for node in view.quantizers:
+        scale = _input(node, 1)
+        count = 1 if scale is None or scale.shape is None else _count(scale.shape)
+        if count > 1 and not is_constant(behind(node.inputs[0])) and not _is_blocked(node):  # type: ignore[arg-type]
+            yield finding("activation-per-channel", node, f"{count} scales")
+
+
+def check_weights(view: View) -> Iterator[Finding]:
+    seen: set[ir.Node] = set()
+    for product in view.products:
+        weight = product.weight
+        if weight is None or weight.dequantize is None or weight.dequantize in seen:
+            continue
+        seen.add(weight.dequantize)
+        if weight.quantize is not None:
+            found = f"{weight.source.name!r} is {weight.source.dtype}"
+            yield finding("weight-in-float", weight.quantize, found)
+        yield from _check_axis(weight)
+
+
+def _check_axis(weight: Operand) -> Iterator[Finding]:
+    node = weight.quantize or weight.dequantize
+    assert node is not None
+    scale = _input(node, 1)
+    if scale is None or scale.shape is None or _count(scale.shape) == 1 or _is_blocked(node):
+        return
+    rank = None if weight.source.shape is None else len(weight.source.shape)
+    axis = axis_of(node)
+    axis = axis + rank if axis < 0 and rank is not None else axis
+    if weight.output_axis is not None and axis != weight.output_axis:
+        found = f"axis {axis} of {weight.source.name!r} {weight.source.shape}"
+        found += f"; its outputs are axis {weight.output_axis}"
+        yield finding("weight-axis", node, found)
+
+
+def check_hardware(view: View) -> Iterator[Finding]:
+    found = [node for node in view.dequantizers if dtype_of(_input(node, 0)) == FP8]
+    what = f"{len(found)} tensors in FP8 E4M3"
+    if not found or (view.sm is not None and view.sm >= FP8_SM):
+        return
+    if view.sm is None:
+        yield finding("fp8-hardware", "the model", what)
+    else:
+        yield finding("fp8-target", "the model", f"{what}; SM{view.sm} has no kernels for it")
+
+
+def axis_of(node: ir.Node) -> int:
+    attribute = node.attributes.get("axis")
+    return DEFAULT_AXIS if attribute is None else int(attribute.value)
+
+
+def _quantized_type(node: ir.Node) -> ir.DataType | None:
+    """The 8-bit type of a node, which a QuantizeLinear may say in three ways."""
+    if node.op_type == "DequantizeLinear":
+        return dtype_of(_input(node, 0))
+    zero, attribute = _input(node, 2), node.attributes.get("output_dtype")
+    if zero is not None:
+        return dtype_of(zero)
+    if attribute is not None and int(attribute.value):
+        return ir.DataType(int(attribute.value))
+    return dtype_of(node.outputs[0]) or ir.DataType.UINT8  # what the specification says
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _is_blocked(node: ir.Node) -> bool:
+    attribute = node.attributes.get("block_size")
+    return attribute is not None and int(attribute.value) > 0
+
+
+def _count(shape: ir.Shape) -> int:
+    return int(np.prod([d for d in shape if isinstance(d, int)]))
+
+
+def _few(values: Array) -> str:
+    text = ", ".join(f"{float(v):g}" for v in values.ravel()[:3])
+    return f"{text}, …" if values.size > 3 else text
+
+
+CHECKS = (
+    check_opset,
+    check_operator_form,
+    check_pairing,
+    check_scales,
+    check_zero_points,
+    check_types,
+    check_activation_scales,
+    check_weights,
+    check_hardware,
+)

@@ -1,0 +1,98 @@
+"""What quantization did to each linear layer, in figures: for a report, and for a search.
+
+Per stream and linear layer: how far its input reached, where it was clipped, and what rounding
+left of input and weight. SQNR is 10 log₁₀(E x² / E (x − x̂)²). That of an input comes from its
+observer's histogram (``observers.squared_error``), over all calibration samples; that of a weight
+from the weight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.errors import ArtifactError
+from internvl_edge.quantize.numerics.formats import as_format
+from internvl_edge.quantize.numerics.observers import RangeObserver, squared_error
+
+Array = np.ndarray[Any, Any]
+STATISTICS_FILE = "statistics.json"
+BEST_DB = 200.0  # what stands for no error at all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStatistics:
+    """One linear layer in one stream."""
+
+    stream: str
+    weight: str  # the parameter's name
+    absmax: float  # of its input, over all samples, as it is quantized: behind any smoothing
+    clip: float  # beyond which the input saturates, counted from its shift
+    scale: float
+    input_sqnr_db: float
+    weight_sqnr_db: float
+
+
+def input_sqnr_db(observer: RangeObserver, scale: float, fmt: str) -> float:
+    """What rounding at a scale leaves of everything that an observer saw, in dB."""
+    histogram = observer.histogram()
+    low, high, counts = histogram.edges[:-1], histogram.edges[1:], histogram.counts
+    power = float((counts * (low * low + low * high + high * high) / 3.0).sum() / counts.sum())
+    clip = scale * as_format(fmt).max_value
+    return decibels(power, float(squared_error(histogram, clip, fmt)))
+
+
+def weight_squares(weight: Array, values: Array, scales: Array) -> tuple[float, float]:
+    """Σ w² and Σ (w − ŵ)² of rows of a weight (N, K) stored as ``values`` (N, K) with N scales.
+
+    Squares are summed in float32 within a row, in float64 over the rows.
+    """
+    error = values.astype(np.float32)
+    error *= scales[:, None]
+    error -= weight
+    return _square_sum(weight), _square_sum(error)
+
+
+def _square_sum(rows: Array) -> float:
+    return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two sums of squares in dB, at most ``BEST_DB``."""
+    if signal <= 0 or noise <= signal * 10 ** (-BEST_DB / 10):
+        return BEST_DB
+    return 10 * math.log10(signal / noise)
+
+
+def write_statistics(directory: Path, layers: Iterable[Mapping[str, Any]]) -> None:
+    """Keep the figures, each as :func:`dataclasses.asdict` gives it, beside the graphs."""
+    text = json.dumps({"layers": list(layers)}, indent=1, allow_nan=False)
+    (directory / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_statistics(directory: Path) -> tuple[LayerStatistics, ...]:
+    """The inverse of :func:`write_statistics`; nothing where there is no such file.
+
+    Raises:
+        ArtifactError: not such a file.
+    """
+    path = directory / STATISTICS_FILE
+    if not path.exists():
+        return ()
+    names = {field.name for field in fields(LayerStatistics)}
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        return tuple(LayerStatistics(**{n: layer[n] for n in names}) for layer in layers)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: expected figures of linear layers: {error!r}") from error
+
+
+def layers_to_json(layers: Iterable[LayerStatistics]) -> list[dict[str, Any]]:
+    """The figures as JSON types."""
+    return [asdict(layer) for layer in layers]

@@ -1,0 +1,204 @@
+"""What of a compiled directory is open: its sessions, its tokenizer, its image transforms.
+
+Everything opens when it is first used. Each image goes through the ViT once per call, whatever
+else is computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvl_edge.artifact.open import Artifact
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime.generation.fixed_cache import capacity_of
+from internvl_edge.runtime.session import Array, Session, did_you_mean
+from internvl_edge.runtime.tasks.requests import batches_of, is_normalised, slices
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.images.transform import Preprocessing, Transform
+    from internvl_edge.runtime.text.chat_tokenizer import ChatTokenizer
+    from internvl_edge.runtime.text.embeddings import TokenTable
+    from internvl_edge.runtime.text.tokenizer import Tokenizer
+
+__all__ = ["Parts"]
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def _why_impossible(model: Mapping[str, Any], components: Sequence[str]) -> str | None:
+    """Why a checkpoint of this configuration cannot be compiled into components; None: it can."""
+    if chat := model.get("chat"):
+        kind = "an InternVL-Chat"
+        missing = [name for name in components if not name.startswith("chat_")]
+        own = {"chat_queries": chat["num_queries"], "chat_decoder": chat["llama"]}
+        missing += [name for name in components if name in own and not own[name]]
+    elif model.get("internvl") is not None:
+        kind = "an InternVL with QLLaMA"
+        missing = [name for name in components if name.startswith("chat_")]
+    else:
+        kind = "a vision tower alone"
+        missing = [name for name in components if name != "vision"]
+    return f"its checkpoint is {kind}, which has no {', '.join(missing)}" if missing else None
+
+
+class Parts:
+    """The open parts of a directory; thread-safe.
+
+    Args:
+        artifact: the open directory.
+        open_one: opens the session of a component.
+    """
+
+    def __init__(self, artifact: Artifact, open_one: Callable[[str], Session]) -> None:
+        self.artifact = artifact
+        self._open_one = open_one
+        self._sessions: dict[str, Session] = {}
+        self._lock = RLock()
+        self._closed = False
+
+    def session(self, component: str) -> Session:
+        """The session of a component, opened when first asked for."""
+        self.require(component)
+        with self._lock:
+            if self._closed:
+                raise UsageError(f"the model of {self.artifact.path} is closed; load it again")
+            if component not in self._sessions:
+                self._sessions[component] = self._open_one(component)
+            return self._sessions[component]
+
+    def largest(self, component: str) -> Mapping[str, int]:
+        """The largest batch, length and past that a component's engine takes.
+
+        Empty where no profile bounds them: on ONNX Runtime.
+        """
+        found: Mapping[str, int] = getattr(self.session(component), "largest", {})
+        return found
+
+    def positions(self, component: str) -> int:
+        """How many positions a decoder's cache can have: its capacity, or what its model has."""
+        record = self.artifact.manifest.components[component]
+        capacity = capacity_of({spec.name: spec for spec in record.inputs})
+        llama = self.artifact.manifest.language_model or {}
+        return int(llama["max_position_embeddings"] if capacity is None else capacity)
+
+    def close(self) -> None:
+        """Close every session; may be called again."""
+        with self._lock:
+            self._closed = True
+            while self._sessions:
+                self._sessions.popitem()[1].close()
+
+    def has(self, component: str) -> bool:
+        return component in self.artifact.manifest.components
+
+    def require(self, *components: str) -> None:
+        """Refuse, before any work, what needs components that are not there.
+
+        Raises:
+            UsageError: which ones, and how to get them.
+        """
+        missing = [name for name in components if not self.has(name)]
+        if missing:
+            present = list(self.artifact.manifest.components)
+            impossible = _why_impossible(self.artifact.manifest.model, missing)
+            remedy = impossible or (
+                "run: internvl-edge export CHECKPOINT -o OUT --components "
+                f"{','.join([*present, *missing])}"
+            )
+            raise UsageError(
+                f"{self.artifact.path} has no component {', '.join(missing)} (it has "
+                f"{', '.join(present)}){did_you_mean(missing[0], present)}; {remedy}"
+            )
+
+    def run(self, component: str, output: str, **feeds: Array) -> Array:
+        """One output of a component."""
+        return self.session(component).run(feeds, outputs=[output])[output]
+
+    def hidden(self, pixels: Array) -> Array:
+        """``pixel_values`` [B,3,H,W] → the vision tower's tokens [B,N,C]."""
+        return self.run("vision", "last_hidden_state", pixel_values=pixels)
+
+    def hidden_batches(
+        self, images: Any, count: int, batch_size: int
+    ) -> Iterator[tuple[slice, Array]]:
+        """Vision tokens of ``count`` pairs: of every image, or of the only one each time."""
+        hiddens = map(self.hidden, self.pixel_batches(images, "retrieval", batch_size))
+        if len(images) == count:
+            yield from zip(slices(count, batch_size), hiddens, strict=True)
+            return
+        only = next(hiddens)
+        for rows in slices(count, batch_size):
+            yield rows, np.broadcast_to(only, (rows.stop - rows.start, *only.shape[1:]))
+
+    def pixel_batches(
+        self, images: Any, transform: Transform | None, batch_size: int
+    ) -> Iterator[Array]:
+        """What the graphs take of a few images at a time, so that memory does not grow with them.
+
+        Raises:
+            UsageError: the images are normalised, and the graphs do that themselves.
+        """
+        from internvl_edge.runtime.images.transform import pixel_levels, pixel_values
+
+        if is_normalised(images):
+            if self.takes_levels:
+                raise UsageError(
+                    f"{self.artifact.path} normalises inside its graphs (--input uint8): expected "
+                    f"pictures, found an array {images.dtype} {list(images.shape)}"
+                )
+            yield from batches_of(images, batch_size)
+            return
+        prepare = pixel_levels if self.takes_levels else pixel_values
+        for rows in slices(len(images), batch_size):
+            yield prepare(
+                images[rows], self.preprocessing, transform, before=rows.start, total=len(images)
+            )
+
+    @cached_property
+    def takes_levels(self) -> bool:
+        """Whether the graphs take uint8 and normalise it."""
+        records = self.artifact.manifest.components.values()
+        return any(
+            spec.name == "pixel_values" and spec.dtype == "uint8"
+            for record in records
+            for spec in record.inputs
+        )
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """The transforms of the directory."""
+        from internvl_edge.runtime.images.transform import Preprocessing
+
+        return Preprocessing.from_json(self.artifact.manifest.preprocessing)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the directory; UsageError where its checkpoint had none."""
+        from internvl_edge.runtime.text.tokenizer import Tokenizer
+
+        if TOKENIZER_FILE not in self.artifact.manifest.files:
+            raise UsageError(
+                f"{self.artifact.path} has no {TOKENIZER_FILE}, as its checkpoint had none: texts "
+                "must be token ids, int [B,T]; for strings, put the model's file beside the "
+                "checkpoint's config.json and export again"
+            )
+        return Tokenizer(self.artifact.file(TOKENIZER_FILE))
+
+    @cached_property
+    def chat_tokenizer(self) -> ChatTokenizer:
+        """The tokenizer of an InternVL-Chat's directory."""
+        from internvl_edge.runtime.text.chat_tokenizer import open_chat_tokenizer
+
+        return open_chat_tokenizer(self.artifact, self.tokenizer)
+
+    @cached_property
+    def token_table(self) -> TokenTable:
+        """The token embedding of an InternVL-Chat's directory."""
+        from internvl_edge.runtime.text.embeddings import open_table
+
+        return open_table(self.artifact)

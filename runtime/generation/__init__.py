@@ -1,0 +1,7 @@
+"""Tokens, one after the other, on a decoder with a key/value cache.
+
+loop         greedy, sampled or by beams; start here
+batch        the prompts and their rows under way
+beams        beam search
+cache        a cache that grows;  fixed_cache  one of fixed capacity, written in place
+"""

@@ -1,0 +1,153 @@
+"""A decoder's cache: handed through the host as arrays, or left on the device between steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from internvl_edge.runtime.generation.batch import Decoding
+from internvl_edge.runtime.generation.fixed_cache import (
+    MASK,
+    PAST,
+    PRESENT,
+    capacity_of,
+    placed,
+    positions_of,
+)
+from internvl_edge.runtime.session import Array, Session
+from internvl_edge.runtime.trt.vendor import numpy_dtype
+
+Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
+
+
+class Device(Protocol):
+    """A session that leaves what it computed where it did so; ``OrtSession``, ``TrtSession``."""
+
+    def run(self, feeds: Mapping[str, Array], *, check: bool) -> dict[str, Array]: ...
+    def run_device(self, feeds: Mapping[str, Any], *, check: bool) -> dict[str, Any]: ...
+    def step(
+        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
+    ) -> tuple[Array, list[Any]]: ...
+    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]: ...
+
+
+def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = None) -> Decoding:
+    """A decoder's session on a cache.
+
+    Args:
+        session: of a ``decoder`` or a ``chat_decoder``.
+        cache: what ``image_queries`` gave as ``present.{i}.key`` and ``.value``, [B,heads,P,d].
+        embed: of a decoder that takes embeddings.
+    """
+    past = {name.replace(PRESENT, PAST, 1): values for name, values in cache.items()}
+    if hasattr(session, "run_device") and hasattr(session, "step"):
+        return DeviceDecoding(cast(Device, session), past, embed)
+    return HostDecoding(session, past, embed)
+
+
+def empty_cache(session: Session, rows: int) -> dict[str, Array]:
+    """A cache without positions, as a decoder's session takes it, by names of what it gives."""
+    return {
+        name.replace(PAST, PRESENT, 1): np.zeros(
+            (rows, int(spec.shape[1]), 0, int(spec.shape[3])),
+            numpy_dtype(spec.dtype),
+        )
+        for name, spec in session.inputs.items()
+        if name.startswith(PAST)
+    }
+
+
+class _Layout:
+    """What a session's cache looks like, and what is fed beside it.
+
+    Args:
+        session: of a decoder.
+        embed: of one that takes embeddings.
+    """
+
+    def __init__(self, session: Any, embed: Embed | None) -> None:
+        self._capacity, self._embed = capacity_of(session.inputs), embed
+
+    def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
+        """A cache with room for all that comes, where it does not grow."""
+        if self._capacity is None:
+            return dict(cache)
+        return {name: placed(values, self._capacity) for name, values in cache.items()}
+
+    def feeds(self, ids: Array, mask: Array, positions: Array) -> dict[str, Array]:
+        tokens = {"input_ids": ids} if self._embed is None else {"inputs_embeds": self._embed(ids)}
+        where, first = {MASK: mask}, mask.shape[1] - ids.shape[1]
+        if self._capacity is not None:
+            where = positions_of(mask, first, self._capacity)
+        return {**tokens, "position_ids": positions, **where}
+
+
+class HostDecoding:
+    """Any session; the cache goes in and comes out as arrays."""
+
+    def __init__(
+        self, session: Session, past: Mapping[str, Array], embed: Embed | None = None
+    ) -> None:
+        self._session, self._layout = session, _Layout(session, embed)
+        self._past = self._layout.past(past)
+
+    def run(self, ids: Array, mask: Array, positions: Array) -> Array:
+        feeds = self._layout.feeds(ids, mask, positions)
+        found = self._session.run({**feeds, **self._past}, check=False)
+        logits: Array = found.pop("logits")[:, -1]
+        self._past = {name.replace(PRESENT, PAST, 1): found[name] for name in found}
+        return logits
+
+    def select(self, rows: Array) -> None:
+        self._past = {name: values[rows] for name, values in self._past.items()}
+
+
+class DeviceDecoding:
+    """A session whose outputs stay on its device; what a step leaves is what the next one reads.
+
+    What comes from outside is checked as any feed is. More rows than an engine takes at once go
+    through the host, where they are divided.
+    """
+
+    def __init__(
+        self, session: Device, past: Mapping[str, Array], embed: Embed | None = None
+    ) -> None:
+        self._session, self._layout = session, _Layout(session, embed)
+        self._names, self._cache = list(past), list[Any](self._layout.past(past).values())
+        self._is_there = False  # on the device
+        self._num_rows = 0  # of what is there
+        limit: int | None = getattr(session, "max_batch", None)
+        self._max_rows = math.inf if limit is None else limit
+
+    def run(self, ids: Array, mask: Array, positions: Array) -> Array:
+        feeds = self._layout.feeds(ids, mask, positions)
+        self._num_rows = len(ids)
+        if self._is_there:
+            logits, self._cache = self._session.step(feeds, self._names, self._cache)
+        else:
+            feeds |= dict(zip(self._names, self._cache, strict=True))
+            fits = len(ids) <= self._max_rows
+            if fits:
+                found = self._session.run_device(feeds, check=False)
+                logits = found["logits"].numpy()
+            else:
+                found = self._session.run(feeds, check=False)
+                logits = found["logits"]
+            self._names = [name.replace(PRESENT, PAST, 1) for name in found if name != "logits"]
+            self._cache = [value for name, value in found.items() if name != "logits"]
+            self._is_there = fits
+        last: Array = logits[:, -1]
+        return last
+
+    def select(self, rows: Array) -> None:
+        if not self._is_there:
+            self._cache = [values[rows] for values in self._cache]
+        elif len(rows) > self._max_rows:
+            self._cache = [value.numpy()[rows] for value in self._cache]
+            self._is_there = False
+        elif len(rows) != self._num_rows or (rows != np.arange(len(rows))).any():
+            self._cache = self._session.take_rows(self._cache, rows)
+        self._num_rows = len(rows)

@@ -1,0 +1,113 @@
+"""Tokens one after the other on a decoder with a cache: greedy, sampled, or by beam search.
+
+How a prompt is read, masked and counted: ``continuation``. Where its cache lies: ``cache``. Beam
+search: ``beams``.
+
+Greedy decoding takes the largest logit; sampling draws one from
+
+    softmax(top_p(top_k(logits / temperature)))
+
+where top-k keeps the k largest logits, and top-p the most likely tokens until their probabilities
+reach p. Every row draws from a stream of its own, by the seed and its number in the request, so
+that nothing depends on how many rows run together. A row that has met a stop id is filled with the
+padding id. Until ``min_new_tokens`` are there, stop ids have no chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime.generation.batch import Batch, Decoding, Generation, Prompt, without
+from internvl_edge.runtime.generation.beams import beam_search
+from internvl_edge.runtime.session import Array
+from internvl_edge.runtime.tasks.vectors import largest
+
+__all__ = ["Generation", "Prompt", "generate", "stream"]
+
+COLDEST = float(np.finfo(np.float32).tiny)  # a temperature that logits can be divided by
+FEW = 64  # of the most likely tokens, among which a nucleus is looked for first
+
+
+def generate(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
+    """Continue every row of a prompt.
+
+    Returns:
+        The new ids, int64 [B,N]: N is at most ``max_new_tokens``, rows are padded behind the stop
+        id that ends them.
+
+    Raises:
+        InternVLError: the decoder gave NaN, or nothing that has a chance.
+    """
+    if how.num_beams > 1:
+        return beam_search(decoding, prompt, how)
+    return np.stack(list(stream(decoding, prompt, how)), axis=1)
+
+
+def stream(decoding: Decoding, prompt: Prompt, how: Generation) -> Iterator[Array]:
+    """The next token of every row, int64 [B], as soon as it is known; greedy or sampled.
+
+    Raises:
+        UsageError: beams, of which nothing is known before the end.
+        InternVLError: the decoder gave NaN, or nothing that has a chance.
+    """
+    if how.num_beams > 1:
+        raise UsageError(f"num_beams {how.num_beams}: only one beam can be streamed")
+    batch = Batch(decoding, prompt, how.max_new_tokens)
+    stop = np.array(how.stop_ids, np.int64)
+    logits = batch.read_prompt()
+    rngs = [_rng(how.seed, prompt.first + row) for row in range(len(logits))]
+    alive = np.ones(len(logits), bool)
+    for count in range(1, how.max_new_tokens + 1):
+        if count <= how.min_new_tokens:
+            logits = without(logits, stop)
+        best = _drawn(logits, how, rngs) if how.is_sampled else logits.argmax(axis=1)
+        tokens = np.where(alive, best, how.pad_id)
+        alive &= ~(tokens[:, None] == stop).any(axis=1)
+        yield tokens
+        if count == how.max_new_tokens or not alive.any():
+            return
+        logits = batch.read(tokens)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def _rng(seed: int | None, row: int) -> np.random.Generator:
+    return np.random.default_rng(None if seed is None else [seed, row])
+
+
+def _drawn(logits: Array, how: Generation, rngs: Sequence[np.random.Generator]) -> Array:
+    """One token of each row, (B,)."""
+    draws = zip(logits, rngs, strict=True)
+    return np.array([_draw(row, how, rng.random()) for row, rng in draws], np.int64)
+
+
+def _draw(logits: Array, how: Generation, point: float) -> int:
+    """The token of logits (V,) at a point from 0 to 1."""
+    ids = None  # all of them
+    if how.top_k is not None and how.top_k < len(logits):
+        ids = largest(logits, how.top_k)
+    scores = logits if ids is None else logits[ids]
+    heat = max(how.temperature or 1.0, COLDEST)
+    with np.errstate(over="ignore"):  # in the cold all but the best are infinitely far behind it
+        chances = np.exp((scores - scores.max()) / heat)
+    if how.top_p is not None and how.top_p < 1:
+        kept = _nucleus(chances / chances.sum(), how.top_p)
+        ids, chances = kept if ids is None else ids[kept], chances[kept]
+    reached = chances.cumsum(dtype=np.float64)
+    at = min(int(np.searchsorted(reached, point * reached[-1], side="right")), len(reached) - 1)
+    return at if ids is None else int(ids[at])
+
+
+def _nucleus(chances: Array, share: float) -> Array:
+    """Indices of the most likely tokens, until their chances reach ``share``; one at least."""
+    few = largest(chances, min(FEW, len(chances)))
+    while chances[few].sum() < share and len(few) < len(chances):
+        few = largest(chances, min(8 * len(few), len(chances)))
+    order = few[np.argsort(-chances[few], kind="stable")]
+    ranked = chances[order]
+    before = ranked.cumsum(dtype=np.float64) - ranked
+    return order[: int((before < share).sum())]

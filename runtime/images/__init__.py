@@ -1,0 +1,6 @@
+"""Pictures and videos, from whatever is handed over to ``pixel_values``.
+
+decode     a path, bytes or an array to upright RGB pixels
+transform  pixels to what a vision graph takes; start here
+video      frames of a video
+"""

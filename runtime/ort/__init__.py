@@ -1,0 +1,7 @@
+"""ONNX Runtime as a ``Session``, on the CPU or with its CUDA provider.
+
+session      the session; start here
+options      how and where it computes
+values       NumPy's arrays as ONNX Runtime's values, and back
+cuda_graphs  calls replayed as CUDA graphs
+"""

@@ -1,0 +1,399 @@
+"""ONNX Runtime behind the ``Session`` protocol: on the CPU, or with its CUDA provider.
+
+The CPU provider computes float32, float16 and every Q/DQ graph (INT8 and FP8). It has no
+bfloat16 arithmetic: MatMul, Conv, Add, Softmax, RMSNormalization and all other operators that
+compute are missing there, only those that move data exist. A bfloat16 graph needs a GPU.
+
+``run`` takes and gives NumPy arrays. ``run_device`` leaves outputs where they were computed and
+takes them back as inputs: a decoder's cache never crosses to the host.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+try:
+    import onnxruntime
+except ImportError as error:
+    from internvl_edge.errors import MissingDependency
+
+    raise MissingDependency.of("onnxruntime", "ort") from error
+
+from internvl_edge.artifact.open import Artifact, TensorSpec
+from internvl_edge.benchmark.machine import products_saturate
+from internvl_edge.errors import (
+    ArtifactError,
+    FeedError,
+    HardwareError,
+    InternVLError,
+    ResourceError,
+    UsageError,
+)
+from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs
+from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
+from internvl_edge.runtime.ort.cuda_graphs import Replays
+from internvl_edge.runtime.ort.options import (
+    CPU,
+    CUDA,
+    OrtOptions,
+    captures,
+    choose_providers,
+    load_gpu_libraries,
+    names_of,
+    native_options,
+    place_of,
+)
+from internvl_edge.runtime.ort.values import (
+    BFLOAT16,
+    array_of,
+    described,
+    is_value,
+    spec_of,
+    value_of,
+)
+
+OUT_OF_MEMORY = re.compile(
+    r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",
+    re.IGNORECASE,
+)
+# Moving a float16 Q/DQ pair over a Transpose, they make the new one float32, and loading fails.
+# The latter pay where graphs are float32, which is wherever they run for their own sake.
+QDQ_PROPAGATION = "QDQPropagationTransformer"
+TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
+# An unsigned graph shifts its weights from int8 to uint8 by a node of its own. Folded at opening,
+# they are copied twice, and products of one row are 8 times as fast; unfolded, they stay in the
+# file's pages. So small components fold, and decoders; a tower of billions has to fit.
+CONSTANT_FOLDING = "ConstantFolding"
+MAX_FOLDED_NBYTES = 100_000_000
+DECODERS = ("decoder", "chat_decoder")
+# What CUDA graphs are made of: ONNX Runtime computes the masks of texts on the host, between
+# kernels, and a decoder's cache stays on the device from call to call.
+TOWERS = ("vision", "image_embed", "image_pool", "chat_vision")
+EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+# In what it says of a graph with kernels on the host between those on the GPU.
+CAPTURE = "graph capture"
+# Releases up to 1.31 make INT8 products of FP8 ones, and refuse them; unfused, weights stay FP8.
+QDQ_FUSION = "QDQSelectorActionTransformer"
+FP8_FUSED = re.compile(r"float8e4m3fn.*MatMulIntegerToFloat", re.DOTALL)
+NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
+
+
+class OrtSession:
+    """An ONNX file, opened by ONNX Runtime; ``Session`` says what it does.
+
+    Args:
+        path: the file; its external data lies beside it.
+        graph: open these bytes in place of the file's, with the external data beside ``path``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
+        options: how it computes.
+
+    Raises:
+        ArtifactError: ONNX Runtime refuses the file.
+        HardwareError, MissingDependency: the device is not there, or cannot compute the graph.
+        ResourceError: memory ran out.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        graph: bytes | None = None,
+        device: str = "cpu",
+        options: OrtOptions = OrtOptions(),
+    ) -> None:
+        self._path, session = Path(path), None
+        while session is None:
+            try:
+                session = self._native(graph, device, options)
+            except _Again as other:  # outside of it, nothing holds what was opened
+                options = other.options
+        self._session: Any = session
+        self._process = os.getpid()
+        self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
+        self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
+        self._names = list(self._outputs)
+        self._place = place_of(self._providers)
+        self._is_numpy = _is_numpy(session)
+        has_graphs = captures(self._providers)
+        self._replays = Replays(session, self._place) if has_graphs else None
+
+    def _native(self, graph: bytes | None, device: str, options: OrtOptions) -> Any:
+        """ONNX Runtime's session; _Again where it takes other options."""
+        self._providers = choose_providers(device, options)
+        missing = load_gpu_libraries() if self._providers != [CPU] else ""
+        native = native_options(options)
+        if graph is not None:
+            native.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._path.parent))
+        try:
+            session = onnxruntime.InferenceSession(
+                os.fspath(self._path) if graph is None else graph,
+                native,
+                providers=self._providers,
+                disabled_optimizers=[
+                    QDQ_PROPAGATION,
+                    *(TRANSPOSES if options.exact else ()),
+                    *((CONSTANT_FOLDING,) if options.fold is False else ()),
+                    *(() if options.qdq else (QDQ_FUSION,)),
+                ],
+            )
+        except Exception as error:
+            if CAPTURE in str(error) and options.graphs:
+                raise _Again(replace(options, graphs=False)) from None
+            if FP8_FUSED.search(str(error)) and options.qdq:
+                raise _Again(replace(options, qdq=False)) from None
+            raise self._load_error(error) from error
+        if len(session.get_providers()) < len(self._providers):  # it falls back without an error
+            raise HardwareError(
+                f"device {device!r}: ONNX Runtime could not start its GPU provider; its CUDA and "
+                'cuDNN libraries are missing or do not fit; run: pip install "internvl-edge'
+                f"[ort-gpu]\", or use device 'cpu'{missing and f' ({missing})'}"
+            )
+        if captures(self._providers) and not _is_numpy(session):
+            # bfloat16 is not written to the memory that a graph reads
+            raise _Again(replace(options, graphs=False))
+        return session
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return self._outputs
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        *,
+        check: bool = True,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Array]:
+        """See ``Session.run``."""
+        session, replays = self._opened(), self._replays
+        names = self._names if outputs is None else check_outputs(self._outputs, outputs)
+        arrays = check_feeds(self._inputs, feeds, check)
+        if not self._is_numpy:
+            found = self.run_device(arrays, check=False, outputs=names)
+            return {name: array_of(value, self._place) for name, value in found.items()}
+        try:
+            if replays is not None:
+                return replays.run(names, arrays)
+            return dict(zip(names, session.run(names, arrays), strict=True))
+        except Exception as error:
+            raise self._run_error(error) from error
+
+    def run_device(
+        self,
+        feeds: Mapping[str, Any],
+        *,
+        check: bool = True,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Like ``run``, but outputs stay where they were computed.
+
+        Args:
+            feeds: NumPy arrays, or ``OrtValue``s of an earlier call, which are not copied.
+            check: scan float arrays for NaN and infinity; values of an ``OrtValue`` are not read.
+            outputs: the outputs that are wanted; None is all.
+
+        Returns:
+            An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
+        """
+        session = self._opened()
+        if self._replays is not None:
+            raise UsageError(
+                f"{self._path.name} was opened with graphs, whose memory the next call writes "
+                "again; open it with OrtOptions(graphs=False) to leave outputs on the device"
+            )
+        names = self._names if outputs is None else check_outputs(self._outputs, outputs)
+        given: Any = feeds
+        if isinstance(feeds, Mapping):
+            given = {n: described(v) if is_value(v) else v for n, v in feeds.items()}
+        arrays = check_feeds(self._inputs, given, check)
+        binding = session.io_binding()
+        for name, array in arrays.items():
+            if is_value(feeds[name]):
+                binding.bind_ortvalue_input(name, feeds[name])
+            elif array.dtype.name == BFLOAT16:
+                binding.bind_ortvalue_input(name, value_of(array, ("cpu", 0)))
+            else:
+                binding.bind_cpu_input(name, array)
+        for name in names:
+            binding.bind_output(name, *self._place)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._run_error(error) from error
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def step(
+        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
+    ) -> tuple[Array, list[Any]]:
+        """Like ``run_device`` of a decoder, unchecked: for what an earlier call left.
+
+        Args:
+            feeds: what is not in the cache.
+            names: of the cache's inputs; its outputs come in the same order, behind the logits.
+            cache: their ``OrtValue``s.
+
+        Returns:
+            The logits, and the next cache.
+        """
+        session = self._opened()
+        is_in_place = WRITE_INDICES in self._inputs
+        held = cache if isinstance(cache, _Held) else _Held(session.io_binding(), names, cache)
+        for name, array in feeds.items():
+            held.binding.bind_cpu_input(name, array)
+        if is_in_place:
+            held.write_back(self._names, feeds["position_ids"].shape, self._outputs)
+        else:
+            held.binding.bind_output(self._names[0], "cpu")
+            for name in self._names[1:]:
+                held.binding.bind_output(name, *self._place)
+        try:
+            session.run_with_iobinding(held.binding)
+        except Exception as error:
+            raise self._run_error(error) from error
+        if is_in_place:
+            return held.logits.numpy(), held
+        logits, *presents = held.binding.get_outputs()
+        return logits.numpy(), presents
+
+    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
+        """These rows of a cache, in this order; they pass through the host."""
+        taken = [array_of(value, self._place)[rows] for value in cache]
+        return [value_of(array, self._place) for array in taken]
+
+    def _opened(self) -> Any:
+        session = self._session  # a close() by another thread waits for this reference
+        if session is None:
+            raise UsageError(f"the session of {self._path} is closed; open it again")
+        if os.getpid() != self._process:
+            raise UsageError(
+                f"the session of {self._path} was opened before a fork and its threads did not "
+                "come along; open it in the process that runs it"
+            )
+        return session
+
+    def close(self) -> None:
+        """Free the session once the runs that are under way have ended."""
+        self._session = self._replays = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _load_error(self, error: Exception) -> InternVLError:
+        message = _message(error)
+        missing = NO_KERNEL.search(message)
+        if missing:
+            where = "CUDA" if CUDA in names_of(self._providers) else "CPU"
+            return HardwareError(
+                f"{self._path}: ONNX Runtime {onnxruntime.__version__} has no {where} kernel for "
+                f"{missing[1]} of node {missing[2]!r} in its dtype; bfloat16 needs a GPU, "
+                "export at fp32, fp16, int8 or fp8 to run there"
+            )
+        if _is_memory(error, message):
+            return ResourceError(f"not enough memory to open {self._path}: {message}")
+        return ArtifactError(f"ONNX Runtime cannot open {self._path}: {message}")
+
+    def _run_error(self, error: Exception) -> InternVLError:
+        message = _message(error)
+        if _is_memory(error, message):
+            return ResourceError(
+                f"not enough memory to run {self._path.name}: {message}; use a smaller batch"
+            )
+        if type(error).__name__ == "InvalidArgument":  # such as an id outside the vocabulary
+            return FeedError(f"{self._path.name} cannot run on these values: {message}")
+        return InternVLError(f"ONNX Runtime failed to run {self._path}: {message}")
+
+
+class _Again(Exception):
+    """ONNX Runtime refuses a graph that it takes with these options."""
+
+    def __init__(self, options: OrtOptions) -> None:
+        self.options = options
+
+
+class _Held(list[Any]):
+    """The values of a cache, bound to a decoder's inputs; written in place, the binding lasts."""
+
+    def __init__(self, binding: Any, names: Sequence[str], values: Sequence[Any]) -> None:
+        super().__init__(values)
+        self.binding = binding
+        self.logits: Any = None  # of the last step, where the cache is written in place
+        for name, value in zip(names, values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+
+    def write_back(
+        self, names: Sequence[str], tokens: tuple[int, ...], specs: Mapping[str, TensorSpec]
+    ) -> None:
+        """Bind logits of these (rows, tokens), and the cache to where it is read."""
+        shape = [*tokens, specs[names[0]].shape[-1]]
+        if self.logits is None:
+            for name, value in zip(names[1:], self, strict=True):
+                self.binding.bind_ortvalue_output(name, value)
+        elif self.logits.shape() == shape:
+            return
+        self.logits = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+        self.binding.bind_ortvalue_output(names[0], self.logits)
+
+
+def open_component(
+    artifact: Artifact,
+    component: str,
+    device: str = "auto",
+    backend: str = "onnxruntime",
+    *,
+    options: OrtOptions = OrtOptions(),
+) -> OrtSession:
+    """Open the ONNX graph of a component; see ``OrtSession``. There is one backend here.
+
+    Raises:
+        UsageError: options of another backend.
+    """
+    if not isinstance(options, OrtOptions):
+        raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
+    path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
+    if component not in TOWERS:
+        options = replace(options, graphs=False)
+    is_needed = unsigned in artifact.manifest.files and products_saturate()
+    if is_needed and choose_providers(device, options) == [CPU]:
+        path = artifact.file(unsigned)
+        is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
+        if options.fold is None and is_large and component not in DECODERS:
+            options = replace(options, fold=False)
+    return OrtSession(path, device=device, options=options)
+
+
+def unsigned_graph(component: str) -> str:
+    """The file of a component's graph for CPUs whose INT8 products saturate.
+
+    It computes the same from the same weights (``quantize.unsigned``).
+    """
+    return f"{component}.u8.onnx"
+
+
+def _is_numpy(session: Any) -> bool:
+    """Whether NumPy has a type for all that it takes and gives."""
+    values = (*session.get_inputs(), *session.get_outputs())
+    return all(spec_of(value).dtype != BFLOAT16 for value in values)
+
+
+def _message(error: Exception) -> str:
+    """ONNX Runtime's own words, on one line and without its prefix."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _is_memory(error: Exception, message: str) -> bool:
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(message) is not None

@@ -1,0 +1,296 @@
+"""Text about images: captions, answers, continued prompts.
+
+The image reaches the language model once: ``vision`` and ``image_queries`` turn it into the first
+positions of the decoder's cache, and any number of prompts go on from there (internvl-spec
+sections 0 and 2.5). ``see`` keeps these positions, so that the ViT runs once per image however
+often it is asked about.
+
+A prompt is ``<s> TEXT``, left-padded beside longer ones; what a user types is text, also where it
+looks like a special token. The cache has as many positions as the model has rotary positions, or
+as it was exported with: image, prompt and new tokens must fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime.components import Parts
+from internvl_edge.runtime.generation.cache import start
+from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
+from internvl_edge.runtime.session import Array, did_you_mean
+from internvl_edge.runtime.tasks.requests import image_list, require_vocabulary, slices, text_list
+
+__all__ = [
+    "Seen",
+    "continued",
+    "generation",
+    "left_padded",
+    "pieces",
+    "require_room",
+    "rows_at_once",
+    "see",
+    "streamed",
+    "texts_of",
+    "until_end",
+]
+
+REPLACEMENT = "\ufffd"  # what half a character is decoded to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What the language model keeps of images: the first positions of its cache."""
+
+    cache: Mapping[str, Array]  # present.{i}.key and .value, [B,heads,nq,d]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.cache.values())))
+
+    def rows(self, rows: slice | list[int]) -> dict[str, Array]:
+        """The cache of some images."""
+        return {name: values[rows] for name, values in self.cache.items()}
+
+
+def see(parts: Parts, images: Any, batch_size: int = 8) -> Seen:
+    """Run the ViT and the queries on images, once for all that will be asked.
+
+    Raises:
+        UsageError: the directory lacks a component.
+        MediaError: an image cannot be read.
+    """
+    if isinstance(images, Seen):
+        return images
+    parts.require("vision", "image_queries", "decoder")
+    given = image_list(images)
+    found: dict[str, list[Array]] = {}
+    session = parts.session("image_queries")
+    names = [name for name in session.outputs if name.startswith("present.")]
+    for pixels in parts.pixel_batches(given, "retrieval", batch_size):
+        feeds = {"last_hidden_state": parts.hidden(pixels)}
+        for name, values in session.run(feeds, outputs=names).items():
+            found.setdefault(name, []).append(values)
+    return Seen(cache={name: np.concatenate(values) for name, values in found.items()})
+
+
+def generation(parts: Parts, **how: Any) -> Generation:
+    """Options of a request, with the model's own stop and padding ids.
+
+    Raises:
+        UsageError: an unknown option, or a value that cannot be.
+    """
+    known, llama = Generation.__dataclass_fields__, parts.artifact.manifest.language_model or {}
+    for name in how:
+        if name not in known:
+            raise UsageError(
+                f"option {name!r}: expected some of {', '.join(known)}{did_you_mean(name, known)}"
+            )
+    eos, pad = llama.get("eos_token_id", 2), llama.get("pad_token_id", 0)
+    own = {
+        "stop_ids": (eos, *llama.get("more_eos_ids", ())),
+        "pad_id": max(pad, 0),  # LLaMA's configs say −1 where there is none
+    }
+    chosen = Generation(**{**own, **how})
+    if "stop_ids" in how and llama:
+        require_vocabulary(chosen.stop_ids, llama["vocab_size"], "stop_ids")
+    return chosen
+
+
+def continued(
+    parts: Parts, images: Any, prompts: Any, how: Generation, batch_size: int = 8
+) -> Array:
+    """New ids behind prompt i on image i, int64 [B,N], padded behind the end.
+
+    Args:
+        parts: of a directory.
+        images: see ``Model``, or what ``see`` gave; one goes with all prompts.
+        prompts: strings, or ids int [B,T], 0 where padded on the left; one goes with all images.
+        how: the options.
+        batch_size: rows at a time.
+
+    Raises:
+        UsageError: numbers of images and prompts that do not fit, or too long a prompt.
+        MediaError: an image or a prompt cannot be used.
+    """
+    parts.require("vision", "image_queries", "decoder")
+    given = images if isinstance(images, Seen) else image_list(images)
+    rows = _prompt_rows(parts, prompts)
+    count = max(len(given), len(rows))
+    if {len(given), len(rows)} - {1, count}:
+        raise UsageError(
+            f"expected as many prompts as images, or one of either, found {len(given)} images and "
+            f"{len(rows)} prompts"
+        )
+    _require_room(parts, rows, how)
+    rows = rows * count if len(rows) == 1 else rows
+    size = rows_at_once(parts, "decoder", batch_size, how)
+    found = [
+        generate(
+            start(parts.session("decoder"), cache), _prompt(rows[part], cache, part.start), how
+        )
+        for part, cache in _caches(parts, given, count, size)
+    ]
+    width = max(ids.shape[1] for ids in found)
+    wide = [
+        np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=how.pad_id)
+        for ids in found
+    ]
+    return np.concatenate(wide)
+
+
+def texts_of(parts: Parts, ids: Array, how: Generation) -> list[str]:
+    """The text of new ids, without what stands behind its end."""
+    return [parts.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
+
+
+def pieces(parts: Parts, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
+    """The text behind one prompt on one image, as it comes; the pieces together are all of it.
+
+    Raises:
+        UsageError: several images or prompts, beams, or too long a prompt.
+        MediaError: the image or the prompt cannot be used.
+    """
+    seen, rows = see(parts, image), _prompt_rows(parts, prompt)
+    if len(seen) != 1 or len(rows) != 1:
+        raise UsageError(
+            f"only one image and one prompt can be streamed, found {len(seen)} and {len(rows)}"
+        )
+    _require_room(parts, rows, how)
+    decoding = start(parts.session("decoder"), seen.cache)
+    tokens = stream(decoding, _prompt(rows, dict(seen.cache)), how)
+    return streamed(tokens, how, parts.tokenizer.decode)
+
+
+def streamed(
+    tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
+) -> Iterator[str]:
+    """The text of one row's tokens in pieces, as they come; none is empty.
+
+    Only the tokens of the last piece are decoded again, which the next one may change: spaces are
+    the text's own between two words, and not around it.
+    """
+    ids: list[int] = []  # of the last piece, and since
+    count, told = 0, ""  # of the last piece: its tokens, and their text
+    for token in tokens:
+        if int(token[0]) in how.stop_ids:
+            break
+        ids.append(int(token[0]))
+        text = decode(ids)
+        is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
+        if is_whole and text != told and text.startswith(told):
+            yield text[len(told) :]
+            del ids[:count]
+            count, told = len(ids), decode(ids)
+    text = decode(ids)
+    if text != told:
+        yield text[len(told) :]
+
+
+def until_end(ids: list[int], how: Generation) -> list[int]:
+    """Ids up to the first that ends a text."""
+    ends = [at for at, token in enumerate(ids) if token in how.stop_ids]
+    return ids[: ends[0]] if ends else ids
+
+
+def _caches(
+    parts: Parts, images: Any, count: int, batch_size: int
+) -> Iterator[tuple[slice, dict[str, Array]]]:
+    """The cache of every few rows; one image is looked at once."""
+    if len(images) == 1:
+        seen = see(parts, images)
+        for rows in slices(count, batch_size):
+            yield rows, seen.rows([0] * (rows.stop - rows.start))
+        return
+    for rows in slices(count, batch_size):
+        if isinstance(images, Seen):
+            yield rows, images.rows(rows)
+        else:
+            yield rows, dict(see(parts, images[rows], batch_size).cache)
+
+
+def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
+    """The ids of each prompt, without padding."""
+    given = text_list(prompts, "prompt")
+    if not isinstance(given, np.ndarray):
+        ids, mask = parts.tokenizer.prompt(given)
+        return [row[keep > 0].tolist() for row, keep in zip(ids, mask, strict=True)]
+    llama = parts.artifact.manifest.language_model or {}
+    rows = []
+    for i, row in enumerate(given):
+        require_vocabulary(row.tolist(), llama["vocab_size"], f"prompt {i + 1} of {len(given)}")
+        first = int((row > 0).argmax())
+        if not row.any() or (row[first:] == 0).any():
+            raise MediaError(
+                f"prompt {i + 1} of {len(given)}: expected ids behind zeros as padding, found "
+                f"{row.tolist()}"
+            )
+        rows.append(row[first:].tolist())
+    return rows
+
+
+def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -> Prompt:
+    """Rows of ids as a left-padded prompt behind a cache."""
+    return left_padded(rows, past=next(iter(cache.values())).shape[2], first=first)
+
+
+def left_padded(rows: Sequence[list[int]], past: int, first: int = 0) -> Prompt:
+    """Rows of ids as a prompt behind ``past`` cached positions; ``first`` is the first one's."""
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return Prompt(ids=ids, mask=mask, past=past, first=first)
+
+
+def rows_at_once(parts: Parts, component: str, batch_size: int, how: Generation) -> int:
+    """How many rows of a request run together: with their beams, no more than an engine takes."""
+    limit = parts.largest(component).get("batch")
+    return batch_size if limit is None else min(batch_size, limit // how.num_beams)
+
+
+def require_room(parts: Parts, component: str, length: int, past: int, how: Generation) -> None:
+    """Refuse, before any work, what the profile of a decoder's engine does not hold.
+
+    Args:
+        parts: of a directory.
+        component: ``decoder`` or ``chat_decoder``.
+        length: tokens of the longest prompt.
+        past: positions before it in the cache.
+        how: the options.
+
+    Raises:
+        UsageError: which limit, and what is needed.
+    """
+    largest = parts.largest(component)
+    last = past if how.max_new_tokens == 1 else past + length + how.max_new_tokens - 2
+    reasons = {
+        "batch": (how.num_beams, f"{how.num_beams} beams"),
+        "length": (length, f"{length} tokens of a prompt"),
+        "past": (last, f"{past + length} positions before the {how.max_new_tokens} new tokens"),
+    }
+    for name, (need, why) in reasons.items():
+        if need > largest.get(name, need):
+            raise UsageError(
+                f"the engine of {component} takes {name} up to {largest[name]}, {need} are needed "
+                f"for {why}; ask for less, or build the engine for a larger {name}"
+            )
+
+
+def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
+    room = parts.positions("decoder")
+    image = parts.artifact.manifest.model["internvl"]["num_query_token"]
+    longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+    need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read
+    if need > room:
+        raise UsageError(
+            f"prompt {longest + 1} of {len(rows)}: the cache has {room} positions, {need} are "
+            f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
+            f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
+        )
+    require_room(parts, "decoder", len(rows[longest]), image, how)

@@ -1,0 +1,123 @@
+"""The token embedding of a chat model: rows of one tensor, read where it lies.
+
+A chat model's decoder takes embeddings, since some of them are of images. The table of the others
+stays in its safetensors file, mapped: of 64000 rows a prompt touches a few hundred.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.artifact.open import Artifact
+from internvl_edge.errors import ArtifactError, UsageError
+from internvl_edge.runtime.session import Array
+from internvl_edge.runtime.text.chat_tokenizer import PLACE
+
+__all__ = ["Embedding", "TokenTable", "open_table"]
+
+NAME = "model.embed_tokens.weight"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+MAX_HEADER_NBYTES = 100 << 20
+
+
+class TokenTable:
+    """Token embeddings [V,D], mapped from a file; bfloat16 as the upper half of float32."""
+
+    def __init__(self, rows: Array) -> None:
+        self._rows = rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """V, D."""
+        return self._rows.shape[0], self._rows.shape[1]
+
+    def look_up(self, ids: Array) -> Array:
+        """The embeddings of ids [B,T]: float32 [B,T,D].
+
+        Raises:
+            UsageError: an id that the vocabulary does not have.
+        """
+        size = len(self._rows)
+        if ids.size and not 0 <= ids.min() <= ids.max() < size:
+            bad = ids[(ids < 0) | (ids >= size)][0]
+            raise UsageError(f"token id {bad}: expected ids from 0 to {size - 1}")
+        rows = self._rows[ids]
+        if rows.dtype == np.uint16:
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32, copy=False)
+
+
+class Embedding:
+    """Ids [B,T] to embeddings [B,T,D], image tokens in their places, row by row.
+
+    Args:
+        table: of the other tokens.
+        image_tokens: float32 [M,D], in the order of the places of the whole batch.
+    """
+
+    def __init__(self, table: TokenTable, image_tokens: Array) -> None:
+        self._table, self._image_tokens = table, image_tokens
+
+    def __call__(self, ids: Array) -> Array:
+        is_place = ids == PLACE
+        if not is_place.any():
+            return self._table.look_up(ids)
+        if is_place.sum() != len(self._image_tokens):
+            raise UsageError(
+                f"the prompt has {int(is_place.sum())} places for image tokens, the images have "
+                f"{len(self._image_tokens)}"
+            )
+        embeds = self._table.look_up(np.where(is_place, 0, ids))
+        embeds[is_place] = self._image_tokens
+        return embeds
+
+
+def open_table(artifact: Artifact) -> TokenTable:
+    """Map the token embedding of a compiled chat model.
+
+    Raises:
+        ArtifactError: no weights file of the directory has it.
+    """
+    for name in artifact.manifest.files:
+        if name.endswith(".safetensors"):
+            path = artifact.file(name)
+            found = [(n, e) for n, e in _header(path).items() if n.endswith(NAME)]
+            if found:
+                return TokenTable(_mapped(path, *found[0]))
+    raise ArtifactError(f"{artifact.path}: expected a tensor *{NAME} in its weights, found none")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Names of a safetensors file's tensors and what it says of each, offsets from its start."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= MAX_HEADER_NBYTES:
+            raise ArtifactError(f"{path}: not a safetensors file: header of {length} bytes")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            return {name: {**entry, "start": 8 + length} for name, entry in header.items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ArtifactError(f"{path}: malformed safetensors header: {error}") from error
+
+
+def _mapped(path: Path, name: str, entry: dict[str, Any]) -> Array:
+    try:
+        dtype: np.dtype[Any] = DTYPES[entry["dtype"]]
+        rows, width = entry["shape"]
+        begin, end = entry["data_offsets"]
+        place = entry["start"] + begin
+        if end - begin == dtype.itemsize * rows * width:
+            return np.memmap(path, dtype, "r", place, (rows, width))
+        found = f"{rows}x{width} in {end - begin} bytes"
+    except (KeyError, TypeError, ValueError) as error:
+        found = repr(error)
+    raise ArtifactError(f"{path}: {name}: expected a table of {', '.join(DTYPES)}, found {found}")

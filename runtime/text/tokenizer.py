@@ -1,0 +1,242 @@
+"""Texts to token ids and back, equal to the original's LlamaTokenizer (slow, ``legacy=True``).
+
+SentencePiece splits a text; around it go (internvl-spec section 3.4)
+
+    contrastive   <s> summarize:TEXT </s> 0 0 ...      for text embeddings, right-padded
+    match         <s> TEXT </s> 0 0 ...                for image-text matching, right-padded
+    prompt        0 0 ... <s> TEXT                     to be continued, left-padded
+
+The prefix is glued to the text without a space. A text that is too long loses its end and keeps
+``</s>``: its hidden state is the embedding. Padding is id 0, which is also ``<unk>``, and the
+graphs take ``ids > 0`` for the mask: an unknown piece in the middle of a text is masked too, as
+in the original. Byte fallback makes it rare.
+
+One deviation, on purpose: a user who types ``</s>``, ``<s>``, ``<unk>`` or ``[PAD]`` gets the
+pieces of these characters. The original turns them into control ids, which lets a text end itself
+early. Control ids come from this module alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.errors import ArtifactError, MediaError, UsageError
+from internvl_edge.runtime.tasks.requests import text_problem
+
+Ids: TypeAlias = NDArray[np.int64]
+PadTo = Literal["longest", "max_length"]
+
+PAD_ID = 0
+PREFIX = "summarize:"
+CAPTION_PROMPT = "English caption:"  # of the published captioning results (section 3.5)
+MAX_TEXT_LENGTH = 80  # tokens that the text tower was trained on
+MAX_MODEL_NBYTES = 64 << 20
+MAX_SHOWN = 40  # characters of a text, in a warning
+GUARD = "<unk>"
+SPACE = "▁"  # how a piece spells a space
+
+logger = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """A SentencePiece model with the ids that InternVL puts around a text.
+
+    Args:
+        model: the path of a ``tokenizer.model``, or its bytes.
+
+    Raises:
+        ArtifactError: it is no SentencePiece model with ``<s>``, ``</s>`` and a padding id.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
+        name = "the tokenizer model given" if isinstance(model, bytes) else os.fspath(model)
+        self._pieces = _load(model if isinstance(model, bytes) else _read(Path(model)), name)
+        self.vocab_size: int = self._pieces.get_piece_size()
+        self.bos_id: int = self._pieces.bos_id()
+        self.eos_id: int = self._pieces.eos_id()
+        self.unk_id: int = self._pieces.unk_id()
+        # "[PAD]" is an ordinary piece to SentencePiece; unk_id where the model has none.
+        pad_piece = self._pieces.piece_to_id("[PAD]")
+        self._special_ids = {self.unk_id, self.bos_id, self.eos_id, pad_piece}
+
+    def contrastive(
+        self,
+        texts: str | Iterable[str],
+        max_length: int = MAX_TEXT_LENGTH,
+        prefix: str = PREFIX,
+        pad_to: PadTo = "max_length",
+    ) -> Ids:
+        """Ids for a text embedding: int64 [B, T], right-padded with 0.
+
+        Args:
+            texts: one text or several; longer ones are cut, with a warning in the log.
+            max_length: the most tokens, ``<s>`` and ``</s>`` included.
+            prefix: glued to the front of every text.
+            pad_to: T is ``max_length``, or that of the longest text. The embedding is the same.
+
+        Raises:
+            MediaError: a text is not one that can be encoded.
+            UsageError: ``max_length`` or ``pad_to`` cannot be.
+        """
+        rows = self._closed(_checked(texts), max_length, prefix)
+        return _right_padded(rows, _width(rows, max_length, pad_to))
+
+    def match(
+        self,
+        texts: str | Iterable[str],
+        max_length: int = MAX_TEXT_LENGTH,
+        pad_to: PadTo = "longest",
+    ) -> Ids:
+        """Ids for image-text matching: as `contrastive`, without a prefix."""
+        rows = self._closed(_checked(texts), max_length, "")
+        return _right_padded(rows, _width(rows, max_length, pad_to))
+
+    def prompt(self, texts: str | Iterable[str]) -> tuple[Ids, Ids]:
+        """Ids of texts that a decoder continues.
+
+        Returns:
+            ids, int64 [B, T], left-padded with 0, and the mask, int64 [B, T], 0 where padded.
+
+        Raises:
+            MediaError: a text is not one that can be encoded.
+        """
+        rows = [[self.bos_id, *self._encode(text)] for text in _checked(texts)]
+        width = max(map(len, rows))
+        ids = np.full((len(rows), width), PAD_ID, np.int64)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = row
+            mask[i, width - len(row) :] = 1
+        return ids, mask
+
+    def pieces(self, text: str) -> list[int]:
+        """The ids of a text alone, with SentencePiece's own space in front."""
+        return self._encode(text)
+
+    def pieces_inside(self, text: str) -> list[int]:
+        """The ids of a text that continues another: without a space in front.
+
+        SentencePiece always puts one there, so that it goes in front of a guard, which is cut off;
+        ``<unk>`` is the guard of the original's tokenizer.
+        """
+        return self._encode(GUARD + text)[len(self._encode(GUARD)) :]
+
+    def decode(self, ids: Sequence[int] | NDArray[Any], skip_special: bool = True) -> str:
+        """The text of one row of ids, without spaces around it.
+
+        Args:
+            ids: [T].
+            skip_special: leave out ``<unk>``, ``<s>``, ``</s>`` and ``[PAD]``.
+
+        Raises:
+            MediaError: an id outside the vocabulary.
+        """
+        row = [int(i) for i in ids]
+        for at, i in enumerate(row):
+            if not 0 <= i < self.vocab_size:
+                raise MediaError(
+                    f"expected token ids from 0 to {self.vocab_size - 1}, found {i} at {at}"
+                )
+        if skip_special:
+            row = [i for i in row if i not in self._special_ids]
+        return self._text(row).strip()
+
+    def _text(self, ids: list[int]) -> str:
+        """Runs of ordinary pieces, decoded, between special ones, spelled out.
+
+        A run that a special piece ends gets a space in front: LlamaTokenizer's legacy spacing.
+        """
+        text, run = "", list[str]()
+        for at, i in enumerate(ids):
+            piece: str = self._pieces.id_to_piece(i)
+            if i in self._special_ids:
+                spaced = at > 0 and ids[at - 1] not in self._special_ids
+                text += " " * spaced + self._pieces.decode(run) + piece
+                run = []
+            else:
+                run.append(piece.removeprefix(SPACE) if at == 0 else piece)
+        return text + str(self._pieces.decode(run))
+
+    def _closed(self, texts: list[str], max_length: int, prefix: str) -> list[list[int]]:
+        """<s> text </s>, of at most ``max_length`` ids."""
+        if max_length < 2:
+            raise UsageError(f"max_length must be 2 or more (<s> and </s>), found {max_length}")
+        rows = [self._encode(prefix + text) for text in texts]
+        body = max_length - 2
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) > body:
+                logger.warning(
+                    "the text %r has %d tokens, the last %d are cut off",
+                    text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…",
+                    len(row) + 2,
+                    len(row) - body,
+                )
+        return [[self.bos_id, *row[:body], self.eos_id] for row in rows]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._pieces.encode(text)
+        return ids
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"{path}: expected a SentencePiece model, found no such file")
+        with path.open("rb") as file:
+            return file.read(MAX_MODEL_NBYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: the tokenizer cannot be read: {error}") from error
+
+
+def _load(data: bytes, name: str) -> Any:
+    """The SentencePiece processor; its parser never sees an empty or an absurdly large file."""
+    from sentencepiece import SentencePieceProcessor
+
+    if not 0 < len(data) <= MAX_MODEL_NBYTES:
+        raise ArtifactError(
+            f"{name}: expected a SentencePiece model of 1 to {MAX_MODEL_NBYTES} bytes, "
+            f"found {len(data) if len(data) <= MAX_MODEL_NBYTES else 'more'}"
+        )
+    try:
+        pieces = SentencePieceProcessor(model_proto=data)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{name}: not a SentencePiece model: {error}") from error
+    if min(pieces.bos_id(), pieces.eos_id(), pieces.unk_id()) < 0:
+        raise ArtifactError(f"{name}: a SentencePiece model without <s>, </s> or <unk>")
+    if not (pieces.is_unknown(PAD_ID) or pieces.is_control(PAD_ID)):
+        raise ArtifactError(
+            f"{name}: id {PAD_ID} is padding, but here it is {pieces.id_to_piece(PAD_ID)!r}"
+        )
+    return pieces
+
+
+def _checked(texts: str | Iterable[str]) -> list[str]:
+    """One text or several, as a list of texts that can be encoded."""
+    given = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    if not given:
+        raise MediaError("expected at least one text, found none")
+    for i, text in enumerate(given):
+        problem = text_problem(text)
+        if problem is not None:
+            raise MediaError(f"text {i + 1} of {len(given)}: {problem}")
+    return given
+
+
+def _width(rows: list[list[int]], max_length: int, pad_to: str) -> int:
+    if pad_to not in ("longest", "max_length"):
+        raise UsageError(f"pad_to must be 'longest' or 'max_length', found {pad_to!r}")
+    return max_length if pad_to == "max_length" else max(map(len, rows))
+
+
+def _right_padded(rows: list[list[int]], width: int) -> Ids:
+    ids = np.full((len(rows), width), PAD_ID, np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids

@@ -1,0 +1,32 @@
+"""A compiled directory on disk: its format, how it is opened, and how it is published.
+
+manifest     ``manifest.json``: the components, their tensors, and every file; start here
+open         a directory that is checked before anything in it is used
+publish      a directory that appears whole or not at all
+workspace    what an interrupted compilation has finished, for the same command to go on
+onnx_gate    an ONNX file, judged before a native parser reads it;  onnx_wire  its bytes
+sidecar      what is written down about a built engine
+"""
+
+from internvl_edge.artifact.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    ComponentRecord,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    TensorSpec,
+)
+from internvl_edge.artifact.open import Artifact, open_artifact
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Artifact",
+    "ComponentRecord",
+    "EngineRecord",
+    "FileRecord",
+    "Manifest",
+    "TensorSpec",
+    "open_artifact",
+]

@@ -1,0 +1,262 @@
+"""What an interrupted compilation has finished, kept beside OUT for the same command to go on.
+
+    .OUT.work/key.json             hashes of everything that decides the result
+              journal.jsonl        a line per finished block, or piece of converted weights
+              weights.safetensors  its weights, at the places they have in the end
+              states/image.17      the samples' hidden states behind it
+              engines/             engines that were built
+
+A journal line is written after what it speaks of was made durable, so what it says holds however
+the run ended; a last line that was cut short is dropped. Work under another key is never taken
+up: it is removed. The directory is locked while a run lives, so of two runs on one OUT the second
+is told at once. It goes when the run succeeds, or fails with nothing finished. A run that dies
+between publishing and that leaves in it the manifest of what it published, and the next one sees
+that it is done with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from internvl_edge.artifact.manifest import MANIFEST
+from internvl_edge.artifact.publish import hold, make_parents, placed
+from internvl_edge.errors import UsageError, VerificationError
+from internvl_edge.files.disk import link_or_copy, os_errors, write_atomically
+from internvl_edge.files.spool import Budget, Spool
+
+logger = logging.getLogger(__name__)
+
+BLOCK_NBYTES = 512  # of st_blocks, stat(2)
+KEY, JOURNAL, STATES, ENGINES = "key.json", "journal.jsonl", "states", "engines"
+
+
+class Workspace:
+    """The work of one compilation: finished blocks and the states behind the last, or pieces."""
+
+    def __init__(self, path: Path, budget: Budget) -> None:
+        self.path, self._budget = path, budget
+        self._spools: list[Spool] = []
+        (path / STATES).mkdir(exist_ok=True)
+        (path / ENGINES).mkdir(exist_ok=True)
+        self.entries = _read_journal(path / JOURNAL)
+        taken = (saved["file"] for saved in self._latest().values())
+        self._number = max((int(name.rpartition(".")[2]) for name in taken), default=0)
+        self._drop_states()
+
+    @property
+    def num_done(self) -> int:
+        """Blocks that are finished, or pieces of converted weights."""
+        return len(self.entries)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether blocks are among what is finished, which take longer than converting weights."""
+        return any("activations" in entry for entry in self.entries)
+
+    @property
+    def engines(self) -> Path:
+        """Where finished engines are kept."""
+        return self.path / ENGINES
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether another run could save time with it."""
+        return bool(self.entries) or any(self.engines.iterdir())
+
+    def hidden(self, stream: str) -> Spool:
+        """A new spool for a stream's hidden states; it stays if ``finish`` names it."""
+        self._number += 1
+        file = _open(self.path / STATES / f"{stream}.{self._number}", "x+b")
+        return self._opened(Spool(file, self._budget, write_through=True))
+
+    def restore(self, stream: str) -> Spool:
+        """The hidden states that the last finished block of a stream left."""
+        saved = self._latest()[stream]
+        file = _open(self.path / STATES / saved["file"], "r+b")
+        return self._opened(Spool.reopen(file, saved["shapes"], self._budget))
+
+    def scratch(self) -> Spool:
+        """A spool that leaves nothing behind."""
+        path = self.path / STATES / "scratch"
+        file = _open(path, "x+b")
+        path.unlink()
+        return self._opened(Spool(file, self._budget))
+
+    def publishing(self, directory: Path) -> None:
+        """Note the manifest of a directory that is about to be published: with it, work is done."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        link_or_copy(directory / MANIFEST, self.path / MANIFEST)
+
+    def hand_over(self, name: str, directory: Path) -> None:
+        """A finished file goes into ``directory``, and stays here if a file can have two names."""
+        try:
+            os.link(self.path / name, directory / name)
+        except OSError:
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            self.entries = []
+            os.replace(self.path / name, directory / name)
+
+    def close(self) -> None:
+        """Close every file; what is finished stays."""
+        for spool in self._spools:
+            spool.close()
+
+    def finish(self, block: str, entry: Mapping[str, Any], hidden: Mapping[str, Spool]) -> None:
+        """Note a block as finished; its weights must be durable."""
+        states = {}
+        for stream, spool in hidden.items():
+            spool.sync()
+            states[stream] = {"file": Path(spool.name).name, "shapes": spool.shapes}
+        line = {"block": block, "states": states, **entry}
+        with open(self.path / JOURNAL, "ab", buffering=0) as journal:
+            journal.write(json.dumps(line).encode() + b"\n")
+            os.fsync(journal.fileno())
+        self.entries.append(line)
+        self._drop_states()
+
+    def _opened(self, spool: Spool) -> Spool:
+        self._spools = [*(s for s in self._spools if not s.is_closed), spool]
+        return spool
+
+    def _latest(self) -> dict[str, Any]:
+        """Stream → its newest states."""
+        return {s: saved for entry in self.entries for s, saved in entry["states"].items()}
+
+    def _drop_states(self) -> None:
+        kept = {saved["file"] for saved in self._latest().values()}
+        # of a block that is under way, or of a tower that is entered
+        kept |= {Path(spool.name).name for spool in self._spools if not spool.is_closed}
+        for path in (self.path / STATES).iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+
+def _open(path: Path, mode: Literal["x+b", "r+b"]) -> BinaryIO:
+    return open(path, mode, buffering=0)
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """Its whole lines; a last one that was cut short is cut off."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def drop_published(out: Path) -> None:
+    """Remove the work on what ``out`` is, if the run that published it died before it could."""
+    path = _work_on(placed(out))
+    with suppress(OSError, UsageError), ExitStack() as cleanup:
+        if (path / MANIFEST).read_bytes() == (out / MANIFEST).read_bytes():
+            hold(path, cleanup)
+            _remove(path)
+
+
+def kept_nbytes(out: Path) -> int:
+    """Bytes that the work on ``out`` has on disk: to be taken up, or to be removed first.
+
+    Of the weights file, which has its full size from the start, only what is written counts.
+    """
+    total = 0
+    for folder, _, names in os.walk(_work_on(placed(out))):
+        for name in names:
+            with suppress(OSError):  # another run may be writing it
+                total += (Path(folder) / name).stat().st_blocks * BLOCK_NBYTES
+    return total
+
+
+def _work_on(out: Path) -> Path:
+    return out.with_name(f".{out.name}.work")
+
+
+@contextmanager
+def workspace(
+    out: Path, key: Callable[[], Mapping[str, Any]], budget: Budget
+) -> Iterator[Workspace]:
+    """The work that is being done on ``out``, taken up where a dead run of the same key left it.
+
+    Args:
+        out: what will be published.
+        key: asked once no other run can begin on ``out``: it may take a while.
+        budget: of memory, for spools.
+
+    Raises:
+        UsageError: another run is writing ``out``, or nothing can be written beside it.
+        ResourceError: the disk is full.
+    """
+    with ExitStack() as cleanup:
+        with os_errors(out):
+            out = placed(out)
+            make_parents(out.parent, cleanup)
+            path = _work_on(out)
+            path.mkdir(exist_ok=True)
+            try:
+                hold(path, cleanup)
+            except UsageError as error:
+                raise UsageError(
+                    f"another run is writing {out}; wait until it is done, or choose another OUT"
+                ) from error
+        try:
+            wanted = key()
+        except BaseException:
+            with suppress(OSError):
+                path.rmdir()  # unless another run's work is there
+            raise
+        with os_errors(out):
+            _claim(path, wanted)
+            work = Workspace(path, budget)
+            cleanup.callback(work.close)
+        try:
+            yield work
+        except BaseException as error:
+            is_futile = isinstance(error, VerificationError) and not work.is_calibrated
+            if work.is_worth_keeping and not is_futile:
+                logger.warning(
+                    "%d finished step(s) are kept in %s, %.2f GB; the same command goes on from "
+                    "there",
+                    work.num_done,
+                    path,
+                    kept_nbytes(out) / 1e9,
+                )
+            else:
+                _remove(path)
+            raise
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove what it can; the journal first, or it would speak of what is not there any more."""
+    with suppress(OSError):
+        (path / JOURNAL).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def _claim(path: Path, key: Mapping[str, Any]) -> None:
+    """Empty the directory unless its work has this key."""
+    wanted = json.dumps(key, indent=1, sort_keys=True).encode() + b"\n"
+    try:
+        if (path / KEY).read_bytes() == wanted:
+            return
+    except OSError:
+        pass
+    if (path / JOURNAL).exists():
+        logger.warning(
+            "what another run with other options or inputs finished is dropped: %s", path
+        )
+    (path / JOURNAL).unlink(missing_ok=True)  # first: it speaks of the rest
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    write_atomically(path / KEY, wanted)

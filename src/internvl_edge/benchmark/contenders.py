@@ -1,0 +1,149 @@
+"""What ``benchmark --against`` times beside a compiled directory: other ways to the same job."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from internvl_edge.cli.export import require_export
+from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.runtime.session import did_you_mean
+
+__all__ = ["AGAINST", "Contender", "contender_of", "rival"]
+
+AGAINST = ("pytorch", "torch-compile", "openvino")
+
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+Contender = Callable[[str], Callable[[Feeds], object]]  # component → what runs it
+
+
+def rival(_: click.Context, __: click.Parameter, value: str | None) -> str | Path | None:
+    """One of ``AGAINST``, in whatever case, or the path of another compiled directory."""
+    if value is None or value.lower() in AGAINST:
+        return value and value.lower()
+    if not Path(value).is_dir():
+        raise UsageError(
+            f"--against {value!r}: expected {', '.join(AGAINST)} or another compiled directory"
+            f"{did_you_mean(value, AGAINST)}"
+        )
+    return Path(value)
+
+
+def contender_of(
+    name: str,
+    checkpoint: Path | None,
+    artifacts: Mapping[str, Any],
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Contender:
+    """A way to run components from host arrays, on as many threads as this process has cores.
+
+    Args:
+        name: one of ``AGAINST``.
+        checkpoint: what PyTorch runs; None is the demo.
+        artifacts: the directories that it is timed beside; OpenVINO reads the first one's graphs.
+        device: ``"cpu"`` or ``"cuda"``, of PyTorch; its outputs come back to the host.
+        dtype: of PyTorch's weights and floats.
+
+    Raises:
+        MissingDependency: its package is not installed.
+        HardwareError: PyTorch sees no GPU.
+        UsageError: the directories were not made from the checkpoint.
+    """
+    if name == "openvino":
+        return _openvino(next(iter(artifacts.values())))
+    model = _reference(checkpoint, artifacts, device, dtype)
+    return _pytorch(model, device, dtype, compiled=name == "torch-compile")
+
+
+def _openvino(artifact: Any) -> Contender:
+    if importlib.util.find_spec("openvino") is None:
+        raise MissingDependency("openvino is not installed; run: pip install openvino")
+    import openvino
+
+    core = openvino.Core()
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": _cores()}
+
+    def contender(component: str) -> Callable[[Feeds], object]:
+        compiled = core.compile_model(str(artifact.onnx_path(component)), "CPU", options)
+        local = threading.local()  # a request runs one call at a time
+
+        def run(feeds: Feeds) -> object:
+            if not hasattr(local, "request"):
+                local.request = compiled.create_infer_request()
+            return local.request.infer(dict(feeds))
+
+        return run
+
+    return contender
+
+
+def _reference(
+    checkpoint: Path | None, artifacts: Mapping[str, Any], device: str, dtype: str
+) -> Any:
+    """The model of the checkpoint that the directories were made from, in PyTorch."""
+    require_export()
+    import torch
+
+    from internvl_edge.compiler.plan import demo_checkpoint
+    from internvl_edge.export.checkpoint.checkpoint import (
+        header_fingerprint,
+        load_reference,
+        open_checkpoint,
+    )
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HardwareError(
+            f"PyTorch {torch.__version__} sees no GPU, and the directories run on one; install a "
+            "build of it with CUDA, or time on the CPU"
+        )
+    source = checkpoint or demo_checkpoint()
+    shards = {path.name: header_fingerprint(path) for path in open_checkpoint(source).shards}
+    for label, artifact in artifacts.items():
+        if artifact.manifest.source["files"] != shards:
+            raise UsageError(
+                f"{label} was not made from {source}; name its checkpoint with --checkpoint"
+            )
+    torch.set_num_threads(_cores())
+    return load_reference(source, getattr(torch, dtype)).to(device)
+
+
+def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contender:
+    """PyTorch, eager or compiled."""
+    import torch
+
+    from internvl_edge.export.checkpoint.checkpoint import torch_from_numpy
+    from internvl_edge.export.components import COMPONENTS, build_component
+
+    floats = getattr(torch, dtype)
+
+    def tensor(values: np.ndarray[Any, Any]) -> Any:
+        # the reference takes normalised floats, whatever the graph does
+        found = torch_from_numpy(values).to(device)
+        return found.to(floats) if found.is_floating_point() or values.dtype == np.uint8 else found
+
+    def contender(component: str) -> Callable[[Feeds], object]:
+        module: Any = build_component(COMPONENTS[component], model)
+        if compiled:  # with CUDA graphs on a GPU, where queueing kernels one by one takes longer
+            module = torch.compile(module, mode="reduce-overhead" if device == "cuda" else None)
+
+        def run(feeds: Feeds) -> object:
+            with torch.inference_mode():
+                found = module(*map(tensor, feeds.values()))
+                return [each.cpu() for each in found] if isinstance(found, tuple) else found.cpu()
+
+        return run
+
+    return contender
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,348 @@
+"""``export``, ``build``, ``verify``, ``inspect`` and ``convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from internvl_edge.cli.asked import (
+    ARTIFACT_FILE,
+    CHECKPOINT_FILE,
+    PRECISIONS,
+    is_searched,
+    neither,
+    require_checkpoint,
+    require_components,
+)
+from internvl_edge.cli.console import Output
+from internvl_edge.cli.inspect import (
+    ENGINE_COLUMNS,
+    engine_facts,
+    engine_files,
+    engine_row,
+    figures_row,
+    show_artifact,
+)
+from internvl_edge.cli.options import (
+    DIRECTORY,
+    answers,
+    memory,
+    names,
+    no_backend,
+    one_of,
+    targets,
+)
+from internvl_edge.errors import InputError, MissingDependency
+
+METRICS = ("cosine", "zero-shot", "recall@1")
+
+
+@click.command()
+@click.argument("checkpoint", type=DIRECTORY, required=False)
+@click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to write.")
+@click.option(
+    "-p",
+    "--precision",
+    callback=lambda _, __, value: value.lower(),
+    default="fp32",
+    show_default=True,
+    help=f"{', '.join(PRECISIONS)}; or one per tower: vision=int8,decoder=int4-wo.",
+)
+@click.option("--components", callback=names, help="Comma-separated; default: all there are.")
+@click.option("--image-size", type=int, help="Resolution; default: the checkpoint's own.")
+@click.option(
+    "--input",
+    type=one_of("float32", "uint8"),
+    default="float32",
+    show_default=True,
+    help="What image graphs take: normalised values, or 8-bit levels that they normalise.",
+)
+@click.option(
+    "--cache-capacity",
+    type=int,
+    help="Positions of a decoder's cache, written where it lies; default: it grows by each token.",
+)
+@click.option("--calib", "calibration", type=DIRECTORY, help="Folder of calibration images.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("onnx",),
+    show_default=True,
+    callback=targets,
+    help="onnx, tensorrt-rtx or tensorrt; several comma-separated.",
+)
+@click.option(
+    "--weights",
+    type=one_of("auto", "link", "copy"),
+    default="auto",
+    show_default=True,
+    help="The checkpoint's own files: as reflinks or hard links, or copied. auto: reflinks, copies "
+    "up to 2 GB, else hard links; files of our own where the dtype differs.",
+)
+@click.option("--align", type=int, help="Write weights at multiples of this many bytes: 256.")
+@click.option(
+    "--verify",
+    type=one_of("auto", "full", "none"),
+    default="auto",
+    show_default=True,
+    help="Compare every component with PyTorch before publishing.",
+)
+@click.option("--recipe", type=DIRECTORY, help="Quantization recipe (JSON).")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0.0, 1.0),
+    help="Of --precision auto: how much the metric may lose beside float32, 0 to 1.",
+)
+@click.option(
+    "--metric",
+    type=one_of(*METRICS),
+    help="Of --precision auto. cosine (default): of the towers' outputs, the worst sample; "
+    "zero-shot and recall@1: between the calibration images and their captions.",
+)
+@click.option(
+    "--memory-budget", callback=memory, help="Most memory to take, such as 3GB; default: all free."
+)
+@click.option("--force", is_flag=True, help="Replace OUT, once the new one is complete.")
+@click.option("--dry-run", is_flag=True, help="Check everything and forecast; write nothing.")
+@no_backend
+@answers
+def export(
+    output: Output,
+    backend: str,
+    dry_run: bool,
+    max_drop: float | None,
+    metric: str | None,
+    **chosen: Any,
+) -> None:
+    """Compile CHECKPOINT (default: the bundled demo model) into OUT.
+
+    Traces every component to ONNX, quantizes it if the precision says so, verifies it against
+    PyTorch, builds the engines asked for and publishes OUT in one step. --precision auto is int8
+    with as few layers in 16 bits as --max-drop allows.
+    """
+    compiler = _compiler()
+    require_checkpoint(chosen["checkpoint"])
+    require_components(chosen["components"])
+    is_auto = is_searched(chosen["precision"], max_drop, metric)
+    options = compiler.ExportOptions(**chosen | ({"precision": "int8"} if is_auto else {}))
+    if dry_run:
+        _dry_run(output, compiler, options)
+        return
+    with output.progress() as report:
+        if max_drop is None:
+            artifact = compiler.export(options, report)
+        else:
+            artifact, found = compiler.export_auto(options, max_drop, metric or METRICS[0], report)
+            output.lines(_search_lines(found))
+    show_artifact(output, artifact)
+
+
+def _search_lines(found: Any) -> list[str]:
+    chosen, total = found.chosen, len(found.ranking)
+    return [
+        f"{found.metric} drop {point.drop:.2g} with {point.num_layers} of {total} layers in 16 "
+        f"bits, {point.nbytes / 1e6:.1f} MB{'  <- chosen' if point == chosen else ''}"
+        for point in found.frontier
+    ]
+
+
+@click.command()
+@click.argument("out", type=DIRECTORY)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("tensorrt-rtx",),
+    show_default=True,
+    callback=targets,
+    help="tensorrt-rtx, tensorrt, or both, comma-separated.",
+)
+@click.option("--components", callback=names, help="Comma-separated; default: all there are.")
+@click.option(
+    "--batch",
+    help="Smallest, usual, largest; 1,4,16; of a cache in place 1,1,4, of a chat decoder 1,1,1.",
+)
+@click.option("--length", help="The same, of texts; 1,32,80, of a chat model 1,320,3584.")
+@click.option("--past", help="The same, of cached positions; 0,96,256, of a chat model 0,512,4096.")
+@click.option("--dry-run", is_flag=True, help="Say what it will take, and build nothing.")
+@no_backend
+@answers
+def build(
+    output: Output,
+    out: Path,
+    targets: tuple[str, ...],
+    components: tuple[str, ...] | None,
+    batch: str | None,
+    length: str | None,
+    past: str | None,
+    dry_run: bool,
+    backend: str,
+) -> None:
+    """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
+    from internvl_edge.compiler.steps.engines import build as build_engines
+    from internvl_edge.compiler.steps.engines import ranges_from
+
+    profile = ranges_from(batch=batch, length=length, past=past)
+    if dry_run:
+        _dry_build(output, out, targets, components, profile)
+        return
+    before = engine_files(out)
+    with output.progress() as report:
+        engines = build_engines(out, targets, components=components, profile=profile, report=report)
+    found = [engine_facts(out, engine, is_new=engine.file not in before) for engine in engines]
+    output.table(ENGINE_COLUMNS, [engine_row(engine) for engine in found])
+    output.result({"out": out, "engines": found})
+
+
+@click.command()
+@click.argument("out", type=DIRECTORY)
+@click.option("--checkpoint", type=DIRECTORY, help="Compare with this checkpoint in PyTorch too.")
+@click.option("--full", is_flag=True, help="Hash the checkpoint's own linked files whole, too.")
+@no_backend
+@answers
+def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backend: str) -> None:
+    """Check that OUT is what its manifest says, and with --checkpoint that it computes it.
+
+    Weights that were linked are checked by size and header. --full reads them whole: it compares
+    their sha256 where it is known, and records it in the manifest where it is not.
+    """
+    from internvl_edge.artifact.open import open_artifact
+    from internvl_edge.artifact.publish import verify_whole
+
+    recorded: tuple[str, ...] = ()
+    if full:
+        artifact, recorded = verify_whole(out)
+    else:
+        artifact = open_artifact(out, hash_files=checkpoint is None)
+    figures: dict[str, Any] = {name: {} for name in artifact.manifest.components}
+    if checkpoint is not None:
+        with output.progress() as report:
+            figures = _compiler().verify(out, checkpoint, report)
+        rows = [(name, *figures_row(f)) for name, f in figures.items()]
+        output.table(("component", "cosine", "SQNR", "max |Δ|"), rows)
+    linked = [n for n, record in artifact.manifest.files.items() if record.header_sha256]
+    if recorded:
+        names = ", ".join(recorded)
+        output.lines([f"sha256 recorded, with none before to compare it with: {names}"])
+    if linked and not full:
+        output.lines([f"by size and header only, --full reads them whole: {', '.join(linked)}"])
+    which = "every other file" if linked and not full else "every file"
+    output.lines([f"{out}: {which} matches its sha256, every graph is sound"])
+    output.result(
+        {"out": out, "ok": True, "full": full, "recorded": recorded, "components": figures}
+    )
+
+
+@click.command()
+@click.argument("path", type=DIRECTORY)
+@no_backend
+@answers
+def inspect(output: Output, path: Path, backend: str) -> None:
+    """Say what PATH is: a compiled directory, or a checkpoint."""
+    if (path / ARTIFACT_FILE).exists():
+        from internvl_edge.artifact.open import open_artifact
+
+        show_artifact(output, open_artifact(path))
+        return
+    if not (path / CHECKPOINT_FILE).exists():
+        raise InputError(neither(path))
+    require_export()
+    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export.components import available_components
+
+    checkpoint = open_checkpoint(path)
+    nbytes = sum(entry.nbytes for entry in checkpoint.tensors.values())
+    count = sum(entry.nbytes // entry.dtype.itemsize for entry in checkpoint.tensors.values())
+    components = available_components(checkpoint.config)
+    dtypes = sorted({entry.dtype.name for entry in checkpoint.tensors.values()})
+    output.lines(
+        [
+            f"{path}: {checkpoint.config.kind} checkpoint, {count / 1e6:.1f} M parameters in "
+            f"{len(checkpoint.shards)} file(s), {nbytes / 1e6:.1f} MB, {', '.join(dtypes)}",
+            f"components: {', '.join(components)}",
+        ]
+    )
+    output.result(
+        {
+            "path": path,
+            "kind": checkpoint.config.kind,
+            "parameters": count,
+            "nbytes": nbytes,
+            "dtypes": dtypes,
+            "components": components,
+            "config": checkpoint.config.to_json(),
+        }
+    )
+
+
+@click.command()
+@click.argument("source", type=DIRECTORY)
+@click.argument("out", type=DIRECTORY)
+@no_backend
+@answers
+def convert(output: Output, source: Path, out: Path, backend: str) -> None:
+    """Turn a checkpoint of pickle files (.bin, .pth) into safetensors, in a subprocess."""
+    require_export()
+    from internvl_edge.export.checkpoint.convert import convert_pickles
+
+    with output.progress():
+        count = convert_pickles(source, out)
+    output.lines([f"{out}: {count} tensors"])
+    output.result({"out": out, "tensors": count})
+
+
+def _compiler() -> Any:
+    require_export()
+    from internvl_edge import compiler
+
+    return compiler
+
+
+def require_export() -> None:
+    """Refuse where a package is missing that what needs PyTorch needs."""
+    import importlib.util
+
+    for package in ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependency.of(package, "export")
+
+
+def _dry_run(output: Output, compiler: Any, options: Any) -> None:
+    """Show what an export will need, and refuse what it would refuse before it begins."""
+    from internvl_edge.compiler.forecast import forecast_plan, require_forecast_fits
+    from internvl_edge.compiler.steps.calibrate import load_samples
+    from internvl_edge.compiler.steps.engines import require_targets
+
+    plan = compiler.make_plan(options)
+    engines = [target for target in options.targets if target != "onnx"]
+    require_targets(engines, options.precision)
+    forecast = forecast_plan(plan)
+    _show(output, forecast)
+    require_forecast_fits(plan, forecast)
+    if plan.recipe is not None:
+        load_samples(plan)
+
+
+def _dry_build(
+    output: Output,
+    out: Path,
+    targets: tuple[str, ...],
+    components: tuple[str, ...] | None,
+    profile: Any,
+) -> None:
+    from internvl_edge.artifact.open import open_artifact
+    from internvl_edge.compiler.steps.engines import forecast_build, require_buildable
+
+    manifest = open_artifact(out, hash_files=False).manifest
+    require_buildable(manifest, targets, components, profile)
+    forecast = forecast_build(manifest, targets, components)
+    _show(output, forecast)
+    forecast.require_fit(out)
+
+
+def _show(output: Output, forecast: Any) -> None:
+    output.table(("step", "memory", "disk", "time"), forecast.rows())
+    output.result(forecast.to_json())

@@ -1,0 +1,280 @@
+"""What to compile: the options as given, and the plan they become once everything is checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from internvl_edge.artifact.publish import check_out
+from internvl_edge.compiler.precision import QUANTIZED, recipe_of
+from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.components import COMPONENTS, choose_components, language_config
+from internvl_edge.export.config.checkpoint import check_image_size
+from internvl_edge.export.weights.link import Transfer
+from internvl_edge.files.disk import nearest_existing
+from internvl_edge.quantize.fold import folded
+from internvl_edge.quantize.numerics.rotation import rotation
+from internvl_edge.quantize.recipe import Recipe, load_recipe
+from internvl_edge.runtime.images.transform import MAX_SIZE, Preprocessing
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+Verify = Literal["auto", "full", "none"]
+Input = Literal["float32", "uint8"]
+TOKENIZER_FILE = "tokenizer.model"
+MAX_ALIGN = 65536  # the coarsest granularity that any system maps files with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What to compile, and how; None is the default of each."""
+
+    out: Path
+    checkpoint: Path | None = None  # None: the bundled demo
+    precision: str = "fp32"
+    components: tuple[str, ...] | None = None  # every one that the checkpoint has
+    image_size: int | None = None  # the checkpoint's own
+    input: Input = "float32"  # uint8: normalisation is in the graphs
+    cache_capacity: int | None = None  # positions of a decoder's cache, in place; None: it grows
+    calibration: Path | None = None  # a folder of images; None: a bundled sample set
+    targets: tuple[str, ...] = ("onnx",)
+    weights: Transfer = "auto"
+    align: int | None = None  # of every weight in its file; None: to its item size
+    verify: Verify = "auto"
+    recipe: Path | Recipe | None = None
+    memory_budget: int | None = None  # bytes resident; None: what the machine has
+    force: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)  # text files to publish along
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Options after every check: what will be done, with nothing left to refuse."""
+
+    options: ExportOptions
+    checkpoint: Checkpoint
+    components: tuple[str, ...]
+    image_size: int
+    preprocessing: Preprocessing
+    recipe: Recipe | None  # None: nothing is quantized
+    is_demo: bool
+    source: Checkpoint  # the checkpoint in the form that the recipe quantizes
+
+    @property
+    def base(self) -> str:
+        """The precision of whatever is not quantized, in the graphs ONNX Runtime runs."""
+        return self.options.precision if self.recipe is None else self.recipe.base or "fp32"
+
+    @property
+    def engine_base(self) -> str:
+        """The same in the graphs that engines are built from."""
+        return self.options.precision if self.recipe is None else self.recipe.engine_base
+
+
+def make_plan(options: ExportOptions) -> Plan:
+    """Check every option against the checkpoint.
+
+    Raises:
+        UsageError, CheckpointError: the first thing that is wrong.
+    """
+    default = recipe_of(options.precision)
+    for target in options.targets:
+        require_choice("target", target, TARGETS)
+    _check_parent(options.out)
+    check_out(options.out, force=options.force)
+    recipe = _recipe(options, default)
+    if options.calibration is not None and not options.calibration.is_dir():
+        raise CalibrationError(f"{options.calibration}: expected a folder of images")
+    _check_weights(options)
+    if recipe is None and options.calibration is not None:
+        raise UsageError(
+            f"--calib {options.calibration} is for int8 and fp8, and weights in int8 and int4; "
+            f"{options.precision} has nothing to calibrate"
+        )
+    if options.image_size is not None and options.image_size > MAX_SIZE:
+        raise UsageError(f"--image-size: expected at most {MAX_SIZE}, found {options.image_size}")
+    checkpoint = open_checkpoint(options.checkpoint or demo_checkpoint())
+    image_size = check_image_size(checkpoint.config, options.image_size)
+    components = choose_components(checkpoint.config, options.components)
+    _check_capacity(options.cache_capacity, checkpoint, components)
+    _warn_without_tokenizer(checkpoint.path, components)
+    _require_layers(options.precision, recipe, checkpoint)
+    if options.recipe is not None and recipe is not None:
+        _warn_of_patterns(recipe, checkpoint)
+    return Plan(
+        options=options,
+        checkpoint=checkpoint,
+        components=components,
+        image_size=image_size,
+        preprocessing=read_preprocessing(checkpoint.path, image_size),
+        recipe=recipe,
+        is_demo=checkpoint.path.resolve() == demo_checkpoint().resolve(),
+        source=source_of(checkpoint, recipe),
+    )
+
+
+def source_of(checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
+    """The checkpoint in the form that a recipe quantizes: the same function in other tensors."""
+    if recipe is None or not recipe.fold:
+        return checkpoint
+    turn = partial(rotation, seed=recipe.rotation_seed) if recipe.rotate else None
+    return folded(checkpoint, turn, has_shift=recipe.shift)
+
+
+def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoint) -> None:
+    """A precision of the language model alone needs a checkpoint that has one."""
+    if recipe is None:
+        return
+    names = [name.removesuffix(".weight") for name in checkpoint.tensors if ".layers." in name]
+    if all(recipe.of(name).excludes(name) for name in names):
+        raise UsageError(
+            f"--precision {precision}: expected linear layers to quantize, found none; "
+            f"{checkpoint.path} has no such tower, or the recipe excludes all of it"
+        )
+
+
+def _warn_of_patterns(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """A pattern that matches nothing is most likely misspelled, and what it meant is quantized."""
+    names = [
+        name.removesuffix(".weight")
+        for name, entry in checkpoint.tensors.items()
+        if ".layers." in name and name.endswith(".weight") and len(entry.shape) == 2
+    ]
+    cores = [f"{name.removesuffix('qkv')}core" for name in names if name.endswith(".attn.qkv")]
+    for one in filter(None, (recipe, recipe.language)):
+        own = [name for name in (*names, *cores) if recipe.of(name) is one]
+        for pattern in one.exclude:
+            if not any(re.search(pattern, name) for name in own):
+                logger.warning(
+                    "the recipe excludes %r, which matches no linear layer of %s; their names are "
+                    "such as %s",
+                    pattern,
+                    checkpoint.path,
+                    own[0] if own else "none",
+                )
+
+
+def _check_parent(out: Path) -> None:
+    """Refuse, before any work, a place where OUT cannot be made."""
+    place = nearest_existing(out.absolute().parent)
+    if not place.is_dir():
+        raise UsageError(f"{out}: {place} is not a folder; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{out}: {place} cannot be written; choose a folder that can")
+
+
+def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> None:
+    readers = [
+        name for name in ("text_embed", "matcher", "decoder", "chat_decoder") if name in components
+    ]
+    if readers and not (checkpoint / TOKENIZER_FILE).is_file():
+        logger.warning(
+            "%s has no %s: %s will take token ids only, and no strings; put the model's "
+            "%s there and export again to embed, match or write texts",
+            checkpoint,
+            TOKENIZER_FILE,
+            " and ".join(readers),
+            TOKENIZER_FILE,
+        )
+
+
+def _check_weights(options: ExportOptions) -> None:
+    kept = f"--weights {options.weights} keeps the checkpoint's own bytes"
+    if recipe_of(options.precision) is not None and options.weights != "auto":
+        raise UsageError(f"{kept}, which {options.precision} replaces; leave --weights out")
+    if options.align is None:
+        return
+    if not 1 <= options.align <= MAX_ALIGN or options.align & (options.align - 1):
+        raise UsageError(
+            f"--align: expected a power of two from 1 to {MAX_ALIGN}, found {options.align}"
+        )
+    if options.weights != "auto":
+        raise UsageError(f"{kept}, --align {options.align} moves them; leave one of the two out")
+
+
+def _check_capacity(
+    capacity: int | None, checkpoint: Checkpoint, components: tuple[str, ...]
+) -> None:
+    """A cache that is written in place needs a decoder, room for the image and for one token."""
+    if capacity is None:
+        return
+    llama = language_config(checkpoint.config)
+    if llama is None or not any(COMPONENTS[name].takes_cache for name in components):
+        raise UsageError(
+            f"--cache-capacity {capacity}: expected a decoder among the components, found "
+            f"{', '.join(components)}"
+        )
+    internvl, most = checkpoint.config.internvl, llama.max_position_embeddings
+    least = 1 if internvl is None else internvl.num_query_token + 1
+    if not least <= capacity <= most:
+        raise UsageError(
+            f"--cache-capacity: expected {least} to {most} positions for this model, found "
+            f"{capacity}"
+        )
+
+
+def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UsageError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"{what} must be one of {', '.join(choices)}, found {value!r}")
+
+
+def demo_checkpoint() -> Path:
+    """The trained demo model that comes with the package."""
+    return Path(str(resources.files("internvl_edge.demo") / "checkpoint"))
+
+
+def read_preprocessing(checkpoint: Path, image_size: int) -> Preprocessing:
+    """Mean and standard deviation of a checkpoint's ``preprocessor_config.json``, at a resolution.
+
+    The file is optional: the published models all use ImageNet's figures.
+    """
+    path = checkpoint / "preprocessor_config.json"
+    default = Preprocessing(size=image_size)
+    if not path.exists():
+        return default
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        red, green, blue = (float(v) for v in raw.get("image_mean", default.mean))
+        mean = red, green, blue
+        red, green, blue = (float(v) for v in raw.get("image_std", default.std))
+        return replace(default, mean=mean, std=(red, green, blue))
+    except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
+        raise CheckpointError(f"{path}: not a preprocessor configuration: {error}") from error
+
+
+def _recipe(options: ExportOptions, default: Recipe | None) -> Recipe | None:
+    if default is None:
+        if options.recipe is not None:
+            raise UsageError(
+                f"--recipe {options.recipe} describes a quantization; --precision "
+                f"{options.precision} has none, use {', '.join(QUANTIZED)}"
+            )
+        return None
+    if options.recipe is None:
+        return default
+    if isinstance(options.recipe, Recipe):
+        return options.recipe
+    recipe = load_recipe(options.recipe)
+    if _formats(recipe) != _formats(default):
+        raise UsageError(
+            f"{options.recipe} quantizes to {_formats(recipe)}, --precision {options.precision} "
+            f"says {_formats(default)}"
+        )
+    return recipe
+
+
+def _formats(recipe: Recipe) -> str:
+    """The formats of weights and activations, of each tower that has its own."""
+    towers = [recipe, *filter(None, [recipe.language])]
+    return ", ".join(one.weights + ("-wo" if one.is_weight_only else "") for one in towers)

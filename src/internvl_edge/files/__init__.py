@@ -1,0 +1,7 @@
+"""Files and the machine: the lowest room, which knows nothing of models.
+
+disk     whole files, durable names, locks, and the disk's errors as ours; start here
+spool    arrays that are too many for memory, read again from a file
+memory   what the machine has free, and what a process takes
+signals  Ctrl-C and SIGTERM, held back where they would do harm
+"""
