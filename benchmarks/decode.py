@@ -41,6 +41,7 @@ from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_che
 from internvl_edge.runtime.generation.batch import Batch, Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.loop import generate
+from internvl_edge.types import Array
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 PRECISIONS = ("fp32", "int8-wo", "int4-wo")
@@ -49,8 +50,6 @@ LONGER = (488, 1000)  # positions of caches beside it
 ROUNDS = 5
 TOKENS = 12  # that are timed, behind three that are not
 DEMO_TOKENS = 60
-
-Array = np.ndarray[Any, Any]
 
 
 def export_decoder(checkpoint: Path, out: Path, precision: str, capacity: int | None = None) -> int:

@@ -23,15 +23,16 @@ from internvl_edge import load
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.contenders import contender_of
 from internvl_edge.benchmark.inputs import as_taken, seeded_feeds, seeded_picture
-from internvl_edge.benchmark.machine import peak_rss_nbytes
 from internvl_edge.benchmark.peaks import measure_backend
 from internvl_edge.benchmark.timing import measure
 from internvl_edge.errors import InternVLError
+from internvl_edge.files.memory import peak_rss_nbytes
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import TOWERS
-from internvl_edge.runtime.session import Array, open_component, require_backend
+from internvl_edge.runtime.session import open_component, require_backend
 from internvl_edge.runtime.trt.session import TrtOptions
+from internvl_edge.types import Array
 
 TORCH_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 CALLS = 3  # before results are compared: the second captures graphs, the third replays them

@@ -27,6 +27,7 @@ from internvl_edge import compiler
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.demo import evaluate
 from internvl_edge.quantize.recipe import Recipe, recipe_for
+from internvl_edge.types import Array
 
 RESULTS = Path(__file__).parent / "results" / "language.json"
 PRECISIONS = ("fp32", "int8", "int8-wo", "int4-wo", "vision=int8,decoder=int4-wo")
@@ -44,7 +45,6 @@ VARIANTS: dict[str, tuple[str, Recipe | None]] = {
 }
 COMPONENTS = ("vision", "image_queries", "decoder", "matcher")
 NUM_SCENES, SEED = 300, 3
-Array = np.ndarray[Any, Any]
 
 
 def quality(out: Path, usual: Array | None) -> tuple[dict[str, float], Array]:

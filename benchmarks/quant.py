@@ -44,8 +44,8 @@ from internvl_edge.quantize.calibration.images import sample_set
 from internvl_edge.quantize.numerics.formats import sqnr_db
 from internvl_edge.quantize.recipe import Recipe, recipe_for
 from internvl_edge.runtime.images.transform import Preprocessing, pixel_values
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 CHECKPOINTS = {
     "plain": {},
     "outliers": {"outliers": True},

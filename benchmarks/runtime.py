@@ -46,6 +46,7 @@ from internvl_edge.benchmark.peaks import (
 from internvl_edge.benchmark.roofline import component_workload, locate
 from internvl_edge.benchmark.timing import MIN_ROUNDS, Timing, measure_many, ratio_of
 from internvl_edge.runtime.ort.session import OrtOptions, OrtSession
+from internvl_edge.types import Array
 
 RESULTS = Path(__file__).parent / "results" / "runtime.json"
 OURS = "internvl-edge int8"
@@ -53,7 +54,7 @@ CALIBRATION_IMAGES = 8
 PRODUCTS = ("MatMul", "Gemm", "Conv", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul")
 PRODUCTS += ("QGemm", "MatMulIntegerToFloat", "QLinearConv", "FusedMatMul", "QAttention")
 
-Feeds = dict[str, np.ndarray[Any, Any]]
+Feeds = dict[str, Array]
 
 
 class Images:

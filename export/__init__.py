@@ -11,7 +11,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from internvl_edge.errors import MissingDependency
 
 if __name__ != "internvl_edge.export":
     raise ImportError("import internvl_edge.export, not the folder export of the repository")
@@ -19,7 +22,20 @@ if __name__ != "internvl_edge.export":
 if TYPE_CHECKING:
     from internvl_edge.export.checkpoint.checkpoint import load_reference, open_checkpoint
 
-__all__ = ["load_reference", "open_checkpoint"]
+__all__ = ["load_reference", "open_checkpoint", "require_packages"]
+
+PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors")
+
+
+def require_packages() -> None:
+    """Check that everything is installed that the rooms of this package import.
+
+    Raises:
+        MissingDependency: the first package that is missing, and the extra that brings it.
+    """
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            raise MissingDependency.of(package, "export")
 
 
 def __getattr__(name: str) -> Any:

@@ -32,8 +32,9 @@ from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
+from internvl_edge.types import Array
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, Array]
 PAST = "past_key_values"
 
 NOISE_PAST = 12  # positions of a chat model's cache, and new ones
@@ -72,7 +73,7 @@ class Agreement:
         return {"cosine": self.cosine, "sqnr_db": self.sqnr_db, "max_abs": self.max_abs}
 
 
-def agreement(reference: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> Agreement:
+def agreement(reference: Array, actual: Array) -> Agreement:
     """Compare two arrays of one shape in float64; a non-finite value is total disagreement."""
     if reference.shape != actual.shape:
         raise VerificationError(f"expected shape {reference.shape}, found {actual.shape}")
@@ -99,13 +100,13 @@ def sample_feeds(
     seed: int = 0,
     batch: int = 2,
     length: int = 12,
-    pixel_values: np.ndarray[Any, Any] | None = None,
-    input_ids: np.ndarray[Any, Any] | None = None,
-) -> dict[str, np.ndarray[Any, Any]]:
+    pixel_values: Array | None = None,
+    input_ids: Array | None = None,
+) -> dict[str, Array]:
     """Inputs to compare on: the given samples, or seeded noise and random right-padded ids."""
     rng = np.random.default_rng(seed)
     shape = (batch, config.vision.num_channels, image_size, image_size)
-    feeds: dict[str, np.ndarray[Any, Any]] = {
+    feeds: dict[str, Array] = {
         "pixel_values": rng.standard_normal(shape).astype(np.float32)
         if pixel_values is None
         else pixel_values
@@ -123,7 +124,7 @@ def sample_feeds(
 
 def component_feeds(
     component: str, feeds: Arrays, config: CheckpointConfig, capacity: int | None = None
-) -> dict[str, np.ndarray[Any, Any]]:
+) -> dict[str, Array]:
     """Those of the feeds that a component takes; a decoder's for a cache that grows.
 
     A decoder continues the cache that is among them by captions, if there are any, or else by the
@@ -139,7 +140,7 @@ def component_feeds(
     return taken if capacity is None or not chosen.takes_cache else _within(taken, capacity)
 
 
-def _within(feeds: Arrays, capacity: int) -> dict[str, np.ndarray[Any, Any]]:
+def _within(feeds: Arrays, capacity: int) -> dict[str, Array]:
     """Fewer tokens, behind less of a cache, where it all would not fit."""
     kept = dict(feeds)
     batch, length = feeds["position_ids"].shape
@@ -153,13 +154,13 @@ def _within(feeds: Arrays, capacity: int) -> dict[str, np.ndarray[Any, Any]]:
     return kept | caches | _behind(batch, past, length)
 
 
-def _decoding(ids: np.ndarray[Any, Any], past: int) -> dict[str, np.ndarray[Any, Any]]:
+def _decoding(ids: Array, past: int) -> dict[str, Array]:
     """Right-padded ids (B, T) as a prompt behind ``past`` positions."""
     length = int(np.count_nonzero(ids, axis=1).min())
     return {"input_ids": ids[:, :length], **_behind(len(ids), past, length)}
 
 
-def _behind(batch: int, past: int, length: int) -> dict[str, np.ndarray[Any, Any]]:
+def _behind(batch: int, past: int, length: int) -> dict[str, Array]:
     """Mask and positions of tokens behind ``past`` others, without padding."""
     mask = np.ones((batch, past + length), np.int64)
     return {"attention_mask": mask, "position_ids": mask.cumsum(axis=1)[:, past:] - 1}
@@ -167,7 +168,7 @@ def _behind(batch: int, past: int, length: int) -> dict[str, np.ndarray[Any, Any
 
 def reference_outputs(
     module: nn.Module, component: str, feeds: Arrays, config: CheckpointConfig
-) -> dict[str, np.ndarray[Any, Any]]:
+) -> dict[str, Array]:
     """What a component's PyTorch module gives; its outputs are named as for ``config``."""
     with torch.inference_mode():
         names = COMPONENTS[component].input_names(config)
@@ -215,9 +216,9 @@ def summary(found: Mapping[str, Agreement], samples: int) -> dict[str, Any]:
 
 def with_hidden_state(
     model: InternVL | Chat | InternViT,
-    feeds: dict[str, np.ndarray[Any, Any]],
+    feeds: dict[str, Array],
     config: CheckpointConfig,
-) -> dict[str, np.ndarray[Any, Any]]:
+) -> dict[str, Array]:
     """Add the reference's vision tokens to the feeds, and what its queries leave in the cache."""
     if isinstance(model, Chat):
         if model.config.num_queries:
@@ -239,7 +240,7 @@ def with_hidden_state(
 
 
 @torch.inference_mode()
-def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, Array]:
     """A text of a chat model behind the cache that its image's tokens leave."""
     llama = require_llama(model)
     tokens = model.encode_image(torch.from_numpy(feeds["pixel_values"]))
@@ -256,14 +257,14 @@ def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
 
 def _random_ids(
     llama: QLlamaConfig | LlamaConfig, batch: int, length: int = 12, seed: int = 2
-) -> np.ndarray[Any, Any]:
+) -> Array:
     rng = np.random.default_rng(seed)
     return rng.integers(min(3, llama.vocab_size - 1), llama.vocab_size, (batch, length))
 
 
 def with_noise(
-    feeds: dict[str, np.ndarray[Any, Any]], config: CheckpointConfig, image_size: int
-) -> dict[str, np.ndarray[Any, Any]]:
+    feeds: dict[str, Array], config: CheckpointConfig, image_size: int
+) -> dict[str, Array]:
     """As :func:`with_hidden_state`, with noise where no model is run; one array for all layers."""
     rng, vision, batch = np.random.default_rng(1), config.vision, len(feeds["pixel_values"])
     shape = batch, vision.num_tokens(image_size), vision.hidden_size

@@ -49,6 +49,7 @@ from internvl_edge.export.config.checkpoint import (
 )
 from internvl_edge.export.towers.blocks import LLAMA_NORMS, VISION_NORMS
 from internvl_edge.export.weights.writer import WeightsWriter
+from internvl_edge.types import Array
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 POOL_SIZE = 1 << 21
@@ -189,8 +190,8 @@ def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 
 def _values(
-    synthesis: Synthesis, name: str, shape: tuple[int, ...], pool: np.ndarray[Any, Any]
-) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    synthesis: Synthesis, name: str, shape: tuple[int, ...], pool: Array
+) -> Iterator[tuple[int, Array]]:
     """A tensor in flat pieces of whole rows: (first element, values)."""
     width = shape[-1] if shape else 1
     count = math.prod(shape)
@@ -207,7 +208,7 @@ def _values(
         yield start, values
 
 
-def _cut(pool: np.ndarray[Any, Any], place: int, size: int) -> np.ndarray[Any, Any]:
+def _cut(pool: Array, place: int, size: int) -> Array:
     """``size`` numbers from ``place`` on, around the end if need be."""
     end = place + size
     if end <= len(pool):
@@ -233,7 +234,7 @@ def _distribution(name: str, shape: tuple[int, ...], layer_scale: float) -> tupl
     return 0.0, 1.0 / math.sqrt(fan_in)
 
 
-def inject(synthesis: Synthesis, name: str, rows: np.ndarray[Any, Any], first_row: int) -> None:
+def inject(synthesis: Synthesis, name: str, rows: Array, first_row: int) -> None:
     """Outlier channels and massive activations, in place, in rows from ``first_row`` on."""
     if synthesis.outliers:
         norm = _norm_of(name)
@@ -264,7 +265,7 @@ def inject(synthesis: Synthesis, name: str, rows: np.ndarray[Any, Any], first_ro
 
 
 def _enlarge(
-    synthesis: Synthesis, where: str, rows: np.ndarray[Any, Any], first_row: int, *, is_reader: bool
+    synthesis: Synthesis, where: str, rows: Array, first_row: int, *, is_reader: bool
 ) -> None:
     """Some rows of fc1 larger, and the columns of fc2 that read them smaller."""
     width = synthesis.config.vision.intermediate_size
@@ -287,7 +288,7 @@ def _norm_of(name: str) -> str | None:
     return None
 
 
-def _channels(seed: int, name: str, width: int) -> np.ndarray[Any, Any]:
+def _channels(seed: int, name: str, width: int) -> Array:
     return _rng(seed, f"channels of {name}").choice(width, OUTLIER_CHANNELS, replace=False)
 
 

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -45,8 +45,8 @@ from internvl_edge.export.towers.blocks import (
     language_prefix,
     sites_of,
 )
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 FLOAT32 = np.dtype(np.float32)
 EMBEDDINGS = "vision_model.embeddings"
 TOKENS = "qllama.model.embed_tokens.weight"

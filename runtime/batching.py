@@ -27,7 +27,8 @@ import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError, ResourceError, SessionDead, UsageError
-from internvl_edge.runtime.session import Array, Session
+from internvl_edge.runtime.session import Session
+from internvl_edge.types import Array
 
 __all__ = ["Batcher"]
 

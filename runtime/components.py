@@ -16,8 +16,9 @@ import numpy as np
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
-from internvl_edge.runtime.session import Array, Session, did_you_mean
+from internvl_edge.runtime.session import Session, did_you_mean
 from internvl_edge.runtime.tasks.requests import batches_of, is_normalised, slices
+from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.images.transform import Preprocessing, Transform

@@ -22,10 +22,10 @@ import numpy as np
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import FeedError, UsageError
 from internvl_edge.runtime.gpu.device_array import DeviceArray
+from internvl_edge.types import Array
 
-__all__ = ["Array", "check_feeds", "check_outputs", "did_you_mean"]
+__all__ = ["check_feeds", "check_outputs", "did_you_mean"]
 
-Array = np.ndarray[Any, Any]
 
 # Of a decoder whose cache is written in place (``inplace``).
 WRITE_INDICES, MASK, POSITIONS = "write_indices", "attention_mask", "position_ids"

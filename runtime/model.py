@@ -19,7 +19,7 @@ import numpy as np
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.images.video import dual_softmax
-from internvl_edge.runtime.session import Array, open_component, require_backend
+from internvl_edge.runtime.session import open_component, require_backend
 from internvl_edge.runtime.tasks import caption as speak
 from internvl_edge.runtime.tasks import chat as chats
 from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, Embedder
@@ -32,6 +32,7 @@ from internvl_edge.runtime.tasks.requests import (
 )
 from internvl_edge.runtime.tasks.vectors import ranked, softmax
 from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT
+from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.ort.options import OrtOptions

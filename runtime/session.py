@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from internvl_edge.artifact.open import Artifact, TensorSpec, open_artifact
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs, did_you_mean
+from internvl_edge.runtime.feeds import check_feeds, check_outputs, did_you_mean
+from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.ort.options import OrtOptions

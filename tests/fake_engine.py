@@ -25,6 +25,7 @@ from fake_cuda import FakeCuda, Fault
 from fake_trt import DataType, FakeTrt, Severity, _Base
 
 from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.types import Array
 
 Mode = enum.Enum("Mode", "INPUT OUTPUT")
 Place = enum.Enum("Place", "DEVICE HOST")
@@ -40,7 +41,7 @@ WIDE = {"x": [[1, 4], [2, 4], [8, 4]], "ids": [[1, 1], [2, 3], [8, 6]]}
 NARROW = {"x": [[1, 4], [2, 4], [4, 4]], "ids": [[1, 1], [2, 1], [4, 1]]}
 PLAN = json.dumps([WIDE, NARROW]).encode() + b" " * 1000
 Shapes = dict[str, tuple[int, ...]]
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, Array]
 
 KERNEL_MS = 5.0
 INPUTS = (
@@ -53,7 +54,7 @@ OUTPUTS = (
 )
 
 
-def expected(feeds: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+def expected(feeds: dict[str, Array]) -> dict[str, Array]:
     """What the engine computes."""
     x, ids = feeds["x"], feeds["ids"]
     product = sum(x[:, i, None] * WEIGHT[i] for i in range(4))  # rounds alike at every batch size
@@ -371,7 +372,7 @@ class Context:
         return True
 
 
-def load(cuda: FakeCuda, address: int, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
+def load(cuda: FakeCuda, address: int, shape: tuple[int, ...], name: str) -> Array:
     dtype = np.dtype(name)
     nbytes = int(np.prod(shape)) * dtype.itemsize
     return cuda.bytes_at(address, nbytes).copy().view(dtype).reshape(shape)

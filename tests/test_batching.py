@@ -13,8 +13,9 @@ from tiny_onnx import spec
 
 from internvl_edge.errors import FeedError, ResourceError, SessionDead, UsageError
 from internvl_edge.runtime.batching import Batcher
+from internvl_edge.types import Array
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, Array]
 
 
 class FakeSession:
@@ -27,7 +28,7 @@ class FakeSession:
         self.gate.set()
         self.outputs = {"y": spec("y", "float32", "batch", "width")}
 
-    def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def run(self, feeds: Arrays) -> dict[str, Array]:
         assert self.gate.wait(10)
         self.batches.append(feeds["x"].shape)
         if (error := self.fail(feeds)) is not None:
@@ -35,7 +36,7 @@ class FakeSession:
         return {"y": feeds["x"] * 2}
 
 
-def x(*values: float, width: int = 1) -> dict[str, np.ndarray[Any, Any]]:
+def x(*values: float, width: int = 1) -> dict[str, Array]:
     return {"x": np.repeat(np.array(values, np.float32)[:, None], width, axis=1)}
 
 
@@ -209,7 +210,7 @@ def test_a_batch_is_full_where_the_next_does_not_fit() -> None:
 
 def test_outputs_without_rows_go_to_each_whole() -> None:
     class Scaled(FakeSession):
-        def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        def run(self, feeds: Arrays) -> dict[str, Array]:
             return super().run(feeds) | {"scale": np.float32([3, 4]), "one": np.array(5.0)}
 
     session = Scaled()

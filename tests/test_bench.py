@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from internvl_edge.benchmark import machine as environment_module
+from internvl_edge.benchmark import machine
 from internvl_edge.benchmark import timing as bench
-from internvl_edge.benchmark.machine import environment, peak_rss_nbytes
+from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.timing import (
     MIN_ROUNDS,
     TURN_CALLS,
@@ -22,6 +22,8 @@ from internvl_edge.benchmark.timing import (
     ratio_of,
 )
 from internvl_edge.errors import UsageError
+from internvl_edge.files.memory import peak_rss_nbytes
+from internvl_edge.runtime.ort import cpu
 
 MS = 1_000_000
 
@@ -255,8 +257,9 @@ def test_what_the_system_does_not_say_is_none(monkeypatch: pytest.MonkeyPatch) -
         def read_text(self, encoding: str) -> str:
             raise FileNotFoundError
 
-    monkeypatch.setattr(environment_module, "Path", NoFile)
-    monkeypatch.setattr(environment_module, "PACKAGES", ("no-such-package",))
+    for module in (machine, cpu):
+        monkeypatch.setattr(module, "Path", NoFile)
+    monkeypatch.setattr(machine, "PACKAGES", ("no-such-package",))
     card = environment()
     assert (card["clock_mhz"], card["governor"]) == (None, None)
     assert card["cpu_features"] == []

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +19,7 @@ from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.compiler.oracle.bisect import GraphReading, bisect, worst_channel_db
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import read_header
+from internvl_edge.types import Array
 
 LAYERS = "vision_model.encoder.layers"
 DEEP = replace(
@@ -46,7 +46,7 @@ def copied(vit: Path, precision: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(vit / precision, tmp_path / precision))
 
 
-def change(out: Path, name: str, edit: Callable[[np.ndarray[Any, Any]], None]) -> None:
+def change(out: Path, name: str, edit: Callable[[Array], None]) -> None:
     """Change a stored tensor in place, and nothing else of its file."""
     for path in out.glob("*.safetensors"):
         header = read_header(path)
@@ -60,7 +60,7 @@ def change(out: Path, name: str, edit: Callable[[np.ndarray[Any, Any]], None]) -
     raise AssertionError(name)
 
 
-def double(values: np.ndarray[Any, Any]) -> None:
+def double(values: Array) -> None:
     values[3] *= 2
 
 
@@ -121,7 +121,7 @@ def test_a_wrong_scale_of_an_activation(vit: Path, tmp_path: Path) -> None:
 def test_one_weight_of_a_graph_that_is_not_quantized(vit: Path, tmp_path: Path) -> None:
     out = copied(vit, "fp32", tmp_path)
 
-    def add(values: np.ndarray[Any, Any]) -> None:
+    def add(values: Array) -> None:
         values[5, 7] += 1
 
     change(out, f"{LAYERS}.3.attn.proj.weight", add)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 import onnxruntime
@@ -22,8 +20,8 @@ from internvl_edge.quantize.numerics.int4 import (
     rounded,
     unpack,
 )
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 SEEDS = st.integers(0, 2**32 - 1)
 
 

@@ -27,6 +27,7 @@ from internvl_edge.export.models.llama import Llama, llama_tables
 from internvl_edge.quantize.fold import folded
 from internvl_edge.quantize.numerics.rotation import rotation
 from internvl_edge.runtime.tasks.caption import generation
+from internvl_edge.types import Array
 
 IMAGE_TOKEN = 299  # of the golden prompts
 
@@ -44,7 +45,7 @@ def edited(golden: Path, directory: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture
-def reference(golden: Path) -> dict[str, np.ndarray[Any, Any]]:
+def reference(golden: Path) -> dict[str, Array]:
     with np.load(golden / "tiny/reference.npz") as arrays:
         return {name: arrays[name] for name in arrays.files if name.startswith(("chat.", "in."))}
 

@@ -26,6 +26,7 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig, load_config
 from internvl_edge.export.models import Chat, InternVL
 from internvl_edge.export.towers.streams import calibration_blocks
 from internvl_edge.files.spool import Budget
+from internvl_edge.types import Array
 
 NUM_QUERIES, SIDE = TINY.num_query_token, 3  # 42 px in patches of 14
 
@@ -68,7 +69,7 @@ def pixels_of(batch: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, 14 * SIDE, 14 * SIDE, generator=generator)
 
 
-def tokens_of(out: Path, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def tokens_of(out: Path, pixels: Array) -> Array:
     with open_session(out, "chat_vision") as vision, open_session(out, "chat_queries") as queries:
         seen = vision.run({"pixel_values": pixels})
         looked = queries.run({"hidden_state": seen["hidden_state"]})["image_tokens"]

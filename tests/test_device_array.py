@@ -14,6 +14,7 @@ import pytest
 from internvl_edge.errors import FeedError
 from internvl_edge.runtime.gpu.device_array import DeviceArray, as_device_array, is_on_device
 from internvl_edge.runtime.gpu.dlpack import capsule_of
+from internvl_edge.types import Array
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -21,7 +22,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 class Capsule:
     """An array that says it is on a GPU and hands out DLPack, as a tensor of PyTorch does."""
 
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+    def __init__(self, array: Array) -> None:
         self.array, self.stream = array, 0
 
     def __dlpack_device__(self) -> tuple[int, int]:

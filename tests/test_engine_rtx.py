@@ -20,6 +20,7 @@ from internvl_edge.artifact.sidecar import EngineInfo, Profile, check_engine, re
 from internvl_edge.errors import BuildError, HardwareError, ResourceError
 from internvl_edge.export.engine import build
 from internvl_edge.export.engine.monitor import StreamedFile
+from internvl_edge.types import Array
 
 pytestmark = pytest.mark.rtx
 
@@ -81,7 +82,7 @@ def _quantize(
     nodes: list[Any],
     initializers: list[Any],
     operands: list[str],
-    weight: np.ndarray[Any, Any],
+    weight: Array,
     precision: str,
     onnx_type: int,
 ) -> list[str]:
@@ -107,7 +108,7 @@ def _quantize(
     return [f"{name}.x", f"{name}.w"]
 
 
-def _initializer(name: str, values: np.ndarray[Any, Any], onnx_type: int) -> Any:
+def _initializer(name: str, values: Array, onnx_type: int) -> Any:
     return helper.make_tensor(name, onnx_type, values.shape, values.tobytes(), raw=True)
 
 

@@ -33,8 +33,8 @@ from internvl_edge.quantize.numerics.formats import (
     sqnr_db,
     weight_scale,
 )
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 BOTH = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SCALES = st.floats(MIN_SCALE, 2.0**100, width=32)

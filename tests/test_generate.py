@@ -25,8 +25,8 @@ from internvl_edge.runtime.generation.cache import PAST, HostDecoding, start
 from internvl_edge.runtime.generation.loop import Generation, Prompt, _nucleus, generate, stream
 from internvl_edge.runtime.session import Session
 from internvl_edge.runtime.tasks.vectors import largest
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 COMPONENTS = ("vision", "image_queries", "decoder")
 VOCABULARY, EOS = 7, 2
 

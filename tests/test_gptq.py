@@ -32,8 +32,8 @@ from internvl_edge.quantize.numerics import formats, gptq, int4
 from internvl_edge.quantize.numerics.gptq import Factor, add_rows, change_rows, improved
 from internvl_edge.quantize.numerics.weights import QuantizedWeight, quantize_weight
 from internvl_edge.quantize.recipe import Recipe, recipe_for
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 FORMATS = ["int8", "int4", "fp8"]
 BLOCK = 16  # of INT4 here
 

@@ -24,6 +24,8 @@ import gpu_row
 from gpu_check import Bench, Model, Row, line
 from gpu_row import largest_error, refusal
 
+from internvl_edge.types import Array
+
 DEMO = Model(name="demo", checkpoint=None, timed_on_cpu=True)
 PLACE = {"model": "demo", "component": "vision", "precision": "fp8", "backend": "tensorrt cuda"}
 
@@ -169,7 +171,7 @@ class Speaker:
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def encode_image(self, images: list[Any], mode: str) -> np.ndarray[Any, Any]:
+    def encode_image(self, images: list[Any], mode: str) -> Array:
         self.modes.append(mode)
         return np.full((len(images), 2), 1.0 + len(mode), np.float32)
 

@@ -28,13 +28,14 @@ from internvl_edge.runtime.images.transform import (
     tile,
     tile_grid,
 )
+from internvl_edge.types import Array
 
 TRANSFORMS = ("retrieval", "classification", "clip")
 FORMATS = ("JPEG", "PNG", "WEBP")
 PLAIN = Preprocessing(size=28)
 
 
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray[Any, Any]:
+def noise(height: int, width: int, seed: int = 0) -> Array:
     """Smooth colours with some noise: compresses, and no two pixels are alike."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
@@ -103,7 +104,7 @@ def test_tile_counts_equal_the_original(golden: Path) -> None:
 # --- a second implementation ---------------------------------------------------------------------
 
 
-def reference(array: np.ndarray[Any, Any], size: int, transform: str) -> np.ndarray[Any, Any]:
+def reference(array: Array, size: int, transform: str) -> Array:
     """torchvision's and the processor's steps spelled out, normalising through a table."""
     image = Image.fromarray(array)
     width, height = image.size
@@ -438,7 +439,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     ],
     ids=lambda array: f"{array.dtype}{list(array.shape)}",
 )
-def test_other_arrays_are_refused(array: np.ndarray[Any, Any]) -> None:
+def test_other_arrays_are_refused(array: Array) -> None:
     with pytest.raises(MediaError, match=r"expected|finite"):
         pixel_values(array, PLAIN)
 

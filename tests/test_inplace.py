@@ -30,8 +30,8 @@ from internvl_edge.export.models.qllama import decoding_mask, extended, in_place
 from internvl_edge.runtime.generation.cache import DeviceDecoding, empty_cache, start
 from internvl_edge.runtime.generation.fixed_cache import PAST, grown, in_place, placed, positions_of
 from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 ROOM = 40  # positions of the tiny models' caches here
 
 

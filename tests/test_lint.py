@@ -18,12 +18,12 @@ from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.errors import ArtifactError, UsageError
 from internvl_edge.quantize.lint import RULES, is_clean, lint
+from internvl_edge.types import Array
 
 WIDTH = 32
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 INT8 = np.dtype(np.int8)
 SCALE, SOFTMAX = np.float32(0.1), np.float32(1 / 448)
-Array = np.ndarray[Any, Any]
 
 
 class Graph:

@@ -27,8 +27,8 @@ from internvl_edge.runtime.images.video import decode_frames, dual_softmax
 from internvl_edge.runtime.model import Model, load
 from internvl_edge.runtime.session import Session, check_outputs
 from internvl_edge.runtime.tasks.vectors import ranked, softmax, unit
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 ALL = ("vision", "image_embed", "image_pool", "image_queries", "text_embed", "matcher")
 OUTPUT = {
     "vision": "last_hidden_state",

@@ -26,8 +26,8 @@ from internvl_edge.quantize.numerics.observers import (
     percentile_clip,
     squared_error,
 )
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 BOTH = pytest.mark.parametrize("fmt", FORMATS)
 ROWS = arrays(
     np.float32,

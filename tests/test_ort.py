@@ -27,6 +27,7 @@ from internvl_edge.runtime.ort import options as ortoptions
 from internvl_edge.runtime.ort import session as ort
 from internvl_edge.runtime.ort.options import CPU, CUDA, OrtOptions, choose_providers
 from internvl_edge.runtime.ort.session import OrtSession, open_component
+from internvl_edge.types import Array
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
@@ -37,7 +38,7 @@ def session(tmp_path: Path) -> Any:
         yield opened
 
 
-def weight(session: OrtSession) -> np.ndarray[Any, Any]:
+def weight(session: OrtSession) -> Array:
     return session.run({"x": np.eye(4, dtype=np.float32)})["y"]
 
 

@@ -24,9 +24,10 @@ from internvl_edge.runtime.ort.cuda_graphs import GRAPH_ID, Replays
 from internvl_edge.runtime.ort.options import CPU, CUDA, OrtOptions, load_gpu_libraries
 from internvl_edge.runtime.ort.session import OrtSession, open_component
 from internvl_edge.runtime.ort.values import array_of, value_of
+from internvl_edge.types import Array
 
 PLACE = ("cpu", 0)
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, Array]
 
 
 class Native:
@@ -228,7 +229,7 @@ def same(path: Path) -> Path:
     "array",
     [HALVES, HALVES[:, :0], HALVES.transpose(2, 0, 1), HALVES.astype(np.float16), np.arange(3)],
 )
-def test_values_of_every_dtype_come_back(array: np.ndarray[Any, Any]) -> None:
+def test_values_of_every_dtype_come_back(array: Array) -> None:
     found = array_of(value_of(array, PLACE), PLACE)
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found, array)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -27,17 +26,18 @@ from internvl_edge.runtime.images.transform import (
     pixel_levels,
     pixel_values,
 )
+from internvl_edge.types import Array
 
 PREPROCESSING = Preprocessing(size=12)
 LEVELS = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3).transpose(2, 0, 1)[None]
 
 
-def pictures(count: int) -> list[np.ndarray[Any, Any]]:
+def pictures(count: int) -> list[Array]:
     rng = np.random.default_rng(3)
     return [rng.integers(0, 256, (20 + i, 31, 3), np.uint8) for i in range(count)]
 
 
-def png(array: np.ndarray[Any, Any]) -> bytes:
+def png(array: Array) -> bytes:
     file = io.BytesIO()
     Image.fromarray(array).save(file, "png")
     return file.getvalue()

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.benchmark.machine import products_saturate
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph import trace as graphs
 from internvl_edge.export.graph.bind import bind, save, weights_without_data
@@ -24,6 +23,8 @@ from internvl_edge.export.weights.writer import WeightsWriter
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics import formats
+from internvl_edge.runtime.ort.cpu import products_saturate
+from internvl_edge.types import Array
 
 WIDTH, OUT = 32, 48
 
@@ -82,10 +83,10 @@ def quantized(
     return directory / "m.onnx", model, tensors
 
 
-def by_hand(module: Branches, x: np.ndarray[Any, Any], fmt: str) -> np.ndarray[Any, Any]:
+def by_hand(module: Branches, x: Array, fmt: str) -> Array:
     """The same computation in numpy, every pair an explicit fake quantization."""
 
-    def linear(name: str, activation: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def linear(name: str, activation: Array) -> Array:
         layer = module.get_submodule(name)
         weight = layer.weight.detach().numpy()
         scale = formats.weight_scale(weight, fmt, axis=0)

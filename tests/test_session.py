@@ -19,6 +19,7 @@ from internvl_edge.runtime import model as model_module
 from internvl_edge.runtime import session as sessions
 from internvl_edge.runtime.ort import session as ort
 from internvl_edge.runtime.session import check_feeds, check_outputs, open_component, open_session
+from internvl_edge.types import Array
 
 TEXT = {
     "input_ids": spec("input_ids", "int64", "batch", "length"),
@@ -36,7 +37,7 @@ def text_feeds(batch: int = 2, length: int = 3, past: int = 5) -> dict[str, Any]
     }
 
 
-def pixels(*shape: int) -> np.ndarray[Any, Any]:
+def pixels(*shape: int) -> Array:
     return np.zeros(shape or (1, 3, 4, 4), np.float32)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,8 +16,7 @@ from internvl_edge.quantize.numerics.smooth import (
     fold,
     smoothing_factors,
 )
-
-Array = np.ndarray[Any, Any]
+from internvl_edge.types import Array
 
 
 def norm(x: Array, gain: Array, bias: Array | None) -> Array:

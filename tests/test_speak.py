@@ -22,8 +22,8 @@ from internvl_edge.runtime.generation.loop import Generation
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.tasks.caption import streamed, until_end
 from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT, Tokenizer
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 PROMPTS = ["a red seven", "English caption: a", "what colour is the three? a blue"]
 SHORT = {"max_new_tokens": 12}
 

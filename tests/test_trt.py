@@ -59,6 +59,7 @@ from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.trt import contexts as contexts_module
 from internvl_edge.runtime.trt import engine as plan_module
 from internvl_edge.runtime.trt.session import TrtOptions, TrtSession, open_component
+from internvl_edge.types import Array
 
 ALLOCATIONS = (
     "cudaMalloc",
@@ -68,7 +69,7 @@ ALLOCATIONS = (
 )
 RESULT_SHAPES = {"y": (2, 3), "part": (2, 3)}  # of 2 rows and 3 ids
 TARGETS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, Array]
 
 
 class Bench:
@@ -127,7 +128,7 @@ class Bench:
             cudart=self.cuda,
         )
 
-    def on_gpu(self, array: np.ndarray[Any, Any], offset: int = 0, **changed: Any) -> Any:
+    def on_gpu(self, array: Array, offset: int = 0, **changed: Any) -> Any:
         """An array of another library, by ``__cuda_array_interface__``."""
         data = array.tobytes()
         address = self.cuda.cudaMalloc(len(data) + offset)[1] + offset
@@ -140,14 +141,14 @@ class Bench:
         }
         return SimpleNamespace(__cuda_array_interface__=told | changed)
 
-    def owned(self, session: TrtSession, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
+    def owned(self, session: TrtSession, name: str, array: Array) -> DeviceArray:
         """An array of the session's, with these values."""
         owned = session.empty(name, array.shape)
         data = np.frombuffer(array.tobytes(), np.uint8)
         self.cuda.bytes_at(owned.pointer, len(data))[:] = data
         return owned
 
-    def fetch(self, array: DeviceArray) -> np.ndarray[Any, Any]:
+    def fetch(self, array: DeviceArray) -> Array:
         """What the GPU holds once the array's stream got there."""
         if array.stream is not None:
             self.cuda.cudaStreamSynchronize(array.stream)

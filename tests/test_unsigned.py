@@ -14,13 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from internvl_edge.artifact.open import open_artifact
-from internvl_edge.benchmark import machine as environment
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
+from internvl_edge.runtime.ort import cpu
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession, open_component, unsigned_graph
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 SCALE = np.float32(1 / 64)  # of activations
 K, N = 64, 24
 
@@ -73,7 +73,7 @@ def test_signed_weights_need_vnni() -> None:
     values, scales = weights()
     x = np.random.default_rng(2).uniform(0, 2, (5, K)).astype(np.float32)
     error = np.abs(run(graph(values, scales), x) - by_hand(x, values, scales)).max()
-    if not environment.products_saturate():
+    if not cpu.products_saturate():
         assert error < 1e-4
 
 
@@ -110,9 +110,9 @@ def test_it_is_done_once() -> None:
 def test_what_a_cpu_says(
     monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, saturates: bool
 ) -> None:
-    monkeypatch.setattr(environment.platform, "machine", lambda: machine)
-    monkeypatch.setattr(environment, "_cpuinfo", lambda field: flags)
-    assert environment.products_saturate() is saturates
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu, "cpuinfo", lambda field: flags)
+    assert cpu.products_saturate() is saturates
 
 
 @pytest.mark.parametrize(("saturates", "has_graph"), [(True, True), (True, False), (False, True)])

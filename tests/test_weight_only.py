@@ -22,7 +22,6 @@ from internvl_edge.quantize.numerics.int4 import block_of, dequantize_blocks, ro
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
 
-Array = np.ndarray[Any, Any]
 MIXED = "vision=int8,decoder=int4-wo"
 LANGUAGE = ("text_embed", "matcher", "decoder")
 LAYER = "qllama.model.layers.1.self_attn.o_proj"  # nothing can be folded into it

@@ -19,9 +19,10 @@ from internvl_edge.errors import InternVLError
 from internvl_edge.export.checkpoint.checkpoint import DTYPES, read_header
 from internvl_edge.export.graph.bind import bind, save
 from internvl_edge.export.weights.writer import DATA_ALIGNMENT, StoredTensor, WeightsWriter
+from internvl_edge.types import Array
 
 
-def layout(tensors: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+def layout(tensors: dict[str, Array]) -> dict[str, tuple[Any, Any]]:
     return {name: (values.dtype, values.shape) for name, values in tensors.items()}
 
 
@@ -84,7 +85,7 @@ def test_a_tensor_may_not_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "values", [np.zeros(2, np.float64), np.zeros(3, np.float32), np.zeros((2, 1), np.float32)]
 )
-def test_only_what_was_announced(tmp_path: Path, values: np.ndarray[Any, Any]) -> None:
+def test_only_what_was_announced(tmp_path: Path, values: Array) -> None:
     writer = WeightsWriter(tmp_path / "w", {"a": (np.dtype(np.float32), (2,))})
     with pytest.raises(InternVLError, match="announced"):
         writer.write("a", values)

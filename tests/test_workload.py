@@ -20,6 +20,7 @@ from internvl_edge.benchmark.roofline import component_workload
 from internvl_edge.benchmark.workload import Workload, read_workload
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.errors import ArtifactError
+from internvl_edge.types import Array
 
 F32 = 4  # bytes
 
@@ -28,7 +29,7 @@ def work(
     path: Path,
     nodes: Sequence[onnx.NodeProto],
     shapes: dict[str, tuple[int, ...]],
-    constants: dict[str, np.ndarray[Any, Any]] | None = None,
+    constants: dict[str, Array] | None = None,
     inputs: dict[str, int] | None = None,
 ) -> Workload:
     """Of a graph whose dimensions are all symbolic."""

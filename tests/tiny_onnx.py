@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from internvl_edge.artifact.open import Artifact, ComponentRecord, FileRecord, Manifest, TensorSpec
+from internvl_edge.types import Array
 
 FLOAT, INT64, BFLOAT16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BFLOAT16
 Value = tuple[str, int, Sequence[int | str | None]]
@@ -21,7 +22,7 @@ def write_onnx(
     nodes: Sequence[onnx.NodeProto],
     inputs: Sequence[Value],
     outputs: Sequence[Value],
-    constants: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    constants: Mapping[str, Array] | None = None,
 ) -> Path:
     graph = helper.make_graph(
         list(nodes),

@@ -40,6 +40,7 @@ from internvl_edge.export.checkpoint.shards import (
 from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
 from internvl_edge.export.models import Chat, InternViT, InternVL
+from internvl_edge.types import Array
 
 __all__ = [
     "DTYPES",
@@ -90,7 +91,7 @@ class Checkpoint:
     shards: tuple[Path, ...]
     states: tuple[FileState | None, ...]  # of the shards, before their headers were read
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
+    def read(self, name: str) -> Array:
         """One tensor by canonical name, in its stored dtype."""
         return self.tensors[name].read()
 
@@ -140,7 +141,7 @@ class Checkpoint:
             )
 
 
-def torch_from_numpy(values: np.ndarray[Any, Any]) -> torch.Tensor:
+def torch_from_numpy(values: Array) -> torch.Tensor:
     """As ``torch.from_numpy``, which does not know bfloat16."""
     if values.dtype == DTYPES["BF16"]:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)

@@ -25,6 +25,7 @@ import numpy as np
 
 from internvl_edge.artifact.open import MAX_HEADER_NBYTES, header_sha256
 from internvl_edge.errors import CheckpointError
+from internvl_edge.types import Array
 
 CHECKED_AT_ONCE = 1 << 20  # elements; temporaries of this size stay in the cache
 REMEDY = "download the checkpoint again"
@@ -56,7 +57,7 @@ class TensorEntry:
     offset: int  # from the start of the file
     nbytes: int
 
-    def read(self) -> np.ndarray[Any, Any]:
+    def read(self) -> Array:
         """The values, copied into memory of their own.
 
         Raises:
@@ -86,7 +87,7 @@ class TensorEntry:
         return hashlib.sha256(values.view(np.uint8).data).hexdigest()
 
 
-def _is_finite(values: np.ndarray[Any, Any]) -> bool:
+def _is_finite(values: Array) -> bool:
     if values.dtype == DTYPES["BF16"]:  # all exponent bits set; ml_dtypes' isfinite is slow
         return not bool(((values.view(np.uint16) & 0x7F80) == 0x7F80).any())
     return bool(np.isfinite(values).all())

@@ -1,4 +1,4 @@
-"""Memory: what there is, and what a builder of engines takes.
+"""The memory and disk that a builder of engines takes.
 
 TensorRT-RTX reads weights from the mapped file and keeps the engine's bytes in memory until the
 last of them is written. Of linear layers that read one tensor (q, k and v, gate and up) it makes
@@ -9,10 +9,8 @@ InternViT-6B and QLLaMA; see ``docs/LOG.md``.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from internvl_edge.errors import ResourceError
+from internvl_edge.files.memory import available_memory
 
 BUILDER_NBYTES = 250_000_000
 BUILDER_NBYTES_PER_BLOCK = 1_000_000
@@ -30,17 +28,6 @@ LLAMA_COMPONENTS = (
     "chat_queries",
     "chat_decoder",
 )
-
-
-def available_memory() -> int:
-    """Memory that can be had without swapping, page cache included, in bytes."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:

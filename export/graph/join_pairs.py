@@ -32,6 +32,7 @@ import onnx_ir as ir
 
 from internvl_edge.errors import ArtifactError
 from internvl_edge.export.graph.bind import save
+from internvl_edge.types import Array
 
 __all__ = ["joined_graph"]
 
@@ -51,7 +52,7 @@ class _Layer:
     between: tuple[ir.Node, ...]
     weight: ir.Value  # (N, K), or in 8 bits (K, N)
     stored: ir.ExternalTensor
-    scales: np.ndarray[Any, Any] | None = None  # (N,), of a weight in 8 bits
+    scales: Array | None = None  # (N,), of a weight in 8 bits
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,7 +131,7 @@ def _layer(node: ir.Node) -> _Layer | None:
     return _Layer(product=node, between=between, weight=weight, stored=stored, scales=scales)
 
 
-def _scales(dequantize: ir.Node) -> np.ndarray[Any, Any] | None:
+def _scales(dequantize: ir.Node) -> Array | None:
     """One for each column of a weight in 8 bits whose zero is zero; None: it is another kind."""
     weight, scale, *zero = dequantize.inputs
     attributes = dequantize.attributes
@@ -148,7 +149,7 @@ def _scales(dequantize: ir.Node) -> np.ndarray[Any, Any] | None:
     return values.astype(ir.DataType(cast.attributes["to"].as_int()).numpy())
 
 
-def _values(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
+def _values(tensor: ir.TensorProtocol) -> Array:
     """What a tensor holds, of a file that has a second name too, which onnx-ir does not read."""
     if not isinstance(tensor, ir.ExternalTensor):
         return np.asarray(tensor.numpy())
@@ -156,9 +157,7 @@ def _values(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
     return _read(tensor, tensor.dtype.numpy(), math.prod(shape), 0).reshape(shape)
 
 
-def _read(
-    stored: ir.ExternalTensor, dtype: np.dtype[Any], count: int, start_nbytes: int
-) -> np.ndarray[Any, Any]:
+def _read(stored: ir.ExternalTensor, dtype: np.dtype[Any], count: int, start_nbytes: int) -> Array:
     """So many values of a tensor's file, from a byte of the tensor on."""
     found = np.fromfile(stored.path, dtype, count, offset=(stored.offset or 0) + start_nbytes)
     if found.size < count:
@@ -246,7 +245,7 @@ def _drop_unused(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
         graph.initializers.pop(str(value.name), None)
 
 
-def _constant(model: ir.Model, name: str, values: np.ndarray[Any, Any]) -> ir.Value:
+def _constant(model: ir.Model, name: str, values: Array) -> ir.Value:
     """An initializer that lies in the graph's own file."""
     tensor = ir.tensor(values)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(values.shape))

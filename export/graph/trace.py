@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.signals import interrupts_held
+from internvl_edge.types import Array
 
 OPSET = 23
 OPSETS = {"TensorScatter": 24}  # what else our graphs may hold; of the others nothing changed
@@ -137,7 +138,7 @@ def _require_dynamic(model: ir.Model, dynamic: Sequence[Mapping[int, str]]) -> N
             raise InternVLError(f"the trace froze {', '.join(frozen)} of input {value.name!r}")
 
 
-def set_constants(model: ir.Model, constants: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def set_constants(model: ir.Model, constants: Mapping[str, Array]) -> None:
     """Give small computed tables (rotary cos and sin) their values, to be stored in the graph."""
     for name, values in constants.items():
         if name in model.graph.initializers:

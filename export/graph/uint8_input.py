@@ -9,19 +9,19 @@ pictures of any size, stays outside.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.artifact.open import Manifest, TensorSpec
 from internvl_edge.runtime.images.transform import Preprocessing, nearest_levels, normalised
+from internvl_edge.types import Array
 
 __all__ = ["PIXELS", "graph_feeds", "on_levels", "preprocessing_inside", "take_levels"]
 
 PIXELS = "pixel_values"
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, Array]
 
 
 def take_levels(model: ir.Model, preprocessing: Preprocessing) -> None:
@@ -49,7 +49,7 @@ def take_levels(model: ir.Model, preprocessing: Preprocessing) -> None:
     model.graph.insert_before(model.graph[0], nodes)
 
 
-def _constant(model: ir.Model, name: str, values: np.ndarray[Any, Any]) -> ir.Value:
+def _constant(model: ir.Model, name: str, values: Array) -> ir.Value:
     tensor = ir.tensor(values.astype(np.float32), name=name)
     value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype))
     value.const_value = tensor
@@ -68,9 +68,7 @@ def preprocessing_inside(manifest: Manifest) -> Preprocessing | None:
     return None
 
 
-def on_levels(
-    feeds: Arrays, preprocessing: Preprocessing | None
-) -> dict[str, np.ndarray[Any, Any]]:
+def on_levels(feeds: Arrays, preprocessing: Preprocessing | None) -> dict[str, Array]:
     """The feeds with ``pixel_values`` that levels can express; all of them where it is None."""
     if preprocessing is None or PIXELS not in feeds:
         return dict(feeds)
@@ -80,7 +78,7 @@ def on_levels(
 
 def graph_feeds(
     specs: Mapping[str, TensorSpec], feeds: Arrays, preprocessing: Preprocessing | None
-) -> dict[str, np.ndarray[Any, Any]]:
+) -> dict[str, Array]:
     """What a graph takes of the feeds of its reference, in its own dtypes."""
     found = {}
     for name, spec in specs.items():

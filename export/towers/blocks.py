@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +26,7 @@ from internvl_edge.export.models import Chat, InternVL
 from internvl_edge.export.models.qllama import Layer
 from internvl_edge.export.models.vit import AttentionCore
 from internvl_edge.export.models.vit import Block as VisionBlock
-
-Array = np.ndarray[Any, Any]
+from internvl_edge.types import Array
 
 COMPONENT_STREAM = {
     "vision": "image",

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -51,8 +51,7 @@ from internvl_edge.export.towers.blocks import (
     vision_blocks,
 )
 from internvl_edge.files.spool import Spool
-
-Array = np.ndarray[Any, Any]
+from internvl_edge.types import Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ import numpy as np
 
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.checkpoint.shards import DTYPES
+from internvl_edge.types import Array
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 # The header is padded so that the data begins at a page: offsets then keep a tensor's alignment.
@@ -90,7 +91,7 @@ class WeightsWriter:
         """Names announced and not yet written, in file order."""
         return [name for name in self.stored if name in self._pending]
 
-    def write(self, name: str, values: np.ndarray[Any, Any]) -> None:
+    def write(self, name: str, values: Array) -> None:
         """Write one tensor, of the dtype and shape announced for it."""
         place = self.stored[name]
         if values.dtype != place.dtype or values.shape != place.shape or name not in self._pending:
@@ -102,7 +103,7 @@ class WeightsWriter:
         _pwrite(self._descriptor, data.data, place.offset)
         self._pending.discard(name)
 
-    def write_part(self, name: str, start: int, values: np.ndarray[Any, Any]) -> None:
+    def write_part(self, name: str, start: int, values: Array) -> None:
         """Write some elements of a tensor, flat from ``start`` on; the last part comes last."""
         place = self.stored[name]
         itemsize = place.dtype.itemsize

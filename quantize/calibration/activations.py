@@ -22,8 +22,8 @@ from internvl_edge.quantize.numerics.gptq import add_rows
 from internvl_edge.quantize.numerics.observers import RangeObserver
 from internvl_edge.quantize.numerics.rotation import Rotation, rotation
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 NewSpool = Callable[[], Spool]
 
 

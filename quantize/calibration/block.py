@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,10 +55,10 @@ from internvl_edge.quantize.numerics.statistics import LayerStatistics
 from internvl_edge.quantize.numerics.threads import each
 from internvl_edge.quantize.numerics.weights import QuantizedWeight, quantize_weight
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.types import Array
 
 THREADS = 2  # that hold copies of activations or weights
 SMOOTHING_SUFFIX = ".smoothing"  # of the factors in the columns of a site's readers
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -31,8 +30,8 @@ from internvl_edge.quantize.numerics.output_error import Range
 from internvl_edge.quantize.numerics.statistics import BEST_DB, input_sqnr_db
 from internvl_edge.quantize.numerics.weights import QuantizedWeight
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 HEADROOM = 1.1  # of a range, over the largest value seen
 PRODUCT_ROWS, PRODUCT_COLUMNS = 64, 2048  # of a stored weight; BLAS splits what is larger
 

@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from internvl_edge.quantize.lint.rules import Finding, finding
 from internvl_edge.quantize.lint.view import (
-    Array,
     Operand,
     View,
     behind,
@@ -18,6 +17,7 @@ from internvl_edge.quantize.lint.view import (
     is_constant,
     size_of,
 )
+from internvl_edge.types import Array
 
 INTEGER_OPERATORS = {"QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger"}
 INTEGER_OPERATORS |= {"DynamicQuantizeLinear", "QGemm", "QAttention", "QLinearAdd", "QLinearMul"}

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-Array = np.ndarray[Any, Any]
+from internvl_edge.types import Array
+
 MAX_SCORE_STEPS = 16  # between q kᵀ and its softmax
 MAX_CONSTANT = 1 << 20  # elements of a constant that is looked at
 

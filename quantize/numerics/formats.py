@@ -44,8 +44,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from internvl_edge.errors import CalibrationError, InputError, UsageError, VerificationError
+from internvl_edge.types import Array
 
-Array = NDArray[Any]
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2⁻¹²⁶
 _CHUNK = 1 << 18  # elements per step where a wider copy is made
 

@@ -45,17 +45,15 @@ compare N outputs. H is float32: 41 MB at K = 3200, 655 MB at 12800.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.quantize.numerics import formats
+from internvl_edge.types import Array
 
-Array = NDArray[Any]
 DAMPING = 0.01  # of the mean of H's diagonal
 MAX_MOVED = 16.0
 BLOCK = 128  # columns that an error reaches at once

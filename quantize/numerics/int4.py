@@ -27,7 +27,6 @@ changes nothing and is among them. Too few rows choose nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +34,8 @@ from numpy.typing import NDArray
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.numerics.output_error import ENOUGH_ROWS, product
 from internvl_edge.quantize.numerics.smooth import MAX_FACTOR
+from internvl_edge.types import Array
 
-Array = NDArray[Any]
 MIN_BLOCK = 16  # of ONNX Runtime's kernels
 ALPHAS = tuple(i / 10 for i in range(11))
 _ROWS = 256  # of a weight at once: temporaries stay small

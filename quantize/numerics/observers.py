@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,8 +48,8 @@ from numpy.typing import ArrayLike, NDArray
 from internvl_edge.errors import CalibrationError, UsageError
 from internvl_edge.quantize.numerics.formats import Format, as_format, grid, scale_of
 from internvl_edge.quantize.numerics.threads import each
+from internvl_edge.types import Array
 
-Array = NDArray[Any]
 Floats = NDArray[np.float64]
 RangeMethod = Literal["max", "percentile", "mse", "entropy"]
 RANGE_METHODS: tuple[RangeMethod, ...] = ("max", "percentile", "mse", "entropy")

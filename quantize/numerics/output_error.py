@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ from torch import Tensor
 from internvl_edge.quantize.numerics import formats, smooth
 from internvl_edge.quantize.numerics.observers import RangeObserver
 from internvl_edge.quantize.numerics.threads import each
+from internvl_edge.types import Array
 
-Array = NDArray[Any]
 Range = tuple[float, float]  # scale, shift
 SAMPLE_ROWS = 256  # of activations, per stream, and of weights
 ENOUGH_ROWS = 128  # for what they show to hold for others

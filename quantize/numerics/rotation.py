@@ -30,7 +30,6 @@ The factors of Q are made in float64; products are float32, which leaves weights
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +38,8 @@ from torch import Tensor
 
 from internvl_edge.errors import UsageError
 from internvl_edge.quantize.numerics.threads import each
+from internvl_edge.types import Array
 
-Array = NDArray[Any]
 Floats = NDArray[np.float64]
 _CHUNK = 1 << 18  # elements at a time, which a core's cache holds
 

@@ -28,15 +28,14 @@ s is solved in float64 and stored in float32; g / s and W s are rounded once eac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.errors import CalibrationError, UsageError
 from internvl_edge.quantize.numerics.formats import require_finite
+from internvl_edge.types import Array
 
-Array = NDArray[Any]
 MAX_FACTOR = 4096.0
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from internvl_edge.errors import ArtifactError
 from internvl_edge.quantize.numerics.formats import as_format
 from internvl_edge.quantize.numerics.observers import RangeObserver, squared_error
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 STATISTICS_FILE = "statistics.json"
 BEST_DB = 200.0  # what stands for no error at all
 

@@ -13,8 +13,8 @@ from internvl_edge.quantize.numerics import formats, int4
 from internvl_edge.quantize.numerics.gptq import Factor, improved
 from internvl_edge.quantize.numerics.statistics import BEST_DB, decibels, weight_squares
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 Layout = tuple[np.dtype[Any], tuple[int, ...]]
 ROWS = 256  # of a weight at once
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from internvl_edge.errors import InternVLError, UsageError
-from internvl_edge.runtime.session import Array
+from internvl_edge.types import Array
 
 
 class Decoding(Protocol):

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from internvl_edge.runtime.generation.batch import Batch, Decoding, Generation, Prompt, without
-from internvl_edge.runtime.session import Array
 from internvl_edge.runtime.tasks.vectors import largest
+from internvl_edge.types import Array
 
 IMPOSSIBLE = -1e9  # the sum of a beam that is a copy of another one, before the first step
 

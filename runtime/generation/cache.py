@@ -17,8 +17,9 @@ from internvl_edge.runtime.generation.fixed_cache import (
     placed,
     positions_of,
 )
-from internvl_edge.runtime.session import Array, Session
+from internvl_edge.runtime.session import Session
 from internvl_edge.runtime.trt.vendor import numpy_dtype
+from internvl_edge.types import Array
 
 Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
 

@@ -14,14 +14,13 @@ the mask says. So one mask serves a whole generation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.feeds import MASK, WRITE_INDICES
+from internvl_edge.types import Array
 
 __all__ = [
     "MASK",
@@ -36,8 +35,6 @@ __all__ = [
 ]
 
 PAST, PRESENT = "past_key_values.", "present."
-
-Array = NDArray[Any]
 
 
 def capacity_of(inputs: Mapping[str, TensorSpec]) -> int | None:

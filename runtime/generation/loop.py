@@ -22,8 +22,8 @@ import numpy as np
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.generation.batch import Batch, Decoding, Generation, Prompt, without
 from internvl_edge.runtime.generation.beams import beam_search
-from internvl_edge.runtime.session import Array
 from internvl_edge.runtime.tasks.vectors import largest
+from internvl_edge.types import Array
 
 __all__ = ["Generation", "Prompt", "generate", "stream"]
 

@@ -17,6 +17,7 @@ import numpy as np
 from internvl_edge.errors import FeedError, UsageError
 from internvl_edge.runtime.gpu.dlpack import CUDA, CUDA_MANAGED, capsule_of
 from internvl_edge.runtime.gpu.handles import Event
+from internvl_edge.types import Array
 
 __all__ = ["DeviceArray", "as_device_array", "is_on_device"]
 
@@ -84,7 +85,7 @@ class DeviceArray:
             self.ready.hold(stream or LEGACY_STREAM)
         return capsule_of(self.pointer, self.shape, self.dtype, self.__dlpack_device__(), self)
 
-    def numpy(self) -> np.ndarray[Any, Any]:
+    def numpy(self) -> Array:
         """A copy on the host, of what a run computed.
 
         Raises:

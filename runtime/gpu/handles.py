@@ -17,6 +17,7 @@ import numpy as np
 
 from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.gpu.device import Device
+from internvl_edge.types import Array
 
 __all__ = ["Buffer", "Event", "Graph", "PinnedBuffer", "Stream"]
 
@@ -68,7 +69,7 @@ class PinnedBuffer(Resource):
         self.pointer = int(self.handle)
         self._block = (ctypes.c_uint8 * nbytes).from_address(self.pointer)
 
-    def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """The beginning of the memory as an array; it lives as long as this buffer."""
         return np.ndarray(shape, dtype, memoryview(self._block))
 

@@ -20,16 +20,16 @@ import struct
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from internvl_edge.errors import MediaError, ResourceError
+from internvl_edge.types import Array
 
 ImageSource: TypeAlias = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
+    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | Array
 )
 
 MAX_NBYTES = 64 << 20  # of a file
@@ -192,7 +192,7 @@ def _orientation(exif: object) -> int:
     return 1
 
 
-def _image_from_array(array: NDArray[Any], label: str) -> Image.Image:
+def _image_from_array(array: Array, label: str) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise MediaError(f"{label}: expected uint8 [H, W, 3] in RGB; repeat a grey channel thrice")
     _check_shape(array.shape[1], array.shape[0], label)

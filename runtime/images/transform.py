@@ -41,6 +41,7 @@ from internvl_edge.runtime.images.decode import (
     image_label,
     load_image,
 )
+from internvl_edge.types import Array
 
 __all__ = [
     "ImageSource",
@@ -329,7 +330,7 @@ def _sources(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
     return sources
 
 
-def _checked(array: NDArray[Any], size: int) -> NDArray[np.float32]:
+def _checked(array: Array, size: int) -> NDArray[np.float32]:
     if array.dtype != np.float32 or array.shape[1:] != (3, size, size) or not len(array):
         raise MediaError(
             f"expected images as uint8 [H, W, 3] or normalised float32 [B, 3, {size}, {size}], "

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.errors import MediaError, MissingDependency, UsageError
+from internvl_edge.types import Array
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -113,7 +114,7 @@ def _decoded(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise MediaError(f"{path}: expected a video file: {error}") from error
 
 
-def pool_frames(features: NDArray[Any]) -> NDArray[Any]:
+def pool_frames(features: Array) -> Array:
     """The embedding [E] of a video: the mean of its frames' embeddings [F, E], of their dtype.
 
     Neither side is normalised.
@@ -126,7 +127,7 @@ def pool_frames(features: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(features.mean(axis=0))
 
 
-def dual_softmax(similarity: NDArray[Any]) -> NDArray[Any]:
+def dual_softmax(similarity: Array) -> Array:
     """Similarities [N, M], each weighted by its softmax over the N rows: sim ⊙ softmax(sim, 0).
 
     The re-ranking of MSR-VTT's evaluation: a column that is near to everything counts less.

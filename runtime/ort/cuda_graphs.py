@@ -18,8 +18,8 @@ from typing import Any
 
 import onnxruntime
 
-from internvl_edge.runtime.feeds import Array
 from internvl_edge.runtime.ort.values import Place, array_of, value_of
+from internvl_edge.types import Array
 
 __all__ = ["MAX_GRAPHS", "Replays"]
 

@@ -27,7 +27,6 @@ except ImportError as error:
     raise MissingDependency.of("onnxruntime", "ort") from error
 
 from internvl_edge.artifact.open import Artifact, TensorSpec
-from internvl_edge.benchmark.machine import products_saturate
 from internvl_edge.errors import (
     ArtifactError,
     FeedError,
@@ -36,8 +35,9 @@ from internvl_edge.errors import (
     ResourceError,
     UsageError,
 )
-from internvl_edge.runtime.feeds import Array, check_feeds, check_outputs
+from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
+from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.cuda_graphs import Replays
 from internvl_edge.runtime.ort.options import (
     CPU,
@@ -58,6 +58,7 @@ from internvl_edge.runtime.ort.values import (
     spec_of,
     value_of,
 )
+from internvl_edge.types import Array
 
 OUT_OF_MEMORY = re.compile(
     r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",

@@ -22,8 +22,9 @@ from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import Parts
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
-from internvl_edge.runtime.session import Array, did_you_mean
+from internvl_edge.runtime.session import did_you_mean
 from internvl_edge.runtime.tasks.requests import image_list, require_vocabulary, slices, text_list
+from internvl_edge.types import Array
 
 __all__ = [
     "Seen",

@@ -23,7 +23,6 @@ from internvl_edge.runtime.components import Parts
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
 from internvl_edge.runtime.generation.loop import generate, stream
-from internvl_edge.runtime.session import Array
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import (
     Seen,
@@ -45,6 +44,7 @@ from internvl_edge.runtime.tasks.requests import (
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE, PLACE
 from internvl_edge.runtime.text.embeddings import Embedding
 from internvl_edge.runtime.text.templates import Turn, conversation, find_template
+from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -30,7 +30,7 @@ from internvl_edge.runtime.images.video import (
     read_frames,
     sample_frames,
 )
-from internvl_edge.runtime.session import Array, Session
+from internvl_edge.runtime.session import Session
 from internvl_edge.runtime.tasks.requests import (
     batches_of,
     distinct_labels,
@@ -41,6 +41,7 @@ from internvl_edge.runtime.tasks.requests import (
     text_list,
 )
 from internvl_edge.runtime.tasks.vectors import unit
+from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.images.transform import Preprocessing, Transform

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime.session import Array
+from internvl_edge.types import Array
 
 __all__ = [
     "batches_of",

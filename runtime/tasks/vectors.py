@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.runtime.session import Array
+from internvl_edge.types import Array
 
 __all__ = ["largest", "ranked", "softmax", "unit"]
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import ArtifactError, UsageError
-from internvl_edge.runtime.session import Array
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
+from internvl_edge.types import Array
 
 __all__ = ["Embedding", "TokenTable", "open_table"]
 

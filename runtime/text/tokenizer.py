@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.errors import ArtifactError, MediaError, UsageError
 from internvl_edge.runtime.tasks.requests import text_problem
+from internvl_edge.types import Array
 
 Ids: TypeAlias = NDArray[np.int64]
 PadTo = Literal["longest", "max_length"]
@@ -128,7 +129,7 @@ class Tokenizer:
         """
         return self._encode(GUARD + text)[len(self._encode(GUARD)) :]
 
-    def decode(self, ids: Sequence[int] | NDArray[Any], skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | Array, skip_special: bool = True) -> str:
         """The text of one row of ids, without spaces around it.
 
         Args:

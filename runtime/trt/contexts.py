@@ -24,7 +24,8 @@ from typing import Any
 from internvl_edge.errors import InternVLError, ResourceError, SessionDead
 from internvl_edge.runtime.gpu.handles import Buffer, Graph, Stream
 from internvl_edge.runtime.trt.engine import Plan
-from internvl_edge.runtime.trt.profiles import EngineSpec, Shape
+from internvl_edge.runtime.trt.profiles import EngineSpec
+from internvl_edge.types import Shape
 
 __all__ = ["Bound", "Contexts"]
 

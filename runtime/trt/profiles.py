@@ -19,10 +19,10 @@ from internvl_edge.errors import ArtifactError, FeedError
 from internvl_edge.runtime.gpu.handles import Stream
 from internvl_edge.runtime.trt.engine import Plan
 from internvl_edge.runtime.trt.vendor import DTYPES, numpy_dtype
+from internvl_edge.types import Shape
 
 __all__ = ["EngineSpec", "Profile", "read_engine_spec"]
 
-Shape = tuple[int, ...]
 _Tensor = tuple[str, bool, str | None]  # name, whether an input, dtype
 
 

@@ -37,11 +37,12 @@ from internvl_edge.errors import UsageError
 from internvl_edge.runtime.gpu.device import GB, Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.handles import Buffer, Stream
-from internvl_edge.runtime.session import Array, check_feeds, check_outputs
+from internvl_edge.runtime.session import check_feeds, check_outputs
 from internvl_edge.runtime.trt.engine import Plan, find_plan, require_engine
 from internvl_edge.runtime.trt.profiles import EngineSpec, read_engine_spec
 from internvl_edge.runtime.trt.slot import Slot
 from internvl_edge.runtime.trt.vendor import import_vendor, numpy_dtype
+from internvl_edge.types import Array
 
 __all__ = ["TrtOptions", "TrtSession", "open_component"]
 

@@ -34,11 +34,12 @@ from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray, as_device_array, is_on_device
 from internvl_edge.runtime.gpu.handles import Buffer, Event, PinnedBuffer, Stream
 from internvl_edge.runtime.gpu.memory import ALIGNMENT, copy_rows, new_arrays
-from internvl_edge.runtime.session import Array, check_feeds, check_outputs
+from internvl_edge.runtime.session import check_feeds, check_outputs
 from internvl_edge.runtime.trt.calls import Call, Shapes, is_bound_in_place, require_apart
 from internvl_edge.runtime.trt.contexts import Contexts
 from internvl_edge.runtime.trt.engine import Plan
 from internvl_edge.runtime.trt.profiles import EngineSpec
+from internvl_edge.types import Array
 
 __all__ = ["Slot"]
 

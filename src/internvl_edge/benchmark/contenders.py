@@ -12,15 +12,15 @@ from typing import Any
 import click
 import numpy as np
 
-from internvl_edge.cli.export import require_export
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.export import require_packages
 from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.types import Array, Feeds
 
 __all__ = ["AGAINST", "Contender", "contender_of", "rival"]
 
 AGAINST = ("pytorch", "torch-compile", "openvino")
 
-Feeds = Mapping[str, np.ndarray[Any, Any]]
 Contender = Callable[[str], Callable[[Feeds], object]]  # component → what runs it
 
 
@@ -90,7 +90,7 @@ def _reference(
     checkpoint: Path | None, artifacts: Mapping[str, Any], device: str, dtype: str
 ) -> Any:
     """The model of the checkpoint that the directories were made from, in PyTorch."""
-    require_export()
+    require_packages()
     import torch
 
     from internvl_edge.compiler.plan import demo_checkpoint
@@ -125,7 +125,7 @@ def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contende
 
     floats = getattr(torch, dtype)
 
-    def tensor(values: np.ndarray[Any, Any]) -> Any:
+    def tensor(values: Array) -> Any:
         # the reference takes normalised floats, whatever the graph does
         found = torch_from_numpy(values).to(device)
         return found.to(floats) if found.is_floating_point() or values.dtype == np.uint8 else found

@@ -17,8 +17,8 @@ from typing import Any
 
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.benchmark.inputs import as_taken, seeded_feeds
-from internvl_edge.benchmark.machine import peak_rss_nbytes, rss_nbytes
 from internvl_edge.errors import InternVLError
+from internvl_edge.files.memory import peak_rss_nbytes, rss_nbytes
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.session import cuda_device_count, open_component
 

@@ -11,6 +11,7 @@ import numpy as np
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES, capacity_of
 from internvl_edge.runtime.trt.vendor import numpy_dtype
+from internvl_edge.types import Array
 
 __all__ = [
     "as_taken",
@@ -25,7 +26,7 @@ DEFAULT_LENGTH = 32  # of texts, in tokens
 WIDTH, HEIGHT, COARSE = 640, 480, 20  # of the picture; pixels between its colours
 QUALITY = 90  # of its JPEG
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, Array]
 
 
 def seeded_feeds(artifact: Artifact, component: str, batch: int) -> Arrays:
@@ -64,7 +65,7 @@ def as_taken(feeds: Arrays, inputs: Mapping[str, TensorSpec]) -> Arrays:
     }
 
 
-def _is_float(array: np.ndarray[Any, Any]) -> bool:
+def _is_float(array: Array) -> bool:
     return "float" in array.dtype.name
 
 

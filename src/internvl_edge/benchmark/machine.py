@@ -11,15 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
+from internvl_edge.runtime.ort.cpu import cpu_features, cpuinfo
 from internvl_edge.runtime.session import cuda_driver
 
-__all__ = [
-    "environment",
-    "gpu_nbytes",
-    "peak_rss_nbytes",
-    "products_saturate",
-    "rss_nbytes",
-]
+__all__ = ["environment", "gpu_nbytes"]
 
 PACKAGES = (
     "numpy",
@@ -31,7 +26,6 @@ PACKAGES = (
     "openvino",
     "torch",
 )
-KIB = 1024
 
 
 def environment() -> dict[str, Any]:
@@ -41,7 +35,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cpu_features": _cpu_features(),
+        "cpu_features": cpu_features(),
         "cores_usable": _usable_cores(),
         "cores_online": os.cpu_count(),
         "clock_mhz": _clock_mhz(),
@@ -51,25 +45,6 @@ def environment() -> dict[str, Any]:
         "gpus": _gpus(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
-
-
-def products_saturate() -> bool:
-    """Whether this CPU adds up products of signed and unsigned bytes in 16 bits that saturate.
-
-    x86 does without VNNI or AMX; where the system does not say, it is taken to.
-    """
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return is_x86 and not {"avx_vnni", "avx512_vnni", "amx_int8"} & set(_cpu_features())
-
-
-def peak_rss_nbytes() -> int | None:
-    """The most memory that this process ever had resident; None where the system does not say."""
-    return _status_nbytes("VmHWM")
-
-
-def rss_nbytes() -> int | None:
-    """The memory that this process has resident now; None where the system does not say."""
-    return _status_nbytes("VmRSS")
 
 
 def gpu_nbytes() -> int | None:
@@ -85,15 +60,6 @@ def gpu_nbytes() -> int | None:
     ):
         return None
     return nbytes.value
-
-
-def _status_nbytes(field: str) -> int | None:
-    try:
-        text = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    match = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
-    return int(match[1]) * KIB if match else None
 
 
 def _load_average() -> float | None:
@@ -114,14 +80,7 @@ def _gpus() -> list[str]:
 
 
 def _cpu_model() -> str | None:
-    return _cpuinfo("model name") or platform.processor() or None
-
-
-def _cpu_features() -> list[str]:
-    """The instruction sets that decide how fast products of 8 and 16 bits are."""
-    known = r"avx2|avx_vnni|avx512f|avx512_vnni|avx512_bf16|avx512_fp16|amx_int8|amx_bf16|amx_fp16"
-    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
-    return [flag for flag in flags if re.fullmatch(rf"{known}|asimddp|i8mm|bf16", flag)]
+    return cpuinfo("model name") or platform.processor() or None
 
 
 def _clock_mhz() -> float | None:
@@ -129,7 +88,7 @@ def _clock_mhz() -> float | None:
     khz = _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
     if khz is not None:
         return float(khz) / 1e3
-    mhz = _cpuinfo("cpu MHz")
+    mhz = cpuinfo("cpu MHz")
     return None if mhz is None else float(mhz)
 
 
@@ -143,15 +102,6 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _cpuinfo(field: str) -> str | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    match = re.search(rf"^{field}\s*: *(.*)$", text, re.MULTILINE)
-    return match[1].strip() if match else None
 
 
 def _first_line(path: str) -> str | None:

@@ -34,6 +34,7 @@ from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.handles import Buffer, Stream
 from internvl_edge.runtime.session import Session
 from internvl_edge.runtime.trt.vendor import import_vendor
+from internvl_edge.types import Array
 
 __all__ = [
     "Peaks",
@@ -210,7 +211,7 @@ def product_model(kind: str, side: int, *, base: str = "float32") -> bytes:
     return model
 
 
-def _tensor(name: str, values: np.ndarray[Any, Any], kind: str) -> onnx.TensorProto:
+def _tensor(name: str, values: Array, kind: str) -> onnx.TensorProto:
     """Values in a type; of 8 bits, in units of the scale."""
     if kind in EIGHT_BITS:
         values = np.clip(np.rint(values / SCALE), -127, 127)

@@ -13,7 +13,8 @@ from internvl_edge.benchmark.contenders import Contender
 from internvl_edge.benchmark.inputs import as_taken, from_picture, seeded_feeds, takes_levels
 from internvl_edge.benchmark.load import run_scenario
 from internvl_edge.benchmark.timing import Timing, measure_many, ratio_of
-from internvl_edge.runtime.session import Array, Session, open_component
+from internvl_edge.runtime.session import Session, open_component
+from internvl_edge.types import Array
 
 __all__ = ["Question", "measure_component"]
 

@@ -43,7 +43,8 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime.session import Array, Session
+from internvl_edge.runtime.session import Session
+from internvl_edge.types import Array
 
 __all__ = ["Ratio", "Timing", "distribution", "measure", "measure_many", "ratio_of", "warm_up"]
 

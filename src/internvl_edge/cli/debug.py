@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.export import require_export
 from internvl_edge.cli.options import DIRECTORY, answers, no_backend
 from internvl_edge.errors import VerificationError
+from internvl_edge.export import require_packages
 
 BLOCK_COLUMNS = ("block", "isolated", "accumulated", "unrounded", "worst tensor", "")
 EXAMPLES = 3  # of each rule, in the answer for people
@@ -27,7 +27,7 @@ def lint(output: Output, backend: str, file: Path, gpu: str | None) -> None:
 
     Exit code 0 where there is none (notes do not count), 6 where there are.
     """
-    require_export()
+    require_packages()
     from internvl_edge.quantize.lint import RULES, is_clean
     from internvl_edge.quantize.lint import lint as lint_file
 
@@ -74,7 +74,7 @@ def bisect(
 
     Every block is run on its own, one in memory at a time. Exit code 6 where a tensor is bad.
     """
-    require_export()
+    require_packages()
     from internvl_edge.compiler.oracle.bisect import bisect as bisect_graphs
     from internvl_edge.compiler.plan import demo_checkpoint
 

@@ -14,6 +14,7 @@ from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, backend, one_of
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.files.disk import write_atomically
+from internvl_edge.types import Array
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -68,7 +69,7 @@ def embed(
         raise UsageError("embed: expected an image or a --text")
     if save is not None:
         _check_save(save, force)
-    results: dict[str, np.ndarray[Any, Any]] = {}
+    results: dict[str, Array] = {}
     with open_model(out, backend) as model:
         if paths:
             results["images"] = model.encode_image(paths, mode=mode, normalize=normalize)

@@ -34,7 +34,8 @@ from internvl_edge.cli.options import (
     one_of,
     targets,
 )
-from internvl_edge.errors import InputError, MissingDependency
+from internvl_edge.errors import InputError
+from internvl_edge.export import require_packages
 
 METRICS = ("cosine", "zero-shot", "recall@1")
 
@@ -249,7 +250,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
         return
     if not (path / CHECKPOINT_FILE).exists():
         raise InputError(neither(path))
-    require_export()
+    require_packages()
     from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
     from internvl_edge.export.components import available_components
 
@@ -285,7 +286,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
 @answers
 def convert(output: Output, source: Path, out: Path, backend: str) -> None:
     """Turn a checkpoint of pickle files (.bin, .pth) into safetensors, in a subprocess."""
-    require_export()
+    require_packages()
     from internvl_edge.export.checkpoint.convert import convert_pickles
 
     with output.progress():
@@ -295,19 +296,10 @@ def convert(output: Output, source: Path, out: Path, backend: str) -> None:
 
 
 def _compiler() -> Any:
-    require_export()
+    require_packages()
     from internvl_edge import compiler
 
     return compiler
-
-
-def require_export() -> None:
-    """Refuse where a package is missing that what needs PyTorch needs."""
-    import importlib.util
-
-    for package in ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependency.of(package, "export")
 
 
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.errors import ResourceError
-from internvl_edge.export.engine.memory import available_memory, builder_nbytes, joined_nbytes
+from internvl_edge.export.engine.memory import builder_nbytes, joined_nbytes
 from internvl_edge.files.disk import require_free_disk
+from internvl_edge.files.memory import available_memory
 
 BUILDER_MAPPED_NBYTES = 110_000_000  # its library
 BUILD_NBYTES_PER_SECOND = 290e6

@@ -28,7 +28,6 @@ from internvl_edge.compiler.steps.verify import (
 from internvl_edge.compiler.steps.weights import products_of, quantized_layout
 from internvl_edge.export.checkpoint.checkpoint import DTYPES, build_model
 from internvl_edge.export.components import COMPONENTS, build_component, language_config
-from internvl_edge.export.engine.memory import available_memory
 from internvl_edge.export.graph.dtypes import POLICIES
 from internvl_edge.export.models import InternViT
 from internvl_edge.export.towers.blocks import (
@@ -44,6 +43,7 @@ from internvl_edge.export.towers.blocks import (
     tower_of,
 )
 from internvl_edge.export.weights.link import How, way_of
+from internvl_edge.files.memory import available_memory
 from internvl_edge.files.spool import Budget
 from internvl_edge.quantize.recipe import Recipe
 

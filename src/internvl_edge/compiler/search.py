@@ -42,13 +42,13 @@ from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
 from internvl_edge.quantize.sensitivity import Search, Sensitivity, exactly, fewest
 from internvl_edge.runtime.model import load
+from internvl_edge.types import Array
 
 EMBEDDERS = ("image_embed", "text_embed")
 NEEDED = {"cosine": set[str](), "zero-shot": set(EMBEDDERS), "recall@1": set(EMBEDDERS)}
 SAMPLES = 4  # that the towers are run on
 LEVELS = 8  # sets of layers that one pass tries
 SPOOL_NBYTES = 1 << 30
-Array = np.ndarray[Any, Any]
 
 
 def export_auto(

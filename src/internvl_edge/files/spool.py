@@ -18,13 +18,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, BinaryIO, overload
+from typing import BinaryIO, overload
 
 import numpy as np
 
 from internvl_edge.errors import InternVLError, ResourceError
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 FLOAT32 = np.dtype(np.float32)
 
 

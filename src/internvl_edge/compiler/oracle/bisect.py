@@ -72,8 +72,8 @@ from internvl_edge.export.towers.blocks import COMPONENT_STREAM, component_of_on
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, bypass_activations
 from internvl_edge.runtime.ort.session import OrtSession
 from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 TENSOR_DB = 30.0  # of a quantized graph: one rounding to the other side shows in a small tensor
 MARGIN_DB = 3.0  # that a graph is nearer to its simulation than that is to PyTorch

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from internvl_edge.export.graph.one_block import BLOCK_INPUT, BLOCK_OUTPUT
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 OUTPUT_LAYER = "o_proj"  # of QLLaMA's attention: what it reads is attention's own result
 WATCHED = ("Norm", "AttentionCore")  # how the names of such modules end, beside linear layers
 

@@ -38,10 +38,10 @@ from internvl_edge.quantize.numerics.gptq import MAX_MOVED
 from internvl_edge.quantize.numerics.int4 import block_of, unpack
 from internvl_edge.quantize.numerics.rotation import rotation
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.types import Array
 
 STORED_SUFFIXES = (".bias", ".shift", ".spread")  # of parameters that calibration sets
 SCALES_FILE = "quantization.json"  # stream → weight → activation scale; null: not rounded
-Array = np.ndarray[Any, Any]
 Scales = Mapping[str, Mapping[str, float | None]]
 NOISE = 1e-4  # of a weight's largest scale
 MOVED_SLACK = 1.1  # of a squared error, folded and rotated once more

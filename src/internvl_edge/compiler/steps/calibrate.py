@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from internvl_edge.artifact.workspace import Workspace
-from internvl_edge.benchmark.machine import peak_rss_nbytes
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.compiler.steps.graphs import (
@@ -28,21 +27,20 @@ from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.blocks import COMPONENT_STREAM, OF_IMAGES
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
-from internvl_edge.files.memory import trim
+from internvl_edge.files.memory import peak_rss_nbytes, trim
 from internvl_edge.files.spool import Spool
 from internvl_edge.quantize.calibration.block import CalibratedBlock, calibrate_block
 from internvl_edge.quantize.calibration.images import CalibrationSet, load_calibration, sample_set
 from internvl_edge.quantize.numerics.statistics import layers_to_json
 from internvl_edge.runtime.images.transform import pixel_values
 from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT, Tokenizer
+from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
 
 BATCH = 8  # samples that flow through the blocks together
 MAX_TEXT_LENGTH = 80  # tokens (internvl-spec section 3.4)
 TOKENIZER_FILE = "tokenizer.model"
-
-Array = np.ndarray[Any, Any]
 
 
 def load_samples(plan: Plan) -> CalibrationSet:

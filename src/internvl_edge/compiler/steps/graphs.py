@@ -70,8 +70,7 @@ from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_q
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics.int4 import block_of
 from internvl_edge.runtime.ort.session import unsigned_graph
-
-Array = np.ndarray[Any, Any]
+from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from internvl_edge.benchmark.machine import products_saturate
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import STORED_SUFFIXES, Scales, fake_quantized
 from internvl_edge.compiler.plan import Verify
@@ -52,10 +50,11 @@ from internvl_edge.quantize.numerics.statistics import LayerStatistics
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.runtime.generation.fixed_cache import MASK, capacity_of, grown, in_place
 from internvl_edge.runtime.images.transform import Preprocessing
+from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
+from internvl_edge.types import Array
 
-Array = np.ndarray[Any, Any]
 SAMPLES = 4  # of the calibration set, to compare quantized components on
 FLOAT32_NBYTES = 4
 MAX_WHOLE_NBYTES = 4_000_000_000  # of a float32 reference that --verify auto holds: 1 B parameters
