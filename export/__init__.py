@@ -1,8 +1,9 @@
 """From a checkpoint to verified ONNX components and engines.
 
     config      what ``config.json`` says;  checkpoint  the files of a checkpoint; start here
-    models      the PyTorch reference;  components  the pieces it is compiled into
+    models      the PyTorch reference;  components  the module of each piece it is compiled into
     graph       ONNX graphs;  towers  one block in memory at a time;  weights  files of tensors
+    precision   the text of ``--precision``
     compare     a compiled component and the reference, on the same inputs
     engine      TensorRT engines;  synthetic  checkpoints of the real shapes with made-up weights
 

@@ -31,6 +31,7 @@ from typing import Protocol
 
 import numpy as np
 
+from internvl_edge.artifact.components import VISION_PREFIX
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, TensorEntry, expected_shapes
 from internvl_edge.export.components import language_config
 from internvl_edge.export.config.chat import LlamaConfig
@@ -40,7 +41,6 @@ from internvl_edge.export.towers.blocks import (
     LLAMA_WRITERS,
     OFF_STREAM,
     VISION_NORMS,
-    VISION_PREFIX,
     VISION_WRITERS,
     language_prefix,
     sites_of,

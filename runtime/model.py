@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import MATCHER, TEXT_EMBED, VISION
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.images.video import dual_softmax
@@ -183,7 +184,7 @@ class Model(Embedder):
         )
 
     def _videos(self, videos: Sequence[Any], mode: str) -> list[Any]:
-        self.parts.require("text_embed")
+        self.parts.require(TEXT_EMBED)
         self._embedder(mode)
         if isinstance(videos, (str, os.PathLike)) or not len(videos):
             raise MediaError(f"videos: expected a list of one or more, found {videos!r}")
@@ -199,7 +200,7 @@ class Model(Embedder):
 
     def match_stream(self, images: Any, texts: Any, batch_size: int = 8) -> Iterator[Array]:
         """As ``match``, of every few pairs as soon as they are known: float32 [batch_size]."""
-        self.parts.require("vision", "matcher")
+        self.parts.require(VISION, MATCHER)
         given, ids = image_list(images), text_list(texts)
         if not isinstance(ids, np.ndarray):
             ids = self.parts.tokenizer.match(ids)
@@ -215,7 +216,7 @@ class Model(Embedder):
 
     def _matched(self, hidden: Array, ids: Array) -> Array:
         feeds = {"last_hidden_state": hidden, **masked(ids)}
-        logits = self.parts.run("matcher", "match_logits", **feeds)  # (B, 2): no, yes
+        logits = self.parts.run(MATCHER, "match_logits", **feeds)  # (B, 2): no, yes
         return softmax(logits)[:, 1].copy()
 
     # --- speak -----------------------------------------------------------------------------------

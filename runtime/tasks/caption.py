@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import DECODER, IMAGE_QUERIES, VISION
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import Parts
 from internvl_edge.runtime.generation.cache import start
@@ -66,10 +67,10 @@ def see(parts: Parts, images: Any, batch_size: int = 8) -> Seen:
     """
     if isinstance(images, Seen):
         return images
-    parts.require("vision", "image_queries", "decoder")
+    parts.require(VISION, IMAGE_QUERIES, DECODER)
     given = image_list(images)
     found: dict[str, list[Array]] = {}
-    session = parts.session("image_queries")
+    session = parts.session(IMAGE_QUERIES)
     names = [name for name in session.outputs if name.startswith("present.")]
     for pixels in parts.pixel_batches(given, "retrieval", batch_size):
         feeds = {"last_hidden_state": parts.hidden(pixels)}
@@ -117,7 +118,7 @@ def continued(
         UsageError: numbers of images and prompts that do not fit, or too long a prompt.
         MediaError: an image or a prompt cannot be used.
     """
-    parts.require("vision", "image_queries", "decoder")
+    parts.require(VISION, IMAGE_QUERIES, DECODER)
     given = images if isinstance(images, Seen) else image_list(images)
     rows = _prompt_rows(parts, prompts)
     count = max(len(given), len(rows))
@@ -128,11 +129,9 @@ def continued(
         )
     _require_room(parts, rows, how)
     rows = rows * count if len(rows) == 1 else rows
-    size = rows_at_once(parts, "decoder", batch_size, how)
+    size = rows_at_once(parts, DECODER, batch_size, how)
     found = [
-        generate(
-            start(parts.session("decoder"), cache), _prompt(rows[part], cache, part.start), how
-        )
+        generate(start(parts.session(DECODER), cache), _prompt(rows[part], cache, part.start), how)
         for part, cache in _caches(parts, given, count, size)
     ]
     width = max(ids.shape[1] for ids in found)
@@ -161,7 +160,7 @@ def pieces(parts: Parts, image: Any, prompt: Any, how: Generation) -> Iterator[s
             f"only one image and one prompt can be streamed, found {len(seen)} and {len(rows)}"
         )
     _require_room(parts, rows, how)
-    decoding = start(parts.session("decoder"), seen.cache)
+    decoding = start(parts.session(DECODER), seen.cache)
     tokens = stream(decoding, _prompt(rows, dict(seen.cache)), how)
     return streamed(tokens, how, parts.tokenizer.decode)
 
@@ -284,7 +283,7 @@ def require_room(parts: Parts, component: str, length: int, past: int, how: Gene
 
 
 def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
-    room = parts.positions("decoder")
+    room = parts.positions(DECODER)
     image = parts.artifact.manifest.model["internvl"]["num_query_token"]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read
@@ -294,4 +293,4 @@ def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
             f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
             f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
         )
-    require_room(parts, "decoder", len(rows[longest]), image, how)
+    require_room(parts, DECODER, len(rows[longest]), image, how)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import CHAT_DECODER, CHAT_QUERIES, CHAT_VISION
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import Parts
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
@@ -101,9 +102,9 @@ def see(parts: Parts, images: Any, batch_size: int = 8) -> ChatSeen:
     """
     if isinstance(images, ChatSeen):
         return images
-    parts.require("chat_vision")
+    parts.require(CHAT_VISION)
     if parts.artifact.manifest.model["chat"]["num_queries"]:
-        parts.require("chat_queries")
+        parts.require(CHAT_QUERIES)
     given = image_list(images)
     if is_normalised(given):
         counts, tiles = [1] * len(given), given
@@ -120,10 +121,10 @@ def see(parts: Parts, images: Any, batch_size: int = 8) -> ChatSeen:
 
 def _image_tokens(parts: Parts, pixels: Array) -> Array:
     """[B,3,H,W] → [B,N,D], queries in front of patches."""
-    if not parts.has("chat_queries"):
-        return parts.run("chat_vision", "image_tokens", pixel_values=pixels)
-    seen = parts.session("chat_vision").run({"pixel_values": pixels})
-    queries = parts.run("chat_queries", "image_tokens", hidden_state=seen["hidden_state"])
+    if not parts.has(CHAT_QUERIES):
+        return parts.run(CHAT_VISION, "image_tokens", pixel_values=pixels)
+    seen = parts.session(CHAT_VISION).run({"pixel_values": pixels})
+    queries = parts.run(CHAT_QUERIES, "image_tokens", hidden_state=seen["hidden_state"])
     return np.concatenate((queries, seen["image_tokens"]), axis=1)
 
 
@@ -207,7 +208,7 @@ def continued(
             the model does not have, or too long a prompt.
         MediaError: prompts that are not ids.
     """
-    parts.require("chat_decoder")
+    parts.require(CHAT_DECODER)
     chat = parts.artifact.manifest.model["chat"]
     place = chat["image_token_id"] if image_token_id is None else image_token_id
     if place is None and images is not None:
@@ -230,7 +231,7 @@ def continued(
         )
     ends = np.cumsum(counts)
     found = []
-    for part in slices(len(rows), rows_at_once(parts, "chat_decoder", batch_size, how)):
+    for part in slices(len(rows), rows_at_once(parts, CHAT_DECODER, batch_size, how)):
         own = tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]]
         decoding, prompt = _started(parts, rows[part], own, part.start)
         found.append(generate(decoding, prompt, how))
@@ -269,7 +270,7 @@ def _request(
     system: str | None,
 ) -> _Request:
     """Everything that an answer needs, checked."""
-    parts.require("chat_decoder")
+    parts.require(CHAT_DECODER)
     _require_question(question)
     chosen = find_template(template or parts.artifact.manifest.model["chat"]["template"])
     if system is not None and (problem := text_problem(system)) is not None:
@@ -298,7 +299,7 @@ def _started(
     parts: Parts, rows: Sequence[list[int]], tokens: Array, first: int = 0
 ) -> tuple[Decoding, Prompt]:
     """A decoder on an empty cache, and rows of ids as its prompt; ``first`` is the first one's."""
-    session = parts.session("chat_decoder")
+    session = parts.session(CHAT_DECODER)
     prompt = left_padded(rows, past=0, first=first)
     embed = Embedding(parts.token_table, tokens)
     return start(session, empty_cache(session, len(rows)), embed), prompt
@@ -319,7 +320,7 @@ def _require_question(question: str) -> None:
 
 
 def _require_room(parts: Parts, lengths: Sequence[int], how: Generation) -> None:
-    room, longest = parts.positions("chat_decoder"), max(lengths)
+    room, longest = parts.positions(CHAT_DECODER), max(lengths)
     need = longest + how.max_new_tokens - 1  # the last token is not read
     if need > room:
         raise UsageError(
@@ -327,7 +328,7 @@ def _require_room(parts: Parts, lengths: Sequence[int], how: Generation) -> None
             f"with its images and {how.max_new_tokens} new tokens; clear the history, or lower "
             "max_new_tokens"
         )
-    require_room(parts, "chat_decoder", longest, 0, how)
+    require_room(parts, CHAT_DECODER, longest, 0, how)
 
 
 def _joined(parts: Parts, seen: ChatSeen) -> Array:

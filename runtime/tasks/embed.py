@@ -21,6 +21,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from internvl_edge.artifact.components import (
+    IMAGE_EMBED,
+    IMAGE_POOL,
+    IMAGE_QUERIES,
+    TEXT_EMBED,
+    VISION,
+)
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.components import Parts
@@ -97,10 +104,10 @@ class Embedder:
         self, texts: Any, normalize: bool = False, batch_size: int = TEXT_BATCH
     ) -> Array:
         """Embeddings of texts, float32 [B,E]; strings get the prefix the model was trained with."""
-        self.parts.require("text_embed")
+        self.parts.require(TEXT_EMBED)
         embeds = np.concatenate(
             [
-                self.parts.run("text_embed", "text_embeds", **masked(self._contrastive(batch)))
+                self.parts.run(TEXT_EMBED, "text_embeds", **masked(self._contrastive(batch)))
                 for batch in batches_of(text_list(texts), batch_size)
             ]
         )
@@ -191,26 +198,26 @@ class Embedder:
         if mode not in MODES:
             raise UsageError(f"mode {mode!r}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
         if mode == "g":
-            self.parts.require("vision", "image_pool", "image_queries")
+            self.parts.require(VISION, IMAGE_POOL, IMAGE_QUERIES)
             return self._embed_g
         has = self.parts.has
-        if has("vision") and has("image_pool") and not has("image_embed"):
+        if has(VISION) and has(IMAGE_POOL) and not has(IMAGE_EMBED):
             return lambda pixels: self._pool(self.parts.hidden(pixels))
-        self.parts.require("image_embed")
-        return lambda pixels: self.parts.run("image_embed", "image_embeds", pixel_values=pixels)
+        self.parts.require(IMAGE_EMBED)
+        return lambda pixels: self.parts.run(IMAGE_EMBED, "image_embeds", pixel_values=pixels)
 
     def _embeddable(self, images: Any, mode: str) -> Any:
         """The images, where nothing is known to refuse them later; texts are computed before."""
-        self.parts.require("text_embed")
+        self.parts.require(TEXT_EMBED)
         self._embedder(mode)
         return image_list(images)
 
     def _pool(self, hidden: Array) -> Array:
-        return self.parts.run("image_pool", "image_embeds", last_hidden_state=hidden)
+        return self.parts.run(IMAGE_POOL, "image_embeds", last_hidden_state=hidden)
 
     def _embed_g(self, pixels: Array) -> Array:
         hidden = self.parts.hidden(pixels)
-        v = self.parts.run("image_queries", "query_embeds", last_hidden_state=hidden)
+        v = self.parts.run(IMAGE_QUERIES, "query_embeds", last_hidden_state=hidden)
         return unit(self._pool(hidden)) + unit(v)
 
     def _contrastive(self, texts: list[str] | Array) -> Array:

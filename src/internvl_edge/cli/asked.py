@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.cli.embed import IMAGE_SUFFIXES
 from internvl_edge.errors import CheckpointError, UsageError
+from internvl_edge.export import precision as precisions
 from internvl_edge.runtime.session import did_you_mean
 
 AUTO = "auto"
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-wo", "int4-wo", AUTO)
+PRECISIONS = (*precisions.PRECISIONS, AUTO)
 CHECKPOINT_FILE, ARTIFACT_FILE = "config.json", "manifest.json"
 
 
@@ -66,8 +68,6 @@ def neither(path: Path) -> str:
 
 def require_components(chosen: tuple[str, ...] | None) -> None:
     """Refuse what no checkpoint has; whether this one has them is seen later."""
-    from internvl_edge.export.components import COMPONENTS
-
     for name in chosen or ():
         if name not in COMPONENTS:
             raise UsageError(
