@@ -185,7 +185,7 @@ MODULES: dict[str, Callable[[Any], nn.Module]] = {
 def input_names(
     component: Component, config: CheckpointConfig, capacity: int | None = None
 ) -> list[str]:
-    """Names of the graph's inputs, key/value tensors of every layer included.
+    """Name the graph's inputs, key/value tensors of every layer included.
 
     With ``capacity`` positions a cache is written where it lies: the graph takes
     ``write_indices`` [B] int64, where new positions begin, and a mask of the whole cache
@@ -197,13 +197,13 @@ def input_names(
 
 
 def output_names(component: Component, config: CheckpointConfig) -> list[str]:
-    """Names of the graph's outputs, key/value tensors of every layer included."""
+    """Name the graph's outputs, key/value tensors of every layer included."""
     presents = cache_names(config, "present") if component.gives_cache else ()
     return [*component.outputs, *(component.read_on if config.queries else ()), *presents]
 
 
 def cache_names(config: CheckpointConfig, prefix: str) -> Iterator[str]:
-    """Names of the key/value tensors of the language model's layers."""
+    """Name the key/value tensors of the language model's layers."""
     llama = language_config(config)
     layers = 0 if llama is None else llama.num_hidden_layers
     return (f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))

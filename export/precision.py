@@ -25,7 +25,7 @@ OF_TOWERS = ("fp32", *QUANTIZED)  # what may stand after a tower's name
 
 
 def precision_of(precision: str, component: str) -> str:
-    """The precision of one component."""
+    """Read the precision of one component."""
     if "=" not in precision and precision not in WEIGHT_ONLY:
         return precision
     vision, language = precisions_of_towers(precision)
@@ -33,7 +33,7 @@ def precision_of(precision: str, component: str) -> str:
 
 
 def precisions_of_towers(precision: str) -> tuple[str, str]:
-    """The precisions of the vision tower and of the language model.
+    """Read the precisions of the vision tower and of the language model.
 
     Raises:
         UsageError: an unknown precision or component, or a tower with two precisions.

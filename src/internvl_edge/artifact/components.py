@@ -68,32 +68,32 @@ class Component:
 
     @property
     def is_language(self) -> bool:
-        """Whether it runs through the blocks of a language model."""
+        """True where it runs through the blocks of a language model."""
         return self.tower is not None and self.tower != VISION_PREFIX
 
     @property
     def is_vision(self) -> bool:
-        """Whether it sees images alone: the vision tower, or a head on its output."""
+        """True where it sees images alone: the vision tower, or a head on its output."""
         return bool(self.inputs) and not self.is_language
 
     @property
     def takes_embeds(self) -> bool:
-        """Whether the runtime looks its tokens up."""
+        """True where the runtime looks its tokens up."""
         return "inputs_embeds" in self.inputs
 
     @property
     def takes_ids(self) -> bool:
-        """Whether its graph looks its tokens up."""
+        """True where its graph looks its tokens up."""
         return "input_ids" in self.inputs
 
     @property
     def reads_text(self) -> bool:
-        """Whether a tokenizer is needed to give it strings."""
+        """True where a tokenizer is needed to give it strings."""
         return self.takes_ids or self.takes_embeds
 
     @property
     def has_queries(self) -> bool:
-        """Whether query tokens, which look at an image, stand before the text in its graph."""
+        """True where its graph puts query tokens, which look at an image, before the text."""
         return self.takes_ids and "last_hidden_state" in self.inputs
 
     def reads(self, parameter: str) -> bool:
