@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_internvl
-from conftest import ROOT
 from torch import Tensor, nn
 
 from internvl_edge import compiler, open_session
@@ -30,6 +29,7 @@ from internvl_edge.export.checkpoint.checkpoint import load_reference
 from internvl_edge.export.components import MODULES
 from internvl_edge.export.precision import precision_of
 
+ROOT = Path(__file__).resolve().parent.parent
 MADE_UP = Component(
     name="vision_mean",
     inputs=("pixel_values",),
