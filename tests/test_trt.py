@@ -39,7 +39,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.artifact.open import Artifact, ComponentRecord, EngineRecord
-from internvl_edge.artifact.sidecar import EngineInfo, Profile
+from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges
 from internvl_edge.errors import (
     ArtifactError,
     FeedError,
@@ -93,7 +93,7 @@ class Bench:
             tool_version="0",
             compute_capabilities=(),
             minimum_sm=80,
-            profile=Profile(),
+            profile=ShapeRanges(),
             onnx_sha256="0" * 64,
             nbytes=len(self.data),
             sha256=hashlib.sha256(self.data).hexdigest(),
