@@ -251,7 +251,7 @@ def left_padded(rows: Sequence[list[int]], past: int, first: int = 0) -> Prompt:
 
 def rows_at_once(parts: Parts, component: str, batch_size: int, how: Generation) -> int:
     """How many rows of a request run together: with their beams, no more than an engine takes."""
-    limit = parts.largest(component).get("batch")
+    limit = parts.session(component).largest.get("batch")
     return batch_size if limit is None else min(batch_size, limit // how.num_beams)
 
 
@@ -268,7 +268,7 @@ def require_room(parts: Parts, component: str, length: int, past: int, how: Gene
     Raises:
         UsageError: which limit, and what is needed.
     """
-    largest = parts.largest(component)
+    largest = parts.session(component).largest
     last = past if how.max_new_tokens == 1 else past + length + how.max_new_tokens - 2
     reasons = {
         "batch": (how.num_beams, f"{how.num_beams} beams"),

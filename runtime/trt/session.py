@@ -125,13 +125,8 @@ class TrtSession:
         return self._spec.outputs
 
     @property
-    def max_batch(self) -> int | None:
-        """The largest batch of one call; None where there is none, or no batch."""
-        return self._spec.max_batch
-
-    @property
     def largest(self) -> Mapping[str, int]:
-        """The largest size of every named dimension that the engine takes."""
+        """See ``Session.largest``."""
         return self._spec.largest
 
     def run(
