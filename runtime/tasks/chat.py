@@ -22,16 +22,11 @@ from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import Parts
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
-from internvl_edge.runtime.generation.loop import generate, stream
+from internvl_edge.runtime.generation.limits import require_room, rows_at_once
+from internvl_edge.runtime.generation.loop import generate, generate_all, stream
+from internvl_edge.runtime.generation.text import streamed, until_end
 from internvl_edge.runtime.tasks import caption
-from internvl_edge.runtime.tasks.caption import (
-    Seen,
-    left_padded,
-    require_room,
-    rows_at_once,
-    streamed,
-    until_end,
-)
+from internvl_edge.runtime.tasks.caption import Seen
 from internvl_edge.runtime.tasks.requests import (
     id_rows,
     image_list,
@@ -228,18 +223,17 @@ def continued(
             f"have {len(tokens)}"
         )
     ends = np.cumsum(counts)
-    found = []
-    for part in slices(len(rows), rows_at_once(parts, "chat_decoder", batch_size, how)):
-        own = tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]]
-        decoding, prompt = _started(parts, rows[part], own, part.start)
-        found.append(generate(decoding, prompt, how))
-    width = max(ids.shape[1] for ids in found)
-    return np.concatenate(
-        [
-            np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=how.pad_id)
-            for ids in found
-        ]
+    size = rows_at_once(parts.session("chat_decoder"), batch_size, how)
+    batches = (
+        _started(
+            parts,
+            rows[part],
+            tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]],
+            part.start,
+        )
+        for part in slices(len(rows), size)
     )
+    return generate_all(batches, how)
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -298,9 +292,9 @@ def _started(
 ) -> tuple[Decoding, Prompt]:
     """A decoder on an empty cache, and rows of ids as its prompt; ``first`` is the first one's."""
     session = parts.session("chat_decoder")
-    prompt = left_padded(rows, past=0, first=first)
     embed = Embedding(parts.token_table, tokens)
-    return start(session, empty_cache(session, len(rows)), embed), prompt
+    decoding = start(session, empty_cache(session, len(rows)), embed)
+    return decoding, Prompt(rows=rows, first=first)
 
 
 def _unpadded(row: Array, place: int | None) -> list[int]:
@@ -326,7 +320,7 @@ def _require_room(parts: Parts, lengths: Sequence[int], how: Generation) -> None
             f"with its images and {how.max_new_tokens} new tokens; clear the history, or lower "
             "max_new_tokens"
         )
-    require_room(parts, "chat_decoder", longest, 0, how)
+    require_room(parts.session("chat_decoder"), "chat_decoder", longest, 0, how)
 
 
 def _joined(parts: Parts, seen: ChatSeen) -> Array:
