@@ -16,7 +16,8 @@ from tiny_onnx import open_directory
 
 from internvl_edge.benchmark.workload import Workload
 from internvl_edge.errors import ArtifactError, HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.trt.session import TrtOptions, TrtSession
+from internvl_edge.runtime.trt.options import TrtOptions
+from internvl_edge.runtime.trt.session import TrtSession
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_check

@@ -58,7 +58,8 @@ from internvl_edge.runtime.gpu.memory import find_overlap
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.trt import contexts as contexts_module
 from internvl_edge.runtime.trt import engine as plan_module
-from internvl_edge.runtime.trt.session import TrtOptions, TrtSession, open_component
+from internvl_edge.runtime.trt.options import TrtOptions
+from internvl_edge.runtime.trt.session import TrtSession, open_component
 from internvl_edge.types import Array
 
 ALLOCATIONS = (

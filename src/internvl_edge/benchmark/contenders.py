@@ -12,9 +12,8 @@ from typing import Any
 import click
 import numpy as np
 
-from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.errors import HardwareError, MissingDependency, UsageError, did_you_mean
 from internvl_edge.export import require_packages
-from internvl_edge.runtime.session import did_you_mean
 from internvl_edge.types import Array, Feeds
 
 __all__ = ["AGAINST", "Contender", "contender_of", "rival"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from internvl_edge.cli.embed import IMAGE_SUFFIXES
-from internvl_edge.errors import CheckpointError, UsageError
-from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-wo", "int4-wo", AUTO)
