@@ -18,7 +18,8 @@ from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.session import Session, open_component, require_backend
 from internvl_edge.runtime.tasks import caption as captions
 from internvl_edge.runtime.tasks import chat as chats
-from internvl_edge.runtime.tasks import compare, embed
+from internvl_edge.runtime.tasks import chat_images, compare, embed
+from internvl_edge.runtime.tasks.chat_images import ChatSeen
 from internvl_edge.runtime.tasks.compare import Retrieval
 from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, TEXT_BATCH
 from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT
@@ -221,10 +222,10 @@ class Model:
 
     # --- text ------------------------------------------------------------------------------------
 
-    def see(self, images: Any, batch_size: int = 8) -> captions.Seen | chats.ChatSeen:
+    def see(self, images: Any, batch_size: int = 8) -> captions.Seen | ChatSeen:
         """Look at images once for many captions, answers and chats, which take the result."""
         if chats.is_chat(self.components):
-            return chats.see(self.components, images, batch_size)
+            return chat_images.see(self.components, images, batch_size)
         return captions.see(self.components, images, batch_size)
 
     def caption(

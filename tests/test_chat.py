@@ -26,7 +26,8 @@ from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.runtime.generation.text import until_end
 from internvl_edge.runtime.images.transform import squared, tile
 from internvl_edge.runtime.model import Model
-from internvl_edge.runtime.tasks.chat import ChatSeen, remembered
+from internvl_edge.runtime.tasks.chat import remembered
+from internvl_edge.runtime.tasks.chat_images import ChatSeen
 from internvl_edge.runtime.text.chat_tokenizer import PLACE, ChatTokenizer
 from internvl_edge.runtime.text.embeddings import Embedding, TokenTable, open_table
 from internvl_edge.runtime.text.templates import (

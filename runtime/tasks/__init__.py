@@ -2,7 +2,7 @@
 
 embed     images, texts and videos to vectors; start here
 compare   classification, retrieval and matching
-caption   text about images;  chat  conversations
+caption   text about images;  chat  conversations;  chat_images  their images
 requests  what callers hand over, as lists and arrays
 vectors   unit length, softmax, order
 """

@@ -20,9 +20,10 @@ import numpy as np
 
 from internvl_edge.errors import MediaError, UsageError, did_you_mean
 from internvl_edge.runtime.components import OpenComponents
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.limits import require_room, rows_at_once
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate_all, stream
+from internvl_edge.runtime.generation.loop import generate_all, stream
 from internvl_edge.runtime.generation.text import streamed, until_end
 from internvl_edge.runtime.images.sources import image_list
 from internvl_edge.runtime.tasks.requests import require_vocabulary, slices, text_list

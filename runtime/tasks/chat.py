@@ -1,20 +1,15 @@
 """Conversations about images with a compiled InternVL-Chat.
 
-``chat_vision`` turns every tile of an image into tokens, in front of which ``chat_queries`` puts
-those of a model with QLLaMA; the runtime puts them into the places that the prompt keeps for them,
-and ``chat_decoder`` goes on from there (internvl-spec section 5).
-``see`` keeps the image tokens, so that the vision tower runs once per image however long the
-conversation becomes.
-
-An image is one square of S×S; with dynamic tiling (``dynamic_image_size``) it is as many as its
-size and aspect call for, and the whole of it as a thumbnail behind them.
+The prompt keeps places for the tokens of every image (``chat_images``); the runtime puts them
+there, and ``chat_decoder`` goes on after them (internvl-spec section 5). An InternVL-G answers
+single questions about one image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +20,9 @@ from internvl_edge.runtime.generation.cache import empty_cache, start
 from internvl_edge.runtime.generation.limits import require_room, rows_at_once
 from internvl_edge.runtime.generation.loop import generate, generate_all, stream
 from internvl_edge.runtime.generation.text import streamed, until_end
-from internvl_edge.runtime.images.sources import image_list, is_normalised
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import Seen
+from internvl_edge.runtime.tasks.chat_images import ChatSeen, as_images, see
 from internvl_edge.runtime.tasks.requests import (
     id_rows,
     require_vocabulary,
@@ -39,11 +34,7 @@ from internvl_edge.runtime.text.embeddings import Embedding
 from internvl_edge.runtime.text.templates import Turn, conversation, find_template
 from internvl_edge.types import Array
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 __all__ = [
-    "ChatSeen",
     "Reply",
     "Turn",
     "continued",
@@ -51,20 +42,9 @@ __all__ = [
     "remembered",
     "reply",
     "reply_pieces",
-    "see",
 ]
 
 QUESTION = "Question: {} Answer:"  # of an InternVL-G, which was trained on single questions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatSeen:
-    """What the language model reads of images."""
-
-    tokens: tuple[Array, ...]  # of each image, float32 [N·tiles,D]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,46 +58,6 @@ class Reply:
 def is_chat(components: OpenComponents) -> bool:
     """Whether a directory is of an InternVL-Chat."""
     return bool(components.artifact.manifest.model.get("chat"))
-
-
-def see(components: OpenComponents, images: Any, batch_size: int = 8) -> ChatSeen:
-    """Run the vision tower on images, once for all that will be asked.
-
-    Args:
-        components: of a directory.
-        images: see ``Model``; an image of normalised ``pixel_values`` is one tile.
-        batch_size: tiles at a time.
-
-    Raises:
-        UsageError: the directory lacks a component.
-        MediaError: an image cannot be read.
-    """
-    if isinstance(images, ChatSeen):
-        return images
-    components.require("chat_vision")
-    if components.artifact.manifest.model["chat"]["num_queries"]:
-        components.require("chat_queries")
-    given = image_list(images)
-    if is_normalised(given):
-        counts, tiles = [1] * len(given), given
-    else:
-        cut = [_tiles(components, image) for image in given]
-        counts, tiles = [len(some) for some in cut], [tile for some in cut for tile in some]
-    batches = components.pixel_batches(tiles, "retrieval", batch_size)
-    found = [_image_tokens(components, pixels) for pixels in batches]
-    tokens = np.concatenate(found)  # (tiles, N, D)
-    ends = np.cumsum(counts)
-    flat = (tokens[end - count : end] for count, end in zip(counts, ends, strict=True))
-    return ChatSeen(tokens=tuple(some.reshape(-1, tokens.shape[-1]) for some in flat))
-
-
-def _image_tokens(components: OpenComponents, pixels: Array) -> Array:
-    """[B,3,H,W] → [B,N,D], queries in front of patches."""
-    if not components.has("chat_queries"):
-        return components.run("chat_vision", "image_tokens", pixel_values=pixels)
-    seen = components.session("chat_vision").run({"pixel_values": pixels})
-    queries = components.run("chat_queries", "image_tokens", hidden_state=seen["hidden_state"])
-    return np.concatenate((queries, seen["image_tokens"]), axis=1)
 
 
 def reply(
@@ -271,7 +211,7 @@ def _request(
     if system is not None and (problem := text_problem(system)) is not None:
         raise MediaError(f"system: {problem}")
     tokenizer = components.chat_tokenizer
-    given = _chat_images(images)
+    given = as_images(images)
     turns = _with_places([*_as_turns(history), Turn(question=question)], len(given))
     seen = see(components, given) if len(given) else ChatSeen(tokens=())
     pieces = conversation(chosen, turns, system)
@@ -281,13 +221,6 @@ def _request(
     if stop is not None and stop not in how.stop_ids:
         how = replace(how, stop_ids=(stop, *how.stop_ids))
     return _Request(seen=seen, turns=turns, ids=ids, how=how)
-
-
-def _chat_images(images: Any) -> Any:
-    """The images of a conversation, as something that has a length."""
-    if images is None or isinstance(images, ChatSeen):
-        return images or ()
-    return image_list(images)
 
 
 def _started(
@@ -374,23 +307,6 @@ def _with_places(turns: list[Turn], count: int) -> tuple[Turn, ...]:
 def _answered(turns: Sequence[Turn], answer: str) -> tuple[Turn, ...]:
     """Turns, the last one with its answer."""
     return (*turns[:-1], replace(turns[-1], answer=answer))
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def _tiles(components: OpenComponents, image: Any) -> list[Image.Image]:
-    """An image as the squares that the vision tower reads."""
-    from internvl_edge.runtime.images.transform import load_image, squared, tile
-
-    chat, size = components.artifact.manifest.model["chat"], components.preprocessing.size
-    picture = load_image(image)
-    if chat["pad2square"]:
-        picture = squared(picture, components.preprocessing.mean)
-    if not chat["dynamic_image_size"]:
-        return [picture]
-    low, high = chat["min_dynamic_patch"], chat["max_dynamic_patch"]
-    return tile(picture, size, low, high, chat["use_thumbnail"])
 
 
 # --- InternVL-G ----------------------------------------------------------------------------------
