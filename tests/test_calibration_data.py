@@ -215,7 +215,7 @@ def test_captions_that_are_not_understood_are_refused(
 
 def test_captions_of_other_images_are_refused(folder: Path) -> None:
     (folder / "captions.json").write_text('[{"image": "other.png", "caption": "text"}]')
-    with pytest.raises(CalibrationError, match="none of its images has a caption"):
+    with pytest.raises(CalibrationError, match="its captions file names none of its images"):
         load_calibration(folder, 4)
 
 
