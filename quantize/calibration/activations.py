@@ -64,7 +64,7 @@ class Inputs:
 
 
 def groups_of(block: Block, linears: Mapping[str, nn.Linear]) -> list[Group]:
-    """Group quantized linear layers that read one site; alone if others there are not quantized."""
+    """Group quantized linear layers by site; each is alone where a reader is not quantized."""
     groups, alone = [], dict.fromkeys(linears)
     for site in block.sites:
         readers = tuple(f"{block.name}.{reader}" for reader in site.readers)
