@@ -17,9 +17,17 @@ from typing import Any
 
 import onnx
 import pytest
-from artifacts import ENGINE, MODEL, SIDECAR, contents, file_record, manifest_of, write_artifact
 from hypothesis import given
 from hypothesis import strategies as st
+from support.artifacts import (
+    ENGINE,
+    MODEL,
+    SIDECAR,
+    contents,
+    file_record,
+    manifest_of,
+    write_artifact,
+)
 
 from internvl_edge.artifact.open import (
     Artifact,

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artifacts import ENGINE, SIDECAR, contents, manifest_of, write_artifact, write_files
+from support.artifacts import (
+    ENGINE,
+    SIDECAR,
+    contents,
+    manifest_of,
+    publish,
+    write_artifact,
+    write_files,
+)
+from support.paths import TESTS
 
 from internvl_edge.artifact.open import FileRecord, Manifest, open_artifact
 from internvl_edge.artifact.publish import (
@@ -36,12 +45,6 @@ from internvl_edge.errors import ArtifactError, InternVLError, ResourceError, Us
 from internvl_edge.files import disk
 
 OLD, NEW = contents(bytes(192)), contents(b"\1" * 192)
-
-
-def publish(out: Path, files: dict[str, bytes], *, force: bool = False) -> None:
-    with staging(out, force=force) as directory:
-        write_files(directory, files)
-        write_manifest(directory, manifest_of(files))
 
 
 def is_now(out: Path, files: dict[str, bytes]) -> bool:
@@ -297,9 +300,8 @@ def test_manifest_that_could_not_be_read(tmp_path: Path, changed: dict[str, Any]
 
 
 def drive(directory: Path, fault: str, mode: str) -> dict[str, Any]:
-    tests = Path(__file__).parent
-    command = [sys.executable, str(tests / "crash_driver.py"), str(directory), fault, mode]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tests)
+    command = [sys.executable, "-m", "support.crash_driver", str(directory), fault, mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=TESTS)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -547,8 +549,7 @@ FULL_DISK = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from artifacts import contents
-from test_publish import publish
+from support.artifacts import contents, publish
 from internvl_edge.errors import ResourceError
 root = Path({root!r})
 publish(root / "out", contents(bytes(1 << 16)))
@@ -564,7 +565,7 @@ except ResourceError as error:
 
 def test_full_disk(tmp_path: Path) -> None:
     """A real one, of 256 KiB, mounted in a namespace of its own."""
-    script = FULL_DISK.format(tests=str(Path(__file__).parent), root=str(tmp_path))
+    script = FULL_DISK.format(tests=str(TESTS), root=str(tmp_path))
     mount = f'mount -t tmpfs -o size=256k tmpfs "{tmp_path}"'
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not installed")

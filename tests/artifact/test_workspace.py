@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoints import write_internvl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import write_internvl
 
 from internvl_edge import compiler
 from internvl_edge.artifact import workspace as resume

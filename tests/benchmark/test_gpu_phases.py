@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_engine import KERNEL_MS
-from test_trt import Bench, assert_same, feeds_of
+from support.gpu.fake_engine import KERNEL_MS
+from support.gpu.trt_bench import Bench, assert_same, feeds_of
 
 from internvl_edge.benchmark.gpu_phases import METRICS, measure_phases
 from internvl_edge.errors import UsageError

@@ -8,14 +8,12 @@ import time
 
 import numpy as np
 import pytest
-from test_bench import FakeTime, timing
+from support.fake_time import MS, FakeTime, timing
 
 from internvl_edge.benchmark import load as scenarios
 from internvl_edge.benchmark.load import highest_rate, run_closed_loop, run_scenario, run_server
 from internvl_edge.benchmark.timing import NS_PER_S, Timing
 from internvl_edge.errors import UsageError
-
-MS = 1_000_000
 
 
 class Server(FakeTime):

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from fake_cuda import FakeCuda
 from onnx.reference import ReferenceEvaluator
+from support.gpu.fake_cuda import FakeCuda
 
 from internvl_edge.benchmark import peaks as peaks_module
 from internvl_edge.benchmark.peaks import (

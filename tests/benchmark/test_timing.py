@@ -3,11 +3,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from support.fake_time import MS, FakeTime, timing
 
 from internvl_edge.benchmark import machine
 from internvl_edge.benchmark import timing as bench
@@ -24,38 +25,6 @@ from internvl_edge.benchmark.timing import (
 from internvl_edge.errors import UsageError
 from internvl_edge.files.memory import peak_rss_nbytes
 from internvl_edge.runtime.ort import cpu
-
-MS = 1_000_000
-
-
-class FakeTime:
-    """A clock that advances when a call says so."""
-
-    def __init__(self) -> None:
-        self.now_ns = 0
-
-    def __call__(self) -> int:
-        return self.now_ns
-
-    def call(self, durations_ms: Iterable[float]) -> Callable[..., None]:
-        durations = iter(durations_ms)
-
-        def run(*feeds: object) -> None:
-            self.now_ns += round(next(durations) * MS)
-
-        return run
-
-
-def timing(
-    samples_ms: Iterable[float], items: int = 1, turn_calls: int | None = TURN_CALLS
-) -> Timing:
-    return Timing(
-        samples_ms=tuple(samples_ms),
-        items=items,
-        warmup_iterations=10,
-        is_steady=True,
-        turn_calls=turn_calls,
-    )
 
 
 def test_figures_of_known_samples() -> None:

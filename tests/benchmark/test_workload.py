@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import write_internvl
 from onnx import TensorProto, helper
 from PIL import Image
-from tiny_onnx import FLOAT, INT64, linear, write_onnx
+from support.checkpoints import write_internvl
+from support.tiny_onnx import FLOAT, INT64, linear, write_onnx
 
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.benchmark.inputs import seeded_feeds

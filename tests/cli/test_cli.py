@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_internvl, write_tokenizer, write_vit
 from PIL import Image
+from support.checkpoints import write_internvl, write_tokenizer, write_vit
 
 from internvl_edge import cli
 from internvl_edge.artifact.open import EngineRecord, open_artifact

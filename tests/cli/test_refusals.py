@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_internvl, write_tokenizer, write_vit
 from PIL import Image
+from support.checkpoints import write_internvl, write_tokenizer, write_vit
 
 from internvl_edge.cli import benchmark, run
 from internvl_edge.cli.console import Output

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import TINY, write_internvl, write_vit
+from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.compiler import forecast as estimate

@@ -13,9 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from checkpoints import Written, write_internvl, write_tokenizer, write_vit
 from PIL import Image
 from safetensors.torch import save_file
+from support.checkpoints import Written, write_internvl, write_tokenizer, write_vit
 
 import internvl_edge
 from internvl_edge import compiler

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import write_vit
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checkpoints import write_vit
 
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from checkpoints import Written, write_internvl, write_vit
 from safetensors.numpy import load_file
+from support.checkpoints import Written, write_internvl, write_vit
 
 from internvl_edge import compiler
 from internvl_edge.artifact.open import Artifact

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from checkpoints import TINY, write_internvl
+from support.checkpoints import TINY, write_internvl
 
 from internvl_edge.errors import InternVLError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_reference, open_checkpoint

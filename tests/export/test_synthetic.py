@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY
+from support.checkpoints import TINY
 
 from internvl_edge.export.checkpoint.checkpoint import (
     expected_shapes,

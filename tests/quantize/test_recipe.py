@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.paths import ROOT
 
 from internvl_edge.errors import InputError, UsageError
 from internvl_edge.quantize.numerics.formats import FORMATS, WEIGHT_FORMATS
@@ -210,6 +211,6 @@ def test_a_missing_file_or_binary_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_the_docs_is_one() -> None:
-    found = load_recipe(Path(__file__).parents[1] / "docs" / "recipes" / "demo-auto.json")
+    found = load_recipe(ROOT / "docs" / "recipes" / "demo-auto.json")
     assert len(found.exclude) == 4
     assert dataclasses.replace(found, name="int8", exclude=()) == recipe_for("int8")

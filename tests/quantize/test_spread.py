@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import TINY, write_vit
 from safetensors.torch import load_file, save_file
+from support.checkpoints import TINY, write_vit
 
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions, export, pipeline

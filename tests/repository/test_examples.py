@@ -19,17 +19,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import write_internvl, write_tokenizer
 from PIL import Image
+from support.checkpoints import write_internvl, write_tokenizer
+from support.paths import ROOT
 
 import internvl_edge
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.errors import FeedError, HardwareError, MediaError, ResourceError, SessionDead
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 from threaded_server import Server
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 NUM_PICTURES = 6
 
 

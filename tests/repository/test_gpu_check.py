@@ -10,15 +10,16 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
-from test_trt import Bench as StandIns
-from test_trt import feeds_of
-from tiny_onnx import open_directory
+from support.gpu.trt_bench import Bench as StandIns
+from support.gpu.trt_bench import feeds_of
+from support.paths import ROOT
+from support.tiny_onnx import open_directory
 
 from internvl_edge.benchmark.workload import Workload
 from internvl_edge.errors import ArtifactError, HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime.trt.session import TrtOptions, TrtSession
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_check
 import gpu_row
 from gpu_check import Bench, Model, Row, line

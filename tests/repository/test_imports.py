@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 import internvl_edge
 from internvl_edge import runtime
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAVY = [
     "PIL",
     "click",

@@ -9,8 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "src/internvl_edge": "internvl_edge",
     "export": "internvl_edge/export",

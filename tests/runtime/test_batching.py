@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_onnx import spec
+from support.tiny_onnx import spec
 
 from internvl_edge.errors import FeedError, ResourceError, SessionDead, UsageError
 from internvl_edge.runtime.batching import Batcher

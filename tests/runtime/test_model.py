@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_onnx import linear, open_directory
+from support.tiny_onnx import linear, open_directory
 
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import (

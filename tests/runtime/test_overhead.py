@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx import helper
-from tiny_onnx import FLOAT, linear, write_onnx
+from support.paths import TESTS
+from support.tiny_onnx import FLOAT, linear, write_onnx
 
 from internvl_edge.errors import FeedError, UsageError
 from internvl_edge.runtime.ort import options as ortoptions
@@ -76,44 +76,13 @@ def test_the_runtime_adds_little_to_the_import_of_numpy() -> None:
     assert min(ratios) < MAX_IMPORT_RATIO
 
 
-def resident_nbytes() -> int:
-    gc.collect()
-    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    return int(fields[1]) * 4096
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_nothing_grows(tmp_path: Path) -> None:
     """In a process of its own: what other tests left must not be collected meanwhile."""
-    code = f"import test_overhead; test_overhead.open_and_run_often({str(tmp_path)!r})"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    command = [sys.executable, "-m", "support.repeat_runs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS)
     assert done.returncode == 0, done.stderr
-
-
-def open_and_run_often(folder: str) -> None:
-    """100 sessions and 10,000 runs; the first ones fill caches and are not counted."""
-    path = linear(Path(folder) / "a.onnx")
-    feeds = {"x": np.ones((2, 4), np.float32)}
-    options = OrtOptions(num_threads=1)
-
-    def open_and_run(times: int) -> None:
-        for _ in range(times):
-            with OrtSession(path, options=options) as session:
-                session.run(feeds)
-
-    open_and_run(20)
-    before = resident_nbytes()
-    open_and_run(100)
-    assert resident_nbytes() - before < 100 * 50_000
-    with OrtSession(path, options=options) as session:
-        for _ in range(1000):
-            session.run(feeds)
-        before = resident_nbytes()
-        for _ in range(10_000):
-            session.run(feeds)
-        assert resident_nbytes() - before < 10_000 * 100
 
 
 # --- device-resident outputs, options -------------------------------------------------------------

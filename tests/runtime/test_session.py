@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_onnx import linear, open_directory, spec
+from support.tiny_onnx import linear, open_directory, spec
 
 import internvl_edge
 from internvl_edge.artifact.open import EngineRecord

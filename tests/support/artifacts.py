@@ -13,6 +13,7 @@ from internvl_edge.artifact.open import (
     Manifest,
     TensorSpec,
 )
+from internvl_edge.artifact.publish import staging, write_manifest
 
 MODEL = bytes.fromhex(  # y = Relu(x @ w); w is 128 bytes of weights.bin from byte 64
     "080b3a6e0a110a01780a017712016822064d61744d756c0a0c0a0168120179220452656c752a4108040808"
@@ -75,3 +76,9 @@ def write_artifact(directory: Path, files: dict[str, bytes], /, **changed: Any) 
     write_files(directory, files)
     (directory / "manifest.json").write_bytes(manifest_of(files, **changed).to_bytes())
     return directory
+
+
+def publish(out: Path, files: dict[str, bytes], *, force: bool = False) -> None:
+    with staging(out, force=force) as directory:
+        write_files(directory, files)
+        write_manifest(directory, manifest_of(files))

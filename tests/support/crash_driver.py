@@ -1,8 +1,8 @@
 """Publishes in forked children that die, or fail, at their n-th step; run by test_publish.
 
-Usage: crash_driver.py DIRECTORY FAULT MODE. Imports nothing heavy: a point costs a fork. The
-parent checks after each point that the directory is absent, the old or the new one, and that the
-next run succeeds and leaves nothing else. Prints one JSON object of what it saw.
+Usage: python -m support.crash_driver DIRECTORY FAULT MODE. Imports nothing heavy: a point costs a
+fork. The parent checks after each point that the directory is absent, the old or the new one, and
+that the next run succeeds and leaves nothing else. Prints one JSON object of what it saw.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from artifacts import ENGINE, SIDECAR, contents, manifest_of, write_files
+from support import artifacts
+from support.artifacts import ENGINE, SIDECAR, contents, manifest_of, write_files
 
 from internvl_edge.artifact.open import open_artifact
-from internvl_edge.artifact.publish import staging, update, write_manifest
+from internvl_edge.artifact.publish import update, write_manifest
 from internvl_edge.errors import ArtifactError, InternVLError, ResourceError
 from internvl_edge.files import disk
 
@@ -35,9 +36,7 @@ ADDED = contents(bytes(192), engine=b"plan")
 
 
 def publish(out: Path, files: dict[str, bytes]) -> None:
-    with staging(out, force=True) as directory:
-        write_files(directory, files)
-        write_manifest(directory, manifest_of(files))
+    artifacts.publish(out, files, force=True)
 
 
 def add_engine(out: Path, files: dict[str, bytes]) -> None:

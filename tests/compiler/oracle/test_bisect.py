@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from checkpoints import TINY, write_internvl, write_vit
 from onnx import numpy_helper
+from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, export

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from checkpoints import TINY, Written, write_vit
+from support.checkpoints import TINY, Written, write_vit
 
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from artifacts import contents, manifest_of
-from checkpoints import write_internvl
+from support.checkpoints import write_internvl
+from support.reports import HOSTILE, manifest, parsed
 
-from internvl_edge.artifact.open import Manifest, open_artifact
+from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.compiler.report.report import REPORT_FILE, AccuracyFigures, render, report_with
 from internvl_edge.errors import ArtifactError
@@ -32,8 +31,6 @@ from internvl_edge.quantize.numerics.statistics import (
     write_statistics,
 )
 
-HOSTILE = '<script>alert("&")</script>'
-
 
 def layer(block: int, kind: str, stream: str = "image", **changed: Any) -> LayerStatistics:
     figures = {"absmax": 9.0, "clip": 7.0, "scale": 7 / 127, "input_sqnr_db": 34.0}
@@ -42,39 +39,8 @@ def layer(block: int, kind: str, stream: str = "image", **changed: Any) -> Layer
     return LayerStatistics(stream=stream, weight=weight, **figures | changed)
 
 
-def manifest(**changed: Any) -> Manifest:
-    """A manifest with a verified component."""
-    found = manifest_of(contents(), **changed)
-    figures = {"against": "PyTorch float32", "samples": 4, "cosine": 0.99876, "sqnr_db": 31.4}
-    figures |= {"max_abs": 0.25, "blocks": [0, 2]}
-    vision = replace(found.components["vision"], verification=figures)
-    return replace(found, components={"vision": vision})
-
-
 LAYERS = [layer(b, k) for b in range(3) for k in ("mlp.fc2", "attn.qkv")]
 LAYERS[2] = layer(1, "mlp.fc2", input_sqnr_db=3.0, absmax=5000.0)
-
-
-class Reader(HTMLParser):
-    """Every tag with its attributes, and the text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def parsed(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    return reader
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from test_report import HOSTILE, manifest, parsed
+from support.reports import HOSTILE, manifest, parsed
 
 from internvl_edge.benchmark import table
 from internvl_edge.benchmark.gpu_phases import METRICS

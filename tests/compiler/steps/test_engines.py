@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
+from support.checkpoints import TINY, write_chat, write_internvl, write_tokenizer
 
 from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact

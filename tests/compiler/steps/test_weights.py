@@ -16,9 +16,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from checkpoints import TINY, Written, as_snapshot, write_internvl
 from PIL import Image
-from test_bring import no_hard_links, no_reflinks, reflinks
+from support.checkpoints import TINY, Written, as_snapshot, write_internvl
+from support.disk import no_hard_links, no_reflinks, reflinks
 
 import internvl_edge
 from internvl_edge import compiler

@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, Written, write_internvl, write_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from support.checkpoints import TINY, Written, write_internvl, write_vit
 
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.checkpoint.checkpoint import load_reference, open_checkpoint, read_header

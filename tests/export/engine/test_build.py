@@ -10,8 +10,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from disk import fill_disk
-from fake_trt import DataType, FakeTrt, IAttentionInputLayer, Layer, LayerType, parser_error, tensor
+from support.disk import fill_disk
+from support.gpu.fake_trt import (
+    DataType,
+    FakeTrt,
+    IAttentionInputLayer,
+    Layer,
+    LayerType,
+    parser_error,
+    tensor,
+)
 
 from internvl_edge.artifact.open import EngineRecord, TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, Profile, check_engine, read_engine_info

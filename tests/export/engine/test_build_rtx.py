@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from disk import fill_disk
 from onnx import TensorProto, helper, numpy_helper
+from support.disk import fill_disk
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, Profile, check_engine, read_engine_info

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
-from disk import fill_disk
+from support.disk import fill_disk
 
 from internvl_edge.errors import ResourceError
 from internvl_edge.export.engine import monitor as callbacks

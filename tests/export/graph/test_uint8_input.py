@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from checkpoints import write_internvl
 from PIL import Image
+from support.checkpoints import write_internvl
 
 from internvl_edge import load
 from internvl_edge.artifact.open import Artifact, open_artifact

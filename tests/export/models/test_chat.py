@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CHAT, write_chat, write_llava
+from support.checkpoints import CHAT, write_chat, write_llava
 
 from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions, make_plan, pipeline

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, Written, write_chat_tokenizer, write_llava_queries
+from support.checkpoints import TINY, Written, write_chat_tokenizer, write_llava_queries
 from torch.nn.functional import gelu
 
 from internvl_edge import compiler, load, open_session

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-from checkpoints import as_snapshot, write_internvl
+from support.checkpoints import as_snapshot, write_internvl
+from support.disk import no_hard_links, no_reflinks, reflinks
 
 from internvl_edge.errors import CheckpointError, ResourceError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -29,31 +28,6 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 def out(tmp_path: Path) -> Path:
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
-
-
-def no_reflinks(monkeypatch: pytest.MonkeyPatch, code: int = errno.EOPNOTSUPP) -> None:
-    def refuse(target: int, request: int, source: int) -> int:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "ioctl", refuse)
-
-
-def reflinks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a file system with reflinks does, but for sharing blocks."""
-
-    def clone(target: int, request: int, source: int) -> int:
-        assert request == 0x40049409
-        os.sendfile(target, source, 0, os.fstat(source).st_size)
-        return 0
-
-    monkeypatch.setattr(fcntl, "ioctl", clone)
-
-
-def no_hard_links(monkeypatch: pytest.MonkeyPatch, code: int = errno.EXDEV) -> None:
-    def refuse(source: Any, target: Any) -> None:
-        raise OSError(code, os.strerror(code), str(source), None, str(target))
-
-    monkeypatch.setattr(os, "link", refuse)
 
 
 def brought(checkpoint: Checkpoint, out: Path, transfer: Transfer) -> dict[str, link.Brought]:

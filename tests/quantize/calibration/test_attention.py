@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from checkpoints import Written, write_vit
+from support.checkpoints import Written, write_vit
 
 from internvl_edge import compiler
 from internvl_edge.artifact.open import Artifact

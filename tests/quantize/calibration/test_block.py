@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, write_internvl, write_vit
+from support.calibration import STREAMS, calibrate
+from support.checkpoints import TINY, write_internvl, write_vit
 
-from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.plan import source_of
 from internvl_edge.errors import CalibrationError
 from internvl_edge.export.checkpoint.checkpoint import (
@@ -22,17 +20,13 @@ from internvl_edge.export.checkpoint.checkpoint import (
     open_checkpoint,
 )
 from internvl_edge.export.models import InternViT, InternVL
-from internvl_edge.export.towers.streams import Samples, calibration_blocks
-from internvl_edge.files.spool import Budget
+from internvl_edge.export.towers.streams import Samples
 from internvl_edge.quantize.calibration.block import (
     SMOOTHING_SUFFIX,
     CalibratedBlock,
-    calibrate_block,
 )
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.recipe import Recipe, recipe_for
-
-STREAMS = {"image", "queries", "text", "match"}
 
 
 @pytest.fixture
@@ -49,27 +43,6 @@ def samples() -> Samples:
     return Samples(
         pixel_values=[pixels[:4], pixels[4:]], input_ids=[ids[:4], ids[4:]], match_ids=[ids[:4]]
     )
-
-
-def calibrate(
-    checkpoint: Checkpoint,
-    samples: Samples,
-    recipe: Recipe,
-    streams: set[str],
-    budget_nbytes: int = 1 << 30,
-) -> tuple[list[CalibratedBlock], dict[str, list[torch.Tensor]]]:
-    """Every block's result, and the hidden states that each stream ends with."""
-    results: list[CalibratedBlock] = []
-    states: dict[str, list[torch.Tensor]] = {}
-    with ExitStack() as cleanup:
-        folder = cleanup.enter_context(TemporaryDirectory())
-        work = Workspace(Path(folder), Budget(budget_nbytes))
-        cleanup.callback(work.close)
-        for block, current in calibration_blocks(checkpoint, samples, streams, work):
-            results.append(calibrate_block(block, current, recipe, work.hidden, work.scratch))
-            work.finish(block.name, {}, {name: s.hidden for name, s in current.items()})
-            states |= {n: [torch.from_numpy(x) for x in s.hidden] for n, s in current.items()}
-    return results, states
 
 
 def test_results_do_not_depend_on_the_memory_budget(

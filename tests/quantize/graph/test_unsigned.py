@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from artifacts import MODEL, contents, write_artifact
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from support.artifacts import MODEL, contents, write_artifact
 
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights

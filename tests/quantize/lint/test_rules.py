@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from checkpoints import write_vit
 from onnx import TensorProto, helper, numpy_helper
+from support.checkpoints import write_vit
 
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, export

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_internvl, write_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calibrate import STREAMS, calibrate
+from support.calibration import STREAMS, calibrate
+from support.checkpoints import write_internvl, write_vit
 
 from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, write_internvl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import TINY, write_internvl
 
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import expected_shapes, load_model, open_checkpoint

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from checkpoints import TINY, write_chat, write_internvl, write_tokenizer
-from fake_engine import CAPACITY, IN_PLACE, KEY, PRESENT, Engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generate import COMPONENTS, Compiled, on_host
-from test_trt import TARGETS, Bench, on_gpu_and_on_host
+from support.checkpoints import TINY, write_chat, write_internvl, write_tokenizer
+from support.generation import COMPONENTS, Compiled, noise, on_host
+from support.gpu.fake_engine import CAPACITY, IN_PLACE, KEY, PRESENT, Engine
+from support.gpu.trt_bench import TARGETS, Bench, on_gpu_and_on_host
 
 import internvl_edge
 from internvl_edge import compiler, open_session
@@ -122,11 +122,6 @@ def exported(checkpoint: Path, out: Path, **more: Any) -> Path:
 @pytest.fixture(scope="module")
 def out(written: Path) -> Path:
     return exported(written, written.parent / "out")
-
-
-def noise(seed: int = 0, rows: int = 2) -> Array:
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((rows, 3, 28, 28)).astype(np.float32)
 
 
 def test_the_graph_is_standard_and_says_its_capacity(out: Path) -> None:

@@ -12,39 +12,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import TINY, write_internvl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import TINY, write_internvl
+from support.generation import COMPONENTS, Compiled, on_host
 
-from internvl_edge import compiler, open_session
+from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import FeedError, InternVLError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import load_reference
 from internvl_edge.runtime.generation.beams import _best_next
-from internvl_edge.runtime.generation.cache import PAST, HostDecoding, start
+from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.loop import Generation, Prompt, _nucleus, generate, stream
-from internvl_edge.runtime.session import Session
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
-COMPONENTS = ("vision", "image_queries", "decoder")
 VOCABULARY, EOS = 7, 2
 
 
 # --- the original's ids --------------------------------------------------------------------------
-
-
-class Compiled:
-    """The sessions of a compiled directory that generation needs."""
-
-    def __init__(self, out: Path) -> None:
-        self.sessions = {name: open_session(out, name) for name in COMPONENTS}
-        self.decoder: Session = self.sessions["decoder"]
-
-    def cache(self, pixels: Array) -> dict[str, Array]:
-        hidden = self.sessions["vision"].run({"pixel_values": pixels})
-        found = self.sessions["image_queries"].run(hidden)
-        return {name: found[name] for name in found if name.startswith("present.")}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +40,6 @@ def original(golden: Path, tmp_path_factory: Any) -> tuple[Compiled, dict[str, A
     compiler.export(ExportOptions(checkpoint=checkpoint, out=out, components=COMPONENTS))
     with np.load(golden / "tiny" / "reference.npz") as file:
         return Compiled(out), {name: file[name] for name in file.files}
-
-
-def on_host(session: Session, cache: dict[str, Array]) -> HostDecoding:
-    return HostDecoding(session, {n.replace("present.", PAST): v for n, v in cache.items()})
 
 
 @pytest.mark.parametrize("begin", [start, on_host])

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import CAPTURE_INVALIDATED, ILLEGAL_ADDRESS, INSUFFICIENT_DRIVER, MEMORY, FakeCuda
+from support.gpu.fake_cuda import (
+    CAPTURE_INVALIDATED,
+    ILLEGAL_ADDRESS,
+    INSUFFICIENT_DRIVER,
+    MEMORY,
+    FakeCuda,
+)
 
 from internvl_edge.errors import HardwareError, MissingDependency, ResourceError, SessionDead
 from internvl_edge.runtime.gpu import device as device_module

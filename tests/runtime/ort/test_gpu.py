@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx import helper
-from tiny_onnx import BFLOAT16, linear, open_directory, write_onnx
+from support.tiny_onnx import BFLOAT16, linear, open_directory, write_onnx
 
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.ort import cuda_graphs

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
-from tiny_onnx import BFLOAT16, FLOAT, INT64, linear, open_directory, spec, write_onnx
+from support.tiny_onnx import BFLOAT16, FLOAT, INT64, linear, open_directory, spec, write_onnx
 
 from internvl_edge.errors import (
     ArtifactError,

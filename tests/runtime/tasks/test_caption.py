@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, write_internvl, write_tokenizer
 from PIL import Image
+from support.checkpoints import TINY, write_internvl, write_tokenizer
 
 import internvl_edge
 from internvl_edge import compiler

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CHAT, write_chat, write_chat_tokenizer, write_llava
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
+from support.checkpoints import CHAT, write_chat, write_chat_tokenizer, write_llava
 
 from internvl_edge import compiler, load
 from internvl_edge.cli import run

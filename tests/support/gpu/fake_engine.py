@@ -21,8 +21,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from fake_cuda import FakeCuda, Fault
-from fake_trt import DataType, FakeTrt, Severity, _Base
+from support.gpu.fake_cuda import FakeCuda, Fault
+from support.gpu.fake_trt import DataType, FakeTrt, Severity, _Base
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.types import Array
