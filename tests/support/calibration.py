@@ -9,15 +9,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from internvl_edge.artifact.workspace import Workspace
-from internvl_edge.export.checkpoint.checkpoint import (
-    Checkpoint,
-)
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
-from internvl_edge.quantize.calibration.block import (
-    CalibratedBlock,
-    calibrate_block,
-)
+from internvl_edge.quantize.calibration.block import CalibratedBlock, calibrate_block
 from internvl_edge.quantize.recipe import Recipe
 
 STREAMS = {"image", "queries", "text", "match"}

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from internvl_edge.benchmark.timing import (
-    TURN_CALLS,
-    Timing,
-)
+from internvl_edge.benchmark.timing import TURN_CALLS, Timing
 
 MS = 1_000_000
 

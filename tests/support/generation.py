@@ -7,10 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from internvl_edge import open_session
-from internvl_edge.runtime.generation.cache import (
-    PAST,
-    HostDecoding,
-)
+from internvl_edge.runtime.generation.cache import PAST, HostDecoding
 from internvl_edge.runtime.session import Session
 from internvl_edge.types import Array
 

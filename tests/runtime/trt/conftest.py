@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.gpu.trt_bench import (
-    TARGETS,
-    Bench,
-)
+from support.gpu.trt_bench import TARGETS, Bench
 
 
 @pytest.fixture(params=list(TARGETS))

@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 from support.gpu.fake_cuda import CAPTURE_INVALIDATED, ILLEGAL_ADDRESS
-from support.gpu.fake_engine import (
-    GraphStrategy,
-)
-from support.gpu.trt_bench import (
-    Bench,
-    assert_same,
-    feeds_of,
-)
+from support.gpu.fake_engine import GraphStrategy
+from support.gpu.trt_bench import Bench, assert_same, feeds_of
 
-from internvl_edge.errors import (
-    InternVLError,
-    SessionDead,
-)
+from internvl_edge.errors import InternVLError, SessionDead
 from internvl_edge.runtime.trt import contexts as contexts_module
 
 

@@ -8,20 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support.gpu.fake_cuda import MEMORY
-from support.gpu.fake_engine import (
-    DECODER,
-    GraphStrategy,
-    KernelStrategy,
-)
-from support.gpu.trt_bench import (
-    TARGETS,
-    Bench,
-    on_gpu_and_on_host,
-)
+from support.gpu.fake_engine import DECODER, GraphStrategy, KernelStrategy
+from support.gpu.trt_bench import TARGETS, Bench, on_gpu_and_on_host
 
-from internvl_edge.errors import (
-    ResourceError,
-)
+from internvl_edge.errors import ResourceError
 from internvl_edge.runtime.generation.cache import empty_cache, start
 from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
 

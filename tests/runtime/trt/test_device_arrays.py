@@ -7,21 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.gpu.fake_engine import (
-    expected,
-)
-from support.gpu.trt_bench import (
-    RESULT_SHAPES,
-    Bench,
-    assert_same,
-    feeds_of,
-    wrong_values,
-)
+from support.gpu.fake_engine import expected
+from support.gpu.trt_bench import RESULT_SHAPES, Bench, assert_same, feeds_of, wrong_values
 
-from internvl_edge.errors import (
-    FeedError,
-    UsageError,
-)
+from internvl_edge.errors import FeedError, UsageError
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.handles import Event
 from internvl_edge.runtime.gpu.memory import find_overlap

@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 from support.gpu.fake_cuda import ILLEGAL_ADDRESS, MEMORY
-from support.gpu.fake_engine import (
-    PLAN,
-)
-from support.gpu.trt_bench import (
-    Bench,
-    assert_same,
-    feeds_of,
-)
+from support.gpu.fake_engine import PLAN
+from support.gpu.trt_bench import Bench, assert_same, feeds_of
 
 from internvl_edge.errors import (
     ArtifactError,

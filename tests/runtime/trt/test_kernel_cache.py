@@ -8,16 +8,9 @@ from pathlib import Path
 
 import pytest
 from support.gpu.fake_cuda import ILLEGAL_ADDRESS
-from support.gpu.trt_bench import (
-    Bench,
-    assert_same,
-    feeds_of,
-)
+from support.gpu.trt_bench import Bench, assert_same, feeds_of
 
-from internvl_edge.errors import (
-    SessionDead,
-    UsageError,
-)
+from internvl_edge.errors import SessionDead, UsageError
 
 
 def cache_of(bench: Bench) -> Path:

@@ -7,24 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.gpu.fake_engine import (
-    PLAN,
-)
-from support.gpu.trt_bench import (
-    Arrays,
-    Bench,
-    assert_same,
-    feeds_of,
-    wrong_values,
-)
+from support.gpu.fake_engine import PLAN
+from support.gpu.trt_bench import Arrays, Bench, assert_same, feeds_of, wrong_values
 
-from internvl_edge.errors import (
-    ArtifactError,
-    FeedError,
-    HardwareError,
-    InternVLError,
-    UsageError,
-)
+from internvl_edge.errors import ArtifactError, FeedError, HardwareError, InternVLError, UsageError
 from internvl_edge.runtime.trt import engine as plan_module
 from internvl_edge.runtime.trt.session import TrtOptions
 

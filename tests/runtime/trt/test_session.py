@@ -10,24 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.gpu import fake_engine
-from support.gpu.fake_engine import (
-    INPUTS,
-    OUTPUTS,
-    expected,
-)
-from support.gpu.trt_bench import (
-    TARGETS,
-    Arrays,
-    Bench,
-    assert_same,
-    feeds_of,
-)
+from support.gpu.fake_engine import INPUTS, OUTPUTS, expected
+from support.gpu.trt_bench import TARGETS, Arrays, Bench, assert_same, feeds_of
 
 from internvl_edge.artifact.open import Artifact
-from internvl_edge.errors import (
-    FeedError,
-    UsageError,
-)
+from internvl_edge.errors import FeedError, UsageError
 from internvl_edge.runtime import session as session_module
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.trt.session import TrtOptions, open_component

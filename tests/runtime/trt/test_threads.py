@@ -10,18 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from support.gpu.trt_bench import (
-    RESULT_SHAPES,
-    Arrays,
-    Bench,
-    assert_same,
-    feeds_of,
-)
+from support.gpu.trt_bench import RESULT_SHAPES, Arrays, Bench, assert_same, feeds_of
 
-from internvl_edge.errors import (
-    FeedError,
-    UsageError,
-)
+from internvl_edge.errors import FeedError, UsageError
 from internvl_edge.runtime.trt.session import TrtSession
 
 

@@ -11,13 +11,7 @@ from typing import Any
 import numpy as np
 from support.artifacts import manifest_of
 from support.gpu.fake_cuda import FakeCuda
-from support.gpu.fake_engine import (
-    KEY,
-    LINEAR,
-    Computation,
-    FakeRuntimeTrt,
-    expected,
-)
+from support.gpu.fake_engine import KEY, LINEAR, Computation, FakeRuntimeTrt, expected
 
 from internvl_edge.artifact.open import Artifact, ComponentRecord, EngineRecord
 from internvl_edge.artifact.sidecar import EngineInfo, Profile
