@@ -481,7 +481,7 @@ def test_a_signal_is_said(
     def fail(*_: Any, **__: Any) -> None:
         raise stop
 
-    monkeypatch.setattr("internvl_edge.artifact.open.open_artifact", fail)
+    monkeypatch.setattr("internvl_edge.cli.inspect.open_artifact", fail)
     assert run(["verify", "x", "--json"]) == code
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["exit_code"] == code
@@ -618,7 +618,7 @@ def test_every_failure_has_a_code_and_a_line(
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr("internvl_edge.artifact.open.open_artifact", fail)
+    monkeypatch.setattr("internvl_edge.cli.inspect.open_artifact", fail)
     assert run([*debug, "verify", "x", "--json"]) == code
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["exit_code"] == code

@@ -250,8 +250,7 @@ def _show(output: Output, found: Mapping[str, Any]) -> None:
 
 def _report(artifact: Artifact, found: Mapping[str, Any]) -> str:
     """The directory's report with a section on speed."""
-    from internvl_edge.compiler.report.report import report_with
-    from internvl_edge.compiler.report.speed import speed_figures
+    from internvl_edge.compiler.report.report import report_with, speed_figures
 
     names = table.columns(found["results"])
     figures = speed_figures(
