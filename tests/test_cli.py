@@ -26,6 +26,7 @@ from internvl_edge.benchmark.footprint import measure_footprint
 from internvl_edge.cli import run
 from internvl_edge.cli.console import Output
 from internvl_edge.errors import CheckpointError, ResourceError, UsageError
+from internvl_edge.runtime.gpu.probe import Gpu
 
 COMMANDS = [
     "export",
@@ -539,8 +540,11 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_says_which_gpus_have_no_rtx(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [("RTX 4090", 89), ("H100", 90)]
-    monkeypatch.setattr("internvl_edge.runtime.session.cuda_devices", lambda: found)
+    found = [
+        Gpu(index=i, name=name, sm=sm, memory_nbytes=1)
+        for i, (name, sm) in enumerate([("RTX 4090", 89), ("H100", 90)])
+    ]
+    monkeypatch.setattr("internvl_edge.runtime.gpu.probe.gpus", lambda: found)
     said = answer(capsys, "doctor")
     assert said["machine"]["cuda_devices"] == 2
     assert [gpu["runs_tensorrt_rtx"] for gpu in said["gpus"]] == [True, False]

@@ -570,7 +570,7 @@ def test_load_refuses_a_backend_that_cannot_run(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "tensorrt" else finding
     )
-    monkeypatch.setattr(sessions, "cuda_device_count", lambda: 0)
+    monkeypatch.setattr(sessions, "gpu_count", lambda: 0)
     with pytest.raises(error, match=message):
         load(tmp_path, backend=backend)
 

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.session import cuda_device_count
+from internvl_edge.runtime.gpu.probe import gpu_count
 
 __all__ = [
     "CPU",
@@ -108,16 +108,16 @@ def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Pr
     available, preferred = onnxruntime.get_available_providers(), GPU_PROVIDERS[gpu_provider]
     wanted = [name for name in dict.fromkeys((preferred, CUDA)) if name in available]
     has_provider = preferred in available
-    if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
+    if device == "cpu" or (device == "auto" and not (has_provider and gpu_count())):
         return [CPU]
-    if cuda_device_count() == 0:
+    if gpu_count() == 0:
         raise HardwareError(f"device {device!r}: found no CUDA device; use device 'cpu'")
     if not has_provider:
         raise MissingDependency.of("onnxruntime-gpu", "ort-gpu")
     index = int(match[1] or 0)
-    if index >= cuda_device_count():
+    if index >= gpu_count():
         raise HardwareError(
-            f"device {device!r}: found {cuda_device_count()} CUDA devices; use device 'cpu'"
+            f"device {device!r}: found {gpu_count()} CUDA devices; use device 'cpu'"
         )
     computing = {
         CUDA: {

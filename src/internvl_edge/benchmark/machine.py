@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
+from internvl_edge.runtime.gpu.probe import gpus
 from internvl_edge.runtime.ort.cpu import cpu_features, cpuinfo
-from internvl_edge.runtime.session import cuda_driver
 
 __all__ = ["environment", "gpu_nbytes"]
 
@@ -49,17 +48,7 @@ def environment() -> dict[str, Any]:
 
 def gpu_nbytes() -> int | None:
     """All the memory of the first NVIDIA GPU, as its driver says; None where there is none."""
-    driver = cuda_driver()
-    if driver is None:
-        return None
-    device, nbytes = ctypes.c_int(), ctypes.c_size_t()
-    if (
-        driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), 0)
-        or driver.cuDeviceTotalMem_v2(ctypes.byref(nbytes), device)
-    ):
-        return None
-    return nbytes.value
+    return next((gpu.memory_nbytes for gpu in gpus() if gpu.index == 0), None)
 
 
 def _load_average() -> float | None:

@@ -39,7 +39,7 @@ PACKAGES = {
 @answers
 def doctor(output: Output, backend: str) -> None:
     """Say what is installed, what this machine has, and what each missing piece would unlock."""
-    from internvl_edge.runtime.session import cuda_devices
+    from internvl_edge.runtime.gpu.probe import gpus as probed_gpus
 
     rows, missing = [], {}
     for package, (unlocks, extra) in PACKAGES.items():
@@ -50,8 +50,8 @@ def doctor(output: Output, backend: str) -> None:
             missing[package] = f'pip install "internvl-edge[{extra}]"'
         rows.append((package, version or "missing", unlocks, missing.get(package, "")))
     gpus = [
-        {"name": name, "sm": sm, "runs_tensorrt_rtx": not lacks_rtx(sm)}
-        for name, sm in cuda_devices()
+        {"name": gpu.name, "sm": gpu.sm, "runs_tensorrt_rtx": not lacks_rtx(gpu.sm)}
+        for gpu in probed_gpus()
     ]
     machine = _machine() | {"cuda_devices": len(gpus)}
     output.table(("package", "version", "unlocks", "install"), rows)
