@@ -92,6 +92,21 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compiled["components"].keys() == set(found["components"])
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "out"])
+def test_inspecting_needs_no_framework(place: Path, name: str) -> None:
+    code = (
+        "import json, sys; from internvl_edge.cli import run; "
+        "code = run(['inspect', sys.argv[1], '--json']); "
+        "print(json.dumps([code, *sys.modules]))"
+    )
+    command = [sys.executable, "-c", code, str(place / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer, loaded = (json.loads(line) for line in done.stdout.splitlines())
+    assert answer.keys() & {"components"}
+    assert loaded[0] == 0
+    assert not {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime"} & set(loaded)
+
+
 def test_verify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(capsys, "verify", place / "out")["ok"] is True
     found = answer(capsys, "verify", place / "out", "--checkpoint", place / "checkpoint")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import FeedError, InternVLError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.runtime.generation.beams import _best_next
 from internvl_edge.runtime.generation.cache import PAST, HostDecoding, start
 from internvl_edge.runtime.generation.loop import Generation, Prompt, _nucleus, generate, stream

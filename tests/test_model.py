@@ -91,7 +91,7 @@ def ref(golden: Path) -> Any:
 def torch_sessions(tiny: Path) -> Any:
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import load_reference
+    from internvl_edge.export.checkpoint.load import load_reference
     from internvl_edge.export.components import COMPONENTS, build_component
 
     reference = load_reference(tiny)

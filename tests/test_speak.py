@@ -17,7 +17,7 @@ from internvl_edge import compiler
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import InternVLError, MediaError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.runtime.generation.loop import Generation
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.tasks.caption import streamed, until_end

@@ -18,6 +18,7 @@ from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, no_backend
 from internvl_edge.errors import InputError
 from internvl_edge.export import require_packages
+from internvl_edge.files.packages import require
 
 ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
@@ -74,9 +75,9 @@ def inspect(output: Output, path: Path, backend: str) -> None:
         return
     if not (path / CHECKPOINT_FILE).exists():
         raise InputError(_neither(path))
-    require_packages()
+    require("ml-dtypes")
     from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
-    from internvl_edge.export.components import available_components
+    from internvl_edge.export.config.checkpoint import available_components
 
     checkpoint = open_checkpoint(path)
     nbytes = sum(entry.nbytes for entry in checkpoint.tensors.values())

@@ -9,7 +9,6 @@ This module collects what the template (``report.html.jinja``) shows; ``plots`` 
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,11 +35,11 @@ from internvl_edge.compiler.report.plots import (
     read_frontier,
     roofline_plot,
 )
+from internvl_edge.files.packages import COMPILED_WITH, versions
 from internvl_edge.quantize.numerics.statistics import LayerStatistics, read_statistics
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report.html.jinja"
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "tensorrt-rtx")
 STREAMS = {
     "image": "Vision tower",
     "queries": "QLLaMA: queries looking at the image",
@@ -259,10 +258,5 @@ def _words(value: Any) -> str:
 
 
 def _versions(tool: str) -> list[tuple[str, str]]:
-    found = [("internvl-edge", tool)]
-    for package in PACKAGES:
-        try:
-            found.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = versions(COMPILED_WITH).items()
+    return [("internvl-edge", tool), *((name, version) for name, version in installed if version)]
