@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from internvl_edge.artifact.open import Artifact, TensorSpec, open_artifact
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "Array",
+    "DecoderSession",
     "Session",
     "check_feeds",
     "check_outputs",
@@ -58,6 +59,10 @@ class Session(Protocol):
     def outputs(self) -> Mapping[str, TensorSpec]:
         """What ``run`` gives."""
 
+    @property
+    def largest(self) -> Mapping[str, int]:
+        """The largest size of each named dimension: batch, length, past; none where unbounded."""
+
     def run(
         self,
         feeds: Mapping[str, Array],
@@ -85,6 +90,43 @@ class Session(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+@runtime_checkable
+class DecoderSession(Session, Protocol):
+    """A session that leaves what it computed on its device: a decoder's cache stays there."""
+
+    def run_device(
+        self,
+        feeds: Mapping[str, Any],
+        *,
+        check: bool = True,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Like ``run``, but outputs stay where they were computed; ``.numpy()`` copies them.
+
+        Args:
+            feeds: NumPy arrays, or outputs of an earlier call, which are not copied.
+            check: as for ``run``; what is on the device is not read.
+            outputs: as for ``run``.
+        """
+
+    def step(
+        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
+    ) -> tuple[Array, list[Any]]:
+        """Like ``run_device`` of a decoder, unchecked, on what an earlier call left.
+
+        Args:
+            feeds: the inputs that are not in the cache.
+            names: the cache's inputs; its outputs come in the same order, after the logits.
+            cache: what ``run_device``, ``step`` or ``take_rows`` gave; it is used up.
+
+        Returns:
+            The logits, and the next cache.
+        """
+
+    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
+        """Copy these rows of a cache, in this order; the cache is used up."""
 
 
 def open_session(

@@ -20,7 +20,7 @@ from PIL import Image
 
 from internvl_edge import cli
 from internvl_edge.artifact.open import EngineRecord, open_artifact
-from internvl_edge.artifact.sidecar import Profile
+from internvl_edge.artifact.sidecar import ShapeRanges
 from internvl_edge.benchmark import peaks
 from internvl_edge.benchmark.footprint import measure_footprint
 from internvl_edge.cli import run
@@ -423,7 +423,7 @@ def test_build_says_what_is_new(
         return [old, new]
 
     class Info:
-        nbytes, profile = 1_500_000, Profile(batch=(1, 8, 32))
+        nbytes, profile = 1_500_000, ShapeRanges(batch=(1, 8, 32))
         inputs = open_artifact(place / "out").manifest.components["vision"].inputs
 
     monkeypatch.setattr("internvl_edge.compiler.steps.engines.build", build)

@@ -46,6 +46,7 @@ class FunctionSession:
 
     inputs: Mapping[str, TensorSpec] = {}
     outputs: Mapping[str, TensorSpec] = {}
+    largest: Mapping[str, int] = {}
 
     def __init__(self, output: str, function: Any) -> None:
         self.output, self.function = output, function

@@ -39,7 +39,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.artifact.open import Artifact, ComponentRecord, EngineRecord
-from internvl_edge.artifact.sidecar import EngineInfo, Profile
+from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges
 from internvl_edge.errors import (
     ArtifactError,
     FeedError,
@@ -93,7 +93,7 @@ class Bench:
             tool_version="0",
             compute_capabilities=(),
             minimum_sm=80,
-            profile=Profile(),
+            profile=ShapeRanges(),
             onnx_sha256="0" * 64,
             nbytes=len(self.data),
             sha256=hashlib.sha256(self.data).hexdigest(),
@@ -664,8 +664,7 @@ def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
 
 def on_gpu_and_on_host(bench: Bench, num_beams: int) -> tuple[Any, Any]:
     """The ids of three prompts with the cache on the GPU, and with it handed through the host."""
-    ids = np.array([[3, 1, 4], [1, 5, 2], [6, 5, 3]])
-    prompt = Prompt(ids=ids, mask=np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1]]))
+    prompt = Prompt(rows=[[3, 1, 4], [5, 2], [3]])
     how = Generation(max_new_tokens=20, num_beams=num_beams, stop_ids=(2,))
     with bench.open() as session:
         cache = empty_cache(session, rows=3)
@@ -713,7 +712,7 @@ def test_the_cache_never_crosses_to_the_host(decoder: Bench) -> None:
 def test_generations_share_a_slot(decoder: Bench) -> None:
     """Step by step in turns, in one thread: none holds the slot between its steps."""
     with decoder.open() as session:
-        prompts = [Prompt(ids=np.array([[i]]), mask=np.ones((1, 1), np.int64)) for i in (3, 4)]
+        prompts = [Prompt(rows=[[i]]) for i in (3, 4)]
         how = Generation(max_new_tokens=12, stop_ids=())
         alone = [generate(start(session, empty_cache(session, 1)), p, how) for p in prompts]
         streams = [stream(start(session, empty_cache(session, 1)), p, how) for p in prompts]
