@@ -508,7 +508,7 @@ def test_sigterm_cleans_up(tmp_path: Path) -> None:
     waiting, cleaned = tmp_path / "waiting", tmp_path / "cleaned"
     code = f"""
 import contextlib, pathlib, time
-from internvl_edge import cli, artifact
+from internvl_edge import cli
 
 @contextlib.contextmanager
 def block():
@@ -523,7 +523,7 @@ def wait(*_, **__):
         while True:
             time.sleep(0.01)  # one call that blocks could begin just after the signal
 
-artifact.open_artifact = wait
+cli.inspect.open_artifact = wait
 cli.main(["verify", "x"])
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
