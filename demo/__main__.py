@@ -123,7 +123,7 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     """Time one image through ``image_embed`` at every precision and in PyTorch, in turns."""
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import load_reference
+    from internvl_edge.export.checkpoint.load import load_reference
     from internvl_edge.export.components import COMPONENTS, build_component
 
     model = load_reference(demo_checkpoint())

@@ -14,20 +14,21 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from internvl_edge.errors import MissingDependency
+from internvl_edge.files.packages import EXPORT, require
 
 if __name__ != "internvl_edge.export":
     raise ImportError("import internvl_edge.export, not the folder export of the repository")
 
 if TYPE_CHECKING:
-    from internvl_edge.export.checkpoint.checkpoint import load_reference, open_checkpoint
+    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export.checkpoint.load import load_reference
 
 __all__ = ["load_reference", "open_checkpoint", "require_packages"]
 
-PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors")
+_HOME = {"load_reference": "load", "open_checkpoint": "checkpoint"}
 
 
 def require_packages() -> None:
@@ -36,14 +37,10 @@ def require_packages() -> None:
     Raises:
         MissingDependency: a package is missing; names it and the extra that installs it.
     """
-    for package in PACKAGES:
-        if find_spec(package) is None:
-            raise MissingDependency.of(package, "export")
+    require(*EXPORT)
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from internvl_edge.export.checkpoint import checkpoint
-
-        return getattr(checkpoint, name)
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.checkpoint.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from internvl_edge.export.checkpoint.checkpoint import expected_shapes
+from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.components import language_config
 from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
 from internvl_edge.export.config.checkpoint import (

@@ -31,7 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, TensorEntry, expected_shapes
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.load import read_torch
+from internvl_edge.export.checkpoint.parameters import expected_shapes
+from internvl_edge.export.checkpoint.shards import TensorEntry
 from internvl_edge.export.components import language_config
 from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
@@ -205,7 +208,7 @@ def _reader(
     checkpoint: Checkpoint, name: str, gain: str, q: Rotation | None
 ) -> Callable[[], Array]:
     def make() -> Array:
-        weight = checkpoint.read_torch(name).mul_(checkpoint.read_torch(gain)).numpy()
+        weight = read_torch(checkpoint, name).mul_(read_torch(checkpoint, gain)).numpy()
         return weight if q is None else q.apply(weight, in_place=True)
 
     return make
@@ -224,9 +227,9 @@ def _writer(
     checkpoint: Checkpoint, name: str, scale: str | None, q: Rotation | None
 ) -> Callable[[], Array]:
     def make() -> Array:
-        values = checkpoint.read_torch(name)
+        values = read_torch(checkpoint, name)
         if scale is not None:
-            values.mul_(checkpoint.read_torch(scale).reshape(-1, *[1] * (values.ndim - 1)))
+            values.mul_(read_torch(checkpoint, scale).reshape(-1, *[1] * (values.ndim - 1)))
         weight, axis = values.numpy(), 0 if values.ndim > 1 else -1
         return weight if q is None else q.apply(weight, axis, in_place=True)
 

@@ -44,6 +44,16 @@ from internvl_edge.export.config.fields import (
 logger = logging.getLogger(__name__)
 
 Kind = Literal["internvl", "chat", "vit"]
+OF_INTERNVL = (
+    "vision",
+    "image_embed",
+    "image_pool",
+    "image_queries",
+    "text_embed",
+    "matcher",
+    "decoder",
+)
+OF_CHAT = ("chat_vision", "chat_queries", "chat_decoder")
 OURS = ("has_layer_scale", "is_rotated", "has_shift")  # fields that no config.json decides
 
 
@@ -228,6 +238,16 @@ def load_config(directory: Path) -> CheckpointConfig:
         f"InternVL-Chat configuration, found model_type {raw.get('model_type')!r}, "
         f"architectures {raw.get('architectures')!r}; remote code is never run"
     )
+
+
+def available_components(config: CheckpointConfig) -> tuple[str, ...]:
+    """List the components that a checkpoint can be compiled into."""
+    if config.kind == "internvl":
+        return OF_INTERNVL
+    if config.chat is None:
+        return ("vision",)
+    is_there = {"chat_queries": config.queries is not None, "chat_decoder": config.chat.llama}
+    return tuple(name for name in OF_CHAT if is_there.get(name, True))
 
 
 def check_image_size(config: CheckpointConfig, image_size: int | None) -> int:

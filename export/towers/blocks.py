@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, build_model, load_into
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.load import build_model, load_into
 from internvl_edge.export.components import COMPONENTS, build_component, language_config
 from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,

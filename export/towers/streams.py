@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_into
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.load import load_into, read_torch
 from internvl_edge.export.config.checkpoint import InternVLConfig, with_depth
 from internvl_edge.export.models import Chat
 from internvl_edge.export.models.chat import Queries, require_llama
@@ -142,7 +143,7 @@ def _unrotated(
     """Return the vision tower's output in the basis that cross-attention reads it in."""
     if not checkpoint.config.vision.is_rotated or not streams & OF_IMAGES:
         return hidden
-    matrix, states = checkpoint.read_torch("vision_model.unrotation"), store.scratch()
+    matrix, states = read_torch(checkpoint, "vision_model.unrotation"), store.scratch()
     for values in hidden:
         states.append(unrotated(torch.from_numpy(values), matrix).numpy())
     return states
@@ -161,7 +162,7 @@ def _llama_streams(
     config = checkpoint.config.internvl
     assert config is not None
     front = _llama_front(checkpoint, config)
-    queries = checkpoint.read_torch("query_tokens")
+    queries = read_torch(checkpoint, "query_tokens")
     batches: dict[str, Iterator[tuple[Tensor, Context]]] = {
         "queries": (_queries(front, queries, image, i) for i in range(len(image))),
         "text": (_text(front, ids) for ids in samples.input_ids),

@@ -46,6 +46,7 @@ class FunctionSession:
 
     inputs: Mapping[str, TensorSpec] = {}
     outputs: Mapping[str, TensorSpec] = {}
+    largest: Mapping[str, int] = {}
 
     def __init__(self, output: str, function: Any) -> None:
         self.output, self.function = output, function
@@ -91,7 +92,7 @@ def ref(golden: Path) -> Any:
 def torch_sessions(tiny: Path) -> Any:
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import load_reference
+    from internvl_edge.export.checkpoint.load import load_reference
     from internvl_edge.export.components import COMPONENTS, build_component
 
     reference = load_reference(tiny)
@@ -570,7 +571,7 @@ def test_load_refuses_a_backend_that_cannot_run(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "tensorrt" else finding
     )
-    monkeypatch.setattr(sessions, "cuda_device_count", lambda: 0)
+    monkeypatch.setattr(sessions, "gpu_count", lambda: 0)
     with pytest.raises(error, match=message):
         load(tmp_path, backend=backend)
 

@@ -18,7 +18,8 @@ from internvl_edge.compiler import ExportOptions, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import graphs
 from internvl_edge.errors import CheckpointError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import load_model, load_reference, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+from internvl_edge.export.checkpoint.load import load_model, load_reference
 from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
 from internvl_edge.export.models import Chat

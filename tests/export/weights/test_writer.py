@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.errors import InternVLError
-from internvl_edge.export.checkpoint.checkpoint import DTYPES, read_header
+from internvl_edge.export.checkpoint.shards import DTYPES, read_header
 from internvl_edge.export.graph.bind import bind, save
 from internvl_edge.export.weights.writer import DATA_ALIGNMENT, StoredTensor, WeightsWriter
 from internvl_edge.types import Array

@@ -25,7 +25,8 @@ from internvl_edge.compiler.plan import source_of
 from internvl_edge.compiler.search import export_auto
 from internvl_edge.compiler.steps.verify import Checker
 from internvl_edge.errors import CalibrationError, InputError, VerificationError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_header
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.quantize.calibration import block as calibrating
 from internvl_edge.quantize.numerics import formats, gptq, int4

@@ -20,12 +20,12 @@ from internvl_edge import compiler, load
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import ArtifactError, MediaError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.models import Chat
 from internvl_edge.runtime.generation.batch import Generation
+from internvl_edge.runtime.generation.text import until_end
 from internvl_edge.runtime.images.transform import squared, tile
 from internvl_edge.runtime.model import Model
-from internvl_edge.runtime.tasks.caption import until_end
 from internvl_edge.runtime.tasks.chat import ChatSeen, remembered
 from internvl_edge.runtime.text.chat_tokenizer import PLACE, ChatTokenizer
 from internvl_edge.runtime.text.embeddings import Embedding, TokenTable, open_table

@@ -58,7 +58,7 @@ def test_the_cache_never_crosses_to_the_host(decoder: Bench) -> None:
 def test_generations_share_a_slot(decoder: Bench) -> None:
     """Step by step in turns, in one thread: none holds the slot between its steps."""
     with decoder.open() as session:
-        prompts = [Prompt(ids=np.array([[i]]), mask=np.ones((1, 1), np.int64)) for i in (3, 4)]
+        prompts = [Prompt(rows=[[i]]) for i in (3, 4)]
         how = Generation(max_new_tokens=12, stop_ids=())
         alone = [generate(start(session, empty_cache(session, 1)), p, how) for p in prompts]
         streams = [stream(start(session, empty_cache(session, 1)), p, how) for p in prompts]
