@@ -107,7 +107,7 @@ def eager(checkpoint: Path, config: Any) -> dict[str, float]:
     """The reference in float32; its cache is what its last call gave."""
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import load_reference
+    from internvl_edge.export.checkpoint.load import load_reference
     from internvl_edge.export.components import COMPONENTS, build_component
 
     module = build_component(COMPONENTS["decoder"], load_reference(checkpoint))

@@ -23,7 +23,6 @@ How pictures are read, and what is refused, stands in `internvl_edge.runtime.ima
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
+from internvl_edge.files.cores import usable_cores
 from internvl_edge.runtime.images.decode import (
     MAX_PIXELS,
     ImageSource,
@@ -186,7 +186,7 @@ def pixel_levels(
     if len(sources) == 1:
         prepare(0)
         return out
-    with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1), "decode") as pool:
+    with ThreadPoolExecutor(min(len(sources), usable_cores()), "decode") as pool:
         for done in [pool.submit(prepare, i) for i in range(len(sources))]:
             done.result()
     return out

@@ -6,7 +6,6 @@ Options can be written down where ONNX Runtime is not installed.
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.files.cores import usable_cores
 from internvl_edge.runtime.gpu.probe import gpu_count
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "CUDA",
     "GPU_PROVIDERS",
     "OrtOptions",
-    "available_cores",
     "captures",
     "choose_providers",
     "load_gpu_libraries",
@@ -72,7 +71,7 @@ def native_options(options: OrtOptions) -> Any:
     native = onnxruntime.SessionOptions()
     native.log_severity_level = FATAL_ONLY
     threads = options.num_threads
-    native.intra_op_num_threads = available_cores() if threads is None else threads
+    native.intra_op_num_threads = usable_cores() if threads is None else threads
     native.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     native.enable_cpu_mem_arena = options.arena
     native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
@@ -80,13 +79,6 @@ def native_options(options: OrtOptions) -> Any:
     level = str(EXACT_PRODUCTS if options.exact else ROUNDED_PRODUCTS)
     native.add_session_config_entry(PRODUCTS_ACCURACY, level)
     return native
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def place_of(providers: Sequence[Provider]) -> tuple[str, int]:

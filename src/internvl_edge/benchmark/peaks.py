@@ -115,10 +115,11 @@ def measure_backend(kinds: Iterable[str], backend: str, device: str = "auto") ->
     """
     graphs = open_graph_with(backend, device)
     if backend == "onnxruntime":
-        from internvl_edge.runtime.ort.options import CPU, available_cores, choose_providers
+        from internvl_edge.files.cores import usable_cores
+        from internvl_edge.runtime.ort.options import CPU, choose_providers
 
         if choose_providers(device) == [CPU]:
-            bandwidth = host_bandwidth(available_cores(), ARRAY_NBYTES)
+            bandwidth = host_bandwidth(usable_cores(), ARRAY_NBYTES)
             return measure_peaks(kinds, graphs, bandwidth, side=SIDE)
     bandwidth = device_bandwidth(Device(0), ARRAY_NBYTES)
     return measure_peaks(kinds, graphs, bandwidth, side=GPU_SIDE, base="float16")
