@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import VISION, components_of
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
@@ -39,15 +40,12 @@ def _why_impossible(model: Mapping[str, Any], components: Sequence[str]) -> str 
     """Why a checkpoint of this configuration cannot be compiled into components; None: it can."""
     if chat := model.get("chat"):
         kind = "an InternVL-Chat"
-        missing = [name for name in components if not name.startswith("chat_")]
-        own = {"chat_queries": chat["num_queries"], "chat_decoder": chat["llama"]}
-        missing += [name for name in components if name in own and not own[name]]
+        possible = components_of("chat", [key for key, value in chat.items() if value])
     elif model.get("internvl") is not None:
-        kind = "an InternVL with QLLaMA"
-        missing = [name for name in components if name.startswith("chat_")]
+        kind, possible = "an InternVL with QLLaMA", components_of("internvl")
     else:
-        kind = "a vision tower alone"
-        missing = [name for name in components if name != "vision"]
+        kind, possible = "a vision tower alone", components_of("vit")
+    missing = [name for name in components if name not in possible]
     return f"its checkpoint is {kind}, which has no {', '.join(missing)}" if missing else None
 
 
@@ -145,7 +143,7 @@ class OpenComponents:
 
     def hidden(self, pixels: Array) -> Array:
         """``pixel_values`` [B,3,H,W] → the vision tower's tokens [B,N,C]."""
-        return self.run("vision", "last_hidden_state", pixel_values=pixels)
+        return self.run(VISION, "last_hidden_state", pixel_values=pixels)
 
     def hidden_batches(
         self, images: Any, count: int, batch_size: int

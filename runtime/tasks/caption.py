@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import DECODER, IMAGE_QUERIES, VISION
 from internvl_edge.errors import MediaError, UsageError, did_you_mean
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Generation, Prompt
@@ -62,10 +63,10 @@ def see(components: OpenComponents, images: Any, batch_size: int = 8) -> Seen:
     """
     if isinstance(images, Seen):
         return images
-    components.require("vision", "image_queries", "decoder")
+    components.require(VISION, IMAGE_QUERIES, DECODER)
     given = image_list(images)
     found: dict[str, list[Array]] = {}
-    session = components.session("image_queries")
+    session = components.session(IMAGE_QUERIES)
     names = [name for name in session.outputs if name.startswith("present.")]
     for pixels in components.pixel_batches(given, "retrieval", batch_size):
         feeds = {"last_hidden_state": components.hidden(pixels)}
@@ -114,7 +115,7 @@ def continued(
         UsageError: numbers of images and prompts that do not fit, or too long a prompt.
         MediaError: an image or a prompt cannot be used.
     """
-    components.require("vision", "image_queries", "decoder")
+    components.require(VISION, IMAGE_QUERIES, DECODER)
     given = images if isinstance(images, Seen) else image_list(images)
     rows = _prompt_rows(components, prompts)
     count = max(len(given), len(rows))
@@ -125,7 +126,7 @@ def continued(
         )
     _require_room(components, rows, how)
     rows = rows * count if len(rows) == 1 else rows
-    decoder = components.session("decoder")
+    decoder = components.session(DECODER)
     caches = _caches(components, given, count, rows_at_once(decoder, batch_size, how))
     batches = (
         (start(decoder, cache), _prompt(rows[part], cache, part.start)) for part, cache in caches
@@ -151,7 +152,7 @@ def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation)
             f"only one image and one prompt can be streamed, found {len(seen)} and {len(rows)}"
         )
     _require_room(components, rows, how)
-    decoding = start(components.session("decoder"), seen.cache)
+    decoding = start(components.session(DECODER), seen.cache)
     tokens = stream(decoding, _prompt(rows, dict(seen.cache)), how)
     return streamed(tokens, how, components.tokenizer.decode)
 
@@ -197,7 +198,7 @@ def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -
 
 
 def _require_room(components: OpenComponents, rows: list[list[int]], how: Generation) -> None:
-    room = components.positions("decoder")
+    room = components.positions(DECODER)
     image = components.artifact.manifest.model["internvl"]["num_query_token"]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read
@@ -207,4 +208,4 @@ def _require_room(components: OpenComponents, rows: list[list[int]], how: Genera
             f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
             f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
         )
-    require_room(components.session("decoder"), "decoder", len(rows[longest]), image, how)
+    require_room(components.session(DECODER), DECODER, len(rows[longest]), image, how)

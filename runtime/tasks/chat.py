@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import CHAT_DECODER
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
@@ -144,7 +145,7 @@ def continued(
             the model does not have, or too long a prompt.
         MediaError: prompts that are not ids.
     """
-    components.require("chat_decoder")
+    components.require(CHAT_DECODER)
     chat = components.artifact.manifest.model["chat"]
     place = chat["image_token_id"] if image_token_id is None else image_token_id
     if place is None and images is not None:
@@ -166,7 +167,7 @@ def continued(
             f"have {len(tokens)}"
         )
     ends = np.cumsum(counts)
-    size = rows_at_once(components.session("chat_decoder"), batch_size, how)
+    size = rows_at_once(components.session(CHAT_DECODER), batch_size, how)
     batches = (
         _started(
             components,
@@ -205,7 +206,7 @@ def _request(
     system: str | None,
 ) -> _Request:
     """Everything that an answer needs, checked."""
-    components.require("chat_decoder")
+    components.require(CHAT_DECODER)
     _require_question(question)
     chosen = find_template(template or components.artifact.manifest.model["chat"]["template"])
     if system is not None and (problem := text_problem(system)) is not None:
@@ -227,7 +228,7 @@ def _started(
     components: OpenComponents, rows: Sequence[list[int]], tokens: Array, first: int = 0
 ) -> tuple[Decoding, Prompt]:
     """A decoder on an empty cache, and rows of ids as its prompt; ``first`` is the first one's."""
-    session = components.session("chat_decoder")
+    session = components.session(CHAT_DECODER)
     embed = Embedding(components.token_table, tokens)
     decoding = start(session, empty_cache(session, len(rows)), embed)
     return decoding, Prompt(rows=rows, first=first)
@@ -248,7 +249,7 @@ def _require_question(question: str) -> None:
 
 
 def _require_room(components: OpenComponents, lengths: Sequence[int], how: Generation) -> None:
-    room, longest = components.positions("chat_decoder"), max(lengths)
+    room, longest = components.positions(CHAT_DECODER), max(lengths)
     need = longest + how.max_new_tokens - 1  # the last token is not read
     if need > room:
         raise UsageError(
@@ -256,7 +257,7 @@ def _require_room(components: OpenComponents, lengths: Sequence[int], how: Gener
             f"with its images and {how.max_new_tokens} new tokens; clear the history, or lower "
             "max_new_tokens"
         )
-    require_room(components.session("chat_decoder"), "chat_decoder", longest, 0, how)
+    require_room(components.session(CHAT_DECODER), CHAT_DECODER, longest, 0, how)
 
 
 def _joined(components: OpenComponents, seen: ChatSeen) -> Array:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import CHAT_QUERIES, CHAT_VISION
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.images.sources import image_list, is_normalised
 from internvl_edge.types import Array
@@ -49,9 +50,9 @@ def see(components: OpenComponents, images: Any, batch_size: int = 8) -> ChatSee
     """
     if isinstance(images, ChatSeen):
         return images
-    components.require("chat_vision")
+    components.require(CHAT_VISION)
     if components.artifact.manifest.model["chat"]["num_queries"]:
-        components.require("chat_queries")
+        components.require(CHAT_QUERIES)
     given = image_list(images)
     if is_normalised(given):
         counts, tiles = [1] * len(given), given
@@ -75,10 +76,10 @@ def as_images(images: Any) -> Any:
 
 def _image_tokens(components: OpenComponents, pixels: Array) -> Array:
     """[B,3,H,W] → [B,N,D], queries in front of patches."""
-    if not components.has("chat_queries"):
-        return components.run("chat_vision", "image_tokens", pixel_values=pixels)
-    seen = components.session("chat_vision").run({"pixel_values": pixels})
-    queries = components.run("chat_queries", "image_tokens", hidden_state=seen["hidden_state"])
+    if not components.has(CHAT_QUERIES):
+        return components.run(CHAT_VISION, "image_tokens", pixel_values=pixels)
+    seen = components.session(CHAT_VISION).run({"pixel_values": pixels})
+    queries = components.run(CHAT_QUERIES, "image_tokens", hidden_state=seen["hidden_state"])
     return np.concatenate((queries, seen["image_tokens"]), axis=1)
 
 

@@ -93,8 +93,9 @@ def ref(golden: Path) -> Any:
 def torch_sessions(tiny: Path) -> Any:
     import torch
 
+    from internvl_edge.artifact.components import COMPONENTS
     from internvl_edge.export.checkpoint.load import load_reference
-    from internvl_edge.export.components import COMPONENTS, build_component
+    from internvl_edge.export.components import build_component
 
     reference = load_reference(tiny)
     modules = {name: build_component(COMPONENTS[name], reference) for name in ALL}

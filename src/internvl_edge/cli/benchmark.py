@@ -10,15 +10,12 @@ from typing import Any
 
 import click
 
+from internvl_edge.artifact.components import embedder_of
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark import table
 from internvl_edge.benchmark.contenders import Contender, contender_of, rival
 from internvl_edge.benchmark.footprint import measure_footprint
-from internvl_edge.benchmark.inputs import (
-    embedding_component,
-    seeded_feeds,
-    seeded_picture,
-)
+from internvl_edge.benchmark.inputs import seeded_feeds, seeded_picture
 from internvl_edge.benchmark.load import SCENARIOS
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.run import Question, Results, measure_component
@@ -132,7 +129,7 @@ def benchmark(
         )
     artifacts = _opened(outs)
     chosen = _components(artifacts, components)
-    if image is not None and embedding_component(chosen) is None:
+    if image is not None and embedder_of(chosen) is None:
         raise UsageError(f"--image {image}: none of {', '.join(chosen)} embeds a picture")
     question = Question(
         artifacts=artifacts,
@@ -149,7 +146,7 @@ def benchmark(
     results: Results = []
     ratios: Results = []
     for component in chosen:
-        whole = picture if component == embedding_component(chosen) else None
+        whole = picture if component == embedder_of(chosen) else None
         for size in sizes:
             measured, compared = measure_component(question, component, size, whole)
             results += measured

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.open import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.embed import IMAGE_SUFFIXES
@@ -174,8 +175,6 @@ def _require_checkpoint(path: Path | None) -> None:
 
 def _require_components(chosen: tuple[str, ...] | None) -> None:
     """Refuse what no checkpoint has; whether this one has them is seen later."""
-    from internvl_edge.export.components import COMPONENTS
-
     for name in chosen or ():
         if name not in COMPONENTS:
             raise UsageError(

@@ -1,7 +1,7 @@
 """The whole way from a checkpoint to a published directory, in reading order.
 
     plan        the options, refused before any work if they cannot be met; start here
-    precision   what ``--precision`` says of each tower
+    precision   the recipe that a precision stands for
     pipeline    export and verify: the steps, one after the other
     steps       each of them: calibrate, weights, graphs, verify, engines
     forecast    the memory, disk and time they need;  progress  how far they have come

@@ -14,6 +14,15 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from internvl_edge.artifact.components import (
+    CHAT_PREFIX,
+    COMPONENTS,
+    DECODER,
+    LLAMA_PREFIX,
+    PREFIXES,
+    VISION_PREFIX,
+    streams_of,
+)
 from internvl_edge.artifact.workspace import kept_nbytes
 from internvl_edge.compiler.engine_forecast import Forecast, Step, build_steps
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
@@ -28,21 +37,10 @@ from internvl_edge.compiler.steps.verify import (
 from internvl_edge.compiler.steps.weights import products_of, quantized_layout
 from internvl_edge.export.checkpoint.load import build_model
 from internvl_edge.export.checkpoint.shards import DTYPES
-from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.components import build_component, language_config
 from internvl_edge.export.graph.dtypes import POLICIES
 from internvl_edge.export.models import InternViT
-from internvl_edge.export.towers.blocks import (
-    CHAT_PREFIX,
-    COMPONENT_STREAM,
-    LLAMA_PREFIX,
-    OF_IMAGES,
-    OFF_STREAM,
-    PREFIXES,
-    VISION_PREFIX,
-    Site,
-    sites_of,
-    tower_of,
-)
+from internvl_edge.export.towers.blocks import OF_IMAGES, OFF_STREAM, Site, sites_of
 from internvl_edge.export.weights.link import How, way_of
 from internvl_edge.files.memory import available_memory
 from internvl_edge.files.spool import Budget
@@ -62,8 +60,7 @@ VERIFY_NBYTES_PER_SECOND = 200e6
 VERIFY_COPIES = {"fp32": 2.5, "fp16": 4.7, "bf16": 4.7, "quantized": 5.2}
 VERIFIED_TEXTS = 2
 CACHE_COPIES = 3  # of a cache in place that is compared: as it is given, read and written
-CROSS_ATTENTION = ".cross_attn."
-LLAMA_HEAD, LLAMA_TOKENS = "qllama.lm_head.weight", "qllama.model.embed_tokens.weight"
+LLAMA_HEAD = "qllama.lm_head.weight"
 TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
 STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -122,7 +119,8 @@ def spool_budget(plan: Plan) -> Budget:
 def read_by(plan: Plan) -> set[str]:
     """The parameters that the chosen components read, and the runtime beside them."""
     names = set[str]().union(*_read_by_each(plan).values())
-    return names | ({CHAT_TOKENS} if "chat_decoder" in plan.components else set())
+    takes_embeds = any(COMPONENTS[name].takes_embeds for name in plan.components)
+    return names | ({CHAT_TOKENS} if takes_embeds else set())
 
 
 def _read_by_each(plan: Plan) -> dict[str, set[str]]:
@@ -131,17 +129,10 @@ def _read_by_each(plan: Plan) -> dict[str, set[str]]:
         model = build_model(plan.source.config)
     if isinstance(model, InternViT):
         return {component: set(plan.source.tensors) for component in plan.components}
-    unread = {component: {LLAMA_HEAD} for component in plan.components if component != "decoder"}
-    if "image_queries" in unread:
-        unread["image_queries"].add(LLAMA_TOKENS)
-    cross = {name for name in plan.source.tensors if CROSS_ATTENTION in name}
-    for component in plan.components:
-        if component in ("text_embed", "decoder"):  # no image, or one that lies in the cache
-            unread.setdefault(component, set()).update(cross)
+    components = [COMPONENTS[name] for name in plan.components]
     return {
-        component: set(build_component(COMPONENTS[component], model).state_dict())
-        - unread.get(component, set())
-        for component in plan.components
+        component.name: set(filter(component.reads, build_component(component, model).state_dict()))
+        for component in components
     }
 
 
@@ -213,7 +204,7 @@ def _quantize(plan: Plan) -> Step:
     if plan.source.config.internvl is not None:
         # queries looking at an image, texts, and both together, for matching and for captions
         queries = plan.source.config.internvl.num_query_token
-        both = 2 if "decoder" in plan.components else 1
+        both = 2 if DECODER in plan.components else 1
         tokens[LLAMA_PREFIX] = (1 + both) * images * (queries + USUAL_TEXT_LENGTH)
     if plan.source.config.chat is not None:
         # an image's tokens and a text, with four patches or one to a token
@@ -246,11 +237,11 @@ def _spooled(plan: Plan, tokens: Mapping[str, int]) -> tuple[int, int]:
     config, recipe = plan.source.config, plan.recipe
     assert recipe is not None
     llama = language_config(config)
-    streams = {COMPONENT_STREAM[name] for name in plan.components if name in COMPONENT_STREAM}
+    streams = streams_of(plan.components)
     looking = len(streams & OF_IMAGES) * tokens[VISION_PREFIX]  # tokens of cross-attention's memory
     image = tokens[VISION_PREFIX] * config.vision.hidden_size
     found = [(0, 0)]
-    run = {VISION_PREFIX, *(tower_of(name) for name in plan.components)}
+    run = {VISION_PREFIX, *(COMPONENTS[name].tower for name in plan.components)}
     for tower, count in tokens.items():
         if tower not in run:
             continue
@@ -361,7 +352,7 @@ def _builds(plan: Plan, targets: Sequence[str]) -> list[Step]:
     weights = {name: _engine_nbytes(plan, names) for name, names in _read_by_each(plan).items()}
     blocks = list(_blocks(plan))
     depths = {
-        component: sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
+        component: sum(name.startswith(f"{COMPONENTS[component].tower}.") for name in blocks)
         for component in plan.components
     }
     return build_steps(weights, depths, targets, plan.options.precision)

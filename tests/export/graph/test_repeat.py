@@ -12,6 +12,7 @@ import pytest
 from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge import compiler
+from internvl_edge.artifact.components import LLAMA_PREFIX, VISION_PREFIX
 from internvl_edge.compiler import ExportOptions, Plan, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import graphs, verify
@@ -19,7 +20,6 @@ from internvl_edge.errors import InternVLError, VerificationError
 from internvl_edge.export.config.checkpoint import CheckpointConfig, with_depth
 from internvl_edge.export.graph.repeat import blocks_of, keep_block, shallow_depth, stamp
 from internvl_edge.export.synthetic import PRESETS
-from internvl_edge.export.towers.blocks import LLAMA_PREFIX, VISION_PREFIX
 
 
 def deep(depth: int, period: int, norm_type: str = "rms_norm") -> Any:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from internvl_edge.artifact.components import streams_of
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report
@@ -24,7 +25,7 @@ from internvl_edge.compiler.steps.graphs import (
 from internvl_edge.compiler.steps.weights import quantized_layout, write_block
 from internvl_edge.errors import ResourceError
 from internvl_edge.export.components import language_config
-from internvl_edge.export.towers.blocks import COMPONENT_STREAM, OF_IMAGES
+from internvl_edge.export.towers.blocks import OF_IMAGES
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
 from internvl_edge.files.memory import peak_rss_nbytes, trim
@@ -145,7 +146,7 @@ def quantize_weights(
     assert plan.recipe is not None
     needed = needed_weights(plan, models)
     layout = quantized_layout(plan, needed)
-    streams = {COMPONENT_STREAM[name] for name in models if name in COMPONENT_STREAM}
+    streams = streams_of(models)
     total = _num_blocks(plan, streams)
     if work.num_done:
         logger.warning(

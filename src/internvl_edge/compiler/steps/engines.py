@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from internvl_edge.artifact.components import COMPONENTS, find_component
 from internvl_edge.artifact.open import EngineRecord, Manifest, TensorSpec
 from internvl_edge.artifact.publish import record, update, write_manifest
 from internvl_edge.artifact.sidecar import Range
@@ -16,11 +17,7 @@ from internvl_edge.compiler.engine_forecast import Forecast, build_steps
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.export.engine.build import Prepare, ShapeRanges, build_engine
-from internvl_edge.export.engine.memory import (
-    BLOCKLESS_COMPONENTS,
-    LLAMA_COMPONENTS,
-    require_memory_to_build,
-)
+from internvl_edge.export.engine.memory import require_memory_to_build
 from internvl_edge.export.engine.targets import choose_capabilities, find_target, load_builder
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
@@ -88,14 +85,14 @@ def profile_for(
     Raises:
         UsageError: a profile that was asked for is longer.
     """
-    usual, llama = ShapeRanges(), manifest.language_model
+    usual, llama, known = ShapeRanges(), manifest.language_model, find_component(component)
     if manifest.model.get("chat"):
-        usual = CHAT_DECODER_PROFILE if component == "chat_decoder" else CHAT_PROFILE
+        usual = CHAT_DECODER_PROFILE if known.takes_cache else CHAT_PROFILE
     ranges = asdict(asked) if isinstance(asked, ShapeRanges) else dict(asked or {})
     if llama is None:
         return replace(usual, **ranges)
     internvl = manifest.model.get("internvl")
-    queries = internvl["num_query_token"] if internvl and component == "matcher" else 0
+    queries = internvl["num_query_token"] if internvl and known.has_queries else 0
     longest = llama["max_position_embeddings"] - queries
     capacity = capacity_of({spec.name: spec for spec in manifest.components[component].inputs})
     if capacity is not None:  # a session takes memory for the whole cache of every row
@@ -178,7 +175,7 @@ def _require_dimensions(
 ) -> None:
     """Refuse sizes of a dimension that no component has."""
     for size in sorted({*asked} - _dimensions(manifest, components)):
-        is_fixed = size == "past" and any("decoder" in name for name in components)
+        is_fixed = size == "past" and any(find_component(name).takes_cache for name in components)
         why = ", as --cache-capacity fixed it when OUT was exported" if is_fixed else ""
         raise UsageError(
             f"--{size}: expected a component with that dimension, found {', '.join(components)}"
@@ -307,7 +304,7 @@ def _preparation(component: str) -> Prepare:
     That needs onnx-ir. Where only engines are built it may be missing, and the memory for what the
     builder joins is there or not.
     """
-    if component not in LLAMA_COMPONENTS or find_spec("onnx_ir") is None:
+    if not find_component(component).is_language or find_spec("onnx_ir") is None:
         return nullcontext
     from internvl_edge.export.graph.join_pairs import joined_graph
 
@@ -326,10 +323,10 @@ def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[Ten
 
 
 def _num_blocks(manifest: Manifest, component: str) -> int:
-    llama = manifest.language_model
-    if component in BLOCKLESS_COMPONENTS:
+    llama, known = manifest.language_model, find_component(component)
+    if component in COMPONENTS and known.tower is None:
         return 0
-    if component in LLAMA_COMPONENTS and llama is not None:
+    if known.is_language and llama is not None:
         return int(llama["num_hidden_layers"])
     return int(manifest.model["vision"]["num_hidden_layers"])
 

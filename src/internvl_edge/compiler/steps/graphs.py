@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from internvl_edge.artifact.components import COMPONENTS, QUERIES_PREFIX, VISION_PREFIX
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.plan import ExportOptions, Plan
@@ -40,9 +41,9 @@ from internvl_edge.export.checkpoint.load import build_model, torch_from_numpy
 from internvl_edge.export.checkpoint.shards import TensorEntry
 from internvl_edge.export.components import (
     build_component,
-    component_of,
     example_inputs,
     input_specs,
+    output_names,
 )
 from internvl_edge.export.config.checkpoint import CheckpointConfig, with_depth
 from internvl_edge.export.graph import trace
@@ -54,11 +55,6 @@ from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.attention import rotary_tables
 from internvl_edge.export.models.llama import llama_tables
 from internvl_edge.export.models.vit import resize_position_embedding
-from internvl_edge.export.towers.blocks import (
-    COMPONENT_STREAM,
-    OTHER_TOWERS,
-    VISION_PREFIX,
-)
 from internvl_edge.export.weights.link import Brought, bring_shards
 from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibration.attention import scales_by_attention
@@ -109,7 +105,7 @@ def trace_all(plan: Plan, base: str, report: Report) -> dict[str, ir.Model]:
 def shallow_config(config: CheckpointConfig) -> CheckpointConfig:
     """The same model with no more blocks than stamping needs to see."""
     depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in towers_of(config).items()}
-    queries = depth.pop(OTHER_TOWERS["chat_queries"], None)
+    queries = depth.pop(QUERIES_PREFIX, None)
     language = next((n for prefix, n in depth.items() if prefix != VISION_PREFIX), 0)
     return with_depth(config, depth[VISION_PREFIX], language, queries)
 
@@ -141,14 +137,14 @@ def _trace(
 ) -> ir.Model:
     linear = next((p for n, p in model.named_parameters() if n.endswith("q_proj.weight")), None)
     compute = "float32" if linear is None else str(linear.dtype).removeprefix("torch.")
-    component = component_of(name, plan.options.cache_capacity)
-    specs = input_specs(component, config, plan.image_size, compute)
+    component, capacity = COMPONENTS[name], plan.options.cache_capacity
+    specs = input_specs(component, config, plan.image_size, compute, capacity)
     traced = trace.trace(
         build_component(component, model),
         example_inputs(specs),
         [{i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs],
         [spec.name for spec in specs],
-        component.output_names(config),
+        output_names(component, config),
     )
     trace.set_constants(traced, _rotary_constants(config))
     return trace.simplify(traced)
@@ -194,7 +190,7 @@ def needed_weights(plan: Plan, models: Mapping[str, ir.Model]) -> dict[str, np.d
     That one is read by the runtime, which takes it as the checkpoint stores it.
     """
     needed = weights_without_data(models.values())
-    if "chat_decoder" in models:
+    if any(COMPONENTS[name].takes_embeds for name in models):
         needed.setdefault(CHAT_TOKENS, plan.source.tensors[CHAT_TOKENS].dtype)
     return needed
 
@@ -329,9 +325,10 @@ def write_graph(
     file: str,
 ) -> Emitted:
     """Quantize a traced graph if the plan says so, bind its weights, write it as ``file``."""
-    if plan.recipe is not None and name in COMPONENT_STREAM:
+    stream = COMPONENTS[name].stream
+    if plan.recipe is not None and stream is not None:
         drop_ones(model, stored, directory)
-        scales = activations[COMPONENT_STREAM[name]]
+        scales = activations[stream]
         linears = {
             weight: _linear(plan, weight, scale)
             for weight, scale in scales.items()

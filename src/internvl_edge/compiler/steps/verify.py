@@ -11,10 +11,10 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
+from internvl_edge.artifact.components import COMPONENTS, QUERIES_PREFIX
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import STORED_SUFFIXES, Scales, fake_quantized
 from internvl_edge.compiler.plan import Verify
-from internvl_edge.compiler.precision import precision_of
 from internvl_edge.compiler.steps.graphs import tensor_specs
 from internvl_edge.compiler.steps.weights import towers_of
 from internvl_edge.errors import VerificationError
@@ -33,17 +33,13 @@ from internvl_edge.export.compare import (
     with_hidden_state,
     with_noise,
 )
-from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.components import build_component
 from internvl_edge.export.config.checkpoint import with_depth
 from internvl_edge.export.graph.bf16_twin import widen
 from internvl_edge.export.graph.repeat import keep_block
 from internvl_edge.export.graph.uint8_input import graph_feeds, on_levels
-from internvl_edge.export.towers.blocks import (
-    COMPONENT_STREAM,
-    OTHER_TOWERS,
-    component_of_one_block,
-    tower_of,
-)
+from internvl_edge.export.precision import precision_of
+from internvl_edge.export.towers.blocks import component_of_one_block
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
@@ -162,15 +158,15 @@ class Checker:
 
     def _audit(self, component: str, path: Path) -> None:
         """Hold the numbers of a quantized graph against those of its calibration."""
-        quantization = self.quantization
-        if quantization is None or component not in COMPONENT_STREAM:
+        quantization, stream = self.quantization, COMPONENTS[component].stream
+        if quantization is None or stream is None:
             return
-        stream = quantization.scales[COMPONENT_STREAM[component]]
-        require_as_calibrated(ir.load(path), path.name, stream, quantization.recipe)
+        scales = quantization.scales[stream]
+        require_as_calibrated(ir.load(path), path.name, scales, quantization.recipe)
 
     def _blocks(self, component: str) -> list[int]:
         """The blocks to compare one after the other; none where all are compared at once."""
-        tower = tower_of(component)
+        tower = COMPONENTS[component].tower
         if self.model is not None or tower is None:
             return []
         _, depth = towers_of(self.config)[tower]
@@ -182,13 +178,13 @@ class Checker:
             return
         for block in self._blocks(component) or [0]:
             module, rename = component_of_one_block(self.checkpoint, component, block)
-            has_tower = tower_of(component) is not None
+            has_tower = COMPONENTS[component].tower is not None
             yield _Part(module=module, rename=rename, block=block if has_tower else None)
 
     def _compare(
         self, component: str, part: _Part, path: Path, precision: str, base: str
     ) -> dict[str, Any]:
-        tower, capacity = tower_of(component), graph_capacity(ir.load(path))
+        chosen, capacity = COMPONENTS[component], graph_capacity(ir.load(path))
         feeds = component_feeds(component, self.feeds, self.config, capacity)
         actual = self._run(component, part, path, feeds)
         reference = self._reference(component, part, feeds)
@@ -196,14 +192,15 @@ class Checker:
         where = component if part.block is None else f"{component}, block {part.block}"
         # Behind missing blocks activations leave the ranges that they were calibrated for: the
         # simulation shows the same clipping, the reference does not.
-        quantization = self.quantization if component in COMPONENT_STREAM else None
+        quantization = None if chosen.stream is None else self.quantization
         if quantization is None or part.block is None:
-            own = "fp32" if tower in OTHER_TOWERS.values() else precision_of(precision, component)
+            own = precision_of(precision, component)
+            own = "fp32" if chosen.tower == QUERIES_PREFIX else own
             require_agreement(found, where, base if own == "fp32" else own)
         figures = summary(found, len(next(iter(feeds.values()))))
-        if quantization is None:
+        if quantization is None or chosen.stream is None:
             return figures
-        scales = quantization.scales[COMPONENT_STREAM[component]]
+        scales = quantization.scales[chosen.stream]
         twin = self._simulated(component, part)
         config = quantization.source.config
         with fake_quantized(
@@ -238,7 +235,7 @@ class Checker:
         self, component: str, part: _Part, path: Path, feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
         model = ir.load(path)
-        tower = tower_of(component)
+        tower = COMPONENTS[component].tower
         if part.block is not None and tower is not None:
             keep_block(model, tower, part.block)
         graph, options = runnable(model), OrtOptions(exact=True)

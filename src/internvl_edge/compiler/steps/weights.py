@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import (
+    CHAT_PREFIX,
+    LLAMA_PREFIX,
+    PREFIXES,
+    QUERIES_PREFIX,
+    VISION_PREFIX,
+)
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.config.checkpoint import CheckpointConfig
-from internvl_edge.export.towers.blocks import (
-    CHAT_PREFIX,
-    LLAMA_PREFIX,
-    OTHER_TOWERS,
-    PREFIXES,
-    VISION_PREFIX,
-    sites_of,
-)
+from internvl_edge.export.towers.blocks import sites_of
 from internvl_edge.export.weights.writer import WeightsWriter
 from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX, CalibratedBlock, is_quantized
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
@@ -39,7 +39,7 @@ def towers_of(config: CheckpointConfig) -> dict[str, tuple[int, int]]:
     if config.queries is not None:
         llama = config.queries.qllama
         period = config.queries.cross_attention_frequency
-        towers[OTHER_TOWERS["chat_queries"]] = period, llama.num_hidden_layers
+        towers[QUERIES_PREFIX] = period, llama.num_hidden_layers
     return towers
 
 
