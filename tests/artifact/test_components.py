@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from support.checkpoints import write_internvl
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.components import MODULES
 from internvl_edge.export.precision import precision_of
 
+ROOT = Path(__file__).resolve().parents[2]
 MADE_UP = Component(
     name="vision_mean",
     inputs=("pixel_values",),
