@@ -16,7 +16,7 @@ from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.artifact.sidecar import (
     MAX_SIDECAR_NBYTES,
     EngineInfo,
-    Profile,
+    ShapeRanges,
     check_engine,
     read_engine_info,
 )
@@ -33,7 +33,7 @@ INFO = EngineInfo(
     tool_version="0.1.0",
     compute_capabilities=(),
     minimum_sm=80,
-    profile=Profile(),
+    profile=ShapeRanges(),
     onnx_sha256="ab" * 32,
     nbytes=12,
     sha256="cd" * 32,
@@ -59,7 +59,7 @@ infos = st.builds(
     **dict.fromkeys(("onnx_sha256", "sha256"), names),
     **dict.fromkeys(("minimum_sm", "nbytes", "fused_attention", "decomposed_attention"), counts),
     compute_capabilities=st.lists(names, max_size=3).map(tuple),
-    profile=st.builds(Profile, batch=ranges, length=ranges, past=ranges),
+    profile=st.builds(ShapeRanges, batch=ranges, length=ranges, past=ranges),
     build_seconds=st.floats(0, 1e6),
     **dict.fromkeys(("inputs", "outputs"), st.lists(specs, max_size=3).map(tuple)),
 )
@@ -71,14 +71,14 @@ def test_json_gives_back_what_was_written(info: EngineInfo) -> None:
 
 
 def test_total_is_past_and_length() -> None:
-    profile = Profile(length=(1, 10, 20), past=(0, 96, 100))
+    profile = ShapeRanges(length=(1, 10, 20), past=(0, 96, 100))
     assert profile.range_of("total") == (1, 106, 120)
     assert profile.range_of("past") == (0, 96, 100)
 
 
 def test_an_unknown_symbolic_dimension_is_refused() -> None:
     with pytest.raises(UsageError, match=r"'frames'.*batch, length, past"):
-        Profile().range_of("frames")
+        ShapeRanges().range_of("frames")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_an_unknown_symbolic_dimension_is_refused() -> None:
 )
 def test_a_profile_that_is_no_range_is_refused(batch: Any) -> None:
     with pytest.raises(UsageError, match="profile batch"):
-        Profile(batch=batch)
+        ShapeRanges(batch=batch)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(EngineInfo)])

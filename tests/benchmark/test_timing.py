@@ -228,7 +228,7 @@ def test_what_the_system_does_not_say_is_none(monkeypatch: pytest.MonkeyPatch) -
 
     for module in (machine, cpu):
         monkeypatch.setattr(module, "Path", NoFile)
-    monkeypatch.setattr(machine, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(machine, "MEASURED_WITH", ("no-such-package",))
     card = environment()
     assert (card["clock_mhz"], card["governor"]) == (None, None)
     assert card["cpu_features"] == []

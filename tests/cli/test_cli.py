@@ -20,12 +20,13 @@ from support.checkpoints import write_internvl, write_tokenizer, write_vit
 
 from internvl_edge import cli
 from internvl_edge.artifact.open import EngineRecord, open_artifact
-from internvl_edge.artifact.sidecar import Profile
+from internvl_edge.artifact.sidecar import ShapeRanges
 from internvl_edge.benchmark import peaks
 from internvl_edge.benchmark.footprint import measure_footprint
 from internvl_edge.cli import run
 from internvl_edge.cli.console import Output
 from internvl_edge.errors import CheckpointError, ResourceError, UsageError
+from internvl_edge.runtime.gpu.probe import Gpu
 
 COMMANDS = [
     "export",
@@ -89,6 +90,21 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compiled = answer(capsys, "inspect", place / "out")
     assert compiled["precision"] == "fp32"
     assert compiled["components"].keys() == set(found["components"])
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "out"])
+def test_inspecting_needs_no_framework(place: Path, name: str) -> None:
+    code = (
+        "import json, sys; from internvl_edge.cli import run; "
+        "code = run(['inspect', sys.argv[1], '--json']); "
+        "print(json.dumps([code, *sys.modules]))"
+    )
+    command = [sys.executable, "-c", code, str(place / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer, loaded = (json.loads(line) for line in done.stdout.splitlines())
+    assert answer.keys() & {"components"}
+    assert loaded[0] == 0
+    assert not {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime"} & set(loaded)
 
 
 def test_verify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,7 +423,7 @@ def test_build_says_what_is_new(
         return [old, new]
 
     class Info:
-        nbytes, profile = 1_500_000, Profile(batch=(1, 8, 32))
+        nbytes, profile = 1_500_000, ShapeRanges(batch=(1, 8, 32))
         inputs = open_artifact(place / "out").manifest.components["vision"].inputs
 
     monkeypatch.setattr("internvl_edge.compiler.steps.engines.build", build)
@@ -481,7 +497,7 @@ def test_a_signal_is_said(
     def fail(*_: Any, **__: Any) -> None:
         raise stop
 
-    monkeypatch.setattr("internvl_edge.artifact.open.open_artifact", fail)
+    monkeypatch.setattr("internvl_edge.cli.inspect.open_artifact", fail)
     assert run(["verify", "x", "--json"]) == code
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["exit_code"] == code
@@ -492,7 +508,7 @@ def test_sigterm_cleans_up(tmp_path: Path) -> None:
     waiting, cleaned = tmp_path / "waiting", tmp_path / "cleaned"
     code = f"""
 import contextlib, pathlib, time
-from internvl_edge import cli, artifact
+from internvl_edge import cli
 
 @contextlib.contextmanager
 def block():
@@ -507,7 +523,7 @@ def wait(*_, **__):
         while True:
             time.sleep(0.01)  # one call that blocks could begin just after the signal
 
-artifact.open_artifact = wait
+cli.inspect.open_artifact = wait
 cli.main(["verify", "x"])
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
@@ -539,8 +555,11 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_says_which_gpus_have_no_rtx(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [("RTX 4090", 89), ("H100", 90)]
-    monkeypatch.setattr("internvl_edge.runtime.session.cuda_devices", lambda: found)
+    found = [
+        Gpu(index=i, name=name, sm=sm, memory_nbytes=1)
+        for i, (name, sm) in enumerate([("RTX 4090", 89), ("H100", 90)])
+    ]
+    monkeypatch.setattr("internvl_edge.runtime.gpu.probe.gpus", lambda: found)
     said = answer(capsys, "doctor")
     assert said["machine"]["cuda_devices"] == 2
     assert [gpu["runs_tensorrt_rtx"] for gpu in said["gpus"]] == [True, False]
@@ -618,7 +637,7 @@ def test_every_failure_has_a_code_and_a_line(
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr("internvl_edge.artifact.open.open_artifact", fail)
+    monkeypatch.setattr("internvl_edge.cli.inspect.open_artifact", fail)
     assert run([*debug, "verify", "x", "--json"]) == code
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["exit_code"] == code

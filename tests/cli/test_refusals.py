@@ -187,7 +187,7 @@ def test_a_fault_of_ours_says_how_to_see_where(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("internvl_edge.artifact.open.open_artifact", fail)
+    monkeypatch.setattr("internvl_edge.cli.inspect.open_artifact", fail)
     message = refused(capsys, 7, "verify", "a folder")
     assert message.endswith("to see where: internvl-edge --debug verify 'a folder' --json")
 

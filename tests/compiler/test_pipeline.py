@@ -31,7 +31,7 @@ from internvl_edge.errors import (
     UsageError,
     VerificationError,
 )
-from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.models import InternVL
 from internvl_edge.quantize.graph import qdq
 from internvl_edge.quantize.numerics import formats
@@ -419,7 +419,7 @@ def test_a_recipe_file_is_followed(tiny: Written, pictures: Path, tmp_path: Path
     chosen = options(tiny, tmp_path / "out", precision="int8", calibration=pictures, recipe=file)
     artifact = compiler.export(chosen)
     assert artifact.manifest.recipe == json.loads(file.read_text())
-    from internvl_edge.export.checkpoint.checkpoint import read_header
+    from internvl_edge.export.checkpoint.shards import read_header
 
     stored = read_header(artifact.path / "weights.safetensors")
     kinds = {name: entry.dtype for name, entry in stored.items()}

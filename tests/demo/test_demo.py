@@ -27,7 +27,7 @@ from internvl_edge.demo.training.train import (
     save_checkpoint,
 )
 from internvl_edge.errors import MissingDependency
-from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.config.checkpoint import load_config
 from internvl_edge.export.models import InternVL
 from internvl_edge.runtime.text.tokenizer import Tokenizer

@@ -15,7 +15,8 @@ import torch
 from support.checkpoints import TINY, write_internvl
 
 from internvl_edge.errors import InternVLError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_reference, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.compare import (
     agreement,
     component_feeds,

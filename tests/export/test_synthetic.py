@@ -11,11 +11,9 @@ import pytest
 import torch
 from support.checkpoints import TINY
 
-from internvl_edge.export.checkpoint.checkpoint import (
-    expected_shapes,
-    load_reference,
-    open_checkpoint,
-)
+from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+from internvl_edge.export.checkpoint.load import load_reference
+from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.synthetic import (

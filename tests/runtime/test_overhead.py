@@ -142,7 +142,7 @@ def test_options_reach_onnxruntime() -> None:
 def test_providers_of_tensorrt_fall_back_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     available = ["NvTensorRTRTXExecutionProvider", CUDA, CPU]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
-    monkeypatch.setattr(ortoptions, "cuda_device_count", lambda: 2)
+    monkeypatch.setattr(ortoptions, "gpu_count", lambda: 2)
     found = choose_providers("cuda:1", OrtOptions(gpu_provider="tensorrt-rtx"))
     assert names_of(found) == available
     assert place_of(found) == ("cuda", 1)

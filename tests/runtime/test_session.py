@@ -17,8 +17,10 @@ from internvl_edge.artifact.open import EngineRecord
 from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime import model as model_module
 from internvl_edge.runtime import session as sessions
+from internvl_edge.runtime.feeds import check_feeds, check_outputs
+from internvl_edge.runtime.gpu import probe
 from internvl_edge.runtime.ort import session as ort
-from internvl_edge.runtime.session import check_feeds, check_outputs, open_component, open_session
+from internvl_edge.runtime.session import open_component, open_session
 from internvl_edge.types import Array
 
 TEXT = {
@@ -215,7 +217,7 @@ def test_tensorrt_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: finding if found["package"] else None
     )
-    monkeypatch.setattr(sessions, "cuda_device_count", lambda: found["devices"])
+    monkeypatch.setattr(sessions, "gpu_count", lambda: found["devices"])
     with pytest.raises(MissingDependency, match=r"tensorrt_rtx .*internvl-edge\[rtx\]"):
         open_component(built, "vision", "tensorrt-rtx")
     with pytest.raises(MissingDependency, match=r"internvl-edge\[trt\]"):
@@ -233,7 +235,9 @@ def test_counting_devices_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", no_library)
-    assert sessions.cuda_device_count() == 0
+    assert probe.gpu_count() == 0
+    assert probe.gpus() == []
+    assert probe.cuda_version() is None
 
 
 def test_counting_devices_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,8 +264,21 @@ def test_counting_devices_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
             value._obj.value = {75: device.value, 76: 6}[what]
             return 0
 
+        def cuDeviceTotalMem_v2(self, nbytes: Any, device: Any) -> int:  # noqa: N802
+            nbytes._obj.value = 1000 * device.value
+            return 0
+
+        def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
+            version._obj.value = 12090
+            return 0
+
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    assert sessions.cuda_device_count() == 3
-    assert sessions.cuda_devices() == [("GPU 7", 76), ("GPU 8", 86), ("GPU 9", 96)]
+    assert probe.gpu_count() == 3
+    assert probe.gpus() == [
+        probe.Gpu(index=0, name="GPU 7", sm=76, memory_nbytes=7000),
+        probe.Gpu(index=1, name="GPU 8", sm=86, memory_nbytes=8000),
+        probe.Gpu(index=2, name="GPU 9", sm=96, memory_nbytes=9000),
+    ]
+    assert probe.cuda_version() == "12.9"
     monkeypatch.setattr(Driver, "status", 100)  # CUDA_ERROR_NO_DEVICE
-    assert sessions.cuda_device_count() == 0
+    assert probe.gpu_count() == 0

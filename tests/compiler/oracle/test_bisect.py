@@ -18,7 +18,7 @@ from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.compiler.oracle.bisect import GraphReading, bisect, worst_channel_db
 from internvl_edge.errors import UsageError
-from internvl_edge.export.checkpoint.checkpoint import read_header
+from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.types import Array
 
 LAYERS = "vision_model.encoder.layers"

@@ -67,14 +67,14 @@ def one_pair_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ranges_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every range that calibration settles on, so that all that follows agrees with it."""
-    made = block.settle
+    """Every range that calibration chooses, so that all that follows agrees with it."""
+    made = block.choose_range
 
-    def broken(use: Any, *rest: Any) -> Any:
-        found = made(use, *rest)
-        return replace(found, scale=2 * found.scale)
+    def broken(activation: Any, *rest: Any) -> Any:
+        chosen = made(activation, *rest)
+        return replace(chosen, scale=2 * chosen.scale)
 
-    monkeypatch.setattr(block, "settle", broken)
+    monkeypatch.setattr(block, "choose_range", broken)
 
 
 def weights_doubled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,8 @@ from support.reports import HOSTILE, manifest, parsed
 from internvl_edge.benchmark import table
 from internvl_edge.benchmark.gpu_phases import METRICS
 from internvl_edge.benchmark.timing import Timing
-from internvl_edge.compiler.report.report import render
-from internvl_edge.compiler.report.speed import (
-    SpeedFigures,
-    latency_plot,
-    roofline_plot,
-    speed_figures,
-)
+from internvl_edge.compiler.report.plots import latency_plot, roofline_plot
+from internvl_edge.compiler.report.report import SpeedFigures, render, speed_figures
 
 PEAKS = {"operations": {"float32": 100e9, "int8": 400e9}, "bytes": 20e9}
 ROOFLINE = {"operations": 10**9, "bytes": 10**7, "intensity": 100.0, "mfu": 0.5, "mbu": 0.025}

@@ -11,7 +11,7 @@ from support.checkpoints import TINY, write_chat, write_internvl, write_tokenize
 
 from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact
-from internvl_edge.artifact.sidecar import EngineInfo, Profile, read_engine_info
+from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, read_engine_info
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps.engines import profile_for, profile_from, require_buildable
 from internvl_edge.errors import ResourceError, UsageError
@@ -111,7 +111,7 @@ def test_ranges_that_were_not_asked_for_are_the_models(tmp_path: Path) -> None:
     options = ExportOptions(checkpoint=written.path, out=tmp_path / "out", verify="none")
     manifest = compiler.export(options).manifest
     found = profile_for(manifest, "chat_decoder", {"batch": (1, 2, 3)})
-    assert found == Profile(batch=(1, 2, 3), length=(1, 320, 512), past=(0, 511, 511))
+    assert found == ShapeRanges(batch=(1, 2, 3), length=(1, 320, 512), past=(0, 511, 511))
     asked = profile_for(manifest, "chat_decoder", {"length": (1, 2, 300)})
     assert asked.length == (1, 2, 300)
     with pytest.raises(UsageError, match="positions for 512 tokens, asked for up to 513"):

@@ -28,7 +28,8 @@ from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, pipeline
 from internvl_edge.compiler.steps import engines
 from internvl_edge.errors import ArtifactError, CheckpointError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import expected_shapes, read_header
+from internvl_edge.export.checkpoint.parameters import expected_shapes
+from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.weights import link
 

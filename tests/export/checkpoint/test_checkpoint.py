@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from support.checkpoints import TINY, Written, write_internvl, write_vit
+from support.checkpoints import (
+    CHAT,
+    TINY,
+    Written,
+    write_internvl,
+    write_llava_queries,
+    write_vit,
+)
 
 from internvl_edge.errors import CheckpointError
-from internvl_edge.export.checkpoint.checkpoint import load_reference, open_checkpoint, read_header
-from internvl_edge.export.config.checkpoint import load_config
+from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+from internvl_edge.export.checkpoint.load import build_model, load_reference
+from internvl_edge.export.checkpoint.parameters import expected_shapes
+from internvl_edge.export.checkpoint.shards import read_header
+from internvl_edge.export.config.chat import ChatConfig
+from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
 
 
 @pytest.fixture
@@ -47,6 +59,52 @@ def test_reads_what_safetensors_wrote(tiny: Written) -> None:
     assert checkpoint.config.internvl == TINY
     for name, tensor in tiny.state.items():
         np.testing.assert_array_equal(checkpoint.read(name), tensor.numpy())
+
+
+def assert_same_parameters(config: CheckpointConfig) -> None:
+    with torch.device("meta"):
+        state = build_model(config).state_dict()
+    prefix = "vision_model." if config.kind == "vit" else ""
+    expected = [(prefix + name, tuple(values.shape)) for name, values in state.items()]
+    assert list(expected_shapes(config).items()) == expected
+
+
+def folded(vision: VisionConfig) -> VisionConfig:
+    return replace(vision, has_layer_scale=False, is_rotated=True, has_shift=True)
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        TINY.vision,
+        replace(TINY.vision, norm_type="layer_norm", qkv_bias=True, qk_normalization=False),
+        folded(TINY.vision),
+    ],
+)
+def test_parameters_are_those_of_the_model(vision: VisionConfig) -> None:
+    """By name, shape and order: what is opened without PyTorch is what PyTorch would load."""
+    assert_same_parameters(CheckpointConfig(kind="vit", vision=vision))
+    llama = replace(TINY.qllama, num_hidden_layers=4, is_rotated=vision.is_rotated)
+    internvl = replace(TINY, vision=vision, qllama=llama, cross_attention_frequency=3)
+    assert_same_parameters(CheckpointConfig(kind="internvl", vision=vision, internvl=internvl))
+
+
+@pytest.mark.parametrize("layout", ["internvl_chat", "llava"])
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_parameters_of_a_chat_model(layout: Any, is_tied: bool, is_rotated: bool) -> None:
+    llama = replace(CHAT.llama, tie_word_embeddings=is_tied, is_rotated=is_rotated)
+    chat = ChatConfig(llama=llama, language_width=llama.hidden_size, layout=layout)
+    vision = folded(CHAT.vision) if is_rotated else CHAT.vision
+    assert_same_parameters(CheckpointConfig(kind="chat", vision=vision, chat=chat))
+    vision_side = replace(chat, llama=None)
+    assert_same_parameters(CheckpointConfig(kind="chat", vision=vision, chat=vision_side))
+
+
+def test_parameters_of_a_chat_model_with_queries(tmp_path: Path) -> None:
+    config = load_config(write_llava_queries(tmp_path / "chat").path)
+    assert config.queries is not None
+    assert_same_parameters(config)
 
 
 @pytest.mark.parametrize("shards", [2, 3])

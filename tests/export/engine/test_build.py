@@ -22,7 +22,7 @@ from support.gpu.fake_trt import (
 )
 
 from internvl_edge.artifact.open import EngineRecord, TensorSpec
-from internvl_edge.artifact.sidecar import EngineInfo, Profile, check_engine, read_engine_info
+from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, check_engine, read_engine_info
 from internvl_edge.errors import (
     ArtifactError,
     BuildError,
@@ -35,7 +35,7 @@ from internvl_edge.export.engine import build as engine
 from internvl_edge.export.engine import targets
 
 X = TensorSpec(name="x", dtype="float32", shape=("batch", 17, 64))
-PROFILE = Profile(batch=(1, 2, 4))
+PROFILE = ShapeRanges(batch=(1, 2, 4))
 
 
 def build(tmp_path: Path, trt: Any, **changes: Any) -> EngineRecord:
@@ -112,14 +112,14 @@ def test_the_name_changes_with_what_decides_the_engine(tmp_path: Path, trt: Fake
     changes: list[dict[str, Any]] = [
         {},
         {"onnx_sha256": "cd" * 32},
-        {"profile": Profile(batch=(1, 2, 8))},
+        {"profile": ShapeRanges(batch=(1, 2, 8))},
         {"precision": "int8"},
         {"compute_capabilities": ("SM86",)},
     ]
     names = [build(tmp_path, trt, **change).file for change in changes]
     names.append(build(tmp_path, FakeTrt(version="1.8.0.1")).file)
     assert len(set(names)) == len(names)
-    unused = Profile(batch=(1, 2, 4), length=(1, 2, 3), past=(1, 2, 3))
+    unused = ShapeRanges(batch=(1, 2, 4), length=(1, 2, 3), past=(1, 2, 3))
     assert build(tmp_path, trt, profile=unused).file == names[0]
 
 

@@ -16,10 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from support.disk import fill_disk
 
 from internvl_edge.artifact.open import TensorSpec
-from internvl_edge.artifact.sidecar import EngineInfo, Profile, check_engine, read_engine_info
+from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, check_engine, read_engine_info
 from internvl_edge.errors import BuildError, HardwareError, ResourceError
 from internvl_edge.export.engine import build
-from internvl_edge.export.engine.monitor import StreamedFile
+from internvl_edge.files.disk import StreamedFile
 from internvl_edge.types import Array
 
 pytestmark = pytest.mark.rtx
@@ -117,7 +117,7 @@ def build_real(tmp_path: Path, graph: Path, precision: str, **changes: Any) -> E
         graph,
         tmp_path / "engines",
         component="tiny",
-        profile=Profile(batch=(1, 2, 4)),
+        profile=ShapeRanges(batch=(1, 2, 4)),
         precision=precision,
         inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 17, WIDTH)),),
         onnx_sha256=hashlib.sha256(graph.read_bytes()).hexdigest(),

@@ -18,7 +18,8 @@ from internvl_edge.compiler import ExportOptions, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import graphs
 from internvl_edge.errors import CheckpointError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import load_model, load_reference, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+from internvl_edge.export.checkpoint.load import load_model, load_reference
 from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
 from internvl_edge.export.models import Chat
@@ -358,7 +359,7 @@ def test_llavas_other_projectors_are_refused(tmp_path: Path) -> None:
 def test_patches_that_do_not_merge_are_refused(tmp_path: Path) -> None:
     written = write_chat(tmp_path / "c")
     options = ExportOptions(checkpoint=written.path, out=tmp_path / "out", image_size=42)
-    with pytest.raises(UsageError, match=r"multiple of merged patches, 28, found 42"):
+    with pytest.raises(UsageError, match=r"multiple of the merged patch size 28, found 42"):
         make_plan(options)
 
 
@@ -367,7 +368,7 @@ def test_places_and_image_tokens_must_be_as_many(golden: Path, reference: dict[s
     assert isinstance(model, Chat)
     pixels = torch.from_numpy(reference["in.pixel_values"])
     ids = torch.from_numpy(reference["chat.v2.in.input_ids"])
-    with pytest.raises(CheckpointError, match="12 places of id 299 and 8 tokens"):
+    with pytest.raises(CheckpointError, match=r"12 placeholders \(id 299\) and 8 image tokens"):
         model(pixels[:2], ids, image_token_id=IMAGE_TOKEN)
     with pytest.raises(CheckpointError, match="expected image_token_id"):
         model(pixels, ids)

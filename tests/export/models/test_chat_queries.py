@@ -21,7 +21,8 @@ from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import graphs, verify
 from internvl_edge.compiler.steps.calibrate import load_samples, samples_for
 from internvl_edge.errors import CheckpointError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import LLAVA_TOWER, load_reference, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import LLAVA_TOWER, open_checkpoint
+from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.config.checkpoint import CheckpointConfig, load_config
 from internvl_edge.export.models import Chat, InternVL
 from internvl_edge.export.towers.streams import calibration_blocks

@@ -13,12 +13,8 @@ from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.compiler.plan import source_of
 from internvl_edge.errors import CalibrationError
-from internvl_edge.export.checkpoint.checkpoint import (
-    Checkpoint,
-    load_model,
-    load_reference,
-    open_checkpoint,
-)
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.load import load_model, load_reference
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.quantize.calibration.block import (

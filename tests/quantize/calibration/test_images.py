@@ -146,7 +146,7 @@ def test_a_file_that_changes_or_goes_is_noticed(folder: Path) -> None:
     sample = load_calibration(folder, 2)
     first, second = (source.path for source in sample.sources if isinstance(source, ImageFile))
     Image.new("RGB", (5, 4)).save(first)
-    with pytest.raises(CalibrationError, match="changed while"):
+    with pytest.raises(CalibrationError, match="changed during calibration"):
         sample.image(0)
     second.unlink()
     with pytest.raises(CalibrationError, match="no longer readable"):
@@ -209,13 +209,13 @@ def test_captions_that_are_not_understood_are_refused(
     folder: Path, file: str, content: bytes
 ) -> None:
     (folder / file).write_bytes(content)
-    with pytest.raises(CalibrationError, match=rf"{file}: not understood as captions"):
+    with pytest.raises(CalibrationError, match=rf"{file}: cannot be read as captions"):
         load_calibration(folder, 4)
 
 
 def test_captions_of_other_images_are_refused(folder: Path) -> None:
     (folder / "captions.json").write_text('[{"image": "other.png", "caption": "text"}]')
-    with pytest.raises(CalibrationError, match="none of its images has a caption"):
+    with pytest.raises(CalibrationError, match="its captions file names none of its images"):
         load_calibration(folder, 4)
 
 

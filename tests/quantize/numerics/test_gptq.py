@@ -25,7 +25,8 @@ from internvl_edge.compiler.plan import source_of
 from internvl_edge.compiler.search import export_auto
 from internvl_edge.compiler.steps.verify import Checker
 from internvl_edge.errors import CalibrationError, InputError, VerificationError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_header
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.quantize.calibration import block as calibrating
 from internvl_edge.quantize.numerics import formats, gptq, int4
@@ -288,14 +289,14 @@ def test_products_are_of_activations_as_their_readers_see_them(
     expected: dict[str, Array] = {}
     streams: dict[str, int] = {}
     found: dict[str, Array] = {}
-    settle, factor, lock = calibrating.settle, Factor.__init__, threading.Lock()
+    choose_range, factor, lock = calibrating.choose_range, Factor.__init__, threading.Lock()
 
-    def settled(use: Any, *args: Any) -> Any:
-        result = settle(use, *args)
-        key = use.group.key
+    def chosen(activation: Any, *args: Any) -> Any:
+        result = choose_range(activation, *args)
+        key = activation.group.key
         rows = result.rows.astype(np.float64)
-        assert len(rows) == use.inputs.sample._seen, "the sample holds every row"
-        with lock:  # sites are settled side by side
+        assert len(rows) == activation.inputs.sample._seen, "the sample holds every row"
+        with lock:  # ranges are chosen in parallel
             expected[key] = expected.get(key, 0) + rows.T @ rows
             streams[key] = streams.get(key, 0) + 1
         return result
@@ -304,7 +305,7 @@ def test_products_are_of_activations_as_their_readers_see_them(
         found[name] = h.copy()
         factor(self, h, name)
 
-    monkeypatch.setattr(calibrating, "settle", settled)
+    monkeypatch.setattr(calibrating, "choose_range", chosen)
     monkeypatch.setattr(Factor, "__init__", factorised)
     recipe = gptq_recipe("int8")
     calibrate(source_of(checkpoint, recipe), samples, recipe, STREAMS)

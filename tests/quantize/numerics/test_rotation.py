@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from support.checkpoints import TINY, write_internvl
 
 from internvl_edge.errors import UsageError
-from internvl_edge.export.checkpoint.checkpoint import expected_shapes, load_model, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+from internvl_edge.export.checkpoint.load import load_model
+from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
 from internvl_edge.quantize.fold import folded

@@ -27,9 +27,10 @@ from internvl_edge.compiler.oracle.bisect import bisect
 from internvl_edge.errors import FeedError, ResourceError, UsageError, VerificationError
 from internvl_edge.export.models import qllama
 from internvl_edge.export.models.qllama import decoding_mask, extended, in_place_mask
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import DeviceDecoding, empty_cache, start
 from internvl_edge.runtime.generation.fixed_cache import PAST, grown, in_place, placed, positions_of
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
+from internvl_edge.runtime.generation.loop import generate, stream
 from internvl_edge.types import Array
 
 ROOM = 40  # positions of the tiny models' caches here
@@ -96,11 +97,12 @@ def test_greedy_and_beams_are_the_originals(original: Any, begin: Any) -> None:
     cache = compiled.cache(ref["in.pixel_values"])
     ids, mask = ref["in.prompt_ids_leftpad"], ref["in.prompt_mask_leftpad"]
     greedy = Generation(max_new_tokens=12)
-    found = generate(begin(compiled.decoder, cache), Prompt(ids=ids, mask=mask, past=8), greedy)
+    rows = [row[kept > 0].tolist() for row, kept in zip(ids, mask, strict=True)]
+    found = generate(begin(compiled.decoder, cache), Prompt(rows=rows, past=8), greedy)
     np.testing.assert_array_equal(found, ref["gen.greedy_leftpad_max12"][:, 1:])
     ids = ref["in.prompt_ids"]
     beams = Generation(num_beams=5, min_new_tokens=8, max_new_tokens=30)
-    prompt = Prompt(ids=ids, mask=np.ones_like(ids), past=8)
+    prompt = Prompt(rows=ids.tolist(), past=8)
     for row, new in enumerate(generate(begin(compiled.decoder, cache), prompt, beams)):
         expected = ref[f"gen.beam5_min8_max30.row{row}"][0, 1:]
         np.testing.assert_array_equal(new[: len(expected)], expected)
@@ -155,7 +157,7 @@ def test_steps_write_where_the_cache_lies(out: Path) -> None:
     compiled = Compiled(out)
     decoding = start(compiled.decoder, compiled.cache(noise()))
     assert isinstance(decoding, DeviceDecoding)
-    prompt = Prompt(ids=np.full((2, 3), 5), mask=np.ones((2, 3), np.int64), past=8)
+    prompt = Prompt(rows=[[5] * 3] * 2, past=8)
     tokens = stream(decoding, prompt, Generation(max_new_tokens=10, stop_ids=()))
     next(tokens)
     places = [[value.data_ptr() for value in decoding._cache] for _ in tokens]
@@ -302,7 +304,7 @@ def test_steps_are_one_graph_and_allocate_nothing(bench: Bench) -> None:
 
 def test_generations_share_a_slot(bench: Bench) -> None:
     with bench.open() as session:
-        prompts = [Prompt(ids=np.array([[i]]), mask=np.ones((1, 1), np.int64)) for i in (3, 4)]
+        prompts = [Prompt(rows=[[i]]) for i in (3, 4)]
         how = Generation(max_new_tokens=12, stop_ids=())
         alone = [generate(start(session, empty_cache(session, 1)), p, how) for p in prompts]
         streams = [stream(start(session, empty_cache(session, 1)), p, how) for p in prompts]

@@ -20,10 +20,11 @@ from support.generation import COMPONENTS, Compiled, on_host
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import FeedError, InternVLError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.export.checkpoint.load import load_reference
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.beams import _best_next
 from internvl_edge.runtime.generation.cache import start
-from internvl_edge.runtime.generation.loop import Generation, Prompt, _nucleus, generate, stream
+from internvl_edge.runtime.generation.loop import _nucleus, generate, stream
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
@@ -56,9 +57,10 @@ def test_greedy_is_the_originals(original: Any, begin: Any, name: str, how: Any)
     padded = "_leftpad" if "leftpad" in name else ""
     ids = ref[f"in.prompt_ids{padded}"]
     mask = ref["in.prompt_mask_leftpad"] if padded else np.ones_like(ids)
+    rows = [row[kept > 0].tolist() for row, kept in zip(ids, mask, strict=True)]
     cache = compiled.cache(ref["in.pixel_values"])
     decoding = begin(compiled.decoder, cache)
-    found = generate(decoding, Prompt(ids=ids, mask=mask, past=8), Generation(**how))
+    found = generate(decoding, Prompt(rows=rows, past=8), Generation(**how))
     np.testing.assert_array_equal(found, ref[f"gen.{name}"][:, 1:])  # behind the leading BOS
 
 
@@ -77,7 +79,7 @@ def test_beams_are_the_originals(original: Any, begin: Any, taken: str) -> None:
         ids = ref["in.prompt_ids"][rows]
         decoding = begin(compiled.decoder, compiled.cache(ref["in.pixel_values"][rows]))
         how = Generation(num_beams=5, min_new_tokens=8, max_new_tokens=30)
-        found = generate(decoding, Prompt(ids=ids, mask=np.ones_like(ids), past=8), how)
+        found = generate(decoding, Prompt(rows=ids.tolist(), past=8), how)
         for row, ids_found in zip(rows, found, strict=True):
             expected = ref[f"gen.beam5_min8_max30.row{row}"][0, 1:]
             np.testing.assert_array_equal(ids_found[: len(expected)], expected)
@@ -100,7 +102,8 @@ def test_unseen_weights_match_the_reference(tmp_path: Path) -> None:
     mask = np.ones_like(ids)
     mask[1, :4] = ids[1, :4] = 0
     expected = model.generate(*map(torch.from_numpy, (pixels, ids, mask)), 20, 5).numpy()
-    prompt = Prompt(ids=ids, mask=mask, past=TINY.num_query_token)
+    rows = [row[row > 0].tolist() for row in ids]
+    prompt = Prompt(rows=rows, past=TINY.num_query_token)
     how = Generation(max_new_tokens=20, min_new_tokens=5)
     found = generate(start(compiled.decoder, compiled.cache(pixels)), prompt, how)
     np.testing.assert_array_equal(found, expected)
@@ -127,7 +130,7 @@ def test_the_loop_costs_little(original: Any) -> None:
     compiled.decoder._session = Timed()
     try:
         ids = ref["in.prompt_ids"][:1]
-        prompt = Prompt(ids=ids, mask=np.ones_like(ids), past=8)
+        prompt = Prompt(rows=ids.tolist(), past=8)
         how = Generation(max_new_tokens=100, min_new_tokens=100)
         over, started = [], time.thread_time()
         for _ in stream(start(compiled.decoder, cache), prompt, how):
@@ -185,10 +188,7 @@ def toy_logits(history: list[int], eos: float = 0.0) -> Array:
 
 
 def toy_prompt(rows: list[list[int]]) -> Prompt:
-    width = max(map(len, rows))
-    ids = np.array([[0] * (width - len(row)) + row for row in rows])
-    mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return Prompt(ids=ids, mask=mask)
+    return Prompt(rows=rows)
 
 
 def plain_beam_search(prompt: list[int], how: Generation) -> list[int]:
@@ -272,7 +272,7 @@ def test_greedy_rows_do_not_know_each_other(rows: list[list[int]], high: int) ->
 def test_positions_count_what_is_not_padding() -> None:
     toy = Toy(2, eos=-99)
     prompt = toy_prompt([[3, 4, 5], [6]])
-    generate(toy, Prompt(ids=prompt.ids, mask=prompt.mask, past=4), Generation(max_new_tokens=3))
+    generate(toy, replace(prompt, past=4), Generation(max_new_tokens=3))
     assert toy.positions[0].tolist() == [[4, 5, 6], [1, 1, 4]]
     assert [p.ravel().tolist() for p in toy.positions[1:]] == [[7, 5], [8, 6]]
 

@@ -85,7 +85,7 @@ def halves(tmp_path: Path) -> Native:
 def gpu(monkeypatch: pytest.MonkeyPatch, native: Native) -> Native:
     """A machine with a GPU, whose sessions are on the CPU all the same."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(ortoptions, "cuda_device_count", lambda: 1)
+    monkeypatch.setattr(ortoptions, "gpu_count", lambda: 1)
     monkeypatch.setattr(ort, "place_of", lambda providers: PLACE)
     monkeypatch.setattr(ort, "load_gpu_libraries", lambda: "")
     monkeypatch.setattr(onnxruntime, "InferenceSession", native.open)

@@ -255,7 +255,7 @@ def test_unknown_device(tmp_path: Path) -> None:
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     machine: dict[str, Any] = {"providers": [CPU], "devices": 2}
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(machine["providers"]))
-    monkeypatch.setattr(ortoptions, "cuda_device_count", lambda: machine["devices"])
+    monkeypatch.setattr(ortoptions, "gpu_count", lambda: machine["devices"])
     assert choose_providers("auto") == choose_providers("cpu") == [CPU]
     with pytest.raises(MissingDependency, match="ort-gpu"):
         choose_providers("cuda")

@@ -12,8 +12,9 @@ from support.gpu.fake_engine import DECODER, GraphStrategy, KernelStrategy
 from support.gpu.trt_bench import TARGETS, Bench, on_gpu_and_on_host
 
 from internvl_edge.errors import ResourceError
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
+from internvl_edge.runtime.generation.loop import generate, stream
 
 
 @pytest.fixture(params=list(TARGETS))
@@ -58,7 +59,7 @@ def test_the_cache_never_crosses_to_the_host(decoder: Bench) -> None:
 def test_generations_share_a_slot(decoder: Bench) -> None:
     """Step by step in turns, in one thread: none holds the slot between its steps."""
     with decoder.open() as session:
-        prompts = [Prompt(ids=np.array([[i]]), mask=np.ones((1, 1), np.int64)) for i in (3, 4)]
+        prompts = [Prompt(rows=[[i]]) for i in (3, 4)]
         how = Generation(max_new_tokens=12, stop_ids=())
         alone = [generate(start(session, empty_cache(session, 1)), p, how) for p in prompts]
         streams = [stream(start(session, empty_cache(session, 1)), p, how) for p in prompts]

@@ -14,11 +14,13 @@ from support.gpu.fake_cuda import FakeCuda
 from support.gpu.fake_engine import KEY, LINEAR, Computation, FakeRuntimeTrt, expected
 
 from internvl_edge.artifact.open import Artifact, ComponentRecord, EngineRecord
-from internvl_edge.artifact.sidecar import EngineInfo, Profile
+from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import DeviceDecoding, HostDecoding, empty_cache, start
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate
+from internvl_edge.runtime.generation.loop import generate
 from internvl_edge.runtime.gpu.device_array import DeviceArray
-from internvl_edge.runtime.trt.session import TrtOptions, TrtSession, open_component
+from internvl_edge.runtime.trt.options import TrtOptions
+from internvl_edge.runtime.trt.session import TrtSession, open_component
 from internvl_edge.types import Array
 
 RESULT_SHAPES = {"y": (2, 3), "part": (2, 3)}  # of 2 rows and 3 ids
@@ -47,7 +49,7 @@ class Bench:
             tool_version="0",
             compute_capabilities=(),
             minimum_sm=80,
-            profile=Profile(),
+            profile=ShapeRanges(),
             onnx_sha256="0" * 64,
             nbytes=len(self.data),
             sha256=hashlib.sha256(self.data).hexdigest(),
@@ -132,8 +134,7 @@ def wrong_values() -> Arrays:
 
 def on_gpu_and_on_host(bench: Bench, num_beams: int) -> tuple[Any, Any]:
     """The ids of three prompts with the cache on the GPU, and with it handed through the host."""
-    ids = np.array([[3, 1, 4], [1, 5, 2], [6, 5, 3]])
-    prompt = Prompt(ids=ids, mask=np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1]]))
+    prompt = Prompt(rows=[[3, 1, 4], [5, 2], [3]])
     how = Generation(max_new_tokens=20, num_beams=num_beams, stop_ids=(2,))
     with bench.open() as session:
         cache = empty_cache(session, rows=3)
