@@ -1,10 +1,13 @@
 """From a checkpoint to verified ONNX components and engines.
 
-    config      what ``config.json`` says;  checkpoint  the files of a checkpoint; start here
-    models      the PyTorch reference;  components  the pieces it is compiled into
-    graph       ONNX graphs;  towers  one block in memory at a time;  weights  files of tensors
-    compare     a compiled component and the reference, on the same inputs
-    engine      TensorRT engines;  synthetic  checkpoints of the real shapes with made-up weights
+    checkpoint  reads the files of a checkpoint; start here
+    config      reads its ``config.json``
+    models      the PyTorch reference;  components  the parts of it that are compiled
+    graph       traces and rewrites ONNX graphs;  weights  writes or links their tensors
+    towers      loads one block at a time, for calibration
+    compare     compares a compiled component with the reference
+    engine      builds TensorRT engines
+    synthetic   writes checkpoints of the real shapes with made-up weights
 
 ``internvl_edge.compiler`` calls them in turn.
 """
@@ -29,10 +32,10 @@ _HOME = {"load_reference": "load", "open_checkpoint": "checkpoint"}
 
 
 def require_packages() -> None:
-    """Check that everything is installed that the rooms of this package import.
+    """Check that every package that this package imports is installed.
 
     Raises:
-        MissingDependency: the first package that is missing, and the extra that brings it.
+        MissingDependency: a package is missing; names it and the extra that installs it.
     """
     require(*EXPORT)
 

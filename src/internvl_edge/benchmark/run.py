@@ -28,9 +28,9 @@ from internvl_edge.benchmark.inputs import (
 from internvl_edge.benchmark.load import run_scenario
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.timing import Distribution, Ratio, Timing, measure_many, ratio_of
-from internvl_edge.errors import InputError, UsageError
+from internvl_edge.errors import InputError, UsageError, did_you_mean
 from internvl_edge.files.packages import is_installed
-from internvl_edge.runtime.session import Session, did_you_mean, open_component, require_backend
+from internvl_edge.runtime.session import Session, open_component, require_backend
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:  # both need onnx

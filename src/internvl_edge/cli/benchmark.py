@@ -22,8 +22,7 @@ from internvl_edge.benchmark.run import (
 )
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, NEW_FILE, answers, backend, names, one_of
-from internvl_edge.errors import UsageError
-from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.errors import UsageError, did_you_mean
 
 STREAMS = 2  # calls at once, unless asked otherwise
 
