@@ -148,7 +148,7 @@ def phases(session: Any, feeds: dict[str, Array]) -> dict[str, float]:
     """Where the GPU spends a call: the median of each of ``trtexec``'s metrics."""
     from internvl_edge.benchmark.gpu_phases import measure_phases
 
-    return {name: found["p50"] for name, found in measure_phases(session, feeds).items()}
+    return {name: phase.p50 for name, phase in measure_phases(session, feeds).items()}
 
 
 def compared(found: dict[str, Array], job: Job) -> dict[str, Any]:

@@ -28,12 +28,12 @@ def test_every_phase_takes_what_it_takes(tmp_path: Path, target: str, graphs: bo
         sum(array.nbytes for array in arrays.values()) / 1000 for arrays in (feeds, outputs)
     )
     assert tuple(found) == METRICS
-    assert found["H2D Latency"]["p50"] == pytest.approx(sent)
-    assert found["GPU Compute Time"]["avg"] == pytest.approx(KERNEL_MS)
-    assert found["D2H Latency"]["p99"] == pytest.approx(fetched)
-    assert found["Latency"]["max"] == pytest.approx(sent + KERNEL_MS + fetched)
-    assert found["Enqueue Time"]["min"] == 1
-    assert all(figures["count"] == 7 for figures in found.values())
+    assert found["H2D Latency"].p50 == pytest.approx(sent)
+    assert found["GPU Compute Time"].avg == pytest.approx(KERNEL_MS)
+    assert found["D2H Latency"].p99 == pytest.approx(fetched)
+    assert found["Latency"].max == pytest.approx(sent + KERNEL_MS + fetched)
+    assert found["Enqueue Time"].min == 1
+    assert all(figures.count == 7 for figures in found.values())
     assert bench.cuda.num_live == 0
 
 

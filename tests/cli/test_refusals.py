@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 from support.checkpoints import write_internvl, write_tokenizer, write_vit
 
-from internvl_edge.cli import benchmark, run
-from internvl_edge.cli.console import Output
+from internvl_edge.cli import run
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +201,3 @@ def test_a_benchmark_beside_other_work(
     command = ["benchmark", str(place / "out"), "--components", "image_pool", "--seconds", "0"]
     assert run([*command, "--no-roofline", "--no-memory"]) == 0
     assert "warning: other work is under way, a load of 999.0 on" in capsys.readouterr().err
-
-
-def test_a_component_above_the_peaks(capsys: pytest.CaptureFixture[str]) -> None:
-    result = {"out": "o", "component": "c", "roofline": {"mfu": 1.5}}
-    benchmark.warn_of_peaks(Output(), [result, result | {"roofline": {"mfu": None}}])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: o c: MFU 150%")

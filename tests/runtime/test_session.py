@@ -218,7 +218,7 @@ def test_tensorrt_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
         importlib.util, "find_spec", lambda name: finding if found["package"] else None
     )
     monkeypatch.setattr(sessions, "gpu_count", lambda: found["devices"])
-    with pytest.raises(MissingDependency, match=r"tensorrt_rtx .*internvl-edge\[rtx\]"):
+    with pytest.raises(MissingDependency, match=r"tensorrt-rtx .*internvl-edge\[rtx\]"):
         open_component(built, "vision", "tensorrt-rtx")
     with pytest.raises(MissingDependency, match=r"internvl-edge\[trt\]"):
         open_component(built, "vision", "tensorrt")

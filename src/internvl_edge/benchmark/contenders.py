@@ -1,4 +1,4 @@
-"""What ``benchmark --against`` times beside a compiled directory: other ways to the same job."""
+"""Other ways to the same job, which ``benchmark --against`` times with a compiled directory."""
 
 from __future__ import annotations
 
@@ -7,32 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
-from internvl_edge.errors import HardwareError, MissingDependency, UsageError, did_you_mean
+from internvl_edge.errors import HardwareError, MissingDependency, UsageError
 from internvl_edge.export import require_packages
 from internvl_edge.files.cores import usable_cores
 from internvl_edge.files.packages import is_installed
 from internvl_edge.types import Array, Feeds
 
-__all__ = ["AGAINST", "Contender", "contender_of", "rival"]
+__all__ = ["AGAINST", "Contender", "contender_of"]
 
 AGAINST = ("pytorch", "torch-compile", "openvino")
 
 Contender = Callable[[str], Callable[[Feeds], object]]  # component → what runs it
-
-
-def rival(_: click.Context, __: click.Parameter, value: str | None) -> str | Path | None:
-    """One of ``AGAINST``, in whatever case, or the path of another compiled directory."""
-    if value is None or value.lower() in AGAINST:
-        return value and value.lower()
-    if not Path(value).is_dir():
-        raise UsageError(
-            f"--against {value!r}: expected {', '.join(AGAINST)} or another compiled directory"
-            f"{did_you_mean(value, AGAINST)}"
-        )
-    return Path(value)
 
 
 def contender_of(
@@ -43,12 +30,12 @@ def contender_of(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> Contender:
-    """A way to run components from host arrays, on as many threads as this process has cores.
+    """Open a way to run components from host arrays, on as many threads as there are cores.
 
     Args:
         name: one of ``AGAINST``.
         checkpoint: what PyTorch runs; None is the demo.
-        artifacts: the directories that it is timed beside; OpenVINO reads the first one's graphs.
+        artifacts: the directories that it is timed with; OpenVINO reads the first one's graphs.
         device: ``"cpu"`` or ``"cuda"``, of PyTorch; its outputs come back to the host.
         dtype: of PyTorch's weights and floats.
 
@@ -88,7 +75,7 @@ def _openvino(artifact: Any) -> Contender:
 def _reference(
     checkpoint: Path | None, artifacts: Mapping[str, Any], device: str, dtype: str
 ) -> Any:
-    """The model of the checkpoint that the directories were made from, in PyTorch."""
+    """Load the checkpoint that the directories were made from, in PyTorch."""
     require_packages()
     import torch
 
@@ -114,7 +101,7 @@ def _reference(
 
 
 def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contender:
-    """PyTorch, eager or compiled."""
+    """Run components in PyTorch, eager or compiled."""
     import torch
 
     from internvl_edge.artifact.components import COMPONENTS
@@ -125,8 +112,8 @@ def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contende
 
     def tensor(values: Array) -> Any:
         # the reference takes normalised floats, whatever the graph does
-        found = torch_from_numpy(values).to(device)
-        return found.to(floats) if found.is_floating_point() or values.dtype == np.uint8 else found
+        moved = torch_from_numpy(values).to(device)
+        return moved.to(floats) if moved.is_floating_point() or values.dtype == np.uint8 else moved
 
     def contender(component: str) -> Callable[[Feeds], object]:
         module: Any = build_component(COMPONENTS[component], model)
@@ -135,8 +122,8 @@ def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contende
 
         def run(feeds: Feeds) -> object:
             with torch.inference_mode():
-                found = module(*map(tensor, feeds.values()))
-                return [each.cpu() for each in found] if isinstance(found, tuple) else found.cpu()
+                out = module(*map(tensor, feeds.values()))
+                return [each.cpu() for each in out] if isinstance(out, tuple) else out.cpu()
 
         return run
 

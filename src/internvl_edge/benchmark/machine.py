@@ -14,7 +14,7 @@ from internvl_edge.files.packages import MEASURED_WITH, versions
 from internvl_edge.runtime.gpu.probe import gpus
 from internvl_edge.runtime.ort.cpu import cpu_features, cpuinfo
 
-__all__ = ["environment", "gpu_nbytes"]
+__all__ = ["environment", "gpu_nbytes", "load_warning"]
 
 
 def environment() -> dict[str, Any]:
@@ -34,6 +34,17 @@ def environment() -> dict[str, Any]:
         "gpus": [gpu.name for gpu in gpus()],
         "packages": versions(MEASURED_WITH),
     }
+
+
+def load_warning() -> str | None:
+    """Say that other work on the machine makes every figure worse; None where there is none."""
+    load, cores = _load_average(), usable_cores()
+    if load is None or load <= cores:
+        return None
+    return (
+        f"warning: other work is under way, a load of {load:.1f} on {cores} core(s): figures will "
+        "be worse than this machine's; wait until it is idle"
+    )
 
 
 def gpu_nbytes() -> int | None:
