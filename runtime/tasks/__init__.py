@@ -1,4 +1,4 @@
-"""What people ask of a model, as functions on its open components.
+"""The tasks that people ask of a model, as functions on its open components.
 
 embed     images, texts and videos to vectors; start here
 compare   classification, retrieval and matching

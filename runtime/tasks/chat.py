@@ -1,7 +1,7 @@
 """Conversations about images with a compiled InternVL-Chat.
 
 The prompt keeps places for the tokens of every image (``chat_images``); the runtime puts them
-there, and ``chat_decoder`` goes on after them (internvl-spec section 5). An InternVL-G answers
+there, and ``chat_decoder`` goes on after them (docs/model.md, section 4). An InternVL-G answers
 single questions about one image.
 """
 
@@ -56,7 +56,7 @@ class Reply:
 
 
 def is_chat(components: OpenComponents) -> bool:
-    """Whether a directory is of an InternVL-Chat."""
+    """Tell whether a directory is of an InternVL-Chat."""
     return bool(components.artifact.manifest.model.get("chat"))
 
 
@@ -70,7 +70,7 @@ def reply(
     template: str | None = None,
     system: str | None = None,
 ) -> Reply:
-    """The answer to a question in a conversation about images.
+    """Answer a question in a conversation about images.
 
     Raises:
         UsageError: ``<image>`` stands in another number of places than there are images, an unknown
@@ -99,7 +99,7 @@ def reply_pieces(
     template: str | None = None,
     system: str | None = None,
 ) -> Iterator[str]:
-    """As :func:`reply`, the text in pieces as they come; refused at once if it cannot be."""
+    """Answer as :func:`reply`, in pieces as they come; refuse at once what cannot be."""
     if not is_chat(components):
         seen, prompt = _single(components, images, question, template, system)
         return caption.pieces(components, seen, prompt, how)
@@ -115,7 +115,7 @@ def remembered(
     history: Sequence[Turn],
     answer: str,
 ) -> tuple[Turn, ...]:
-    """The history of a :class:`Reply`, for an answer that came in pieces."""
+    """Return the history of a :class:`Reply` for an answer that came in pieces."""
     turns = [*_as_turns(history), Turn(question=question)]
     count = len(seen) if isinstance(seen, ChatSeen) else 0
     return _answered(_with_places(turns, count) if is_chat(components) else turns, answer)
@@ -129,7 +129,7 @@ def continued(
     batch_size: int = 8,
     image_token_id: int | None = None,
 ) -> Array:
-    """New ids behind prompts of ids that keep places for image tokens, int64 [B,N].
+    """Generate the ids after prompts of ids with places for image tokens, int64 [B,N].
 
     Args:
         components: of a directory.
@@ -204,7 +204,7 @@ def _request(
     template: str | None,
     system: str | None,
 ) -> _Request:
-    """Everything that an answer needs, checked."""
+    """Check a question and everything that its answer needs."""
     components.require("chat_decoder")
     _require_question(question)
     chosen = find_template(template or components.artifact.manifest.model["chat"]["template"])
@@ -226,7 +226,7 @@ def _request(
 def _started(
     components: OpenComponents, rows: Sequence[list[int]], tokens: Array, first: int = 0
 ) -> tuple[Decoding, Prompt]:
-    """A decoder on an empty cache, and rows of ids as its prompt; ``first`` is the first one's."""
+    """Start a decoder on an empty cache with rows of ids; ``first`` is the number of the first."""
     session = components.session("chat_decoder")
     embed = Embedding(components.token_table, tokens)
     decoding = start(session, empty_cache(session, len(rows)), embed)
@@ -234,10 +234,10 @@ def _started(
 
 
 def _unpadded(row: Array, place: int | None) -> list[int]:
-    """A row of ids without its padding, places marked."""
+    """Strip a row of ids of its padding, and mark places."""
     first = int((row != 0).argmax())
     if not row.any():
-        raise MediaError("a prompt: expected ids behind zeros as padding, found only zeros")
+        raise MediaError("a prompt: expected ids after zeros as padding, found only zeros")
     return [PLACE if i == place else i for i in row[first:].tolist()]
 
 
@@ -260,7 +260,7 @@ def _require_room(components: OpenComponents, lengths: Sequence[int], how: Gener
 
 
 def _joined(components: OpenComponents, seen: ChatSeen) -> Array:
-    """The tokens of all images [M,D]."""
+    """Join the tokens of all images [M,D]."""
     none = np.zeros((0, components.token_table.shape[1]), np.float32)
     return np.concatenate((none, *seen.tokens))
 
@@ -269,12 +269,12 @@ def _joined(components: OpenComponents, seen: ChatSeen) -> Array:
 
 
 def _as_turns(history: Sequence[Any]) -> list[Turn]:
-    """A history of turns; a pair of question and answer is one too, as in the original.
+    """Read a history of turns; a pair of question and answer is one too, as in the original.
 
     Raises:
         UsageError: something else.
     """
-    found = []
+    turns = []
     for i, given in enumerate(history):
         is_pair = isinstance(given, tuple | list) and len(given) == 2
         turn = Turn(question=given[0], answer=given[1]) if is_pair else given
@@ -283,29 +283,29 @@ def _as_turns(history: Sequence[Any]) -> list[Turn]:
                 f"history, turn {i + 1} of {len(history)}: expected a Turn with question and "
                 f"answer, or a pair of these, found {given!r:.80}"
             )
-        found.append(turn)
-    return found
+        turns.append(turn)
+    return turns
 
 
 def _with_places(turns: list[Turn], count: int) -> tuple[Turn, ...]:
-    """Turns in which every image has its place; without any, all stand before the first question.
+    """Give every image its place; without any, all stand before the first question.
 
     Raises:
         UsageError: more or fewer places than images.
     """
-    found = sum(turn.question.count(IMAGE) for turn in turns)
-    if found == 0 and count:
+    places = sum(turn.question.count(IMAGE) for turn in turns)
+    if places == 0 and count:
         first = replace(turns[0], question=f"{IMAGE}\n" * count + turns[0].question)
         return (first, *turns[1:])
-    if found != count:
+    if places != count:
         raise UsageError(
-            f"the conversation has {found} {IMAGE}, expected one for each of {count} image(s)"
+            f"the conversation has {places} {IMAGE}, expected one for each of {count} image(s)"
         )
     return tuple(turns)
 
 
 def _answered(turns: Sequence[Turn], answer: str) -> tuple[Turn, ...]:
-    """Turns, the last one with its answer."""
+    """Give the last turn its answer."""
     return (*turns[:-1], replace(turns[-1], answer=answer))
 
 
@@ -315,7 +315,7 @@ def _answered(turns: Sequence[Turn], answer: str) -> tuple[Turn, ...]:
 def _single(
     components: OpenComponents, images: Any, question: str, template: str | None, system: str | None
 ) -> tuple[Seen, str]:
-    """The one image that an InternVL-G is asked about, and the prompt; ``<image>`` says nothing."""
+    """Look at the one image of an InternVL-G, and make its prompt; ``<image>`` says nothing."""
     _require_question(question)
     if template is not None or system is not None:
         raise UsageError(
