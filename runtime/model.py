@@ -18,7 +18,7 @@ from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.session import Session, open_component, require_backend
 from internvl_edge.runtime.tasks import caption as captions
 from internvl_edge.runtime.tasks import chat as chats
-from internvl_edge.runtime.tasks import chat_images, compare, embed
+from internvl_edge.runtime.tasks import chat_decoder, chat_images, compare, embed
 from internvl_edge.runtime.tasks.chat_images import ChatSeen
 from internvl_edge.runtime.tasks.compare import Retrieval
 from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, TEXT_BATCH
@@ -301,7 +301,9 @@ class Model:
         place = how.pop("image_token_id", None)
         chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         if chats.is_chat(self.components):
-            return chats.continued(self.components, images, prompts, chosen, batch_size, place)
+            return chat_decoder.continued(
+                self.components, images, prompts, chosen, batch_size, place
+            )
         return captions.continued(self.components, images, prompts, chosen, batch_size)
 
     def stream(

@@ -1,7 +1,7 @@
-"""Conversations about images with a compiled InternVL-Chat.
+"""Conversations about images.
 
-The prompt keeps places for the tokens of every image (``chat_images``); the runtime puts them
-there, and ``chat_decoder`` goes on after them (docs/model.md, section 4). An InternVL-G answers
+A template spells the conversation as a prompt, with places for the tokens of every image
+(``chat_images``), and an InternVL-Chat goes on from there (``chat_decoder``). An InternVL-G answers
 single questions about one image.
 """
 
@@ -11,33 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
-from internvl_edge.runtime.generation.cache import empty_cache, start
-from internvl_edge.runtime.generation.limits import require_room, rows_at_once
-from internvl_edge.runtime.generation.loop import generate, generate_all, stream
+from internvl_edge.runtime.generation.loop import generate, stream
 from internvl_edge.runtime.generation.text import streamed, until_end
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import Seen
+from internvl_edge.runtime.tasks.chat_decoder import joined, require_chat_room, started
 from internvl_edge.runtime.tasks.chat_images import ChatSeen, as_images, see
-from internvl_edge.runtime.tasks.requests import (
-    id_rows,
-    require_vocabulary,
-    slices,
-    text_problem,
-)
-from internvl_edge.runtime.text.chat_tokenizer import IMAGE, PLACE
-from internvl_edge.runtime.text.embeddings import Embedding
+from internvl_edge.runtime.tasks.requests import text_problem
+from internvl_edge.runtime.text.chat_tokenizer import IMAGE
 from internvl_edge.runtime.text.templates import Turn, conversation, find_template
-from internvl_edge.types import Array
 
 __all__ = [
     "Reply",
     "Turn",
-    "continued",
     "is_chat",
     "remembered",
     "reply",
@@ -121,64 +110,6 @@ def remembered(
     return _answered(_with_places(turns, count) if is_chat(components) else turns, answer)
 
 
-def continued(
-    components: OpenComponents,
-    images: Any,
-    prompts: Array,
-    how: Generation,
-    batch_size: int = 8,
-    image_token_id: int | None = None,
-) -> Array:
-    """Generate the ids after prompts of ids with places for image tokens, int64 [B,N].
-
-    Args:
-        components: of a directory.
-        images: see ``Model``; their tokens fill the places row by row, in order. None: no places.
-        prompts: int [B,T], 0 where padded on the left.
-        how: the options.
-        batch_size: rows at a time.
-        image_token_id: the id of a place; None: what the checkpoint's tokenizer says.
-
-    Raises:
-        UsageError: no such id is known, another number of places than of image tokens, an id that
-            the model does not have, or too long a prompt.
-        MediaError: prompts that are not ids.
-    """
-    components.require("chat_decoder")
-    chat = components.artifact.manifest.model["chat"]
-    place = chat["image_token_id"] if image_token_id is None else image_token_id
-    if place is None and images is not None:
-        raise UsageError(
-            "expected image_token_id, the id of places for image tokens: the checkpoint had no "
-            "tokenizer files that say it"
-        )
-    rows = [_unpadded(row, place) for row in id_rows(prompts)]
-    for i, row in enumerate(rows):
-        ids = (token for token in row if token != PLACE)
-        require_vocabulary(ids, components.token_table.shape[0], f"prompt {i + 1} of {len(rows)}")
-    _require_room(components, [len(row) for row in rows], how)
-    seen = ChatSeen(tokens=()) if images is None else see(components, images, batch_size)
-    tokens = _joined(components, seen)
-    counts = [row.count(PLACE) for row in rows]
-    if sum(counts) != len(tokens):
-        raise UsageError(
-            f"the prompts have {sum(counts)} places for image tokens (id {place}), the images "
-            f"have {len(tokens)}"
-        )
-    ends = np.cumsum(counts)
-    size = rows_at_once(components.session("chat_decoder"), batch_size, how)
-    batches = (
-        _started(
-            components,
-            rows[part],
-            tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]],
-            part.start,
-        )
-        for part in slices(len(rows), size)
-    )
-    return generate_all(batches, how)
-
-
 # --- prompts -------------------------------------------------------------------------------------
 
 
@@ -192,7 +123,7 @@ class _Request:
     how: Generation  # its stop ids are the template's too
 
     def started(self, components: OpenComponents) -> tuple[Decoding, Prompt]:
-        return _started(components, [self.ids], _joined(components, self.seen))
+        return started(components, [self.ids], joined(components, self.seen))
 
 
 def _request(
@@ -216,53 +147,17 @@ def _request(
     seen = see(components, given) if len(given) else ChatSeen(tokens=())
     pieces = conversation(chosen, turns, system)
     ids = tokenizer.encode(pieces, [len(tokens) for tokens in seen.tokens], chosen)
-    _require_room(components, [len(ids)], how)
+    require_chat_room(components, [len(ids)], how)
     stop = tokenizer.ids.get(chosen.stop)
     if stop is not None and stop not in how.stop_ids:
         how = replace(how, stop_ids=(stop, *how.stop_ids))
     return _Request(seen=seen, turns=turns, ids=ids, how=how)
 
 
-def _started(
-    components: OpenComponents, rows: Sequence[list[int]], tokens: Array, first: int = 0
-) -> tuple[Decoding, Prompt]:
-    """Start a decoder on an empty cache with rows of ids; ``first`` is the number of the first."""
-    session = components.session("chat_decoder")
-    embed = Embedding(components.token_table, tokens)
-    decoding = start(session, empty_cache(session, len(rows)), embed)
-    return decoding, Prompt(rows=rows, first=first)
-
-
-def _unpadded(row: Array, place: int | None) -> list[int]:
-    """Strip a row of ids of its padding, and mark places."""
-    first = int((row != 0).argmax())
-    if not row.any():
-        raise MediaError("a prompt: expected ids after zeros as padding, found only zeros")
-    return [PLACE if i == place else i for i in row[first:].tolist()]
-
-
 def _require_question(question: str) -> None:
     problem = text_problem(question)
     if problem is not None or not question.replace(IMAGE, "").strip():
         raise MediaError(f"question: {problem or 'expected text, found none'}")
-
-
-def _require_room(components: OpenComponents, lengths: Sequence[int], how: Generation) -> None:
-    room, longest = components.positions("chat_decoder"), max(lengths)
-    need = longest + how.max_new_tokens - 1  # the last token is not read
-    if need > room:
-        raise UsageError(
-            f"the cache has {room} positions, {need} are needed: {longest} for the conversation "
-            f"with its images and {how.max_new_tokens} new tokens; clear the history, or lower "
-            "max_new_tokens"
-        )
-    require_room(components.session("chat_decoder"), "chat_decoder", longest, 0, how)
-
-
-def _joined(components: OpenComponents, seen: ChatSeen) -> Array:
-    """Join the tokens of all images [M,D]."""
-    none = np.zeros((0, components.token_table.shape[1]), np.float32)
-    return np.concatenate((none, *seen.tokens))
 
 
 # --- history -------------------------------------------------------------------------------------
