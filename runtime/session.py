@@ -6,13 +6,13 @@ A session runs one component. It refuses what it cannot run before any work (``f
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from internvl_edge.artifact.open import Artifact, TensorSpec, open_artifact
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError, did_you_mean
+from internvl_edge.files.packages import PACKAGES, is_installed
 from internvl_edge.runtime.gpu.probe import gpu_count
 from internvl_edge.types import Array
 
@@ -34,12 +34,6 @@ BACKENDS = {
     "onnxruntime": "internvl_edge.runtime.ort.session",
     "tensorrt-rtx": "internvl_edge.runtime.trt.session",
     "tensorrt": "internvl_edge.runtime.trt.session",
-}
-# Backend → its Python package, and the extra that installs it.
-PACKAGES = {
-    "onnxruntime": ("onnxruntime", "ort"),
-    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
-    "tensorrt": ("tensorrt", "trt"),
 }
 
 
@@ -194,7 +188,7 @@ def require_backend(backend: str) -> str:
             f"backend {backend!r} needs an NVIDIA GPU and found no CUDA device; "
             "use backend 'onnxruntime' on this machine"
         )
-    package, extra = PACKAGES[chosen]
-    if importlib.util.find_spec(package) is None:
-        raise MissingDependency.of(package, extra)
+    package = PACKAGES[chosen]
+    if not is_installed(package.module):
+        raise MissingDependency.of(package.module, package.extra)
     return chosen

@@ -40,7 +40,7 @@ from internvl_edge.runtime.trt.engine import Engine, find_engine, require_engine
 from internvl_edge.runtime.trt.options import TrtOptions
 from internvl_edge.runtime.trt.profiles import EngineSpec, read_engine_spec
 from internvl_edge.runtime.trt.slot import Slot
-from internvl_edge.runtime.trt.vendor import import_vendor
+from internvl_edge.runtime.trt.vendor import import_tensorrt
 from internvl_edge.types import Array
 
 __all__ = ["TrtSession", "open_component"]
@@ -327,7 +327,7 @@ def open_component(
     if match is None:
         raise UsageError(f"device {device!r}: {backend} runs on 'cuda' or such as 'cuda:1'")
     require_engine(artifact, component, backend)
-    trt = import_vendor(backend) if trt is None else trt
+    trt = import_tensorrt(backend) if trt is None else trt
     gpu = Device(int(match[1] or 0), cudart)
     name = find_engine(artifact, component, backend, trt, gpu.sm)
     record = artifact.manifest.components[component]

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from internvl_edge.errors import HardwareError, MissingDependency
+from internvl_edge.files.packages import PACKAGES
 
-__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_vendor"]
+__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_tensorrt"]
 
 logger = logging.getLogger(__name__)
 
-# TensorRT backend → its Python package, and the extra that installs it.
-PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
 DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -79,17 +78,17 @@ def decisive_lines(messages: list[str]) -> str:
     return "\n  ".join((telling or lines)[:MAX_LINES])
 
 
-def import_vendor(backend: str) -> Any:
-    """Import a backend's module.
+def import_tensorrt(backend: str) -> Any:
+    """Import the module of TensorRT or of TensorRT-RTX.
 
     Raises:
         MissingDependency: it is not installed.
         HardwareError: it is, and its libraries do not load.
     """
-    package, extra = PACKAGES[backend]
+    package = PACKAGES[backend]
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(package.module)
     except ModuleNotFoundError as error:
-        raise MissingDependency.of(backend, extra) from error
+        raise MissingDependency.of(package.name, package.extra) from error
     except (ImportError, OSError) as error:
         raise HardwareError(f"{backend} is installed but does not load: {error}") from error

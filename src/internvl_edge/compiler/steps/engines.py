@@ -21,9 +21,10 @@ from internvl_edge.export.engine.memory import (
     LLAMA_COMPONENTS,
     require_memory_to_build,
 )
-from internvl_edge.export.engine.targets import choose_capabilities, find_target, load_builder
+from internvl_edge.export.engine.targets import choose_capabilities, find_target
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
+from internvl_edge.runtime.trt.vendor import import_tensorrt
 
 ENGINES = "engines"
 IN_PLACE_BATCH = (1, 1, 4)
@@ -39,7 +40,7 @@ def require_targets(targets: Sequence[str], precision: str) -> None:
     """
     for name in targets:
         target = find_target(name)
-        choose_capabilities(load_builder(target), target, precision, None)
+        choose_capabilities(import_tensorrt(target.name), target, precision, None)
 
 
 def engine_graph(component: str, base: str) -> str:
