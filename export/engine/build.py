@@ -43,13 +43,18 @@ from internvl_edge.export.engine.targets import (
     Target,
     choose_capabilities,
     find_target,
-    load_builder,
     minimum_sm,
 )
 from internvl_edge.files.disk import StreamedFile, os_errors
 from internvl_edge.files.signals import interrupts_held
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
-from internvl_edge.runtime.trt.vendor import DTYPES, NativeLog, callback, decisive_lines
+from internvl_edge.runtime.trt.vendor import (
+    DTYPES,
+    NativeLog,
+    callback,
+    decisive_lines,
+    import_tensorrt,
+)
 
 __all__ = ["ShapeRanges", "build_engine"]
 
@@ -110,7 +115,7 @@ def build_engine(
     ranges = [  # errors before work
         {spec.name: _ranges(spec, one) for spec in inputs} for one in _profiles(inputs, profile)
     ]
-    trt = load_builder(chosen) if trt is None else trt
+    trt = import_tensorrt(chosen.name) if trt is None else trt
     capabilities = choose_capabilities(trt, chosen, precision, compute_capabilities)
     key = _key(target, trt.__version__, __version__, onnx_sha256, precision, ranges, capabilities)
     stem = f"{component}.{target}-{key}"

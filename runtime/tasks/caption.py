@@ -1,13 +1,13 @@
 """Text about images: captions, answers, continued prompts.
 
 The image reaches the language model once: ``vision`` and ``image_queries`` turn it into the first
-positions of the decoder's cache, and any number of prompts go on from there (internvl-spec
-sections 0 and 2.5). ``see`` keeps these positions, so that the ViT runs once per image however
+positions of the decoder's cache, and any number of prompts go on from there (docs/model.md,
+sections 2.5 and 3.6). ``see`` keeps these positions, so that the ViT runs once per image however
 often it is asked about.
 
-A prompt is ``<s> TEXT``, left-padded beside longer ones; what a user types is text, also where it
-looks like a special token. The cache has as many positions as the model has rotary positions, or
-as it was exported with: image, prompt and new tokens must fit.
+A prompt is ``<s> TEXT``; what a user types is text, also where it looks like a special token. The
+cache has as many positions as the model has rotary positions, or as it was exported with: image,
+prompt and new tokens must fit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What the language model keeps of images: the first positions of its cache."""
+    """The first positions of a decoder's cache, which images fill."""
 
     cache: Mapping[str, Array]  # present.{i}.key and .value, [B,heads,nq,d]
 
@@ -50,7 +50,7 @@ class Seen:
         return len(next(iter(self.cache.values())))
 
     def rows(self, rows: slice | list[int]) -> dict[str, Array]:
-        """The cache of some images."""
+        """Return the cache of some images."""
         return {name: values[rows] for name, values in self.cache.items()}
 
 
@@ -65,18 +65,18 @@ def see(components: OpenComponents, images: Any, batch_size: int = 8) -> Seen:
         return images
     components.require(VISION, IMAGE_QUERIES, DECODER)
     given = image_list(images)
-    found: dict[str, list[Array]] = {}
+    cache: dict[str, list[Array]] = {}
     session = components.session(IMAGE_QUERIES)
     names = [name for name in session.outputs if name.startswith("present.")]
     for pixels in components.pixel_batches(given, "retrieval", batch_size):
         feeds = {"last_hidden_state": components.hidden(pixels)}
         for name, values in session.run(feeds, outputs=names).items():
-            found.setdefault(name, []).append(values)
-    return Seen(cache={name: np.concatenate(values) for name, values in found.items()})
+            cache.setdefault(name, []).append(values)
+    return Seen(cache={name: np.concatenate(values) for name, values in cache.items()})
 
 
 def generation(components: OpenComponents, **how: Any) -> Generation:
-    """Options of a request, with the model's own stop and padding ids.
+    """Make the options of a request, with the model's own stop and padding ids.
 
     Raises:
         UsageError: an unknown option, or a value that cannot be.
@@ -102,7 +102,7 @@ def generation(components: OpenComponents, **how: Any) -> Generation:
 def continued(
     components: OpenComponents, images: Any, prompts: Any, how: Generation, batch_size: int = 8
 ) -> Array:
-    """New ids behind prompt i on image i, int64 [B,N], padded behind the end.
+    """Generate the token ids after prompt i on image i, int64 [B,N], padded after the end.
 
     Args:
         components: of a directory.
@@ -135,12 +135,12 @@ def continued(
 
 
 def texts_of(components: OpenComponents, ids: Array, how: Generation) -> list[str]:
-    """The text of new ids, without what stands behind its end."""
+    """Decode new ids up to their end."""
     return [components.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
 
 
 def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
-    """The text behind one prompt on one image, as it comes; the pieces together are all of it.
+    """Yield the text after one prompt on one image, as it comes; the pieces are all of it.
 
     Raises:
         UsageError: several images or prompts, beams, or too long a prompt.
@@ -160,7 +160,7 @@ def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation)
 def _caches(
     components: OpenComponents, images: Any, count: int, batch_size: int
 ) -> Iterator[tuple[slice, dict[str, Array]]]:
-    """The cache of every few rows; one image is looked at once."""
+    """Yield the cache of every few rows; one image is looked at once."""
     if len(images) == 1:
         seen = see(components, images)
         for rows in slices(count, batch_size):
@@ -174,7 +174,7 @@ def _caches(
 
 
 def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
-    """The ids of each prompt, without padding."""
+    """Return the ids of each prompt, without padding."""
     given = text_list(prompts, "prompt")
     if not isinstance(given, np.ndarray):
         return components.tokenizer.prompt_rows(given)
@@ -185,7 +185,7 @@ def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
         first = int((row > 0).argmax())
         if not row.any() or (row[first:] == 0).any():
             raise MediaError(
-                f"prompt {i + 1} of {len(given)}: expected ids behind zeros as padding, found "
+                f"prompt {i + 1} of {len(given)}: expected ids after zeros as padding, found "
                 f"{row.tolist()}"
             )
         rows.append(row[first:].tolist())
@@ -193,7 +193,7 @@ def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
 
 
 def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -> Prompt:
-    """Rows of ids as a prompt after a cache; ``first`` is the number of the first one."""
+    """Make a prompt of rows of ids after a cache; ``first`` is the number of the first one."""
     return Prompt(rows=rows, past=next(iter(cache.values())).shape[2], first=first)
 
 

@@ -28,7 +28,7 @@ __all__ = ["ChatSeen", "as_images", "see"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSeen:
-    """What the language model reads of images."""
+    """The tokens of images that the language model reads."""
 
     tokens: tuple[Array, ...]  # of each image, float32 [N·tiles,D]
 
@@ -60,9 +60,8 @@ def see(components: OpenComponents, images: Any, batch_size: int = 8) -> ChatSee
         cut = [_tiles(components, image) for image in given]
         counts, tiles = [len(some) for some in cut], [tile for some in cut for tile in some]
     batches = components.pixel_batches(tiles, "retrieval", batch_size)
-    found = [_image_tokens(components, pixels) for pixels in batches]
-    tokens = np.concatenate(found)  # (tiles, N, D)
-    ends = np.cumsum(counts)
+    tokens = np.concatenate([_image_tokens(components, pixels) for pixels in batches])
+    ends = np.cumsum(counts)  # of tiles; tokens are (tiles, N, D)
     flat = (tokens[end - count : end] for count, end in zip(counts, ends, strict=True))
     return ChatSeen(tokens=tuple(some.reshape(-1, tokens.shape[-1]) for some in flat))
 
@@ -75,7 +74,7 @@ def as_images(images: Any) -> Any:
 
 
 def _image_tokens(components: OpenComponents, pixels: Array) -> Array:
-    """[B,3,H,W] → [B,N,D], queries in front of patches."""
+    """Turn [B,3,H,W] into [B,N,D], queries before patches."""
     if not components.has(CHAT_QUERIES):
         return components.run(CHAT_VISION, "image_tokens", pixel_values=pixels)
     seen = components.session(CHAT_VISION).run({"pixel_values": pixels})
@@ -84,7 +83,7 @@ def _image_tokens(components: OpenComponents, pixels: Array) -> Array:
 
 
 def _tiles(components: OpenComponents, image: Any) -> list[Image.Image]:
-    """An image as the squares that the vision tower reads."""
+    """Cut an image into the squares that the vision tower reads."""
     from internvl_edge.runtime.images.transform import load_image, squared, tile
 
     chat, size = components.artifact.manifest.model["chat"], components.preprocessing.size

@@ -1,7 +1,7 @@
 """Images, videos and texts compared: classification, retrieval, matching.
 
-Every task has the image transform its published numbers were measured with (internvl-spec
-section 4): ``"classification"`` crops, ``"retrieval"`` (also for matching) squeezes to a square,
+Every task has the image transform its published numbers were measured with (docs/model.md,
+section 7.1): ``"classification"`` crops, ``"retrieval"`` (also for matching) squeezes to a square,
 ``"clip"`` is for video frames.
 """
 
@@ -152,7 +152,7 @@ def _matched(components: OpenComponents, hidden: Array, ids: Array) -> Array:
 
 
 def _embeddable(components: OpenComponents, images: Any, mode: str) -> Any:
-    """The images, where nothing is known to refuse them later; texts are computed before."""
+    """Return the images, where nothing is known to refuse them after the texts were computed."""
     components.require(TEXT_EMBED)
     image_embedder(components, mode)
     return image_list(images)
@@ -167,6 +167,6 @@ def _embeddable_videos(components: OpenComponents, videos: Sequence[Any], mode: 
 
 
 def _best_labels(names: Sequence[str], embeds: Array, weights: Array) -> list[list[dict[str, Any]]]:
-    """The labels of every row of unit vectors (B, E), best first; ``weights`` are (K, E)."""
+    """Rank the labels of unit vectors (B, E), best first; ``weights`` are (K, E)."""
     scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
     return [[{"label": names[k], "score": float(row[k])} for k in ranked(row)] for row in scores]

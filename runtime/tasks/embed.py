@@ -1,6 +1,6 @@
 """Embeddings of images, texts and videos, from the components of a compiled directory.
 
-The embeddings (internvl-spec sections 3.3 and 6) are
+The embeddings (docs/model.md, section 3.4) are
 
     InternVL-C   u, the attention pool over the ViT's tokens
     InternVL-G   u/|u| + v/|v|, v from the queries that QLLaMA put to the image; |·| up to 2
@@ -154,14 +154,14 @@ def _embed_g(components: OpenComponents, pixels: Array) -> Array:
 
 
 def _text_ids(components: OpenComponents, texts: list[str] | Array) -> Array:
-    """Token ids for ``text_embed``, int64 [B,T]."""
+    """Return token ids for ``text_embed``, int64 [B,T]."""
     if isinstance(texts, np.ndarray):
         return texts
     return components.tokenizer.contrastive(texts, pad_to="longest")
 
 
 def _frames(frames: Any, num_frames: int | None) -> Any:
-    """The frames of a video that are encoded."""
+    """Choose the frames of a video that are encoded."""
     if isinstance(frames, (str, os.PathLike)):
         read = decode_frames if os.path.isfile(frames) else read_frames
         return read(frames, num_frames)

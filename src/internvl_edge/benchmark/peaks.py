@@ -33,7 +33,7 @@ from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.handles import Buffer, Stream
 from internvl_edge.runtime.session import Session
-from internvl_edge.runtime.trt.vendor import import_vendor
+from internvl_edge.runtime.trt.vendor import import_tensorrt
 from internvl_edge.types import Array
 
 __all__ = [
@@ -242,7 +242,7 @@ def _open_engine(model: bytes, backend: str) -> Session:
     from internvl_edge.runtime.trt.profiles import read_engine_spec
     from internvl_edge.runtime.trt.session import TrtSession
 
-    device, trt = Device(0), import_vendor(backend)
+    device, trt = Device(0), import_tensorrt(backend)
     with TemporaryDirectory() as folder:
         plan = build_peak_engine(model, Path(folder), backend)
         nbytes, sha256 = plan.stat().st_size, hashlib.sha256(plan.read_bytes()).hexdigest()

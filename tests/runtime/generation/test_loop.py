@@ -447,7 +447,7 @@ def test_logits_that_say_nothing_are_an_error(
     how: dict[str, Any], token: Any, value: float, found: str
 ) -> None:
     toy = Toy(2, eos=-99, broken=(3, token, value))
-    with pytest.raises(InternVLError, match=rf"{found} behind 3 positions, row"):
+    with pytest.raises(InternVLError, match=rf"{found} after 3 positions, row"):
         generate(toy, toy_prompt([[3], [4]]), Generation(**how))
 
 

@@ -18,9 +18,10 @@ from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.export.engine.build import Prepare, ShapeRanges, build_engine
 from internvl_edge.export.engine.memory import require_memory_to_build
-from internvl_edge.export.engine.targets import choose_capabilities, find_target, load_builder
+from internvl_edge.export.engine.targets import choose_capabilities, find_target
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
+from internvl_edge.runtime.trt.vendor import import_tensorrt
 
 ENGINES = "engines"
 IN_PLACE_BATCH = (1, 1, 4)
@@ -36,7 +37,7 @@ def require_targets(targets: Sequence[str], precision: str) -> None:
     """
     for name in targets:
         target = find_target(name)
-        choose_capabilities(load_builder(target), target, precision, None)
+        choose_capabilities(import_tensorrt(target.name), target, precision, None)
 
 
 def engine_graph(component: str, base: str) -> str:
