@@ -25,7 +25,7 @@ from internvl_edge.errors import CheckpointError
 from internvl_edge.export.checkpoint.checkpoint import load_reference
 from internvl_edge.export.models import InternVL
 
-CHECKPOINT = Path(__file__).resolve().parent / "checkpoint"
+CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoint"
 BATCH = 100
 
 Floats = NDArray[np.float32]
