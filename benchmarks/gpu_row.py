@@ -31,7 +31,7 @@ from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import TOWERS
 from internvl_edge.runtime.session import open_component, require_backend
-from internvl_edge.runtime.trt.session import TrtOptions
+from internvl_edge.runtime.trt.session import TrtOptions, TrtSession
 from internvl_edge.types import Array
 
 TORCH_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -55,7 +55,7 @@ def component(job: Job) -> dict[str, Any]:
         figures = compared(found, job)
         if job["timed"]:
             figures |= latencies(session.run, feeds, job["seconds"])
-        if job["timed"] and hasattr(session, "lease"):
+        if job["timed"] and isinstance(session, TrtSession):
             figures["phases_ms"] = phases(session, feeds)
     if job["timed"] and device != "cpu" and (backend != "onnxruntime" or name in TOWERS):
         figures |= without_graphs(artifact, job, feeds)

@@ -34,7 +34,8 @@ import torch
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.oracle.simulate import fake_quantized
 from internvl_edge.compiler.plan import source_of
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.load import load_model
 from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
 from internvl_edge.export.towers.streams import Samples, calibration_blocks

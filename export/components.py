@@ -41,7 +41,12 @@ from torch import Tensor, nn
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.export.config.chat import LlamaConfig
-from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.config.checkpoint import (
+    OF_CHAT,
+    CheckpointConfig,
+    QLlamaConfig,
+    available_components,
+)
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
 from internvl_edge.export.models.qllama import InPlace, KeyValue
@@ -287,17 +292,6 @@ COMPONENTS: dict[str, Component] = {
         ),
     )
 }
-OF_CHAT = ("chat_vision", "chat_queries", "chat_decoder")
-
-
-def available_components(config: CheckpointConfig) -> tuple[str, ...]:
-    """Every component that a checkpoint of this kind can be compiled into."""
-    if config.kind == "internvl":
-        return tuple(name for name in COMPONENTS if name not in OF_CHAT)
-    if config.chat is None:
-        return ("vision",)
-    is_there = {"chat_queries": config.queries is not None, "chat_decoder": config.chat.llama}
-    return tuple(name for name in OF_CHAT if is_there.get(name, True))
 
 
 def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> tuple[str, ...]:

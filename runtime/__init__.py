@@ -2,7 +2,7 @@
 
     session   the ``Session`` protocol, the choice of a backend;  feeds  what it accepts
     ort       ONNX Runtime behind that protocol;  ortoptions  how and where it computes
-    trt       TensorRT and TensorRT-RTX: device, cuda, vendor, plan, profiles, contexts, slot,
+    trt       TensorRT and TensorRT-RTX: device, cuda, vendor, engine, profiles, contexts, slot,
               blocks;  device_array, dlpack  arrays of the GPU, to and from other libraries
     image     pictures to ``pixel_values``;  video  frames;  tokenizer  texts to ids
     requests  what callers hand over;  vectors  arithmetic on embeddings

@@ -72,14 +72,6 @@ class Parts:
                 self._sessions[component] = self._open_one(component)
             return self._sessions[component]
 
-    def largest(self, component: str) -> Mapping[str, int]:
-        """The largest batch, length and past that a component's engine takes.
-
-        Empty where no profile bounds them: on ONNX Runtime.
-        """
-        found: Mapping[str, int] = getattr(self.session(component), "largest", {})
-        return found
-
     def positions(self, component: str) -> int:
         """How many positions a decoder's cache can have: its capacity, or what its model has."""
         record = self.artifact.manifest.components[component]

@@ -11,13 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from PIL import Image
+from support.paths import ROOT
 from torch import nn
 
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.steps import graphs
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
+from internvl_edge.files.cores import usable_cores
 from internvl_edge.runtime.images.decode import (
     ACCEPTED,
     MAX_PIXELS,
@@ -186,7 +187,7 @@ def pixel_levels(
     if len(sources) == 1:
         prepare(0)
         return out
-    with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1), "decode") as pool:
+    with ThreadPoolExecutor(min(len(sources), usable_cores()), "decode") as pool:
         for done in [pool.submit(prepare, i) for i in range(len(sources))]:
             done.result()
     return out

@@ -120,6 +120,7 @@ class OrtSession:
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
         self._names = list(self._outputs)
+        self.largest: Mapping[str, int] = {}  # nothing bounds a graph
         self._place = place_of(self._providers)
         self._is_numpy = _is_numpy(session)
         has_graphs = captures(self._providers)

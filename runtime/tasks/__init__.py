@@ -1,7 +1,7 @@
 """What people ask of a model, as functions on its open components.
 
 embed     images, texts and videos to vectors; start here
-caption   text about images;  chat  conversations;  history  their turns
+caption   text about images;  chat  conversations
 requests  what callers hand over, as lists and arrays
 vectors   unit length, softmax, order
 """

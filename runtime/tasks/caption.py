@@ -12,7 +12,7 @@ as it was exported with: image, prompt and new tokens must fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ import numpy as np
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import Parts
 from internvl_edge.runtime.generation.cache import start
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
+from internvl_edge.runtime.generation.limits import require_room, rows_at_once
+from internvl_edge.runtime.generation.loop import Generation, Prompt, generate_all, stream
+from internvl_edge.runtime.generation.text import streamed, until_end
 from internvl_edge.runtime.session import did_you_mean
 from internvl_edge.runtime.tasks.requests import image_list, require_vocabulary, slices, text_list
 from internvl_edge.types import Array
@@ -30,17 +32,10 @@ __all__ = [
     "Seen",
     "continued",
     "generation",
-    "left_padded",
     "pieces",
-    "require_room",
-    "rows_at_once",
     "see",
-    "streamed",
     "texts_of",
-    "until_end",
 ]
-
-REPLACEMENT = "\ufffd"  # what half a character is decoded to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,19 +123,12 @@ def continued(
         )
     _require_room(parts, rows, how)
     rows = rows * count if len(rows) == 1 else rows
-    size = rows_at_once(parts, "decoder", batch_size, how)
-    found = [
-        generate(
-            start(parts.session("decoder"), cache), _prompt(rows[part], cache, part.start), how
-        )
-        for part, cache in _caches(parts, given, count, size)
-    ]
-    width = max(ids.shape[1] for ids in found)
-    wide = [
-        np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=how.pad_id)
-        for ids in found
-    ]
-    return np.concatenate(wide)
+    decoder = parts.session("decoder")
+    caches = _caches(parts, given, count, rows_at_once(decoder, batch_size, how))
+    batches = (
+        (start(decoder, cache), _prompt(rows[part], cache, part.start)) for part, cache in caches
+    )
+    return generate_all(batches, how)
 
 
 def texts_of(parts: Parts, ids: Array, how: Generation) -> list[str]:
@@ -166,37 +154,6 @@ def pieces(parts: Parts, image: Any, prompt: Any, how: Generation) -> Iterator[s
     return streamed(tokens, how, parts.tokenizer.decode)
 
 
-def streamed(
-    tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
-) -> Iterator[str]:
-    """The text of one row's tokens in pieces, as they come; none is empty.
-
-    Only the tokens of the last piece are decoded again, which the next one may change: spaces are
-    the text's own between two words, and not around it.
-    """
-    ids: list[int] = []  # of the last piece, and since
-    count, told = 0, ""  # of the last piece: its tokens, and their text
-    for token in tokens:
-        if int(token[0]) in how.stop_ids:
-            break
-        ids.append(int(token[0]))
-        text = decode(ids)
-        is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
-        if is_whole and text != told and text.startswith(told):
-            yield text[len(told) :]
-            del ids[:count]
-            count, told = len(ids), decode(ids)
-    text = decode(ids)
-    if text != told:
-        yield text[len(told) :]
-
-
-def until_end(ids: list[int], how: Generation) -> list[int]:
-    """Ids up to the first that ends a text."""
-    ends = [at for at, token in enumerate(ids) if token in how.stop_ids]
-    return ids[: ends[0]] if ends else ids
-
-
 def _caches(
     parts: Parts, images: Any, count: int, batch_size: int
 ) -> Iterator[tuple[slice, dict[str, Array]]]:
@@ -217,8 +174,7 @@ def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
     """The ids of each prompt, without padding."""
     given = text_list(prompts, "prompt")
     if not isinstance(given, np.ndarray):
-        ids, mask = parts.tokenizer.prompt(given)
-        return [row[keep > 0].tolist() for row, keep in zip(ids, mask, strict=True)]
+        return parts.tokenizer.prompt_rows(given)
     llama = parts.artifact.manifest.language_model or {}
     rows = []
     for i, row in enumerate(given):
@@ -234,53 +190,8 @@ def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
 
 
 def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -> Prompt:
-    """Rows of ids as a left-padded prompt behind a cache."""
-    return left_padded(rows, past=next(iter(cache.values())).shape[2], first=first)
-
-
-def left_padded(rows: Sequence[list[int]], past: int, first: int = 0) -> Prompt:
-    """Rows of ids as a prompt behind ``past`` cached positions; ``first`` is the first one's."""
-    width = max(map(len, rows))
-    ids = np.zeros((len(rows), width), np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
-    return Prompt(ids=ids, mask=mask, past=past, first=first)
-
-
-def rows_at_once(parts: Parts, component: str, batch_size: int, how: Generation) -> int:
-    """How many rows of a request run together: with their beams, no more than an engine takes."""
-    limit = parts.largest(component).get("batch")
-    return batch_size if limit is None else min(batch_size, limit // how.num_beams)
-
-
-def require_room(parts: Parts, component: str, length: int, past: int, how: Generation) -> None:
-    """Refuse, before any work, what the profile of a decoder's engine does not hold.
-
-    Args:
-        parts: of a directory.
-        component: ``decoder`` or ``chat_decoder``.
-        length: tokens of the longest prompt.
-        past: positions before it in the cache.
-        how: the options.
-
-    Raises:
-        UsageError: which limit, and what is needed.
-    """
-    largest = parts.largest(component)
-    last = past if how.max_new_tokens == 1 else past + length + how.max_new_tokens - 2
-    reasons = {
-        "batch": (how.num_beams, f"{how.num_beams} beams"),
-        "length": (length, f"{length} tokens of a prompt"),
-        "past": (last, f"{past + length} positions before the {how.max_new_tokens} new tokens"),
-    }
-    for name, (need, why) in reasons.items():
-        if need > largest.get(name, need):
-            raise UsageError(
-                f"the engine of {component} takes {name} up to {largest[name]}, {need} are needed "
-                f"for {why}; ask for less, or build the engine for a larger {name}"
-            )
+    """Rows of ids as a prompt after a cache; ``first`` is the number of the first one."""
+    return Prompt(rows=rows, past=next(iter(cache.values())).shape[2], first=first)
 
 
 def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
@@ -294,4 +205,4 @@ def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
             f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
             f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
         )
-    require_room(parts, "decoder", len(rows[longest]), image, how)
+    require_room(parts.session("decoder"), "decoder", len(rows[longest]), image, how)

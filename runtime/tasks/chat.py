@@ -22,17 +22,11 @@ from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import Parts
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
-from internvl_edge.runtime.generation.loop import generate, stream
+from internvl_edge.runtime.generation.limits import require_room, rows_at_once
+from internvl_edge.runtime.generation.loop import generate, generate_all, stream
+from internvl_edge.runtime.generation.text import streamed, until_end
 from internvl_edge.runtime.tasks import caption
-from internvl_edge.runtime.tasks.caption import (
-    Seen,
-    left_padded,
-    require_room,
-    rows_at_once,
-    streamed,
-    until_end,
-)
-from internvl_edge.runtime.tasks.history import answered, as_turns, with_places
+from internvl_edge.runtime.tasks.caption import Seen
 from internvl_edge.runtime.tasks.requests import (
     id_rows,
     image_list,
@@ -146,14 +140,14 @@ def reply(
     """
     if not is_chat(parts):
         seen, prompt = _single(parts, images, question, template, system)
-        given = as_turns(history)
+        given = _as_turns(history)
         ids = caption.continued(parts, seen, [prompt], how)
         (text,) = caption.texts_of(parts, ids, how)
         return Reply(text=text, history=(*given, Turn(question=question, answer=text)))
     request = _request(parts, images, question, history, how, template, system)
     new = generate(*request.started(parts), request.how)
     text = parts.chat_tokenizer.decode(until_end(new[0].tolist(), request.how))
-    return Reply(text=text, history=answered(request.turns, text))
+    return Reply(text=text, history=_answered(request.turns, text))
 
 
 def reply_pieces(
@@ -179,9 +173,9 @@ def remembered(
     parts: Parts, seen: Seen | ChatSeen | None, question: str, history: Sequence[Turn], answer: str
 ) -> tuple[Turn, ...]:
     """The history of a :class:`Reply`, for an answer that came in pieces."""
-    turns = [*as_turns(history), Turn(question=question)]
+    turns = [*_as_turns(history), Turn(question=question)]
     count = len(seen) if isinstance(seen, ChatSeen) else 0
-    return answered(with_places(turns, count) if is_chat(parts) else turns, answer)
+    return _answered(_with_places(turns, count) if is_chat(parts) else turns, answer)
 
 
 def continued(
@@ -229,18 +223,17 @@ def continued(
             f"have {len(tokens)}"
         )
     ends = np.cumsum(counts)
-    found = []
-    for part in slices(len(rows), rows_at_once(parts, "chat_decoder", batch_size, how)):
-        own = tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]]
-        decoding, prompt = _started(parts, rows[part], own, part.start)
-        found.append(generate(decoding, prompt, how))
-    width = max(ids.shape[1] for ids in found)
-    return np.concatenate(
-        [
-            np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=how.pad_id)
-            for ids in found
-        ]
+    size = rows_at_once(parts.session("chat_decoder"), batch_size, how)
+    batches = (
+        _started(
+            parts,
+            rows[part],
+            tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]],
+            part.start,
+        )
+        for part in slices(len(rows), size)
     )
+    return generate_all(batches, how)
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -276,7 +269,7 @@ def _request(
         raise MediaError(f"system: {problem}")
     tokenizer = parts.chat_tokenizer
     given = _chat_images(images)
-    turns = with_places([*as_turns(history), Turn(question=question)], len(given))
+    turns = _with_places([*_as_turns(history), Turn(question=question)], len(given))
     seen = see(parts, given) if len(given) else ChatSeen(tokens=())
     pieces = conversation(chosen, turns, system)
     ids = tokenizer.encode(pieces, [len(tokens) for tokens in seen.tokens], chosen)
@@ -299,9 +292,9 @@ def _started(
 ) -> tuple[Decoding, Prompt]:
     """A decoder on an empty cache, and rows of ids as its prompt; ``first`` is the first one's."""
     session = parts.session("chat_decoder")
-    prompt = left_padded(rows, past=0, first=first)
     embed = Embedding(parts.token_table, tokens)
-    return start(session, empty_cache(session, len(rows)), embed), prompt
+    decoding = start(session, empty_cache(session, len(rows)), embed)
+    return decoding, Prompt(rows=rows, first=first)
 
 
 def _unpadded(row: Array, place: int | None) -> list[int]:
@@ -327,13 +320,57 @@ def _require_room(parts: Parts, lengths: Sequence[int], how: Generation) -> None
             f"with its images and {how.max_new_tokens} new tokens; clear the history, or lower "
             "max_new_tokens"
         )
-    require_room(parts, "chat_decoder", longest, 0, how)
+    require_room(parts.session("chat_decoder"), "chat_decoder", longest, 0, how)
 
 
 def _joined(parts: Parts, seen: ChatSeen) -> Array:
     """The tokens of all images [M,D]."""
     none = np.zeros((0, parts.token_table.shape[1]), np.float32)
     return np.concatenate((none, *seen.tokens))
+
+
+# --- history -------------------------------------------------------------------------------------
+
+
+def _as_turns(history: Sequence[Any]) -> list[Turn]:
+    """A history of turns; a pair of question and answer is one too, as in the original.
+
+    Raises:
+        UsageError: something else.
+    """
+    found = []
+    for i, given in enumerate(history):
+        is_pair = isinstance(given, tuple | list) and len(given) == 2
+        turn = Turn(question=given[0], answer=given[1]) if is_pair else given
+        if not isinstance(turn, Turn) or text_problem(turn.question) or text_problem(turn.answer):
+            raise UsageError(
+                f"history, turn {i + 1} of {len(history)}: expected a Turn with question and "
+                f"answer, or a pair of these, found {given!r:.80}"
+            )
+        found.append(turn)
+    return found
+
+
+def _with_places(turns: list[Turn], count: int) -> tuple[Turn, ...]:
+    """Turns in which every image has its place; without any, all stand before the first question.
+
+    Raises:
+        UsageError: more or fewer places than images.
+    """
+    found = sum(turn.question.count(IMAGE) for turn in turns)
+    if found == 0 and count:
+        first = replace(turns[0], question=f"{IMAGE}\n" * count + turns[0].question)
+        return (first, *turns[1:])
+    if found != count:
+        raise UsageError(
+            f"the conversation has {found} {IMAGE}, expected one for each of {count} image(s)"
+        )
+    return tuple(turns)
+
+
+def _answered(turns: Sequence[Turn], answer: str) -> tuple[Turn, ...]:
+    """Turns, the last one with its answer."""
+    return (*turns[:-1], replace(turns[-1], answer=answer))
 
 
 # --- images --------------------------------------------------------------------------------------

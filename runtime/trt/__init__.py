@@ -3,7 +3,7 @@
 session   the session; start here
 engine    a serialized engine, verified and brought onto the GPU
 profiles  what it takes and gives, and the bounds of its shapes
-slot      one place where it runs;  calls  a call about to be queued
+slot      one place where it runs
 contexts  execution contexts, captured as CUDA graphs
 vendor    what both modules have in common
 """

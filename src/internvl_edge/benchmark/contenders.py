@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +12,8 @@ import numpy as np
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
 from internvl_edge.export import require_packages
+from internvl_edge.files.cores import usable_cores
+from internvl_edge.files.packages import is_installed
 from internvl_edge.runtime.session import did_you_mean
 from internvl_edge.types import Array, Feeds
 
@@ -65,12 +65,12 @@ def contender_of(
 
 
 def _openvino(artifact: Any) -> Contender:
-    if importlib.util.find_spec("openvino") is None:
+    if not is_installed("openvino"):
         raise MissingDependency("openvino is not installed; run: pip install openvino")
     import openvino
 
     core = openvino.Core()
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": _cores()}
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": usable_cores()}
 
     def contender(component: str) -> Callable[[Feeds], object]:
         compiled = core.compile_model(str(artifact.onnx_path(component)), "CPU", options)
@@ -94,11 +94,9 @@ def _reference(
     import torch
 
     from internvl_edge.compiler.plan import demo_checkpoint
-    from internvl_edge.export.checkpoint.checkpoint import (
-        header_fingerprint,
-        load_reference,
-        open_checkpoint,
-    )
+    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export.checkpoint.load import load_reference
+    from internvl_edge.export.checkpoint.shards import header_fingerprint
 
     if device == "cuda" and not torch.cuda.is_available():
         raise HardwareError(
@@ -112,7 +110,7 @@ def _reference(
             raise UsageError(
                 f"{label} was not made from {source}; name its checkpoint with --checkpoint"
             )
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(usable_cores())
     return load_reference(source, getattr(torch, dtype)).to(device)
 
 
@@ -120,7 +118,7 @@ def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contende
     """PyTorch, eager or compiled."""
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import torch_from_numpy
+    from internvl_edge.export.checkpoint.load import torch_from_numpy
     from internvl_edge.export.components import COMPONENTS, build_component
 
     floats = getattr(torch, dtype)
@@ -143,7 +141,3 @@ def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contende
         return run
 
     return contender
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -20,7 +20,8 @@ from internvl_edge.benchmark.inputs import as_taken, seeded_feeds
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.memory import peak_rss_nbytes, rss_nbytes
 from internvl_edge.runtime.gpu.device import Device
-from internvl_edge.runtime.session import cuda_device_count, open_component
+from internvl_edge.runtime.gpu.probe import gpu_count
+from internvl_edge.runtime.session import open_component
 
 __all__ = ["measure_footprint"]
 
@@ -68,7 +69,7 @@ def main() -> None:
 
 def _gpu() -> Device | None:
     """The first GPU, where there is one and what counts its memory."""
-    if cuda_device_count() == 0:
+    if gpu_count() == 0:
         return None
     try:
         return Device(0)

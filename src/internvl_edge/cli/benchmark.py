@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,6 +25,8 @@ from internvl_edge.benchmark.run import Question, Results, measure_component
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, NEW_FILE, answers, backend, names, one_of
 from internvl_edge.errors import InputError, UsageError
+from internvl_edge.files.cores import usable_cores
+from internvl_edge.files.packages import is_installed
 from internvl_edge.runtime.session import did_you_mean, require_backend
 
 STREAMS = 2  # calls at once, unless asked otherwise
@@ -172,7 +173,7 @@ def benchmark(
 
 def _warn_of_load(output: Output) -> None:
     """What else runs on the machine makes every figure worse."""
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    load, cores = os.getloadavg()[0], usable_cores()
     if load > cores:
         output.say(
             f"warning: other work is under way, a load of {load:.1f} on {cores} core(s): figures "
@@ -250,8 +251,7 @@ def _show(output: Output, found: Mapping[str, Any]) -> None:
 
 def _report(artifact: Artifact, found: Mapping[str, Any]) -> str:
     """The directory's report with a section on speed."""
-    from internvl_edge.compiler.report.report import report_with
-    from internvl_edge.compiler.report.speed import speed_figures
+    from internvl_edge.compiler.report.report import report_with, speed_figures
 
     names = table.columns(found["results"])
     figures = speed_figures(
@@ -271,7 +271,7 @@ def _add_rooflines(
 
     None, and no result has one, where the package that reads graphs is not installed.
     """
-    if importlib.util.find_spec("onnx") is None:
+    if not is_installed("onnx"):
         return None
     from internvl_edge.benchmark.peaks import measure_backend
     from internvl_edge.benchmark.roofline import component_workload, locate

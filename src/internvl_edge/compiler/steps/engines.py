@@ -15,7 +15,7 @@ from internvl_edge.artifact.sidecar import Range
 from internvl_edge.compiler.engine_forecast import Forecast, build_steps
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.errors import UsageError
-from internvl_edge.export.engine.build import Prepare, Profile, build_engine
+from internvl_edge.export.engine.build import Prepare, ShapeRanges, build_engine
 from internvl_edge.export.engine.memory import (
     BLOCKLESS_COMPONENTS,
     LLAMA_COMPONENTS,
@@ -49,18 +49,18 @@ def engine_graph(component: str, base: str) -> str:
 
 
 # An image's tokens and a question are read at once; a picture of twelve tiles has 3328 tokens.
-CHAT_PROFILE = Profile(batch=(1, 1, 4), length=(1, 320, 3584), past=(0, 512, 4096))
+CHAT_PROFILE = ShapeRanges(batch=(1, 1, 4), length=(1, 320, 3584), past=(0, 512, 4096))
 # One conversation: every position of a call has logits of its own, 3584 of 64000 take 0.9 GB.
 CHAT_DECODER_PROFILE = replace(CHAT_PROFILE, batch=(1, 1, 1))
 
 
-def profile_from(**sizes: str) -> Profile:
+def profile_from(**sizes: str) -> ShapeRanges:
     """A profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
 
     Raises:
         UsageError: not three whole numbers in order.
     """
-    return Profile(**ranges_from(**sizes))
+    return ShapeRanges(**ranges_from(**sizes))
 
 
 def ranges_from(**sizes: str | None) -> dict[str, Range]:
@@ -77,8 +77,8 @@ def ranges_from(**sizes: str | None) -> dict[str, Range]:
 
 
 def profile_for(
-    manifest: Manifest, component: str, asked: Profile | Mapping[str, Range] | None
-) -> Profile:
+    manifest: Manifest, component: str, asked: ShapeRanges | Mapping[str, Range] | None
+) -> ShapeRanges:
     """The profile of a component, no longer than the positions its model has.
 
     Args:
@@ -89,10 +89,10 @@ def profile_for(
     Raises:
         UsageError: a profile that was asked for is longer.
     """
-    usual, llama = Profile(), manifest.language_model
+    usual, llama = ShapeRanges(), manifest.language_model
     if manifest.model.get("chat"):
         usual = CHAT_DECODER_PROFILE if component == "chat_decoder" else CHAT_PROFILE
-    ranges = asdict(asked) if isinstance(asked, Profile) else dict(asked or {})
+    ranges = asdict(asked) if isinstance(asked, ShapeRanges) else dict(asked or {})
     if llama is None:
         return replace(usual, **ranges)
     internvl = manifest.model.get("internvl")
@@ -109,7 +109,7 @@ def profile_for(
         )
     room = longest - length[0]  # a call adds one token at least
     past = ranges.get("past", usual.past)
-    if past in (usual.past, Profile().past):  # not asked for
+    if past in (usual.past, ShapeRanges().past):  # not asked for
         past = _capped(past, room)
     if past[2] > room and "past" in _dimensions(manifest, [component]):
         raise UsageError(
@@ -150,7 +150,7 @@ def require_buildable(
     manifest: Manifest,
     targets: Sequence[str],
     components: Sequence[str] | None,
-    profile: Profile | Mapping[str, Range] | None,
+    profile: ShapeRanges | Mapping[str, Range] | None,
 ) -> None:
     """Refuse, before any work, what cannot be built.
 
@@ -168,7 +168,7 @@ def require_buildable(
                 f"{did_you_mean(name, known)}"
             )
     chosen = tuple(components or known)
-    if not isinstance(profile, Profile):
+    if not isinstance(profile, ShapeRanges):
         _require_dimensions(manifest, chosen, profile or {})
     for name in chosen:
         profile_for(manifest, name, profile)
@@ -192,7 +192,7 @@ def build(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: Profile | Mapping[str, Range] | None = None,
+    profile: ShapeRanges | Mapping[str, Range] | None = None,
     report: Report = silent,
 ) -> list[EngineRecord]:
     """Build engines for a published directory and add them to it.
@@ -228,7 +228,7 @@ def add_engines(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: Profile | Mapping[str, Range] | None = None,
+    profile: ShapeRanges | Mapping[str, Range] | None = None,
     keep: Path | None = None,
     report: Report = silent,
 ) -> Iterator[Manifest]:
@@ -271,7 +271,7 @@ def _add_engine(
     manifest: Manifest,
     target: str,
     name: str,
-    profile: Profile | Mapping[str, Range] | None,
+    profile: ShapeRanges | Mapping[str, Range] | None,
     known: Collection[str],
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:

@@ -36,11 +36,8 @@ from internvl_edge.compiler.steps.weights import (
     towers_of,
 )
 from internvl_edge.errors import UsageError
-from internvl_edge.export.checkpoint.checkpoint import (
-    TensorEntry,
-    build_model,
-    torch_from_numpy,
-)
+from internvl_edge.export.checkpoint.load import build_model, torch_from_numpy
+from internvl_edge.export.checkpoint.shards import TensorEntry
 from internvl_edge.export.components import (
     build_component,
     component_of,
