@@ -246,7 +246,7 @@ class Model(Embedder):
             max_new_tokens: the most.
             min_new_tokens: the fewest.
             batch_size: images that are decoded and computed at a time.
-            how: more fields of ``runtime.generate.Generation``: ``length_penalty``, and of one
+            how: more fields of ``generation.batch.Generation``: ``length_penalty``, and of one
                 beam ``temperature``, ``top_k``, ``top_p`` and ``seed``.
 
         Raises:
