@@ -31,7 +31,8 @@ from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import TOWERS
 from internvl_edge.runtime.session import open_component, require_backend
-from internvl_edge.runtime.trt.session import TrtOptions, TrtSession
+from internvl_edge.runtime.trt.options import TrtOptions
+from internvl_edge.runtime.trt.session import TrtSession
 from internvl_edge.types import Array
 
 TORCH_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -23,10 +23,7 @@ import click
 import internvl_edge
 from internvl_edge import artifact, compiler, errors, export, runtime
 from internvl_edge.cli import app
-from internvl_edge.runtime.batching import Batcher
-from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.tasks.chat import Reply
-from internvl_edge.runtime.trt.session import TrtOptions
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/generate.py; change the code's own texts instead. -->\n\n"
@@ -106,7 +103,7 @@ What an application imports.
 """
 RUNTIME: tuple[Any, ...] = (
     *(runtime.load, runtime.Model, runtime.Retrieval, Reply, runtime.open_session),
-    *(runtime.Session, Batcher, OrtOptions, TrtOptions),
+    *(runtime.Session, runtime.Batcher, internvl_edge.OrtOptions, internvl_edge.TrtOptions),
 )
 COMPILER: tuple[Any, ...] = (
     *(compiler.export, compiler.ExportOptions, compiler.verify, compiler.build),

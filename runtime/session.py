@@ -12,23 +12,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from internvl_edge.artifact.open import Artifact, TensorSpec, open_artifact
-from internvl_edge.errors import HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.feeds import check_feeds, check_outputs, did_you_mean
+from internvl_edge.errors import HardwareError, MissingDependency, UsageError, did_you_mean
 from internvl_edge.runtime.gpu.probe import gpu_count
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.ort.options import OrtOptions
-    from internvl_edge.runtime.trt.session import TrtOptions
+    from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = [
     "BACKENDS",
-    "Array",
     "DecoderSession",
     "Session",
-    "check_feeds",
-    "check_outputs",
-    "did_you_mean",
     "open_component",
     "open_session",
     "require_backend",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.generation.batch import Decoding
 from internvl_edge.runtime.generation.fixed_cache import (
     MASK,
@@ -18,7 +19,6 @@ from internvl_edge.runtime.generation.fixed_cache import (
     positions_of,
 )
 from internvl_edge.runtime.session import DecoderSession, Session
-from internvl_edge.runtime.trt.vendor import numpy_dtype
 from internvl_edge.types import Array
 
 Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]

@@ -25,7 +25,7 @@ from internvl_edge.runtime.generation.beams import beam_search
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
-__all__ = ["Generation", "Prompt", "generate", "generate_all", "stream"]
+__all__ = ["generate", "generate_all", "stream"]
 
 COLDEST = float(np.finfo(np.float32).tiny)  # a temperature that logits can be divided by
 FEW = 64  # of the most likely tokens, among which a nucleus is looked for first

@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime.components import Parts
+from internvl_edge.errors import MediaError, UsageError, did_you_mean
+from internvl_edge.runtime.components import OpenComponents
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.limits import require_room, rows_at_once
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate_all, stream
+from internvl_edge.runtime.generation.loop import generate_all, stream
 from internvl_edge.runtime.generation.text import streamed, until_end
-from internvl_edge.runtime.session import did_you_mean
-from internvl_edge.runtime.tasks.requests import image_list, require_vocabulary, slices, text_list
+from internvl_edge.runtime.images.sources import image_list
+from internvl_edge.runtime.tasks.requests import require_vocabulary, slices, text_list
 from internvl_edge.types import Array
 
 __all__ = [
@@ -52,7 +53,7 @@ class Seen:
         return {name: values[rows] for name, values in self.cache.items()}
 
 
-def see(parts: Parts, images: Any, batch_size: int = 8) -> Seen:
+def see(components: OpenComponents, images: Any, batch_size: int = 8) -> Seen:
     """Run the ViT and the queries on images, once for all that will be asked.
 
     Raises:
@@ -61,25 +62,26 @@ def see(parts: Parts, images: Any, batch_size: int = 8) -> Seen:
     """
     if isinstance(images, Seen):
         return images
-    parts.require("vision", "image_queries", "decoder")
+    components.require("vision", "image_queries", "decoder")
     given = image_list(images)
     found: dict[str, list[Array]] = {}
-    session = parts.session("image_queries")
+    session = components.session("image_queries")
     names = [name for name in session.outputs if name.startswith("present.")]
-    for pixels in parts.pixel_batches(given, "retrieval", batch_size):
-        feeds = {"last_hidden_state": parts.hidden(pixels)}
+    for pixels in components.pixel_batches(given, "retrieval", batch_size):
+        feeds = {"last_hidden_state": components.hidden(pixels)}
         for name, values in session.run(feeds, outputs=names).items():
             found.setdefault(name, []).append(values)
     return Seen(cache={name: np.concatenate(values) for name, values in found.items()})
 
 
-def generation(parts: Parts, **how: Any) -> Generation:
+def generation(components: OpenComponents, **how: Any) -> Generation:
     """Options of a request, with the model's own stop and padding ids.
 
     Raises:
         UsageError: an unknown option, or a value that cannot be.
     """
-    known, llama = Generation.__dataclass_fields__, parts.artifact.manifest.language_model or {}
+    known = Generation.__dataclass_fields__
+    llama = components.artifact.manifest.language_model or {}
     for name in how:
         if name not in known:
             raise UsageError(
@@ -97,12 +99,12 @@ def generation(parts: Parts, **how: Any) -> Generation:
 
 
 def continued(
-    parts: Parts, images: Any, prompts: Any, how: Generation, batch_size: int = 8
+    components: OpenComponents, images: Any, prompts: Any, how: Generation, batch_size: int = 8
 ) -> Array:
     """New ids behind prompt i on image i, int64 [B,N], padded behind the end.
 
     Args:
-        parts: of a directory.
+        components: of a directory.
         images: see ``Model``, or what ``see`` gave; one goes with all prompts.
         prompts: strings, or ids int [B,T], 0 where padded on the left; one goes with all images.
         how: the options.
@@ -112,54 +114,54 @@ def continued(
         UsageError: numbers of images and prompts that do not fit, or too long a prompt.
         MediaError: an image or a prompt cannot be used.
     """
-    parts.require("vision", "image_queries", "decoder")
+    components.require("vision", "image_queries", "decoder")
     given = images if isinstance(images, Seen) else image_list(images)
-    rows = _prompt_rows(parts, prompts)
+    rows = _prompt_rows(components, prompts)
     count = max(len(given), len(rows))
     if {len(given), len(rows)} - {1, count}:
         raise UsageError(
             f"expected as many prompts as images, or one of either, found {len(given)} images and "
             f"{len(rows)} prompts"
         )
-    _require_room(parts, rows, how)
+    _require_room(components, rows, how)
     rows = rows * count if len(rows) == 1 else rows
-    decoder = parts.session("decoder")
-    caches = _caches(parts, given, count, rows_at_once(decoder, batch_size, how))
+    decoder = components.session("decoder")
+    caches = _caches(components, given, count, rows_at_once(decoder, batch_size, how))
     batches = (
         (start(decoder, cache), _prompt(rows[part], cache, part.start)) for part, cache in caches
     )
     return generate_all(batches, how)
 
 
-def texts_of(parts: Parts, ids: Array, how: Generation) -> list[str]:
+def texts_of(components: OpenComponents, ids: Array, how: Generation) -> list[str]:
     """The text of new ids, without what stands behind its end."""
-    return [parts.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
+    return [components.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
 
 
-def pieces(parts: Parts, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
+def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
     """The text behind one prompt on one image, as it comes; the pieces together are all of it.
 
     Raises:
         UsageError: several images or prompts, beams, or too long a prompt.
         MediaError: the image or the prompt cannot be used.
     """
-    seen, rows = see(parts, image), _prompt_rows(parts, prompt)
+    seen, rows = see(components, image), _prompt_rows(components, prompt)
     if len(seen) != 1 or len(rows) != 1:
         raise UsageError(
             f"only one image and one prompt can be streamed, found {len(seen)} and {len(rows)}"
         )
-    _require_room(parts, rows, how)
-    decoding = start(parts.session("decoder"), seen.cache)
+    _require_room(components, rows, how)
+    decoding = start(components.session("decoder"), seen.cache)
     tokens = stream(decoding, _prompt(rows, dict(seen.cache)), how)
-    return streamed(tokens, how, parts.tokenizer.decode)
+    return streamed(tokens, how, components.tokenizer.decode)
 
 
 def _caches(
-    parts: Parts, images: Any, count: int, batch_size: int
+    components: OpenComponents, images: Any, count: int, batch_size: int
 ) -> Iterator[tuple[slice, dict[str, Array]]]:
     """The cache of every few rows; one image is looked at once."""
     if len(images) == 1:
-        seen = see(parts, images)
+        seen = see(components, images)
         for rows in slices(count, batch_size):
             yield rows, seen.rows([0] * (rows.stop - rows.start))
         return
@@ -167,15 +169,15 @@ def _caches(
         if isinstance(images, Seen):
             yield rows, images.rows(rows)
         else:
-            yield rows, dict(see(parts, images[rows], batch_size).cache)
+            yield rows, dict(see(components, images[rows], batch_size).cache)
 
 
-def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
+def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
     """The ids of each prompt, without padding."""
     given = text_list(prompts, "prompt")
     if not isinstance(given, np.ndarray):
-        return parts.tokenizer.prompt_rows(given)
-    llama = parts.artifact.manifest.language_model or {}
+        return components.tokenizer.prompt_rows(given)
+    llama = components.artifact.manifest.language_model or {}
     rows = []
     for i, row in enumerate(given):
         require_vocabulary(row.tolist(), llama["vocab_size"], f"prompt {i + 1} of {len(given)}")
@@ -194,9 +196,9 @@ def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -
     return Prompt(rows=rows, past=next(iter(cache.values())).shape[2], first=first)
 
 
-def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
-    room = parts.positions("decoder")
-    image = parts.artifact.manifest.model["internvl"]["num_query_token"]
+def _require_room(components: OpenComponents, rows: list[list[int]], how: Generation) -> None:
+    room = components.positions("decoder")
+    image = components.artifact.manifest.model["internvl"]["num_query_token"]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read
     if need > room:
@@ -205,4 +207,4 @@ def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
             f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
             f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
         )
-    require_room(parts.session("decoder"), "decoder", len(rows[longest]), image, how)
+    require_room(components.session("decoder"), "decoder", len(rows[longest]), image, how)

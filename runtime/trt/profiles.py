@@ -16,9 +16,10 @@ import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import ArtifactError, FeedError
+from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.gpu.handles import Stream
 from internvl_edge.runtime.trt.engine import Engine
-from internvl_edge.runtime.trt.vendor import DTYPES, numpy_dtype
+from internvl_edge.runtime.trt.vendor import DTYPES
 from internvl_edge.types import Shape
 
 __all__ = ["EngineSpec", "Profile", "read_engine_spec"]

@@ -16,7 +16,6 @@ waits.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
@@ -25,7 +24,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from threading import Condition, get_ident
 from typing import Any, Self
@@ -34,35 +32,20 @@ import numpy as np
 
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime.feeds import check_feeds, check_outputs, numpy_dtype
 from internvl_edge.runtime.gpu.device import GB, Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.handles import Buffer, Stream
-from internvl_edge.runtime.session import check_feeds, check_outputs
 from internvl_edge.runtime.trt.engine import Engine, find_engine, require_engine
+from internvl_edge.runtime.trt.options import TrtOptions
 from internvl_edge.runtime.trt.profiles import EngineSpec, read_engine_spec
 from internvl_edge.runtime.trt.slot import Slot
-from internvl_edge.runtime.trt.vendor import import_vendor, numpy_dtype
+from internvl_edge.runtime.trt.vendor import import_vendor
 from internvl_edge.types import Array
 
-__all__ = ["TrtOptions", "TrtSession", "open_component"]
+__all__ = ["TrtSession", "open_component"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrtOptions:
-    """How a session runs its engine."""
-
-    slots: int = 1  # calls that run at once, each with memory for the largest call
-    graphs: bool = True  # replay calls of shapes seen before as CUDA graphs
-    batch_buckets: tuple[int, ...] = ()  # fill batches up to these sizes: few shapes, few graphs
-
-    def __post_init__(self) -> None:
-        if self.slots < 1 or min(self.batch_buckets, default=1) < 1:
-            raise UsageError(
-                f"expected at least 1 slot and batch buckets from 1 on, found {self.slots} slots "
-                f"and buckets {self.batch_buckets}"
-            )
 
 
 class TrtSession:
@@ -232,6 +215,8 @@ class TrtSession:
 
     async def run_async(self, feeds: Mapping[str, Any], **options: Any) -> dict[str, Array]:
         """``run``, to await; a cancelled call still ends on the GPU, and its result is dropped."""
+        import asyncio  # which takes longer than all else here
+
         return await asyncio.wrap_future(self.submit(feeds, **options))
 
     def empty(self, name: str, shape: tuple[int, ...]) -> DeviceArray:

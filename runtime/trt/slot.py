@@ -31,11 +31,11 @@ import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError
+from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray, as_device_array, is_on_device
 from internvl_edge.runtime.gpu.handles import Buffer, Event, PinnedBuffer, Stream
 from internvl_edge.runtime.gpu.memory import ALIGNMENT, copy_rows, find_overlap, new_arrays
-from internvl_edge.runtime.session import check_feeds, check_outputs
 from internvl_edge.runtime.trt.contexts import Bound, Contexts
 from internvl_edge.runtime.trt.engine import Engine
 from internvl_edge.runtime.trt.profiles import EngineSpec

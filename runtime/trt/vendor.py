@@ -13,11 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from internvl_edge.errors import HardwareError, MissingDependency
 
-__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_vendor", "numpy_dtype"]
+__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_vendor"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +93,3 @@ def import_vendor(backend: str) -> Any:
         raise MissingDependency.of(backend, extra) from error
     except (ImportError, OSError) as error:
         raise HardwareError(f"{backend} is installed but does not load: {error}") from error
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """A dtype by name; of those that NumPy lacks, such as bfloat16, from ml_dtypes."""
-    try:
-        return np.dtype(name)
-    except TypeError:
-        pass
-    try:
-        found: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
-    except ModuleNotFoundError as error:
-        raise MissingDependency.of("ml-dtypes", "export") from error
-    return found

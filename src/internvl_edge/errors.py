@@ -21,6 +21,9 @@ only the command line prints, and turns the class into the exit code of the proc
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "ArtifactError",
     "BuildError",
@@ -36,7 +39,10 @@ __all__ = [
     "SessionDead",
     "UsageError",
     "VerificationError",
+    "did_you_mean",
 ]
+
+SIMILAR = 0.75  # of difflib's ratio, 0 to 1: a typo, not another name of the same family
 
 
 class InternVLError(Exception):
@@ -112,3 +118,9 @@ class VerificationError(InternVLError):
 
 class BuildError(InternVLError):
     """A graph that TensorRT refused to build."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return a hint to append to an error, "" where no option is similar."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=SIMILAR)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -17,7 +17,8 @@ from support.tiny_onnx import open_directory
 
 from internvl_edge.benchmark.workload import Workload
 from internvl_edge.errors import ArtifactError, HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.trt.session import TrtOptions, TrtSession
+from internvl_edge.runtime.trt.options import TrtOptions
+from internvl_edge.runtime.trt.session import TrtSession
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_check

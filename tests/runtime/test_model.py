@@ -23,9 +23,10 @@ from internvl_edge.errors import (
     UsageError,
 )
 from internvl_edge.runtime import session as sessions
+from internvl_edge.runtime.feeds import check_outputs
 from internvl_edge.runtime.images.video import decode_frames, dual_softmax
 from internvl_edge.runtime.model import Model, load
-from internvl_edge.runtime.session import Session, check_outputs
+from internvl_edge.runtime.session import Session
 from internvl_edge.runtime.tasks.vectors import ranked, softmax, unit
 from internvl_edge.types import Array
 
@@ -333,7 +334,7 @@ def test_each_image_goes_through_the_vit_once(counting: Counting) -> None:
 
 def test_labels_are_encoded_once(counting: Counting) -> None:
     model, tokenizer = counting.model, FakeTokenizer()
-    model.parts.__dict__["tokenizer"] = tokenizer
+    model.components.__dict__["tokenizer"] = tokenizer
     labels = ["cat", "mouse"]
     first = model.classify(PIXELS, labels)
     assert model.classify(PIXELS, labels) == first
@@ -347,10 +348,10 @@ def test_labels_are_encoded_once(counting: Counting) -> None:
 
 def test_only_the_last_classifiers_are_kept(counting: Counting) -> None:
     model, tokenizer = counting.model, FakeTokenizer()
-    model.parts.__dict__["tokenizer"] = tokenizer
+    model.components.__dict__["tokenizer"] = tokenizer
     for i in range(40):
         model.text_classifier([str(i)])
-    assert len(model._classifiers) == 16
+    assert len(model.components.classifiers) == 16
     model.text_classifier(["39"])
     assert tokenizer.calls == 40
     model.text_classifier(["0"])
@@ -446,11 +447,11 @@ def test_a_missing_component_says_what_to_export(
     ("model", "call", "message"),
     [
         ({"internvl": None}, lambda m: m.encode_text("a"), "a vision tower alone, which has no te"),
-        ({"internvl": {}}, lambda m: m.parts.require("chat_vision"), "has no chat_vision"),
+        ({"internvl": {}}, lambda m: m.components.require("chat_vision"), "has no chat_vision"),
         ({"chat": {"num_queries": 0, "llama": {}}}, lambda m: m.encode_image(PIXELS), "-Chat"),
         (
             {"chat": {"num_queries": 0, "llama": {}}},
-            lambda m: m.parts.require("chat_queries", "chat_decoder"),
+            lambda m: m.components.require("chat_queries", "chat_decoder"),
             "an InternVL-Chat, which has no chat_queries, chat_decoder",
         ),
     ],
@@ -459,8 +460,8 @@ def test_what_the_checkpoint_lacks_is_not_advised(
     tmp_path: Path, model: dict[str, Any], call: Any, message: str
 ) -> None:
     counting = Counting(["vision"], tmp_path)
-    counting.model.parts.artifact.manifest.model.clear()
-    counting.model.parts.artifact.manifest.model.update(model)
+    counting.model.components.artifact.manifest.model.clear()
+    counting.model.components.artifact.manifest.model.update(model)
     with pytest.raises(UsageError, match=message):
         call(counting.model)
 
@@ -546,7 +547,7 @@ def test_a_label_with_braces_is_only_a_label(counting: Counting) -> None:
             seen.extend(texts)
             return super().contrastive(texts, pad_to)
 
-    counting.model.parts.__dict__["tokenizer"] = Listening()
+    counting.model.components.__dict__["tokenizer"] = Listening()
     counting.model.text_classifier(["{c}", "{}"], ["a {}", "the {c}"])
     assert seen == ["a {c}", "the {c}", "a {}", "the {}"]
 

@@ -17,9 +17,10 @@ from internvl_edge.artifact.open import EngineRecord
 from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime import model as model_module
 from internvl_edge.runtime import session as sessions
+from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.gpu import probe
 from internvl_edge.runtime.ort import session as ort
-from internvl_edge.runtime.session import check_feeds, check_outputs, open_component, open_session
+from internvl_edge.runtime.session import open_component, open_session
 from internvl_edge.types import Array
 
 TEXT = {

@@ -10,11 +10,10 @@ from typing import Any
 import click
 import numpy as np
 
-from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.errors import HardwareError, MissingDependency, UsageError, did_you_mean
 from internvl_edge.export import require_packages
 from internvl_edge.files.cores import usable_cores
 from internvl_edge.files.packages import is_installed
-from internvl_edge.runtime.session import did_you_mean
 from internvl_edge.types import Array, Feeds
 
 __all__ = ["AGAINST", "Contender", "contender_of", "rival"]

@@ -24,10 +24,10 @@ from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.run import Question, Results, measure_component
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, NEW_FILE, answers, backend, names, one_of
-from internvl_edge.errors import InputError, UsageError
+from internvl_edge.errors import InputError, UsageError, did_you_mean
 from internvl_edge.files.cores import usable_cores
 from internvl_edge.files.packages import is_installed
-from internvl_edge.runtime.session import did_you_mean, require_backend
+from internvl_edge.runtime.session import require_backend
 
 STREAMS = 2  # calls at once, unless asked otherwise
 FEW_REQUESTS = 100  # below, p99 is nearly the slowest

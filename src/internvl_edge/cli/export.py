@@ -26,9 +26,8 @@ from internvl_edge.cli.options import (
     one_of,
     targets,
 )
-from internvl_edge.errors import CheckpointError, UsageError
+from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 from internvl_edge.export import require_packages
-from internvl_edge.runtime.session import did_you_mean
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-wo", "int4-wo", AUTO)

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.export.towers.blocks import COMPONENT_STREAM, VISION_PREFIX, tower_of
 from internvl_edge.quantize.recipe import Recipe, recipe_for
-from internvl_edge.runtime.session import did_you_mean
 
 WEIGHT_ONLY = ("int8-wo", "int4-wo")
 QUANTIZED = ("int8", "fp8", *WEIGHT_ONLY)

@@ -27,9 +27,10 @@ from internvl_edge.compiler.oracle.bisect import bisect
 from internvl_edge.errors import FeedError, ResourceError, UsageError, VerificationError
 from internvl_edge.export.models import qllama
 from internvl_edge.export.models.qllama import decoding_mask, extended, in_place_mask
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import DeviceDecoding, empty_cache, start
 from internvl_edge.runtime.generation.fixed_cache import PAST, grown, in_place, placed, positions_of
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
+from internvl_edge.runtime.generation.loop import generate, stream
 from internvl_edge.types import Array
 
 ROOM = 40  # positions of the tiny models' caches here

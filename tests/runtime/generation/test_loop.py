@@ -21,9 +21,10 @@ from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import FeedError, InternVLError, UsageError
 from internvl_edge.export.checkpoint.load import load_reference
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.beams import _best_next
 from internvl_edge.runtime.generation.cache import start
-from internvl_edge.runtime.generation.loop import Generation, Prompt, _nucleus, generate, stream
+from internvl_edge.runtime.generation.loop import _nucleus, generate, stream
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 

@@ -18,7 +18,7 @@ from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import InternVLError, MediaError, UsageError
 from internvl_edge.export.checkpoint.load import load_reference
-from internvl_edge.runtime.generation.loop import Generation
+from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.runtime.generation.text import streamed, until_end
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT, Tokenizer

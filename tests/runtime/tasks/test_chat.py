@@ -26,7 +26,8 @@ from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.runtime.generation.text import until_end
 from internvl_edge.runtime.images.transform import squared, tile
 from internvl_edge.runtime.model import Model
-from internvl_edge.runtime.tasks.chat import ChatSeen, remembered
+from internvl_edge.runtime.tasks.chat import remembered
+from internvl_edge.runtime.tasks.chat_images import ChatSeen
 from internvl_edge.runtime.text.chat_tokenizer import PLACE, ChatTokenizer
 from internvl_edge.runtime.text.embeddings import Embedding, TokenTable, open_table
 from internvl_edge.runtime.text.templates import (
@@ -281,7 +282,7 @@ def asked(out: Path, checkpoint: Path, images: list[Image.Image], prompt: list[i
     model = load_reference(checkpoint)
     assert isinstance(model, Chat)
     with load(out) as compiled:
-        parts = compiled.parts
+        parts = compiled.components
         tiles = [t for image in images for t in tile(image, 56, 1, 4, True)]
         pixels = np.concatenate(list(parts.pixel_batches(tiles, "retrieval", 8)))
     ids = torch.tensor([[304 if i == PLACE else i for i in prompt]])
@@ -321,7 +322,7 @@ def test_pieces_are_the_answer(out: Path) -> None:
 
 def test_images_are_seen_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(out) as model:
-        session, count = model.parts.session("chat_vision"), 0
+        session, count = model.components.session("chat_vision"), 0
         run = type(session).run
 
         def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -341,7 +342,7 @@ def test_images_are_seen_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_text_alone(out: Path) -> None:
     with load(out) as model:
         said = model.chat(None, "a red seven", max_new_tokens=4)
-        tokenizer, template = model.parts.chat_tokenizer, find_template("Hermes-2")
+        tokenizer, template = model.components.chat_tokenizer, find_template("Hermes-2")
         ids = tokenizer.encode(conversation(template, [Turn(question="a red seven")]), [], template)
         new = model.generate(None, [ids], max_new_tokens=4, stop_ids=(301, 2))
         assert tokenizer.decode(until_end(new[0].tolist(), Generation(stop_ids=(301, 2)))) == (
@@ -358,7 +359,7 @@ def test_images_may_come_later(out: Path) -> None:
         later = model.chat([a, b], "and <image>", first.history, max_new_tokens=2)
         asked = ["<image>\nwhat is it", "and <image>"]
         assert [turn.question for turn in later.history] == asked
-        streamed = remembered(model.parts, model.see([a]), "what is it", (), first.text)
+        streamed = remembered(model.components, model.see([a]), "what is it", (), first.text)
         assert streamed == first.history
 
 
@@ -383,7 +384,7 @@ def test_a_row_that_ended_is_filled_up(out: Path) -> None:
 
 def test_what_an_engine_does_not_hold_is_refused_before_work(out: Path) -> None:
     with load(out) as model:
-        session: Any = model.parts.session("chat_decoder")
+        session: Any = model.components.session("chat_decoder")
         session.largest = {"batch": 1, "length": 20, "past": 24}
         session.run = session.run_device = None  # it must not come to that
         with pytest.raises(UsageError, match=r"takes length up to 20, \d+ are needed"):
@@ -400,7 +401,7 @@ def test_rows_beyond_the_engines_batch_are_split(
     ids = np.random.default_rng(0).integers(5, 290, (5, 4))
     with load(out) as model:
         whole = model.generate(None, ids, max_new_tokens=4, num_beams=2)
-        session: Any = model.parts.session("chat_decoder")
+        session: Any = model.components.session("chat_decoder")
         session.largest = {"batch": 4}
         step, batches = session.run_device, set()
 
@@ -479,18 +480,18 @@ def test_llava_answers(tmp_path: Path) -> None:
     with load(directory) as model:
         said = model.chat(wide, "what is it", max_new_tokens=6)
         template = find_template("vicuna_v1")
-        prompt = model.parts.chat_tokenizer.encode(
+        prompt = model.components.chat_tokenizer.encode(
             conversation(template, [Turn(question="<image>\nwhat is it")]), [9], template
         )
-        square = squared(wide, model.parts.preprocessing.mean)
+        square = squared(wide, model.components.preprocessing.mean)
         assert square.size == (90, 90)
         assert square.getpixel((0, 0)) == (123, 116, 103)
-        (pixels,) = model.parts.pixel_batches([square], "retrieval", 1)
+        (pixels,) = model.components.pixel_batches([square], "retrieval", 1)
         new = reference.generate(
             torch.from_numpy(pixels), torch.tensor([prompt]), max_new_tokens=6
         )[0].tolist()
         new = new[: new.index(2)] if 2 in new else new
-        assert said.text == model.parts.chat_tokenizer.decode(new)
+        assert said.text == model.components.chat_tokenizer.decode(new)
 
 
 # --- the shell -----------------------------------------------------------------------------------

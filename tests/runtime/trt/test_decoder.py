@@ -12,8 +12,9 @@ from support.gpu.fake_engine import DECODER, GraphStrategy, KernelStrategy
 from support.gpu.trt_bench import TARGETS, Bench, on_gpu_and_on_host
 
 from internvl_edge.errors import ResourceError
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
+from internvl_edge.runtime.generation.loop import generate, stream
 
 
 @pytest.fixture(params=list(TARGETS))

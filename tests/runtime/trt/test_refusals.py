@@ -12,7 +12,7 @@ from support.gpu.trt_bench import Arrays, Bench, assert_same, feeds_of, wrong_va
 
 from internvl_edge.errors import ArtifactError, FeedError, HardwareError, InternVLError, UsageError
 from internvl_edge.runtime.trt import engine as plan_module
-from internvl_edge.runtime.trt.session import TrtOptions
+from internvl_edge.runtime.trt.options import TrtOptions
 
 
 def test_feeds_are_refused_as_everywhere(bench: Bench) -> None:

@@ -17,7 +17,8 @@ from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import FeedError, UsageError
 from internvl_edge.runtime import session as session_module
 from internvl_edge.runtime.ort.options import OrtOptions
-from internvl_edge.runtime.trt.session import TrtOptions, open_component
+from internvl_edge.runtime.trt.options import TrtOptions
+from internvl_edge.runtime.trt.session import open_component
 
 
 def test_it_computes_what_the_engine_does(bench: Bench) -> None:

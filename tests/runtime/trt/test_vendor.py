@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from internvl_edge.errors import HardwareError, MissingDependency
+from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.trt import vendor
-from internvl_edge.runtime.trt.vendor import MAX_ERRORS, NativeLog, import_vendor, numpy_dtype
+from internvl_edge.runtime.trt.vendor import MAX_ERRORS, NativeLog, import_vendor
 
 
 def test_dtypes_by_name() -> None:

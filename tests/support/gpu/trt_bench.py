@@ -15,10 +15,12 @@ from support.gpu.fake_engine import KEY, LINEAR, Computation, FakeRuntimeTrt, ex
 
 from internvl_edge.artifact.open import Artifact, ComponentRecord, EngineRecord
 from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import DeviceDecoding, HostDecoding, empty_cache, start
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate
+from internvl_edge.runtime.generation.loop import generate
 from internvl_edge.runtime.gpu.device_array import DeviceArray
-from internvl_edge.runtime.trt.session import TrtOptions, TrtSession, open_component
+from internvl_edge.runtime.trt.options import TrtOptions
+from internvl_edge.runtime.trt.session import TrtSession, open_component
 from internvl_edge.types import Array
 
 RESULT_SHAPES = {"y": (2, 3), "part": (2, 3)}  # of 2 rows and 3 ids

@@ -48,7 +48,7 @@ from internvl_edge.compiler.steps.verify import (
     run_as_reference,
     runnable,
 )
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
     BOUNDS,
@@ -71,7 +71,6 @@ from internvl_edge.export.graph.uint8_input import on_levels, preprocessing_insi
 from internvl_edge.export.towers.blocks import COMPONENT_STREAM, component_of_one_block, tower_of
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, bypass_activations
 from internvl_edge.runtime.ort.session import OrtSession
-from internvl_edge.runtime.session import did_you_mean
 from internvl_edge.types import Array
 
 Arrays = dict[str, Array]

@@ -14,7 +14,7 @@ from internvl_edge.artifact.publish import record, update, write_manifest
 from internvl_edge.artifact.sidecar import Range
 from internvl_edge.compiler.engine_forecast import Forecast, build_steps
 from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.export.engine.build import Prepare, ShapeRanges, build_engine
 from internvl_edge.export.engine.memory import (
     BLOCKLESS_COMPONENTS,
@@ -24,7 +24,6 @@ from internvl_edge.export.engine.memory import (
 from internvl_edge.export.engine.targets import choose_capabilities, find_target, load_builder
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
-from internvl_edge.runtime.session import did_you_mean
 
 ENGINES = "engines"
 IN_PLACE_BATCH = (1, 1, 4)
