@@ -5,8 +5,8 @@
 Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain;
 with function-preserving outlier channels; with massive activations and outliers between v and its
 projection as well; and with outlier channels behind GELU on top. Each is calibrated on a few
-photographs; what it computes is simulated in PyTorch (``compiler.simulate``, which every export is
-held against) on photographs it has not seen, and ``last_hidden_state`` is compared with float32.
+photographs; what it computes is simulated in PyTorch (``oracle.simulate``, which every export
+is held against) on photographs it has not seen, and ``last_hidden_state`` is compared with float32.
 Massive activations carry nearly all of the signal's energy, so figures leave out the few channels
 and tokens that hold them (``ordinary``).
 

@@ -380,7 +380,7 @@ def open_component(
 def unsigned_graph(component: str) -> str:
     """Name the file of a component's graph for CPUs whose INT8 products saturate.
 
-    It computes the same from the same weights (``quantize.unsigned``).
+    It computes the same from the same weights (``quantize.graph.unsigned``).
     """
     return f"{component}.u8.onnx"
 

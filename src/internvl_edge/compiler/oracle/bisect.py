@@ -16,7 +16,7 @@ by a wrong weight, scale, axis or operator (or one of its channels is: a channel
 its own). The first one in the order of the graph is where to look, since what comes behind it
 in the block reads it.
 
-PyTorch is the checkpoint in the form that the recipe quantizes (``export.folded``): the same
+PyTorch is the checkpoint in the form that the recipe quantizes (``quantize.fold``): the same
 function, its residual stream perhaps in another basis, which is the graph's.
 
 The inputs are seeded noise, of which a component needs no sample. The files' hashes are not
