@@ -24,12 +24,15 @@ from internvl_edge.artifact.components import (
     TEXT_EMBED,
     VISION,
     Component,
-    components_of,
 )
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.export.config.chat import LlamaConfig
-from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.config.checkpoint import (
+    CheckpointConfig,
+    QLlamaConfig,
+    available_components,
+)
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
 from internvl_edge.export.models.qllama import InPlace, KeyValue
@@ -214,14 +217,6 @@ def language_config(config: CheckpointConfig) -> QLlamaConfig | LlamaConfig | No
     if config.internvl is not None:
         return config.internvl.qllama
     return None if config.chat is None else config.chat.llama
-
-
-def available_components(config: CheckpointConfig) -> tuple[str, ...]:
-    """Every component that a checkpoint of this kind can be compiled into."""
-    if config.chat is None:
-        return components_of(config.kind)
-    parts = {"num_queries": config.queries, "llama": config.chat.llama}
-    return components_of(config.kind, [key for key, part in parts.items() if part is not None])
 
 
 def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -15,8 +15,7 @@ precisions pay where weights are read for one token at a time: alone, ``int4-wo`
 from __future__ import annotations
 
 from internvl_edge.artifact.components import COMPONENTS, VISION_PREFIX, find_component
-from internvl_edge.errors import UsageError
-from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.errors import UsageError, did_you_mean
 
 WEIGHT_ONLY = ("int8-wo", "int4-wo")
 QUANTIZED = ("int8", "fp8", *WEIGHT_ONLY)

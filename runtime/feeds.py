@@ -1,4 +1,4 @@
-"""What a session accepts, by the ``TensorSpec``s of its inputs.
+"""The feeds that a session accepts, by the ``TensorSpec``s of its inputs.
 
 A dimension of a spec is
 
@@ -13,36 +13,29 @@ first and so gives the same result.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
-from internvl_edge.errors import FeedError, UsageError
+from internvl_edge.errors import FeedError, MissingDependency, UsageError, did_you_mean
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.types import Array
 
-__all__ = ["check_feeds", "check_outputs", "did_you_mean"]
+__all__ = ["check_feeds", "check_outputs", "numpy_dtype"]
 
 
 # Of a decoder whose cache is written in place (``inplace``).
 WRITE_INDICES, MASK, POSITIONS = "write_indices", "attention_mask", "position_ids"
 MAY_BE_EMPTY = frozenset({"past"})
-SIMILAR = 0.75  # of difflib's ratio, 0 to 1: a typo, not another name of the same family
-
-
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """A hint to append to an error, or nothing."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=SIMILAR)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_feeds(
     specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any], check_finite: bool = True
 ) -> dict[str, Any]:
-    """Refuse what a session cannot run; the feeds, contiguous, in the order of the specs.
+    """Refuse what a session cannot run; return the feeds, contiguous, in order of the specs.
 
     Args:
         specs: the session's inputs.
@@ -65,16 +58,16 @@ def check_feeds(
     for name, spec in specs.items():
         array = feeds[name]
         _check_kind(spec, array)
-        for axis, (expected, found) in enumerate(zip(spec.shape, array.shape, strict=True)):
+        for axis, (expected, size) in enumerate(zip(spec.shape, array.shape, strict=True)):
             if isinstance(expected, int):
-                if found != expected:
+                if size != expected:
                     raise FeedError(_wrong_size(spec, array, axis, str(expected)))
             elif "+" in expected:
                 sums.append((spec, axis, expected))
-            elif sizes.setdefault(expected, found) != found:
+            elif sizes.setdefault(expected, size) != size:
                 wanted = f"{expected}={sizes[expected]} as in the inputs before it"
                 raise FeedError(_wrong_size(spec, array, axis, wanted))
-            elif found == 0 and expected not in MAY_BE_EMPTY:
+            elif size == 0 and expected not in MAY_BE_EMPTY:
                 raise FeedError(_wrong_size(spec, array, axis, "at least 1"))
     for spec, axis, expression in sums:
         _check_sum(spec, feeds[spec.name], axis, expression, sizes)
@@ -87,7 +80,7 @@ def check_feeds(
 
 
 def check_outputs(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> list[str]:
-    """The wanted outputs, refused when one does not exist.
+    """Return the wanted outputs; refuse one that does not exist.
 
     Raises:
         UsageError: an unknown name, or none.
@@ -102,8 +95,21 @@ def check_outputs(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> list
     return list(names)
 
 
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return a dtype by name; those that NumPy lacks, such as bfloat16, are of ml_dtypes."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        pass
+    try:
+        dtype: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+    except ModuleNotFoundError as error:
+        raise MissingDependency.of("ml-dtypes", "export") from error
+    return dtype
+
+
 def _check_places(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> None:
-    """New positions lie within a cache that is written in place; nothing else would say so."""
+    """Refuse new positions outside of a cache that is written in place; nothing else would."""
     first, tokens = feeds[WRITE_INDICES], feeds[POSITIONS]
     if not isinstance(first, np.ndarray):
         return
@@ -119,9 +125,9 @@ def _wrong_names(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) ->
     missing = [name for name in specs if name not in feeds]
     unknown = [str(name) for name in feeds if name not in specs]
     hints = "".join(did_you_mean(name, missing) for name in unknown)
-    found = [f"missing {', '.join(missing)}"] if missing else []
-    found += [f"unknown {', '.join(unknown)}"] if unknown else []
-    return f"expected the inputs {', '.join(specs)}; {'; '.join(found)}{hints}"
+    wrong = [f"missing {', '.join(missing)}"] if missing else []
+    wrong += [f"unknown {', '.join(unknown)}"] if unknown else []
+    return f"expected the inputs {', '.join(specs)}; {'; '.join(wrong)}{hints}"
 
 
 def _check_kind(spec: TensorSpec, array: object) -> None:
@@ -173,7 +179,7 @@ def _check_finite(name: str, array: Array | DeviceArray) -> None:
 
 
 def _contiguous(array: Array | DeviceArray) -> Array | DeviceArray:
-    """The array as a plain block of memory: itself where it is one."""
+    """Return the array as a plain block of memory: itself where it is one."""
     if isinstance(array, DeviceArray):
         return array
     flags = array.flags

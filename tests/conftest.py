@@ -11,23 +11,23 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from PIL import Image
+from support.golden import SETS, WHOLE, unpack
 from torch import nn
 
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.steps import graphs
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
-
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="session", params=SETS)
+def golden(request: pytest.FixtureRequest, unpacked: Path) -> Path:
     """The reference outputs of the original implementation."""
-    path = SHARED / "golden"
-    if not path.is_dir():
-        pytest.skip("the golden data (../shared/golden) is not here")
-    return path
+    return unpacked if request.param == "small" else WHOLE
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from typing import Any
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact.open import EngineRecord, TensorSpec
-from internvl_edge.artifact.sidecar import EngineInfo, Profile, Range
+from internvl_edge.artifact.sidecar import EngineInfo, Range, ShapeRanges
 from internvl_edge.errors import (
     ArtifactError,
     BuildError,
@@ -38,20 +38,25 @@ from internvl_edge.errors import (
     InternVLError,
     ResourceError,
 )
-from internvl_edge.export.engine.monitor import Monitor, StreamedFile
+from internvl_edge.export.engine.monitor import Monitor
 from internvl_edge.export.engine.targets import (
     Target,
     choose_capabilities,
     find_target,
-    load_builder,
     minimum_sm,
 )
-from internvl_edge.files.disk import os_errors
+from internvl_edge.files.disk import StreamedFile, os_errors
 from internvl_edge.files.signals import interrupts_held
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
-from internvl_edge.runtime.trt.vendor import DTYPES, NativeLog, callback, decisive_lines
+from internvl_edge.runtime.trt.vendor import (
+    DTYPES,
+    NativeLog,
+    callback,
+    decisive_lines,
+    import_tensorrt,
+)
 
-__all__ = ["Profile", "build_engine"]
+__all__ = ["ShapeRanges", "build_engine"]
 
 Prepare = Callable[[Path], AbstractContextManager[Path]]
 ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
@@ -66,7 +71,7 @@ def build_engine(
     *,
     component: str,
     target: str = "tensorrt-rtx",
-    profile: Profile,
+    profile: ShapeRanges,
     precision: str,
     inputs: Sequence[TensorSpec],
     onnx_sha256: str,
@@ -110,7 +115,7 @@ def build_engine(
     ranges = [  # errors before work
         {spec.name: _ranges(spec, one) for spec in inputs} for one in _profiles(inputs, profile)
     ]
-    trt = load_builder(chosen) if trt is None else trt
+    trt = import_tensorrt(chosen.name) if trt is None else trt
     capabilities = choose_capabilities(trt, chosen, precision, compute_capabilities)
     key = _key(target, trt.__version__, __version__, onnx_sha256, precision, ranges, capabilities)
     stem = f"{component}.{target}-{key}"
@@ -168,13 +173,13 @@ def _write_sidecar(path: Path, info: EngineInfo) -> None:
         sidecar.publish()
 
 
-def _profiles(inputs: Sequence[TensorSpec], profile: Profile) -> list[Profile]:
+def _profiles(inputs: Sequence[TensorSpec], profile: ShapeRanges) -> list[ShapeRanges]:
     """The profiles of an engine: one with a cache has another, tuned for one token at a time."""
     has_cache = any("past" in spec.shape or spec.name == WRITE_INDICES for spec in inputs)
     return [profile, replace(profile, length=(1, 1, 1))] if has_cache else [profile]
 
 
-def _ranges(spec: TensorSpec, profile: Profile) -> list[Range]:
+def _ranges(spec: TensorSpec, profile: ShapeRanges) -> list[Range]:
     """Of each dimension of an input, the smallest, typical and largest size."""
     return [(n, n, n) if isinstance(n, int) else profile.range_of(n) for n in spec.shape]
 

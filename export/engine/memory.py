@@ -3,8 +3,8 @@
 TensorRT-RTX reads weights from the mapped file and keeps the engine's bytes in memory until the
 last of them is written. Of linear layers that read one tensor (q, k and v, gate and up) it makes
 one product, whose weight is one more copy; gate and up are joined on disk before
-(``export.merge``), where they are not in 4 bits. Measured with TensorRT-RTX 1.7 at the widths of
-InternViT-6B and QLLaMA; see ``docs/LOG.md``.
+(``graph.join_pairs``), where they are not in 4 bits. Measured with TensorRT-RTX 1.7 at the widths
+of InternViT-6B and QLLaMA; see ``docs/LOG.md``.
 """
 
 from __future__ import annotations

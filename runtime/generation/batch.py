@@ -1,13 +1,15 @@
-"""What every way of continuing a prompt shares: the options, the prompt, and its rows under way.
+"""The parts that every way of continuing a prompt shares: options, the prompt, its rows under way.
 
-A prompt of T tokens is read at once, behind the P positions that the cache holds already (the
-image's queries); from then on every call gives the decoder one token per row. Prompts are padded
-on the left. The mask over everything so far is 1 where there is no padding, and a token's position
-counts what is not padding before it: cumsum(mask) − 1, and 1 on padding (internvl-spec 2.4).
+A prompt of T tokens is read at once, after the P positions that the cache holds already (the
+image's queries); from then on every call gives the decoder one token per row. Prompts are rows of
+ids until they are padded, on the left and here alone. The mask over everything so far is 1 where
+there is no padding, and a token's position counts what is not padding before it:
+cumsum(mask) − 1, and 1 on padding (docs/model.md, section 2.5).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +23,7 @@ class Decoding(Protocol):
     """A decoder and its cache, wherever that lies."""
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        """Read tokens; the logits behind the last one, float32 [B,V]. The cache grows by them.
+        """Read tokens; return the logits after the last one, float32 [B,V]. The cache grows.
 
         Args:
             ids: int64 [B,T].
@@ -92,12 +94,22 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """Left-padded ids, and how many positions stand before them in the cache."""
+    """Rows of ids, and how many positions stand before them in the cache."""
 
-    ids: Array  # int64 [B,T]
-    mask: Array  # int64 [B,T], 0 is padding
+    rows: Sequence[Sequence[int]]  # B, at least one id each
     past: int = 0  # P
     first: int = 0  # which row of a request its first one is, for what is drawn
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Pad rows of ids on the left, int64 [B,T]; also the mask, 0 where they are padded."""
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return ids, mask
 
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
@@ -121,20 +133,21 @@ class Batch:
     """Rows that are continued together: their mask and positions."""
 
     def __init__(self, decoding: Decoding, prompt: Prompt, room: int) -> None:
-        rows, length = prompt.ids.shape
-        self.decoding, self.prompt = decoding, prompt
-        self.mask = np.ones((rows, prompt.past + length + room), np.int64)
-        self.mask[:, prompt.past : prompt.past + length] = prompt.mask
+        self.decoding, self._past = decoding, prompt.past
+        self._ids, mask = left_padded(prompt.rows)
+        rows, length = mask.shape
         self.used = prompt.past + length
+        self.mask = np.ones((rows, self.used + room), np.int64)
+        self.mask[:, prompt.past : self.used] = mask
         self.next = self.mask[:, : self.used].sum(axis=1, keepdims=True)  # (B, 1): position
 
     def read_prompt(self) -> Array:
         mask = np.ascontiguousarray(self.mask[:, : self.used])
-        positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, self.prompt.past :]
-        return self._run(self.prompt.ids, mask, np.ascontiguousarray(positions))
+        positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, self._past :]
+        return self._run(self._ids, mask, np.ascontiguousarray(positions))
 
     def read(self, tokens: Array) -> Array:
-        """One more token of every row (B,) → logits (B, V)."""
+        """Read one more token of every row (B,); return the logits (B, V)."""
         self.used += 1
         mask = np.ascontiguousarray(self.mask[:, : self.used])
         positions, self.next = self.next, self.next + 1
@@ -149,16 +162,16 @@ class Batch:
         best = logits.max(axis=1)  # NaN where a row has any, infinite where nothing has a chance
         if not np.isfinite(best).all():
             rows = np.flatnonzero(~np.isfinite(best)).tolist()
-            found = "NaN" if np.isnan(best).any() else "infinite logits"
+            wrong = "NaN" if np.isnan(best).any() else "infinite logits"
             raise InternVLError(
-                f"the decoder gave {found} behind {self.used} positions, row {rows}: expected "
+                f"the decoder gave {wrong} after {self.used} positions, row {rows}: expected "
                 "finite logits; run internvl-edge verify, or export at another precision"
             )
         return logits
 
 
 def without(logits: Array, ids: Array) -> Array:
-    """Logits (B, V) in which these ids have no chance; what V does not have, has none anyway."""
+    """Return logits (B, V) in which these ids have no chance; ids beyond V have none anyway."""
     logits = logits.copy()
     logits[:, ids[ids < logits.shape[1]]] = -np.inf
     return logits

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
+from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.generation.batch import Decoding
 from internvl_edge.runtime.generation.fixed_cache import (
     MASK,
@@ -17,26 +18,14 @@ from internvl_edge.runtime.generation.fixed_cache import (
     placed,
     positions_of,
 )
-from internvl_edge.runtime.session import Session
-from internvl_edge.runtime.trt.vendor import numpy_dtype
+from internvl_edge.runtime.session import DecoderSession, Session
 from internvl_edge.types import Array
 
 Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
 
 
-class Device(Protocol):
-    """A session that leaves what it computed where it did so; ``OrtSession``, ``TrtSession``."""
-
-    def run(self, feeds: Mapping[str, Array], *, check: bool) -> dict[str, Array]: ...
-    def run_device(self, feeds: Mapping[str, Any], *, check: bool) -> dict[str, Any]: ...
-    def step(
-        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
-    ) -> tuple[Array, list[Any]]: ...
-    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]: ...
-
-
 def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = None) -> Decoding:
-    """A decoder's session on a cache.
+    """Begin decoding on a cache, which stays on the device where the session can leave it there.
 
     Args:
         session: of a ``decoder`` or a ``chat_decoder``.
@@ -44,13 +33,13 @@ def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = No
         embed: of a decoder that takes embeddings.
     """
     past = {name.replace(PRESENT, PAST, 1): values for name, values in cache.items()}
-    if hasattr(session, "run_device") and hasattr(session, "step"):
-        return DeviceDecoding(cast(Device, session), past, embed)
+    if isinstance(session, DecoderSession):
+        return DeviceDecoding(session, past, embed)
     return HostDecoding(session, past, embed)
 
 
 def empty_cache(session: Session, rows: int) -> dict[str, Array]:
-    """A cache without positions, as a decoder's session takes it, by names of what it gives."""
+    """Make a cache without positions, as a decoder's session takes it, by names of its outputs."""
     return {
         name.replace(PAST, PRESENT, 1): np.zeros(
             (rows, int(spec.shape[1]), 0, int(spec.shape[3])),
@@ -62,18 +51,18 @@ def empty_cache(session: Session, rows: int) -> dict[str, Array]:
 
 
 class _Layout:
-    """What a session's cache looks like, and what is fed beside it.
+    """The shape of a session's cache, and the feeds that go with it.
 
     Args:
         session: of a decoder.
         embed: of one that takes embeddings.
     """
 
-    def __init__(self, session: Any, embed: Embed | None) -> None:
+    def __init__(self, session: Session, embed: Embed | None) -> None:
         self._capacity, self._embed = capacity_of(session.inputs), embed
 
     def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
-        """A cache with room for all that comes, where it does not grow."""
+        """Return a cache with room for all that comes, if it does not grow."""
         if self._capacity is None:
             return dict(cache)
         return {name: placed(values, self._capacity) for name, values in cache.items()}
@@ -97,9 +86,9 @@ class HostDecoding:
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
         feeds = self._layout.feeds(ids, mask, positions)
-        found = self._session.run({**feeds, **self._past}, check=False)
-        logits: Array = found.pop("logits")[:, -1]
-        self._past = {name.replace(PRESENT, PAST, 1): found[name] for name in found}
+        outputs = self._session.run({**feeds, **self._past}, check=False)
+        logits: Array = outputs.pop("logits")[:, -1]
+        self._past = {name.replace(PRESENT, PAST, 1): outputs[name] for name in outputs}
         return logits
 
     def select(self, rows: Array) -> None:
@@ -114,14 +103,13 @@ class DeviceDecoding:
     """
 
     def __init__(
-        self, session: Device, past: Mapping[str, Array], embed: Embed | None = None
+        self, session: DecoderSession, past: Mapping[str, Array], embed: Embed | None = None
     ) -> None:
         self._session, self._layout = session, _Layout(session, embed)
         self._names, self._cache = list(past), list[Any](self._layout.past(past).values())
         self._is_there = False  # on the device
         self._num_rows = 0  # of what is there
-        limit: int | None = getattr(session, "max_batch", None)
-        self._max_rows = math.inf if limit is None else limit
+        self._max_rows = session.largest.get("batch", math.inf)
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
         feeds = self._layout.feeds(ids, mask, positions)
@@ -132,13 +120,13 @@ class DeviceDecoding:
             feeds |= dict(zip(self._names, self._cache, strict=True))
             fits = len(ids) <= self._max_rows
             if fits:
-                found = self._session.run_device(feeds, check=False)
-                logits = found["logits"].numpy()
+                outputs = self._session.run_device(feeds, check=False)
+                logits = outputs["logits"].numpy()
             else:
-                found = self._session.run(feeds, check=False)
-                logits = found["logits"]
-            self._names = [name.replace(PRESENT, PAST, 1) for name in found if name != "logits"]
-            self._cache = [value for name, value in found.items() if name != "logits"]
+                outputs = self._session.run(feeds, check=False)
+                logits = outputs["logits"]
+            self._names = [name.replace(PRESENT, PAST, 1) for name in outputs if name != "logits"]
+            self._cache = [value for name, value in outputs.items() if name != "logits"]
             self._is_there = fits
         last: Array = logits[:, -1]
         return last

@@ -19,7 +19,7 @@ from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.handles import Buffer, Event, Stream
 
-__all__ = ["ALIGNMENT", "Block", "copy_rows", "find_overlap", "new_arrays"]
+__all__ = ["ALIGNMENT", "OutputBlock", "copy_rows", "find_overlap", "new_arrays"]
 
 ALIGNMENT = 256  # of every address an engine is given
 ROOM = 4  # a block for a growing cache is larger by 1/4
@@ -29,7 +29,7 @@ Dtypes = Mapping[str, np.dtype[Any]]
 Span = tuple[int, int, str]  # from an address up to another, and what is there
 
 
-class Block(Buffer):
+class OutputBlock(Buffer):
     """Memory of several arrays, freed with the last of them.
 
     Args:
@@ -39,13 +39,13 @@ class Block(Buffer):
 
     def __init__(self, device: Device, nbytes: int) -> None:
         super().__init__(device, nbytes)
-        self.spare: Block | None = None  # what was read for what is here, to be written next
+        self.spare: OutputBlock | None = None  # what was read for what is here, to be written next
 
 
 def new_arrays(
     device: Device, shapes: Shapes, dtypes: Dtypes, used_up: Sequence[DeviceArray]
 ) -> tuple[dict[str, DeviceArray], Event]:
-    """Uninitialised arrays in one block.
+    """Allocate uninitialised arrays in one block.
 
     Args:
         device: the GPU.
@@ -76,34 +76,34 @@ def new_arrays(
     return arrays, ready
 
 
-def _next_block(device: Device, nbytes: int, used_up: Sequence[DeviceArray]) -> Block:
+def _next_block(device: Device, nbytes: int, used_up: Sequence[DeviceArray]) -> OutputBlock:
     read = used_up[0].owner if used_up else None
-    if not isinstance(read, Block):
-        return Block(device, nbytes)
+    if not isinstance(read, OutputBlock):
+        return OutputBlock(device, nbytes)
     block, read.spare = read.spare, None
     if block is None or block.nbytes < nbytes:
         block = None  # freed before the new one is allocated
-        block = Block(device, nbytes + nbytes // ROOM)
+        block = OutputBlock(device, nbytes + nbytes // ROOM)
     block.spare = read
     return block
 
 
 def aligned(nbytes: int) -> int:
-    """The next multiple of ``ALIGNMENT``."""
+    """Round up to a multiple of ``ALIGNMENT``."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def copy_rows(
     stream: Stream, source: DeviceArray, target: DeviceArray, rows: Sequence[int]
 ) -> None:
-    """Put these rows of an array one behind the other into another, in a stream."""
+    """Copy these rows of an array into another, one after the other, in a stream."""
     nbytes = source.nbytes // source.shape[0]
     for place, row in enumerate(rows):
         stream.copy(target.pointer + place * nbytes, source.pointer + row * nbytes, nbytes)
 
 
 def find_overlap(written: Sequence[Span], read: Sequence[Span]) -> tuple[str, str] | None:
-    """What is written, and something else in the same memory; None where all is apart."""
+    """Find something written and something else in the same memory; None if all is apart."""
     spans = sorted(written)
     for (_, end, first), (start, _, second) in pairwise(spans):
         if start < end:

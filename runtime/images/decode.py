@@ -1,10 +1,10 @@
 """One image, from whatever it is handed over as to upright RGB pixels.
 
 What arrives here comes from strangers. Only JPEG, PNG and WebP are decoded, chosen by their first
-bytes, and by Pillow's own classes for them: `Image.open` tries more formats, and its guard against
-decompression bombs is a warning where ours is an error. Sizes are checked before anything is
-decompressed. No decoder ever warns: silencing warnings is not safe in threads, so what could make
-Pillow warn does not reach it.
+bytes, and by Pillow's own classes for them: `Image.open`, also where it is given these formats, has
+a guard against decompression bombs that warns of some sizes where ours is an error. Sizes are
+checked before anything is decompressed. No decoder ever warns: silencing warnings is not safe in
+threads, so what could make Pillow warn does not reach it.
 
 Two deviations from the original, which opens files with Pillow's defaults: the EXIF orientation is
 applied (a phone's photograph is otherwise seen lying on its side), and 16-bit greyscale is refused
@@ -86,7 +86,7 @@ def load_image(source: ImageSource, label: str | None = None) -> Image.Image:
 
 
 def image_label(source: object, index: int = 0, count: int = 1) -> str:
-    """How messages name an image: what it is, and which of several."""
+    """Name an image for messages: what it is, and which of several."""
     if isinstance(source, str | os.PathLike):
         what = str(os.fspath(source))
     elif isinstance(source, bytes | bytearray | memoryview):
@@ -101,7 +101,7 @@ def image_label(source: object, index: int = 0, count: int = 1) -> str:
 
 
 def _read(path: str | os.PathLike[str], label: str) -> bytes:
-    """The bytes of a regular file; a FIFO or a device is refused without waiting for it."""
+    """Read a regular file; a FIFO or a device is refused without waiting for it."""
     try:
         handle = os.open(path, READ_FLAGS)
         try:
@@ -112,7 +112,7 @@ def _read(path: str | os.PathLike[str], label: str) -> bytes:
         finally:
             os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        reason = getattr(error, "strerror", None) or error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise MediaError(f"{label}: the image cannot be read: {reason}") from error
 
 
@@ -126,8 +126,8 @@ def _open(data: bytes, label: str) -> Image.Image:
         return _decoding(PngImageFile, io.BytesIO(_png_picture(data, label)), label)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _decoding(WebPImageFile, io.BytesIO(data), label)
-    found = f"a file that starts with {data[:12]!r}" if data else "an empty file"
-    raise MediaError(f"{label}: expected a JPEG, PNG or WebP image, found {found}")
+    told = f"a file that starts with {data[:12]!r}" if data else "an empty file"
+    raise MediaError(f"{label}: expected a JPEG, PNG or WebP image, found {told}")
 
 
 def _decoding(step: Any, source: Any, label: str) -> Image.Image:
@@ -147,7 +147,7 @@ class _Jpeg(JpegImageFile):
 
 
 def _png_picture(data: bytes, label: str) -> bytearray:
-    """The chunks that make the picture, and its orientation.
+    """Keep the chunks that make the picture, and its orientation.
 
     The others are text and profiles to unpack, and animation, of which Pillow warns when broken.
     """
@@ -174,7 +174,10 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(exif: object) -> int:
-    """The orientation, 1 to 8, in an EXIF block; 1 where there is none or the block is broken."""
+    """Read the orientation, 1 to 8, of an EXIF block; 1 where there is none or it is broken.
+
+    `ImageOps.exif_transpose` would do, but that Pillow's parser warns of broken blocks or raises.
+    """
     tiff = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:

@@ -6,7 +6,6 @@ Options can be written down where ONNX Runtime is not installed.
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,14 +14,14 @@ from functools import cache
 from typing import Any
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.session import cuda_device_count
+from internvl_edge.files.cores import usable_cores
+from internvl_edge.runtime.gpu.probe import gpu_count
 
 __all__ = [
     "CPU",
     "CUDA",
     "GPU_PROVIDERS",
     "OrtOptions",
-    "available_cores",
     "captures",
     "choose_providers",
     "load_gpu_libraries",
@@ -66,13 +65,13 @@ class OrtOptions:
 
 
 def native_options(options: OrtOptions) -> Any:
-    """ONNX Runtime's own object."""
+    """Make ONNX Runtime's own object."""
     import onnxruntime
 
     native = onnxruntime.SessionOptions()
     native.log_severity_level = FATAL_ONLY
     threads = options.num_threads
-    native.intra_op_num_threads = available_cores() if threads is None else threads
+    native.intra_op_num_threads = usable_cores() if threads is None else threads
     native.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     native.enable_cpu_mem_arena = options.arena
     native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
@@ -82,21 +81,14 @@ def native_options(options: OrtOptions) -> Any:
     return native
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def place_of(providers: Sequence[Provider]) -> tuple[str, int]:
-    """Device type and index where the preferred provider leaves its outputs."""
+    """Return the device type and index where the preferred provider leaves its outputs."""
     first = providers[0]
     return ("cpu", 0) if isinstance(first, str) else ("cuda", int(first[1]["device_id"]))
 
 
 def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Provider]:
-    """ONNX Runtime's providers for a device, in the order of preference."""
+    """Choose ONNX Runtime's providers for a device, in the order of preference."""
     import onnxruntime
 
     gpu_provider = options.gpu_provider
@@ -108,16 +100,16 @@ def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Pr
     available, preferred = onnxruntime.get_available_providers(), GPU_PROVIDERS[gpu_provider]
     wanted = [name for name in dict.fromkeys((preferred, CUDA)) if name in available]
     has_provider = preferred in available
-    if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
+    if device == "cpu" or (device == "auto" and not (has_provider and gpu_count())):
         return [CPU]
-    if cuda_device_count() == 0:
+    if gpu_count() == 0:
         raise HardwareError(f"device {device!r}: found no CUDA device; use device 'cpu'")
     if not has_provider:
         raise MissingDependency.of("onnxruntime-gpu", "ort-gpu")
     index = int(match[1] or 0)
-    if index >= cuda_device_count():
+    if index >= gpu_count():
         raise HardwareError(
-            f"device {device!r}: found {cuda_device_count()} CUDA devices; use device 'cpu'"
+            f"device {device!r}: found {gpu_count()} CUDA devices; use device 'cpu'"
         )
     computing = {
         CUDA: {
@@ -136,7 +128,7 @@ def load_gpu_libraries() -> str:
     each session on a GPU, and what is printed meanwhile is taken for its own.
 
     Returns:
-        What was not found, in ONNX Runtime's words; it may be found later, or not needed.
+        The libraries not found, in ONNX Runtime's words; they may be found later, or not needed.
     """
     import onnxruntime
 
@@ -148,7 +140,7 @@ def load_gpu_libraries() -> str:
 
 
 def captures(providers: Sequence[Provider]) -> bool:
-    """Whether calls are captured as CUDA graphs there."""
+    """Tell whether calls are captured as CUDA graphs there."""
     first = providers[0]
     return not isinstance(first, str) and first[1].get("enable_cuda_graph") == "1"
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the ``Session`` protocol: on the CPU, or with its CUDA provider.
+"""ONNX Runtime as a ``Session``: on the CPU, or with its CUDA provider.
 
 The CPU provider computes float32, float16 and every Q/DQ graph (INT8 and FP8). It has no
 bfloat16 arithmetic: MatMul, Conv, Add, Softmax, RMSNormalization and all other operators that
@@ -117,13 +117,14 @@ class OrtSession:
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
         self._names = list(self._outputs)
+        self.largest: Mapping[str, int] = {}  # nothing bounds a graph
         self._place = place_of(self._providers)
         self._is_numpy = _is_numpy(session)
         has_graphs = captures(self._providers)
         self._replays = Replays(session, self._place) if has_graphs else None
 
     def _native(self, graph: bytes | None, device: str, options: OrtOptions) -> Any:
-        """ONNX Runtime's session; _Again where it takes other options."""
+        """Open ONNX Runtime's session; raise _Again where it takes other options."""
         self._providers = choose_providers(device, options)
         missing = load_gpu_libraries() if self._providers != [CPU] else ""
         native = native_options(options)
@@ -178,8 +179,8 @@ class OrtSession:
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         arrays = check_feeds(self._inputs, feeds, check)
         if not self._is_numpy:
-            found = self.run_device(arrays, check=False, outputs=names)
-            return {name: array_of(value, self._place) for name, value in found.items()}
+            values = self.run_device(arrays, check=False, outputs=names)
+            return {name: array_of(value, self._place) for name, value in values.items()}
         try:
             if replays is not None:
                 return replays.run(names, arrays)
@@ -238,7 +239,7 @@ class OrtSession:
 
         Args:
             feeds: what is not in the cache.
-            names: of the cache's inputs; its outputs come in the same order, behind the logits.
+            names: of the cache's inputs; its outputs come in the same order, after the logits.
             cache: their ``OrtValue``s.
 
         Returns:
@@ -265,7 +266,7 @@ class OrtSession:
         return logits.numpy(), presents
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
-        """These rows of a cache, in this order; they pass through the host."""
+        """Copy these rows of a cache, in this order; they pass through the host."""
         taken = [array_of(value, self._place)[rows] for value in cache]
         return [value_of(array, self._place) for array in taken]
 
@@ -377,21 +378,21 @@ def open_component(
 
 
 def unsigned_graph(component: str) -> str:
-    """The file of a component's graph for CPUs whose INT8 products saturate.
+    """Name the file of a component's graph for CPUs whose INT8 products saturate.
 
-    It computes the same from the same weights (``quantize.unsigned``).
+    It computes the same from the same weights (``quantize.graph.unsigned``).
     """
     return f"{component}.u8.onnx"
 
 
 def _is_numpy(session: Any) -> bool:
-    """Whether NumPy has a type for all that it takes and gives."""
+    """Tell whether NumPy has a type for all that it takes and gives."""
     values = (*session.get_inputs(), *session.get_outputs())
     return all(spec_of(value).dtype != BFLOAT16 for value in values)
 
 
 def _message(error: Exception) -> str:
-    """ONNX Runtime's own words, on one line and without its prefix."""
+    """Return ONNX Runtime's own words, on one line and without its prefix."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
     return " ".join(text.split()) or type(error).__name__
 

@@ -5,7 +5,7 @@ its size and sha256 are compared with the manifest's on that very descriptor bef
 from it, in pieces and without a second copy in memory. Host code in a plan stays forbidden
 (``engine_host_code_allowed``), and nothing here loads plugins.
 
-TensorRT-RTX compiles kernels when an engine first runs. What it compiled is kept beside the plan
+TensorRT-RTX compiles kernels when an engine first runs. What it compiled is kept next to the plan
 
     <plan>.SM89.cache      sha256 of the rest, 32 bytes; the rest, TensorRT-RTX's own bytes
 
@@ -37,7 +37,7 @@ from internvl_edge.files.disk import open_regular, write_atomically
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.trt.vendor import NativeLog, callback
 
-__all__ = ["Plan", "find_plan", "require_engine"]
+__all__ = ["Engine", "find_engine", "require_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,24 +59,24 @@ def require_engine(artifact: Artifact, component: str, backend: str) -> None:
         )
 
 
-def find_plan(artifact: Artifact, component: str, backend: str, trt: Any, sm: int) -> str:
-    """The newest engine of a component that this installation and this GPU can run.
+def find_engine(artifact: Artifact, component: str, backend: str, trt: Any, sm: int) -> str:
+    """Find the newest engine of a component that this installation and this GPU can run.
 
     Raises:
         HardwareError: none of them fits.
     """
     refusals = []
-    for engine in reversed(artifact.engines(component, backend)):
+    for record in reversed(artifact.engines(component, backend)):
         try:
-            check_engine(read_engine_info(artifact.file(engine.sidecar)), trt, sm=sm)
+            check_engine(read_engine_info(artifact.file(record.sidecar)), trt, sm=sm)
         except HardwareError as error:
             refusals.append(error)
         else:
-            return engine.file
+            return record.file
     raise refusals[0]
 
 
-class Plan:
+class Engine:
     """A deserialized engine; it makes execution contexts.
 
     Args:
@@ -105,17 +105,17 @@ class Plan:
             raise HardwareError(f"{trt.__name__} cannot start: {self._reason(error)}") from error
         with _open(path, record) as file:
             reader = _reader(trt, file, record.nbytes)
-            self.engine = self._runtime.deserialize_cuda_engine(reader)
-        if self.engine is None:
+            self.native = self._runtime.deserialize_cuda_engine(reader)
+        if self.native is None:
             raise self.failure("loading the engine", ArtifactError)
         # TensorRT-RTX captures graphs itself; for TensorRT, each slot does.
         self.is_rtx = hasattr(trt, "CudaGraphStrategy")
-        self._cache = _RuntimeCache(self.engine, path, device.sm) if self.is_rtx else None
+        self._cache = _RuntimeCache(self.native, path, device.sm) if self.is_rtx else None
         self._graphs = graphs
         self._lock = Lock()
 
     def create_context(self, *, recurs: bool = True) -> Any:
-        """An execution context, whose memory the caller provides.
+        """Make an execution context, whose memory the caller provides.
 
         Args:
             recurs: its shapes come again, so that it pays to prepare for them.
@@ -126,18 +126,18 @@ class Plan:
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._lock:
             how = self._rtx_config(strategy, recurs) if self.is_rtx else strategy
-            context = self.engine.create_execution_context(how)
+            context = self.native.create_execution_context(how)
             if context is None:
                 raise self.failure("creating an execution context")
             return context
 
     def _rtx_config(self, strategy: Any, recurs: bool) -> Any:
-        """What TensorRT-RTX decides as it runs: CUDA graphs of its own, and its kernels' cache.
+        """Configure what TensorRT-RTX decides as it runs: CUDA graphs, and its kernels' cache.
 
         Kernels for the very shapes of a call are compiled in the background, while general ones
         serve: nobody waits for a compiler. For shapes that do not come again neither pays.
         """
-        config = self.engine.create_runtime_config()
+        config = self.native.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         graphs, captures = self.trt.CudaGraphStrategy, self._graphs and recurs
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if captures else graphs.DISABLED
@@ -150,7 +150,7 @@ class Plan:
         return config
 
     def failure(self, what: str, kind: type[InternVLError] = InternVLError) -> InternVLError:
-        """The error for a call that failed, from what TensorRT logged."""
+        """Make the error for a call that failed, from what TensorRT logged."""
         told = self._reason(None)
         self.log.errors.clear()
         if OUT_OF_MEMORY.search(told):
@@ -166,7 +166,7 @@ class Plan:
         """Free the engine, once no context is left; keep what TensorRT-RTX compiled."""
         self.keep_kernels()
         self._cache = None
-        self.engine = self._runtime = None
+        self.native = self._runtime = None
 
     def _reason(self, error: Exception | None) -> str:
         name = self.trt.__name__
@@ -174,24 +174,25 @@ class Plan:
 
 
 def _open(path: Path, record: FileRecord) -> io.BufferedReader:
-    """The plan, found to be what the manifest says."""
+    """Open the plan, once it is found to be what the manifest says."""
     try:
         file = open_regular(path)
     except OSError as error:
         raise ArtifactError(f"{path}: expected an engine: {error.strerror}") from error
-    nbytes, found = os.fstat(file.fileno()).st_size, sha256(file)
-    if (nbytes, found) != (record.nbytes, record.sha256):
+    nbytes, digest = os.fstat(file.fileno()).st_size, sha256(file)
+    if (nbytes, digest) != (record.nbytes, record.sha256):
         file.close()
         raise ArtifactError(
             f"{path}: the manifest says {record.nbytes} bytes of sha256 {record.sha256}, found "
-            f"{nbytes} of {found}; an engine is native code and this one is not loaded: build again"
+            f"{nbytes} of {digest}; an engine is native code and this one is not loaded: "
+            "build again"
         )
     file.seek(0)
     return file
 
 
 def _reader(trt: Any, file: io.BufferedReader, nbytes: int) -> Any:
-    """TensorRT's view of the file; errors end the stream, and it then refuses the engine."""
+    """Make TensorRT's view of the file; errors end the stream, and it then refuses the engine."""
 
     def read(count: int, stream: int) -> bytes:
         try:
@@ -241,7 +242,7 @@ class _RuntimeCache:
 
 
 def _read_own(path: Path) -> bytes | None:
-    """A cache that this user wrote, nobody else could, and that is whole; else None."""
+    """Read a cache that this user wrote, nobody else could, and that is whole; else None."""
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX behind the ``Session`` protocol: one engine, several places to run it.
+"""TensorRT and TensorRT-RTX as a ``Session``: one engine, several places to run it.
 
 The two share one interface under two module names; the module is passed in. A session holds one
 engine and a pool of slots (``slot``), each with a stream and memory for the largest call its
@@ -16,7 +16,6 @@ waits.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
@@ -25,7 +24,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from threading import Condition, get_ident
 from typing import Any, Self
@@ -34,42 +32,27 @@ import numpy as np
 
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime.feeds import check_feeds, check_outputs, numpy_dtype
 from internvl_edge.runtime.gpu.device import GB, Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.handles import Buffer, Stream
-from internvl_edge.runtime.session import check_feeds, check_outputs
-from internvl_edge.runtime.trt.engine import Plan, find_plan, require_engine
+from internvl_edge.runtime.trt.engine import Engine, find_engine, require_engine
+from internvl_edge.runtime.trt.options import TrtOptions
 from internvl_edge.runtime.trt.profiles import EngineSpec, read_engine_spec
 from internvl_edge.runtime.trt.slot import Slot
-from internvl_edge.runtime.trt.vendor import import_vendor, numpy_dtype
+from internvl_edge.runtime.trt.vendor import import_tensorrt
 from internvl_edge.types import Array
 
-__all__ = ["TrtOptions", "TrtSession", "open_component"]
+__all__ = ["TrtSession", "open_component"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrtOptions:
-    """How a session runs its engine."""
-
-    slots: int = 1  # calls that run at once, each with memory for the largest call
-    graphs: bool = True  # replay calls of shapes seen before as CUDA graphs
-    batch_buckets: tuple[int, ...] = ()  # fill batches up to these sizes: few shapes, few graphs
-
-    def __post_init__(self) -> None:
-        if self.slots < 1 or min(self.batch_buckets, default=1) < 1:
-            raise UsageError(
-                f"expected at least 1 slot and batch buckets from 1 on, found {self.slots} slots "
-                f"and buckets {self.batch_buckets}"
-            )
 
 
 class TrtSession:
     """An engine on a GPU; ``Session`` says what it does. Close it to free the memory.
 
     Args:
-        plan: the engine.
+        engine: what runs.
         spec: its tensors and profiles.
         device: the GPU.
         options: how to run it.
@@ -79,23 +62,23 @@ class TrtSession:
     """
 
     def __init__(
-        self, plan: Plan, spec: EngineSpec, device: Device, options: TrtOptions = TrtOptions()
+        self, engine: Engine, spec: EngineSpec, device: Device, options: TrtOptions = TrtOptions()
     ) -> None:
-        self._plan, self._spec, self.device = plan, spec, device
+        self._engine, self._spec, self.device = engine, spec, device
         self._changed = Condition()
         self._free: list[Slot] = []
         self._holders: list[int] = []  # threads, once for every slot they lease
         self._num_slots = self._num_open = options.slots
         self._closed = False
         self._executor: ThreadPoolExecutor | None = None
-        contexts = [plan.create_context() for _ in range(options.slots)]
+        contexts = [engine.create_context() for _ in range(options.slots)]
         with Stream(device) as stream:
-            capacities = spec.capacities(contexts[0], stream, plan)
+            capacities = spec.capacities(contexts[0], stream, engine)
             stream.synchronize()
-        scratch, tensors = int(plan.engine.device_memory_size_v2), sum(capacities.values())
+        scratch, tensors = int(engine.native.device_memory_size_v2), sum(capacities.values())
         device.require(
             options.slots * (scratch + tensors),
-            f"{plan.path.name}: slots={options.slots}, each of {scratch / GB:.2f} GB for the "
+            f"{engine.path.name}: slots={options.slots}, each of {scratch / GB:.2f} GB for the "
             f"engine and {tensors / GB:.2f} GB for the largest inputs and outputs (which it needs "
             "of host memory too),",
         )
@@ -103,7 +86,7 @@ class TrtSession:
         with ExitStack() as stack:
             for context in contexts:
                 slot = Slot(
-                    plan,
+                    engine,
                     spec,
                     device,
                     context,
@@ -125,13 +108,8 @@ class TrtSession:
         return self._spec.outputs
 
     @property
-    def max_batch(self) -> int | None:
-        """The largest batch of one call; None where there is none, or no batch."""
-        return self._spec.max_batch
-
-    @property
     def largest(self) -> Mapping[str, int]:
-        """The largest size of every named dimension that the engine takes."""
+        """See ``Session.largest``."""
         return self._spec.largest
 
     def run(
@@ -173,8 +151,8 @@ class TrtSession:
         """
         wanted = None if outputs is None else check_outputs(self._spec.outputs, outputs)
         with self.lease() as slot:
-            _, found = slot.run_kept(feeds, check=check)
-        return found if wanted is None else {name: found[name] for name in wanted}
+            _, arrays = slot.run_kept(feeds, check=check)
+        return arrays if wanted is None else {name: arrays[name] for name in wanted}
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[DeviceArray]
@@ -183,7 +161,7 @@ class TrtSession:
 
         Args:
             feeds: what is not in the cache.
-            names: of the cache's inputs; its outputs come in the same order, behind the logits.
+            names: of the cache's inputs; its outputs come in the same order, after the logits.
             cache: what ``run_device``, ``step`` or ``take_rows`` gave. It is used up: the step
                 after this one writes over it, also where others were given it.
 
@@ -193,17 +171,17 @@ class TrtSession:
         logits = next(iter(self._spec.outputs))
         given = {**feeds, **dict(zip(names, cache, strict=True))}
         with self.lease() as slot:
-            host, found = slot.run_kept(given, used_up=cache, fetch=[logits])
-        return host[logits], list(found.values())
+            host, presents = slot.run_kept(given, used_up=cache, fetch=[logits])
+        return host[logits], list(presents.values())
 
     def take_rows(self, cache: Sequence[DeviceArray], rows: Array) -> list[DeviceArray]:
-        """These rows of a cache, in this order, copied on the GPU; it is used up, see ``step``."""
+        """Copy these rows of a cache on the GPU, in this order; it is used up, see ``step``."""
         with self.lease() as slot:
             return slot.take_rows(cache, rows)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Slot]:
-        """A slot for this thread until the block ends; waits until one is free.
+        """Lease a slot to this thread until the block ends; wait until one is free.
 
         Raises:
             UsageError: the session is closed, or this thread would wait for itself.
@@ -227,7 +205,7 @@ class TrtSession:
             self._give_back(slot, me)
 
     def submit(self, feeds: Mapping[str, Any], **options: Any) -> Future[dict[str, Array]]:
-        """``run`` in a thread of the session's own."""
+        """Run in a thread of the session's own."""
         self.device.require_usable()
         with self._changed:
             self._require_open()
@@ -236,11 +214,13 @@ class TrtSession:
             return self._executor.submit(partial(self.run, feeds, **options))
 
     async def run_async(self, feeds: Mapping[str, Any], **options: Any) -> dict[str, Array]:
-        """``run``, to await; a cancelled call still ends on the GPU, and its result is dropped."""
+        """Run, to be awaited; a cancelled call still ends on the GPU, and its result is dropped."""
+        import asyncio  # which takes longer than all else here
+
         return await asyncio.wrap_future(self.submit(feeds, **options))
 
     def empty(self, name: str, shape: tuple[int, ...]) -> DeviceArray:
-        """Uninitialised memory on the GPU for a value of a tensor, freed with the array."""
+        """Allocate GPU memory for a value of a tensor, uninitialised, freed with the array."""
         self.device.activate()
         dtype = numpy_dtype(self._spec.tensors[name].dtype)
         buffer = Buffer(self.device, math.prod(shape) * dtype.itemsize)
@@ -277,7 +257,7 @@ class TrtSession:
             self.close()
 
     def _split(self, feeds: Mapping[str, Any], check: bool) -> list[Mapping[str, Any]]:
-        """The feeds of a call; of several, checked, where the batch is above the largest."""
+        """Split the feeds of a call, checked, where the batch is above the largest."""
         limit = self._spec.max_batch
         values = list(feeds.values()) if isinstance(feeds, Mapping) else []
         arrays = [value for value in values if isinstance(value, np.ndarray)]
@@ -293,7 +273,7 @@ class TrtSession:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise UsageError(f"the session of {self._plan.path} is closed; open it again")
+            raise UsageError(f"the session of {self._engine.path} is closed; open it again")
 
     def _give_back(self, slot: Slot, holder: int) -> None:
         with self._changed:
@@ -311,7 +291,7 @@ class TrtSession:
             self._num_open -= 1
             is_last = self._num_open == 0
         if is_last:
-            self._plan.close()
+            self._engine.close()
 
 
 def open_component(
@@ -347,18 +327,20 @@ def open_component(
     if match is None:
         raise UsageError(f"device {device!r}: {backend} runs on 'cuda' or such as 'cuda:1'")
     require_engine(artifact, component, backend)
-    trt = import_vendor(backend) if trt is None else trt
+    trt = import_tensorrt(backend) if trt is None else trt
     gpu = Device(int(match[1] or 0), cudart)
-    name = find_plan(artifact, component, backend, trt, gpu.sm)
+    name = find_engine(artifact, component, backend, trt, gpu.sm)
     record = artifact.manifest.components[component]
     before = gpu.free_nbytes()
-    plan = Plan(artifact.file(name), artifact.manifest.files[name], trt, gpu, graphs=options.graphs)
+    engine = Engine(
+        artifact.file(name), artifact.manifest.files[name], trt, gpu, graphs=options.graphs
+    )
     with ExitStack() as stack:
-        stack.callback(plan.close)
-        spec = read_engine_spec(plan, record.inputs, record.outputs)
-        session = TrtSession(plan, spec, gpu, options)
+        stack.callback(engine.close)
+        spec = read_engine_spec(engine, record.inputs, record.outputs)
+        session = TrtSession(engine, spec, gpu, options)
         stack.pop_all()
-    plan.keep_kernels()  # compiled by now; of a process that is killed, they stay
+    engine.keep_kernels()  # compiled by now; of a process that is killed, they stay
     free = gpu.free_nbytes()
     logger.info("%s: %.2f GB of GPU memory, %.2f GB free", name, (before - free) / GB, free / GB)
     return session

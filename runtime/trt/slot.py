@@ -24,20 +24,20 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError
+from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray, as_device_array, is_on_device
 from internvl_edge.runtime.gpu.handles import Buffer, Event, PinnedBuffer, Stream
-from internvl_edge.runtime.gpu.memory import ALIGNMENT, copy_rows, new_arrays
-from internvl_edge.runtime.session import check_feeds, check_outputs
-from internvl_edge.runtime.trt.calls import Call, Shapes, is_bound_in_place, require_apart
-from internvl_edge.runtime.trt.contexts import Contexts
-from internvl_edge.runtime.trt.engine import Plan
+from internvl_edge.runtime.gpu.memory import ALIGNMENT, copy_rows, find_overlap, new_arrays
+from internvl_edge.runtime.trt.contexts import Bound, Contexts
+from internvl_edge.runtime.trt.engine import Engine
 from internvl_edge.runtime.trt.profiles import EngineSpec
 from internvl_edge.types import Array
 
@@ -45,17 +45,31 @@ __all__ = ["Slot"]
 
 CALLS_KEPT = 2  # whose arrays the GPU may use: the last one, and the one being queued
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that is about to be queued."""
+
+    feeds: Mapping[str, Any]
+    bound: Bound
+    shapes: Shapes  # of the inputs as they run, filled up
+    outputs: Shapes  # without the rows that fill up
+    targets: Mapping[str, DeviceArray]  # outputs that are not written to the slot's own memory
+    addresses: Mapping[str, int]  # of all
+
 
 class Slot:
     """See above; used by one thread at a time.
 
     Args:
-        plan: the engine.
+        engine: what runs.
         spec: its inputs, outputs and profiles.
         device: the GPU.
         context: the first execution context.
         capacities: bytes of the largest value of every tensor.
-        graphs: capture CUDA graphs; TensorRT-RTX does so by itself where its plan says so.
+        graphs: capture CUDA graphs; TensorRT-RTX does so by itself where the engine says so.
         batch_buckets: batch sizes to fill up to where the engine takes them; none: every batch
             runs as it is.
 
@@ -65,7 +79,7 @@ class Slot:
 
     def __init__(
         self,
-        plan: Plan,
+        engine: Engine,
         spec: EngineSpec,
         device: Device,
         context: Any,
@@ -81,8 +95,8 @@ class Slot:
         with ExitStack() as stack:
             self.stream = stack.enter_context(Stream(device))
             self._staged = stack.enter_context(Event(device))  # when inputs were last copied
-            scratch = stack.enter_context(Buffer(device, int(plan.engine.device_memory_size_v2)))
-            self._contexts = Contexts(plan, spec, self.stream, scratch, context, graphs=graphs)
+            scratch = stack.enter_context(Buffer(device, int(engine.native.device_memory_size_v2)))
+            self._contexts = Contexts(engine, spec, self.stream, scratch, context, graphs=graphs)
             stack.callback(self._contexts.close)
             self._buffers: dict[str, Buffer] = {}
             self._pinned: dict[str, PinnedBuffer] = {}
@@ -131,7 +145,7 @@ class Slot:
         with self._tidied():
             targets = {name: self._target(name, value) for name, value in (out or {}).items()}
             call = self._bound(self._checked(feeds, check), targets)
-            require_apart(call, self._spec)
+            _require_apart(call, self._spec)
             self._queue(call)
             ready = Event(self._device)
             ready.record(self.stream.handle)
@@ -156,7 +170,7 @@ class Slot:
         used_up: Sequence[DeviceArray] | None = None,
         fetch: Sequence[str] = (),
     ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
-        """A call whose outputs outlive the slot's next run, and whose shapes do not come again.
+        """Make a call whose outputs outlive the slot's next run, of shapes that do not come again.
 
         Args:
             feeds: as for ``run_device``.
@@ -178,7 +192,7 @@ class Slot:
         return {name: view.copy() for name, view in views.items()}, dict(call.targets)
 
     def take_rows(self, arrays: Sequence[DeviceArray], rows: Array) -> list[DeviceArray]:
-        """These rows of every array, in this order, in memory of their own; ``arrays`` are used up.
+        """Copy these rows of every array, in this order; ``arrays`` are used up.
 
         Args:
             arrays: of an earlier call, [B,...].
@@ -213,7 +227,7 @@ class Slot:
         return check_feeds(self._spec.inputs, feeds, check)
 
     def _on_device(self, name: str, value: Any) -> DeviceArray:
-        """An array on this GPU, that our stream may read once it reaches that point."""
+        """Take an array on this GPU, that our stream may read once it reaches that point."""
         if not is_on_device(name, value):
             raise FeedError(f"{name!r}: expected an array on the GPU, found {type(value).__name__}")
         array = as_device_array(name, value, int(self.stream.handle))
@@ -230,20 +244,20 @@ class Slot:
 
     # --- binding: what a call will read and write -------------------------------------------------
 
-    def _bound(self, feeds: dict[str, Any], targets: Mapping[str, DeviceArray]) -> Call:
-        """A call whose shapes may come again; nothing of it is queued yet."""
+    def _bound(self, feeds: dict[str, Any], targets: Mapping[str, DeviceArray]) -> _Call:
+        """Bind a call whose shapes may come again; nothing of it is queued yet."""
         shapes, profile, batch = self._fit(feeds, fills=not targets)
         addresses = self._addresses(feeds, targets)
         bound = self._contexts.bind(profile, shapes, addresses)
         outputs = bound.output_shapes
         if batch is not None:
             outputs = {name: self._rows(name, shape, batch) for name, shape in outputs.items()}
-        return Call(feeds, bound, shapes, outputs, targets, addresses)
+        return _Call(feeds, bound, shapes, outputs, targets, addresses)
 
     def _passing(
         self, feeds: Mapping[str, Any], used_up: Sequence[DeviceArray], fetch: Sequence[str]
-    ) -> tuple[Call, Event]:
-        """A call whose outputs live longer than it, and when they will be computed.
+    ) -> tuple[_Call, Event]:
+        """Bind a call whose outputs live longer than it; also when they will be computed.
 
         What is written where it lies is the next call's too: its shapes and addresses come again.
         """
@@ -257,10 +271,10 @@ class Slot:
         targets, ready = new_arrays(self._device, kept, self._spec.dtypes, used_up)
         addresses = self._addresses(feeds, targets)
         self._contexts.address(bound, addresses)
-        return Call(feeds, bound, shapes, outputs, targets, addresses), ready
+        return _Call(feeds, bound, shapes, outputs, targets, addresses), ready
 
     def _fit(self, feeds: Mapping[str, Any], *, fills: bool) -> tuple[Shapes, int, int | None]:
-        """The shapes to run in, their profile, and the batch where it is filled up.
+        """Choose the shapes to run in, their profile, and the batch where it is filled up.
 
         Raises:
             FeedError: the engine takes no such shapes.
@@ -286,22 +300,19 @@ class Slot:
     def _addresses(
         self, feeds: Mapping[str, Any], targets: Mapping[str, DeviceArray]
     ) -> dict[str, int]:
-        """Where tensors are: in the slot's memory, but for those in memory of others."""
+        """Say where tensors are: in the slot's memory, but for those in memory of others."""
         addresses = {name: buffer.pointer for name, buffer in self._buffers.items()}
-        addresses |= {name: a.pointer for name, a in feeds.items() if is_bound_in_place(a)}
+        addresses |= {name: a.pointer for name, a in feeds.items() if _is_bound_in_place(a)}
         addresses |= {name: array.pointer for name, array in targets.items()}
-        for (
-            output,
-            source,
-        ) in self._spec.aliases.items():  # an input that is written belongs to nobody else
+        for output, source in self._spec.aliases.items():  # what is written is nobody else's
             own = targets.get(output, self._buffers[source])
             addresses[output] = addresses[source] = own.pointer
         return addresses
 
     # --- queueing --------------------------------------------------------------------------------
 
-    def _queue(self, call: Call) -> None:
-        """Steps 2 to 4."""
+    def _queue(self, call: _Call) -> None:
+        """Queue steps 2 to 4."""
         self._staged.synchronize()  # pinned memory may still be read for a run that was not awaited
         self._kept.append((call.feeds, call.targets))
         for name, array in call.feeds.items():
@@ -326,8 +337,8 @@ class Slot:
         nbytes = math.prod(shape) * array.dtype.itemsize
         self.stream.zero(buffer + array.nbytes, nbytes - array.nbytes)
 
-    def _fetched(self, name: str, call: Call) -> Array:
-        """An output in pinned memory, once the stream got there."""
+    def _fetched(self, name: str, call: _Call) -> Array:
+        """Copy an output to pinned memory, once the stream gets there."""
         pinned = self._pinned[self._spec.aliases.get(name, name)]
         view = pinned.view(call.outputs[name], self._spec.dtypes[name])
         self.stream.copy(pinned.pointer, call.addresses[name], view.nbytes)
@@ -340,7 +351,7 @@ class Slot:
     # --- outputs in memory of others --------------------------------------------------------------
 
     def _target(self, name: str, value: Any) -> DeviceArray:
-        """Where an output is to be written."""
+        """Check the memory that an output is to be written to."""
         check_outputs(self._spec.outputs, [name])
         array, dtype = self._on_device(name, value), self._spec.dtypes[name]
         if array.dtype != dtype or array.pointer % ALIGNMENT or array.readonly:
@@ -369,3 +380,42 @@ class Slot:
         """
         self.stream.synchronize()
         self._kept.clear()
+
+
+def _is_bound_in_place(array: Any) -> bool:
+    """Tell whether an engine can read an input where it is."""
+    return isinstance(array, DeviceArray) and array.pointer % ALIGNMENT == 0
+
+
+def _require_apart(call: _Call, spec: EngineSpec) -> None:
+    """Refuse targets of other shapes, or in memory that something else of the call is in.
+
+    An engine may write its outputs in any order, and before it has read all inputs; what it writes
+    in place is its business.
+
+    Raises:
+        FeedError: which ones.
+    """
+    for name, array in call.targets.items():
+        if array.shape != call.outputs[name]:
+            raise FeedError(
+                f"output {name!r}: expected {list(call.outputs[name])}, found {list(array.shape)}"
+            )
+    written = []
+    for name, shape in call.outputs.items():
+        start, nbytes = call.addresses[name], math.prod(shape) * spec.dtypes[name].itemsize
+        written.append((start, start + nbytes, f"output {name!r}"))
+    in_place = spec.aliases.values()
+    read = [
+        (array.pointer, array.pointer + array.nbytes, f"input {name!r}")
+        for name, array in call.feeds.items()
+        # what is copied before the run is safe, but for a copy to where something is written
+        if _is_bound_in_place(array) or (in_place and isinstance(array, DeviceArray))
+        if not (name in in_place and array.pointer == call.addresses[name])
+    ]
+    overlap = find_overlap(written, read)
+    if overlap is not None:
+        raise FeedError(
+            f"{overlap[1]} is where this run writes {overlap[0]}; give that other memory with "
+            "out=, such as session.empty(...)"
+        )

@@ -35,7 +35,8 @@ from internvl_edge.compiler.steps.verify import (
     reference_nbytes,
 )
 from internvl_edge.compiler.steps.weights import products_of, quantized_layout
-from internvl_edge.export.checkpoint.checkpoint import DTYPES, build_model
+from internvl_edge.export.checkpoint.load import build_model
+from internvl_edge.export.checkpoint.shards import DTYPES
 from internvl_edge.export.components import build_component, language_config
 from internvl_edge.export.graph.dtypes import POLICIES
 from internvl_edge.export.models import InternViT

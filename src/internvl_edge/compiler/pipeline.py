@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,12 @@ from internvl_edge.compiler.steps.verify import (
     values_in,
 )
 from internvl_edge.errors import BuildError, InternVLError, ResourceError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import (
-    Checkpoint,
-    header_fingerprint,
-    open_checkpoint,
-)
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.shards import header_fingerprint
 from internvl_edge.export.graph.uint8_input import preprocessing_inside
 from internvl_edge.export.weights.link import Brought
 from internvl_edge.files.disk import link_or_copy
+from internvl_edge.files.packages import TRACED_WITH, versions
 from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.numerics.statistics import read_statistics, write_statistics
 from internvl_edge.quantize.recipe import Recipe
@@ -138,7 +135,7 @@ def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict
     tokenizer = plan.checkpoint.path / "tokenizer.model"
     return {
         "versions": {"internvl-edge": __version__, "torch": torch.__version__}
-        | {package: version(package) for package in ("numpy", "onnx-ir", "onnxscript")},
+        | versions(TRACED_WITH),
         "threads": torch.get_num_threads(),  # float sums are split by them
         "checkpoint": _content(plan, report),
         "config": plan.checkpoint.config.to_json(),

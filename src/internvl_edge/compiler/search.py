@@ -3,7 +3,7 @@
 The model is quantized once with the default recipe. Its towers are then run block by block, one in
 memory at a time, with some layers fake-quantized (``simulate``): first each by itself, which ranks
 them, then all but the first k, for several k in one pass, the errors going on from block to block.
-``quantize.search`` says which k come next. The recipe that is found is exported as any other.
+``quantize.sensitivity`` says which k come next. The recipe that is found is exported as any other.
 
 Metrics, each the worst drop beside the model in float32:
 

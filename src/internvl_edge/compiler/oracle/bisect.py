@@ -16,7 +16,7 @@ by a wrong weight, scale, axis or operator (or one of its channels is: a channel
 its own). The first one in the order of the graph is where to look, since what comes behind it
 in the block reads it.
 
-PyTorch is the checkpoint in the form that the recipe quantizes (``export.folded``): the same
+PyTorch is the checkpoint in the form that the recipe quantizes (``quantize.fold``): the same
 function, its residual stream perhaps in another basis, which is the graph's.
 
 The inputs are seeded noise, of which a component needs no sample. The files' hashes are not
@@ -49,7 +49,7 @@ from internvl_edge.compiler.steps.verify import (
     run_as_reference,
     runnable,
 )
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
     BOUNDS,
@@ -71,7 +71,6 @@ from internvl_edge.export.graph.uint8_input import on_levels, preprocessing_insi
 from internvl_edge.export.towers.blocks import component_of_one_block
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, bypass_activations
 from internvl_edge.runtime.ort.session import OrtSession
-from internvl_edge.runtime.session import did_you_mean
 from internvl_edge.types import Array
 
 Arrays = dict[str, Array]

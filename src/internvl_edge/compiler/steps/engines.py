@@ -15,13 +15,13 @@ from internvl_edge.artifact.publish import record, update, write_manifest
 from internvl_edge.artifact.sidecar import Range
 from internvl_edge.compiler.engine_forecast import Forecast, build_steps
 from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.errors import UsageError
-from internvl_edge.export.engine.build import Prepare, Profile, build_engine
+from internvl_edge.errors import UsageError, did_you_mean
+from internvl_edge.export.engine.build import Prepare, ShapeRanges, build_engine
 from internvl_edge.export.engine.memory import require_memory_to_build
-from internvl_edge.export.engine.targets import choose_capabilities, find_target, load_builder
+from internvl_edge.export.engine.targets import choose_capabilities, find_target
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
-from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.runtime.trt.vendor import import_tensorrt
 
 ENGINES = "engines"
 IN_PLACE_BATCH = (1, 1, 4)
@@ -37,7 +37,7 @@ def require_targets(targets: Sequence[str], precision: str) -> None:
     """
     for name in targets:
         target = find_target(name)
-        choose_capabilities(load_builder(target), target, precision, None)
+        choose_capabilities(import_tensorrt(target.name), target, precision, None)
 
 
 def engine_graph(component: str, base: str) -> str:
@@ -46,18 +46,18 @@ def engine_graph(component: str, base: str) -> str:
 
 
 # An image's tokens and a question are read at once; a picture of twelve tiles has 3328 tokens.
-CHAT_PROFILE = Profile(batch=(1, 1, 4), length=(1, 320, 3584), past=(0, 512, 4096))
+CHAT_PROFILE = ShapeRanges(batch=(1, 1, 4), length=(1, 320, 3584), past=(0, 512, 4096))
 # One conversation: every position of a call has logits of its own, 3584 of 64000 take 0.9 GB.
 CHAT_DECODER_PROFILE = replace(CHAT_PROFILE, batch=(1, 1, 1))
 
 
-def profile_from(**sizes: str) -> Profile:
+def profile_from(**sizes: str) -> ShapeRanges:
     """A profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
 
     Raises:
         UsageError: not three whole numbers in order.
     """
-    return Profile(**ranges_from(**sizes))
+    return ShapeRanges(**ranges_from(**sizes))
 
 
 def ranges_from(**sizes: str | None) -> dict[str, Range]:
@@ -74,8 +74,8 @@ def ranges_from(**sizes: str | None) -> dict[str, Range]:
 
 
 def profile_for(
-    manifest: Manifest, component: str, asked: Profile | Mapping[str, Range] | None
-) -> Profile:
+    manifest: Manifest, component: str, asked: ShapeRanges | Mapping[str, Range] | None
+) -> ShapeRanges:
     """The profile of a component, no longer than the positions its model has.
 
     Args:
@@ -86,10 +86,10 @@ def profile_for(
     Raises:
         UsageError: a profile that was asked for is longer.
     """
-    usual, llama, known = Profile(), manifest.language_model, find_component(component)
+    usual, llama, known = ShapeRanges(), manifest.language_model, find_component(component)
     if manifest.model.get("chat"):
         usual = CHAT_DECODER_PROFILE if known.takes_cache else CHAT_PROFILE
-    ranges = asdict(asked) if isinstance(asked, Profile) else dict(asked or {})
+    ranges = asdict(asked) if isinstance(asked, ShapeRanges) else dict(asked or {})
     if llama is None:
         return replace(usual, **ranges)
     internvl = manifest.model.get("internvl")
@@ -106,7 +106,7 @@ def profile_for(
         )
     room = longest - length[0]  # a call adds one token at least
     past = ranges.get("past", usual.past)
-    if past in (usual.past, Profile().past):  # not asked for
+    if past in (usual.past, ShapeRanges().past):  # not asked for
         past = _capped(past, room)
     if past[2] > room and "past" in _dimensions(manifest, [component]):
         raise UsageError(
@@ -147,7 +147,7 @@ def require_buildable(
     manifest: Manifest,
     targets: Sequence[str],
     components: Sequence[str] | None,
-    profile: Profile | Mapping[str, Range] | None,
+    profile: ShapeRanges | Mapping[str, Range] | None,
 ) -> None:
     """Refuse, before any work, what cannot be built.
 
@@ -165,7 +165,7 @@ def require_buildable(
                 f"{did_you_mean(name, known)}"
             )
     chosen = tuple(components or known)
-    if not isinstance(profile, Profile):
+    if not isinstance(profile, ShapeRanges):
         _require_dimensions(manifest, chosen, profile or {})
     for name in chosen:
         profile_for(manifest, name, profile)
@@ -189,7 +189,7 @@ def build(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: Profile | Mapping[str, Range] | None = None,
+    profile: ShapeRanges | Mapping[str, Range] | None = None,
     report: Report = silent,
 ) -> list[EngineRecord]:
     """Build engines for a published directory and add them to it.
@@ -225,7 +225,7 @@ def add_engines(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: Profile | Mapping[str, Range] | None = None,
+    profile: ShapeRanges | Mapping[str, Range] | None = None,
     keep: Path | None = None,
     report: Report = silent,
 ) -> Iterator[Manifest]:
@@ -268,7 +268,7 @@ def _add_engine(
     manifest: Manifest,
     target: str,
     name: str,
-    profile: Profile | Mapping[str, Range] | None,
+    profile: ShapeRanges | Mapping[str, Range] | None,
     known: Collection[str],
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:

@@ -9,7 +9,7 @@ the graphs cast.
 A quantized component has two graphs on the same weights: ``vision.onnx`` computes in float32
 around its 8-bit products, which is what ONNX Runtime's CPU kernels fuse; ``vision.fp16.onnx``
 computes in 16 bits, which is what engines are built from. Where products are INT8 there is a third,
-``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.unsigned``).
+``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.graph.unsigned``).
 """
 
 from __future__ import annotations
@@ -37,11 +37,8 @@ from internvl_edge.compiler.steps.weights import (
     towers_of,
 )
 from internvl_edge.errors import UsageError
-from internvl_edge.export.checkpoint.checkpoint import (
-    TensorEntry,
-    build_model,
-    torch_from_numpy,
-)
+from internvl_edge.export.checkpoint.load import build_model, torch_from_numpy
+from internvl_edge.export.checkpoint.shards import TensorEntry
 from internvl_edge.export.components import (
     build_component,
     example_inputs,

@@ -18,7 +18,9 @@ from internvl_edge.compiler.plan import Verify
 from internvl_edge.compiler.steps.graphs import tensor_specs
 from internvl_edge.compiler.steps.weights import towers_of
 from internvl_edge.errors import VerificationError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_model, read_header
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.load import load_model
+from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.compare import (
     BOUNDS,
     Agreement,
