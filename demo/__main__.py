@@ -24,7 +24,7 @@ from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.timing import measure_many
 from internvl_edge.cli.console import Output, error_line
 from internvl_edge.compiler.plan import demo_checkpoint
-from internvl_edge.demo import evaluate
+from internvl_edge.demo import evaluate, scenes
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.disk import write_atomically
 
@@ -54,6 +54,7 @@ def export_all(out: Path, *, force: bool, output: Output) -> dict[str, Artifact]
         options = compiler.ExportOptions(
             out=out / precision,
             precision=precision,
+            samples=scenes.calibration_set,
             targets=("onnx", *(engines if precision == ENGINES_AT else ())),
             force=force,
         )

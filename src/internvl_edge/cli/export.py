@@ -128,6 +128,7 @@ def export(
     require_checkpoint(chosen["checkpoint"])
     require_components(chosen["components"])
     is_auto = is_searched(chosen["precision"], max_drop, metric)
+    chosen |= {"samples": _samples(chosen["checkpoint"])}
     options = compiler.ExportOptions(**chosen | ({"precision": "int8"} if is_auto else {}))
     if dry_run:
         _dry_run(output, compiler, options)
@@ -300,6 +301,17 @@ def _compiler() -> Any:
     from internvl_edge import compiler
 
     return compiler
+
+
+def _samples(checkpoint: Path | None) -> Any:
+    """The scenes that the bundled demo is calibrated on; None for any other checkpoint."""
+    from internvl_edge.compiler.plan import demo_checkpoint
+
+    if checkpoint is not None and checkpoint.resolve() != demo_checkpoint().resolve():
+        return None
+    from internvl_edge.demo.scenes import calibration_set
+
+    return calibration_set
 
 
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:

@@ -290,7 +290,9 @@ def num_images(plan: Plan) -> int:
     if plan.options.calibration is not None:
         found = sum(path.is_file() for path in plan.options.calibration.rglob("*"))
         return min(found, plan.recipe.num_samples)
-    return plan.recipe.num_samples if plan.is_demo else len(load_samples(plan))
+    if plan.options.samples is not None:
+        return plan.recipe.num_samples  # as many as are asked for; they are not drawn for this
+    return len(load_samples(plan))
 
 
 @functools.cache

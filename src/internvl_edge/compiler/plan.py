@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
@@ -21,6 +21,7 @@ from internvl_edge.export.components import COMPONENTS, choose_components, langu
 from internvl_edge.export.config.checkpoint import check_image_size
 from internvl_edge.export.weights.link import Transfer
 from internvl_edge.files.disk import nearest_existing
+from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.fold import folded
 from internvl_edge.quantize.numerics.rotation import rotation
 from internvl_edge.quantize.recipe import Recipe, load_recipe
@@ -31,13 +32,20 @@ logger = logging.getLogger(__name__)
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 Verify = Literal["auto", "full", "none"]
 Input = Literal["float32", "uint8"]
+DrawSamples = Callable[[int, int], CalibrationSet]  # how many, seed → samples to calibrate on
 TOKENIZER_FILE = "tokenizer.model"
 MAX_ALIGN = 65536  # the coarsest granularity that any system maps files with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What to compile, and how; None is the default of each."""
+    """What to compile, and how; None is the default of each.
+
+    What a quantized model is calibrated on: the folder ``calibration`` if it is given, else what
+    ``samples`` draws, else a sample set that installed packages bring, of photographs, or of
+    handwritten digits where the bundled demo is compiled. The command line draws scenes for the
+    demo, as it was trained on (``internvl_edge.demo.scenes.calibration_set``).
+    """
 
     out: Path
     checkpoint: Path | None = None  # None: the bundled demo
@@ -46,7 +54,8 @@ class ExportOptions:
     image_size: int | None = None  # the checkpoint's own
     input: Input = "float32"  # uint8: normalisation is in the graphs
     cache_capacity: int | None = None  # positions of a decoder's cache, in place; None: it grows
-    calibration: Path | None = None  # a folder of images; None: a bundled sample set
+    calibration: Path | None = None  # a folder of images to calibrate on
+    samples: DrawSamples | None = None  # without a folder; None: a bundled sample set
     targets: tuple[str, ...] = ("onnx",)
     weights: Transfer = "auto"
     align: int | None = None  # of every weight in its file; None: to its item size

@@ -44,7 +44,7 @@ TOKENIZER_FILE = "tokenizer.model"
 
 
 def load_samples(plan: Plan) -> CalibrationSet:
-    """The calibration set of a plan: the folder given, the demo's scenes, or photographs.
+    """Load the calibration set of a plan: the folder given, the caller's, or a bundled set.
 
     Raises:
         CalibrationError: nothing usable in the folder, or a sample set's file has changed.
@@ -69,15 +69,9 @@ def load_samples(plan: Plan) -> CalibrationSet:
                 count,
             )
         return found
-    if plan.is_demo:
-        from internvl_edge.demo import scenes  # training scans only; needs scikit-learn
-
-        return CalibrationSet.from_arrays(
-            scenes.calibration_images(count, seed),
-            scenes.calibration_texts(count, seed),
-            name="demo training scenes",
-        )
-    return sample_set("photographs", count, seed)
+    if plan.options.samples is not None:
+        return plan.options.samples(count, seed)
+    return sample_set("digits" if plan.is_demo else "photographs", count, seed)
 
 
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
