@@ -22,14 +22,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
-from internvl_edge.artifact.open import EngineRecord, TensorSpec
+from internvl_edge.artifact.open import EngineRecord, FileRecord, TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, Profile, Range
 from internvl_edge.errors import (
     ArtifactError,
@@ -51,13 +51,21 @@ from internvl_edge.files.signals import interrupts_held
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
 from internvl_edge.runtime.trt.vendor import DTYPES, NativeLog, callback, decisive_lines
 
-__all__ = ["Profile", "build_engine"]
+__all__ = ["BuiltEngine", "Profile", "build_engine"]
 
 Prepare = Callable[[Path], AbstractContextManager[Path]]
 ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
 
 NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 9, 256  # of fused attention kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine in a directory, and its files as they were written."""
+
+    record: EngineRecord
+    files: Mapping[str, FileRecord] = field(default_factory=dict)  # none if it was there before
 
 
 def build_engine(
@@ -75,7 +83,7 @@ def build_engine(
     prepared: Prepare = nullcontext,
     progress: ReportPhase | None = None,
     trt: Any = None,
-) -> EngineRecord:
+) -> BuiltEngine:
     """Build one component's engine into ``out_dir``, with its sidecar beside it.
 
     Args:
@@ -94,7 +102,8 @@ def build_engine(
         trt: the builder's module; None imports the target's.
 
     Returns:
-        The engine and its sidecar, relative to the parent of ``out_dir``.
+        The engine and its sidecar, relative to the parent of ``out_dir``; what was built has
+        been hashed while it was written, and need not be read again.
 
     Raises:
         UsageError: unknown target, compute capability or symbolic dimension.
@@ -121,7 +130,7 @@ def build_engine(
         sidecar=f"{out_dir.name}/{stem}.json",
     )
     if record.file in known and record.sidecar in known:
-        return record
+        return BuiltEngine(record=record)
 
     started = time.monotonic()
     log = NativeLog()
@@ -158,14 +167,12 @@ def build_engine(
         inputs=tuple(inputs),
         outputs=outputs,
     )
-    _write_sidecar(out_dir / f"{stem}.json", info)
-    return record
-
-
-def _write_sidecar(path: Path, info: EngineInfo) -> None:
-    with StreamedFile(path) as sidecar:
+    with StreamedFile(out_dir / f"{stem}.json") as sidecar:
         sidecar.write((json.dumps(info.to_json(), indent=2) + "\n").encode())
         sidecar.publish()
+    written = {record.file: plan, record.sidecar: sidecar}
+    files = {n: FileRecord(nbytes=f.nbytes, sha256=f.sha256) for n, f in written.items()}
+    return BuiltEngine(record=record, files=files)
 
 
 def _profiles(inputs: Sequence[TensorSpec], profile: Profile) -> list[Profile]:

@@ -295,11 +295,12 @@ def _add_engine(
         prepared=_preparation(name),
         progress=_phases(name, report),
     )
-    files = {**manifest.files}
-    for file in (built.file, built.sidecar):
-        files[file] = record(directory / file)
-    others = tuple(e for e in manifest.engines if e.file != built.file)
-    return replace(manifest, engines=(*others, built), files=files), built
+    engine, files = built.record, {**manifest.files, **built.files}
+    for file in (engine.file, engine.sidecar):
+        if file not in files:  # of an earlier run
+            files[file] = record(directory / file)
+    others = tuple(e for e in manifest.engines if e.file != engine.file)
+    return replace(manifest, engines=(*others, engine), files=files), engine
 
 
 def _preparation(component: str) -> Prepare:
