@@ -277,7 +277,7 @@ def test_samples_of_the_callers_own(tiny: Written, tmp_path: Path) -> None:
 def test_a_wrong_weight_is_caught(
     tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from internvl_edge.compiler.steps import graphs as stored
+    from internvl_edge.compiler.steps import weights as stored
 
     original = stored.read_tensor
 

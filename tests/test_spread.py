@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions, export, pipeline
 from internvl_edge.compiler.steps.engines import build
-from internvl_edge.compiler.steps.graphs import WEIGHTS_FILE
+from internvl_edge.compiler.steps.weights import WEIGHTS_FILE
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.config.checkpoint import CheckpointConfig

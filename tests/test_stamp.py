@@ -14,7 +14,7 @@ from checkpoints import TINY, write_internvl, write_vit
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions, Plan, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
-from internvl_edge.compiler.steps import graphs, verify
+from internvl_edge.compiler.steps import trace, verify
 from internvl_edge.errors import InternVLError, VerificationError
 from internvl_edge.export.config.checkpoint import CheckpointConfig, with_depth
 from internvl_edge.export.graph.repeat import blocks_of, keep_block, shallow_depth, stamp
@@ -35,7 +35,7 @@ def plan_of(tmp_path: Path, config: Any, **more: Any) -> Plan:
 
 def in_full(plan: Plan, name: str, config: CheckpointConfig | None = None) -> ir.Model:
     config = config or plan.checkpoint.config
-    return graphs._trace(plan, name, config, graphs._meta_model(plan, config, plan.base))
+    return trace._trace(plan, name, config, trace._meta_model(plan, config, plan.base))
 
 
 def serialized(model: ir.Model) -> bytes:
@@ -67,10 +67,10 @@ def test_stamped_is_traced(
     internvl = deep(depth, period, norm_type)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, precision)
-    shallow = graphs.shallow_config(config)
+    shallow = trace.shallow_config(config)
     assert shallow_depth(depth, period) < depth
     model = in_full(plan, name, shallow)
-    assert graphs.stamp_towers(model, config)
+    assert trace.stamp_towers(model, config)
     assert serialized(model) == serialized(in_full(plan, name))
 
 
@@ -78,8 +78,8 @@ def test_a_cache_in_place_is_stamped() -> None:
     internvl = deep(5, 1)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp16", capacity=40)
-    model = in_full(plan, "decoder", graphs.shallow_config(config))
-    assert graphs.stamp_towers(model, config)
+    model = in_full(plan, "decoder", trace.shallow_config(config))
+    assert trace.stamp_towers(model, config)
     assert serialized(model) == serialized(in_full(plan, "decoder"))
 
 
@@ -199,7 +199,7 @@ def traced() -> dict[str, ir.Model]:
     internvl = deep(6, 2)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp32")
-    shallow = graphs.shallow_config(config)
+    shallow = trace.shallow_config(config)
     names = "vision", "image_queries", "decoder"
     return {name: in_full(plan, name, shallow) for name in names}
 
@@ -267,8 +267,8 @@ def test_a_block_that_is_not_there_is_not_kept(traced: dict[str, ir.Model], inde
 
 def test_fallback_is_the_full_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path, deep(5, 1), components=("vision",))
-    monkeypatch.setattr(graphs, "stamp", lambda *_: False)
-    found = graphs.trace_all(plan, plan.base, silent)["vision"]
+    monkeypatch.setattr(trace, "stamp", lambda *_: False)
+    found = trace.trace_all(plan, plan.base, silent)["vision"]
     assert serialized(found) == serialized(in_full(plan, "vision"))
 
 

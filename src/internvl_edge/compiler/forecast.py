@@ -18,14 +18,19 @@ from internvl_edge.artifact.workspace import kept_nbytes
 from internvl_edge.compiler.engine_forecast import Forecast, Step, build_steps
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.steps.calibrate import BATCH, load_samples
-from internvl_edge.compiler.steps.graphs import CHAT_TOKENS, can_bring, held_weights
 from internvl_edge.compiler.steps.verify import (
     FLOAT32_NBYTES,
     is_compared_whole,
     reason_not_to_verify,
     reference_nbytes,
 )
-from internvl_edge.compiler.steps.weights import products_of, quantized_layout
+from internvl_edge.compiler.steps.weights import (
+    CHAT_TOKENS,
+    can_bring,
+    held_weights,
+    products_of,
+    quantized_layout,
+)
 from internvl_edge.export.checkpoint.checkpoint import DTYPES, build_model
 from internvl_edge.export.components import COMPONENTS, build_component, language_config
 from internvl_edge.export.graph.dtypes import POLICIES

@@ -33,13 +33,8 @@ from internvl_edge.compiler.steps.engines import (
     engine_graph,
     require_targets,
 )
-from internvl_edge.compiler.steps.graphs import (
-    WEIGHTS_FILE,
-    Emitted,
-    store_weights,
-    trace_all,
-    write_graph,
-)
+from internvl_edge.compiler.steps.graphs import Emitted, write_graph
+from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.compiler.steps.verify import (
     Checker,
     Quantization,
@@ -48,6 +43,7 @@ from internvl_edge.compiler.steps.verify import (
     stored_changes,
     values_in,
 )
+from internvl_edge.compiler.steps.weights import WEIGHTS_FILE, store_weights
 from internvl_edge.errors import BuildError, InternVLError, ResourceError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import (
     Checkpoint,

@@ -16,12 +16,13 @@ from torch import Tensor
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report
-from internvl_edge.compiler.steps.graphs import (
+from internvl_edge.compiler.steps.weights import (
     WEIGHTS_FILE,
     copy_rest,
     needed_weights,
+    quantized_layout,
+    write_block,
 )
-from internvl_edge.compiler.steps.weights import quantized_layout, write_block
 from internvl_edge.errors import ResourceError
 from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.blocks import COMPONENT_STREAM, OF_IMAGES

@@ -1,15 +1,30 @@
-"""What a quantized directory's weights file holds: which tensors, of which types and shapes."""
+"""The weights file of a directory: what it holds, and every parameter stored in it once.
+
+A directory has one weights file for all of its components. At fp32, fp16 and bf16 it holds the
+parameters in the dtypes the graphs ask for; quantized, the linear layers' weights in 8 bits with
+their scales, and the rest as the checkpoint stores it. Where that would be the checkpoint's own
+bytes, its shards are brought instead; ``--weights link`` or ``copy`` bring them in any case, and
+the graphs cast.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
-from internvl_edge.compiler.plan import Plan
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.artifact.workspace import Workspace
+from internvl_edge.compiler.plan import ExportOptions, Plan
+from internvl_edge.compiler.progress import Progress, Report
+from internvl_edge.errors import UsageError
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, TensorEntry, torch_from_numpy
 from internvl_edge.export.config.checkpoint import CheckpointConfig
+from internvl_edge.export.graph.bind import weights_without_data
+from internvl_edge.export.models.vit import resize_position_embedding
 from internvl_edge.export.towers.blocks import (
     CHAT_PREFIX,
     LLAMA_PREFIX,
@@ -18,12 +33,19 @@ from internvl_edge.export.towers.blocks import (
     VISION_PREFIX,
     sites_of,
 )
-from internvl_edge.export.weights.writer import WeightsWriter
+from internvl_edge.export.weights.link import Brought, bring_shards
+from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX, CalibratedBlock, is_quantized
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.weights import stored_layout
 from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.types import Array
 
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "weights.safetensors"
+PIECE_NBYTES = 1 << 29  # of converted weights, between two points to go on from
+CHAT_TOKENS = "language_model.model.embed_tokens.weight"
 POSITIONS = "vision_model.embeddings.position_embedding"
 FLOAT32 = np.dtype(np.float32)
 
@@ -142,3 +164,146 @@ def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:
     for name in written:
         writer.write(name, tensors[name])
     return written
+
+
+def read_tensor(plan: Plan, name: str) -> Array:
+    """A parameter as the graphs of this resolution need it; resampled positions in float32."""
+    if name.endswith(SMOOTHING_SUFFIX):  # of a site that nothing was folded at
+        shape = plan.source.tensors[name.replace(SMOOTHING_SUFFIX, ".weight")].shape[1:]
+        return np.ones(shape, np.float32)
+    values = plan.source.read(name)
+    if name != POSITIONS:
+        return values
+    side = plan.image_size // plan.source.config.vision.patch_size
+    resized: Array = resize_position_embedding(
+        torch_from_numpy(values).float(), (side, side)
+    ).numpy()
+    return resized
+
+
+def needed_weights(plan: Plan, models: Mapping[str, ir.Model]) -> dict[str, np.dtype[Any]]:
+    """Name and dtype of every parameter that graphs read, and of a chat model's token embedding.
+
+    That one is read by the runtime, which takes it as the checkpoint stores it.
+    """
+    needed = weights_without_data(models.values())
+    if "chat_decoder" in models:
+        needed.setdefault(CHAT_TOKENS, plan.source.tensors[CHAT_TOKENS].dtype)
+    return needed
+
+
+def store_weights(
+    plan: Plan, models: Mapping[str, ir.Model], directory: Path, work: Workspace, report: Report
+) -> tuple[dict[str, StoredTensor], dict[str, Brought]]:
+    """Put every parameter the graphs need into ``directory``; nothing is quantized.
+
+    What has to be converted is written in ``work`` and linked: another run goes on behind the
+    last piece of it that is durable.
+
+    Returns:
+        Where each lies, and the checkpoint's own shards that were brought.
+    """
+
+    def copied(shard: str, done: int, total: int) -> None:
+        done, total = done // 10**6, -(-total // 10**6)
+        report(Progress(step="copy", detail=f"{shard} (MB)", done=done, total=total))
+
+    needed = needed_weights(plan, models)
+    held = held_weights(plan, needed)
+    stored: dict[str, StoredTensor] = {}
+    brought: dict[str, Brought] = {}
+    if can_bring(plan.options, needed, held):
+        transfer = plan.options.weights
+        stored, brought = bring_shards(plan.checkpoint, held, directory, transfer, copied)
+    elif plan.options.weights == "copy":  # not as the shards lie, but with the same values
+        needed |= {name: entry.dtype for name, entry in held.items()}
+    own = {name: dtype for name, dtype in needed.items() if name not in stored}
+    if own and WEIGHTS_FILE in brought:
+        raise UsageError(
+            f"{plan.checkpoint.path / WEIGHTS_FILE}: --image-size {plan.image_size} writes a file "
+            "of that name beside the checkpoint's own; give the shard another name"
+        )
+    if own:
+        layout = {name: (dtype, shape_of(plan, name)) for name, dtype in own.items()}
+        done = {name for entry in work.entries for name in entry["weights"]}
+        if done:
+            logger.warning(
+                "%d of %d tensors that an earlier run wrote are taken up from %s",
+                len(done),
+                len(own),
+                work.path,
+            )
+        path = work.path / WEIGHTS_FILE
+        with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
+            copy_rest(plan, writer, own, report, work)
+        work.hand_over(WEIGHTS_FILE, directory)
+        stored |= writer.stored
+    return stored, brought
+
+
+def held_weights(plan: Plan, needed: Iterable[str]) -> dict[str, TensorEntry]:
+    """Those of the needed parameters that the checkpoint has as they are."""
+    resized = plan.image_size != plan.source.config.vision.image_size
+    return {n: plan.source.tensors[n] for n in needed if n != POSITIONS or not resized}
+
+
+def can_bring(
+    options: ExportOptions,
+    needed: Mapping[str, np.dtype[Any]],
+    held: Mapping[str, TensorEntry],
+) -> bool:
+    """Whether the checkpoint's own shards can be what the graphs read.
+
+    Raises:
+        UsageError: they are to be linked, and a tensor is not aligned to its item size.
+    """
+    is_auto = options.weights == "auto"
+    if options.align is not None:
+        return False
+    if is_auto and any(needed[name] != entry.dtype for name, entry in held.items()):
+        return False
+    crooked = [n for n, entry in held.items() if entry.offset % entry.dtype.itemsize]
+    if crooked and options.weights == "link":
+        entry = held[crooked[0]]
+        raise UsageError(
+            f"--weights link: {entry.file}: expected offsets that are multiples of the item size, "
+            f"found {crooked[0]} at {entry.offset} ({len(crooked)} such tensor(s)); use --weights "
+            "copy, which writes them anew, or --align without --weights"
+        )
+    return not crooked
+
+
+def copy_rest(
+    plan: Plan,
+    writer: WeightsWriter,
+    dtypes: Mapping[str, np.dtype[Any]],
+    report: Report,
+    work: Workspace | None = None,
+) -> None:
+    """Stream the parameters that are not written yet into the file, each converted to its dtype.
+
+    Pieces that are durable are noted in ``work``, if there is one.
+    """
+    written: list[str] = []
+    nbytes, pending = 0, writer.pending
+    for done, name in enumerate(pending, len(dtypes) - len(pending)):
+        report(Progress(step="weights", detail=name, done=done, total=len(dtypes)))
+        writer.write(name, convert(read_tensor(plan, name), dtypes[name]))
+        written.append(name)
+        nbytes += writer.stored[name].nbytes
+        if work is not None and nbytes >= PIECE_NBYTES:
+            writer.sync()
+            plan.checkpoint.require_unchanged()  # or another's weights would be taken up as these
+            work.finish(f"weights.{work.num_done}", {"weights": written}, {})
+            written, nbytes = [], 0
+
+
+def convert(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Another float type; values beyond float16's range saturate rather than become infinite."""
+    if values.dtype == dtype:
+        return values
+    wide = values.astype(FLOAT32)
+    if dtype == np.float16:
+        limit = float(np.finfo(np.float16).max)
+        np.clip(wide, -limit, limit, out=wide)
+    return wide.astype(dtype)
