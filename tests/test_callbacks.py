@@ -11,7 +11,8 @@ from disk import fill_disk
 
 from internvl_edge.errors import ResourceError
 from internvl_edge.export.engine import monitor as callbacks
-from internvl_edge.export.engine.monitor import Monitor, StreamedFile
+from internvl_edge.export.engine.monitor import Monitor
+from internvl_edge.files.disk import StreamedFile
 from internvl_edge.runtime.trt.vendor import NativeLog, callback, decisive_lines
 
 Severity = Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO")

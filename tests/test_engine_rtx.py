@@ -19,7 +19,7 @@ from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, Profile, check_engine, read_engine_info
 from internvl_edge.errors import BuildError, HardwareError, ResourceError
 from internvl_edge.export.engine import build
-from internvl_edge.export.engine.monitor import StreamedFile
+from internvl_edge.files.disk import StreamedFile
 from internvl_edge.types import Array
 
 pytestmark = pytest.mark.rtx

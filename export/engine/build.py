@@ -38,7 +38,7 @@ from internvl_edge.errors import (
     InternVLError,
     ResourceError,
 )
-from internvl_edge.export.engine.monitor import Monitor, StreamedFile
+from internvl_edge.export.engine.monitor import Monitor
 from internvl_edge.export.engine.targets import (
     Target,
     choose_capabilities,
@@ -46,7 +46,7 @@ from internvl_edge.export.engine.targets import (
     load_builder,
     minimum_sm,
 )
-from internvl_edge.files.disk import os_errors
+from internvl_edge.files.disk import StreamedFile, os_errors
 from internvl_edge.files.signals import interrupts_held
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
 from internvl_edge.runtime.trt.vendor import DTYPES, NativeLog, callback, decisive_lines

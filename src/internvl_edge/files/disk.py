@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import secrets
@@ -18,6 +19,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from internvl_edge.errors import InternVLError, ResourceError, UsageError
 
@@ -143,6 +146,80 @@ def write_atomically(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+class StreamedFile:
+    """A file that appears whole or not at all, hashed as its pieces are written.
+
+    It is written under a temporary name; ``publish`` syncs and renames it. Left as a context
+    manager without that, it disappears.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self.nbytes = 0
+        self.error: OSError | None = None  # the first failed write
+        self._sha256 = hashlib.sha256()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial.open("wb")
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(OSError):  # the flush of what did not fit
+            self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+    def write(self, data: bytes) -> int:
+        """Append; the number of bytes taken, 0 after a failure."""
+        if self.error is not None:
+            return 0
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            return 0
+        self._sha256.update(data)
+        self.nbytes += len(data)
+        return len(data)
+
+    def publish(self) -> None:
+        """Make the file durable under its own name.
+
+        Raises:
+            ResourceError: some of it could not be written; nothing appears.
+        """
+        try:
+            if self.error is not None:
+                raise self.error
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self.partial.replace(self.path)
+            sync(self.path.parent)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> ResourceError:
+        reason = error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some disk space" if full else "choose a directory that can be written"
+        return ResourceError(
+            f"{self.path}: could not be written after {self.nbytes:,} bytes: {reason}; {advice}"
+        )
 
 
 def link_or_copy(source: Path, target: Path) -> None:
