@@ -254,10 +254,11 @@ def test_deep_towers_are_stamped_as_traced(tmp_path: Path) -> None:
     vision = replace(CHAT.vision, num_hidden_layers=4)
     written = write_chat(tmp_path / "c", replace(CHAT, llama=llama, vision=vision))
     plan = make_plan(ExportOptions(checkpoint=written.path, out=tmp_path / "out"))
-    stamped = trace.trace_all(plan, plan.base, silent)
+    stamped = trace.trace_all(plan, trace.shallow_model(plan), plan.base, silent)
     config = plan.source.config
+    deep = trace.meta_model(config, plan.image_size)
     for name, model in stamped.items():
-        full = trace._trace(plan, name, config, trace._meta_model(plan, config, plan.base))
+        full = trace._trace(plan, name, config, deep)
         assert [n.name for n in model.graph] == [n.name for n in full.graph]
         assert list(model.graph.initializers) == list(full.graph.initializers)
         assert [v.name for v in model.graph.inputs] == [v.name for v in full.graph.inputs]

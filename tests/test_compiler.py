@@ -25,7 +25,7 @@ from internvl_edge.artifact import publish
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, pipeline
-from internvl_edge.compiler.engine_forecast import ENGINE_NBYTES
+from internvl_edge.compiler.steps.engines import ENGINE_NBYTES
 from internvl_edge.errors import (
     BuildError,
     CalibrationError,

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from internvl_edge import compiler
 from internvl_edge.artifact import workspace as resume
 from internvl_edge.artifact.workspace import JOURNAL, KEY, Workspace, kept_nbytes, workspace
-from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler import ExportOptions, cost
 from internvl_edge.compiler.steps import calibrate as calibration_step
 from internvl_edge.compiler.steps import weights as weights_step
 from internvl_edge.errors import (
@@ -410,7 +410,7 @@ def test_stale_work_of_an_edited_checkpoint(
     """Same names, shapes and sizes, and one value that differs."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(ResourceError, match="memory-budget"):
-        patch.setattr(calibration_step, "peak_rss_nbytes", lambda: 10**12)
+        patch.setattr(cost, "peak_rss_nbytes", lambda: 10**12)
         compiler.export(options(checkpoint, out, memory_budget=10**11))
     before = json.loads((tmp_path / ".out.work" / KEY).read_text())
 
@@ -484,7 +484,7 @@ def test_killed_between_publishing_and_cleaning_up(
 def test_budget_does_not_count_who_started_us() -> None:
     """``ru_maxrss`` begins at the size of the process that forked us."""
     child = """
-from internvl_edge.compiler.steps.calibrate import require_within_budget
+from internvl_edge.compiler.cost import require_within_budget
 import resource
 assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 900_000
 require_within_budget(900_000_000, 1, 1)
@@ -497,7 +497,7 @@ require_within_budget(900_000_000, 1, 1)
 def test_budget_binds_verification(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration_step, "peak_rss_nbytes", lambda: 10**12)
+    monkeypatch.setattr(cost, "peak_rss_nbytes", lambda: 10**12)
     chosen = ExportOptions(
         checkpoint=checkpoint, out=tmp_path / "out", components=("vision",), memory_budget=10**11
     )

@@ -316,16 +316,15 @@ def _samples(checkpoint: Path | None) -> Any:
 
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:
     """Show what an export will need, and refuse what it would refuse before it begins."""
-    from internvl_edge.compiler.forecast import forecast_plan, require_forecast_fits
-    from internvl_edge.compiler.steps.calibrate import load_samples
+    from internvl_edge.compiler.pipeline import forecast_plan, require_fit
     from internvl_edge.compiler.steps.engines import require_targets
+    from internvl_edge.compiler.steps.samples import load_samples
 
     plan = compiler.make_plan(options)
-    engines = [target for target in options.targets if target != "onnx"]
-    require_targets(engines, options.precision)
+    require_targets(plan.engine_targets, options.precision)
     forecast = forecast_plan(plan)
     _show(output, forecast)
-    require_forecast_fits(plan, forecast)
+    require_fit(plan, forecast)
     if plan.recipe is not None:
         load_samples(plan)
 

@@ -85,6 +85,11 @@ class Plan:
         return self.options.precision if self.recipe is None else self.recipe.base or "fp32"
 
     @property
+    def engine_targets(self) -> tuple[str, ...]:
+        """What engines are built for."""
+        return tuple(target for target in self.options.targets if target != "onnx")
+
+    @property
     def engine_base(self) -> str:
         """The same in the graphs that engines are built from."""
         return self.options.precision if self.recipe is None else self.recipe.engine_base

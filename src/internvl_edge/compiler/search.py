@@ -30,12 +30,12 @@ from torch import Tensor
 
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.artifact.workspace import Workspace
-from internvl_edge.compiler.oracle.simulate import fake_quantized
-from internvl_edge.compiler.pipeline import export, quantization_of
+from internvl_edge.compiler.pipeline import export
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan, require_choice
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.report.plots import SEARCH_FILE
-from internvl_edge.compiler.steps.calibrate import load_samples, samples_for
+from internvl_edge.compiler.steps.samples import load_samples, samples_for
+from internvl_edge.compiler.steps.verify import quantization_of
 from internvl_edge.errors import UsageError
 from internvl_edge.export.towers.blocks import COMPONENT_STREAM, Block
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
@@ -190,16 +190,8 @@ class _Towers:
         scales = {n: s for n, s in self._scales(block, use.stream).items() if n in narrow}
         if not scales:
             return _forward(block, use.contexts, inputs)
-        q, config = self.quantization, self.plan.source.config
-        with fake_quantized(
-            block.module,
-            scales,
-            q.recipe,
-            q.stored,
-            config,
-            lambda name: f"{block.name}.{name}",
-            q.held,
-        ):
+        quantization = replace(self.quantization, scales={use.stream: scales})
+        with quantization.applied_to(block.module, use.stream, lambda n: f"{block.name}.{n}"):
             return _forward(block, use.contexts, inputs)
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ from torch import nn
 
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.compiler.oracle.reference_block import watching
-from internvl_edge.compiler.oracle.simulate import fake_quantized
-from internvl_edge.compiler.pipeline import open_source, quantization_of
+from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.steps.engines import engine_graph
 from internvl_edge.compiler.steps.verify import (
     SAME_DB,
-    Quantization,
     graph_capacity,
+    open_source,
+    quantization_of,
     run_as_reference,
     runnable,
 )
@@ -270,12 +270,11 @@ class _Graph:
     def _simulated(self, module: nn.Module, rename: Callable[[str], str]) -> Any:
         if self.quantization is None:
             return nullcontext()
-        scales = self.quantization.scales[COMPONENT_STREAM[self.component]]
-        recipe, stored = self.quantization.recipe, self.quantization.stored
+        stored = self.quantization.stored
         # a wrong scale of a weight is to be found, not refused
         stored = {n: v for n, v in stored.items() if not n.endswith(SCALE_SUFFIX)}
-        config, held = self.checkpoint.config, self.quantization.held
-        return fake_quantized(module, scales, recipe, stored, config, rename, held)
+        stream = COMPONENT_STREAM[self.component]
+        return replace(self.quantization, stored=stored).applied_to(module, stream, rename)
 
     def _watched(self, module: nn.Module, hidden: Array | None) -> Arrays:
         """Run the reference; what went into its block, and the output of every module inside."""

@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internvl_edge.artifact.open import EngineRecord, Manifest, TensorSpec
 from internvl_edge.artifact.publish import record, update, write_manifest
 from internvl_edge.artifact.sidecar import Range
-from internvl_edge.compiler.engine_forecast import Forecast, build_steps
+from internvl_edge.compiler.cost import Cost, Forecast
 from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.errors import UsageError
+from internvl_edge.compiler.steps.step import Build
+from internvl_edge.errors import BuildError, ResourceError, UsageError
 from internvl_edge.export.engine.build import Prepare, Profile, build_engine
 from internvl_edge.export.engine.memory import (
     BLOCKLESS_COMPONENTS,
     LLAMA_COMPONENTS,
+    builder_nbytes,
+    joined_nbytes,
     require_memory_to_build,
 )
 from internvl_edge.export.engine.targets import choose_capabilities, find_target, load_builder
@@ -26,7 +30,16 @@ from internvl_edge.files.disk import link_or_copy
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
 from internvl_edge.runtime.session import did_you_mean
 
+if TYPE_CHECKING:  # it needs PyTorch, and building engines does not
+    from internvl_edge.compiler.plan import Plan
+
 ENGINES = "engines"
+BUILDER_MAPPED_NBYTES = 110_000_000  # its library
+BUILD_NBYTES_PER_SECOND = 290e6
+JOINED_NBYTES_PER_SECOND = 800e6
+BUILD_SECONDS_PER_BLOCK = 0.7
+BUILD_SECONDS = 1.0
+ENGINE_NBYTES = 7_000_000  # of an engine in addition to its weights: the demo's have 5 to 9 MB
 IN_PLACE_BATCH = (1, 1, 4)
 COMPUTE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -130,20 +143,73 @@ def _dimensions(manifest: Manifest, components: Collection[str]) -> set[str]:
     return {size for spec in specs for size in spec.shape if isinstance(size, str)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildEngines:
+    """Build the engine of each component, one after the other, for each target."""
+
+    targets: tuple[str, ...]
+    weights: Mapping[str, int]  # component → bytes of its weights as an engine holds them
+    depths: Mapping[str, int]  # component → blocks of its tower
+    precision: str  # as it was asked for: one for all, or one per tower
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        targets: Sequence[str],
+        components: Sequence[str] | None = None,
+    ) -> BuildEngines:
+        """Describe the engines of a directory, of all its components by default."""
+        chosen = list(components or manifest.components)
+        return cls(
+            targets=tuple(targets),
+            weights={name: manifest.components[name].nbytes for name in chosen},
+            depths={name: _num_blocks(manifest, name) for name in chosen},
+            precision=manifest.precision,
+        )
+
+    def costs(self, plan: Plan | None = None) -> tuple[Cost, ...]:
+        """State what each component's engines need; a directory's have no plan any more."""
+        return tuple(self._cost(component) for component in self.depths)
+
+    def _cost(self, component: str) -> Cost:
+        nbytes, depth = self.weights[component], self.depths[component]
+        mapped = nbytes + BUILDER_MAPPED_NBYTES  # the graph's weights
+        joined = joined_nbytes(component, nbytes, self.precision)
+        taken = builder_nbytes(component, nbytes, depth, self.precision)
+        seconds = BUILD_SECONDS + BUILD_SECONDS_PER_BLOCK * depth
+        seconds += nbytes / BUILD_NBYTES_PER_SECOND + joined / JOINED_NBYTES_PER_SECOND
+        return Cost(
+            name=f"build {component}",
+            memory_nbytes=mapped + taken,
+            mapped_nbytes=mapped,
+            disk_nbytes=(nbytes + ENGINE_NBYTES) * len(self.targets),
+            scratch_nbytes=joined,
+            seconds=len(self.targets) * seconds,
+        )
+
+    def run(self, plan: Plan, build: Build) -> None:
+        """Build them; hours of quantization are not thrown away for one that fails."""
+        assert build.manifest is not None
+        try:
+            for grown in add_engines(
+                build.directory,
+                build.manifest,
+                self.targets,
+                keep=build.work.engines,
+                report=build.report,
+            ):
+                plan.checkpoint.require_unchanged()
+                build.manifest = grown
+        except (BuildError, ResourceError) as error:
+            build.failure = error
+
+
 def forecast_build(
     manifest: Manifest, targets: Sequence[str], components: Sequence[str] | None = None
 ) -> Forecast:
-    """What building engines will need, a step for each component.
-
-    Args:
-        manifest: of the directory.
-        targets: what is built for.
-        components: all by default.
-    """
-    chosen = list(components or manifest.components)
-    weights = {name: manifest.components[name].nbytes for name in chosen}
-    depths = {name: _num_blocks(manifest, name) for name in chosen}
-    return Forecast(steps=tuple(build_steps(weights, depths, targets, manifest.precision)))
+    """Forecast what building a directory's engines will need; of all components by default."""
+    return Forecast(steps=BuildEngines.of(manifest, targets, components).costs())
 
 
 def require_buildable(

@@ -17,7 +17,11 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
+from internvl_edge.compiler.steps.engines import engine_graph
+from internvl_edge.compiler.steps.step import Build
+from internvl_edge.compiler.steps.trace import AnyModel, trace_all
 from internvl_edge.export.graph.bind import bind, save
 from internvl_edge.export.towers.blocks import COMPONENT_STREAM
 from internvl_edge.export.weights.writer import StoredTensor
@@ -38,19 +42,31 @@ class Emitted:
     nbytes: int  # of weights that it reads
 
 
-def write_graph(
-    plan: Plan,
-    name: str,
-    model: ir.Model,
-    stored: Mapping[str, StoredTensor],
-    activations: Mapping[str, Mapping[str, float | None]],
-    directory: Path,
-    file: str,
-) -> Emitted:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteGraphs:
+    """Write the graphs that were traced, and trace and write those for engines."""
+
+    model: AnyModel  # of ``shallow_model``
+
+    def costs(self, plan: Plan) -> tuple[Cost, ...]:
+        return ()  # ``Trace`` counts them
+
+    def run(self, plan: Plan, build: Build) -> None:
+        for name, model in build.models.items():
+            build.graphs[name] = write_graph(plan, name, model, build, f"{name}.onnx")
+        build.models = {}
+        if plan.engine_base != plan.base:
+            others = trace_all(plan, self.model, plan.engine_base, build.report)
+            for name, model in others.items():
+                write_graph(plan, name, model, build, engine_graph(name, plan.engine_base))
+
+
+def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str) -> Emitted:
     """Quantize a traced graph if the plan says so, bind its weights, write it as ``file``."""
+    directory, stored = build.directory, build.stored
     if plan.recipe is not None and name in COMPONENT_STREAM:
         drop_ones(model, stored, directory)
-        scales = activations[COMPONENT_STREAM[name]]
+        scales = build.scales[COMPONENT_STREAM[name]]
         linears = {
             weight: _linear(plan, weight, scale)
             for weight, scale in scales.items()

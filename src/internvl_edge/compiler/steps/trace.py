@@ -11,14 +11,16 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
 
+from internvl_edge.compiler.cost import IMPORTS_NBYTES, Cost
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report
-from internvl_edge.compiler.steps.weights import towers_of
+from internvl_edge.compiler.steps.step import Build
+from internvl_edge.compiler.steps.weights import block_sizes, towers_of
 from internvl_edge.export.checkpoint.checkpoint import build_model
 from internvl_edge.export.components import (
     build_component,
@@ -41,23 +43,58 @@ logger = logging.getLogger(__name__)
 
 MAX_KEPT_NBYTES = 100_000_000  # of traces
 NODE_NBYTES = 6_000  # of a node with its values
+START_SECONDS = 3.0
+TRACE_SECONDS_PER_COMPONENT = 3.0
 
 
-def trace_all(plan: Plan, base: str, report: Report) -> dict[str, ir.Model]:
+AnyModel = InternVL | Chat | InternViT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Trace every component, at the precision that ONNX Runtime's graphs compute in."""
+
+    model: AnyModel  # of ``shallow_model``
+
+    def costs(self, plan: Plan) -> tuple[Cost, ...]:
+        """State what all graphs need, those for engines too, which are traced when written."""
+        graphs = 1 if plan.base == plan.engine_base else 2
+        blocks = len(block_sizes(plan))
+        cost = Cost(
+            name="trace",
+            memory_nbytes=IMPORTS_NBYTES + 1_000_000 * blocks,
+            disk_nbytes=15_000 * blocks * graphs,
+            seconds=START_SECONDS + TRACE_SECONDS_PER_COMPONENT * len(plan.components) * graphs,
+        )
+        return (cost,)
+
+    def run(self, plan: Plan, build: Build) -> None:
+        build.models = trace_all(plan, self.model, plan.base, build.report)
+
+
+def trace_all(plan: Plan, model: AnyModel, base: str, report: Report) -> dict[str, ir.Model]:
     """Trace every component of a plan at a base precision; the graphs have no weights yet.
 
     Towers are traced a few blocks deep and stamped; one that does not repeat is traced in full.
+
+    Args:
+        plan: what is compiled.
+        model: of ``shallow_model``; its parameters get the dtypes of ``base``.
+        base: a key of ``POLICIES``.
+        report: told before each component.
     """
     config = plan.source.config
     shallow = shallow_config(config)
-    model = _meta_model(plan, shallow, base)
+    apply_policy(model, POLICIES[base])
     traced = {}
     for done, name in enumerate(plan.components):
         report(Progress(step="trace", detail=name, done=done, total=len(plan.components)))
         traced[name] = _trace(plan, name, shallow, model)
         if not stamp_towers(traced[name], config):
             logger.info("%s: blocks that differ, traced one by one", name)
-            traced[name] = _trace(plan, name, config, _meta_model(plan, config, base))
+            full = meta_model(config, plan.image_size)
+            apply_policy(full, POLICIES[base])
+            traced[name] = _trace(plan, name, config, full)
         if plan.options.input == "uint8":
             take_levels(traced[name], plan.preprocessing)
     return traced
@@ -80,22 +117,25 @@ def stamp_towers(model: ir.Model, config: CheckpointConfig) -> bool:
     return True
 
 
-def _meta_model(plan: Plan, config: CheckpointConfig, base: str) -> InternVL | Chat | InternViT:
+def shallow_model(plan: Plan) -> AnyModel:
+    """Build the model that a plan's components are traced from, without weights."""
+    return meta_model(shallow_config(plan.source.config), plan.image_size)
+
+
+def meta_model(config: CheckpointConfig, image_size: int) -> AnyModel:
+    """Build a configuration's model on the meta device, for images of one size."""
     with torch.device("meta"):
         model = build_model(config)
         vision = model if isinstance(model, InternViT) else model.vision_model
         # Resampled once, not in every forward: one graph per resolution.
-        tokens = config.vision.num_tokens(plan.image_size)
+        tokens = config.vision.num_tokens(image_size)
         vision.embeddings.position_embedding = torch.nn.Parameter(
             torch.empty(1, tokens, config.vision.hidden_size)
         )
-    apply_policy(model, POLICIES[base])
     return model
 
 
-def _trace(
-    plan: Plan, name: str, config: CheckpointConfig, model: InternVL | Chat | InternViT
-) -> ir.Model:
+def _trace(plan: Plan, name: str, config: CheckpointConfig, model: AnyModel) -> ir.Model:
     """Trace one component of a model on the meta device, or clone the trace of an equal one."""
     linear = next((p for n, p in model.named_parameters() if n.endswith("q_proj.weight")), None)
     compute = "float32" if linear is None else str(linear.dtype).removeprefix("torch.")

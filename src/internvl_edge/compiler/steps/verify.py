@@ -11,14 +11,26 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
+from internvl_edge.artifact.open import Artifact
+from internvl_edge.compiler.cost import (
+    FLOAT32_NBYTES,
+    IMPORTS_NBYTES,
+    Cost,
+    require_within_budget,
+)
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
-from internvl_edge.compiler.oracle.simulate import STORED_SUFFIXES, Scales, fake_quantized
-from internvl_edge.compiler.plan import Verify
+from internvl_edge.compiler.oracle.simulate import Quantization
+from internvl_edge.compiler.plan import Plan, source_of
+from internvl_edge.compiler.plan import Verify as Which
 from internvl_edge.compiler.precision import precision_of
+from internvl_edge.compiler.progress import Progress
+from internvl_edge.compiler.steps.engines import engine_graph
 from internvl_edge.compiler.steps.graphs import tensor_specs
-from internvl_edge.compiler.steps.weights import towers_of
-from internvl_edge.errors import VerificationError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_model, read_header
+from internvl_edge.compiler.steps.publish import source_files
+from internvl_edge.compiler.steps.step import Build
+from internvl_edge.compiler.steps.weights import LLAMA_HEAD, block_sizes, towers_of
+from internvl_edge.errors import UsageError, VerificationError
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint
 from internvl_edge.export.compare import (
     BOUNDS,
     Agreement,
@@ -31,7 +43,7 @@ from internvl_edge.export.compare import (
     with_hidden_state,
     with_noise,
 )
-from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.components import COMPONENTS, build_component, language_config
 from internvl_edge.export.config.checkpoint import with_depth
 from internvl_edge.export.graph.bf16_twin import widen
 from internvl_edge.export.graph.repeat import keep_block
@@ -43,10 +55,7 @@ from internvl_edge.export.towers.blocks import (
     tower_of,
 )
 from internvl_edge.export.towers.streams import Samples
-from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX
-from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
-from internvl_edge.quantize.numerics.statistics import LayerStatistics
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.runtime.generation.fixed_cache import MASK, capacity_of, grown, in_place
 from internvl_edge.runtime.images.transform import Preprocessing
@@ -55,23 +64,46 @@ from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
 from internvl_edge.types import Array
 
+MAX_LISTED = 3  # shards, in an error
+VERIFY_NBYTES_PER_SECOND = 200e6
+# What is compared, in float32: reference and graph, constants that are widened, and the simulation.
+VERIFY_COPIES = {"fp32": 2.5, "fp16": 4.7, "bf16": 4.7, "quantized": 5.2}
+VERIFIED_TEXTS = 2
+CACHE_COPIES = 3  # of a cache in place that is compared: as it is given, read and written
 SAMPLES = 4  # of the calibration set, to compare quantized components on
-FLOAT32_NBYTES = 4
 MAX_WHOLE_NBYTES = 4_000_000_000  # of a float32 reference that --verify auto holds: 1 B parameters
 MAX_LOSS_DB = 3.0  # of a quantized graph, against the simulation of its quantization
 SAME_DB = 70.0  # beside the simulation: the same numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
-    """What the simulation of a quantized directory needs."""
+class Verify:
+    """Compare every component with PyTorch."""
 
-    recipe: Recipe
-    scales: Scales
-    stored: Mapping[str, Array]  # scales, factors, biases and shifts, from the weights file
-    source: Checkpoint  # in the form that the recipe quantizes
-    statistics: tuple[LayerStatistics, ...] = ()  # what calibration saw
-    held: Callable[[str], Array | None] | None = None  # a weight's stored values; for GPTQ
+    def costs(self, plan: Plan) -> tuple[Cost, ...]:
+        return (_cost(plan),)
+
+    def run(self, plan: Plan, build: Build) -> None:
+        quantization = None
+        if plan.recipe is not None:
+            quantization = Quantization.read(build.directory, plan.recipe, plan.source)
+        checker = Checker(
+            plan.checkpoint,
+            plan.image_size,
+            build.samples,
+            quantization,
+            whole=is_compared_whole(plan.checkpoint, plan.options.verify),
+            preprocessing=plan.preprocessing if plan.options.input == "uint8" else None,
+        )
+        precision, budget = plan.options.precision, plan.options.memory_budget
+        remedy = "raise the budget, or choose --verify none"
+        for done, (name, graph) in enumerate(build.graphs.items()):
+            total = len(build.graphs)
+            build.report(Progress(step="verify", detail=name, done=done, total=total))
+            build.figures[name] = checker.check_both(
+                name, build.directory / graph.file, precision, plan.base, plan.engine_base
+            )
+            require_within_budget(budget, done + 1, total, "components verified", remedy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +113,15 @@ class _Part:
     module: nn.Module
     rename: Callable[[str], str] = str  # the checkpoint's name of a parameter
     block: int | None = None  # None: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Expected:
+    """The outputs that graphs of a component, or of one block of it, should have."""
+
+    feeds: dict[str, Array]
+    reference: dict[str, Array]  # of PyTorch
+    simulated: dict[str, Array] | None  # with its quantization; None: nothing is quantized
 
 
 class Checker:
@@ -150,13 +191,34 @@ class Checker:
             VerificationError: it disagrees with the reference, or with the simulation of what
                 its quantization should do.
         """
-        self._audit(component, path)
-        found = [
-            self._compare(component, part, path, precision, base) for part in self._parts(component)
-        ]
-        worst = min(found, key=lambda figures: float(figures["sqnr_db"]))
+        (figures,) = self._check(component, {path: base}, precision)
+        return figures
+
+    def check_both(
+        self, component: str, path: Path, precision: str, base: str, engine_base: str
+    ) -> dict[str, Any]:
+        """Compare a component's graph, and the one for engines where it has one of its own."""
+        other = path.with_name(engine_graph(component, engine_base))
+        graphs = {path: base} | ({other: engine_base} if other.exists() else {})
+        figures, *others = self._check(component, graphs, precision)
+        return figures | ({"engine_graph": others[0]} if others else {})
+
+    def _check(
+        self, component: str, graphs: Mapping[Path, str], precision: str
+    ) -> list[dict[str, Any]]:
+        """Compare graphs of a component, given with their bases, with one run of the reference."""
+        for path in graphs:
+            self._audit(component, path)
+        compared: list[list[dict[str, Any]]] = [[] for _ in graphs]
+        capacity = graph_capacity(ir.load(next(iter(graphs))))
+        feeds = component_feeds(component, self.feeds, self.config, capacity)
+        for part in self._parts(component):
+            expected = self._expected(component, part, feeds)
+            for figures, (path, base) in zip(compared, graphs.items(), strict=True):
+                figures.append(self._compare(component, part, path, precision, base, expected))
         blocks = self._blocks(component)
-        return worst | ({"blocks": blocks} if blocks else {})
+        worst = (min(of_one, key=lambda f: float(f["sqnr_db"])) for of_one in compared)
+        return [figures | ({"blocks": blocks} if blocks else {}) for figures in worst]
 
     def _audit(self, component: str, path: Path) -> None:
         """Hold the numbers of a quantized graph against those of its calibration."""
@@ -183,37 +245,36 @@ class Checker:
             has_tower = tower_of(component) is not None
             yield _Part(module=module, rename=rename, block=block if has_tower else None)
 
+    def _expected(self, component: str, part: _Part, feeds: dict[str, Array]) -> _Expected:
+        reference, simulated = self._reference(component, part, feeds), None
+        if self.quantization is not None and component in COMPONENT_STREAM:
+            twin, stream = self._simulated(component, part), COMPONENT_STREAM[component]
+            with self.quantization.applied_to(twin.module, stream, twin.rename):
+                simulated = self._reference(component, twin, feeds)
+        return _Expected(feeds=feeds, reference=reference, simulated=simulated)
+
     def _compare(
-        self, component: str, part: _Part, path: Path, precision: str, base: str
+        self,
+        component: str,
+        part: _Part,
+        path: Path,
+        precision: str,
+        base: str,
+        expected: _Expected,
     ) -> dict[str, Any]:
-        tower, capacity = tower_of(component), graph_capacity(ir.load(path))
-        feeds = component_feeds(component, self.feeds, self.config, capacity)
+        feeds, reference, simulated = expected.feeds, expected.reference, expected.simulated
         actual = self._run(component, part, path, feeds)
-        reference = self._reference(component, part, feeds)
         found = agreements(reference, actual)
         where = component if part.block is None else f"{component}, block {part.block}"
         # Behind missing blocks activations leave the ranges that they were calibrated for: the
         # simulation shows the same clipping, the reference does not.
-        quantization = self.quantization if component in COMPONENT_STREAM else None
-        if quantization is None or part.block is None:
-            own = "fp32" if tower in OTHER_TOWERS.values() else precision_of(precision, component)
+        if simulated is None or part.block is None:
+            is_other = tower_of(component) in OTHER_TOWERS.values()
+            own = "fp32" if is_other else precision_of(precision, component)
             require_agreement(found, where, base if own == "fp32" else own)
         figures = summary(found, len(next(iter(feeds.values()))))
-        if quantization is None:
+        if simulated is None:
             return figures
-        scales = quantization.scales[COMPONENT_STREAM[component]]
-        twin = self._simulated(component, part)
-        config = quantization.source.config
-        with fake_quantized(
-            twin.module,
-            scales,
-            quantization.recipe,
-            quantization.stored,
-            config,
-            twin.rename,
-            quantization.held,
-        ):
-            simulated = self._reference(component, twin, feeds)
         beside = agreements(simulated, actual)
         bound = "simulated" if base == "fp32" else "simulated, 16-bit"
         require_agreement(beside, where, bound if part.block is None else f"{bound}, one block")
@@ -301,33 +362,90 @@ def _require_no_loss(
             )
 
 
-def stored_changes(weights: Path) -> dict[str, Array]:
-    """What calibration left in the towers beside weights: scales, factors, biases and shifts."""
-    suffixes = (SMOOTHING_SUFFIX, f".weight{SCALE_SUFFIX}", *STORED_SUFFIXES)
-    return {
-        name: entry.read()
-        for name, entry in read_header(weights).items()
-        if ".layers." in name and name.endswith(suffixes)
-    }
-
-
-def values_in(weights: Path) -> Callable[[str], Array | None]:
-    """Reads the values of a tensor when asked; None of what no component of a directory reads."""
-    entries = read_header(weights)
-    return lambda name: entries[name].read() if name in entries else None
-
-
 def reference_nbytes(checkpoint: Checkpoint) -> int:
     """Memory of the float32 reference."""
     parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
     return parameters * FLOAT32_NBYTES
 
 
-def reason_not_to_verify(verify: Verify) -> str | None:
-    """Why components are not compared with PyTorch, or None when they are."""
-    return "not verified: --verify none" if verify == "none" else None
-
-
-def is_compared_whole(checkpoint: Checkpoint, verify: Verify) -> bool:
+def is_compared_whole(checkpoint: Checkpoint, verify: Which) -> bool:
     """Whether the whole reference is held in memory, rather than one block of it at a time."""
     return verify == "full" or reference_nbytes(checkpoint) <= MAX_WHOLE_NBYTES
+
+
+def _cost(plan: Plan) -> Cost:
+    whole = is_compared_whole(plan.checkpoint, plan.options.verify)
+    compared, seconds = reference_nbytes(plan.checkpoint), 1.0
+    if not whole:
+        # one block and what is in front of and behind its tower
+        blocks = block_sizes(plan)
+        other = compared // FLOAT32_NBYTES - sum(blocks.values())
+        head = plan.source.tensors.get(LLAMA_HEAD)
+        other -= 0 if head is None else math.prod(head.shape)
+        compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
+        seconds = 3.0
+    graphs = 1 if plan.base == plan.engine_base else 2
+    is_by_choice = plan.options.verify == "full" and not is_compared_whole(plan.checkpoint, "auto")
+    remedy = "--verify auto compares one block at a time, " if is_by_choice else ""
+    copies = VERIFY_COPIES["quantized" if plan.recipe is not None else plan.base]
+    return Cost(
+        name="verify",
+        memory_nbytes=IMPORTS_NBYTES + int(copies * compared) + _cache_nbytes(plan, whole=whole),
+        disk_nbytes=0,
+        remedy=f"{remedy}--verify none leaves the comparison out",
+        seconds=graphs
+        * len(plan.components)
+        * seconds
+        * (1.0 + compared / VERIFY_NBYTES_PER_SECOND),
+    )
+
+
+def _cache_nbytes(plan: Plan, *, whole: bool) -> int:
+    """What comparing a decoder holds of a cache of fixed capacity, of one layer or of all."""
+    llama, capacity = language_config(plan.checkpoint.config), plan.options.cache_capacity
+    if llama is None or capacity is None:
+        return 0
+    layers = llama.num_hidden_layers if whole else 1
+    position = 2 * llama.num_key_value_heads * llama.head_dim  # a key and a value
+    return FLOAT32_NBYTES * CACHE_COPIES * VERIFIED_TEXTS * layers * position * capacity
+
+
+# --- a directory and its checkpoint --------------------------------------------------------------
+
+
+def open_source(artifact: Artifact, checkpoint: Path) -> Checkpoint:
+    """Open the checkpoint that a directory was made from.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    opened = open_checkpoint(checkpoint)
+    expected = artifact.manifest.source["files"]
+    files = source_files(opened.shards)
+    if files != expected:
+        of_old = {name: shard["nbytes"] for name, shard in expected.items()}
+        of_this = {name: shard["nbytes"] for name, shard in files.items()}
+        difference = (
+            "its shards have the same names and sizes, and other tensors"
+            if of_old == of_this
+            else f"expected {_listed(of_old)}, found {_listed(of_this)}"
+        )
+        raise UsageError(
+            f"{artifact.path} was not made from {checkpoint}: {difference}; name its checkpoint "
+            f"with --checkpoint, a folder that was called {artifact.manifest.source['checkpoint']}"
+        )
+    return opened
+
+
+def _listed(shards: Mapping[str, int]) -> str:
+    """The first shards with their sizes."""
+    some = [f"{name} of {nbytes} bytes" for name, nbytes in [*shards.items()][:MAX_LISTED]]
+    return ", ".join([*some, *[f"{len(shards) - MAX_LISTED} more"] * (len(shards) > MAX_LISTED)])
+
+
+def quantization_of(artifact: Artifact, checkpoint: Checkpoint) -> Quantization | None:
+    """Read how a published directory is quantized; None where it is not."""
+    if artifact.manifest.recipe is None:
+        return None
+    recipe = Recipe.from_json(artifact.manifest.recipe)
+    return Quantization.read(artifact.path, recipe, source_of(checkpoint, recipe))

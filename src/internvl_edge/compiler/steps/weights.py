@@ -5,25 +5,38 @@ parameters in the dtypes the graphs ask for; quantized, the linear layers' weigh
 their scales, and the rest as the checkpoint stores it. Where that would be the checkpoint's own
 bytes, its shards are brought instead; ``--weights link`` or ``copy`` bring them in any case, and
 the graphs cast.
+
+``plan_weights`` decides all of that once, before any work: the forecast and the run follow it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Mapping
-from pathlib import Path
+import math
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+import torch
 
 from internvl_edge.artifact.workspace import Workspace
+from internvl_edge.compiler.cost import IMPORTS_NBYTES, Cost
 from internvl_edge.compiler.plan import ExportOptions, Plan
 from internvl_edge.compiler.progress import Progress, Report
-from internvl_edge.errors import UsageError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, TensorEntry, torch_from_numpy
+from internvl_edge.compiler.steps.step import Build
+from internvl_edge.errors import InternVLError, UsageError
+from internvl_edge.export.checkpoint.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    TensorEntry,
+    torch_from_numpy,
+)
+from internvl_edge.export.components import COMPONENTS, build_component
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.graph.bind import weights_without_data
+from internvl_edge.export.graph.dtypes import POLICIES
+from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.vit import resize_position_embedding
 from internvl_edge.export.towers.blocks import (
     CHAT_PREFIX,
@@ -33,8 +46,8 @@ from internvl_edge.export.towers.blocks import (
     VISION_PREFIX,
     sites_of,
 )
-from internvl_edge.export.weights.link import Brought, bring_shards
-from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
+from internvl_edge.export.weights.link import bring_shards, way_of
+from internvl_edge.export.weights.writer import Layout, StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX, CalibratedBlock, is_quantized
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.weights import stored_layout
@@ -45,9 +58,160 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 PIECE_NBYTES = 1 << 29  # of converted weights, between two points to go on from
+CONVERT_NBYTES_PER_SECOND = 250e6
 CHAT_TOKENS = "language_model.model.embed_tokens.weight"
+CROSS_ATTENTION = ".cross_attn."
+LLAMA_HEAD, LLAMA_TOKENS = "qllama.lm_head.weight", "qllama.model.embed_tokens.weight"
+TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
+STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 POSITIONS = "vision_model.embeddings.position_embedding"
 FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsPlan:
+    """How every parameter that is read comes into OUT."""
+
+    reads: Mapping[str, frozenset[str]]  # component → the parameters that its graph reads
+    brought: frozenset[str]  # parameters that lie in the checkpoint's own shards, which are brought
+    layout: Layout  # of the weights file: what is converted, copied or quantized
+
+
+def plan_weights(plan: Plan, model: InternVL | Chat | InternViT) -> WeightsPlan:
+    """Decide where every parameter comes from, and what is written.
+
+    Args:
+        plan: what will be compiled.
+        model: of the plan's source, on the meta device; of any depth.
+
+    Raises:
+        UsageError: shards are to be brought that cannot be.
+    """
+    reads = {component: _read_by(plan, component, model) for component in plan.components}
+    tensors, policy = plan.source.tensors, POLICIES[plan.base]
+    needed = {
+        name: DTYPES[STORED_TYPES[policy.dtype_of(name)]]
+        for name in sorted(set[str]().union(*reads.values()))
+    }
+    if "chat_decoder" in reads:  # the runtime reads it, as the checkpoint stores it
+        needed.setdefault(CHAT_TOKENS, tensors[CHAT_TOKENS].dtype)
+    if plan.recipe is not None:
+        layout = quantized_layout(plan, needed)
+        return WeightsPlan(reads=reads, brought=frozenset(), layout=layout)
+    held = held_weights(plan, needed)
+    is_brought = can_bring(plan.options, needed, held)
+    if not is_brought and plan.options.weights == "copy":  # not as shards lie, but the same values
+        needed |= {name: entry.dtype for name, entry in held.items()}
+    brought = frozenset(held if is_brought else ())
+    layout = {n: (dtype, shape_of(plan, n)) for n, dtype in needed.items() if n not in brought}
+    if layout and WEIGHTS_FILE in {held[name].file.name for name in brought}:
+        raise UsageError(
+            f"{plan.checkpoint.path / WEIGHTS_FILE}: --image-size {plan.image_size} writes a file "
+            "of that name beside the checkpoint's own; give the shard another name"
+        )
+    return WeightsPlan(reads=reads, brought=brought, layout=layout)
+
+
+def _read_by(plan: Plan, component: str, model: InternVL | Chat | InternViT) -> frozenset[str]:
+    """The parameters of a component's parts, without those that its graph has no use for."""
+    module, tensors = build_component(COMPONENTS[component], model), plan.source.tensors
+    parts = {name.partition(".")[0] for name in module.state_dict()}
+    unread = set() if component == "decoder" else {LLAMA_HEAD}
+    if component == "image_queries":
+        unread.add(LLAMA_TOKENS)
+    if component == "chat_decoder" and not _is_tied(plan):
+        unread.add(CHAT_TOKENS)
+    if component in ("text_embed", "decoder"):  # no image, or one that lies in the cache
+        unread |= {name for name in tensors if CROSS_ATTENTION in name}
+    return frozenset(n for n in tensors if n.partition(".")[0] in parts and n not in unread)
+
+
+def _is_tied(plan: Plan) -> bool:
+    """Whether a chat model's head is its token embedding."""
+    chat = plan.source.config.chat
+    return chat is not None and chat.llama is not None and chat.llama.tie_word_embeddings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreWeights:
+    """Bring the checkpoint's shards, and write what they do not hold as it is read."""
+
+    weights: WeightsPlan
+
+    def costs(self, plan: Plan) -> tuple[Cost, ...]:
+        return (cost_of_writing(plan, self.weights),)
+
+    def run(self, plan: Plan, build: Build) -> None:
+        require_as_planned(self.weights, build)
+        if self.weights.brought:
+            build.stored, build.brought = bring_shards(
+                plan.checkpoint,
+                self.weights.brought,
+                build.directory,
+                plan.options.weights,
+                _copied(build.report),
+            )
+        if self.weights.layout:
+            build.stored = build.stored | _written(plan, self.weights.layout, build)
+
+
+def cost_of_writing(plan: Plan, weights: WeightsPlan) -> Cost:
+    """Memory, disk and time of the weights file, but for calibration."""
+    written = sum(math.prod(shape) * int(d.itemsize) for d, shape in weights.layout.values())
+    sizes = {name: math.prod(entry.shape) for name, entry in plan.source.tensors.items()}
+    if plan.recipe is not None:  # the rest is calibration's
+        sizes = {n: size for n, size in sizes.items() if not n.startswith(TOWERS)}
+    largest = 0 if weights.brought else max(sizes.values())
+    if weights.brought:
+        shards = sorted({plan.source.tensors[name].file for name in weights.brought})
+        if way_of(shards, plan.options.out, plan.options.weights) == "copy":
+            written += sum(shard.stat().st_size for shard in shards)
+    return Cost(
+        name="weights",
+        memory_nbytes=IMPORTS_NBYTES + 10 * largest,  # stored, float32 and converted, at once
+        disk_nbytes=written,
+        seconds=written / CONVERT_NBYTES_PER_SECOND,
+    )
+
+
+def require_as_planned(weights: WeightsPlan, build: Build) -> None:
+    """Make sure that graphs read what was planned: what is written was decided before the trace.
+
+    Raises:
+        InternVLError: a mistake of ours; names a parameter.
+    """
+    read = set(weights_without_data(build.models.values()))
+    planned = set[str]().union(*weights.reads.values())
+    if read != planned:
+        raise InternVLError(
+            f"the graphs were expected to read {len(planned)} parameters, they read {len(read)}: "
+            f"{', '.join(sorted(read ^ planned)[:3])}"
+        )
+
+
+def block_sizes(plan: Plan) -> dict[str, int]:
+    """Parameters of every block that a recipe may quantize."""
+    sizes: dict[str, int] = {}
+    for name, entry in plan.source.tensors.items():
+        for prefix in PREFIXES:
+            if name.startswith(f"{prefix}."):
+                block = name[: name.index(".", len(prefix) + 1)]
+                sizes[block] = sizes.get(block, 0) + math.prod(entry.shape)
+    return sizes
+
+
+def engine_nbytes(plan: Plan, names: Collection[str]) -> int:
+    """Bytes of parameters as an engine holds them."""
+    entries = plan.source.tensors
+    if plan.recipe is None:
+        itemsize = int(DTYPES[STORED_AS[plan.options.precision]].itemsize)
+        return itemsize * sum(math.prod(entries[name].shape) for name in names)
+    layout = quantized_layout(plan, names)
+    return sum(math.prod(shape) * int(dtype.itemsize) for dtype, shape in layout.values())
+
+
+# --- what the file holds -------------------------------------------------------------------------
 
 
 def towers_of(config: CheckpointConfig) -> dict[str, tuple[int, int]]:
@@ -86,7 +250,7 @@ def quantized_layers(checkpoint: Checkpoint, recipe: Recipe, needed: Iterable[st
 
 
 def quantized_layout(
-    plan: Plan, needed: Mapping[str, np.dtype[Any]]
+    plan: Plan, needed: Collection[str]
 ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Dtype and shape of every tensor of a quantized directory's weights file."""
     assert plan.recipe is not None
@@ -166,6 +330,41 @@ def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:
     return written
 
 
+# --- writing it ----------------------------------------------------------------------------------
+
+
+def _copied(report: Report) -> Callable[[str, int, int], None]:
+    """Progress of a copy as ours."""
+
+    def copied(shard: str, done: int, total: int) -> None:
+        done, total = done // 10**6, -(-total // 10**6)
+        report(Progress(step="copy", detail=f"{shard} (MB)", done=done, total=total))
+
+    return copied
+
+
+def _written(plan: Plan, layout: Layout, build: Build) -> dict[str, StoredTensor]:
+    """Write a weights file in the workspace, and hand it over: where each tensor lies.
+
+    Another run goes on after the last piece of it that is durable.
+    """
+    work = build.work
+    done = {name for entry in work.entries for name in entry["weights"]}
+    if done:
+        logger.warning(
+            "%d of %d tensors that an earlier run wrote are taken up from %s",
+            len(done),
+            len(layout),
+            work.path,
+        )
+    path = work.path / WEIGHTS_FILE
+    with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
+        dtypes = {name: dtype for name, (dtype, _) in layout.items()}
+        copy_rest(plan, writer, dtypes, build.report, work)
+    work.hand_over(WEIGHTS_FILE, build.directory)
+    return writer.stored
+
+
 def read_tensor(plan: Plan, name: str) -> Array:
     """A parameter as the graphs of this resolution need it; resampled positions in float32."""
     if name.endswith(SMOOTHING_SUFFIX):  # of a site that nothing was folded at
@@ -179,66 +378,6 @@ def read_tensor(plan: Plan, name: str) -> Array:
         torch_from_numpy(values).float(), (side, side)
     ).numpy()
     return resized
-
-
-def needed_weights(plan: Plan, models: Mapping[str, ir.Model]) -> dict[str, np.dtype[Any]]:
-    """Name and dtype of every parameter that graphs read, and of a chat model's token embedding.
-
-    That one is read by the runtime, which takes it as the checkpoint stores it.
-    """
-    needed = weights_without_data(models.values())
-    if "chat_decoder" in models:
-        needed.setdefault(CHAT_TOKENS, plan.source.tensors[CHAT_TOKENS].dtype)
-    return needed
-
-
-def store_weights(
-    plan: Plan, models: Mapping[str, ir.Model], directory: Path, work: Workspace, report: Report
-) -> tuple[dict[str, StoredTensor], dict[str, Brought]]:
-    """Put every parameter the graphs need into ``directory``; nothing is quantized.
-
-    What has to be converted is written in ``work`` and linked: another run goes on behind the
-    last piece of it that is durable.
-
-    Returns:
-        Where each lies, and the checkpoint's own shards that were brought.
-    """
-
-    def copied(shard: str, done: int, total: int) -> None:
-        done, total = done // 10**6, -(-total // 10**6)
-        report(Progress(step="copy", detail=f"{shard} (MB)", done=done, total=total))
-
-    needed = needed_weights(plan, models)
-    held = held_weights(plan, needed)
-    stored: dict[str, StoredTensor] = {}
-    brought: dict[str, Brought] = {}
-    if can_bring(plan.options, needed, held):
-        transfer = plan.options.weights
-        stored, brought = bring_shards(plan.checkpoint, held, directory, transfer, copied)
-    elif plan.options.weights == "copy":  # not as the shards lie, but with the same values
-        needed |= {name: entry.dtype for name, entry in held.items()}
-    own = {name: dtype for name, dtype in needed.items() if name not in stored}
-    if own and WEIGHTS_FILE in brought:
-        raise UsageError(
-            f"{plan.checkpoint.path / WEIGHTS_FILE}: --image-size {plan.image_size} writes a file "
-            "of that name beside the checkpoint's own; give the shard another name"
-        )
-    if own:
-        layout = {name: (dtype, shape_of(plan, name)) for name, dtype in own.items()}
-        done = {name for entry in work.entries for name in entry["weights"]}
-        if done:
-            logger.warning(
-                "%d of %d tensors that an earlier run wrote are taken up from %s",
-                len(done),
-                len(own),
-                work.path,
-            )
-        path = work.path / WEIGHTS_FILE
-        with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
-            copy_rest(plan, writer, own, report, work)
-        work.hand_over(WEIGHTS_FILE, directory)
-        stored |= writer.stored
-    return stored, brought
 
 
 def held_weights(plan: Plan, needed: Iterable[str]) -> dict[str, TensorEntry]:
