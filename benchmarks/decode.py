@@ -29,12 +29,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 import internvl_edge
 from internvl_edge import compiler
+from internvl_edge.artifact.components import COMPONENTS, DECODER
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
@@ -70,7 +71,7 @@ def export_decoder(checkpoint: Path, out: Path, precision: str, capacity: int | 
 
 def prompt_of(vocabulary: int, past: int = PAST) -> Prompt:
     ids = np.random.default_rng(0).integers(3, vocabulary, (1, PROMPT))
-    return Prompt(ids=ids, mask=np.ones_like(ids), past=past)
+    return Prompt(rows=ids.tolist(), past=past)
 
 
 def cache_of(config: Any, past: int = PAST) -> dict[str, Array]:
@@ -107,10 +108,10 @@ def eager(checkpoint: Path, config: Any) -> dict[str, float]:
     """The reference in float32; its cache is what its last call gave."""
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import load_reference
-    from internvl_edge.export.components import COMPONENTS, build_component
+    from internvl_edge.export.checkpoint.load import load_reference
+    from internvl_edge.export.components import build_component
 
-    module = build_component(COMPONENTS["decoder"], load_reference(checkpoint))
+    module = build_component(COMPONENTS[DECODER], load_reference(checkpoint))
 
     class Reference:
         def __init__(self) -> None:
@@ -168,23 +169,18 @@ def overhead(out: Path, capacity: int | None = None) -> dict[str, float]:
     with internvl_edge.load(out) as model, internvl_edge.open_session(out, "decoder") as opened:
         session: Any = opened
         cache = model.see(np.zeros((1, 3, 48, 48), np.float32)).cache
-        prompt = Prompt(
-            ids=np.array([[1, 5, 6]]),
-            mask=np.ones((1, 3), np.int64),
-            past=next(iter(cache.values())).shape[2],
-        )
+        prompt = Prompt(rows=[[1, 5, 6]], past=next(iter(cache.values())).shape[2])
         how = Generation(max_new_tokens=DEMO_TOKENS, stop_ids=())
-        steps = Watched(session, ("run_device", "step"))
-        calls = Watched(session._session, ("run_with_iobinding",))
 
-        def beyond(watched: Watched, session: Any) -> float:
+        def beyond(watched: Watched) -> float:
             begun, watched.seconds = time.perf_counter(), 0.0
             generate(start(session, cache), prompt, how)
             return 1e6 * (time.perf_counter() - begun - watched.seconds) / DEMO_TOKENS
 
-        loop = [beyond(steps, steps) for _ in range(20)]
-        session._session = calls
-        overhead = [beyond(calls, session) for _ in range(20)]
+        with Watched(session, ("run_device", "step")) as steps:
+            loop = [beyond(steps) for _ in range(20)]
+        with Watched(session._session, ("run_with_iobinding",)) as calls:
+            overhead = [beyond(calls) for _ in range(20)]
         return {
             "overhead_us": statistics.median(overhead),
             "loop_us": statistics.median(loop),
@@ -193,14 +189,19 @@ def overhead(out: Path, capacity: int | None = None) -> dict[str, float]:
 
 
 class Watched:
-    """An object that adds up the time of some of its calls."""
+    """The time that some of an object's calls take, added up until the block ends."""
 
-    def __init__(self, inner: Any, names: tuple[str, ...]) -> None:
-        self._inner, self._names, self.seconds = inner, names, 0.0
+    def __init__(self, watched: Any, names: tuple[str, ...]) -> None:
+        self._watched, self._names, self.seconds = watched, names, 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        return partial(self._timed, found) if name in self._names else found
+    def __enter__(self) -> Self:
+        for name in self._names:
+            setattr(self._watched, name, partial(self._timed, getattr(self._watched, name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name in self._names:
+            delattr(self._watched, name)
 
     def _timed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         begun = time.perf_counter()

@@ -357,7 +357,7 @@ def _require_disk(preset: str, layers: int, steps: list[str], directory: Path | 
     """Refuse to begin what the disk cannot hold: the checkpoint, and exports until their engine."""
     import math
 
-    from internvl_edge.export.checkpoint.checkpoint import expected_shapes
+    from internvl_edge.export.checkpoint.parameters import expected_shapes
     from internvl_edge.export.synthetic import PRESETS, shrink
 
     if preset not in PRESETS:

@@ -18,7 +18,7 @@ def torch_export(work: str) -> None:
     """A loaded model through PyTorch's exporter, weights into external data."""
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import load_reference
+    from internvl_edge.export.checkpoint.load import load_reference
 
     checkpoint = Path(work) / "checkpoint"
     model = load_reference(checkpoint)

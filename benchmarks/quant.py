@@ -31,11 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from internvl_edge.artifact.components import COMPONENTS, VISION
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import source_of
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint
-from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.load import load_model
+from internvl_edge.export.components import build_component
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
@@ -191,7 +193,7 @@ def quantized_output(
             stored |= done.folded
             held |= {name: weight.values for name, weight in done.weights.items()}
         work.close()
-        model = build_component(COMPONENTS["vision"], load_model(source))
+        model = build_component(COMPONENTS[VISION], load_model(source))
         quantization = Quantization(
             recipe=recipe,
             scales={"image": scales},

@@ -1,40 +1,50 @@
 """``python -m internvl_edge.demo``: the main job on the bundled model, end to end.
 
-Exports the trained demo at several precisions, builds TensorRT-RTX engines of the INT8 one where
-the package is installed, and prints what each precision costs and keeps: accuracy on held-out
-scans, agreement with PyTorch, size, and latency on this machine's CPU, all contenders in turns.
+First it compiles the trained model to INT8 and lets it classify, caption and answer on a picture
+that it was never trained on. Then it compiles the other precisions, builds TensorRT-RTX engines of
+the INT8 directory where the package is installed, and prints what each precision costs and keeps:
+accuracy on held-out scans, agreement with PyTorch, size, and latency on this machine's CPU, all
+contenders in turns.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 import internvl_edge
 from internvl_edge import compiler
-from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact import Artifact, open_artifact
+from internvl_edge.artifact.components import COMPONENTS, IMAGE_EMBED
 from internvl_edge.benchmark.machine import environment
-from internvl_edge.benchmark.timing import measure_many
-from internvl_edge.cli.console import Output, error_line
+from internvl_edge.benchmark.timing import Timing, measure_many
 from internvl_edge.compiler.plan import demo_checkpoint
 from internvl_edge.demo import evaluate, scenes
+from internvl_edge.demo.picture import ask, drawn
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.disk import write_atomically
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8", "int4-wo")
-ENGINES_AT = "int8"
+FIRST = "int8"  # compiled before the others, asked about a picture, and built into engines
 NUM_SCENES = 300  # held-out single digits to classify
 NUM_CAPTIONS = 100  # distinct captions to retrieve among
 NUM_TEXTS = 300  # captions, and as many answers, that must be right word for word
 NUM_PAIRS = 300  # of image and text to match, half of them near misses
 SECONDS = 2.0  # of latency measurement
+UNLIMITED = 100_000  # columns: what a program or a file reads is never cut
 TASKS = {  # of the report, by what ``quality`` calls them
     "zero_shot": "zero-shot digits",
     "recall_at_1_c": "image to text, InternVL-C",
@@ -44,36 +54,62 @@ TASKS = {  # of the report, by what ``quality`` calls them
     "answers": "answers, word for word",
 }
 
+human = Console(stderr=True, highlight=False)
 
-def export_all(out: Path, *, force: bool, output: Output) -> dict[str, Artifact]:
-    """Export every precision into a directory of its own."""
-    engines = ("tensorrt-rtx",) if importlib.util.find_spec("tensorrt_rtx") else ()
-    artifacts = {}
-    for precision in PRECISIONS:
-        started = time.perf_counter()
-        options = compiler.ExportOptions(
-            out=out / precision,
-            precision=precision,
-            samples=scenes.calibration_set,
-            targets=("onnx", *(engines if precision == ENGINES_AT else ())),
-            force=force,
-        )
-        with output.progress() as report:
-            artifacts[precision] = compiler.export(options, report)
-        built = len(artifacts[precision].manifest.engines)
-        output.say(
-            f"{out / precision}: {len(artifacts[precision].manifest.components)} components"
-            + (f", {built} TensorRT-RTX engines" if built else "")
-            + f" in {time.perf_counter() - started:.0f} s"
-        )
-    if not engines:
-        output.say('no engines: tensorrt-rtx is missing; pip install "internvl-edge[rtx]"')
-    return artifacts
+
+def export(out: Path, precision: str, *, force: bool) -> Artifact:
+    """Compile the bundled model at one precision into ``out/precision``."""
+    started = time.perf_counter()
+    options = compiler.ExportOptions(
+        out=out / precision, precision=precision, samples=scenes.calibration_set, force=force
+    )
+    with progress(precision) as report:
+        artifact = compiler.export(options, report)
+    say(
+        f"{artifact.path}: {len(artifact.manifest.components)} components in "
+        f"{time.perf_counter() - started:.0f} s"
+    )
+    return artifact
+
+
+def build_engines(artifact: Artifact) -> Artifact:
+    """Build TensorRT-RTX engines into a directory, where the package is installed; open it anew."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        say('no engines: tensorrt-rtx is missing; pip install "internvl-edge[rtx]"')
+        return artifact
+    started = time.perf_counter()
+    with progress(artifact.path.name) as report:
+        engines = compiler.build(artifact.path, ["tensorrt-rtx"], report=report)
+    say(
+        f"{artifact.path}: {len(engines)} TensorRT-RTX engines in "
+        f"{time.perf_counter() - started:.0f} s"
+    )
+    return open_artifact(artifact.path)
+
+
+def show_picture(artifact: Artifact, out: Path) -> dict[str, Any]:
+    """Let the compiled model look at a picture; show both, and return them for programs."""
+    answers = ask(artifact.path)
+    file = out / "picture.png"
+    Image.fromarray(answers.image).save(file)
+    if human.is_terminal and human.color_system == "truecolor":
+        human.print(drawn(answers.image))
+    for line in answers.lines():
+        say(line)
+    say(f"by {artifact.path}, in {1e3 * answers.seconds:.0f} ms; the picture is {file}")
+    return {
+        "picture": str(file),
+        "truth": answers.truth,
+        "classes": dict(answers.classes),
+        "caption": answers.caption,
+        "question": answers.question,
+        "answer": answers.answer,
+    }
 
 
 def quality(artifact: Artifact) -> dict[str, float]:
-    """Accuracy on held-out scans, and the image embedding's agreement with PyTorch."""
-    verification = artifact.manifest.components["image_embed"].verification or {}
+    """Measure accuracy on held-out scans; add the image embedding's agreement with PyTorch."""
+    verification = artifact.manifest.components[IMAGE_EMBED].verification or {}
     with internvl_edge.load(artifact.path) as model:
         return {
             "zero_shot": evaluate.zero_shot_accuracy(model, NUM_SCENES),
@@ -90,11 +126,11 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     """Time one image through ``image_embed`` at every precision and in PyTorch, in turns."""
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import load_reference
-    from internvl_edge.export.components import COMPONENTS, build_component
+    from internvl_edge.export.checkpoint.load import load_reference
+    from internvl_edge.export.components import build_component
 
     model = load_reference(demo_checkpoint())
-    reference = build_component(COMPONENTS["image_embed"], model)
+    reference = build_component(COMPONENTS[IMAGE_EMBED], model)
     size = next(iter(artifacts.values())).manifest.image_size
     pixels = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
     tensor = torch.from_numpy(pixels)
@@ -106,33 +142,54 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     with ExitStack() as stack:
         contenders: dict[str, Any] = {"pytorch": eager}
         for precision, artifact in artifacts.items():
-            session = stack.enter_context(internvl_edge.open_session(artifact.path, "image_embed"))
+            session = stack.enter_context(internvl_edge.open_session(artifact.path, IMAGE_EMBED))
             contenders[precision] = lambda s=session: s.run({"pixel_values": pixels})
         return measure_many(contenders, min_duration_s=SECONDS)
 
 
 def weights_nbytes(artifact: Artifact) -> int:
-    """Size of a directory's weights files."""
+    """Sum the sizes of a directory's weights files."""
     files = artifact.manifest.files
     return sum(file.nbytes for name, file in files.items() if name.endswith(".safetensors"))
 
 
 def write_report(
-    out: Path, artifacts: dict[str, Artifact], found: dict[str, dict[str, float]]
+    out: Path, artifacts: dict[str, Artifact], figures: dict[str, dict[str, float]]
 ) -> None:
-    """The INT8 directory's report with the accuracy of all, as ``OUT/report.html``."""
+    """Write the INT8 directory's report with the accuracy of all, as ``OUT/report.html``."""
     from internvl_edge.compiler.report.report import AccuracyFigures, report_with
 
     accuracy = AccuracyFigures(
         on=f"held-out scans: {NUM_SCENES} scenes, {NUM_PAIRS} pairs, {NUM_TEXTS} texts",
-        precisions=tuple(found),
+        precisions=tuple(figures),
         tasks=tuple(
-            (name, tuple(figures[key] for figures in found.values())) for key, name in TASKS.items()
+            (name, tuple(of[key] for of in figures.values())) for key, name in TASKS.items()
         ),
     )
     artifact = artifacts.get("int8") or next(iter(artifacts.values()))
     text = report_with(artifact.path, artifact.manifest, accuracy=accuracy)
     write_atomically(out / "report.html", text.encode())
+
+
+def row(artifact: Artifact, figures: dict[str, float], timing: Timing) -> tuple[str, ...]:
+    """One precision as a row of the table."""
+    percent = {name: f"{100 * share:.1f}" for name, share in figures.items()}
+    return (
+        artifact.path.name,
+        f"{percent['zero_shot']} %",
+        f"{percent['recall_at_1_c']} / {percent['recall_at_1_g']} %",
+        f"{percent['matching']} %",
+        f"{percent['captions']} / {percent['answers']} %",
+        f"{figures['cosine']:.5f}",
+        f"{weights_nbytes(artifact) / 1e6:.2f} MB",
+        f"{timing.percentile_ms(50):.2f} ms",
+    )
+
+
+COLUMNS = (
+    *("precision", "zero-shot", "R@1 C / G", "matching", "captions / VQA"),
+    *("cosine", "weights", "CPU p50"),
+)
 
 
 @click.command()
@@ -141,54 +198,68 @@ def write_report(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def main(out: Path, force: bool, as_json: bool) -> None:
     """Compile the bundled model at every precision and compare."""
-    output = Output(as_json=as_json)
-    artifacts = export_all(out, force=force, output=output)
-    found = {precision: quality(artifact) for precision, artifact in artifacts.items()}
+    compiled = {FIRST: export(out, FIRST, force=force)}
+    picture = show_picture(compiled[FIRST], out)
+    for precision in PRECISIONS:
+        if precision != FIRST:
+            compiled[precision] = export(out, precision, force=force)
+    compiled[FIRST] = build_engines(compiled[FIRST])
+    artifacts = {precision: compiled[precision] for precision in PRECISIONS}
+    figures = {precision: quality(artifact) for precision, artifact in artifacts.items()}
     timings = latencies(artifacts)
-    rows = [
-        (
-            precision,
-            f"{100 * found[precision]['zero_shot']:.1f} %",
-            f"{100 * found[precision]['recall_at_1_c']:.1f} / "
-            f"{100 * found[precision]['recall_at_1_g']:.1f} %",
-            f"{100 * found[precision]['matching']:.1f} %",
-            f"{100 * found[precision]['captions']:.1f} / {100 * found[precision]['answers']:.1f} %",
-            f"{found[precision]['cosine']:.5f}",
-            f"{weights_nbytes(artifact) / 1e6:.2f} MB",
-            f"{timings[precision].percentile_ms(50):.2f} ms",
-        )
-        for precision, artifact in artifacts.items()
-    ]
-    write_report(out, artifacts, found)
-    columns = (
-        *("precision", "zero-shot", "R@1 C / G", "matching", "captions / VQA"),
-        *("cosine", "weights", "CPU p50"),
-    )
-    output.table(columns, rows)
-    output.say(f"PyTorch eager fp32, the same image: {timings['pytorch'].percentile_ms(50):.2f} ms")
+    write_report(out, artifacts, figures)
+    if not as_json:
+        table = Table(*COLUMNS, box=None, header_style="bold", pad_edge=False)
+        for precision, artifact in artifacts.items():
+            table.add_row(*row(artifact, figures[precision], timings[precision]))
+        answers = Console(highlight=False)
+        answers.width = answers.width if answers.is_terminal else UNLIMITED
+        answers.print(table)
+    say(f"PyTorch eager fp32, the same image: {timings['pytorch'].percentile_ms(50):.2f} ms")
     card = environment()
     packages = ", ".join(
         f"{name} {version}" for name, version in card["packages"].items() if version
     )
-    output.say(f"the same in a browser: {out / 'report.html'}")
-    output.say(f"{card['cpu']}, {card['cores_usable']} cores; {packages}")
-    output.result(
-        {
-            "out": out,
-            "quality": found,
+    say(f"the same in a browser: {out / 'report.html'}")
+    say(f"{card['cpu']}, {card['cores_usable']} cores; {packages}")
+    if as_json:
+        result = {
+            "out": str(out),
+            "picture": picture,
+            "quality": figures,
             "latency": {name: timing.to_json() for name, timing in timings.items()},
             "weights_nbytes": {name: weights_nbytes(a) for name, a in artifacts.items()},
             "environment": card,
         }
-    )
+        click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
+
+
+def say(text: str) -> None:
+    """Print a line for people on stderr, without markup."""
+    human.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(precision: str) -> Iterator[Callable[[compiler.Progress], None]]:
+    """Show how far an export has come: a status line on a terminal, else a line for each step."""
+    with ExitStack() as stack:
+        status = stack.enter_context(human.status(precision)) if human.is_terminal else None
+        steps: set[str] = set()
+
+        def report(now: compiler.Progress) -> None:
+            if status is not None:
+                status.update(Text(f"{precision}: {now.step} {now.done}/{now.total} {now.detail}"))
+            elif now.step not in steps:
+                steps.add(now.step)
+                say(f"{precision}: {now.step}")
+
+        yield report
 
 
 if __name__ == "__main__":
     try:
         main(standalone_mode=False)
-    except click.ClickException as refusal:
-        error_line(refusal.format_message())
-        sys.exit(refusal.exit_code)
-    except InternVLError as failure:
-        error_line(str(failure))
+    except (click.ClickException, InternVLError) as failure:
+        message = failure.message if isinstance(failure, click.ClickException) else str(failure)
+        human.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
         sys.exit(failure.exit_code)

@@ -1,46 +1,47 @@
 """From a checkpoint to verified ONNX components and engines.
 
-    config      what ``config.json`` says;  checkpoint  the files of a checkpoint; start here
-    models      the PyTorch reference;  components  the pieces it is compiled into
-    graph       ONNX graphs;  towers  one block in memory at a time;  weights  files of tensors
-    compare     a compiled component and the reference, on the same inputs
-    engine      TensorRT engines;  synthetic  checkpoints of the real shapes with made-up weights
+    checkpoint  reads the files of a checkpoint; start here
+    config      reads its ``config.json``
+    models      the PyTorch reference;  components  the module of each part that is compiled
+    graph       traces and rewrites ONNX graphs;  weights  writes or links their tensors
+    towers      loads one block at a time, for calibration
+    precision   reads the text of ``--precision``
+    compare     compares a compiled component with the reference
+    engine      builds TensorRT engines
+    synthetic   writes checkpoints of the real shapes with made-up weights
 
 ``internvl_edge.compiler`` calls them in turn.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from internvl_edge.errors import MissingDependency
+from internvl_edge.files.packages import EXPORT, require
 
 if __name__ != "internvl_edge.export":
     raise ImportError("import internvl_edge.export, not the folder export of the repository")
 
 if TYPE_CHECKING:
-    from internvl_edge.export.checkpoint.checkpoint import load_reference, open_checkpoint
+    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export.checkpoint.load import load_reference
 
 __all__ = ["load_reference", "open_checkpoint", "require_packages"]
 
-PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors")
+_HOME = {"load_reference": "load", "open_checkpoint": "checkpoint"}
 
 
 def require_packages() -> None:
-    """Check that everything is installed that the rooms of this package import.
+    """Check that every package that this package imports is installed.
 
     Raises:
-        MissingDependency: the first package that is missing, and the extra that brings it.
+        MissingDependency: a package is missing; names it and the extra that installs it.
     """
-    for package in PACKAGES:
-        if find_spec(package) is None:
-            raise MissingDependency.of(package, "export")
+    require(*EXPORT)
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from internvl_edge.export.checkpoint import checkpoint
-
-        return getattr(checkpoint, name)
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.checkpoint.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

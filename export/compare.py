@@ -1,19 +1,21 @@
-"""Does a compiled component compute what the checkpoint's PyTorch model computes?
+"""Comparison of a compiled component with the checkpoint's PyTorch model.
 
-Every component is run beside the float32 reference on the same inputs, and each output is
-compared by three figures over all its rows (the last axis is a row; an output of a few logits is
-one row as a whole, for the direction of two numbers says nothing):
+Every component and the float32 reference run on the same inputs, and each output is compared by
+three figures over all its rows (the last axis is a row; an output of a few logits counts as a
+single row, since the direction of two numbers says nothing):
 
     cosine    the worst row's cosine similarity
     sqnr_db   10 log₁₀ (Σ reference² / Σ (reference − actual)²)
     max_abs   the largest difference
 
 A component passes when its worst output is within the bound of its precision. The bounds catch
-mistakes; they do not promise quality, which the figures report. What 8 bits cost depends on the
-checkpoint, so quantized components have a wide bound here and a narrow one beside the simulation
-of their quantization, which a wrong axis, a doubled scale or a lost dequantization fails.
+mistakes; they do not promise quality, which the figures report. The cost of 8 bits depends on the
+checkpoint, so quantized components have a wide bound here, and a narrow one compared with the
+simulation of their quantization; a wrong axis, a doubled scale or a missing dequantization
+violates that one.
 
-bfloat16 graphs, for which ONNX Runtime has no CPU kernels, are run as ``widen`` rewrites them.
+bfloat16 graphs, for which ONNX Runtime has no CPU kernels, run as their float32 twins
+(``graph.bf16_twin``).
 """
 
 from __future__ import annotations
@@ -26,8 +28,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from internvl_edge.artifact.components import COMPONENTS, IMAGE_QUERIES, VISION
 from internvl_edge.errors import VerificationError
-from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.components import (
+    build_component,
+    cache_names,
+    input_names,
+    language_config,
+    output_names,
+)
 from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
@@ -37,8 +46,8 @@ from internvl_edge.types import Array
 Arrays = Mapping[str, Array]
 PAST = "past_key_values"
 
-NOISE_PAST = 12  # positions of a chat model's cache, and new ones
-NARROW = 4  # numbers that are no row
+NOISE_PAST = 12  # positions in a chat model's cache, and also the number of new ones
+NARROW = 4  # outputs with fewer columns than this are one row as a whole
 # precision → (smallest cosine of any row, smallest SQNR in dB)
 BOUNDS: dict[str, tuple[float, float]] = {
     "fp32": (0.99999, 70.0),
@@ -48,11 +57,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "fp8": (0.8, 3.0),
     "int8-wo": (0.99, 20.0),
     # No bound on a row: heads of 16 random channels fell to a cosine of 0.2, correctly rounded.
-    # What catches mistakes in 4 bits is the simulation below; beside PyTorch an error may not be
-    # larger than the signal. Two match logits of a model with random weights had 2.3 dB.
+    # The simulation below catches mistakes in 4 bits; compared with PyTorch, the error must only
+    # not exceed the signal. Two match logits of a model with random weights had 2.3 dB.
     "int4-wo": (-1.0, 0.0),
-    # A quantized graph beside the simulation of what it should compute (compiler.simulate): equal
-    # but for float32 noise, or in 16 bits for roundings that fall to the other side.
+    # A quantized graph compared with the simulation of it (compiler.oracle.simulate): equal except
+    # for float32 noise, or in 16 bits for values that are rounded to the other side.
     "simulated": (0.99, 25.0),
     "simulated, 16-bit": (0.95, 10.0),
     # One block alone cannot amplify such roundings.
@@ -63,7 +72,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """How close one output is to its reference."""
+    """The agreement of one output with its reference."""
 
     cosine: float
     sqnr_db: float
@@ -103,7 +112,7 @@ def sample_feeds(
     pixel_values: Array | None = None,
     input_ids: Array | None = None,
 ) -> dict[str, Array]:
-    """Inputs to compare on: the given samples, or seeded noise and random right-padded ids."""
+    """Make inputs to compare on: the given samples, or noise and random right-padded ids."""
     rng = np.random.default_rng(seed)
     shape = (batch, config.vision.num_channels, image_size, image_size)
     feeds: dict[str, Array] = {
@@ -116,7 +125,7 @@ def sample_feeds(
             llama = config.internvl.qllama
             input_ids = rng.integers(3, llama.vocab_size, (len(feeds["pixel_values"]), length))
             input_ids[:, 0], input_ids[0, -1] = llama.bos_token_id, llama.eos_token_id
-            input_ids[1:, length // 2 :] = 0  # a shorter text beside a full one
+            input_ids[1:, length // 2 :] = 0  # shorter texts together with a full one
         feeds["input_ids"] = input_ids.astype(np.int64)
         feeds["attention_mask"] = (feeds["input_ids"] > 0).astype(np.int64)
     return feeds
@@ -125,23 +134,23 @@ def sample_feeds(
 def component_feeds(
     component: str, feeds: Arrays, config: CheckpointConfig, capacity: int | None = None
 ) -> dict[str, Array]:
-    """Those of the feeds that a component takes; a decoder's for a cache that grows.
+    """Select the feeds that a component takes.
 
-    A decoder continues the cache that is among them by captions, if there are any, or else by the
-    same texts, cut to one length: what it says of padding no calibration has seen. ``capacity``
-    is how many positions there may be in all.
+    A decoder continues the cache among them with captions, if there are any, or else with the same
+    texts, cut to one length: calibration has not seen a decoder's results on padding. ``capacity``
+    is the maximum number of positions in all.
     """
     chosen = COMPONENTS[component]
-    if component == "decoder":
+    if chosen.takes_cache and chosen.takes_ids:
         first = feeds[f"{PAST}.0.key"]  # (B, heads, P, d)
         ids = feeds.get("caption_ids", feeds["input_ids"])
         feeds = {**feeds, **_decoding(ids, first.shape[2])}
-    taken = {name: feeds[name] for name in chosen.input_names(config)}
+    taken = {name: feeds[name] for name in input_names(chosen, config)}
     return taken if capacity is None or not chosen.takes_cache else _within(taken, capacity)
 
 
 def _within(feeds: Arrays, capacity: int) -> dict[str, Array]:
-    """Fewer tokens, behind less of a cache, where it all would not fit."""
+    """Shorten the tokens and the cache before them to fit into ``capacity`` positions."""
     kept = dict(feeds)
     batch, length = feeds["position_ids"].shape
     past = feeds["attention_mask"].shape[1] - length
@@ -151,17 +160,17 @@ def _within(feeds: Arrays, capacity: int) -> dict[str, Array]:
         if name in kept:
             kept[name] = kept[name][:, :length]
     caches = {n: values[:, :, :past] for n, values in kept.items() if n.startswith(f"{PAST}.")}
-    return kept | caches | _behind(batch, past, length)
+    return kept | caches | _mask_and_positions(batch, past, length)
 
 
 def _decoding(ids: Array, past: int) -> dict[str, Array]:
-    """Right-padded ids (B, T) as a prompt behind ``past`` positions."""
+    """Make feeds of right-padded ids (B, T) as a prompt after ``past`` positions."""
     length = int(np.count_nonzero(ids, axis=1).min())
-    return {"input_ids": ids[:, :length], **_behind(len(ids), past, length)}
+    return {"input_ids": ids[:, :length], **_mask_and_positions(len(ids), past, length)}
 
 
-def _behind(batch: int, past: int, length: int) -> dict[str, Array]:
-    """Mask and positions of tokens behind ``past`` others, without padding."""
+def _mask_and_positions(batch: int, past: int, length: int) -> dict[str, Array]:
+    """Make mask and positions of tokens after ``past`` others, without padding."""
     mask = np.ones((batch, past + length), np.int64)
     return {"attention_mask": mask, "position_ids": mask.cumsum(axis=1)[:, past:] - 1}
 
@@ -169,48 +178,48 @@ def _behind(batch: int, past: int, length: int) -> dict[str, Array]:
 def reference_outputs(
     module: nn.Module, component: str, feeds: Arrays, config: CheckpointConfig
 ) -> dict[str, Array]:
-    """What a component's PyTorch module gives; its outputs are named as for ``config``."""
+    """Run a component's PyTorch module; its outputs are named as for ``config``."""
     with torch.inference_mode():
-        names = COMPONENTS[component].input_names(config)
+        names = input_names(COMPONENTS[component], config)
         tensors = [torch.from_numpy(feeds[name]) for name in names]
         outputs = module(*tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    names = COMPONENTS[component].output_names(config)
+    names = output_names(COMPONENTS[component], config)
     return {n: t.float().numpy() for n, t in zip(names, outputs, strict=True)}
 
 
 def agreements(expected: Arrays, actual: Arrays) -> dict[str, Agreement]:
-    """How close each output is to what was expected of it."""
+    """Compare each output with the expected one."""
     return {name: agreement(expected[name], np.asarray(actual[name])) for name in expected}
 
 
-def require_agreement(found: Mapping[str, Agreement], component: str, bound: str) -> None:
-    """Hold every output against one of ``BOUNDS``.
+def require_agreement(figures: Mapping[str, Agreement], component: str, bound: str) -> None:
+    """Check every output against one of ``BOUNDS``.
 
     Raises:
-        VerificationError: one is outside.
+        VerificationError: an output is outside the bound.
     """
     cosine, sqnr = BOUNDS[bound]
-    for name, figure in found.items():
+    for name, figure in figures.items():
         if figure.cosine < cosine or figure.sqnr_db < sqnr:
-            against = (
+            reference = (
                 "the simulation of its quantization" if bound.startswith("simulated") else "PyTorch"
             )
             raise VerificationError(
                 f"{component}, output {name!r}: expected cosine ≥ {cosine} and SQNR ≥ {sqnr} dB "
-                f"beside {against} ({bound}), found {figure.cosine:.5f} and "
+                f"compared with {reference} ({bound}), found {figure.cosine:.5f} and "
                 f"{figure.sqnr_db:.1f} dB"
             )
 
 
-def summary(found: Mapping[str, Agreement], samples: int) -> dict[str, Any]:
-    """The figures for a manifest: the worst over the outputs."""
+def summary(figures: Mapping[str, Agreement], samples: int) -> dict[str, Any]:
+    """Return the figures for a manifest: the worst over the outputs."""
     return {
         "against": "PyTorch float32",
         "samples": samples,
-        "cosine": min(f.cosine for f in found.values()),
-        "sqnr_db": min(f.sqnr_db for f in found.values()),
-        "max_abs": max(f.max_abs for f in found.values()),
+        "cosine": min(f.cosine for f in figures.values()),
+        "sqnr_db": min(f.sqnr_db for f in figures.values()),
+        "max_abs": max(f.max_abs for f in figures.values()),
     }
 
 
@@ -219,40 +228,39 @@ def with_hidden_state(
     feeds: dict[str, Array],
     config: CheckpointConfig,
 ) -> dict[str, Array]:
-    """Add the reference's vision tokens to the feeds, and what its queries leave in the cache."""
+    """Add the reference's vision tokens to the feeds, and its queries' key/value cache."""
     if isinstance(model, Chat):
         if model.config.num_queries:
             with torch.inference_mode():
                 hidden = model.vision_model(torch.from_numpy(feeds["pixel_values"]))
             feeds = {**feeds, "hidden_state": hidden.numpy()}
         return feeds if model.language_model is None else feeds | _chat_feeds(model, feeds)
-    vision = build_component(COMPONENTS["vision"], model)
-    feeds = {**feeds, **reference_outputs(vision, "vision", feeds, config)}
+    vision = build_component(COMPONENTS[VISION], model)
+    feeds = {**feeds, **reference_outputs(vision, VISION, feeds, config)}
     if isinstance(model, InternViT):
         return feeds
-    queries = build_component(COMPONENTS["image_queries"], model)
-    found = reference_outputs(queries, "image_queries", feeds, config)
+    queries = build_component(COMPONENTS[IMAGE_QUERIES], model)
+    outputs = reference_outputs(queries, IMAGE_QUERIES, feeds, config)
     return feeds | {
         name.replace("present", PAST, 1): values
-        for name, values in found.items()
+        for name, values in outputs.items()
         if name.startswith("present.")
     }
 
 
 @torch.inference_mode()
 def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, Array]:
-    """A text of a chat model behind the cache that its image's tokens leave."""
+    """Make a text's feeds for a chat model, with the cache of its image's tokens."""
     llama = require_llama(model)
     tokens = model.encode_image(torch.from_numpy(feeds["pixel_values"]))
-    batch, places, _ = tokens.shape
-    before = {name: torch.from_numpy(v) for name, v in _behind(batch, 0, places).items()}
-    _, cache = llama(tokens, *before.values(), llama.empty_cache(batch))
+    batch, count, _ = tokens.shape
+    prompt = {n: torch.from_numpy(v) for n, v in _mask_and_positions(batch, 0, count).items()}
+    _, cache = llama(tokens, *prompt.values(), llama.empty_cache(batch))
     ids = torch.from_numpy(_random_ids(llama.config, batch))
     flat = [tensor.numpy() for pair in cache for tensor in pair]
-    names = COMPONENTS["chat_decoder"].input_names(model.checkpoint_config)
-    past = dict(zip(names[-len(flat) :], flat, strict=True))
+    past = dict(zip(cache_names(model.checkpoint_config, PAST), flat, strict=True))
     embeds = llama.model.embed_tokens(ids).numpy()
-    return {"inputs_embeds": embeds, **_behind(batch, places, ids.shape[1]), **past}
+    return {"inputs_embeds": embeds, **_mask_and_positions(batch, count, ids.shape[1]), **past}
 
 
 def _random_ids(
@@ -265,7 +273,7 @@ def _random_ids(
 def with_noise(
     feeds: dict[str, Array], config: CheckpointConfig, image_size: int
 ) -> dict[str, Array]:
-    """As :func:`with_hidden_state`, with noise where no model is run; one array for all layers."""
+    """Add noise where :func:`with_hidden_state` runs a model; all layers share one array."""
     rng, vision, batch = np.random.default_rng(1), config.vision, len(feeds["pixel_values"])
     shape = batch, vision.num_tokens(image_size), vision.hidden_size
     states = rng.standard_normal(shape, np.float32)
@@ -278,6 +286,5 @@ def with_noise(
     noise = rng.standard_normal(cached, np.float32)
     if config.chat is not None:
         embeds = rng.standard_normal((batch, NOISE_PAST, llama.hidden_size), np.float32)
-        feeds |= {"inputs_embeds": embeds, **_behind(batch, past, NOISE_PAST)}
-    names = COMPONENTS["decoder" if config.chat is None else "chat_decoder"].input_names(config)
-    return feeds | {name: noise for name in names if name.startswith(f"{PAST}.")}
+        feeds |= {"inputs_embeds": embeds, **_mask_and_positions(batch, past, NOISE_PAST)}
+    return feeds | dict.fromkeys(cache_names(config, PAST), noise)

@@ -6,7 +6,7 @@ on them. They are streamed: memory does not grow with the model.
 
     python -m internvl_edge.export.synthetic internvit-6b-224 DIRECTORY --layers 4
 
-Two options give what makes real towers hard to quantize, without changing the function computed:
+Two options add what makes real towers hard to quantize, without changing the function computed:
 
     --outliers   a few channels of every norm are 64 times larger, and the columns of the linear
                  layers that read them 64 times smaller (a power of two: exact in bfloat16)
@@ -18,7 +18,7 @@ A third changes the function, since GELU is not linear:
     --gelu       a few rows of the vision tower's fc1 are 64 times larger, the columns of fc2 that
                  read them smaller
 
-Values come from one pool of normal numbers, read from places that a hash of (seed, tensor name)
+Values come from one pool of normal numbers, read from positions that a hash of (seed, tensor name)
 decides: the same arguments give the same bytes on any machine.
 """
 
@@ -37,7 +37,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from internvl_edge.export.checkpoint.checkpoint import expected_shapes
+from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.components import language_config
 from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
 from internvl_edge.export.config.checkpoint import (
@@ -76,7 +76,7 @@ PRESETS: dict[str, CheckpointConfig] = {
     "internvit-6b-448-v1-5": CheckpointConfig(
         kind="vit", vision=replace(_VIT_6B, image_size=448, num_hidden_layers=45)
     ),
-    # QLLaMA is not published alone: the vision tower in front of it is one block deep.
+    # QLLaMA is not published alone: here the vision tower before it is one block deep.
     "qllama-8b": CheckpointConfig(
         kind="internvl",
         vision=replace(_VIT_6B, num_hidden_layers=1),
@@ -85,7 +85,7 @@ PRESETS: dict[str, CheckpointConfig] = {
     "internvl-14b-224": CheckpointConfig(
         kind="internvl", vision=_VIT_6B, internvl=InternVLConfig(vision=_VIT_6B)
     ),
-    # 40 B parameters: for --layers, or a large disk
+    # 40 B parameters: use --layers, or a large disk
     "internvl-chat-v1-2": CheckpointConfig(
         kind="chat",
         vision=replace(_VIT_6B, image_size=448, num_hidden_layers=45),
@@ -96,18 +96,18 @@ PRESETS: dict[str, CheckpointConfig] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Synthesis:
-    """What to write."""
+    """The checkpoint to write."""
 
     config: CheckpointConfig
     seed: int = 0
     outliers: bool = False
     massive: bool = False
     gelu: bool = False
-    layer_scale: float = 0.1  # mean of every LayerScale; at 1.0 errors of a branch show in full
+    layer_scale: float = 0.1  # mean of every LayerScale; 1.0 shows a branch's errors in full
 
 
 def shrink(config: CheckpointConfig, layers: int | None) -> CheckpointConfig:
-    """The same widths with fewer layers; None keeps them."""
+    """Reduce the numbers of layers and keep the widths; None keeps all layers."""
     if layers is None:
         return config
     llama = language_config(config)
@@ -116,7 +116,7 @@ def shrink(config: CheckpointConfig, layers: int | None) -> CheckpointConfig:
 
 
 def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:
-    """Write a checkpoint into a new directory; its size in bytes."""
+    """Write a checkpoint into a new directory; return its size in bytes."""
     directory.mkdir(parents=True)
     prefix = "vision_model." if synthesis.config.kind == "vit" else ""
     shapes = {
@@ -142,7 +142,7 @@ def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:
 
 
 def published_config(config: CheckpointConfig) -> dict[str, Any]:
-    """``config.json`` as the published checkpoints have it, without what decides nothing."""
+    """Make a ``config.json`` like the published ones, without keys that decide nothing."""
     vision = {"model_type": "intern_vit_6b", **published_fields(config.vision)}
     if config.chat is not None and config.chat.llama is not None:
         return {
@@ -192,7 +192,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 def _values(
     synthesis: Synthesis, name: str, shape: tuple[int, ...], pool: Array
 ) -> Iterator[tuple[int, Array]]:
-    """A tensor in flat pieces of whole rows: (first element, values)."""
+    """Yield a tensor in flat pieces of whole rows: (first element, values)."""
     width = shape[-1] if shape else 1
     count = math.prod(shape)
     rows_at_once = max(CHUNK // width, 1)
@@ -200,24 +200,24 @@ def _values(
     rng = _rng(synthesis.seed, name)
     for start in range(0, count, rows_at_once * width):
         size = min(rows_at_once * width, count - start)
-        place = int(rng.integers(0, POOL_SIZE))
-        values = deviation * _cut(pool, place, size)
+        position = int(rng.integers(0, POOL_SIZE))
+        values = deviation * _cut(pool, position, size)
         values += mean
         rows = values.reshape(-1, width) if shape else values
         inject(synthesis, name, rows, start // width)
         yield start, values
 
 
-def _cut(pool: Array, place: int, size: int) -> Array:
-    """``size`` numbers from ``place`` on, around the end if need be."""
-    end = place + size
+def _cut(pool: Array, position: int, size: int) -> Array:
+    """Take ``size`` numbers from ``position`` on, continuing at the start after the end."""
+    end = position + size
     if end <= len(pool):
-        return pool[place:end]
-    return np.concatenate((pool[place:], pool[: end - len(pool)]))
+        return pool[position:end]
+    return np.concatenate((pool[position:], pool[: end - len(pool)]))
 
 
 def _distribution(name: str, shape: tuple[int, ...], layer_scale: float) -> tuple[float, float]:
-    """Mean and standard deviation that keep activations of the size real ones have."""
+    """Return a mean and standard deviation that give activations the size of real ones."""
     leaf = name.rsplit(".", 1)[-1]
     is_norm = "norm" in name
     if name == "logit_scale":
@@ -235,7 +235,7 @@ def _distribution(name: str, shape: tuple[int, ...], layer_scale: float) -> tupl
 
 
 def inject(synthesis: Synthesis, name: str, rows: Array, first_row: int) -> None:
-    """Outlier channels and massive activations, in place, in rows from ``first_row`` on."""
+    """Add outlier channels and massive activations to rows from ``first_row`` on, in place."""
     if synthesis.outliers:
         norm = _norm_of(name)
         if norm is not None:
@@ -248,7 +248,7 @@ def inject(synthesis: Synthesis, name: str, rows: Array, first_row: int) -> None
     if not synthesis.massive:
         return
     if name.endswith("position_embedding"):
-        # token t of the table is row t; class token excluded
+        # token t is row t of the table; the class token is excluded
         for token in range(1, 1 + MASSIVE_TOKENS):
             if first_row <= token < first_row + len(rows):
                 picked = _channels(synthesis.seed, name, rows.shape[-1])[:MASSIVE_CHANNELS]
@@ -267,7 +267,7 @@ def inject(synthesis: Synthesis, name: str, rows: Array, first_row: int) -> None
 def _enlarge(
     synthesis: Synthesis, where: str, rows: Array, first_row: int, *, is_reader: bool
 ) -> None:
-    """Some rows of fc1 larger, and the columns of fc2 that read them smaller."""
+    """Enlarge some rows of fc1, and shrink the columns of fc2 that read them."""
     width = synthesis.config.vision.intermediate_size
     channels = _channels(synthesis.seed, where, width)
     if is_reader:
@@ -278,7 +278,7 @@ def _enlarge(
 
 
 def _norm_of(name: str) -> str | None:
-    """The norm that a gain belongs to, or that a linear layer's weight reads; None of neither."""
+    """Return the norm that a gain belongs to or that a linear layer reads; None for neither."""
     for norms in (VISION_NORMS, LLAMA_NORMS):
         for norm, readers in norms.items():
             for suffix in (f".{norm}.weight", *(f".{reader}.weight" for reader in readers)):
@@ -303,16 +303,16 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 up, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
     return int(text)
 
 
 def main() -> None:
-    """The command line of this module."""
+    """Run this module's command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("preset", choices=sorted(PRESETS))
     parser.add_argument("directory", type=Path, help="a new directory")
-    parser.add_argument("--layers", type=_positive, help="keep the widths, have fewer layers")
+    parser.add_argument("--layers", type=_positive, help="keep the widths, write fewer layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--massive", action="store_true")

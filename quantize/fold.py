@@ -1,24 +1,25 @@
-"""A checkpoint in the form that quantizes well: gains folded away, the residual stream rotated.
+"""A checkpoint rewritten to quantize well: gains folded away, the residual stream rotated.
 
-The function is the same, the tensors are others. Between two norms of a pre-norm tower stand only
-linear maps, so what is diagonal there moves into the weights beside it:
+The model computes the same function with other tensors. In a pre-norm tower, norms' gains and
+LayerScale are diagonal maps next to linear layers, so they move into the layers' weights:
 
     norm gain g, norm bias b       W ← W diag(g),  bias ← bias + W b       its readers' columns
     LayerScale l                   W ← diag(l) W,  bias ← l · bias         its writer's rows
 
-and so does an orthogonal Q of the stream (``quantize.rotation`` says which, and why):
+and so does an orthogonal Q of the residual stream (``numerics.rotation`` says which, and why):
 
     readers                        W ← W Q
     writers, patch embedding       W ← Qᵀ W,  bias ← bias Q
     class token, positions, token embedding, query tokens     t ← t Q
-    behind the last block          one more product with Qᵀ, ``unrotation``
+    after the last block           one more product with Qᵀ, ``unrotation``
 
-Cross-attention's second norm reads the vision tower's output, which has left its stream: its gain
-is folded, nothing is rotated. Self-attention's q and k norms stay, they do not read the stream.
+Cross-attention's second norm reads the vision tower's output, which is not in the residual stream:
+its gain is folded, but nothing is rotated. Self-attention's q and k norms stay, since they do not
+read the stream either.
 
-The result is a ``Checkpoint`` as any other, with another config and other tensors; each is made
-when it is read, so calibration, verification and writing stay as streaming as they
-are. It holds no shard of its own: hashes and links are those of the original.
+The result is an ordinary ``Checkpoint`` with another config and other tensors. Each tensor is
+computed when it is read, so calibration, verification and writing still stream. It holds no shards
+of its own: hashes and links are those of the original.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, TensorEntry, expected_shapes
+from internvl_edge.artifact.components import VISION_PREFIX
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.load import read_torch
+from internvl_edge.export.checkpoint.parameters import expected_shapes
+from internvl_edge.export.checkpoint.shards import TensorEntry
 from internvl_edge.export.components import language_config
 from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
@@ -40,23 +44,16 @@ from internvl_edge.export.towers.blocks import (
     LLAMA_WRITERS,
     OFF_STREAM,
     VISION_NORMS,
-    VISION_PREFIX,
     VISION_WRITERS,
     language_prefix,
     sites_of,
 )
+from internvl_edge.quantize.numerics.rotation import Rotation
 from internvl_edge.types import Array
 
 FLOAT32 = np.dtype(np.float32)
 EMBEDDINGS = "vision_model.embeddings"
 TOKENS = "qllama.model.embed_tokens.weight"
-
-
-class Rotation(Protocol):
-    """What is needed of ``quantize.rotation.Rotation``: a symmetric Q that is its own inverse."""
-
-    def apply(self, values: Array, axis: int = -1, *, in_place: bool = False) -> Array: ...
-    def matrix(self) -> Array: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,19 +63,19 @@ class Derived(TensorEntry):
     compute: Callable[[], Array]
 
     def read(self) -> Array:
-        """The values, in the entry's dtype."""
+        """Compute the values, in the entry's dtype."""
         return self.compute().astype(self.dtype, copy=False)
 
 
 def folded(
     checkpoint: Checkpoint, rotation: Callable[[int], Rotation] | None, *, has_shift: bool
 ) -> Checkpoint:
-    """The checkpoint with gains and LayerScale folded, and rotated where a rotation is given.
+    """Fold a checkpoint's gains and LayerScale, and rotate it where a rotation is given.
 
     Args:
         checkpoint: as on disk.
-        rotation: the rotation of a width; None leaves the residual streams in their basis.
-        has_shift: give the vision tower's MLPs factors (ones) and a shift (zero) behind GELU, for
+        rotation: gives the rotation for a width; None leaves the residual streams in their basis.
+        has_shift: give the vision tower's MLPs factors (ones) and a shift (zero) after GELU, for
             calibration to set.
     """
     config = _folded_config(checkpoint.config, is_rotated=rotation is not None, shift=has_shift)
@@ -90,7 +87,7 @@ def folded(
         makers |= _llama(checkpoint, llama, rotation and rotation(llama.hidden_size))
     for name, shape in expected_shapes(config).items():
         if name in makers:
-            # embeddings are large and were never float32; all else is small or quantized next
+            # token embeddings are large and keep their dtype; the rest is small or quantized next
             dtype = tensors[name].dtype if name == TOKENS else FLOAT32
             tensors[name] = Derived(
                 name=name,
@@ -156,7 +153,7 @@ def _llama(checkpoint: Checkpoint, llama: QLlamaConfig | LlamaConfig, q: Rotatio
         makers |= _block(checkpoint, block, norms, writers, q)
     if q is None:
         return makers
-    if config.chat is not None:  # token embeddings come from outside and are rotated in the graph
+    if config.chat is not None:  # token embeddings are an input, and are rotated in the graph
         return makers | {"language_model.model.unrotation": q.matrix}
     for name in (TOKENS, "query_tokens"):
         makers[name] = _rotated(checkpoint, name, q)
@@ -211,7 +208,7 @@ def _reader(
     checkpoint: Checkpoint, name: str, gain: str, q: Rotation | None
 ) -> Callable[[], Array]:
     def make() -> Array:
-        weight = checkpoint.read_torch(name).mul_(checkpoint.read_torch(gain)).numpy()
+        weight = read_torch(checkpoint, name).mul_(read_torch(checkpoint, gain)).numpy()
         return weight if q is None else q.apply(weight, in_place=True)
 
     return make
@@ -230,9 +227,9 @@ def _writer(
     checkpoint: Checkpoint, name: str, scale: str | None, q: Rotation | None
 ) -> Callable[[], Array]:
     def make() -> Array:
-        values = checkpoint.read_torch(name)
+        values = read_torch(checkpoint, name)
         if scale is not None:
-            values.mul_(checkpoint.read_torch(scale).reshape(-1, *[1] * (values.ndim - 1)))
+            values.mul_(read_torch(checkpoint, scale).reshape(-1, *[1] * (values.ndim - 1)))
         weight, axis = values.numpy(), 0 if values.ndim > 1 else -1
         return weight if q is None else q.apply(weight, axis, in_place=True)
 

@@ -1,8 +1,8 @@
 """Recipes: everything that decides how a model is quantized, as one frozen dataclass.
 
-A recipe is written into the manifest of what it made, and a JSON file of the same keys given to
-``--recipe`` makes it again. Keys left out of a file keep the defaults below; a key that is not
-one of them, or a value that cannot be, is refused by name.
+The manifest of an artifact contains its recipe, and ``--recipe`` reads one from a JSON file with
+the same keys. Keys left out of a file keep the defaults below; unknown keys and invalid values are
+refused by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RangeChoice = Literal["max", "percentile", "mse", "entropy", "auto"]
 Rounding = Literal["nearest", "gptq"]
 
 MAX_FILE_NBYTES = 1 << 20
-VISION = "vision_model."  # of its parameters' names
+VISION = "vision_model."  # prefix of the vision tower's parameters
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {
         "activations": "int8",
@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "spread": True,
         "correct_bias": True,
     },
-    # The exponent of E4M3 absorbs outliers, and mixing channels takes small ones their precision:
+    # The exponent of E4M3 absorbs outliers, and mixing channels would cost small ones precision:
     # nothing is rotated or smoothed.
     "fp8": {"activations": "fp8", "weights": "fp8", "fold": True, "correct_bias": True},
     "int8-wo": {"activations": None, "weights": "int8"},
@@ -55,35 +55,36 @@ _CHOICES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How linear layers are put into few bits, and what they are calibrated on."""
+    """The choices that decide how linear layers are quantized and calibrated."""
 
     name: str
     activations: FormatName | None = "int8"  # per tensor, static; None: not rounded (weight-only)
-    weights: WeightFormat = "int8"  # the same: no kernel multiplies int8 by fp8; int4 weight-only
-    block_size: int = 128  # inputs that share a scale of int4; see ``blockwise.block_of``
+    # The format of the activations, since no kernel multiplies int8 by fp8; int4 is weight-only
+    weights: WeightFormat = "int8"
+    block_size: int = 128  # inputs that share a scale in int4; see ``int4.block_of``
     granularity: Granularity = "per-channel"  # of weight scales; a channel is an output
-    # Of weights: each by itself, or by the error that they leave together in the output; ``gptq``
+    # Of weights: each to its nearest value, or all of an output together by its error (``gptq``)
     rounding: Rounding = "nearest"
-    fold: bool = False  # norm gains and LayerScale into the linear layers beside them
+    fold: bool = False  # norm gains and LayerScale into the adjacent linear layers
     rotate: bool = False  # the residual streams, and each head between v and its projection
     rotation_seed: int = 0
     range_method: RangeChoice = "mse"  # of activations; weights always use their maximum
     percentile: float = 99.99  # percent of |x| that do not saturate; for range_method percentile
-    # SmoothQuant's alpha in [0, 1], or the best; weight-only: AWQ's factors; None: none
+    # SmoothQuant's alpha in [0, 1], "auto" for the best alpha, or None; weight-only: AWQ or None
     smooth: float | Literal["auto"] | None = None
     shift: bool = False  # move GELU's output so that its range is symmetric; one Sub at run time
-    # Divide outlier channels of GELU's output where that gains 3 dB; one Mul there
+    # Divide outlier channels of GELU's output where that gains 3 dB; one Mul at run time
     spread: bool = False
-    correct_bias: bool = False  # take the mean error of a linear layer's output out of its bias
-    # Both products of the vision tower's attention too, with fp8 alone; see ``attention``
+    correct_bias: bool = False  # subtract the mean error of a linear layer's output from its bias
+    # Also both products of the vision tower's attention; fp8 only; see ``calibration.attention``
     attention: Literal["fp8"] | None = None
-    exclude: tuple[str, ...] = ()  # patterns found in names of linears that keep 16 or 32 bits
-    base: Base | None = None  # of what is not quantized, in ONNX Runtime's graphs; None: fp32
-    engine_base: EngineBase = "fp16"  # the same, in TensorRT's engines
-    min_features: int = 16  # narrower inputs or outputs than this do not pay (vendor's rule)
+    exclude: tuple[str, ...] = ()  # regular expressions; linears with a match keep 16 or 32 bits
+    base: Base | None = None  # type of unquantized parts in ONNX Runtime's graphs; None: fp32
+    engine_base: EngineBase = "fp16"  # the same in TensorRT's engines
+    min_features: int = 16  # fewer inputs or outputs than this do not pay (vendor's rule)
     seed: int = 0  # of the choice of samples
     num_samples: int = 32  # images, each with a caption
-    language: Recipe | None = None  # of the blocks behind the vision tower; None: this one
+    language: Recipe | None = None  # for the blocks after the vision tower; None: this recipe
 
     def __post_init__(self) -> None:
         for field in _CHOICES:
@@ -127,7 +128,7 @@ class Recipe:
             _require(not value, field, "false without activations", value)
 
     def _check_attention(self) -> None:
-        """Its operands are seen as the checkpoint has them, before anything is folded."""
+        """Require no rotation or smoothing, since attention's operands are observed without."""
         _require_choice("attention", self.attention, (None, "fp8"))
         if self.attention is None:
             return
@@ -136,7 +137,7 @@ class Recipe:
         _require(self.smooth is None, "smooth", "null with attention", self.smooth)
 
     def _check_language(self) -> None:
-        """One checkpoint is folded and rotated as a whole."""
+        """Require the same folding and rotation: they change the checkpoint as a whole."""
         if self.language is None:
             return
         is_one = isinstance(self.language, Recipe) and self.language.language is None
@@ -144,34 +145,34 @@ class Recipe:
         own = self.language.attention
         _require(own is None, "language", "without attention, which is the vision tower's", own)
         for field in ("fold", "rotate", "rotation_seed", "seed", "num_samples"):
-            value, found = getattr(self, field), getattr(self.language, field)
-            _require(found == value, "language", f"of {field} {value}, as around it", found)
+            value, inner = getattr(self, field), getattr(self.language, field)
+            _require(inner == value, "language", f"of {field} {value}, as around it", inner)
 
     @property
     def is_weight_only(self) -> bool:
-        """Whether activations stay as they are; else they have the format of the weights."""
+        """True if activations are not quantized; else they have the format of the weights."""
         return self.activations is None
 
     def of(self, name: str) -> Recipe:
-        """The recipe of a linear layer or parameter."""
+        """Return the recipe that applies to a linear layer or parameter."""
         return self if self.language is None or name.startswith(VISION) else self.language
 
     def excludes(self, linear_name: str) -> bool:
-        """Whether the linear layer called ``linear_name`` keeps its precision."""
+        """Tell whether the linear layer called ``linear_name`` keeps its precision."""
         return any(re.search(pattern, linear_name) for pattern in self.exclude)
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON types; the inverse of :meth:`from_json`."""
+        """Return the recipe as JSON types; the inverse of :meth:`from_json`."""
         language = None if self.language is None else self.language.to_json()
         changed = {"exclude": list(self.exclude), "language": language}
         return dataclasses.asdict(self) | changed
 
     @classmethod
     def from_json(cls, data: object) -> Recipe:
-        """The recipe that a JSON object describes.
+        """Make the recipe that a JSON object describes.
 
         Raises:
-            InputError: not an object, an unknown key, or a value that cannot be.
+            InputError: it is not an object, or has an unknown key or an invalid value.
         """
         if not isinstance(data, dict):
             raise InputError(f"recipe: expected a JSON object, found {type(data).__name__}")
@@ -191,14 +192,14 @@ class Recipe:
 
 
 def recipe_for(precision: str) -> Recipe:
-    """The default recipe of a precision.
+    """Return the default recipe of a precision.
 
     Raises:
         UsageError: the precision does not quantize, or is unknown.
     """
     if precision not in PRESETS:
         raise UsageError(
-            f"expected a precision out of {', '.join(PRESETS)} for a recipe, found {precision!r}"
+            f"a recipe needs one of the precisions {', '.join(PRESETS)}, found {precision!r}"
         )
     return Recipe(name=precision, **PRESETS[precision])
 
@@ -207,11 +208,11 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe from a JSON file.
 
     Raises:
-        InputError: absent, not JSON, or not a recipe; the message names the file.
+        InputError: the file is absent, not JSON, or not a recipe; the message names it.
     """
     try:
         if path.stat().st_size > MAX_FILE_NBYTES:
-            raise InputError(f"{path}: larger than {MAX_FILE_NBYTES} bytes; not a recipe")
+            raise InputError(f"{path}: not a recipe: larger than {MAX_FILE_NBYTES} bytes")
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a recipe in JSON: {error}") from error
@@ -223,17 +224,17 @@ def load_recipe(path: Path) -> Recipe:
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)
 
 
-def _require(holds: bool, field: str, expected: str, found: object) -> None:
+def _require(holds: bool, field: str, expected: str, value: object) -> None:
     if not holds:
-        raise InputError(f"recipe: {field} must be {expected}, found {found!r}")
+        raise InputError(f"recipe: {field} must be {expected}, found {value!r}")
 
 
 def _require_choice(field: str, value: object, choices: tuple[object, ...]) -> None:
-    known = value is None or isinstance(value, str)  # what is unhashable or 1 == True is neither
+    known = value is None or isinstance(value, str)  # refuses unhashable values, and 1 == True
     _require(known and value in choices, field, f"one of {choices}", value)
 
 

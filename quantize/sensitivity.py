@@ -1,15 +1,16 @@
-"""The fewest layers in 16 bits that meet a budget: the order they are taken in, and how many.
+"""The fewest layers to leave in 16 bits for an accuracy budget: which ones, and how many.
 
 Every quantized layer adds an error to the residual stream, and errors of different layers are
 close to independent, so their energies add. The layer whose own error is largest is therefore the
-one to leave in 16 bits first. Its sensitivity is the error that it alone brings into what its
-block gives, relative to that:
+one to leave in 16 bits first. A layer's sensitivity is the relative error of its block's output
+when this layer alone is quantized:
 
     e = Σ |ŷ − y|² / Σ |y|²       ŷ: the block with this layer quantized and no other
 
-What a set of layers costs is measured, never added up: the drop of a metric with the k most
-sensitive layers in 16 bits. It falls with k but for noise, so the smallest k that meets the budget
-is closed in on from both sides, a few k at a time where one pass over the weights can try several.
+The cost of a set of layers is measured, never added up: the drop of a metric with the k most
+sensitive layers in 16 bits. It falls with k, apart from noise, so the smallest k that meets the
+budget is bracketed from both sides, with several k at a time where one pass over the weights can
+try them.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ Measure = Callable[[Sequence[int]], Sequence[float]]  # numbers of 16-bit layers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
-    """A linear layer, and what its quantization costs."""
+    """A linear layer, and the error that its quantization causes."""
 
     layer: str  # full name, without the ".weight"
-    error: float  # e above, of the stream where it is largest
+    error: float  # e above, in the stream where it is largest
     parameters: int
 
 
@@ -38,13 +39,13 @@ class Point:
     """A point of the frontier between accuracy and size."""
 
     num_layers: int  # in 16 bits
-    nbytes: int  # of the weights of all layers that were ranked
+    nbytes: int  # of the weights of all ranked layers
     drop: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """A search that found its recipe."""
+    """The result of a search: the ranking, the points measured, and the one chosen."""
 
     metric: str
     max_drop: float
@@ -53,33 +54,33 @@ class Search:
     chosen: Point
 
     def recipe(self, base: Recipe) -> Recipe:
-        """The base recipe with the chosen layers left in 16 bits."""
+        """Return the base recipe with the chosen layers left in 16 bits."""
         layers = [item.layer for item in self.ranking[: self.chosen.num_layers]]
         return replace(
             base, name=f"{base.name}-auto", exclude=(*base.exclude, *map(exactly, layers))
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Return the search as JSON types."""
         return asdict(self)
 
 
 def exactly(layer: str) -> str:
-    """The pattern of a recipe that excludes one layer and no other."""
+    """Return the recipe's pattern that excludes this layer and no other."""
     return f"^{re.escape(layer)}$"
 
 
 def fewest(
     measure: Measure, ranking: Sequence[Sensitivity], metric: str, max_drop: float, width: int
 ) -> Search:
-    """The smallest number of the ranking's first layers in 16 bits that meets a budget.
+    """Find how many of the ranking's first layers to leave in 16 bits to meet a budget.
 
     Args:
-        measure: the drops of the metric for several numbers of layers, given in rising order.
+        measure: gives the drops of the metric for several numbers of layers, in rising order.
         ranking: all layers that could be left in 16 bits, the most sensitive first.
         metric: its name, for the record.
-        max_drop: the budget; with every layer in 16 bits the drop is taken to be none.
-        width: how many numbers to measure at once.
+        max_drop: the budget; with every layer in 16 bits the drop is assumed to be zero.
+        width: how many numbers to measure at a time.
     """
     drops: dict[int, float] = {}
     failing, passing = -1, len(ranking)
@@ -102,7 +103,7 @@ def fewest(
 
 
 def _between(failing: int, passing: int, width: int) -> list[int]:
-    """Up to ``width`` numbers strictly between two: powers of two at first, then evenly spaced."""
+    """Return up to ``width`` numbers between two: powers of two at first, then evenly spaced."""
     if failing < 0 and width > 1:
         first = [0, *(2**i for i in range(width - 1))]
         return [k for k in first if k < passing]
@@ -114,5 +115,5 @@ def _between(failing: int, passing: int, width: int) -> list[int]:
 
 
 def _nbytes(ranking: Iterable[Sensitivity], num_layers: int) -> int:
-    """8 bits for every weight, 16 for those of the first layers."""
+    """Count the bytes: 8 bits per weight, and 16 per weight of the first layers."""
     return sum(item.parameters * (2 if i < num_layers else 1) for i, item in enumerate(ranking))

@@ -1,4 +1,4 @@
-"""What of a compiled directory is open: its sessions, its tokenizer, its image transforms.
+"""The open components of a compiled directory: sessions, tokenizer, image transforms.
 
 Everything opens when it is first used. Each image goes through the ViT once per call, whatever
 else is computed from it.
@@ -6,18 +6,21 @@ else is computed from it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import VISION, components_of
 from internvl_edge.artifact.open import Artifact
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
-from internvl_edge.runtime.session import Session, did_you_mean
-from internvl_edge.runtime.tasks.requests import batches_of, is_normalised, slices
+from internvl_edge.runtime.images.sources import is_normalised
+from internvl_edge.runtime.session import Session
+from internvl_edge.runtime.tasks.requests import batches_of, slices
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
@@ -26,29 +29,54 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.text.embeddings import TokenTable
     from internvl_edge.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["Parts"]
+__all__ = ["Classifiers", "OpenComponents"]
 
 TOKENIZER_FILE = "tokenizer.model"
+MAX_CLASSIFIERS = 16
+Labels = tuple[tuple[str, ...], tuple[str, ...]]  # and their templates
 
 
 def _why_impossible(model: Mapping[str, Any], components: Sequence[str]) -> str | None:
     """Why a checkpoint of this configuration cannot be compiled into components; None: it can."""
     if chat := model.get("chat"):
         kind = "an InternVL-Chat"
-        missing = [name for name in components if not name.startswith("chat_")]
-        own = {"chat_queries": chat["num_queries"], "chat_decoder": chat["llama"]}
-        missing += [name for name in components if name in own and not own[name]]
+        possible = components_of("chat", [key for key, value in chat.items() if value])
     elif model.get("internvl") is not None:
-        kind = "an InternVL with QLLaMA"
-        missing = [name for name in components if name.startswith("chat_")]
+        kind, possible = "an InternVL with QLLaMA", components_of("internvl")
     else:
-        kind = "a vision tower alone"
-        missing = [name for name in components if name != "vision"]
+        kind, possible = "a vision tower alone", components_of("vit")
+    missing = [name for name in components if name not in possible]
     return f"its checkpoint is {kind}, which has no {', '.join(missing)}" if missing else None
 
 
-class Parts:
-    """The open parts of a directory; thread-safe.
+class Classifiers:
+    """The text embeddings of the last sets of labels; thread-safe."""
+
+    def __init__(self) -> None:
+        self._weights: OrderedDict[Labels, Array] = OrderedDict()  # the last used is last
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def get(self, labels: Labels) -> Array | None:
+        """Return what was kept for these labels and templates; None where nothing was."""
+        with self._lock:
+            if labels not in self._weights:
+                return None
+            self._weights.move_to_end(labels)
+            return self._weights[labels]
+
+    def keep(self, labels: Labels, weights: Array) -> None:
+        """Keep these, and drop those of least recent use beyond the limit."""
+        with self._lock:
+            self._weights[labels] = weights
+            while len(self._weights) > MAX_CLASSIFIERS:
+                self._weights.popitem(last=False)
+
+
+class OpenComponents:
+    """The components of a directory, opened as they are used; thread-safe.
 
     Args:
         artifact: the open directory.
@@ -58,6 +86,7 @@ class Parts:
     def __init__(self, artifact: Artifact, open_one: Callable[[str], Session]) -> None:
         self.artifact = artifact
         self._open_one = open_one
+        self.classifiers = Classifiers()
         self._sessions: dict[str, Session] = {}
         self._lock = RLock()
         self._closed = False
@@ -71,14 +100,6 @@ class Parts:
             if component not in self._sessions:
                 self._sessions[component] = self._open_one(component)
             return self._sessions[component]
-
-    def largest(self, component: str) -> Mapping[str, int]:
-        """The largest batch, length and past that a component's engine takes.
-
-        Empty where no profile bounds them: on ONNX Runtime.
-        """
-        found: Mapping[str, int] = getattr(self.session(component), "largest", {})
-        return found
 
     def positions(self, component: str) -> int:
         """How many positions a decoder's cache can have: its capacity, or what its model has."""
@@ -97,13 +118,13 @@ class Parts:
     def has(self, component: str) -> bool:
         return component in self.artifact.manifest.components
 
-    def require(self, *components: str) -> None:
+    def require(self, *names: str) -> None:
         """Refuse, before any work, what needs components that are not there.
 
         Raises:
             UsageError: which ones, and how to get them.
         """
-        missing = [name for name in components if not self.has(name)]
+        missing = [name for name in names if not self.has(name)]
         if missing:
             present = list(self.artifact.manifest.components)
             impossible = _why_impossible(self.artifact.manifest.model, missing)
@@ -122,7 +143,7 @@ class Parts:
 
     def hidden(self, pixels: Array) -> Array:
         """``pixel_values`` [B,3,H,W] → the vision tower's tokens [B,N,C]."""
-        return self.run("vision", "last_hidden_state", pixel_values=pixels)
+        return self.run(VISION, "last_hidden_state", pixel_values=pixels)
 
     def hidden_batches(
         self, images: Any, count: int, batch_size: int

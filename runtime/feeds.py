@@ -13,30 +13,23 @@ first and so gives the same result.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
-from internvl_edge.errors import FeedError, UsageError
+from internvl_edge.errors import FeedError, MissingDependency, UsageError, did_you_mean
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.types import Array
 
-__all__ = ["check_feeds", "check_outputs", "did_you_mean"]
+__all__ = ["check_feeds", "check_outputs", "numpy_dtype"]
 
 
 # Of a decoder whose cache is written in place (``inplace``).
 WRITE_INDICES, MASK, POSITIONS = "write_indices", "attention_mask", "position_ids"
 MAY_BE_EMPTY = frozenset({"past"})
-SIMILAR = 0.75  # of difflib's ratio, 0 to 1: a typo, not another name of the same family
-
-
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """A hint to append to an error, or nothing."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=SIMILAR)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_feeds(
@@ -100,6 +93,19 @@ def check_outputs(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> list
     if not names:
         raise UsageError(f"no outputs asked for; expected some of {', '.join(specs)}")
     return list(names)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return a dtype by name; those that NumPy lacks, such as bfloat16, are of ml_dtypes."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        pass
+    try:
+        dtype: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+    except ModuleNotFoundError as error:
+        raise MissingDependency.of("ml-dtypes", "export") from error
+    return dtype
 
 
 def _check_places(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> None:

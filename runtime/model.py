@@ -1,56 +1,39 @@
-"""What people ask of a compiled directory: encode, classify, retrieve, match, caption, answer.
+"""``Model``: a compiled directory as people use it, and ``load``, which opens one.
 
-Every task has the image transform its published numbers were measured with (internvl-spec
-section 4): ``"classification"`` crops, ``"retrieval"`` (also for matching and text about images)
-squeezes to a square, ``"clip"`` is for video frames. ``embedding`` says what the embeddings are,
-``speak`` how text is made.
+Every method is a function of ``tasks`` on the directory's open components: ``embed`` says what the
+embeddings are, ``compare`` how they are ranked, ``caption`` and ``chat`` how text is made.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from internvl_edge.artifact.open import open_artifact
-from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime.images.video import dual_softmax
-from internvl_edge.runtime.session import open_component, require_backend
-from internvl_edge.runtime.tasks import caption as speak
+from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.runtime.components import OpenComponents
+from internvl_edge.runtime.session import Session, open_component, require_backend
+from internvl_edge.runtime.tasks import caption as captions
 from internvl_edge.runtime.tasks import chat as chats
-from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, Embedder
-from internvl_edge.runtime.tasks.requests import (
-    distinct_labels,
-    image_list,
-    masked,
-    one_place_templates,
-    text_list,
-)
-from internvl_edge.runtime.tasks.vectors import ranked, softmax
+from internvl_edge.runtime.tasks import chat_images, compare, embed
+from internvl_edge.runtime.tasks.chat_images import ChatSeen
+from internvl_edge.runtime.tasks.compare import Retrieval
+from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, TEXT_BATCH
 from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
+    from internvl_edge.runtime.images.transform import Preprocessing, Transform
     from internvl_edge.runtime.ort.options import OrtOptions
-    from internvl_edge.runtime.trt.session import TrtOptions
+    from internvl_edge.runtime.text.tokenizer import Tokenizer
+    from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = ["Model", "Retrieval", "load"]
 
 CHAT_TOKENS = 128  # of an answer
-LOGIT_SCALE = 100.0  # of zero-shot classification; the learned scale is for training
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retrieval:
-    """Images and texts, ranked by similarity both ways."""
-
-    similarity: Array  # float32 [images, texts], cosine
-    texts_of_image: Array  # int64 [images, texts]: indices of the texts, best first
-    images_of_text: Array  # int64 [texts, images]: indices of the images, best first
 
 
 def load(
@@ -80,7 +63,7 @@ def load(
     )
 
 
-class Model(Embedder):
+class Model:
     """The components of a directory, as one model. Thread-safe; a context manager.
 
     Images are paths, bytes, PIL images, HWC uint8 arrays, one or a sequence of them, or float32
@@ -95,6 +78,69 @@ class Model(Embedder):
         artifact: the open directory.
         open_one: opens the session of a component.
     """
+
+    def __init__(self, artifact: Artifact, open_one: Callable[[str], Session]) -> None:
+        self.components = OpenComponents(artifact, open_one)
+
+    # --- encode ----------------------------------------------------------------------------------
+
+    def encode_image(
+        self,
+        images: Any,
+        mode: str = "c",
+        normalize: bool = False,
+        batch_size: int = 8,
+        transform: Transform | None = None,
+    ) -> Array:
+        """Embeddings of images, float32 [B,E].
+
+        Args:
+            images: see ``Model``.
+            mode: ``"c"`` (InternVL-C) or ``"g"`` (InternVL-G).
+            normalize: give them unit length.
+            batch_size: images that are decoded and computed at a time.
+            transform: ``"retrieval"``, ``"classification"`` or ``"clip"``; None is the
+                directory's own.
+        """
+        return embed.encode_image(self.components, images, mode, normalize, batch_size, transform)
+
+    def encode_text(
+        self, texts: Any, normalize: bool = False, batch_size: int = TEXT_BATCH
+    ) -> Array:
+        """Embeddings of texts, float32 [B,E]; strings get the prefix the model was trained with."""
+        return embed.encode_text(self.components, texts, normalize, batch_size)
+
+    def encode_video(
+        self,
+        frames: Any,
+        num_frames: int | None = None,
+        mode: str = "c",
+        normalize: bool = False,
+        batch_size: int = 8,
+    ) -> Array:
+        """The embedding of one video, float32 [E]: the mean of its frames' embeddings.
+
+        Args:
+            frames: a folder of frames, a video file (with PyAV, extra ``video``), or images.
+            num_frames: sample at most so many of them; None takes all.
+            mode: ``"c"`` or ``"g"``.
+            normalize: give the mean unit length.
+            batch_size: frames that are computed at a time.
+        """
+        return embed.encode_video(self.components, frames, num_frames, mode, normalize, batch_size)
+
+    def text_classifier(
+        self, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+    ) -> Array:
+        """One unit vector per label, float32 [K,E]: the mean over the templates' unit vectors.
+
+        The last sets of labels are remembered, so that classifying again costs no text.
+
+        Raises:
+            UsageError: a label twice, a template without one ``{}`` or ``{c}``.
+            MediaError: no labels, or an empty one.
+        """
+        return embed.text_classifier(self.components, labels, templates)
 
     # --- compare ---------------------------------------------------------------------------------
 
@@ -118,22 +164,11 @@ class Model(Embedder):
         Returns:
             For every image its labels, best first: ``{"label": str, "score": float}``.
         """
-        names, templates = distinct_labels(labels), one_place_templates(templates)
-        given = self._embeddable(images, mode)
-        weights = self.text_classifier(names, templates)
-        embeds = self.encode_image(given, mode, True, batch_size, "classification")
-        return _best_labels(names, embeds, weights)
+        return compare.classify(self.components, images, labels, templates, mode, batch_size)
 
     def retrieve(self, images: Any, texts: Any, mode: str = "c", batch_size: int = 8) -> Retrieval:
         """Rank texts for every image and images for every text by cosine similarity."""
-        given = self._embeddable(images, mode)
-        text_embeds = self.encode_text(texts, normalize=True)
-        similarity = self.encode_image(given, mode, True, batch_size, "retrieval") @ text_embeds.T
-        return Retrieval(
-            similarity=similarity,
-            texts_of_image=ranked(similarity),
-            images_of_text=ranked(similarity.T),
-        )
+        return compare.retrieve(self.components, images, texts, mode, batch_size)
 
     def classify_videos(
         self,
@@ -145,11 +180,9 @@ class Model(Embedder):
         batch_size: int = 8,
     ) -> list[list[dict[str, Any]]]:
         """As ``classify``, of videos as ``encode_video`` takes them."""
-        names, templates = distinct_labels(labels), one_place_templates(templates)
-        given = self._videos(videos, mode)
-        weights = self.text_classifier(names, templates)
-        embeds = [self.encode_video(v, num_frames, mode, True, batch_size) for v in given]
-        return _best_labels(names, np.stack(embeds), weights)
+        return compare.classify_videos(
+            self.components, videos, labels, templates, mode, num_frames, batch_size
+        )
 
     def retrieve_videos(
         self,
@@ -171,23 +204,9 @@ class Model(Embedder):
             dual: rank by ``video.dual_softmax`` over all that ask, as MSR-VTT's published results;
                 ``similarity`` is the cosine in any case.
         """
-        given = self._videos(videos, mode)
-        text_embeds = self.encode_text(texts, normalize=True)
-        embeds = [self.encode_video(v, num_frames, mode, True, batch_size) for v in given]
-        similarity = np.stack(embeds) @ text_embeds.T  # (videos, texts)
-        weigh = dual_softmax if dual else np.asarray
-        return Retrieval(
-            similarity=similarity,
-            texts_of_image=ranked(weigh(similarity)),
-            images_of_text=ranked(weigh(similarity.T)),
+        return compare.retrieve_videos(
+            self.components, videos, texts, mode, num_frames, batch_size, dual
         )
-
-    def _videos(self, videos: Sequence[Any], mode: str) -> list[Any]:
-        self.parts.require("text_embed")
-        self._embedder(mode)
-        if isinstance(videos, (str, os.PathLike)) or not len(videos):
-            raise MediaError(f"videos: expected a list of one or more, found {videos!r}")
-        return list(videos)
 
     def match(self, images: Any, texts: Any, batch_size: int = 8) -> Array:
         """How likely each text describes its image, float32 [B] in 0..1, from the ITM head.
@@ -199,32 +218,15 @@ class Model(Embedder):
 
     def match_stream(self, images: Any, texts: Any, batch_size: int = 8) -> Iterator[Array]:
         """As ``match``, of every few pairs as soon as they are known: float32 [batch_size]."""
-        self.parts.require("vision", "matcher")
-        given, ids = image_list(images), text_list(texts)
-        if not isinstance(ids, np.ndarray):
-            ids = self.parts.tokenizer.match(ids)
-        count = max(len(given), len(ids))
-        if {len(given), len(ids)} - {1, count}:
-            raise UsageError(
-                f"match: expected as many texts as images, or one of either, found {len(given)} "
-                f"images and {len(ids)} texts"
-            )
-        ids = np.broadcast_to(ids, (count, ids.shape[1]))
-        batches = self.parts.hidden_batches(given, count, batch_size)
-        return (self._matched(hidden, ids[rows]) for rows, hidden in batches)
+        return compare.match_stream(self.components, images, texts, batch_size)
 
-    def _matched(self, hidden: Array, ids: Array) -> Array:
-        feeds = {"last_hidden_state": hidden, **masked(ids)}
-        logits = self.parts.run("matcher", "match_logits", **feeds)  # (B, 2): no, yes
-        return softmax(logits)[:, 1].copy()
+    # --- text ------------------------------------------------------------------------------------
 
-    # --- speak -----------------------------------------------------------------------------------
-
-    def see(self, images: Any, batch_size: int = 8) -> speak.Seen | chats.ChatSeen:
+    def see(self, images: Any, batch_size: int = 8) -> captions.Seen | ChatSeen:
         """Look at images once for many captions, answers and chats, which take the result."""
-        if chats.is_chat(self.parts):
-            return chats.see(self.parts, images, batch_size)
-        return speak.see(self.parts, images, batch_size)
+        if chats.is_chat(self.components):
+            return chat_images.see(self.components, images, batch_size)
+        return captions.see(self.components, images, batch_size)
 
     def caption(
         self,
@@ -246,8 +248,8 @@ class Model(Embedder):
             max_new_tokens: the most.
             min_new_tokens: the fewest.
             batch_size: images that are decoded and computed at a time.
-            how: more fields of ``runtime.generate.Generation``: ``length_penalty``, and of one
-                beam ``temperature``, ``top_k``, ``top_p`` and ``seed``.
+            how: more fields of ``runtime.generation.batch.Generation``: ``length_penalty``, and
+                of one beam ``temperature``, ``top_k``, ``top_p`` and ``seed``.
 
         Raises:
             UsageError: an option that cannot be, or more positions than the cache has.
@@ -277,9 +279,9 @@ class Model(Embedder):
             batch_size: rows that are computed at a time.
             how: as for ``caption``.
         """
-        chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
-        ids = speak.continued(self.parts, images, prompts, chosen, batch_size)
-        return speak.texts_of(self.parts, ids, chosen)
+        chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
+        ids = captions.continued(self.components, images, prompts, chosen, batch_size)
+        return captions.texts_of(self.components, ids, chosen)
 
     def generate(
         self,
@@ -297,17 +299,17 @@ class Model(Embedder):
         checkpoint had no tokenizer files that do. ``images`` None: there are none.
         """
         place = how.pop("image_token_id", None)
-        chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
-        if chats.is_chat(self.parts):
-            return chats.continued(self.parts, images, prompts, chosen, batch_size, place)
-        return speak.continued(self.parts, images, prompts, chosen, batch_size)
+        chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
+        if chats.is_chat(self.components):
+            return chats.continued(self.components, images, prompts, chosen, batch_size, place)
+        return captions.continued(self.components, images, prompts, chosen, batch_size)
 
     def stream(
         self, image: Any, prompt: Any = CAPTION_PROMPT, *, max_new_tokens: int = 30, **how: Any
     ) -> Iterator[str]:
         """As ``answer`` of one image and one prompt, in pieces as they come."""
-        chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
-        return speak.pieces(self.parts, image, prompt, chosen)
+        chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
+        return captions.pieces(self.components, image, prompt, chosen)
 
     def chat(
         self,
@@ -345,9 +347,9 @@ class Model(Embedder):
                 more positions than the cache has.
             MediaError: an empty question, or an image that cannot be read.
         """
-        chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
+        chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         options = {"template": template, "system": system}
-        return chats.reply(self.parts, images, question, history, chosen, **options)
+        return chats.reply(self.components, images, question, history, chosen, **options)
 
     def chat_stream(
         self,
@@ -361,12 +363,37 @@ class Model(Embedder):
         **how: Any,
     ) -> Iterator[str]:
         """As ``chat``, the answer in pieces as they come."""
-        chosen = speak.generation(self.parts, max_new_tokens=max_new_tokens, **how)
+        chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         options = {"template": template, "system": system}
-        return chats.reply_pieces(self.parts, images, question, history, chosen, **options)
+        return chats.reply_pieces(self.components, images, question, history, chosen, **options)
 
+    # --- sessions --------------------------------------------------------------------------------
 
-def _best_labels(names: Sequence[str], embeds: Array, weights: Array) -> list[list[dict[str, Any]]]:
-    """The labels of every row of unit vectors (B, E), best first; ``weights`` are (K, E)."""
-    scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
-    return [[{"label": names[k], "score": float(row[k])} for k in ranked(row)] for row in scores]
+    @property
+    def artifact(self) -> Artifact:
+        """The open directory."""
+        return self.components.artifact
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the directory; UsageError where its checkpoint had none."""
+        return self.components.tokenizer
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The image transforms of the directory."""
+        return self.components.preprocessing
+
+    def session(self, component: str) -> Session:
+        """Open the session of a component, once; the model closes it."""
+        return self.components.session(component)
+
+    def close(self) -> None:
+        """Close every session; may be called again."""
+        self.components.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

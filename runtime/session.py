@@ -5,52 +5,36 @@ A session runs one component. It refuses what it cannot run before any work (``f
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from internvl_edge.artifact.open import Artifact, TensorSpec, open_artifact
-from internvl_edge.errors import HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.feeds import check_feeds, check_outputs, did_you_mean
+from internvl_edge.errors import HardwareError, UsageError, did_you_mean
+from internvl_edge.files.packages import require
+from internvl_edge.runtime.gpu.probe import gpu_count
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.ort.options import OrtOptions
-    from internvl_edge.runtime.trt.session import TrtOptions
+    from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = [
     "BACKENDS",
-    "Array",
+    "DecoderSession",
     "Session",
-    "check_feeds",
-    "check_outputs",
-    "cuda_device_count",
-    "cuda_devices",
-    "cuda_driver",
-    "did_you_mean",
     "open_component",
     "open_session",
     "require_backend",
 ]
 
-# Backend → the module whose ``open_component`` opens a session of it.
+# Backend, as its package is named → the module whose ``open_component`` opens a session of it.
 BACKENDS = {
     "onnxruntime": "internvl_edge.runtime.ort.session",
     "tensorrt-rtx": "internvl_edge.runtime.trt.session",
     "tensorrt": "internvl_edge.runtime.trt.session",
 }
-# Backend → its Python package, and the extra that installs it.
-PACKAGES = {
-    "onnxruntime": ("onnxruntime", "ort"),
-    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
-    "tensorrt": ("tensorrt", "trt"),
-}
-
-NAME_NBYTES = 256
-CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
 
 
 class Session(Protocol):
@@ -63,6 +47,10 @@ class Session(Protocol):
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
         """What ``run`` gives."""
+
+    @property
+    def largest(self) -> Mapping[str, int]:
+        """The largest size of each named dimension: batch, length, past; none where unbounded."""
 
     def run(
         self,
@@ -91,6 +79,43 @@ class Session(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+@runtime_checkable
+class DecoderSession(Session, Protocol):
+    """A session that leaves what it computed on its device: a decoder's cache stays there."""
+
+    def run_device(
+        self,
+        feeds: Mapping[str, Any],
+        *,
+        check: bool = True,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Like ``run``, but outputs stay where they were computed; ``.numpy()`` copies them.
+
+        Args:
+            feeds: NumPy arrays, or outputs of an earlier call, which are not copied.
+            check: as for ``run``; what is on the device is not read.
+            outputs: as for ``run``.
+        """
+
+    def step(
+        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
+    ) -> tuple[Array, list[Any]]:
+        """Like ``run_device`` of a decoder, unchecked, on what an earlier call left.
+
+        Args:
+            feeds: the inputs that are not in the cache.
+            names: the cache's inputs; its outputs come in the same order, after the logits.
+            cache: what ``run_device``, ``step`` or ``take_rows`` gave; it is used up.
+
+        Returns:
+            The logits, and the next cache.
+        """
+
+    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
+        """Copy these rows of a cache, in this order; the cache is used up."""
 
 
 def open_session(
@@ -158,45 +183,10 @@ def require_backend(backend: str) -> str:
             f"{did_you_mean(backend, BACKENDS)}"
         )
     chosen = "onnxruntime" if backend == "auto" else backend
-    if chosen != "onnxruntime" and cuda_device_count() == 0:
+    if chosen != "onnxruntime" and gpu_count() == 0:
         raise HardwareError(
             f"backend {backend!r} needs an NVIDIA GPU and found no CUDA device; "
             "use backend 'onnxruntime' on this machine"
         )
-    package, extra = PACKAGES[chosen]
-    if importlib.util.find_spec(package) is None:
-        raise MissingDependency.of(package, extra)
+    require(chosen)  # a backend is named as the package that brings it
     return chosen
-
-
-def cuda_device_count() -> int:
-    """NVIDIA GPUs that the driver shows this process; 0 without a driver."""
-    driver, count = cuda_driver(), ctypes.c_int()
-    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return 0
-    return count.value
-
-
-def cuda_devices() -> list[tuple[str, int]]:
-    """Name and compute capability of each GPU, 90 for 9.0; of those that the driver describes."""
-    found, driver = [], cuda_driver()
-    for index in range(cuda_device_count()):
-        device, name = ctypes.c_int(), ctypes.create_string_buffer(NAME_NBYTES)
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        failed = driver is None or (
-            driver.cuDeviceGet(ctypes.byref(device), index)
-            or driver.cuDeviceGetName(name, NAME_NBYTES, device)
-            or driver.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
-            or driver.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
-        )
-        if not failed:
-            found.append((name.value.decode(), 10 * major.value + minor.value))
-    return found
-
-
-def cuda_driver() -> Any:
-    """NVIDIA's driver; None where there is none."""
-    try:
-        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return None

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
+from support.golden import SETS, WHOLE, unpack
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="session", params=SETS)
+def golden(request: pytest.FixtureRequest, unpacked: Path) -> Path:
     """The reference outputs of the original implementation."""
-    path = SHARED / "golden"
-    if not path.is_dir():
-        pytest.skip("the golden data (../shared/golden) is not here")
-    return path
+    return unpacked if request.param == "small" else WHOLE
 
 
 @pytest.fixture(scope="session")

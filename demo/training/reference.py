@@ -22,10 +22,10 @@ from internvl_edge.demo.language import CAPTION_PROMPT, CONTRASTIVE_PREFIX
 from internvl_edge.demo.training.batches import BOS, EOS, pad, pixel_values
 from internvl_edge.demo.training.tokenizer import TOKENIZER_FILE
 from internvl_edge.errors import CheckpointError
-from internvl_edge.export.checkpoint.checkpoint import load_reference
+from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.models import InternVL
 
-CHECKPOINT = Path(__file__).resolve().parent / "checkpoint"
+CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoint"
 BATCH = 100
 
 Floats = NDArray[np.float32]

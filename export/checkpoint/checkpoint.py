@@ -1,5 +1,7 @@
 """Checkpoints on disk: a Hugging Face directory, read tensor by tensor and never as a whole.
 
+Needs no PyTorch: ``load`` makes our PyTorch model of one.
+
 The safetensors headers of all shards are parsed and validated when a checkpoint is opened; the
 tensors stay on disk as (file, offset, length) until something asks for one. Nothing is ever
 written there. A checkpoint that changes while we read it is refused in the end.
@@ -12,52 +14,28 @@ Pickle files are refused here; ``internvl-edge convert`` turns them into safeten
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import nn
 
 from internvl_edge.errors import CheckpointError
+from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.checkpoint.shards import (
     DTYPES,
     MAX_LISTED,
-    PICKLE_SUFFIXES,
     FileState,
     TensorEntry,
     all_entries,
     file_state,
     find_shards,
-    header_fingerprint,
     raise_problems,
-    read_header,
 )
 from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
-from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.types import Array
 
-__all__ = [
-    "DTYPES",
-    "FLOATS",
-    "PICKLE_SUFFIXES",
-    "Checkpoint",
-    "TensorEntry",
-    "build_model",
-    "expected_shapes",
-    "header_fingerprint",
-    "load_into",
-    "load_model",
-    "load_reference",
-    "open_checkpoint",
-    "read_header",
-    "torch_from_numpy",
-]
+__all__ = ["FLOATS", "Checkpoint", "open_checkpoint"]
 
 READING_THREADS = 2
 MAX_DEPTH = 256  # of a vision tower
@@ -94,14 +72,6 @@ class Checkpoint:
     def read(self, name: str) -> Array:
         """One tensor by canonical name, in its stored dtype."""
         return self.tensors[name].read()
-
-    def read_torch(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """One tensor by canonical name, as a torch tensor of ``dtype``."""
-        values = torch_from_numpy(self.read(name))
-        if dtype != torch.float32 or values.dtype == dtype:
-            return values.to(dtype)
-        # into NumPy's memory: it asks the system for large pages, PyTorch does not
-        return torch.from_numpy(np.empty(values.shape, np.float32)).copy_(values)
 
     def content_sha256(self, done: Callable[[int], None] = lambda nbytes: None) -> str:
         """A hash of every tensor's values; refuses NaN and infinities on the way.
@@ -141,13 +111,6 @@ class Checkpoint:
             )
 
 
-def torch_from_numpy(values: Array) -> torch.Tensor:
-    """As ``torch.from_numpy``, which does not know bfloat16."""
-    if values.dtype == DTYPES["BF16"]:
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
-
-
 def open_checkpoint(directory: Path | str) -> Checkpoint:
     """Open a checkpoint directory and prove that its tensors are those its config asks for.
 
@@ -166,85 +129,6 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     tensors, problems = _match(config, found)
     raise_problems(path, problems)
     return Checkpoint(path=path, config=config, tensors=tensors, shards=shards, states=states)
-
-
-def build_model(config: CheckpointConfig) -> InternVL | Chat | InternViT:
-    """The PyTorch model of a configuration, on the current default device."""
-    if config.kind == "internvl":
-        assert config.internvl is not None
-        return InternVL(config.internvl)
-    if config.kind == "chat":
-        return Chat(config)
-    return InternViT(config.vision)
-
-
-def expected_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name → shape of every tensor that a configuration calls for."""
-    with torch.device("meta"), _uninitialised():
-        model = build_model(config)
-    prefix = _prefix(config)
-    return {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
-
-
-@contextmanager
-def _uninitialised() -> Iterator[None]:
-    """Spare layers without data their random values: PyTorch would load its compiler for them."""
-    kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding)
-    usual = [kind.reset_parameters for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.reset_parameters = lambda _: None
-        yield
-    finally:
-        for kind, reset in zip(kinds, usual, strict=True):
-            kind.reset_parameters = reset
-
-
-def load_reference(
-    checkpoint: Path | str, dtype: torch.dtype = torch.float32
-) -> InternVL | Chat | InternViT:
-    """Our PyTorch model of a checkpoint, weights loaded, in evaluation mode.
-
-    Args:
-        checkpoint: the directory.
-        dtype: every parameter's dtype.
-    """
-    return load_model(open_checkpoint(checkpoint), dtype)
-
-
-def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
-) -> InternVL | Chat | InternViT:
-    """As :func:`load_reference`, of a checkpoint that is open."""
-    with torch.device("meta"):
-        model = build_model(checkpoint.config)
-    prefix = _prefix(checkpoint.config)
-    load_into(model, checkpoint, prefix, dtype)
-    return model.eval()
-
-
-def load_into(
-    module: nn.Module,
-    source: Checkpoint,
-    prefix: str,
-    dtype: torch.dtype,
-    rename: Callable[[str], str] = str,
-) -> None:
-    """Give a module built on the meta device its weights, read one tensor at a time.
-
-    Args:
-        module: a part of the model.
-        source: where the weights are.
-        prefix: of the part's parameters in the checkpoint.
-        dtype: every parameter's dtype.
-        rename: what a parameter is called there, where it is another block's.
-    """
-    state = {n: source.read_torch(rename(prefix + n), dtype) for n in module.state_dict()}
-    module.load_state_dict(state, assign=True)
-    for owner in module.modules():  # tables that are computed, not stored
-        restore = getattr(owner, "reset_tables", None)
-        if restore is not None:
-            restore()
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -286,11 +170,6 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
-
-
-def _prefix(config: CheckpointConfig) -> str:
-    """What stands before the names of a model's parameters to make them canonical."""
-    return "vision_model." if config.kind == "vit" else ""
 
 
 def _match(

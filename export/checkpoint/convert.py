@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from internvl_edge.errors import CheckpointError, MissingDependency, ResourceError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import PICKLE_SUFFIXES
+from internvl_edge.export.checkpoint.shards import PICKLE_SUFFIXES
 from internvl_edge.files.disk import os_errors
 
 OLDEST_TORCH = (2, 10)  # CVE-2026-24747

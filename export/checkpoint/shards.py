@@ -1,19 +1,17 @@
-"""Safetensors files: found in a checkpoint, parsed, validated, and read tensor by tensor.
+"""The shards of a checkpoint: found, held against their index, and read tensor by tensor.
 
-Headers are parsed as from a stranger: exactly one contiguous run of tensors from the header to
-the end of the file, no name twice, and an index that agrees with what its shards hold. Tensors
-are read with ``read`` into memory of their own. Mapping the files instead would turn a shard that
-is truncated while we read into a bus error that kills the process.
+An index has to agree with what its shards hold, and no tensor may be in two of them. Headers are
+read by ``artifact.safetensors``; every refusal is a ``CheckpointError`` here. Tensors are read with
+``read`` into memory of their own: mapping the files instead would turn a shard that is truncated
+while we read into a bus error that kills the process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import FileIO
@@ -23,7 +21,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from internvl_edge.artifact.open import MAX_HEADER_NBYTES, header_sha256
+from internvl_edge.artifact.safetensors import (
+    MalformedFile,
+    fill,
+    header_sha256,
+    read_places,
+    unique_names,
+)
 from internvl_edge.errors import CheckpointError
 from internvl_edge.types import Array
 
@@ -66,16 +70,12 @@ class TensorEntry:
         """
         values = np.empty(self.shape, self.dtype)  # not a bytearray, which has small pages
         with open_shard(self.file) as file:
-            file.seek(self.offset)
-            done, view = 0, values.reshape(-1).view(np.uint8).data
-            while done < self.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"{self.file}: ends inside tensor {self.name!r} "
-                        f"({done} of {self.nbytes} bytes); was it changed while being read?"
-                    )
-                done += count
+            count = fill(file, self.offset, values.reshape(-1).view(np.uint8).data)
+        if count < self.nbytes:
+            raise CheckpointError(
+                f"{self.file}: ends inside tensor {self.name!r} ({count} of {self.nbytes} bytes); "
+                "was it changed while being read?"
+            )
         return values
 
     def finite_sha256(self) -> str | None:
@@ -150,7 +150,7 @@ def find_shards(path: Path) -> list[Path]:
 def _indexed(index: Path) -> list[str]:
     try:
         text = index.read_text(encoding="utf-8")
-        weight_map = json.loads(text, object_pairs_hook=_no_duplicates)["weight_map"]
+        weight_map = json.loads(text, object_pairs_hook=unique_names)["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a shard index: {_reason(error)}; {REMEDY}") from error
@@ -206,17 +206,21 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             contiguous run from the header to the end of the file.
     """
     with open_shard(path) as file:
-        descriptor = file.fileno()
-        status = os.fstat(descriptor)
-        prefix = os.pread(descriptor, 8, 0)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER_NBYTES, status.st_size - 8):
-            raise CheckpointError(
-                f"{path}: not a safetensors file, or truncated: header of {length} bytes in a file "
-                f"of {status.st_size}; {REMEDY}"
-            )
-        raw = os.pread(descriptor, length, 8)
-    return _parse_header(path, raw, 8 + length, status.st_size)
+        try:
+            places = read_places(file)
+        except MalformedFile as error:
+            raise CheckpointError(f"{path}: {error}; {REMEDY}") from error
+    return {
+        name: TensorEntry(
+            name=name,
+            dtype=DTYPES[place.code],
+            shape=place.shape,
+            file=path,
+            offset=place.offset,
+            nbytes=place.nbytes,
+        )
+        for name, place in places.items()
+    }
 
 
 def header_fingerprint(path: Path) -> dict[str, Any]:
@@ -226,54 +230,6 @@ def header_fingerprint(path: Path) -> dict[str, Any]:
             "nbytes": os.fstat(file.fileno()).st_size,
             "header_sha256": header_sha256(file),
         }
-
-
-def _parse_header(path: Path, raw: bytes, start: int, size: int) -> dict[str, TensorEntry]:
-    try:
-        header = json.loads(_begins_with_brace(raw).decode(), object_pairs_hook=_no_duplicates)
-        header.pop("__metadata__", None)
-        entries = [_entry(path, name, item, start) for name, item in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: malformed safetensors header: {error}; {REMEDY}") from error
-    end = start
-    for entry in sorted(entries, key=lambda e: (e.offset, e.nbytes)):
-        if entry.offset != end:
-            raise CheckpointError(f"{path}: tensor {entry.name!r} overlaps or leaves a hole")
-        end += entry.nbytes
-    if end != size:
-        raise CheckpointError(
-            f"{path}: truncated or padded: tensors end at byte {end}, the file at {size}; {REMEDY}"
-        )
-    return {entry.name: entry for entry in entries}
-
-
-def _entry(path: Path, name: str, item: dict[str, Any], start: int) -> TensorEntry:
-    begin, end = item["data_offsets"]
-    shape = tuple(item["shape"])
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"tensor {name!r}: shape and offsets must be non-negative integers")
-    if item["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name!r}: dtype {item['dtype']!r} is not supported")
-    dtype = DTYPES[item["dtype"]]
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name!r}: {end - begin} bytes do not hold {shape} of {dtype}")
-    return TensorEntry(
-        name=name, dtype=dtype, shape=shape, file=path, offset=start + begin, nbytes=end - begin
-    )
-
-
-def _begins_with_brace(raw: bytes) -> bytes:
-    """The format forbids white space in front; JSON would allow it."""
-    if not raw.startswith(b"{"):
-        raise ValueError("does not begin with {")
-    return raw
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = Counter(name for name, _ in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{len(twice)} name(s) stand twice: {', '.join(twice[:MAX_LISTED])}")
-    return dict(pairs)
 
 
 def raise_problems(path: Path, problems: list[str]) -> None:

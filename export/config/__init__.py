@@ -1,6 +1,6 @@
 """A checkpoint's ``config.json`` as frozen dataclasses.
 
-checkpoint  the towers of every checkpoint; start here
+checkpoint  the kind of a checkpoint, and its towers; start here
 chat        language model, projector and prompts of a chat checkpoint
-fields      each key read as a stranger's, against its type
+fields      reads each key without trust, and checks its type
 """

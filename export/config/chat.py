@@ -1,14 +1,14 @@
-"""InternVL-Chat: what its ``config.json`` says of language model, projector and prompts.
+"""InternVL-Chat's ``config.json``: its language model, projector and prompts.
 
-Two layouts are published (internvl-spec section 5):
+Two layouts are published (docs/model.md, section 4):
 
-    internvl_chat   V1-1, V1-2, V1-5: ``llm_config`` beside ``vision_config``; ``mlp1``
+    internvl_chat   V1-1, V1-2, V1-5: ``llm_config`` and ``vision_config``; ``mlp1``
     llava           V1.0: a LLaMA's own config with ``mm_*`` keys; ``model.mm_projector``
 
-V1.0 comes with QLLaMA too: its tower is InternVL-14B, whose queries are image tokens as well.
+V1.0 also exists with QLLaMA: its tower is InternVL-14B, whose queries are image tokens as well.
 
 The language model is a LLaMA with grouped-query attention and scaled rotary positions. Others
-(InternLM2, Qwen2, Phi-3) are refused by name, and the vision side still compiles on its own.
+(InternLM2, Qwen2, Phi-3) are refused by name; the vision side still compiles on its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Layout = Literal["internvl_chat", "llava"]
 RopeType = Literal["default", "linear", "dynamic", "llama3"]
 
 SUPPORTED = ("LlamaForCausalLM", "LlavaLlamaForCausalLM")
-# Rotary scaling → what it cannot be without.
+# Rotary scaling → the keys that it requires.
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
@@ -49,17 +49,17 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"
 LLAVA_IMAGE_TOKEN_ID = -200
 LLAVA_ARCHITECTURE = "LlavaLlamaForCausalLM"
 LLAVA_PROJECTOR = "mlp2x_gelu"
-QUERY_PROJECTOR = "two_mlp"  # of patches, and of queries that QLLaMA let look at them
-LLAVA_224_SIZE = 336  # what the 224 px tower is run at
+QUERY_PROJECTOR = "two_mlp"  # one MLP for patches, one for QLLaMA's queries
+LLAVA_224_SIZE = 336  # the resolution that the 224 px tower runs at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig:
-    """A LLaMA as transformers has it, and its rotary scaling spelled out."""
+    """A LLaMA's configuration with transformers' names, and its rotary scaling in single fields."""
 
     hidden_size: int = 4096  # D
     num_attention_heads: int = 32
-    num_key_value_heads: int = 32  # each serves as many neighbouring heads of queries
+    num_key_value_heads: int = 32  # each is shared by neighbouring query heads
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     vocab_size: int = 32000
@@ -68,7 +68,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_type: str = "default"
     rope_factor: float = 1.0
-    low_freq_factor: float = 1.0  # of llama3's scaling, as the next two
+    low_freq_factor: float = 1.0  # of llama3's scaling, like the next two
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
     hidden_act: str = "silu"
@@ -109,13 +109,13 @@ class LlamaConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatConfig:
-    """What an InternVL-Chat has besides its vision tower (internvl-spec section 5)."""
+    """The configuration of an InternVL-Chat without its vision tower (docs/model.md, section 4)."""
 
     llama: LlamaConfig | None  # None: a language model that is not a LLaMA
     architecture: str = SUPPORTED[0]  # of the language model
     language_width: int = 4096  # D
     layout: Layout = "internvl_chat"
-    image_size: int = 448  # what the vision tower is run at
+    image_size: int = 448  # the resolution that the vision tower runs at
     downsample_ratio: float = 0.5  # of the grid's sides; 1 where nothing is shuffled
     ps_version: str = "v1"
     template: str = "Hermes-2"
@@ -124,9 +124,9 @@ class ChatConfig:
     min_dynamic_patch: int = 1
     max_dynamic_patch: int = 12
     pad2square: bool = False
-    image_token_id: int | None = None  # of a position that an image token takes; None: not known
-    # of V1.0 with QLLaMA: image tokens that are its queries, and the vision tower's blocks behind
-    # select_layer, whose output they look at
+    image_token_id: int | None = None  # id of placeholders for image tokens; None: not known
+    # V1.0 with QLLaMA: the image tokens that are its queries, and the vision tower's blocks after
+    # select_layer, whose output they attend to
     num_queries: int = 0
     num_blocks_behind: int = 0
 
@@ -144,12 +144,12 @@ class ChatConfig:
 
     @property
     def projector(self) -> str:
-        """What the projector is called in a checkpoint."""
+        """The projector's name in a checkpoint."""
         return "mm_projector" if self.layout == "llava" else "mlp1"
 
     @property
     def unsupported(self) -> str:
-        """What is said of a language model that is not a LLaMA."""
+        """The message about a language model that is not a LLaMA."""
         return (
             f"{self.architecture}; supported are LLaMA language models (LlamaForCausalLM, as in "
             "InternVL-Chat V1-1 and V1-2, and LLaVA's, as in V1.0)"
@@ -157,12 +157,12 @@ class ChatConfig:
 
     @property
     def shuffle(self) -> int:
-        """So many by so many patches become one image token."""
+        """The s of pixel shuffle: s by s patches become one image token."""
         return round(1 / self.downsample_ratio)
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> ChatConfig:
-        """The inverse of ``dataclasses.asdict``: refuses keys it does not know."""
+        """Invert ``dataclasses.asdict``; unknown keys are refused."""
         llama = raw["llama"]
         if llama is not None:
             more = tuple(llama.get("more_eos_ids", ()))
@@ -171,17 +171,17 @@ class ChatConfig:
 
 
 def is_llava(raw: dict[str, Any]) -> bool:
-    """Whether a config is of the LLaVA layout."""
+    """Tell whether a config has the LLaVA layout."""
     return "mm_vision_tower" in raw or LLAVA_ARCHITECTURE in (raw.get("architectures") or ())
 
 
 def has_queries(raw: dict[str, Any]) -> bool:
-    """Whether a LLaVA config is of a model whose image tokens are QLLaMA's queries too."""
+    """Tell whether a LLaVA config is that of V1.0 with QLLaMA, which has query tokens too."""
     return raw.get("mm_projector_type") == QUERY_PROJECTOR
 
 
 def used_depth(select_layer: int, depth: int, path: Path) -> int:
-    """How many blocks lie before ``hidden_states[select_layer]``, the embeddings being the first.
+    """Count the blocks before ``hidden_states[select_layer]``; index 0 is the embeddings.
 
     Raises:
         CheckpointError: there is no such layer.
@@ -195,10 +195,10 @@ def used_depth(select_layer: int, depth: int, path: Path) -> int:
 
 
 def read_chat(raw: dict[str, Any], path: Path) -> tuple[ChatConfig, int]:
-    """The chat part of an ``internvl_chat`` config, and its ``select_layer``.
+    """Read the chat part of an ``internvl_chat`` config, and its ``select_layer``.
 
     Raises:
-        CheckpointError: a value that cannot be.
+        CheckpointError: a value is invalid.
     """
     llm = section(raw, "llm_config", path)
     name = _architecture(llm)
@@ -230,18 +230,18 @@ def read_chat(raw: dict[str, Any], path: Path) -> tuple[ChatConfig, int]:
 
 
 def read_llava(raw: dict[str, Any], path: Path) -> tuple[ChatConfig, int]:
-    """The chat part of a ``llava`` config, and its ``select_layer``.
+    """Read the chat part of a ``llava`` config, and its ``select_layer``.
 
     Raises:
-        CheckpointError: a value that cannot be, or a projector that is not of two-layer MLPs.
+        CheckpointError: a value is invalid, or the projector does not consist of two-layer MLPs.
     """
-    found = raw.get("mm_projector_type"), raw.get("mm_vision_select_feature", "patch")
-    is_known = found[0] in (LLAVA_PROJECTOR, QUERY_PROJECTOR) and found[1] == "patch"
+    kind, feature = raw.get("mm_projector_type"), raw.get("mm_vision_select_feature", "patch")
+    is_known = kind in (LLAVA_PROJECTOR, QUERY_PROJECTOR) and feature == "patch"
     if not is_known or raw.get("mm_use_im_start_end"):
         raise CheckpointError(
             f"{path}: expected mm_projector_type {LLAVA_PROJECTOR} or {QUERY_PROJECTOR}, "
             "mm_vision_select_feature patch and mm_use_im_start_end false, found "
-            f"{found[0]}, {found[1]} and {raw.get('mm_use_im_start_end')}"
+            f"{kind}, {feature} and {raw.get('mm_use_im_start_end')}"
         )
     is_small = "448" not in str(raw.get("mm_vision_tower"))
     size = raw.get("image_size") or (LLAVA_224_SIZE if is_small else 448)
@@ -261,7 +261,7 @@ def read_llava(raw: dict[str, Any], path: Path) -> tuple[ChatConfig, int]:
 
 
 def find_token_id(directory: Path, token: str) -> int | None:
-    """The id of an added token, by a checkpoint's tokenizer files; None where they do not say."""
+    """Find the id of an added token in a checkpoint's tokenizer files; None if it is not there."""
     for name in ("added_tokens.json", "tokenizer_config.json"):
         path = directory / name
         if not path.is_file():
@@ -270,11 +270,11 @@ def find_token_id(directory: Path, token: str) -> int | None:
             raw = json.loads(path.read_text(encoding="utf-8"))
             decoder = raw.get("added_tokens_decoder", {})
             ids = {entry["content"]: int(i) for i, entry in decoder.items()}
-            found = ids.get(token, raw.get(token))
+            token_id = ids.get(token, raw.get(token))
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise CheckpointError(f"{path}: not a list of added tokens: {error}") from error
-        if found is not None:
-            return typed(found, int, path, token)  # type: ignore[no-any-return]
+        if token_id is not None:
+            return typed(token_id, int, path, token)  # type: ignore[no-any-return]
     return None
 
 
@@ -302,14 +302,14 @@ def _llama(raw: dict[str, Any], path: Path, prefix: str) -> LlamaConfig:
     llama = LlamaConfig(**fields, **_rope(raw, path, prefix))
     if head_dim not in (None, llama.head_dim):
         raise CheckpointError(
-            f"{path}: {prefix}head_dim: expected {llama.head_dim}, hidden_size over heads, found "
-            f"{head_dim!r}"
+            f"{path}: {prefix}head_dim: expected hidden_size / num_attention_heads = "
+            f"{llama.head_dim}, found {head_dim!r}"
         )
     return llama
 
 
 def _ends(ids: Any, path: Path, key: str) -> dict[str, Any]:
-    """The ids that end a text: one, or a list of them."""
+    """Read the ids that end a text: one, or a list of them."""
     if ids is None:
         return {}
     listed = ids if isinstance(ids, list) and ids else [ids]
@@ -318,18 +318,18 @@ def _ends(ids: Any, path: Path, key: str) -> dict[str, Any]:
 
 
 def _rope(raw: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
-    """Rotary positions as a config of today or of before spells them."""
+    """Read rotary positions from a config, under their current or former keys."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{path}: {prefix}rope_scaling must be an object, found {scaling!r}")
-    found = {
+    numbers = {
         "rope_theta": scaling.get("rope_theta", raw.get("rope_theta")),
         "rope_factor": scaling.get("factor"),
         **{key: scaling.get(key) for key in ("low_freq_factor", "high_freq_factor")},
     }
     fields = {
         key: typed(value, float, path, f"{prefix}rope_scaling.{key}")
-        for key, value in found.items()
+        for key, value in numbers.items()
         if value is not None
     }
     original = scaling.get("original_max_position_embeddings")

@@ -1,11 +1,11 @@
-"""What a checkpoint's ``config.json`` says about the shapes of the model, as frozen dataclasses.
+"""The shapes of a model, read from a checkpoint's ``config.json`` into frozen dataclasses.
 
 A published config is a dump of everything its training framework knows. Only the keys that
-decide the computation are read here, each against its type; the rest is ignored. Nothing a
-config says is ever imported or executed.
+decide the computation are read here, and their types are checked; the rest is ignored. Nothing
+that a config names is ever imported or executed.
 
-A checkpoint is one of three kinds, recognised by what the config holds rather than by
-``model_type`` (which transformers' own, different InternVL shares):
+A checkpoint is one of three kinds, recognised by the config's keys rather than by ``model_type``
+(which transformers' own, different InternVL shares):
 
     internvl   ``vision_config`` and ``qllama_config``          InternVL-14B: ViT, QLLaMA, heads
     chat       ``vision_config`` and ``llm_config``, or LLaVA's  InternVL-Chat: ViT, projector, LLM
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from internvl_edge.artifact.components import components_of
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.config.chat import (
     ChatConfig,
@@ -49,7 +50,7 @@ OURS = ("has_layer_scale", "is_rotated", "has_shift")  # fields that no config.j
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
-    """InternViT (internvl-spec section 1.1)."""
+    """The configuration of InternViT (docs/model.md, section 1.1)."""
 
     hidden_size: int = 3200  # C
     num_attention_heads: int = 25
@@ -64,10 +65,10 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     initializer_factor: float = 0.1  # LayerScale at initialisation
     hidden_act: str = "gelu"
-    # The form that a tower takes for quantization; see ``export.folded``.
+    # The form of a tower that is folded for quantization; see ``quantize.fold``.
     has_layer_scale: bool = True  # False: it is part of proj and fc2
     is_rotated: bool = False  # the residual stream is in another basis until it leaves the tower
-    # What fc2 reads is scaled by a factor per channel and moved, so that zero is its middle.
+    # The input of fc2 is scaled by a factor per channel and shifted, to be symmetric about zero.
     has_shift: bool = False
 
     def __post_init__(self) -> None:
@@ -86,17 +87,17 @@ class VisionConfig:
         return self.hidden_size // self.num_attention_heads
 
     def num_tokens(self, image_size: int | None = None) -> int:
-        """Patches of a square image and the class token: N."""
+        """Count the tokens N of a square image: its patches and the class token."""
         side = (self.image_size if image_size is None else image_size) // self.patch_size
         return 1 + side * side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QLlamaConfig:
-    """QLLaMA: LLaMA with learnable queries and cross-attention (internvl-spec section 2.1).
+    """The configuration of QLLaMA (docs/model.md, section 2.1).
 
-    ``rope_theta``, ``rope_scaling`` and ``num_key_value_heads`` stand in published configs and
-    are ignored here as in the original, whose rotary base and head count are fixed.
+    ``rope_theta``, ``rope_scaling`` and ``num_key_value_heads`` occur in published configs and are
+    ignored here as in the original, whose rotary base and head count are fixed.
     """
 
     hidden_size: int = 4096  # D
@@ -134,7 +135,7 @@ class QLlamaConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InternVLConfig:
-    """InternVL-C/-G: both towers, the two pools and the heads (internvl-spec section 3.1)."""
+    """The configuration of InternVL-C/-G: towers, pools and heads (docs/model.md, section 3.1)."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     qllama: QLlamaConfig = field(default_factory=QLlamaConfig)
@@ -150,7 +151,7 @@ class InternVLConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any] | None) -> InternVLConfig | None:
-        """The inverse of ``dataclasses.asdict``: refuses keys it does not know."""
+        """Invert ``dataclasses.asdict``; unknown keys are refused."""
         if raw is None:
             return None
         vision, qllama = VisionConfig(**raw["vision"]), QLlamaConfig(**raw["qllama"])
@@ -159,17 +160,17 @@ class InternVLConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """A checkpoint's kind and the configuration of what it holds."""
+    """A checkpoint's kind and the configuration of its models."""
 
     kind: Kind
-    vision: VisionConfig  # of a chat model: the blocks before select_layer
+    vision: VisionConfig  # for a chat model, only the blocks before select_layer
     internvl: InternVLConfig | None = None
     chat: ChatConfig | None = None
-    queries: InternVLConfig | None = None  # of a chat model with QLLaMA: the whole tower's
+    queries: InternVLConfig | None = None  # for a chat model with QLLaMA, with the whole tower
 
     @property
     def image_size(self) -> int:
-        """The resolution that the model is run at unless another is asked for."""
+        """The resolution that the model runs at unless another is requested."""
         return self.vision.image_size if self.chat is None else self.chat.image_size
 
     def to_json(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class CheckpointConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CheckpointConfig:
-        """The inverse of :meth:`to_json`: refuses keys it does not know."""
+        """Invert :meth:`to_json`; unknown keys are refused."""
         chat = data.get("chat")
         try:
             return cls(
@@ -188,14 +189,14 @@ class CheckpointConfig:
                 queries=InternVLConfig.from_json(data.get("queries")),
             )
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"model configuration not understood: {error}") from error
+            raise CheckpointError(f"invalid model configuration: {error}") from error
 
 
 def load_config(directory: Path) -> CheckpointConfig:
     """Read ``config.json`` of a checkpoint directory.
 
     Raises:
-        CheckpointError: absent, malformed, of an unknown architecture, or defined by remote code.
+        CheckpointError: it is absent, malformed, of an unknown architecture, or needs remote code.
     """
     path = directory / "config.json"
     raw = read_json(path)
@@ -209,7 +210,7 @@ def load_config(directory: Path) -> CheckpointConfig:
     if isinstance(raw.get("qllama_config"), dict):
         if raw.get("tie_word_embeddings"):
             logger.warning(
-                "%s: tie_word_embeddings is true at the top level, where it would make a loader "
+                "%s: ignoring tie_word_embeddings at the top level, which would make a loader "
                 "overwrite one of two different tensors; lm_head and embed_tokens are both kept",
                 path,
             )
@@ -230,20 +231,28 @@ def load_config(directory: Path) -> CheckpointConfig:
     )
 
 
+def available_components(config: CheckpointConfig) -> tuple[str, ...]:
+    """List the components that a checkpoint can be compiled into."""
+    if config.chat is None:
+        return components_of(config.kind)
+    parts = {"num_queries": config.queries, "llama": config.chat.llama}
+    return components_of(config.kind, [key for key, part in parts.items() if part is not None])
+
+
 def check_image_size(config: CheckpointConfig, image_size: int | None) -> int:
-    """The resolution to compile for: ``image_size``, or the checkpoint's own.
+    """Return the resolution to compile for: ``image_size``, or the checkpoint's own.
 
     Raises:
-        UsageError: not a positive multiple of the patch size.
+        UsageError: it is not a positive multiple of the patch size.
     """
     size = config.image_size if image_size is None else image_size
     # a chat model merges neighbouring patches into one token
     step = config.vision.patch_size * (1 if config.chat is None else config.chat.shuffle)
     if size <= 0 or size % step:
         lower = max(size // step, 1) * step
-        what = "the patch size" if step == config.vision.patch_size else "merged patches,"
+        unit = "the patch size" if step == config.vision.patch_size else "the merged patch size"
         raise UsageError(
-            f"image size must be a positive multiple of {what} {step}, found {size}; the nearest "
+            f"image size must be a positive multiple of {unit} {step}, found {size}; the nearest "
             f"are {lower} and {lower + step}"
         )
     return size
@@ -252,7 +261,7 @@ def check_image_size(config: CheckpointConfig, image_size: int | None) -> int:
 def _chat(
     vision: VisionConfig, chat: ChatConfig, select_layer: int, path: Path
 ) -> CheckpointConfig:
-    """Blocks behind ``select_layer`` are not run, so the tower ends there."""
+    """Cut the tower at ``select_layer``: the blocks after it do not run."""
     depth = used_depth(select_layer, vision.num_hidden_layers, path)
     return CheckpointConfig(kind="chat", vision=replace(vision, num_hidden_layers=depth), chat=chat)
 
@@ -260,17 +269,18 @@ def _chat(
 def _chat_with_queries(
     raw: dict[str, Any], vision: VisionConfig, chat: ChatConfig, select_layer: int, path: Path
 ) -> CheckpointConfig:
-    """The tower's last blocks are run after all, since queries look at what the whole gives."""
-    whole = _chat(vision, chat, select_layer, path)
-    # InternVL-14B's, unless a nested config says more; there are no pools whose heads would divide
+    """Keep the tower's last blocks for the queries, which attend to the whole tower's output."""
+    cut = _chat(vision, chat, select_layer, path)
+    # InternVL-14B's defaults, unless a nested config overrides them; its pools are not used, so one
+    # head, which divides every width, will do
     queries = _internvl({"qllama_config": {}, **raw, "attn_pool_num_heads": 1}, vision, path)
-    behind = vision.num_hidden_layers - whole.vision.num_hidden_layers
-    chat = replace(chat, num_queries=queries.num_query_token, num_blocks_behind=behind)
-    return replace(whole, chat=chat, queries=queries)
+    remaining = vision.num_hidden_layers - cut.vision.num_hidden_layers
+    chat = replace(chat, num_queries=queries.num_query_token, num_blocks_behind=remaining)
+    return replace(cut, chat=chat, queries=queries)
 
 
 def _llava_vision(raw: dict[str, Any], path: Path) -> VisionConfig:
-    """The tower that a LLaVA config names, InternViT-6B; a ``vision_config`` says more."""
+    """Return the tower a LLaVA config names, an InternViT-6B, or that of a ``vision_config``."""
     name, nested = str(raw.get("mm_vision_tower")), raw.get("vision_config")
     if isinstance(nested, dict):
         return _vision_config(nested, path, {})
@@ -280,7 +290,7 @@ def _llava_vision(raw: dict[str, Any], path: Path) -> VisionConfig:
 
 
 def _internvl(raw: dict[str, Any], vision: VisionConfig, path: Path) -> InternVLConfig:
-    # The constructor upstream copies the top-level query count and frequency over the nested ones.
+    # Like the original constructor, let the top-level query count and frequency override others.
     qllama = section(raw, "qllama_config", path)
     return InternVLConfig(
         vision=vision,
@@ -291,7 +301,7 @@ def _internvl(raw: dict[str, Any], vision: VisionConfig, path: Path) -> InternVL
 
 def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> VisionConfig:
     config = _from_raw(VisionConfig, section, path, "vision_config.")
-    # A checkpoint made with force_image_size stores the already resized position embedding.
+    # A checkpoint made with force_image_size stores a position embedding that is already resized.
     forced = top.get("force_image_size")
     return (
         config
@@ -301,7 +311,7 @@ def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> 
 
 
 def published_fields(config: VisionConfig | QLlamaConfig | LlamaConfig) -> dict[str, Any]:
-    """The fields that a ``config.json`` has; those of our own forms are left out."""
+    """Return the fields that a ``config.json`` has, without those that folding sets."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in OURS}
 
 
@@ -315,13 +325,13 @@ def _from_raw(cls: type[_C], raw: dict[str, Any], path: Path, prefix: str) -> _C
 def with_depth(
     config: CheckpointConfig, vision: int, language: int, queries: int | None = None
 ) -> CheckpointConfig:
-    """The same widths with other numbers of blocks; ``language`` counts where there is one.
+    """Change the numbers of blocks and keep the widths.
 
     Args:
         config: of a checkpoint.
-        vision: blocks of the vision tower.
-        language: of the language model.
-        queries: of the QLLaMA of a chat model that has one; None leaves them as they are.
+        vision: number of blocks of the vision tower.
+        language: number of the language model's, if there is one.
+        queries: number of a chat model's QLLaMA, if it has one; None leaves it unchanged.
     """
     tower = replace(config.vision, num_hidden_layers=vision)
     if config.queries is not None and queries is not None:

@@ -1,7 +1,7 @@
-"""Reading a published ``config.json``: as from a stranger, each key against its type.
+"""Reading a published ``config.json`` without trusting it: the type of each key is checked.
 
-Nothing that a config says is ever imported or executed: ``auto_map`` may point to the modules that
-internvl-edge re-implements, and to no others.
+Nothing that a config names is ever imported or executed: ``auto_map`` may point to the modules
+that internvl-edge re-implements, and to no others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from internvl_edge.errors import CheckpointError
 
 MAX_CONFIG_NBYTES = 4 << 20
-# The modules whose behaviour we re-implement; a config that points elsewhere is not ours to run.
+# The modules that internvl-edge re-implements; a config that points to others is refused.
 KNOWN_REMOTE_MODULES = frozenset(
     {
         "configuration_intern_vit",
@@ -32,7 +32,7 @@ KNOWN_REMOTE_MODULES = frozenset(
 def known_fields(
     cls: type, raw: dict[str, Any], path: Path, prefix: str, skip: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The keys of ``raw`` that are fields of ``cls``, each of the field's type; null = default."""
+    """Return the keys of ``raw`` that are fields of ``cls``, with types checked; null: default."""
     types = {"int": int, "float": float, "bool": bool, "str": str}
     return {
         f.name: typed(raw[f.name], types[str(f.type)], path, prefix + f.name)
@@ -60,30 +60,30 @@ def section(raw: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_NBYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_CONFIG_NBYTES} bytes; not a config")
+            raise CheckpointError(f"{path}: not a config: larger than {MAX_CONFIG_NBYTES} bytes")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found; expected a Hugging Face directory") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold one JSON object, found {type(raw).__name__}")
+        raise CheckpointError(f"{path}: expected one JSON object, found {type(raw).__name__}")
     return raw
 
 
 def refuse_remote_code(raw: dict[str, Any], path: Path) -> None:
     if raw.get("trust_remote_code"):
-        raise CheckpointError(f"{path}: asks for trust_remote_code; remote code is never run")
+        raise CheckpointError(f"{path}: requires trust_remote_code, but remote code is never run")
     auto_map = raw.get("auto_map") or {}
     if not isinstance(auto_map, dict):
         raise CheckpointError(f"{path}: auto_map must be an object, found {auto_map!r}")
     for target in auto_map.values():
-        # "repo--module.Class" or "module.Class"; tokenizers come as a pair of these.
+        # "repo--module.Class" or "module.Class"; for tokenizers a pair of these.
         for name in target if isinstance(target, list) else [target]:
             module = str(name).rsplit("--", 1)[-1].split(".", 1)[0]
             if name is not None and module not in KNOWN_REMOTE_MODULES:
                 raise CheckpointError(
-                    f"{path}: auto_map points to {name!r}, code that internvl-edge does not "
+                    f"{path}: auto_map points to {name!r}, which internvl-edge does not "
                     "re-implement; remote code is never run"
                 )
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact.open import EngineRecord, FileRecord, TensorSpec
-from internvl_edge.artifact.sidecar import EngineInfo, Profile, Range
+from internvl_edge.artifact.sidecar import EngineInfo, Range, ShapeRanges
 from internvl_edge.errors import (
     ArtifactError,
     BuildError,
@@ -51,7 +51,7 @@ from internvl_edge.files.signals import interrupts_held
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
 from internvl_edge.runtime.trt.vendor import DTYPES, NativeLog, callback, decisive_lines
 
-__all__ = ["BuiltEngine", "Profile", "build_engine"]
+__all__ = ["BuiltEngine", "ShapeRanges", "build_engine"]
 
 Prepare = Callable[[Path], AbstractContextManager[Path]]
 ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
@@ -74,7 +74,7 @@ def build_engine(
     *,
     component: str,
     target: str = "tensorrt-rtx",
-    profile: Profile,
+    profile: ShapeRanges,
     precision: str,
     inputs: Sequence[TensorSpec],
     onnx_sha256: str,
@@ -175,13 +175,13 @@ def build_engine(
     return BuiltEngine(record=record, files=files)
 
 
-def _profiles(inputs: Sequence[TensorSpec], profile: Profile) -> list[Profile]:
+def _profiles(inputs: Sequence[TensorSpec], profile: ShapeRanges) -> list[ShapeRanges]:
     """The profiles of an engine: one with a cache has another, tuned for one token at a time."""
     has_cache = any("past" in spec.shape or spec.name == WRITE_INDICES for spec in inputs)
     return [profile, replace(profile, length=(1, 1, 1))] if has_cache else [profile]
 
 
-def _ranges(spec: TensorSpec, profile: Profile) -> list[Range]:
+def _ranges(spec: TensorSpec, profile: ShapeRanges) -> list[Range]:
     """Of each dimension of an input, the smallest, typical and largest size."""
     return [(n, n, n) if isinstance(n, int) else profile.range_of(n) for n in spec.shape]
 

@@ -1,10 +1,8 @@
-"""A builder's progress, which it calls back.
+"""A TensorRT builder's progress, which it calls back, and how it is stopped.
 
 TensorRT wants objects of its own classes. An exception that leaves one of them is lost in native
-code, and the build goes on to report success: a writer that raised or wrote too little still ends
-in ``True``. So nothing raises here, nor in the file that takes the engine's bytes
-(``files.disk.StreamedFile``): each keeps what went wrong, and the caller asks for it when the
-builder has returned.
+code, and the build goes on to report success. So nothing raises here: the monitor keeps what went
+wrong, and the caller asks for it when the builder has returned.
 """
 
 from __future__ import annotations

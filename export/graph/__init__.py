@@ -1,11 +1,11 @@
-"""ONNX graphs of components, and what is done to them before anything is quantized.
+"""ONNX graphs of components, and the rewrites of them that do not quantize.
 
-trace        one graph per component, traced on the meta device; start here
-repeat       a tower traced a few blocks deep, the other blocks stamped
-bind         initializers pointed at where their tensors are stored
-dtypes       which parameter has which type at each precision
-uint8_input  normalisation inside the graph
-join_pairs   linear layers that read one tensor, as one product for a builder
-one_block    a block of a graph on its own
-bf16_twin    a bfloat16 graph that runs where bfloat16 kernels do not exist
+trace        traces one graph per component on the meta device; start here
+repeat       copies blocks, so that a tower is traced only a few blocks deep
+bind         points initializers at their stored tensors
+dtypes       decides the type of each parameter at each precision
+uint8_input  moves normalisation into the graph
+join_pairs   joins pairs of linear layers that read one tensor, to save a builder's memory
+one_block    cuts one block out of a graph
+bf16_twin    rewrites a bfloat16 graph for machines without bfloat16 kernels
 """

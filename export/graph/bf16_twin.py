@@ -1,9 +1,9 @@
 """A float32 twin of a bfloat16 graph, to run it where bfloat16 kernels do not exist.
 
-ONNX Runtime's CPU provider computes float32 and float16, not bfloat16. In the twin every
-operation that gave bfloat16 computes in float32, and its result is rounded to bfloat16 and back
-by two casts. That is the arithmetic of hardware whose bfloat16 products accumulate in float32,
-so the twin shows the rounding error of the real graph, and it reads the same weights.
+ONNX Runtime's CPU provider computes float32 and float16, not bfloat16. In the twin, every
+operation with a bfloat16 result computes in float32, and two casts round its result to bfloat16
+and back. That is the arithmetic of hardware whose bfloat16 products accumulate in float32, so the
+twin has the rounding error of the real graph. It reads the same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TYPED_BY_SECOND_INPUT = frozenset({"Where", "CastLike"})
 
 
 def infer_dtypes(graph: ir.Graph) -> None:
-    """Give every value of a graph its dtype, from its inputs on; operators of ours only."""
+    """Infer the dtype of every value of a graph; knows only the operators that exports use."""
     for node in graph:
         dtype = _result_dtype(node)
         for output in node.outputs:
@@ -61,7 +61,7 @@ def widen(model: ir.Model) -> bool:
     for value in rounded:
         node = value.producer()
         assert node is not None
-        if node.op_type != "Cast":  # a Cast to bfloat16 stays and is only undone
+        if node.op_type != "Cast":  # a Cast to bfloat16 stays; only a Cast back follows it
             value.type = ir.TensorType(ir.DataType.FLOAT)
             node.attributes.pop("output_dtype", None)
             _insert_casts(graph, value, [ir.DataType.BFLOAT16, ir.DataType.FLOAT])

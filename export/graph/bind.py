@@ -1,7 +1,7 @@
-"""A graph and its weights: every initializer pointed at the place where its tensor is stored.
+"""Binding a graph to its weights: every initializer refers to its stored tensor.
 
-A graph that computes in another dtype than the stored one gets a Cast behind the initializer,
-which every builder folds.
+Where a graph computes in another dtype than the stored one, a Cast follows the initializer, which
+every builder folds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from internvl_edge.export.weights.writer import StoredTensor
 
 
 def weights_without_data(models: Iterable[ir.Model]) -> dict[str, np.dtype[Any]]:
-    """Name → dtype of every initializer that still needs data, over several graphs.
+    """Collect name → dtype of every initializer that still needs data, over several graphs.
 
-    Where graphs disagree (they never do at one precision) the first one decides and ``bind``
+    Where graphs disagree (they never do at one precision), the first one decides and ``bind``
     casts.
     """
     needed: dict[str, np.dtype[Any]] = {}
@@ -39,7 +39,7 @@ def bind(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -
     A Cast follows where the graph computes in another dtype than the stored one.
 
     Returns:
-        Bytes of weights that the graph reads.
+        The number of bytes of weights that the graph reads.
     """
     total = 0
     for name, value in list(model.graph.initializers.items()):
@@ -51,7 +51,9 @@ def bind(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -
         if wanted == ir.DataType.INT4 and place.shape == (-(-math.prod(shape) // 2),):
             held = wanted  # packed, two to a byte: safetensors has no such type
         elif shape != place.shape:
-            raise InternVLError(f"{name}: the graph has {value.shape}, stored is {place.shape}")
+            raise InternVLError(
+                f"{name}: expected the graph's shape {value.shape}, found {place.shape} stored"
+            )
         value.const_value = ir.ExternalTensor(
             location=place.location,
             offset=place.offset,
@@ -63,11 +65,11 @@ def bind(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -
         )
         total += place.nbytes
         if wanted != held:
-            _cast_behind(model.graph, value, held, wanted)
+            _cast_after(model.graph, value, held, wanted)
     return total
 
 
-def _cast_behind(
+def _cast_after(
     graph: ir.Graph, value: ir.Value, held: ir.DataType, wanted: ir.DataType | None
 ) -> None:
     assert wanted is not None
@@ -83,5 +85,5 @@ def _cast_behind(
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write the graph; its external tensors stay where they are and are only referred to."""
+    """Write the graph; its external tensors are referred to, not copied."""
     ir.save(model, path)

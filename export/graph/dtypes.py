@@ -1,4 +1,4 @@
-"""Which parameter has which dtype at each precision, before anything is quantized.
+"""The dtype of each parameter at each precision, before anything is quantized.
 
     precision   linear layers   residual stream, norms, LayerScale
     fp32        float32         float32
@@ -6,15 +6,15 @@
     bf16        bfloat16        bfloat16
 
 InternViT's residual stream runs un-normalised through 48 pre-norm blocks, and vision
-transformers of this size carry a few massive activations in it. In float16 they overflow to
-infinity: published float16 engines of such towers fail in this way. The stream, and what is
-applied to it directly, therefore stays float32 at fp16; it is a thousandth of the arithmetic, and
-its casts fuse into the neighbouring operations. bfloat16 has float32's range and is what the
-published weights are stored in, so there the stream is bfloat16 as in the original.
+transformers of this size have a few massive activations in it. In float16 they overflow to
+infinity: published float16 engines of such towers fail in this way. The stream, and parameters
+applied to it directly, therefore stay float32 at fp16; that is a thousandth of the arithmetic, and
+the casts fuse into the neighbouring operations. bfloat16 has float32's range, and published
+weights are stored in it, so there the stream is bfloat16 as in the original.
 
-Norm statistics are float32 at every precision (``stash_type`` of ``RMSNormalization``). A softmax's
-precision is the runtime's choice: fused kernels accumulate in float32, and TensorRT's parser
-refuses the attribute that would demand it.
+Norm statistics are float32 at every precision (``stash_type`` of ``RMSNormalization``). The
+runtime chooses a softmax's precision: fused kernels accumulate in float32, and TensorRT's parser
+refuses the attribute that would require it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DtypePolicy:
     residual: torch.dtype
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype of the parameter called ``name``."""
+        """Return the dtype of the parameter called ``name``."""
         return self.residual if ON_THE_STREAM.search(name) else self.compute
 
 

@@ -1,21 +1,21 @@
-"""Pairs of linear layers that read one tensor, joined into one product for a builder of engines.
+"""Pairs of linear layers that read one tensor, joined into one product to save builder memory.
 
-A builder runs gate and up as one product:
+An engine builder runs gate and up as one product:
 
     x Wgᵀ, x Wuᵀ  =  split(x Wᵀ)        W = the rows of Wg and Wu, (N, K) each
 
-It makes W in memory, beside the engine's own copy: 42 % of QLLaMA once more. Joined before, W lies
-in a file that the parser maps. Rows behind rows are bytes behind bytes: they are copied as they are
-stored, and nothing is computed. A weight in 8 bits is stored as Wᵀ with a scale for every column:
-columns go beside columns, scales behind scales. Keys and values of the vision states are such a
-pair too.
+It assembles W in memory, in addition to the engine's own copy: 42 % of QLLaMA a second time. If W
+is joined beforehand, it is in a file that the parser maps. Concatenating rows concatenates bytes,
+so they are copied as they are stored and nothing is computed. A weight in 8 bits is stored as Wᵀ
+with a scale for every column: columns are placed side by side and scales are concatenated. Keys
+and values of the vision states are such a pair too.
 
-Of q, k and v the builder makes one product too, but takes it apart first where it finds it joined
+The builder also makes one product of q, k and v, but splits it first if it is already joined
 (TensorRT-RTX 1.7: four layers of QLLaMA took 3.33 GB for an engine of 2.04 GB either way, and
-2.60 GB with gate and up joined). So only pairs are.
+2.60 GB with gate and up joined). So only pairs are joined.
 
-The joined graph is for the builder and is gone after it; the published one keeps the checkpoint's
-tensors.
+The joined graph exists only for the builder and is deleted afterwards; the published graph keeps
+the checkpoint's tensors.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ __all__ = ["joined_graph"]
 
 PAIR = 2
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
-_CHUNK = 1 << 24  # bytes copied at once
-# What is read, K, dtype, and the operators on the way to the product.
+_CHUNK = 1 << 24  # bytes copied at a time
+# The value that is read, K, dtype, and the operators between weight and product.
 _Key = tuple[ir.Value, int, ir.DataType, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """x Wᵀ of a weight that lies in a file, and that nothing else reads."""
+    """A product x Wᵀ whose weight is stored in a file and read by nothing else."""
 
     product: ir.Node
     # Transpose and, where the graph computes in another type, Cast; or DequantizeLinear
     between: tuple[ir.Node, ...]
     weight: ir.Value  # (N, K), or in 8 bits (K, N)
     stored: ir.ExternalTensor
-    scales: Array | None = None  # (N,), of a weight in 8 bits
+    scales: Array | None = None  # (N,), for a weight in 8 bits
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,13 +63,13 @@ class _Layer:
 
 @contextlib.contextmanager
 def joined_graph(path: Path) -> Iterator[Path]:
-    """A graph as a builder takes it with the least memory; ``path`` itself if it has no pairs.
+    """Write a graph with its pairs joined, and remove it afterwards; ``path`` if it has no pairs.
 
-    Its files lie beside ``path``, under hidden names that end in ``.partial``, until the block
-    ends.
+    Its files are next to ``path``, under hidden names that end in ``.partial``, until the ``with``
+    block ends.
 
     Raises:
-        ArtifactError: a file of weights is not what it was.
+        ArtifactError: a file of weights became shorter.
         OSError: the disk is full or fails.
     """
     model = ir.load(path)
@@ -96,16 +96,16 @@ def joined_graph(path: Path) -> Iterator[Path]:
 
 
 def _groups(model: ir.Model) -> dict[_Key, list[_Layer]]:
-    """Layers by what they read, in the order of the graph."""
-    found: dict[_Key, list[_Layer]] = {}
+    """Group layers by the value they read, in the order of the graph."""
+    groups: dict[_Key, list[_Layer]] = {}
     for node in model.graph:
         layer = _layer(node)
         if layer is not None:
             read, dtype = node.inputs[0], layer.stored.dtype
             assert read is not None
-            way = tuple(f"{n.op_type} {n.attributes}" for n in layer.between)
-            found.setdefault((read, layer.shape[1], dtype, way), []).append(layer)
-    return found
+            between = tuple(f"{n.op_type} {n.attributes}" for n in layer.between)
+            groups.setdefault((read, layer.shape[1], dtype, between), []).append(layer)
+    return groups
 
 
 def _layer(node: ir.Node) -> _Layer | None:
@@ -132,14 +132,14 @@ def _layer(node: ir.Node) -> _Layer | None:
 
 
 def _scales(dequantize: ir.Node) -> Array | None:
-    """One for each column of a weight in 8 bits whose zero is zero; None: it is another kind."""
+    """Read the column scales of a symmetric 8-bit weight; None for any other kind of weight."""
     weight, scale, *zero = dequantize.inputs
     attributes = dequantize.attributes
     is_by_column = attributes.get_int("axis", 1) == 1 and not attributes.get_int("block_size", 0)
     if weight is None or weight.dtype not in EIGHT_BITS or any(zero) or not is_by_column:
         return None
     cast = None if scale is None else scale.producer()
-    if cast is not None and cast.op_type == "Cast":  # where all is in 16 bits
+    if cast is not None and cast.op_type == "Cast":  # in a graph that computes in 16 bits
         scale = cast.inputs[0]
     if scale is None or scale.const_value is None or len(scale.const_value.shape) != 1:
         return None
@@ -150,7 +150,7 @@ def _scales(dequantize: ir.Node) -> Array | None:
 
 
 def _values(tensor: ir.TensorProtocol) -> Array:
-    """What a tensor holds, of a file that has a second name too, which onnx-ir does not read."""
+    """Read a tensor, also from a file with several hard links, which onnx-ir refuses."""
     if not isinstance(tensor, ir.ExternalTensor):
         return np.asarray(tensor.numpy())
     shape = tensor.shape.numpy()
@@ -158,15 +158,15 @@ def _values(tensor: ir.TensorProtocol) -> Array:
 
 
 def _read(stored: ir.ExternalTensor, dtype: np.dtype[Any], count: int, start_nbytes: int) -> Array:
-    """So many values of a tensor's file, from a byte of the tensor on."""
-    found = np.fromfile(stored.path, dtype, count, offset=(stored.offset or 0) + start_nbytes)
-    if found.size < count:
+    """Read a number of values from a tensor's file, starting at a byte of the tensor."""
+    values = np.fromfile(stored.path, dtype, count, offset=(stored.offset or 0) + start_nbytes)
+    if values.size < count:
         raise ArtifactError(f"{stored.path}: it became shorter while it was read")
-    return found
+    return values
 
 
 def _copy_columns(layers: Sequence[_Layer], target: BinaryIO) -> None:
-    """Of matrices of bytes, columns beside columns, a few rows at a time."""
+    """Copy matrices of bytes with their columns side by side, a few rows at a time."""
     count, widths = layers[0].shape[1], [layer.shape[0] for layer in layers]
     step = max(1, _CHUNK // sum(widths))
     for start in range(0, count, step):
@@ -185,7 +185,7 @@ def _copy(stored: ir.ExternalTensor, target: BinaryIO) -> None:
 
 
 def _join(model: ir.Model, layers: Sequence[_Layer], data: Path, offset: int, nbytes: int) -> None:
-    """Put one product and a Split where the layers' products were, in place."""
+    """Replace the layers' products by one product and a Split, in place."""
     first, graph = layers[0], model.graph
     sizes, inner = [layer.shape[0] for layer in layers], first.shape[1]
     shape = ir.Shape([sum(sizes), inner] if first.scales is None else [inner, sum(sizes)])
@@ -195,8 +195,8 @@ def _join(model: ir.Model, layers: Sequence[_Layer], data: Path, offset: int, nb
         data.name, offset, nbytes, dtype, shape=shape, name=name, base_dir=data.parent
     )
     graph.initializers[name] = weight
-    way = _way(model, layers, weight)
-    read = way[-1].outputs[0]
+    between = _nodes_between(model, layers, weight)
+    read = between[-1].outputs[0]
     product = ir.node("MatMul", [first.product.inputs[0], read], name=f"{name}/MatMul")
     split = ir.node(
         "Split",
@@ -205,19 +205,19 @@ def _join(model: ir.Model, layers: Sequence[_Layer], data: Path, offset: int, nb
         num_outputs=len(layers),
         name=f"{name}/Split",
     )
-    graph.insert_before(first.product, [*way, product, split])
+    graph.insert_before(first.product, [*between, product, split])
     for layer, part in zip(layers, split.outputs, strict=True):
         old = layer.product.outputs[0]
         part.name, part.type, part.shape = f"{old.name}/rows", old.type, old.shape
         old.replace_all_uses_with(part, replace_graph_outputs=True)
     for layer in layers:
-        given = [value for node in layer.between for value in node.inputs if value is not None]
+        inputs = [value for node in layer.between for value in node.inputs if value is not None]
         graph.remove([layer.product, *layer.between], safe=True)
-        _drop_unused(graph, [layer.weight, *given])
+        _drop_unused(graph, [layer.weight, *inputs])
 
 
-def _way(model: ir.Model, layers: Sequence[_Layer], weight: ir.Value) -> list[ir.Node]:
-    """What stands between the joined weight and its product, as it stood before."""
+def _nodes_between(model: ir.Model, layers: Sequence[_Layer], weight: ir.Value) -> list[ir.Node]:
+    """Make the nodes between the joined weight and its product, like those of one layer."""
     first, name = layers[0], weight.name
     if first.scales is not None:
         scales = [layer.scales for layer in layers if layer.scales is not None]
@@ -225,28 +225,29 @@ def _way(model: ir.Model, layers: Sequence[_Layer], weight: ir.Value) -> list[ir
         old = first.between[0]
         attributes = dict(old.attributes)
         return [ir.node(old.op_type, [weight, scale], attributes, name=f"{name}/{old.op_type}")]
-    way, read = [], weight
+    nodes, read = [], weight
     for old in reversed(first.between):  # a Cast comes before its Transpose
-        way.append(ir.node(old.op_type, [read], dict(old.attributes), name=f"{name}/{old.op_type}"))
-        read = way[-1].outputs[0]
-    return way
+        attributes = dict(old.attributes)
+        nodes.append(ir.node(old.op_type, [read], attributes, name=f"{name}/{old.op_type}"))
+        read = nodes[-1].outputs[0]
+    return nodes
 
 
 def _drop_unused(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
-    """Initializers that nothing reads any more, and the Casts behind them."""
+    """Remove initializers that nothing reads any more, and the Casts after them."""
     for value in values:
         producer = value.producer()
         if value.uses():
             continue
         if producer is not None and producer.graph is not None:
-            given = [v for v in producer.inputs if v is not None]
+            inputs = [v for v in producer.inputs if v is not None]
             graph.remove([producer], safe=True)
-            _drop_unused(graph, given)
+            _drop_unused(graph, inputs)
         graph.initializers.pop(str(value.name), None)
 
 
 def _constant(model: ir.Model, name: str, values: Array) -> ir.Value:
-    """An initializer that lies in the graph's own file."""
+    """Add an initializer that is stored in the graph's own file."""
     tensor = ir.tensor(values)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(values.shape))
     value.const_value = tensor

@@ -1,9 +1,9 @@
-"""One block of a graph on its own: its residual stream goes in, tensors inside come out.
+"""One block cut out of a graph: the residual stream is its input, its inner tensors are outputs.
 
-``stamp.keep_block`` keeps what is in front of a block and behind it, for a comparison of whole
-components. Here a block is fed from outside, so that its error is its own and not that of the
-blocks before it, and its inner tensors are outputs of the graph, so that the first one that is
-wrong has a name.
+``repeat.keep_block`` keeps the nodes before and after a block, for a comparison of whole
+components. Here a block's input is given, so that its error is its own and not that of the
+blocks before it, and its inner tensors are outputs of the graph, so that the first wrong one can
+be named.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def isolate_block(
         stack: the tower's blocks, such as ``vision_model.encoder.layers``.
         index: the block to keep, from 0.
         modules: paths in the block, such as ``attn.qkv``, whose outputs become outputs.
-        with_tail: keep what comes behind the tower too; of the last block only.
+        with_tail: also keep the nodes after the tower; only for the last block.
 
     Returns:
-        The modules that were found, in the order of the graph; each is an output of that name,
+        The modules that the block has, in the order of the graph; each is an output of that name,
         and ``BLOCK_OUTPUT`` one more. ``BLOCK_INPUT`` is float32, (B, T, C).
 
     Raises:
@@ -43,19 +43,19 @@ def isolate_block(
     infer_dtypes(model.graph)
     graph, nodes = model.graph, blocks_of(model, stack)[index]
     entering, leaving = residual_stream(model, stack, index)
-    found = _outputs_of(nodes, f"{stack}.{index}", set(modules))
+    outputs = _outputs_of(nodes, f"{stack}.{index}", set(modules))
     _feed(graph, nodes, entering)
     kept = list(graph.outputs) if with_tail else []
     graph.outputs.clear()
     graph.outputs.extend(kept)
-    for name, value in [*found.items(), (BLOCK_OUTPUT, leaving)]:
+    for name, value in [*outputs.items(), (BLOCK_OUTPUT, leaving)]:
         graph.outputs.append(_alias(graph, value, name))
     _remove_unused(model)
-    return list(found)
+    return list(outputs)
 
 
 def isolate_front(model: ir.Model, stack: str) -> None:
-    """Keep what is in front of a tower, in place; it gives ``BLOCK_INPUT``."""
+    """Keep the nodes before a tower, in place; their output is ``BLOCK_INPUT``."""
     infer_dtypes(model.graph)
     entering, _ = residual_stream(model, stack, 0)
     model.graph.outputs.clear()
@@ -64,18 +64,18 @@ def isolate_front(model: ir.Model, stack: str) -> None:
 
 
 def _outputs_of(nodes: list[ir.Node], block: str, modules: set[str]) -> dict[str, ir.Value]:
-    """Module → its last value: nodes are named after the module that they came from."""
+    """Map each module to its last value: nodes are named after the module they came from."""
     last: dict[str, ir.Value] = {}
     for node in nodes:
         path = str(node.name).removeprefix(f"{block}.").partition("/")[0]
         if path in modules and node.op_type not in PAIR:
-            last.pop(path, None)  # ordered by where a module ends
+            last.pop(path, None)  # ordered by the module's last node
             last[path] = node.outputs[0]
     return last
 
 
 def _feed(graph: ir.Graph, nodes: list[ir.Node], entering: ir.Value) -> None:
-    """Let a block read a new input of the graph in place of the residual stream."""
+    """Let a block read a new input of the graph instead of the residual stream."""
     shape = ir.Shape([f"{BLOCK_INPUT}.{dimension}" for dimension in ("batch", "length", "width")])
     source = ir.Value(name=BLOCK_INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
     graph.inputs.append(source)
@@ -88,7 +88,7 @@ def _feed(graph: ir.Graph, nodes: list[ir.Node], entering: ir.Value) -> None:
 
 
 def _alias(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    """The same numbers in float32 under another name, whatever else reads them."""
+    """Give a value's numbers another name, in float32; its other readers are unaffected."""
     node = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{name}/Cast")
     graph.append(node)
     node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)

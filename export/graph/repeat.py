@@ -1,35 +1,36 @@
-"""Towers of identical blocks: traced a few blocks deep, the rest stamped.
+"""Towers of identical blocks: a few blocks are traced, the others are copies of them.
 
-Tracing takes time in proportion to the number of blocks, and the blocks of a tower differ in
-nothing but the names of their weights. So a tower is traced with a few blocks, and the last of
-them are copied until it has all.
+Tracing takes time in proportion to the number of blocks, and the blocks of a tower differ only in
+the names of their weights. So a tower is traced with a few blocks, and the last of these are
+copied ("stamped") until it has all.
 
-**Why the copy is what a trace would give.** Blocks repeat with a period p: one in the vision
-tower, the cross-attention frequency in QLLaMA. The traced tower has T ≥ 3p blocks, T ≡ depth
-(mod p), so that its end has the phase of the real end. A value's place in its block is its node's
-name behind the block's; each block b of the last period is held against block b − p, node by
-node. Both must have the same operators, attributes, types and shapes at the same places, and every
-input of every node must be one of
+**Why the copies equal a full trace.** Blocks repeat with a period p: one in the vision tower, the
+cross-attention frequency in QLLaMA. The traced tower has T ≥ 3p blocks, T ≡ depth (mod p), so that
+its end has the phase of the real end. A value's place in its block is its node's name without the
+block's name; each block b of the last period is compared with block b − p, node by node. Both must
+have the same operators, attributes, types and shapes at the same places, and every input of every
+node must be one of
 
     parameter   of this block, at the same place in it
     internal    the output of an earlier node of this block
-    carried     an output of the block before, at a place that all blocks of its phase have
-    fed         an input of the graph that every block has for itself, as ``past.3.key``
-    shared      one and the same value in both
+    carried     an output of the previous block, at a place that all blocks of its phase have
+    fed         an input of the graph that every block has for itself, such as ``past.3.key``
+    shared      the very same value in both
 
 That is the step of an induction: whatever adds blocks T − p … T − 1 to a tower of T − p blocks
-adds the next p to one of T. It leaves two things to show, of all blocks (``_is_closed``). What
-comes behind the tower must see nothing of it that would be elsewhere in a deeper one: parameters
-are read by their own block, and what every block computes anew by itself and the next one; only
-the last block's values go further. And each block takes the same inputs from the graph and gives
-it the same outputs, all of them behind the others. At last, the copied nodes must stand together.
-Where any of this does not hold, nothing is stamped and the tower is traced in full. The first
-period is never copied: what all blocks share is computed there, at places no later block has.
+adds the next p to one of T. Two more conditions must hold for all blocks (``_is_closed``). First,
+nodes after the tower must not read any value of it that would be elsewhere in a deeper tower:
+parameters are read only by their own block, values that every block computes anew only by that
+block and the next one, and only the last block's values are read after the tower. Second, each
+block takes the same inputs from the graph and gives it the same outputs, and all of these come
+after the graph's others. Finally, the copied nodes must be adjacent. Where any of this does not
+hold, nothing is copied and the tower is traced in full. The first period is never copied: values
+that all blocks share are computed there, at places that no later block has.
 
-What no look at T blocks can show is that the blocks behind them are built alike. The reference
-model does so: it knows of a block only its index modulo p.
+Looking at T blocks cannot show that the blocks after them are built in the same way. The reference
+model guarantees that: the only thing it knows of a block is its index modulo p.
 
-``keep_block`` is the opposite: it takes all blocks but one out of a graph, for a comparison with
+``keep_block`` does the opposite: it removes all blocks but one from a graph, for a comparison with
 PyTorch that needs no more memory than one block.
 """
 
@@ -45,16 +46,16 @@ from onnx_ir.passes import common as passes
 from internvl_edge.errors import InternVLError
 
 ON_THE_STREAM = {"Add": 2, "Cast": 1, "Concat": 2, "Slice": 1}  # → inputs that may be the stream
-Place = tuple[str, int]  # of a value in its block: its node's name behind the block's, its output
+Place = tuple[str, int]  # of a value in its block: its node's name without the block's, and output
 
 
 def shallow_depth(depth: int, period: int) -> int:
-    """How many blocks of a tower to trace so that the rest can be stamped."""
+    """Return how many blocks of a tower to trace so that the rest can be copied."""
     return min(depth, 3 * period + (depth - 3 * period) % period)
 
 
 def blocks_of(model: ir.Model, stack: str) -> list[list[ir.Node]]:
-    """The nodes of each block of a tower, in order; no block where there is no such tower."""
+    """Collect the nodes of each block of a tower, in order; an empty list without the tower."""
     blocks: dict[int, list[ir.Node]] = {}
     for node in model.graph:
         match = re.match(rf"{re.escape(stack)}\.(\d+)[./]", str(node.name))
@@ -64,7 +65,7 @@ def blocks_of(model: ir.Model, stack: str) -> list[list[ir.Node]]:
 
 
 class _Block:
-    """A block's nodes, and its values by their places."""
+    """A block's nodes, and its values by place."""
 
     def __init__(self, stack: str, index: int, nodes: Sequence[ir.Node]) -> None:
         self.index, self.name, self.nodes = index, f"{stack}.{index}", nodes
@@ -76,13 +77,13 @@ class _Block:
         self.values = {place: value for value, place in self.places.items()}
 
     def parameter(self, value: ir.Value | None) -> str | None:
-        """The name behind the block's, if the value is a parameter of it."""
+        """Return a value's name without the block's, if it is a parameter of the block."""
         name = "" if value is None else str(value.name)
         is_own = value is not None and value.is_initializer() and name.startswith(f"{self.name}.")
         return name.removeprefix(self.name) if is_own else None
 
     def fed(self, value: ir.Value | None) -> str | None:
-        """The name with a star for the block's index, if the value is a graph input of its own."""
+        """Return a value's name with a star for the index, if it is the block's own graph input."""
         is_input = value is not None and value.is_graph_input()
         name = _starred(value, self.index)
         return name if is_input and ".*." in name else None
@@ -97,9 +98,9 @@ def _blocks(model: ir.Model, stack: str) -> list[_Block]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """Where an input of a node of a repeated block comes from; nothing is set if it is absent."""
+    """The source of a node's input in a repeated block; nothing is set if the input is absent."""
 
-    parameter: str | None = None  # its name behind the block's
+    parameter: str | None = None  # its name without the block's
     internal: Place | None = None
     carried: Place | None = None
     fed: str | None = None  # its name with a star for the block's index
@@ -112,11 +113,11 @@ def stamp(model: ir.Model, stack: str, period: int, depth: int) -> bool:
     Args:
         model: simplified, its initializers without data, ``shallow_depth`` blocks deep.
         stack: the tower's blocks, such as ``vision_model.encoder.layers``.
-        period: after how many blocks they repeat.
-        depth: how many blocks it should have.
+        period: the number of blocks after which they repeat.
+        depth: the number of blocks it should have.
 
     Returns:
-        False, and nothing is changed, where the blocks are not found to repeat.
+        False, with nothing changed, where the blocks do not repeat as required.
     """
     tower = _blocks(model, stack)
     traced = len(tower)
@@ -124,10 +125,10 @@ def stamp(model: ir.Model, stack: str, period: int, depth: int) -> bool:
         return True
     if traced < 3 * period or depth < traced or (depth - traced) % period:
         return False
-    found = [_template(tower, i, period) for i in range(traced - period, traced)]
-    templates = [template for template in found if template is not None]
+    last_period = [_template(tower, i, period) for i in range(traced - period, traced)]
+    templates = [template for template in last_period if template is not None]
     is_closed = all(_is_closed(model, tower, i, period) for i in range(traced))
-    if len(templates) < period or not is_closed or not _stand_together(model, tower, period):
+    if len(templates) < period or not is_closed or not _are_adjacent(model, tower, period):
         return False
     last = tower[-1]
     tail = [(v, {use.node for use in v.uses()} - set(last.nodes)) for v in last.places]
@@ -140,12 +141,12 @@ def stamp(model: ir.Model, stack: str, period: int, depth: int) -> bool:
     for value, readers in tail:
         _let_read(readers, value, moved[value])
     for value in ends:
-        _let_give(model, value, moved[value])
+        _replace_output(model, value, moved[value])
     return True
 
 
 def _template(tower: Sequence[_Block], index: int, period: int) -> list[list[_Source]] | None:
-    """The source of every input of a block, if it is the same as ``period`` blocks before."""
+    """Return the source of every input of a block, if it is the same ``period`` blocks before."""
     block, twin = tower[index], tower[index - period]
     before, twin_before = tower[index - 1], tower[index - period - 1]
     repeated = _last_like(tower, index - 1, period).values
@@ -163,7 +164,7 @@ def _template(tower: Sequence[_Block], index: int, period: int) -> list[list[_So
 
 
 def _last_like(tower: Sequence[_Block], index: int, period: int) -> _Block:
-    """The block of the last period that has a block's phase."""
+    """Return the block of the last period that has the phase of the block at ``index``."""
     return tower[len(tower) - period + (index - len(tower)) % period]
 
 
@@ -198,8 +199,8 @@ def _same_tensors(values: Sequence[ir.Value | None], others: Sequence[ir.Value |
     return kinds == wanted
 
 
-def _stand_together(model: ir.Model, tower: Sequence[_Block], period: int) -> bool:
-    """Whether the nodes of the last two periods, and inputs and outputs of all, stand together."""
+def _are_adjacent(model: ir.Model, tower: Sequence[_Block], period: int) -> bool:
+    """Tell whether the last two periods' nodes, and all own inputs and outputs, are adjacent."""
     wanted = [node for block in tower[-2 * period :] for node in block.nodes]
     nodes = list(model.graph)
     start = nodes.index(wanted[0]) if wanted else 0
@@ -214,7 +215,7 @@ def _stand_together(model: ir.Model, tower: Sequence[_Block], period: int) -> bo
 
 
 def _is_closed(model: ir.Model, tower: Sequence[_Block], index: int, period: int) -> bool:
-    """Whether others read of a block, and the graph gives of it, what they do of every block."""
+    """Tell whether other nodes and the graph's outputs use a block as they use every block."""
     block, is_last = tower[index], index == len(tower) - 1
     template = _last_like(tower, index, period)
     readers, anew = set(block.nodes), [v for node in block.nodes for v in node.inputs]
@@ -231,7 +232,7 @@ def _is_closed(model: ir.Model, tower: Sequence[_Block], index: int, period: int
 
 
 def _is_layer_output(block: _Block, value: ir.Value) -> bool:
-    """Whether a graph output is one that every block has for itself, such as ``present.3.key``."""
+    """Tell whether a graph output is a block's own, such as ``present.3.key``."""
     return value in block.places and f".{block.index}." in str(value.name)
 
 
@@ -240,12 +241,12 @@ def _starred(value: ir.Value | None, index: int) -> str:
 
 
 def _layer_inputs(model: ir.Model, block: _Block) -> list[str]:
-    """Names of the graph inputs that are a block's own, a star for its index, in order."""
+    """Return the names of a block's own graph inputs, with a star for its index, in order."""
     return [name for name in map(block.fed, model.graph.inputs) if name is not None]
 
 
 def _layer_outputs(model: ir.Model, block: _Block) -> list[tuple[Place, str]]:
-    """Their places and their names, a star for the block's index, in order."""
+    """Return places and names of a block's own outputs, with a star for its index, in order."""
     values = [value for value in model.graph.outputs if _is_layer_output(block, value)]
     return [(block.places[v], _starred(v, block.index)) for v in values]
 
@@ -258,7 +259,7 @@ def _copy(
     index: int,
     sources: Sequence[Sequence[_Source]],
 ) -> _Block:
-    """One more block, behind the tower's last one."""
+    """Add one more block after the tower's last one."""
     name = f"{stack}.{index}"
     values: dict[Place, ir.Value] = {}
     fed = {v.name: v for v in _fed_copies(model, template, index)}
@@ -295,7 +296,7 @@ def _copy(
 
 
 def _fed_copies(model: ir.Model, template: _Block, index: int) -> list[ir.Value]:
-    """New inputs of the graph for one more block, behind the others."""
+    """Add the graph inputs of one more block, after the others."""
     copies = [
         ir.Value(name=name.replace(".*.", f".{index}.", 1), type=value.type, shape=value.shape)
         for value in model.graph.inputs
@@ -319,7 +320,7 @@ def _let_read(readers: Collection[ir.Node], old: ir.Value, new: ir.Value) -> Non
             node.replace_input_with(i, new)
 
 
-def _let_give(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+def _replace_output(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
     """Make another value the graph's output, under the same name."""
     position = list(model.graph.outputs).index(old)
     new.name, old.name = old.name, None
@@ -330,10 +331,10 @@ def _let_give(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
 
 
 def keep_block(model: ir.Model, stack: str, index: int) -> None:
-    """Take every block of a tower but one out of a graph, in place.
+    """Remove every block of a tower but one from a graph, in place.
 
-    What comes before the tower feeds the block, and the block feeds what comes behind it; inputs
-    and outputs that belong to other blocks go, those that belong to none stay.
+    The nodes before the tower feed the block, and the block feeds the nodes after it; inputs and
+    outputs of other blocks are removed, those that belong to no block stay.
 
     Args:
         model: a component's graph, with or without data, quantized or not.
@@ -345,17 +346,17 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
     """
     tower = _blocks(model, stack)
     if not 0 <= index < len(tower) or not all(block.nodes for block in tower):
-        found = f"{len(tower)} blocks, {sum(not block.nodes for block in tower)} of them empty"
-        raise InternVLError(f"{stack}: expected a block {index}, found {found}")
+        blocks = f"{len(tower)} blocks, {sum(not block.nodes for block in tower)} of them empty"
+        raise InternVLError(f"{stack}: expected a block {index}, found {blocks}")
     if len(tower) > 1:
         kept, last = tower[index], tower[-1]
-        enter, before = _stream_into(tower, 0), _stream_into(tower, index)
-        leave, behind = _stream_behind(last), _stream_behind(kept)
+        enter, before = _stream_before(tower, 0), _stream_before(tower, index)
+        leave, after = _stream_after(last), _stream_after(kept)
         tail = {use.node for use in leave.uses()} - set(last.nodes)
         _let_read(kept.nodes, before, enter)
-        _let_read(tail, leave, behind)
-        if leave in model.graph.outputs and leave is not behind:
-            _let_give(model, leave, behind)
+        _let_read(tail, leave, after)
+        if leave in model.graph.outputs and leave is not after:
+            _replace_output(model, leave, after)
         removed = {v for block in tower if block is not kept for v in block.places}
         outputs = [v for v in model.graph.outputs if v not in removed]
         model.graph.outputs.clear()
@@ -368,31 +369,31 @@ def keep_block(model: ir.Model, stack: str, index: int) -> None:
 
 
 def residual_stream(model: ir.Model, stack: str, index: int) -> tuple[ir.Value, ir.Value]:
-    """The residual stream before a block of a tower, and behind it; raises as ``keep_block``."""
+    """Return the residual stream before and after a block; raises like ``keep_block``."""
     tower = _blocks(model, stack)
     if not 0 <= index < len(tower) or not all(block.nodes for block in tower):
         raise InternVLError(f"{stack}: expected a block {index}, found {len(tower)} blocks")
-    return _stream_into(tower, index), _stream_behind(tower[index])
+    return _stream_before(tower, index), _stream_after(tower[index])
 
 
-def _stream_behind(block: _Block) -> ir.Value:
-    """The residual stream behind a block: what its last addition gives."""
+def _stream_after(block: _Block) -> ir.Value:
+    """Return the residual stream after a block: the result of its last addition."""
     return block.nodes[-1].outputs[0]
 
 
-def _stream_into(tower: Sequence[_Block], index: int) -> ir.Value:
-    """The residual stream in front of a block; of the first, what additions carry to its end."""
+def _stream_before(tower: Sequence[_Block], index: int) -> ir.Value:
+    """Return the residual stream before a block; for the first, traced back from its end."""
     if index > 0:
-        return _stream_behind(tower[index - 1])
-    block, found = tower[0], set()
-    waiting = [_stream_behind(block)]
+        return _stream_after(tower[index - 1])
+    block, entering = tower[0], set()
+    waiting = [_stream_after(block)]
     while waiting:
         value = waiting.pop()
         if value not in block.places:
-            found.add(value)
+            entering.add(value)
         elif node := value.producer():
-            given = node.inputs[: ON_THE_STREAM.get(node.op_type, 0)]
-            waiting += [v for v in given if v is not None and not v.is_initializer()]
-    if len(found) != 1:
+            inputs = node.inputs[: ON_THE_STREAM.get(node.op_type, 0)]
+            waiting += [v for v in inputs if v is not None and not v.is_initializer()]
+    if len(entering) != 1:
         raise InternVLError(f"{block.name}: the blocks are not joined by one value")
-    return found.pop()
+    return entering.pop()

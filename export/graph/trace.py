@@ -1,13 +1,13 @@
 """One ONNX graph per component: traced on the meta device, cleaned, named after the modules.
 
-A trace needs shapes, never weights: the module lives on the meta device, ``torch.export`` records
-it and PyTorch's exporter converts it at opset 23, which has ``Attention``, ``RMSNormalization``,
-``RotaryEmbedding`` and ``Gelu``. The exporter's own optimizer would read the weights that are not
-there, so it stays off, and the passes below do its work: constants are folded wherever no weight
-is involved, what nobody reads is dropped, equal subexpressions are shared.
+A trace needs shapes, never weights: the module is on the meta device, ``torch.export`` records it
+and PyTorch's exporter converts it at opset 23, which has ``Attention``, ``RMSNormalization``,
+``RotaryEmbedding`` and ``Gelu``. The exporter's own optimizer would read weights, which have no
+data here, so it stays off, and the passes below do its work: constants are folded wherever no
+weight is involved, unused nodes are dropped, equal subexpressions are shared.
 
 The result has one initializer per parameter under the parameter's checkpoint name, without data
-(``weights.bind`` gives it some), and node names that say which module a node came from.
+(``bind`` refers it to a stored tensor), and node names that say which module a node came from.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from internvl_edge.files.signals import interrupts_held
 from internvl_edge.types import Array
 
 OPSET = 23
-OPSETS = {"TensorScatter": 24}  # what else our graphs may hold; of the others nothing changed
-IR_VERSION = 11  # what opset 23 needs at least
+OPSETS = {"TensorScatter": 24}  # operators from a newer opset; opset 24 changed none of the others
+IR_VERSION = 11  # the lowest that opset 23 allows
 PRODUCER = "internvl-edge"
 # Folding a constant of more elements than this would write data into the graph file.
 MAX_FOLDED_ELEMENTS = 1 << 20
-GARBAGE = 100_000  # new objects before cycles are looked for; takes an eighth off an export
+GARBAGE = 100_000  # new objects before the collector looks for cycles; saves an eighth of the time
 NOISY_LOGGERS = (
     "torch.onnx._internal.exporter._registration",
     "onnx_ir.passes.common.initializer_deduplication",
@@ -56,11 +56,11 @@ def trace(
 
     Args:
         module: in evaluation mode, all parameters on the meta device.
-        example: meta tensors, one per input; a ``*rest`` of the module's takes the last of them.
+        example: meta tensors, one per input; a parameter ``*rest`` takes the last of them.
         dynamic: for each input, dimension → symbolic name; equal names are equal sizes, and a
-            sum of names such as ``past+length`` follows from them.
-        input_names: the graph's inputs.
-        output_names: the graph's outputs.
+            sum of names such as ``past+length`` is derived from them.
+        input_names: names of the graph's inputs.
+        output_names: names of the graph's outputs.
     """
     names = {name for dims in dynamic for name in dims.values()}
     symbols = {
@@ -68,7 +68,7 @@ def trace(
         for name in sorted(names)
     }
     shapes = [{axis: symbols[name] for axis, name in dims.items()} for dims in dynamic]
-    with _quiet_libraries(), interrupts_held(), _garbage_left():
+    with _quiet_libraries(), interrupts_held(), _rare_collection():
         program = torch.onnx.export(
             module,
             tuple(example),
@@ -87,14 +87,14 @@ def trace(
         value.const_value = None  # a meta tensor, which no pass may mistake for data
     _require_dynamic(model, dynamic)
     _name_dimensions(model, dynamic)
-    _read_sizes_of_the_first(model)
+    _read_sizes_from_first(model)
     _reshape_by_constants(model)
     return model
 
 
 @contextlib.contextmanager
-def _garbage_left() -> Iterator[None]:
-    """Look for cycles rarely: tracing makes millions of objects, and few of them are garbage."""
+def _rare_collection() -> Iterator[None]:
+    """Collect garbage rarely: tracing makes millions of objects, and few of them are garbage."""
     before = gc.get_threshold()
     gc.set_threshold(GARBAGE, *before[1:])
     try:
@@ -104,7 +104,7 @@ def _garbage_left() -> Iterator[None]:
 
 
 def _as_arguments(module: nn.Module, shapes: Sequence[Any]) -> tuple[Any, ...]:
-    """One entry per parameter of the module's: ``*rest`` is one, a tuple."""
+    """Arrange shapes by the parameters of ``forward``: ``*rest`` is one entry, a tuple."""
     parameters = inspect.signature(module.forward).parameters.values()
     if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return tuple(shapes)
@@ -113,7 +113,7 @@ def _as_arguments(module: nn.Module, shapes: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _name_dimensions(model: ir.Model, dynamic: Sequence[Mapping[int, str]]) -> None:
-    """Give dimensions the names asked for, where the tracer has its own for sums of others."""
+    """Give dimensions their requested names; the tracer has its own for sums of others."""
     names = {
         str(value.shape[axis]): name
         for value, dims in zip(model.graph.inputs, dynamic, strict=True)
@@ -130,12 +130,15 @@ def _name_dimensions(model: ir.Model, dynamic: Sequence[Mapping[int, str]]) -> N
 
 
 def _require_dynamic(model: ir.Model, dynamic: Sequence[Mapping[int, str]]) -> None:
-    """A model that reads a size as a number makes the tracer freeze it, silently."""
+    """Refuse frozen sizes: the tracer silently freezes a size that the model reads as a number."""
     for value, dims in zip(model.graph.inputs, dynamic, strict=True):
         assert value.shape is not None
         frozen = [name for axis, name in dims.items() if isinstance(value.shape[axis], int)]
         if frozen:
-            raise InternVLError(f"the trace froze {', '.join(frozen)} of input {value.name!r}")
+            raise InternVLError(
+                f"input {value.name!r}: expected {', '.join(frozen)} to stay dynamic, but the "
+                "trace froze it"
+            )
 
 
 def set_constants(model: ir.Model, constants: Mapping[str, Array]) -> None:
@@ -146,7 +149,7 @@ def set_constants(model: ir.Model, constants: Mapping[str, Array]) -> None:
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """Fold, share and drop, in place; weights without data are left as they stand.
+    """Fold constants, share subexpressions and drop unused nodes, in place; weights stay.
 
     Raises:
         InternVLError: the graph needs an operator outside the standard ONNX domain.
@@ -175,7 +178,7 @@ def simplify(model: ir.Model) -> ir.Model:
 def _clean(model: ir.Model) -> None:
     for clean in (
         passes.LiftConstantsToInitializersPass(size_limit=0),
-        # tables that every block was given a copy of
+        # each block has its own copy of some tables
         passes.DeduplicateInitializersPass(size_limit=MAX_FOLDED_ELEMENTS),
         passes.CommonSubexpressionEliminationPass(),
         passes.IdentityEliminationPass(),
@@ -188,9 +191,9 @@ def _clean(model: ir.Model) -> None:
 
 
 def name_values(model: ir.Model) -> None:
-    """Name values after the nodes that make them, and constants by the order of their use.
+    """Name values after the nodes that produce them, and constants by the order of their use.
 
-    Names then follow from the graph alone, however it was made.
+    Names then depend on the graph alone, however it was made.
     """
     graph = model.graph
     named = {*graph.inputs, *graph.outputs}
@@ -213,7 +216,7 @@ def name_values(model: ir.Model) -> None:
 
 
 def _reads_no_weight(node: ir.Node) -> bool | None:
-    """False keeps a node that reads an initializer without data; None leaves it to the folder."""
+    """Return False, to keep a node, if it reads an initializer without data; None otherwise."""
     for value in node.inputs:
         if value is not None and value.is_initializer() and value.const_value is None:
             return False
@@ -234,10 +237,11 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
 
 
-def _read_sizes_of_the_first(model: ir.Model) -> None:
-    """Let a size be read of the first input that has it.
+def _read_sizes_from_first(model: ir.Model) -> None:
+    """Read each size from the first graph input that has it.
 
-    The tracer reads it of the last one: a layer's own cache, which another depth does not have.
+    The tracer reads it from the last one: the cache of a layer, which a tower of another depth may
+    not have.
     """
     for node in model.graph:
         value = node.inputs[0] if node.op_type == "Shape" else None
@@ -252,10 +256,10 @@ def _read_sizes_of_the_first(model: ir.Model) -> None:
 
 
 def _reshape_by_constants(model: ir.Model) -> None:
-    """Where sizes that are decided at run time stay in their places, a shape says 0 for them.
+    """Use 0 in a Reshape's shape for dynamic sizes that keep their axis.
 
-    The tracer computes the shape from sizes instead: work in every run, and values that all blocks
-    share in the midst of the first.
+    The tracer computes the shape from sizes instead, which costs time in every run, and gives the
+    first block values that all blocks share.
     """
     for node in list(model.graph):
         if node.op_type != "Reshape":
@@ -274,7 +278,7 @@ def _reshape_by_constants(model: ir.Model) -> None:
 
 
 def _first_with(model: ir.Model, dimension: str) -> tuple[ir.Value, int]:
-    """The first input that has a dimension, and which of its own it is."""
+    """Return the first input that has a dimension, and its axis there."""
     return next(
         (value, axis)
         for value in model.graph.inputs
@@ -285,7 +289,7 @@ def _first_with(model: ir.Model, dimension: str) -> tuple[ir.Value, int]:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep the exporter's notes on packages and internals that do not concern our users."""
+    """Suppress the exporter's notes on packages and internals, which do not concern users."""
     noisy = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in noisy]
     for logger in noisy:

@@ -1,8 +1,8 @@
-"""Normalisation inside the graph: 8-bit levels in, and every float operation where it can be fused.
+"""Normalisation inside the graph: the input is uint8 levels, and builders can fuse the float part.
 
-    y = (x / 255 - mean) / std           float32, in this order, as ``runtime.image`` computes it
+    y = (x / 255 - mean) / std           float32, in the same order as ``runtime.images.transform``
 
-so that both give the same bits. The input has a quarter of the bytes, and resizing, which reads
+so that both give the same bits. The input has a quarter of the bytes. Resizing, which takes
 pictures of any size, stays outside.
 """
 
@@ -25,7 +25,7 @@ Arrays = Mapping[str, Array]
 
 
 def take_levels(model: ir.Model, preprocessing: Preprocessing) -> None:
-    """Make ``pixel_values`` uint8 [B, 3, S, S]; a graph without such an input stays as it is."""
+    """Make ``pixel_values`` uint8 [B, 3, S, S]; a graph without this input is unchanged."""
     pixels = next((value for value in model.graph.inputs if value.name == PIXELS), None)
     if pixels is None:
         return
@@ -57,11 +57,11 @@ def _constant(model: ir.Model, name: str, values: Array) -> ir.Value:
     return value
 
 
-# --- beside a reference that takes normalised values ---------------------------------------------
+# --- comparison with a reference that takes normalised values ------------------------------------
 
 
 def preprocessing_inside(manifest: Manifest) -> Preprocessing | None:
-    """What the graphs of a directory do to levels; None where they take normalised values."""
+    """Return the normalisation inside a directory's graphs; None if they take normalised values."""
     specs = (spec for record in manifest.components.values() for spec in record.inputs)
     if any(spec.name == PIXELS and spec.dtype == "uint8" for spec in specs):
         return Preprocessing.from_json(manifest.preprocessing)
@@ -69,7 +69,7 @@ def preprocessing_inside(manifest: Manifest) -> Preprocessing | None:
 
 
 def on_levels(feeds: Arrays, preprocessing: Preprocessing | None) -> dict[str, Array]:
-    """The feeds with ``pixel_values`` that levels can express; all of them where it is None."""
+    """Round ``pixel_values`` to what uint8 levels can express; nothing without preprocessing."""
     if preprocessing is None or PIXELS not in feeds:
         return dict(feeds)
     levels = nearest_levels(feeds[PIXELS], preprocessing)
@@ -79,11 +79,11 @@ def on_levels(feeds: Arrays, preprocessing: Preprocessing | None) -> dict[str, A
 def graph_feeds(
     specs: Mapping[str, TensorSpec], feeds: Arrays, preprocessing: Preprocessing | None
 ) -> dict[str, Array]:
-    """What a graph takes of the feeds of its reference, in its own dtypes."""
-    found = {}
+    """Select a graph's inputs from its reference's feeds, in the graph's dtypes."""
+    inputs = {}
     for name, spec in specs.items():
         if spec.dtype == "uint8" and preprocessing is not None:
-            found[name] = nearest_levels(feeds[name], preprocessing)
+            inputs[name] = nearest_levels(feeds[name], preprocessing)
         else:
-            found[name] = feeds[name].astype(spec.dtype, copy=False)
-    return found
+            inputs[name] = feeds[name].astype(spec.dtype, copy=False)
+    return inputs

@@ -1,4 +1,9 @@
-"""The PyTorch reference of every model that internvl-edge compiles."""
+"""The PyTorch reference of every model that internvl-edge compiles.
+
+internvl   InternVL-C and -G;  chat  InternVL-Chat; start at either
+vit        the vision tower;  qllama, llama  the language models;  heads  the attention pool
+attention  attention and rotary positions, for PyTorch and for the exporter
+"""
 
 from internvl_edge.export.models.chat import Chat
 from internvl_edge.export.models.heads import AttentionPool

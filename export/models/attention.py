@@ -2,16 +2,16 @@
 
     attention(q, k, v) = softmax(q kᵀ / √d + mask) v        per head, d the head size
 
-Both functions take activations as the linear layers leave them, (B, T, heads·d): ONNX's
-``Attention`` and ``RotaryEmbedding`` (opset 23) split the heads themselves, so an exported block
-has no Reshape or Transpose of ours, and TensorRT maps the op to its fused kernel. While the model
-is exported the functions emit those ops; in eager mode they are PyTorch's own, which keeps them
-an independent check of the exported graph.
+Both functions take activations in the linear layers' layout, (B, T, heads·d): ONNX's ``Attention``
+and ``RotaryEmbedding`` (opset 23) split the heads themselves, so an exported block needs no Reshape
+or Transpose, and TensorRT maps the op to its fused kernel. While the model is exported, the
+functions emit those ops; in eager mode they use PyTorch's own, which makes PyTorch an independent
+check of the exported graph.
 
-The softmax runs in float32 in PyTorch and in fused kernels. The exported op leaves it to the
-runtime: its ``softmax_precision`` would say so, but TensorRT's parser refuses the attribute.
+The softmax runs in float32 in PyTorch and in fused kernels. The exported op leaves its precision
+to the runtime: ``softmax_precision`` could ask for float32, but TensorRT's parser refuses it.
 
-A boolean mask is True where a query may look, which avoids the half-precision overflow of summed
+A boolean mask is True where a query may attend, which avoids the half-precision overflow of summed
 additive masks.
 
 Rotary positions follow LLaMA: the two halves of a head are the two parts of the rotated pair,
@@ -35,13 +35,13 @@ def attention(
     mask: Tensor | None = None,
     num_kv_heads: int | None = None,
 ) -> Tensor:
-    """Multi-head attention of (B, T, heads·d) on (B, S, kv heads·d); ``mask`` is (B|1, 1, T, S).
+    """Attend from (B, T, heads·d) to (B, S, kv heads·d); ``mask`` is (B|1, 1, T, S).
 
-    Where there are fewer heads of keys than of queries, each serves as many neighbouring ones.
+    With fewer key heads than query heads, neighbouring query heads share a key head.
     """
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if torch.onnx.is_in_onnx_export():
-        if mask is not None:  # runtimes want every query's row, not a broadcast
+        if mask is not None:  # runtimes require a row for every query, not a broadcast
             mask = mask.expand(-1, -1, query.shape[1], -1)
         out, *_ = torch.onnx.ops.attention(
             query, key, value, mask, q_num_heads=num_heads, kv_num_heads=kv_heads
@@ -61,9 +61,9 @@ def attention(
 def cached_attention(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor
 ) -> Tensor:
-    """Attention of (B, T, heads·d) on a cache (B, kv heads, S, d); ``mask`` is (B|1, 1, T, S).
+    """Attend from (B, T, heads·d) to a cache (B, kv heads, S, d); ``mask`` is (B|1, 1, T, S).
 
-    The cache stays as it lies: only the new tokens' heads are split and merged.
+    The cache keeps its layout: only the new tokens' heads are split and merged.
     """
     q = split_heads(query, num_heads)
     if torch.onnx.is_in_onnx_export():
@@ -74,9 +74,9 @@ def cached_attention(
 
 
 def write_positions(cache: Tensor, new: Tensor, first: Tensor) -> Tensor:
-    """A cache (B, heads, C, d) with ``new`` (B, heads, T, d) from position ``first`` (B,) on.
+    """Write ``new`` (B, heads, T, d) into a cache (B, heads, C, d) from position ``first`` (B,) on.
 
-    Exported, it is ``TensorScatter`` (opset 24): a runtime may write where the cache lies.
+    It is exported as ``TensorScatter`` (opset 24), which a runtime may do in place.
     """
     if torch.onnx.is_in_onnx_export():
         out: Tensor = torch.onnx.ops.symbolic(
@@ -85,7 +85,7 @@ def write_positions(cache: Tensor, new: Tensor, first: Tensor) -> Tensor:
             {"axis": 2},
             dtype=cache.dtype,
             shape=cache.shape,
-            version=23,  # as the other nodes': PyTorch converts no later ones (``graph.OPSETS``)
+            version=23,  # like the other nodes: PyTorch converts no later ones (``trace.OPSETS``)
         )
         return out
     place = first[:, None] + torch.arange(new.shape[2], device=new.device)  # (B, T)
@@ -93,27 +93,27 @@ def write_positions(cache: Tensor, new: Tensor, first: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, heads·d) → (B, heads, T, d)."""
+    """Split heads: (B, T, heads·d) → (B, heads, T, d)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, heads, T, d) → (B, T, heads·d)."""
+    """Merge heads: (B, heads, T, d) → (B, T, heads·d)."""
     return x.transpose(1, 2).flatten(2)
 
 
 def rotary_tables(length: int, head_dim: int, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
-    """Cos and sin of every position and frequency, float32, each (length, head_dim / 2)."""
+    """Compute cos and sin of every position and frequency, float32, (length, head_dim / 2) each."""
     return tables_of(rotary_frequencies(head_dim, base), length)
 
 
 def rotary_frequencies(head_dim: int, base: float) -> Tensor:
-    """Angle per position of each pair of a head, float32 (d/2)."""
+    """Compute the angle per position of each pair of a head, float32 (d/2)."""
     return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 def tables_of(frequency: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Cos and sin of every position (length, d/2), of frequencies (d/2)."""
+    """Compute cos and sin of every position (length, d/2) from frequencies (d/2)."""
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 

@@ -1,21 +1,21 @@
-"""InternVL-Chat: the vision tower's patches, projected, become tokens of a LLaMA.
+"""InternVL-Chat: the vision tower's patches are projected to tokens of a LLaMA.
 
     patches        = ViT(pixels) without its class token                      (B, g², C)
     image_tokens   = projector(pixel_shuffle(patches))                        (B, g²/s², D)
-    inputs_embeds  = token embeddings, with image tokens where the prompt has their places
+    inputs_embeds  = token embeddings, with image tokens in place of the prompt's placeholders
 
-Pixel shuffle puts s by s neighbouring patches side by side into one of s² the width. The first
+Pixel shuffle concatenates s by s neighbouring patches into one that is s² times as wide. The first
 published version leaves the grid transposed, and the models trained with it rely on that. The
-LLaVA layout (V1.0) has no shuffle. Blocks behind ``select_layer`` are not part of the tower: what
-is read is what the last block here gives.
+LLaVA layout (V1.0) has no shuffle. Blocks after ``select_layer`` are not part of the tower here:
+its output is that of the selected layer.
 
-V1.0 with QLLaMA has its queries in front of the patches. They look at what the whole tower gives,
-so the blocks behind ``select_layer`` are run for them:
+V1.0 with QLLaMA has its queries before the patches. They attend to the output of the whole tower,
+so the blocks after ``select_layer`` run for them:
 
-    queries        = QLLaMA(query_tokens, looking at vision_behind(ViT(pixels)))   (B, nq, D')
-    image_tokens   = [mlp2(queries) | mlp1(patches)]                               (B, nq + g², D)
+    queries        = QLLaMA(query_tokens, attending to vision_behind(ViT(pixels)))  (B, nq, D')
+    image_tokens   = [mlp2(queries) | mlp1(patches)]                                (B, nq + g², D)
 
-Source: internvl-spec section 5.
+See docs/model.md, section 4.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from internvl_edge.export.models.vit import Block, InternViT
 
 
 def pixel_shuffle(grid: Tensor, factor: int, version: str) -> Tensor:
-    """(B, h, w, C) → (B, h/s, w/s, C·s²); with v1 (B, w/s, h/s, C·s²), the grid transposed."""
+    """Shuffle (B, h, w, C) → (B, h/s, w/s, C·s²), or (B, w/s, h/s, C·s²) with v1."""
     batch, height, width, channels = grid.shape
     x = grid.reshape(batch, height, width // factor, channels * factor)
     x = x.permute(0, 2, 1, 3)  # (B, w/s, h, C·s)
@@ -44,7 +44,7 @@ def pixel_shuffle(grid: Tensor, factor: int, version: str) -> Tensor:
 
 
 def projector(config: ChatConfig, width: int) -> nn.Sequential:
-    """From patches (…, C·s²) to the language model's width (…, D)."""
+    """Build the projector from patches (…, C·s²) to the language model's width (…, D)."""
     if config.layout == "llava":
         return _mlp(width, config.language_width)
     merged = width * config.shuffle**2
@@ -60,7 +60,7 @@ def _mlp(width: int, language_width: int) -> nn.Sequential:
 
 
 def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """LayerNorm belongs to the stream; linear layers compute in their weights' dtype."""
+    """Run layers one after the other, each in the dtype of its weights."""
     for layer in layers:
         weight = getattr(layer, "weight", None)
         x = layer(x if weight is None else x.to(weight.dtype))
@@ -68,7 +68,7 @@ def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 class QueryProjector(nn.Module):
-    """The projector of V1.0 with QLLaMA: one of patches, one of queries."""
+    """The projector of V1.0 with QLLaMA: one for patches, one for queries."""
 
     def __init__(self, config: ChatConfig, width: int, query_width: int) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class QueryProjector(nn.Module):
 
 
 class Queries(nn.Module):
-    """What V1.0 with QLLaMA has behind ``select_layer``: the tower's last blocks, and QLLaMA."""
+    """The modules of V1.0 with QLLaMA after ``select_layer``: last vision blocks, and QLLaMA."""
 
     def __init__(self, config: InternVLConfig, num_blocks: int) -> None:
         super().__init__()
         self.vision_behind = nn.ModuleList(Block(config.vision) for _ in range(num_blocks))
         self.qllama = QLlama(config)
-        # it reads no text, and writes none
+        # it reads and writes no text
         self.qllama.lm_head, self.qllama.model.embed_tokens = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         self.query_tokens = nn.Parameter(
             torch.zeros(1, config.num_query_token, config.qllama.hidden_size)
@@ -91,9 +91,9 @@ class Queries(nn.Module):
 
 
 class Chat(nn.Module):
-    """The parts of an InternVL-Chat; parameter names of V1-1 and later, of V1.0's too."""
+    """An InternVL-Chat, with the parameter names of V1-1 and later or of V1.0."""
 
-    queries: Queries  # of V1.0 with QLLaMA, as the next
+    queries: Queries  # only in V1.0 with QLLaMA, like the next
     mm_projector: QueryProjector
 
     def __init__(self, config: CheckpointConfig) -> None:
@@ -102,22 +102,22 @@ class Chat(nn.Module):
         self.checkpoint_config, self.config, llama = config, config.chat, config.chat.llama
         self.vision_model = InternViT(config.vision)
         width = config.vision.hidden_size
-        made: nn.Module = projector(config.chat, width)
+        module: nn.Module = projector(config.chat, width)
         if config.queries is not None:
-            made = QueryProjector(config.chat, width, config.queries.qllama.hidden_size)
+            module = QueryProjector(config.chat, width, config.queries.qllama.hidden_size)
             self.queries = Queries(config.queries, config.chat.num_blocks_behind)
-        setattr(self, self.config.projector, made)
+        setattr(self, self.config.projector, module)
         self.language_model = None if llama is None else Llama(llama)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) → image tokens (B, N, D)."""
+        """Encode images (B, 3, H, W) → image tokens (B, N, D)."""
         hidden = self.vision_model(pixel_values)
         if self.config.num_queries == 0:
             return self.project(hidden)
         return torch.cat((self.look(hidden), self.project(hidden)), dim=1)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """What the tower's last block leaves (B, 1 + g², C) → image tokens (B, N, D)."""
+        """Project the tower's output (B, 1 + g², C) → image tokens (B, N, D)."""
         x = hidden[:, 1:]
         factor = self.config.shuffle
         if factor > 1:
@@ -128,29 +128,29 @@ class Chat(nn.Module):
         return _through(layers.mlp1 if self.config.num_queries else layers, x)
 
     def look(self, hidden: Tensor) -> Tensor:
-        """What the tower leaves at ``select_layer`` (B, 1 + g², C) → query tokens (B, nq, D)."""
+        """Let queries attend to the tower's output (B, 1 + g², C) → query tokens (B, nq, D)."""
         for block in self.queries.vision_behind:
             hidden = block(hidden)
         states, _ = InternVL.encode_queries(self.queries, hidden)  # type: ignore[arg-type]
         return self.project_queries(states)
 
     def project_queries(self, states: Tensor) -> Tensor:
-        """QLLaMA's query states (B, nq, D') → query tokens (B, nq, D)."""
+        """Project QLLaMA's query states (B, nq, D') → query tokens (B, nq, D)."""
         return _through(self.mm_projector.mlp2, states)
 
     def embed(self, input_ids: Tensor, image_tokens: Tensor, image_token_id: int) -> Tensor:
-        """Ids (B, T) → (B, T, D), image tokens (M, N, D) in their places, in order.
+        """Embed ids (B, T) → (B, T, D), with image tokens (M, N, D) in place of placeholders.
 
         Raises:
-            CheckpointError: another number of places than of image tokens.
+            CheckpointError: the numbers of placeholders and of image tokens differ.
         """
         llama = require_llama(self)
         is_image = input_ids == image_token_id
         tokens = image_tokens.flatten(0, 1)
         if int(is_image.sum()) != len(tokens):
             raise CheckpointError(
-                f"expected as many places as image tokens, found {int(is_image.sum())} places of "
-                f"id {image_token_id} and {len(tokens)} tokens"
+                f"expected one placeholder per image token, found {int(is_image.sum())} "
+                f"placeholders (id {image_token_id}) and {len(tokens)} image tokens"
             )
         embeds: Tensor = llama.model.embed_tokens(input_ids.masked_fill(is_image, 0))
         embeds[is_image] = tokens.to(embeds.dtype)
@@ -163,8 +163,9 @@ class Chat(nn.Module):
         attention_mask: Tensor | None = None,
         image_token_id: int | None = None,
     ) -> Tensor:
-        """Tiles (M, 3, H, W) and ids (B, T) with their places → logits (B, T, vocabulary)."""
-        embeds = self.embed(input_ids, self.encode_image(pixel_values), self._place(image_token_id))
+        """Run tiles (M, 3, H, W) and ids (B, T) with placeholders → logits (B, T, vocabulary)."""
+        placeholder = self._placeholder(image_token_id)
+        embeds = self.embed(input_ids, self.encode_image(pixel_values), placeholder)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
         llama = require_llama(self)
@@ -180,40 +181,41 @@ class Chat(nn.Module):
         image_token_id: int | None = None,
         max_new_tokens: int = 20,
     ) -> Tensor:
-        """Greedy continuation (B, N) of left-padded prompts; padded behind a row's end."""
+        """Continue left-padded prompts greedily; (B, N) ids, each row padded after its end."""
         llama = require_llama(self)
-        x = self.embed(input_ids, self.encode_image(pixel_values), self._place(image_token_id))
+        placeholder = self._placeholder(image_token_id)
+        x = self.embed(input_ids, self.encode_image(pixel_values), placeholder)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
-        cache, found = llama.empty_cache(len(input_ids)), list[Tensor]()
+        cache, tokens = llama.empty_cache(len(input_ids)), list[Tensor]()
         is_over = torch.zeros(len(input_ids), dtype=torch.bool)
         for _ in range(max_new_tokens):
             logits, cache = llama(x, mask, positions, cache)
             token = logits[:, -1].argmax(-1).masked_fill(is_over, llama.config.pad_token_id)
-            found.append(token)
+            tokens.append(token)
             is_over = is_over | (token == llama.config.eos_token_id)
             if is_over.all():
                 break
             x = llama.model.embed_tokens(token)[:, None]
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
             positions = mask.sum(-1, keepdim=True) - 1
-        return torch.stack(found, dim=1)
+        return torch.stack(tokens, dim=1)
 
-    def _place(self, image_token_id: int | None) -> int:
-        found = self.config.image_token_id if image_token_id is None else image_token_id
-        if found is None:
+    def _placeholder(self, image_token_id: int | None) -> int:
+        token_id = self.config.image_token_id if image_token_id is None else image_token_id
+        if token_id is None:
             raise CheckpointError(
-                "expected image_token_id, the id of places for image tokens: this checkpoint has "
-                "no tokenizer files that say it"
+                "expected image_token_id, the id of placeholders for image tokens: this checkpoint "
+                "has no tokenizer files that define it"
             )
-        return found
+        return token_id
 
 
 def require_llama(model: Chat) -> Llama:
-    """The language model.
+    """Return the language model.
 
     Raises:
-        CheckpointError: it is of an architecture that is not a LLaMA.
+        CheckpointError: its architecture is not a LLaMA.
     """
     if model.language_model is None:
         raise CheckpointError(f"the language model is {model.config.unsupported}")

@@ -4,7 +4,7 @@
     projection to the embedding width.  No residual, no MLP.
 
 InternVL has two: ``clip_projector`` on the vision tokens, ``clip_projector2`` on the query
-tokens. The q, k, v biases are bare parameters in the checkpoints. Source: internvl-spec 3.2.
+tokens. The q, k, v biases are bare parameters in the checkpoints. See docs/model.md, section 3.3.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PoolAttention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """x (B, T, C) → (B, E)."""
+    """The pool of x (B, T, C) → (B, E)."""
 
     def __init__(self, width: int, num_heads: int, out_width: int) -> None:
         super().__init__()

@@ -1,13 +1,13 @@
 """InternVL-C and InternVL-G: both towers, the pools and the heads, as one PyTorch model.
 
     image_embeds  = clip_projector(ViT(pixels))                                    InternVL-C
-    query_embeds  = clip_projector2(QLLaMA(queries, looking at ViT(pixels)))
+    query_embeds  = clip_projector2(QLLaMA(queries, attending to ViT(pixels)))
     InternVL-G    = image_embeds / |image_embeds| + query_embeds / |query_embeds|
     text_embeds   = QLLaMA(ids)[last token] · text_projection
-    match         = mean over queries of itm_head(QLLaMA([queries | ids], all see all))
+    match         = mean over queries of itm_head(QLLaMA([queries | ids], no causal mask))
 
-This is the reference that every compiled component is verified against. Source: internvl-spec
-section 3; sequence layouts and masks: section 2.4.
+This is the reference that every compiled component is verified against. See docs/model.md,
+section 3, and section 2.5 for sequence layouts and masks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class InternVL(nn.Module):
     # --- embeddings --------------------------------------------------------------------------
 
     def encode_image(self, pixel_values: Tensor, mode: Mode = "c") -> Tensor:
-        """(B, 3, H, W) → (B, E), not normalised; ``g`` is a sum of two unit vectors."""
+        """Embed (B, 3, H, W) → (B, E), not normalised; mode ``g`` sums two unit vectors."""
         vision = self.vision_model(pixel_values)
         image: Tensor = self.clip_projector(vision)
         if mode == "c":
@@ -64,14 +64,14 @@ class InternVL(nn.Module):
         return _unit(image) + _unit(queries)
 
     def encode_queries(self, vision: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """Vision tokens (B, N, C) → query states (B, nq, D), and their key/value cache."""
+        """Run queries on vision tokens (B, N, C) → states (B, nq, D), and their key/value cache."""
         queries = self.query_tokens.expand(vision.shape[0], -1, -1)
         num_queries = queries.shape[1]
         hidden, cache = self.qllama(queries, None, vision=vision, num_queries=num_queries)
         return hidden, cache
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T) → (B, E), not normalised: the state of each row's last real token."""
+        """Embed (B, T) → (B, E), not normalised, from the state of each row's last real token."""
         mask = (input_ids > 0).long() if attention_mask is None else attention_mask
         hidden = self.text_states(input_ids, mask)
         column = torch.arange(mask.shape[1], device=mask.device)
@@ -81,7 +81,7 @@ class InternVL(nn.Module):
         return pooled.to(self.text_projection.dtype) @ self.text_projection
 
     def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) → hidden states of the causal text tower (B, T, D)."""
+        """Run the causal text tower on (B, T) → hidden states (B, T, D)."""
         causal = causal_mask(input_ids.shape[1], input_ids.device)
         mask = causal & padding_mask(attention_mask)
         hidden: Tensor = self.qllama(self.qllama.embed(input_ids), mask)[0]
@@ -90,7 +90,7 @@ class InternVL(nn.Module):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, mode: Mode = "c"
     ) -> tuple[Tensor, Tensor]:
-        """Similarity logits of images and texts: (images, texts) and its transpose."""
+        """Compute similarity logits of images and texts: (images, texts) and its transpose."""
         image, text = (
             _unit(self.encode_image(pixel_values, mode)),
             _unit(self.encode_text(input_ids)),
@@ -101,17 +101,17 @@ class InternVL(nn.Module):
     # --- matching ----------------------------------------------------------------------------
 
     def match(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pairs of image and text → (B, 2); class 1 means that they match."""
+        """Match pairs of image and text → logits (B, 2); class 1 means that they match."""
         return self.match_tokens(self.vision_model(pixel_values), input_ids, attention_mask)
 
     def match_tokens(self, vision: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """As :meth:`match`, from the vision tower's tokens (B, N, C)."""
+        """Match like :meth:`match`, given the vision tower's tokens (B, N, C)."""
         states = self.match_states(vision, input_ids, attention_mask)
         logits: Tensor = self.itm_head(states.to(self.itm_head.weight.dtype))  # (B, nq, 2)
         return logits.mean(dim=1)
 
     def match_states(self, vision: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The query states (B, nq, D) when queries and text see each other."""
+        """Compute the query states (B, nq, D) with queries and text attending to each other."""
         embeds, mask = self._queries_and_text(input_ids, attention_mask)
         num_queries = self.query_tokens.shape[1]
         hidden, _ = self.qllama(embeds, padding_mask(mask), vision=vision, num_queries=num_queries)
@@ -122,7 +122,7 @@ class InternVL(nn.Module):
     def prefill(
         self, vision: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Logits (B, nq + T, V) of [queries | prompt] and the cache; prompts left-padded."""
+        """Run [queries | left-padded prompt] → logits (B, nq + T, V), and the cache."""
         embeds, mask = self._queries_and_text(input_ids, attention_mask)
         num_queries = self.query_tokens.shape[1]
         hidden, cache = self.qllama(
@@ -137,7 +137,7 @@ class InternVL(nn.Module):
     def decode(
         self, input_ids: Tensor, attention_mask: Tensor, past: list[KeyValue]
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Logits (B, T, V) of further tokens; ``attention_mask`` (B, nq + all text so far)."""
+        """Run further tokens → logits (B, T, V); ``attention_mask`` is (B, nq + text so far)."""
         positions = generation_positions(attention_mask)[:, -input_ids.shape[1] :]
         return self.decode_at(input_ids, attention_mask, positions, past)
 
@@ -148,7 +148,7 @@ class InternVL(nn.Module):
         positions: Tensor,
         past: Sequence[KeyValue | InPlace],
     ) -> tuple[Tensor, list[KeyValue]]:
-        """As :meth:`decode`, at the positions (B, T) given."""
+        """Decode like :meth:`decode`, at given positions (B, T)."""
         mask = mask_on(past, attention_mask, input_ids.shape[1])
         embeds = self.qllama.embed(input_ids)
         hidden, cache = self.qllama(embeds, mask, positions, past=past)
@@ -163,7 +163,7 @@ class InternVL(nn.Module):
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
     ) -> Tensor:
-        """Greedy continuation of left-padded prompts: (B, ≤ max_new_tokens) ids, 0 after EOS."""
+        """Continue left-padded prompts greedily: (B, ≤ max_new_tokens) ids, 0 after EOS."""
         eos, vision = self.config.qllama.eos_token_id, self.vision_model(pixel_values)
         logits, cache = self.prefill(vision, input_ids, attention_mask)
         mask = F.pad(attention_mask, (self.query_tokens.shape[1], 0), value=1)
@@ -182,7 +182,7 @@ class InternVL(nn.Module):
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
     def _queries_and_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, nq + T, D) of [queries | text], and the padding mask (B, nq + T)."""
+        """Embed [queries | text] → (B, nq + T, D), and extend the padding mask (B, nq + T)."""
         queries = self.query_tokens.expand(input_ids.shape[0], -1, -1)
         embeds = torch.cat((queries, self.qllama.embed(input_ids)), dim=1)
         return embeds, F.pad(attention_mask, (self.query_tokens.shape[1], 0), value=1)

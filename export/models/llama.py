@@ -1,18 +1,18 @@
 """The language model of InternVL-Chat: a plain LLaMA, as transformers' ``LlamaForCausalLM``.
 
-It shares its layers with QLLaMA, and differs in what those configs fix: fewer heads of keys and
-values than of queries, another rotary base, scaled rotary positions, an output layer that may be
-the token embedding itself.
+It shares its layers with QLLaMA, and may differ in what QLLaMA fixes: fewer key and value heads
+than query heads, another rotary base, scaled rotary positions, and an output layer that may be the
+token embedding itself.
 
     scaling   angle per position of a pair with frequency f
     default   f
     linear    f / factor
-    dynamic   f, up to the trained number of positions, which is all that we compile for
-    llama3    f for short waves, f / factor for long ones, between them a blend of the two
+    dynamic   f, up to the trained number of positions, which is all that is compiled for
+    llama3    f for short waves, f / factor for long ones, a blend of the two in between
 
 With w = 2π / f the wave's length and L the original number of positions, a wave is short where
 w < L / high_freq_factor and long where w > L / low_freq_factor; between,
-s = (L / w − low) / (high − low) is the share of f. Source: internvl-spec section 5.1.
+s = (L / w − low) / (high − low) is the share of f. See docs/model.md, section 4.5.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from internvl_edge.export.models.vit import RMSNorm, unrotated, unrotation
 
 
 def llama_tables(config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cos and sin of every position, float32, each (positions, d/2)."""
+    """Compute cos and sin of every position, float32, (positions, d/2) each."""
     frequency = rotary_frequencies(config.head_dim, config.rope_theta)
     if config.rope_type == "linear":
         frequency = frequency / config.rope_factor
@@ -57,7 +57,7 @@ class LlamaModel(nn.Module):
 
 
 class Llama(nn.Module):
-    """inputs_embeds (B, T, D) → logits (B, T, vocabulary), and the cache."""
+    """The model from inputs_embeds (B, T, D) to logits (B, T, vocabulary), and the cache."""
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -88,7 +88,7 @@ class Llama(nn.Module):
         position_ids: Tensor,
         past: Sequence[KeyValue | InPlace],
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The next tokens (B, T, D) behind a cache of P positions; the mask is (B, P + T)."""
+        """Run tokens (B, T, D) after a cache of P positions; the mask is (B, P + T)."""
         x, presents = self.entered(inputs_embeds), []
         mask = mask_on(past, attention_mask, inputs_embeds.shape[1])
         rope = F.embedding(position_ids, self.rope_cos), F.embedding(position_ids, self.rope_sin)
@@ -100,16 +100,16 @@ class Llama(nn.Module):
         return F.linear(hidden.to(output.dtype), output), presents
 
     def entered(self, inputs_embeds: Tensor) -> Tensor:
-        """Token embeddings (B, T, D) in the basis of the residual stream.
+        """Bring token embeddings (B, T, D) into the basis of the residual stream.
 
-        They come from outside, in the checkpoint's basis. The rotation is its own inverse, so the
-        matrix that leads out of the stream also leads into it.
+        They are an input, in the checkpoint's basis. The rotation is its own inverse, so the
+        matrix that undoes it also applies it.
         """
         x = inputs_embeds.to(self.model.norm.weight.dtype)
         return unrotated(x, self.model.unrotation)
 
     def empty_cache(self, batch: int) -> list[KeyValue]:
-        """A cache without positions, of every layer."""
+        """Make a cache without positions for every layer."""
         config, dtype = self.config, self.model.embed_tokens.weight.dtype
         empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=dtype)
         return [(empty, empty)] * config.num_hidden_layers

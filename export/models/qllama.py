@@ -1,16 +1,16 @@
-"""QLLaMA: a LLaMA that can look at an image through learnable queries and cross-attention.
+"""QLLaMA: a LLaMA that attends to an image through learnable queries and cross-attention.
 
 Notable features:
 - plain LLaMA layers: RMSNorm, rotary positions, gated SiLU MLP, no biases
 - every ``cross_attention_frequency``-th layer lets the first ``num_query_token`` positions, the
   queries, attend to the vision tower's tokens, between self-attention and MLP
-- one stack, four uses, told apart only by the self-attention mask (``masks`` below):
+- one stack for four purposes, which differ only in the self-attention mask (``masks`` below):
   text embedding, image queries, image-text matching, generation
 
-Queries never see text except in matching, so in generation the image lives wholly in the first
-``num_query_token`` positions of the key/value cache, and what follows is a plain causal LLaMA.
-Cross-attention is therefore gated on ``vision`` being given, never on a sequence length.
-Parameter names are the published checkpoints'. Source: internvl-spec section 2.
+Queries never attend to text except in matching, so in generation the first ``num_query_token``
+positions of the key/value cache hold all of the image, and the rest is a plain causal LLaMA.
+Cross-attention therefore runs if ``vision`` is given, whatever the sequence length.
+Parameter names are the published checkpoints'. See docs/model.md, section 2.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from internvl_edge.export.models.attention import (
 from internvl_edge.export.models.vit import RMSNorm, unrotated, unrotation
 
 KeyValue = tuple[Tensor, Tensor]  # (B, heads, T, d) each, keys after their rotation
-InPlace = tuple[Tensor, Tensor, Tensor]  # (B, heads, C, d) each; where the new ones begin, (B,)
+InPlace = tuple[Tensor, Tensor, Tensor]  # (B, heads, C, d) twice; first new position, (B,)
 
 
-# --- masks: True where row i may attend to column j (spec section 2.4) ----------------------
+# --- masks: True where row i may attend to column j (docs/model.md, section 2.5) -------------
 
 
 def padding_mask(attention_mask: Tensor) -> Tensor:
-    """(B, S) of 1 and 0 → (B, 1, 1, S): nobody looks at padding."""
+    """Turn (B, S) of 1 and 0 into (B, 1, 1, S): no position attends to padding."""
     return attention_mask.bool()[:, None, None, :]
 
 
 def causal_mask(length: int, device: torch.device, *, past: int = 0) -> Tensor:
-    """(1, 1, T, past + T): no position looks ahead."""
+    """Make (1, 1, T, past + T): no position attends to later ones."""
     row = torch.arange(length, device=device)[:, None] + past
     column = torch.arange(past + length, device=device)[None, :]
     return (column <= row)[None, None]
 
 
 def generation_mask(attention_mask: Tensor, num_queries: int) -> Tensor:
-    """(B, S) → (B, 1, S, S): queries see all queries, text is causal and sees the queries."""
+    """Turn (B, S) into (B, 1, S, S): queries see all queries; text is causal and sees them."""
     causal = causal_mask(attention_mask.shape[1], attention_mask.device).clone()
     mask = (causal & padding_mask(attention_mask)).clone()
     mask[..., :num_queries, :num_queries] = True
@@ -61,10 +61,10 @@ def generation_mask(attention_mask: Tensor, num_queries: int) -> Tensor:
 
 
 def decoding_mask(attention_mask: Tensor, length: int) -> Tensor:
-    """(B, P + T) → (B, 1, T, P + T): the last T positions, none of which looks ahead.
+    """Turn (B, P + T) into (B, 1, T, P + T): the last T positions, causal.
 
-    Padding in front of everything would see nothing at all, and a softmax over nothing is NaN:
-    such a row sees itself, which nobody looks at.
+    Left padding would attend to nothing at all, and a softmax over nothing is NaN: such a row
+    attends to itself, and nothing attends to it.
     """
     past = attention_mask.shape[1] - length
     causal = causal_mask(length, attention_mask.device, past=past)
@@ -75,9 +75,9 @@ def decoding_mask(attention_mask: Tensor, length: int) -> Tensor:
 
 
 def in_place_mask(attention_mask: Tensor, length: int, first: Tensor) -> Tensor:
-    """(B, C) → (B, 1, T, C): as :func:`decoding_mask`, of T positions from ``first`` (B,) on.
+    """Turn (B, C) into (B, 1, T, C): :func:`decoding_mask` for T positions from ``first`` (B,) on.
 
-    What lies behind them in the cache is nobody's to see, whatever the mask says of it.
+    No position attends to later entries of the cache, whatever the mask says of them.
     """
     device = attention_mask.device
     row = first[:, None] + torch.arange(length, device=device)  # (B, T)
@@ -88,7 +88,7 @@ def in_place_mask(attention_mask: Tensor, length: int, first: Tensor) -> Tensor:
 
 
 def mask_on(past: Sequence[KeyValue | InPlace], attention_mask: Tensor, length: int) -> Tensor:
-    """The mask of ``length`` new positions on a cache of either kind."""
+    """Make the mask of ``length`` new positions for a cache of either kind."""
     first = past[0]
     if len(first) == 2:
         return decoding_mask(attention_mask, length)
@@ -96,7 +96,7 @@ def mask_on(past: Sequence[KeyValue | InPlace], attention_mask: Tensor, length: 
 
 
 def extended(past: KeyValue | InPlace, new: KeyValue) -> KeyValue:
-    """A cache with new positions: behind the others, or in their place."""
+    """Extend a cache by new positions: after the others, or written in place."""
     if len(past) == 2:
         key, value = (torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
     else:
@@ -107,7 +107,7 @@ def extended(past: KeyValue | InPlace, new: KeyValue) -> KeyValue:
 
 
 def generation_positions(attention_mask: Tensor) -> Tensor:
-    """(B, S) → positions (B, S): counted over what is not padding; padding sits at 1."""
+    """Count positions (B, S) of a mask (B, S) over real tokens; padding gets position 1."""
     return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
 
 
@@ -175,7 +175,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A LLaMA's layer; with cross-attention it is one of QLLaMA's that look at the image."""
+    """A LLaMA layer; with cross-attention, one of QLLaMA's that attend to the image."""
 
     def __init__(
         self, config: QLlamaConfig | LlamaConfig, vision_width: int = 0, *, has_cross: bool = False
@@ -224,7 +224,7 @@ class LlamaModel(nn.Module):
 
 
 class QLlama(nn.Module):
-    """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the cache."""
+    """The model from inputs_embeds (B, T, D) to final hidden states (B, T, D), and the cache."""
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -248,7 +248,7 @@ class QLlama(nn.Module):
         self.rope_cos, self.rope_sin = (t.to(self.model.norm.weight.device) for t in tables)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) → (B, T, D), in the dtype of the residual stream."""
+        """Embed (B, T) → (B, T, D), in the dtype of the residual stream."""
         tokens: Tensor = self.model.embed_tokens(input_ids)
         return tokens.to(self.model.norm.weight.dtype)
 
@@ -269,12 +269,12 @@ class QLlama(nn.Module):
         return self.model.norm(unrotated(x, self.model.unrotation)), presents
 
     def rope(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Cos and sin of ``positions`` (B, T), or of 0 … length − 1: (B|1, T, d/2) each."""
+        """Look up cos and sin of ``positions`` (B, T), or of 0 … length − 1: (B|1, T, d/2) each."""
         if positions is None:
             return self.rope_cos[None, :length], self.rope_sin[None, :length]
         return F.embedding(positions, self.rope_cos), F.embedding(positions, self.rope_sin)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, vocabulary)."""
+        """Compute logits: (B, T, D) → (B, T, vocabulary)."""
         out: Tensor = self.lm_head(hidden.to(self.lm_head.weight.dtype))
         return out

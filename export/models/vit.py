@@ -1,14 +1,14 @@
 """InternViT, the vision tower: a plain pre-norm transformer without a final norm.
 
 Notable features:
-- patch embedding by a strided convolution, a class token in front, learned positions on both
+- patch embedding by a strided convolution, a class token first, learned positions on both
 - RMSNorm (6B) or LayerNorm (300M) before attention and MLP
 - RMSNorm of queries and keys over the full width, all heads together
 - LayerScale on every branch, exact (erf) GELU, biases on proj, fc1 and fc2
 
-Parameter names are the published checkpoints'. Two dtypes may live in one tower: the linear
-layers compute in that of their weights, the residual stream keeps that of the position
-embedding, norms and LayerScale (see ``export.precision``). Source: internvl-spec section 1.
+Parameter names are the published checkpoints'. One tower may use two dtypes: the linear layers
+compute in that of their weights, the residual stream has that of the position embedding, norms
+and LayerScale (see ``graph.dtypes``). See docs/model.md, section 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from internvl_edge.export.models.attention import attention
 
 
 class RMSNorm(nn.Module):
-    """y = weight · x / √(mean(x²) + eps), statistics in float32."""
+    """The norm y = weight · x / √(mean(x²) + eps), with statistics in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -42,7 +42,8 @@ def _norm(config: VisionConfig) -> nn.Module:
 def resize_position_embedding(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resample learned positions (1, 1 + g², C) to a grid of (h, w): (1, 1 + h·w, C).
 
-    Bicubic in float32 without antialiasing, the class token's row untouched (spec section 1.3).
+    The resampling is bicubic in float32 without antialiasing; the class token's row is unchanged
+    (docs/model.md, section 1.5).
     """
     side = round((table.shape[1] - 1) ** 0.5)
     if (side, side) == grid:
@@ -70,7 +71,7 @@ class Embeddings(nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """softmax(q kᵀ / √d) v of (B, N, C) each; a module, so that its operands can be looked at."""
+    """The attention softmax(q kᵀ / √d) v, (B, N, C) each; a module so that hooks see operands."""
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[-1]
         qkv = self.qkv(x)  # (B, N, 3C)
-        # Slices, because a split exports to a sequence that TensorRT refuses.
+        # Slices, because a split is exported as a sequence, which TensorRT refuses.
         q, k, v = qkv[..., :width], qkv[..., width : 2 * width], qkv[..., 2 * width :]
         return self.proj(self.core(self.q_norm(q), self.k_norm(k), v))
 
@@ -147,7 +148,7 @@ class Encoder(nn.Module):
 
 
 class InternViT(nn.Module):
-    """pixel_values (B, 3, H, W) → last hidden state (B, N, C), N = 1 + (H/p)(W/p)."""
+    """The tower from pixel_values (B, 3, H, W) to hidden states (B, N, C), N = 1 + (H/p)(W/p)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class InternViT(nn.Module):
         return unrotated(x, self.unrotation)
 
     def hidden_states(self, pixel_values: Tensor) -> list[Tensor]:
-        """The embeddings and every block's output: num_hidden_layers + 1 of (B, N, C)."""
+        """Return the embeddings and every block's output: num_hidden_layers + 1 of (B, N, C)."""
         states: list[Tensor] = [self.embeddings(pixel_values)]
         for block in self.encoder.layers:
             states.append(block(states[-1]))
@@ -171,10 +172,10 @@ class InternViT(nn.Module):
 
 
 def unrotation(width: int, is_rotated: bool) -> nn.Parameter | None:
-    """The matrix (C, C) that takes a tower's residual stream back to the checkpoint's basis."""
+    """Make the matrix (C, C) that takes a tower's output back to the checkpoint's basis."""
     return nn.Parameter(torch.empty(width, width)) if is_rotated else None
 
 
 def unrotated(x: Tensor, matrix: Tensor | None) -> Tensor:
-    """The residual stream (B, T, C) in the checkpoint's basis."""
+    """Return the residual stream (B, T, C) in the checkpoint's basis."""
     return x if matrix is None else x @ matrix

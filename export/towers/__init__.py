@@ -1,5 +1,5 @@
-"""The towers taken apart, for calibration and comparison one block at a time.
+"""Towers as single blocks, so that calibration and comparison hold one block in memory at a time.
 
-blocks   the blocks of a tower, and what may be changed in them; start here
-streams  samples on their way through the blocks
+blocks   the blocks of a tower, and the places where a factor may be folded; start here
+streams  the samples, carried from block to block
 """

@@ -1,9 +1,9 @@
-"""The towers taken apart: one block in memory at a time, and what of it may be changed.
+"""Towers as single blocks: one block in memory at a time, and the sites where it may be changed.
 
-A block's linear layers read activations at a few sites. What is in front of a site (a norm's gain,
-the rows of another linear layer) can be changed to suit the formats of its readers, and the
-function stays what it was: ``sites_of`` says where. How samples flow through the blocks stands in
-``export.streams``.
+A block's linear layers read activations at a few sites. The operation that produces a site's
+activation (a norm's gain, the rows of another linear layer) can be changed to suit the format of
+its readers, in such a way that the block still computes the same function; ``sites_of`` lists the
+sites. ``streams`` carries samples through the blocks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, build_model, load_into
-from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.artifact.components import (
+    CHAT_PREFIX,
+    COMPONENTS,
+    LLAMA_PREFIX,
+    QUERIES_PREFIX,
+    VISION_PREFIX,
+)
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.load import build_model, load_into
+from internvl_edge.export.components import build_component, language_config
 from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,
     InternVLConfig,
@@ -28,22 +36,7 @@ from internvl_edge.export.models.vit import AttentionCore
 from internvl_edge.export.models.vit import Block as VisionBlock
 from internvl_edge.types import Array
 
-COMPONENT_STREAM = {
-    "vision": "image",
-    "chat_vision": "image",
-    "image_embed": "image",
-    "image_queries": "queries",
-    "text_embed": "text",
-    "matcher": "match",
-    "decoder": "caption",
-    "chat_decoder": "chat",
-}
-# Components that have a tower and are never quantized
-OTHER_TOWERS = {"chat_queries": "queries.qllama.model.layers"}
 OF_IMAGES = frozenset({"queries", "match", "caption", "chat"})  # streams that read vision tokens
-VISION_PREFIX, LLAMA_PREFIX = "vision_model.encoder.layers", "qllama.model.layers"
-CHAT_PREFIX = "language_model.model.layers"
-PREFIXES = (VISION_PREFIX, LLAMA_PREFIX, CHAT_PREFIX)
 
 # A norm's output is read by these linear layers alone, so a per-channel factor can move from the
 # norm's gain into their columns without changing the function.
@@ -54,8 +47,8 @@ LLAMA_NORMS = {
     "cross_attn.norm1": ("cross_attn.q_proj",),
     "cross_attn.norm2": ("cross_attn.k_proj", "cross_attn.v_proj"),
 }
-OFF_STREAM = ("cross_attn.norm2",)  # norms of what another tower left
-# Linear layers that write into the residual stream, and the LayerScale behind each.
+OFF_STREAM = ("cross_attn.norm2",)  # norms of another tower's output, not of the residual stream
+# Linear layers that write into the residual stream, and the LayerScale after each.
 VISION_WRITERS: dict[str, str | None] = {"attn.proj": "ls1", "mlp.fc2": "ls2"}
 LLAMA_WRITERS: dict[str, str | None] = dict.fromkeys(
     ("self_attn.o_proj", "cross_attn.o_proj", "mlp.down_proj")
@@ -64,22 +57,22 @@ LLAMA_WRITERS: dict[str, str | None] = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """An activation that linear layers read, and what in front of it can be changed to suit them.
+    """An activation that linear layers read, and the parameters before it that may be changed.
 
-    Names are relative to the block. Of ``norm`` and ``producer`` at most one is set.
+    Names are relative to the block. At most one of ``norm`` and ``producer`` is set.
     """
 
     readers: tuple[str, ...]  # linear layers; nothing else reads the activation
     norm: str | None = None  # it is this norm's output
     producer: str | None = None  # each channel is linear in one row of this linear layer's weight
-    first_row: int = 0  # of those rows
+    first_row: int = 0  # the first of those rows
     head_dim: int | None = None  # it is attention's output: channels of a head may be mixed
-    spread: str | None = None  # it may be multiplied by this parameter, a factor per channel,
-    shift: str | None = None  # and moved by this scalar one
+    spread: str | None = None  # a parameter that multiplies it, one factor per channel
+    shift: str | None = None  # a scalar parameter that is subtracted from it
 
 
 def sites_of(config: CheckpointConfig, block: str) -> tuple[Site, ...]:
-    """The sites of a block by its full name; those with producers first."""
+    """Return the sites of the block with this full name; those with producers first."""
     if block.startswith(VISION_PREFIX):
         vision = config.vision
         return (
@@ -89,24 +82,24 @@ def sites_of(config: CheckpointConfig, block: str) -> tuple[Site, ...]:
                 first_row=2 * vision.hidden_size,
                 head_dim=vision.head_dim,
             ),
-            _behind_gelu(vision),
+            _after_gelu(vision),
             *(Site(readers=readers, norm=norm) for norm, readers in VISION_NORMS.items()),
         )
     llama, has_cross = language_config(config), False
     assert llama is not None
     if config.internvl is not None:
         has_cross = int(block.rpartition(".")[2]) % config.internvl.cross_attention_frequency == 0
-    found = (
-        # the values of self-attention leave the graph as its cache: they stay what they are
+    sites = (
+        # the values of self-attention leave the graph as its cache, so they must not change
         Site(readers=("self_attn.o_proj",)),
         Site(readers=("cross_attn.o_proj",), producer="cross_attn.v_proj", head_dim=llama.head_dim),
         Site(readers=("mlp.down_proj",), producer="mlp.up_proj"),
         *(Site(readers=readers, norm=norm) for norm, readers in LLAMA_NORMS.items()),
     )
-    return tuple(site for site in found if has_cross or "cross" not in site.readers[0])
+    return tuple(site for site in sites if has_cross or "cross" not in site.readers[0])
 
 
-def _behind_gelu(vision: VisionConfig) -> Site:
+def _after_gelu(vision: VisionConfig) -> Site:
     if not vision.has_shift:
         return Site(readers=("mlp.fc2",))
     return Site(readers=("mlp.fc2",), spread="mlp.spread", shift="mlp.shift")
@@ -122,7 +115,7 @@ class Block:
     run: Callable[[Tensor, Context | None], Tensor]  # hidden states (B, T, C) → the same
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Its linear layers by full name, without the ``.weight``."""
+        """Return its linear layers by full name, without the ``.weight``."""
         return {
             f"{self.name}.{path}": module
             for path, module in self.module.named_modules()
@@ -130,7 +123,7 @@ class Block:
         }
 
     def attentions(self) -> dict[str, nn.Module]:
-        """The vision tower's attention by full name; of QLLaMA's layers none."""
+        """Return the vision tower's attention by full name; nothing for QLLaMA's layers."""
         return {
             f"{self.name}.{path}": module
             for path, module in self.module.named_modules()
@@ -140,17 +133,17 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What QLLaMA's layers look at besides a batch's hidden states."""
+    """The inputs of QLLaMA's layers besides a batch's hidden states."""
 
     mask: Tensor | None
     rope: tuple[Tensor, Tensor]
-    rows: Tensor | None = None  # (B, T), true where there is no padding; None: nowhere
+    rows: Tensor | None = None  # (B, T), true where there is no padding; None: no padding at all
     num_queries: int = 0
     vision: Sequence[Array] = ()  # the vision tower's output, by batch
-    index: int = 0  # of this batch's vision
+    index: int = 0  # of this batch in ``vision``
 
     def vision_states(self) -> Tensor | None:
-        """(B, N, C), brought into memory for as long as a block needs it; None for texts."""
+        """Read (B, N, C) into memory for as long as a block needs it; None for texts."""
         if not self.vision:
             return None
         states = torch.from_numpy(self.vision[self.index])
@@ -188,8 +181,8 @@ def llama_blocks(checkpoint: Checkpoint, start: int) -> Iterator[Block]:
         yield Block(name=name, module=layer.eval(), sites=sites, run=_run_layer(layer))
 
 
-def behind_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
-    """The vision tower's blocks behind a chat model's ``select_layer``, for QLLaMA's queries."""
+def remaining_vision_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
+    """Load the vision blocks after a chat model's ``select_layer``, which QLLaMA's queries need."""
     assert checkpoint.config.queries is not None and checkpoint.config.chat is not None
     for i in range(checkpoint.config.chat.num_blocks_behind):
         with torch.device("meta"):
@@ -199,18 +192,18 @@ def behind_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
 
 
 def query_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
-    """The layers of a chat model's QLLaMA."""
+    """Load the layers of a chat model's QLLaMA."""
     config = checkpoint.config.queries
     assert config is not None
     for i in range(config.qllama.num_hidden_layers):
         with torch.device("meta"):
             layer = _layer_of(config, i)
-        load_into(layer, checkpoint, f"{OTHER_TOWERS['chat_queries']}.{i}.", torch.float32)
+        load_into(layer, checkpoint, f"{QUERIES_PREFIX}.{i}.", torch.float32)
         yield layer.eval()
 
 
 def _layer(config: CheckpointConfig, index: int) -> Layer:
-    """A layer of the language model, as its index says."""
+    """Build the language model's layer of an index, with cross-attention where it has one."""
     if config.internvl is None:
         llama = language_config(config)
         assert llama is not None
@@ -236,7 +229,7 @@ def _run_layer(layer: Layer) -> Callable[[Tensor, Context | None], Tensor]:
 def component_of_one_block(
     checkpoint: Checkpoint, component: str, index: int
 ) -> tuple[nn.Module, Callable[[str], str]]:
-    """A component's reference with one block of its tower, the others left out, in float32.
+    """Build a component's PyTorch reference with a single block of its tower, in float32.
 
     Args:
         checkpoint: where the weights are.
@@ -244,37 +237,27 @@ def component_of_one_block(
         index: the block to keep.
 
     Returns:
-        The module, and the checkpoint's name of each of its parameters.
+        The module, and a function from its parameters' names to the checkpoint's.
     """
-    config, prefix = checkpoint.config, tower_of(component)
+    config, chosen = checkpoint.config, COMPONENTS[component]
     with torch.device("meta"):
         model = build_model(with_depth(config, 1, 1, 1))
-        if component in OTHER_TOWERS:
+        if chosen.tower == QUERIES_PREFIX:
             assert isinstance(model, Chat) and config.queries is not None
             model.queries.qllama.model.layers[0] = _layer_of(config.queries, index)
         if isinstance(model, InternVL):
             model.qllama.model.layers[0] = _layer(config, index)
-            if component != "decoder":
+            if not chosen.reads("qllama.lm_head.weight"):
                 model.qllama.lm_head = nn.Identity()  # type: ignore[assignment]
-    module = build_component(COMPONENTS[component], model)
+    module = build_component(chosen, model)
 
     def stored(name: str) -> str:
-        return name.replace(f"{prefix}.0.", f"{prefix}.{index}.")
+        return name.replace(f"{chosen.tower}.0.", f"{chosen.tower}.{index}.")
 
     load_into(module, checkpoint, "", torch.float32, stored)
     return module, stored
 
 
-def tower_of(component: str) -> str | None:
-    """Prefix of the blocks that a component runs through; None of none."""
-    if component in OTHER_TOWERS:
-        return OTHER_TOWERS[component]
-    stream = COMPONENT_STREAM.get(component)
-    if stream is None or stream == "image":
-        return stream and VISION_PREFIX
-    return CHAT_PREFIX if stream == "chat" else LLAMA_PREFIX
-
-
 def language_prefix(config: CheckpointConfig) -> str:
-    """Prefix of the language model's blocks."""
+    """Return the prefix of the language model's blocks."""
     return LLAMA_PREFIX if config.chat is None else CHAT_PREFIX

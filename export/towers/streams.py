@@ -1,22 +1,22 @@
-"""The samples of a calibration on their way through the towers, block by block.
+"""Calibration samples, carried through the towers block by block.
 
 Calibration needs the activations that enter every linear layer. Running the whole model would
-need all of its weights at once, so the activations of the calibration samples are carried from
-block to block instead: load block i, run what block i − 1 left, drop it.
+need all of its weights at once, so the hidden states of the calibration samples are carried from
+block to block instead: load block i, run it on the outputs of block i − 1, drop it.
 
-QLLaMA runs the same layers for several uses whose activations differ, so each use is a stream of
-its own with its own ranges:
+QLLaMA runs the same layers for several purposes whose activations differ, so each purpose is a
+stream with its own ranges:
 
     stream    what runs                              components
     image     ViT                                    vision, image_embed
     queries   queries looking at an image            image_queries
     text      causal text                            text_embed
     match     queries and text, all seeing all       matcher
-    caption   text behind the queries, causal        decoder
+    caption   text after the queries, causal         decoder
     chat      image tokens, then text, causal        chat_decoder, of InternVL-Chat's LLaMA
 
-What changes from block to block is a batch's hidden states; they lie in a spool, in memory or on
-disk. What a batch's blocks look at besides (masks, rotary tables, the image) is its context.
+A batch's hidden states change from block to block; they are kept in a spool, in memory or on disk.
+The other inputs of its blocks (masks, rotary tables, the image) are its context.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_into
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.load import load_into, read_torch
 from internvl_edge.export.config.checkpoint import InternVLConfig, with_depth
 from internvl_edge.export.models import Chat
 from internvl_edge.export.models.chat import Queries, require_llama
@@ -45,9 +46,9 @@ from internvl_edge.export.towers.blocks import (
     OF_IMAGES,
     Block,
     Context,
-    behind_blocks,
     llama_blocks,
     query_blocks,
+    remaining_vision_blocks,
     vision_blocks,
 )
 from internvl_edge.files.spool import Spool
@@ -56,7 +57,7 @@ from internvl_edge.types import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """What calibration runs on; batches of the sizes that memory allows."""
+    """The inputs that calibration runs on, in batches of the sizes that memory allows."""
 
     pixel_values: Sequence[Tensor] = ()  # (B, 3, H, W) each, normalised
     input_ids: Sequence[Tensor] = ()  # (B, T) each, as for text embedding
@@ -65,38 +66,39 @@ class Samples:
 
 
 @dataclass(slots=True)
-class Stream:
-    """One use of a tower on all samples."""
+class SampleStream:
+    """All samples of one stream, between two blocks."""
 
-    hidden: Spool  # (B, T, C) of each batch; replaced block by block by the calibrator
+    hidden: Spool  # (B, T, C) of each batch; the calibrator replaces it after each block
     contexts: list[Context | None]
 
 
 class Store(Protocol):
-    """Where hidden states lie between two blocks, and how many blocks an earlier run finished."""
+    """A place for hidden states between two blocks; knows the blocks an earlier run finished."""
 
     @property
     def num_done(self) -> int: ...
     def hidden(self, stream: str) -> Spool:
-        """A new spool for a stream's hidden states behind the block under way."""
+        """Make a spool for a stream's hidden states after the current block."""
         ...
 
     def restore(self, stream: str) -> Spool:
-        """The hidden states that the last finished block of the stream left."""
+        """Open the hidden states after the last finished block of the stream."""
         ...
 
     def scratch(self) -> Spool:
-        """A spool that leaves nothing behind."""
+        """Make a spool that is deleted when it is closed."""
         ...
 
 
 def calibration_blocks(
     checkpoint: Checkpoint, samples: Samples, streams: set[str], store: Store
-) -> Iterator[tuple[Block, dict[str, Stream]]]:
-    """Every block that the wanted streams run through and that is not done yet, in order.
+) -> Iterator[tuple[Block, dict[str, SampleStream]]]:
+    """Yield, in order, every unfinished block that the wanted streams run through.
 
     The consumer runs ``block.run`` on each batch of each stream, and replaces the stream's hidden
-    states by the results before it asks for the next block. Tower outputs flow on by themselves.
+    states by the results before it asks for the next block. The outputs of one tower are passed
+    to the next one here.
     """
     depth = 0
     image: Sequence[Array] = ()
@@ -113,17 +115,17 @@ def calibration_blocks(
 
 
 def _with(
-    streams: dict[str, Stream], blocks: Iterator[Block]
-) -> Iterator[tuple[Block, dict[str, Stream]]]:
-    """Each block with the streams; a loop would hold one while it loads the next."""
+    streams: dict[str, SampleStream], blocks: Iterator[Block]
+) -> Iterator[tuple[Block, dict[str, SampleStream]]]:
+    """Pair each block with the streams; a loop would hold one block while it loads the next."""
     return map(lambda block: (block, streams), blocks)  # noqa: C417 - see above
 
 
 @torch.inference_mode()
-def _images(checkpoint: Checkpoint, samples: Samples, store: Store) -> Stream:
+def _images(checkpoint: Checkpoint, samples: Samples, store: Store) -> SampleStream:
     contexts: list[Context | None] = [None] * len(samples.pixel_values)
     if store.num_done:
-        return Stream(hidden=store.restore("image"), contexts=contexts)
+        return SampleStream(hidden=store.restore("image"), contexts=contexts)
     with torch.device("meta"):
         one = replace(checkpoint.config.vision, num_hidden_layers=1)
         embeddings = InternViT(one).embeddings
@@ -131,17 +133,17 @@ def _images(checkpoint: Checkpoint, samples: Samples, store: Store) -> Stream:
     hidden = store.hidden("image")
     for pixels in samples.pixel_values:
         hidden.append(embeddings(pixels).numpy())
-    return Stream(hidden=hidden, contexts=contexts)
+    return SampleStream(hidden=hidden, contexts=contexts)
 
 
 @torch.inference_mode()
 def _unrotated(
     checkpoint: Checkpoint, hidden: Spool, streams: set[str], store: Store
 ) -> Sequence[Array]:
-    """What the vision tower left, as cross-attention looks at it."""
+    """Return the vision tower's output in the basis that cross-attention reads it in."""
     if not checkpoint.config.vision.is_rotated or not streams & OF_IMAGES:
         return hidden
-    matrix, states = checkpoint.read_torch("vision_model.unrotation"), store.scratch()
+    matrix, states = read_torch(checkpoint, "vision_model.unrotation"), store.scratch()
     for values in hidden:
         states.append(unrotated(torch.from_numpy(values), matrix).numpy())
     return states
@@ -156,11 +158,11 @@ def _llama_streams(
     store: Store,
     *,
     resumed: bool,
-) -> dict[str, Stream]:
+) -> dict[str, SampleStream]:
     config = checkpoint.config.internvl
     assert config is not None
     front = _llama_front(checkpoint, config)
-    queries = checkpoint.read_torch("query_tokens")
+    queries = read_torch(checkpoint, "query_tokens")
     batches: dict[str, Iterator[tuple[Tensor, Context]]] = {
         "queries": (_queries(front, queries, image, i) for i in range(len(image))),
         "text": (_text(front, ids) for ids in samples.input_ids),
@@ -178,8 +180,8 @@ def _llama_streams(
 
 def _started(
     batches: dict[str, Iterator[tuple[Tensor, Context]]], store: Store, *, resumed: bool
-) -> dict[str, Stream]:
-    """Streams in front of a tower, or behind the last finished block of it."""
+) -> dict[str, SampleStream]:
+    """Make the streams at the start of a tower, or after its last finished block."""
     current = {}
     for name in batches:
         hidden = store.restore(name) if resumed else store.hidden(name)
@@ -188,7 +190,7 @@ def _started(
             contexts.append(context)
             if not resumed:
                 hidden.append(x.numpy())
-        current[name] = Stream(hidden=hidden, contexts=contexts)
+        current[name] = SampleStream(hidden=hidden, contexts=contexts)
     return current
 
 
@@ -201,8 +203,8 @@ def _chat_streams(
     store: Store,
     *,
     resumed: bool,
-) -> dict[str, Stream]:
-    """A chat model's prompts: the tokens of an image, and a text behind them."""
+) -> dict[str, SampleStream]:
+    """Make the stream of a chat model's prompts: the tokens of an image, then a text."""
     with torch.device("meta"):
         front = Chat(with_depth(checkpoint.config, 1, 1, 1))
     front.vision_model = front.queries = nn.Identity()  # type: ignore[assignment]
@@ -229,13 +231,13 @@ def _chat_streams(
 def _query_states(
     checkpoint: Checkpoint, config: InternVLConfig, image: Sequence[Array]
 ) -> list[Tensor]:
-    """What a chat model's queries see of each batch (B, nq, D'), one block in memory at a time."""
+    """Run a chat model's queries on each batch (B, nq, D'), with one block in memory at a time."""
     with torch.device("meta"):
         front = Queries(config, num_blocks=0)
     front.qllama.model.layers = nn.ModuleList()
     load_into(front, checkpoint, "queries.", torch.float32)
     vision = [torch.from_numpy(np.array(states)) for states in image]
-    for block in behind_blocks(checkpoint):
+    for block in remaining_vision_blocks(checkpoint):
         vision = [block(x) for x in vision]
     count = config.num_query_token
     states = [front.query_tokens.expand(len(x), -1, -1) for x in vision]
@@ -248,7 +250,7 @@ def _query_states(
 
 
 def _llama_front(checkpoint: Checkpoint, config: InternVLConfig) -> QLlama:
-    """QLLaMA without its layers: the token embedding and the rotary tables."""
+    """Load QLLaMA without its layers: the token embedding and the rotary tables."""
     with torch.device("meta"):
         front = QLlama(config)
     front.model.layers, front.lm_head = nn.ModuleList(), nn.Identity()  # type: ignore[assignment]
@@ -290,7 +292,7 @@ def _match(
 def _caption(
     front: QLlama, queries: Tensor, image: Sequence[Array], index: int, ids: Tensor
 ) -> tuple[Tensor, Context]:
-    """As generation sees a prompt and its continuation; the decoder runs the text alone."""
+    """Build a prompt and its continuation with generation's mask; the decoder sees only text."""
     x, context = _match(front, queries, image, index, ids)
     assert context.rows is not None
     count = context.num_queries

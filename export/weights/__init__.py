@@ -1,5 +1,5 @@
 """Weights of a compiled directory.
 
-writer  safetensors files of our own, written in one pass; start here
-link    the checkpoint's own files, linked or copied
+writer  writes new safetensors files in one pass; start here
+link    links or copies the checkpoint's own files
 """

@@ -1,16 +1,17 @@
-"""The checkpoint's own shards in a compiled directory, without reading them where that can be.
+"""The checkpoint's own shards in a compiled directory, linked where possible instead of copied.
 
-Who reads external data wants regular files beside the graph or below it; a symbolic link out of
-the directory, as in a Hugging Face snapshot, is refused. That leaves
+Readers of external data require regular files in the graph's folder or below it; a symbolic link
+out of the directory, as in a Hugging Face snapshot, is refused. That leaves
 
-    reflink     a file of its own that shares its blocks until one of the two is written to
-                (btrfs, XFS): nothing is read, nothing is written twice
-    hard link   a second name of the same file: what edits one edits the other. ONNX Runtime and
-                TensorRT accept it; onnx.checker and onnx-ir refuse a file of two names
+    reflink     a separate file that shares its blocks until one of the two is written to
+                (btrfs, XFS): nothing is read or written twice
+    hard link   a second name of the same file: an edit of one is an edit of the other. ONNX
+                Runtime and TensorRT accept it; onnx.checker and onnx-ir refuse a file of two names
     copy        hashed while it is copied
 
-A linked shard is known by its size and the hash of its header. A Hugging Face cache names a large
-file after its sha256, which is then known too, without reading 12 GB; ``verify --full`` proves it.
+A linked shard is identified by its size and the hash of its header. A Hugging Face cache names a
+large file after its sha256, which is then known too, without reading 12 GB; ``verify --full``
+checks it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from internvl_edge.artifact.open import FileRecord, header_sha256
+from internvl_edge.artifact.open import FileRecord
+from internvl_edge.artifact.safetensors import header_sha256
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.weights.writer import StoredTensor
@@ -33,10 +35,10 @@ from internvl_edge.files.disk import EXHAUSTED, FULL, nearest_existing, open_reg
 
 Transfer = Literal["auto", "link", "copy"]
 How = Literal["reflink", "hard link", "copy"]
-Copied = Callable[[str, int, int], None]  # told a shard's name, its bytes copied so far, and all
+Copied = Callable[[str, int, int], None]  # called with a shard's name, bytes copied, bytes in all
 
 FICLONE = 0x40049409  # ioctl_ficlone(2)
-AUTO_COPY_NBYTES = 2_000_000_000  # up to here, a file of its own is worth its bytes
+AUTO_COPY_NBYTES = 2_000_000_000  # up to here, a separate file is worth the space
 CHUNK_NBYTES = 8 << 20
 WAYS: dict[Transfer, tuple[How, ...]] = {
     "auto": ("reflink", "hard link", "copy"),
@@ -47,7 +49,7 @@ WAYS: dict[Transfer, tuple[How, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Brought:
-    """A shard in the directory: how it came, and what the manifest says of it."""
+    """A shard in the directory: how it got there, and its record for the manifest."""
 
     how: How
     record: FileRecord
@@ -60,22 +62,22 @@ def bring_shards(
     transfer: Transfer,
     copied: Copied,
 ) -> tuple[dict[str, StoredTensor], dict[str, Brought]]:
-    """Put the shards that hold some tensors into ``directory``, under their own names.
+    """Link or copy the shards that hold the named tensors into ``directory``, under their names.
 
     Args:
-        checkpoint: whose shards.
+        checkpoint: the owner of the shards.
         names: the tensors, by canonical name.
-        directory: where to.
+        directory: the destination.
         transfer: ``auto`` reflinks, else copies up to 2 GB, else hard-links, else copies.
-        copied: told how far a copy is.
+        copied: called with the progress of a copy.
 
     Returns:
-        Canonical name → place, and file name → how it came.
+        Canonical name → location, and file name → how it got there.
 
     Raises:
         UsageError: ``link``, and a shard can be neither reflinked nor hard-linked.
-        CheckpointError: a shard is not what it was when the checkpoint was opened, or not what
-            the name of its blob says.
+        CheckpointError: a shard has changed since the checkpoint was opened, or does not match
+            the hash in its blob's name.
     """
     checkpoint.require_unchanged()
     entries = {name: checkpoint.tensors[name] for name in names}
@@ -97,11 +99,11 @@ def bring_shards(
 
 
 def way_of(shards: Sequence[Path], out: Path, transfer: Transfer) -> How:
-    """How shards would come into OUT: tried with the first of them beside it, and undone.
+    """Find out how shards would get into OUT, by linking the first next to it and undoing that.
 
     Args:
         shards: the files.
-        out: what will be published; it need not exist.
+        out: the directory to be published; it need not exist.
         transfer: as in ``bring_shards``.
 
     Raises:
@@ -110,7 +112,7 @@ def way_of(shards: Sequence[Path], out: Path, transfer: Transfer) -> How:
     """
     folder = nearest_existing(out.absolute().parent)
     source, why = shards[0].resolve(strict=True), ""
-    # the name of what a run leaves that dies: the next one removes it
+    # named like the remains of a killed run, which the next run removes
     with os_errors(out), TemporaryDirectory(".partial", f".{out.name}.", folder) as place:
         for how in _ways(shards, transfer):
             if how == "copy":
@@ -138,13 +140,13 @@ def _link(how: How, source: Path, target: Path) -> None:
 
 def _unlinked(shard: Path, folder: Path, why: str) -> UsageError:
     return UsageError(
-        f"{shard} can be neither reflinked nor hard-linked into {folder}: {why}; both must "
-        "be on one file system, and the file yours or writable; or use --weights copy"
+        f"{shard} can be neither reflinked nor hard-linked into {folder}: {why}; both must be on "
+        "one file system, and you must own the file or be able to write it; or use --weights copy"
     )
 
 
 def _bring(shard: Path, target: Path, ways: tuple[How, ...], copied: Copied) -> Brought:
-    """Try one way after the other; a copy is the last that there is."""
+    """Try one way after the other; if there is a copy, it comes last."""
     source = shard.resolve(strict=True)  # a cache snapshot is a link to a blob
     known = source.name if re.fullmatch("[0-9a-f]{64}", source.name) else None
     why = ""
@@ -187,10 +189,10 @@ def _copy(source: Path, target: Path, known: str | None, copied: Copied) -> File
             writer.write(chunk)
             done += len(chunk)
     copied(target.name, done, total)
-    found = digest.hexdigest()
-    if known not in (None, found):
+    sha256 = digest.hexdigest()
+    if known not in (None, sha256):
         raise CheckpointError(
-            f"{source}: a blob is named after its sha256, it has {found}: the file is damaged; "
-            "download it again"
+            f"{source}: expected a file with the sha256 that it is named after, found {sha256}: "
+            "the file is damaged; download it again"
         )
-    return FileRecord(nbytes=done, sha256=found)
+    return FileRecord(nbytes=done, sha256=sha256)

@@ -1,18 +1,18 @@
 """Weights of a compiled directory: safetensors files that every component's graph points into.
 
 An ONNX initializer stored outside its graph is (file, offset, length). A safetensors file is a
-header and the tensors' bytes one after the other, so its tensors can be pointed at as they lie:
-all components of a directory share one weights file, whatever tensors they have in common is
-stored once, and ordinary tools can read it.
+header and the tensors' bytes one after the other, so graphs can refer to its tensors in place:
+all components of a directory share one weights file, tensors that they have in common are stored
+once, and ordinary tools can read it.
 
 Two ways to get there:
-    bring   the checkpoint's own shards, linked or copied (``bring``)
-    write   a new file in the dtypes the graphs ask for, streamed tensor by tensor
+    link    the checkpoint's own shards, linked or copied (``link``)
+    write   a new file in the dtypes that the graphs need, streamed tensor by tensor
 
 Offsets are known before the first byte of data is written, since shapes and dtypes are; tensors
 may therefore be written in any order, as a quantizer produces them. The format allows no holes:
-where offsets are to be multiples of more than the item size, tensors of zeros named
-``__padding__.N`` lie between; nothing of ours reads them.
+where offsets must be multiples of more than the item size, tensors of zeros named
+``__padding__.N`` fill the gaps; nothing reads them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from internvl_edge.export.checkpoint.shards import DTYPES
 from internvl_edge.types import Array
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# The header is padded so that the data begins at a page: offsets then keep a tensor's alignment.
+# The header is padded so that the data begins at a page: aligned offsets are aligned in memory.
 DATA_ALIGNMENT = 4096
 PADDING = "__padding__"
 Layout = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]  # name → dtype and shape
@@ -41,7 +41,7 @@ Layout = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]  # name → dtype a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor of a compiled directory lies."""
+    """The location of a tensor in a compiled directory."""
 
     location: str  # file name inside the directory
     offset: int
@@ -55,14 +55,14 @@ class WeightsWriter:
 
     Args:
         path: the file.
-        tensors: all that will be written.
-        align: a power of two that every tensor's offset in the file is to be a multiple of;
-            None: of its item size.
+        tensors: all tensors that will be written.
+        align: a power of two; every tensor's offset in the file is a multiple of it. None: a
+            multiple of its item size.
         done: names that an earlier writer of the same tensors has written to ``path``, which may
-            then exist; None: it must not.
+            then exist; None: it must not exist.
 
     Raises:
-        InternVLError: of what is done, the file is not there, or shorter.
+        InternVLError: some tensors are done, but the file is absent or has another size.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class WeightsWriter:
         if done and (not path.is_file() or path.stat().st_size != size):
             raise InternVLError(
                 f"{path}: expected {size} bytes, some of which an earlier run has written; remove "
-                f"{path.parent}, to begin anew"
+                f"{path.parent} to start again"
             )
         exclusive = os.O_EXCL if done is None else 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | exclusive | os.O_CLOEXEC, 0o644)
@@ -88,7 +88,7 @@ class WeightsWriter:
 
     @property
     def pending(self) -> list[str]:
-        """Names announced and not yet written, in file order."""
+        """The names not yet written, in file order."""
         return [name for name in self.stored if name in self._pending]
 
     def write(self, name: str, values: Array) -> None:
@@ -96,20 +96,23 @@ class WeightsWriter:
         place = self.stored[name]
         if values.dtype != place.dtype or values.shape != place.shape or name not in self._pending:
             raise InternVLError(
-                f"tensor {name!r}: announced {place.dtype}{place.shape}, "
-                f"given {values.dtype}{values.shape}, or given twice"
+                f"tensor {name!r}: expected {place.dtype}{place.shape} once, "
+                f"found {values.dtype}{values.shape}, or written twice"
             )
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         _pwrite(self._descriptor, data.data, place.offset)
         self._pending.discard(name)
 
     def write_part(self, name: str, start: int, values: Array) -> None:
-        """Write some elements of a tensor, flat from ``start`` on; the last part comes last."""
+        """Write some elements of a flattened tensor from ``start`` on; the end must come last."""
         place = self.stored[name]
         itemsize = place.dtype.itemsize
         end = (start + values.size) * itemsize
         if values.dtype != place.dtype or end > place.nbytes:
-            raise InternVLError(f"tensor {name!r}: a part of {values.dtype} up to byte {end}")
+            raise InternVLError(
+                f"tensor {name!r}: expected {place.dtype} up to byte {place.nbytes}, found a part "
+                f"in {values.dtype} up to byte {end}"
+            )
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         _pwrite(self._descriptor, data.data, place.offset + start * itemsize)
         if end == place.nbytes:
@@ -122,7 +125,10 @@ class WeightsWriter:
     def close(self) -> None:
         """Finish the file; every announced tensor must have been written."""
         if self._pending:
-            raise InternVLError(f"{self.path}: never written: {sorted(self._pending)[:5]}")
+            raise InternVLError(
+                f"{self.path}: expected every tensor to be written, never written: "
+                f"{sorted(self._pending)[:5]}"
+            )
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = -1
@@ -145,7 +151,7 @@ class WeightsWriter:
 def _layout(
     location: str, tensors: Layout, align: int
 ) -> tuple[bytes, dict[str, StoredTensor], int]:
-    """The header's bytes, where each tensor will lie, and the size of the file."""
+    """Lay out the file: the header's bytes, each tensor's location, and the file's size."""
     # wide types first, so that every tensor is aligned to its own item size
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     header: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """Calibration: from pictures and captions to scales and quantized weights.
 
+block        calibrates and quantizes one block; start here
+activations  observes the inputs of a block's linear layers
+ranges       chooses the scale of an activation from these observations
+attention    observes the operands of FP8 attention
 images       the calibration sets
-activations  what enters the linear layers of a block
-ranges       from what was seen to a scale
-block        one block calibrated and quantized; start here
-attention    the products inside FP8 attention
 """

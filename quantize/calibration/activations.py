@@ -1,8 +1,9 @@
-"""What enters the linear layers of a block, seen while the block runs.
+"""The inputs of a block's linear layers, observed while the block runs.
 
-Linear layers that read one activation are a group: they share its range, and what is folded into
-their columns. Where nothing will change the activation, it goes straight into its observer. Where
-smoothing or a rotation will, which is known only when the block has run, it is spooled.
+Linear layers that read one activation are a group: they share its range, and the factors that are
+folded into their columns. An activation that nothing will change goes straight into its observer.
+One that smoothing or a rotation will change is spooled, since the change is known only after the
+block has run.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
 from internvl_edge.errors import CalibrationError
+from internvl_edge.export.towers.blocks import Block, Site
 from internvl_edge.files.spool import Spool
 from internvl_edge.quantize.numerics import output_error
 from internvl_edge.quantize.numerics.gptq import add_rows
@@ -27,54 +28,11 @@ from internvl_edge.types import Array
 NewSpool = Callable[[], Spool]
 
 
-class Site(Protocol):
-    """What calibration needs of a site; see ``export.blocks.Site``."""
-
-    @property
-    def readers(self) -> tuple[str, ...]: ...
-    @property
-    def norm(self) -> str | None: ...
-    @property
-    def producer(self) -> str | None: ...
-    @property
-    def first_row(self) -> int: ...
-    @property
-    def head_dim(self) -> int | None: ...
-    @property
-    def spread(self) -> str | None: ...
-    @property
-    def shift(self) -> str | None: ...
-
-
-class Block(Protocol):
-    """What calibration needs of a block; see ``export.blocks.Block``."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def sites(self) -> Sequence[Site]: ...
-    @property
-    def run(self) -> Callable[[Tensor, Any], Tensor]: ...
-    def linears(self) -> dict[str, nn.Linear]: ...
-    def attentions(self) -> dict[str, nn.Module]: ...
-
-
-class Stream(Protocol):
-    """What calibration needs of one use of a block; see ``export.streams.Stream``."""
-
-    hidden: Spool
-
-    @property
-    def contexts(self) -> Sequence[Any]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Quantized linear layers that read one activation, by full name."""
+    """Quantized linear layers that read one activation."""
 
-    readers: tuple[str, ...]
+    readers: tuple[str, ...]  # full names of the layers
     site: Site | None = None
     is_folded: bool = False  # whether factors can move between the site and its readers
 
@@ -85,15 +43,16 @@ class Group:
 
 @dataclass(slots=True)
 class Inputs:
-    """What one stream brought to one group."""
+    """The input of one group in one stream, as observed."""
 
     observer: RangeObserver
-    kept: Spool | None
+    kept: Spool | None  # the activations, where they change after the block has run
     sample: output_error.RowSample = field(default_factory=output_error.RowSample)
-    peaks: Array | None = None  # largest |x| of each channel
-    low: float = np.inf
+    peaks: Array | None = None  # largest |x| of each channel, where they are kept
+    low: float = np.inf  # the smallest value, where they are not kept
 
     def take(self, values: Array) -> None:
+        """Observe or keep further activations (rows, channels)."""
         self.sample.update(values)
         if self.kept is None:
             self.observer.update(values)
@@ -105,7 +64,7 @@ class Inputs:
 
 
 def groups_of(block: Block, linears: Mapping[str, nn.Linear]) -> list[Group]:
-    """Every quantized linear layer, with the others that read the same where all are quantized."""
+    """Group quantized linear layers by site; each is alone where a reader is not quantized."""
     groups, alone = [], dict.fromkeys(linears)
     for site in block.sites:
         readers = tuple(f"{block.name}.{reader}" for reader in site.readers)
@@ -128,35 +87,35 @@ def watching(
     products: dict[str, Array],
     new_spool: NewSpool,
 ) -> Iterator[Callable[[Tensor | None], None]]:
-    """Look at the input of every quantized linear layer while the block runs.
+    """Observe the input of every quantized linear layer while the block runs.
 
     Args:
         linears: the layers, by full name.
-        groups: of the layers.
+        groups: the groups of these layers.
         recipe: decides what is kept of an input.
-        seen: what this stream brings to each group, by its key.
-        products: Xᵀ X of each group's input over all streams, where weights are rounded by it.
-        new_spool: a spool for inputs that are kept.
+        seen: the inputs of each group in this stream, by the group's key; filled here.
+        products: Xᵀ X of each group's input over all streams, for GPTQ; added to here.
+        new_spool: makes a spool for inputs that are kept.
 
     Yields:
-        A function that says which rows (B, T) of the next run are not padding; None: all.
+        A function to tell, before each run, which rows (B, T) are not padding; None: all.
     """
     rows: Tensor | None = None
 
-    def look_at(wanted: Tensor | None) -> None:
+    def look_at(unpadded: Tensor | None) -> None:
         nonlocal rows
-        rows = wanted
+        rows = unpadded
 
     def watch(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().float()
-            # cross-attention looks at other sequences, which have no padding
+            # cross-attention reads other sequences too, which have no padding
             is_masked = rows is not None and x.shape[:2] == rows.shape
             values = (x[rows] if is_masked else x.reshape(-1, x.shape[-1])).numpy()
             if not np.isfinite(values).all():
                 raise CalibrationError(
                     f"{group.key}: calibration met NaN or infinity in its input; is the "
-                    "checkpoint sound, and are the images those that it was trained for?"
+                    "checkpoint sound, and are the images of the kind it was trained on?"
                 )
             if group.key not in seen:
                 is_kept = not recipe.is_weight_only and is_changed(group, recipe)
@@ -181,13 +140,13 @@ def watching(
 
 
 def is_changed(group: Group, recipe: Recipe) -> bool:
-    """Whether what the observers should see is known only when the block has run."""
+    """Tell whether the group's activation will change once the block has run."""
     return group.is_folded and (
         recipe.smooth is not None or head_rotation(group, recipe) is not None
     )
 
 
 def head_rotation(group: Group, recipe: Recipe) -> Rotation | None:
-    """The rotation of each head of an activation; None of what is not attention's output."""
+    """Return the rotation of each head of an activation; None if it is not attention's output."""
     width = None if group.site is None else group.site.head_dim
     return rotation(width, recipe.rotation_seed) if recipe.rotate and width else None

@@ -1,4 +1,4 @@
-"""FP8 attention: the pairs that let both products of attention run in E4M3.
+"""FP8 attention: the Q/DQ pairs that let both products of attention run in E4M3.
 
     p = softmax(q kᵀ / √d)        o = p v
 
@@ -10,11 +10,11 @@ softmax, so the graph computes (q / √d) kᵀ with the query scaled before it i
     kᵀ ────→ Q/DQ ─┘                        MatMul → o
                                  v → Q/DQ ──┘
 
-q and k are taken behind their norms, which span all heads. The scales of q / √d, k and v come from
-calibration; p lies in [0, 1], and its scale is 1/448, the whole range of E4M3. The vendor's rules
-ask for just this. INT8 has no such kernel at the head size of InternViT-6B, 128.
+q and k are observed after their norms, which span all heads. The scales of q / √d, k and v come
+from calibration; p lies in [0, 1], and its scale is 1/448, which uses the whole range of E4M3. The
+vendor's rules ask for exactly this. INT8 has no such kernel at the head size of InternViT-6B, 128.
 
-Off by default (``Recipe.attention``): what it costs in accuracy is measured, what it gains is not.
+Off by default (``Recipe.attention``): its cost in accuracy is measured, its gain in speed is not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SOFTMAX_SCALE = float(np.float32(1.0 / 448.0))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionScales:
-    """The scales of attention's operands, each of a whole tensor."""
+    """The scales of attention's operands, one per tensor."""
 
     query: float  # of q / √d
     key: float
@@ -44,29 +44,29 @@ class AttentionScales:
 
 
 def scales_by_attention(scales: Mapping[str, float | None]) -> dict[str, AttentionScales]:
-    """The scales of every attention among a stream's activation scales, by its module's name."""
+    """Collect the scales of each attention from a stream's activation scales, by module name."""
     ending = f".{OPERANDS[0]}"
-    found = {}
+    attentions = {}
     for name in (key.removesuffix(ending) for key in scales if key.endswith(ending)):
         operands = {operand: scales[f"{name}.{operand}"] for operand in OPERANDS}
         known = {operand: scale for operand, scale in operands.items() if scale is not None}
         if len(known) == len(OPERANDS):
-            found[name] = AttentionScales(**known)
-    return found
+            attentions[name] = AttentionScales(**known)
+    return attentions
 
 
 @contextmanager
 def watching_attention(
     attentions: Mapping[str, nn.Module],
 ) -> Iterator[dict[str, RangeObserver]]:
-    """Look at the operands of attention while a block runs.
+    """Observe the operands of attention while a block runs.
 
     Args:
         attentions: modules that are called with (query, key, value), each (B, T, heads·d), and
-            know their ``num_heads``; by full name.
+            have ``num_heads``; by full name.
 
     Yields:
-        An observer for each operand seen, by ``name.query`` and so on.
+        An observer for each operand seen, under ``name.query`` and so on.
     """
     observers: dict[str, RangeObserver] = {}
 
@@ -86,5 +86,5 @@ def watching_attention(
 
 
 def scaled(query: Tensor, module: Any) -> Tensor:
-    """Q / √d of (B, T, heads·d)."""
+    """Divide q (B, T, heads·d) by √d."""
     return query / math.sqrt(query.shape[-1] // module.num_heads)

@@ -1,24 +1,25 @@
 """Calibrate and quantize one block: ranges from its activations, 8-bit weights, folded factors.
 
-The block is run once on what the previous block left. While it runs, every activation that enters
-a linear layer is seen. What can be done about it depends on what made it (``Site``):
+The block is run once on the previous block's outputs. While it runs, every activation that enters
+a linear layer is observed. How it can be made easier to quantize depends on what produces it
+(``Site``):
 
-    behind a norm               SmoothQuant's factors s move from the gain into the readers' columns
+    a norm's output             SmoothQuant's factors s move from the gain into the readers' columns
     attention's output          s and a rotation of each head, from v's rows into the projection's
                                 columns: attention only mixes rows of v, so both pass through it
     gate · up                   s, from up's rows into down's columns
-    behind GELU                 a shift that makes its range symmetric; its sum with the weights
+    GELU's output               a shift that makes its range symmetric; its product with the weights
                                 goes into the bias. Factors for outlier channels, where they pay
 
-The first three are spooled, since s is solved from maxima over all samples, and observed as x / s,
-rotated. The others go straight into their observers. Then the range is chosen, each weight is
-quantized per output channel and stored (K, N), as ``qdq`` needs it, and the mean error that the
-rounding of x and W leaves in the output is taken out of the bias.
+The first three are spooled, because s is computed from maxima over all samples; they are then
+observed as x / s, rotated. The others go straight into their observers. Then the range is chosen,
+each weight is quantized per output channel and stored (K, N), as ``qdq`` needs it, and the mean
+error that rounding x and W leaves in the output is subtracted from the bias.
 
 A layer that runs in several streams (texts, image queries, pairs) has one set of weights and one
-smoothing, made from all of them, and one activation range per stream.
+set of smoothing factors, computed from all of them, and one activation range per stream.
 
-In memory are this block's weights, which are changed in place, and whatever of the activations
+Memory holds this block's weights, which are changed in place, and as many of the activations as
 the spools' budget allows; where weights are rounded by ``gptq``, also K × K products for each
 activation with K channels.
 """
@@ -33,20 +34,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from internvl_edge.export.towers.blocks import Block
+from internvl_edge.export.towers.streams import SampleStream
 from internvl_edge.files.spool import Spool
 from internvl_edge.quantize.calibration.activations import (
-    Block,
     Group,
     Inputs,
     NewSpool,
-    Stream,
     groups_of,
     head_rotation,
     is_changed,
     watching,
 )
 from internvl_edge.quantize.calibration.attention import watching_attention
-from internvl_edge.quantize.calibration.ranges import Settled, Use, corrected_bias, settle
+from internvl_edge.quantize.calibration.ranges import (
+    Activation,
+    ChosenRange,
+    choose_range,
+    corrected_bias,
+)
 from internvl_edge.quantize.numerics import formats, int4, output_error, smooth
 from internvl_edge.quantize.numerics.gptq import Factor, change_rows
 from internvl_edge.quantize.numerics.observers import RangeMethod
@@ -57,24 +63,24 @@ from internvl_edge.quantize.numerics.weights import QuantizedWeight, quantize_we
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.types import Array
 
-THREADS = 2  # that hold copies of activations or weights
-SMOOTHING_SUFFIX = ".smoothing"  # of the factors in the columns of a site's readers
+THREADS = 2  # each holds copies of activations or weights
+SMOOTHING_SUFFIX = ".smoothing"  # of the name of the factors in the columns of a site's readers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedBlock:
-    """What a block leaves behind: everything by full parameter name."""
+    """The results of calibrating a block, by full parameter name."""
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    # changed norm gains, biases and shifts; the factors of each site beside its first reader
+    # changed norm gains, biases and shifts; the factors of each site under its first reader's name
     folded: dict[str, Array] = field(default_factory=dict)
-    # stream → weight → scale; None: the activation stays as it is
+    # stream → weight → scale; None: the activation is not quantized
     activations: dict[str, dict[str, float | None]] = field(default_factory=dict)
     statistics: list[LayerStatistics] = field(default_factory=list)
 
 
 def is_quantized(recipe: Recipe, name: str, in_features: int, out_features: int) -> bool:
-    """Whether a recipe puts the linear layer called ``name`` into 8 or 4 bits."""
+    """Tell whether a recipe quantizes the linear layer called ``name``."""
     recipe = recipe.of(name)
     wide = min(in_features, out_features) >= recipe.min_features
     return wide and not recipe.excludes(name)
@@ -83,22 +89,22 @@ def is_quantized(recipe: Recipe, name: str, in_features: int, out_features: int)
 @torch.inference_mode()
 def calibrate_block(
     block: Block,
-    streams: Mapping[str, Stream],
+    streams: Mapping[str, SampleStream],
     recipe: Recipe,
-    behind: Callable[[str], Spool],
+    new_hidden: Callable[[str], Spool],
     new_spool: NewSpool,
 ) -> CalibratedBlock:
     """Run a block on every stream, replace the hidden states by its outputs, quantize its weights.
 
     Args:
-        block: its weights are folded in place; it is of no use afterwards.
-        streams: the uses of the block.
+        block: its weights are folded in place; it cannot be used afterwards.
+        streams: the samples of each stream that runs through the block, by name.
         recipe: what to quantize, and how.
-        behind: a spool for the hidden states of a stream behind the block.
-        new_spool: a spool for what is kept while the block runs.
+        new_hidden: makes a spool for a stream's hidden states after the block.
+        new_spool: makes a spool for what is kept while the block runs.
 
     Raises:
-        CalibrationError: an activation or weight is not finite, by name.
+        CalibrationError: an activation or weight is not finite; names it.
     """
     recipe = recipe.of(block.name)
     linears = {
@@ -109,47 +115,53 @@ def calibrate_block(
     groups = groups_of(block, linears)
     products: dict[str, Array] = {}
     result = CalibratedBlock(activations={stream: {} for stream in streams})
-    seen = _run(block, streams, linears, groups, recipe, behind, new_spool, products, result)
+    seen = _run(block, streams, linears, groups, recipe, new_hidden, new_spool, products, result)
     weights = {name: linear.weight.detach().numpy() for name, linear in linears.items()}
-    uses: list[Use] = []
-    for group in groups:  # in order: what one folds, another reads
-        inputs = {stream: found[group.key] for stream, found in seen.items() if group.key in found}
+    activations: list[Activation] = []
+    for group in groups:  # in order: a group's fold changes weights that the next ones read
+        inputs = {
+            stream: by_group[group.key]
+            for stream, by_group in seen.items()
+            if group.key in by_group
+        }
         change = _fold(block, group, weights, inputs, recipe, result)
         is_only = len(inputs) == 1
-        uses += [Use(group, stream, one, change, is_only) for stream, one in inputs.items()]
-    settled: list[Settled] = []
+        activations += [
+            Activation(group, stream, one, change, is_only) for stream, one in inputs.items()
+        ]
+    ranges: list[ChosenRange] = []
     if not recipe.is_weight_only:
-        settled += each(lambda use: settle(use, weights, recipe), uses, THREADS)
-    corrections = {
-        reader: found
-        for use, found in zip(uses, settled, strict=False)
-        for reader in use.group.readers
-        if use.is_only
+        ranges += each(lambda one: choose_range(one, weights, recipe), activations, THREADS)
+    only_ranges = {
+        reader: chosen
+        for activation, chosen in zip(activations, ranges, strict=False)
+        for reader in activation.group.readers
+        if activation.is_only
     }
-    _fold_products(products, uses, corrections, recipe)
+    _fold_products(products, activations, only_ranges, recipe)
     _round(groups, weights, products, recipe, result)
-    _correct_biases(linears, corrections, recipe, result)
-    scales: list[float | None] = [found.scale for found in settled]
-    for use, scale in zip(uses, scales or [None] * len(uses), strict=True):
-        names = (f"{reader}.weight" for reader in use.group.readers)
-        result.activations[use.stream] |= dict.fromkeys(names, scale)
-    _store_shifts(block, groups, corrections, result)
-    result.statistics.extend(_statistics(uses, settled, result.weights, recipe))
+    _correct_biases(linears, only_ranges, recipe, result)
+    scales: list[float | None] = [chosen.scale for chosen in ranges]
+    for activation, scale in zip(activations, scales or [None] * len(activations), strict=True):
+        names = (f"{reader}.weight" for reader in activation.group.readers)
+        result.activations[activation.stream] |= dict.fromkeys(names, scale)
+    _store_shifts(block, groups, only_ranges, result)
+    result.statistics.extend(_statistics(activations, ranges, result.weights, recipe))
     return result
 
 
 def _run(
     block: Block,
-    streams: Mapping[str, Stream],
+    streams: Mapping[str, SampleStream],
     linears: Mapping[str, nn.Linear],
     groups: Sequence[Group],
     recipe: Recipe,
-    behind: Callable[[str], Spool],
+    new_hidden: Callable[[str], Spool],
     new_spool: NewSpool,
     products: dict[str, Array],
     result: CalibratedBlock,
 ) -> dict[str, dict[str, Inputs]]:
-    """Run the block on every stream; what its linear layers read, and the ranges of attention."""
+    """Run the block on every stream; return its linear layers' inputs by stream and group."""
     attentions = {
         name: module
         for name, module in block.attentions().items()
@@ -158,7 +170,7 @@ def _run(
     method: RangeMethod = "mse" if recipe.range_method == "auto" else recipe.range_method
     seen: dict[str, dict[str, Inputs]] = {name: {} for name in streams}
     for name, stream in streams.items():
-        outputs = behind(name)
+        outputs = new_hidden(name)
         with (
             watching(linears, groups, recipe, seen[name], products, new_spool) as look_at,
             watching_attention(attentions) as operands,
@@ -176,20 +188,20 @@ def _run(
 
 
 def _statistics(
-    uses: Sequence[Use],
-    settled: Sequence[Settled],
+    activations: Sequence[Activation],
+    ranges: Sequence[ChosenRange],
     weights: Mapping[str, QuantizedWeight],
     recipe: Recipe,
 ) -> Iterator[LayerStatistics]:
-    for use, found in zip(uses, settled, strict=False):
-        for name in use.group.readers:
+    for activation, chosen in zip(activations, ranges, strict=False):
+        for name in activation.group.readers:
             yield LayerStatistics(
-                stream=use.stream,
+                stream=activation.stream,
                 weight=f"{name}.weight",
-                absmax=found.absmax,
-                clip=found.scale * formats.as_format(recipe.weights).max_value,
-                scale=found.scale,
-                input_sqnr_db=found.sqnr_db,
+                absmax=chosen.absmax,
+                clip=chosen.scale * formats.as_format(recipe.weights).max_value,
+                scale=chosen.scale,
+                input_sqnr_db=chosen.sqnr_db,
                 weight_sqnr_db=weights[f"{name}.weight"].sqnr_db,
             )
 
@@ -202,10 +214,10 @@ def _fold(
     recipe: Recipe,
     result: CalibratedBlock,
 ) -> Callable[[Array], Array]:
-    """Move factors, and a rotation of each head, from what makes an activation into its readers.
+    """Move factors, and a rotation of each head, between an activation's producer and readers.
 
     Returns:
-        What becomes of the activation's rows.
+        The map that this applies to the activation's rows.
     """
     site = group.site
     if site is None or not inputs or not is_changed(group, recipe):
@@ -261,16 +273,16 @@ def _factors(
 
 def _fold_products(
     products: Mapping[str, Array],
-    uses: Sequence[Use],
-    settled: Mapping[str, Settled],
+    activations: Sequence[Activation],
+    ranges: Mapping[str, ChosenRange],
     recipe: Recipe,
 ) -> None:
-    """Make Xᵀ X that of each activation as its readers will see it."""
-    changes = {use.group.key: use.change for use in uses if is_changed(use.group, recipe)}
+    """Apply to each Xᵀ X what was folded into its activation, as the readers will see it."""
+    changes = {one.group.key: one.change for one in activations if is_changed(one.group, recipe)}
     for key, h in products.items():
         if key in changes:
             change_rows(h, changes[key])
-        spread = settled[key].spread if key in settled else None
+        spread = ranges[key].spread if key in ranges else None
         if spread is not None:
             change_rows(h, partial(np.multiply, spread))
 
@@ -282,7 +294,7 @@ def _round(
     recipe: Recipe,
     result: CalibratedBlock,
 ) -> None:
-    """Quantize every weight; with GPTQ group by group, so that one factor is there at a time."""
+    """Quantize every weight; with GPTQ group by group, so that memory holds one factor."""
 
     def rounded(names: Sequence[str], factor: Factor | None) -> dict[str, QuantizedWeight]:
         done = each(
@@ -290,18 +302,18 @@ def _round(
         )
         return dict(zip(names, done, strict=True))
 
-    found: dict[str, QuantizedWeight] = {}
+    quantized: dict[str, QuantizedWeight] = {}
     if recipe.rounding == "nearest":
-        found = rounded(sorted(weights, key=lambda name: -weights[name].size), None)
+        quantized = rounded(sorted(weights, key=lambda name: -weights[name].size), None)
     else:
         for group in groups:
-            h = products.pop(group.key, None)  # None: no stream came here
-            found |= rounded(group.readers, None if h is None else Factor(h, group.key))
-    result.weights.update((f"{name}.weight", found[name]) for name in weights)
+            h = products.pop(group.key, None)  # None: no stream runs through this group
+            quantized |= rounded(group.readers, None if h is None else Factor(h, group.key))
+    result.weights.update((f"{name}.weight", quantized[name]) for name in weights)
 
 
 def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:
-    """Weight and bias of a submodule."""
+    """Return weight and bias of a submodule."""
     module = block.module.get_submodule(path)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
@@ -310,15 +322,15 @@ def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:
 
 def _correct_biases(
     linears: Mapping[str, nn.Linear],
-    settled: Mapping[str, Settled],
+    ranges: Mapping[str, ChosenRange],
     recipe: Recipe,
     result: CalibratedBlock,
 ) -> None:
     def corrected(name: str) -> Array | None:
         weight = result.weights[f"{name}.weight"]
-        return corrected_bias(linears[name], settled[name], weight, recipe)
+        return corrected_bias(linears[name], ranges[name], weight, recipe)
 
-    for name, bias in zip(settled, each(corrected, [*settled]), strict=True):
+    for name, bias in zip(ranges, each(corrected, [*ranges]), strict=True):
         if bias is not None:
             result.folded[f"{name}.bias"] = bias
 
@@ -326,13 +338,13 @@ def _correct_biases(
 def _store_shifts(
     block: Block,
     groups: Sequence[Group],
-    settled: Mapping[str, Settled],
+    ranges: Mapping[str, ChosenRange],
     result: CalibratedBlock,
 ) -> None:
     for group in groups:
-        if group.site is None or group.site.shift is None or group.key not in settled:
+        if group.site is None or group.site.shift is None or group.key not in ranges:
             continue
-        found = settled[group.key]
-        result.folded[f"{block.name}.{group.site.shift}"] = np.array(found.shift, np.float32)
-        if found.spread is not None:
-            result.folded[f"{block.name}.{group.site.spread}"] = found.spread
+        chosen = ranges[group.key]
+        result.folded[f"{block.name}.{group.site.shift}"] = np.array(chosen.shift, np.float32)
+        if chosen.spread is not None:
+            result.folded[f"{block.name}.{group.site.spread}"] = chosen.spread

@@ -1,14 +1,15 @@
 """Calibration sets: images and captions whose activations decide the ranges.
 
-A set comes from a folder of images (``load_calibration``), from packages that bring images with
-them (``sample_set``), or from arrays. Nothing is fetched from a network.
+A set comes from a folder of images (``load_calibration``), from installed packages that contain
+images (``sample_set``), or from arrays. Nothing is fetched from a network.
 
-What is sampled depends on names and seed alone: candidates are ordered by the hash of
+The choice of samples depends on names and seed alone: candidates are ordered by the hash of
 (seed, path relative to the folder), so the order in which a file system lists them, the platform
 and the version of numpy play no part, and one more file in the folder changes one sample at most.
 
-Images are decoded when asked for. Every file's hash is taken when the set is made and compared
-when the file is read again, so that ``digest`` does identify what the model was calibrated on.
+Images are decoded when they are needed. Every file's hash is computed when the set is made and
+compared when the file is read again, so that ``digest`` identifies what the model was calibrated
+on.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from internvl_edge.runtime.images.transform import load_image
 Image = NDArray[np.uint8]  # (height, width, 3)
 T = TypeVar("T")
 
-SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})  # what load_image takes from a file
-MAX_CORRUPT = 0.05  # of the images looked at; beyond, the folder is not what it should be
-NUM_CHECKED = 256  # images decoded to tell, at least, where the folder has as many
+SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})  # of the files that load_image can decode
+MAX_CORRUPT = 0.05  # fraction of the images decoded; with more, the folder is refused
+NUM_CHECKED = 256  # images decoded at least to find corrupt ones, where the folder has as many
 MAX_CAPTIONS_NBYTES = 64 << 20
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SAMPLE_SETS = ("photographs", "digits")
@@ -50,7 +51,7 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CalibrationSet:
-    """Images, a caption for each, and what identifies them."""
+    """Images, a caption for each, and a digest that identifies them."""
 
     name: str
     sources: tuple[ImageFile | Image, ...]
@@ -67,7 +68,7 @@ class CalibrationSet:
         name: str,
         skipped: Sequence[str] = (),
     ) -> CalibrationSet:
-        """A set whose captions are repeated until every image has one."""
+        """Make a set whose captions are repeated until every image has one."""
         if not sources or not captions:
             raise CalibrationError(
                 f"calibration set {name!r}: expected images and captions, found {len(sources)} "
@@ -87,10 +88,10 @@ class CalibrationSet:
     def from_arrays(
         cls, images: Sequence[Image], captions: Sequence[str], *, name: str
     ) -> CalibrationSet:
-        """A set of images in memory.
+        """Make a set of images in memory.
 
         Raises:
-            CalibrationError: none at all, or one that is not HWC uint8 with three channels.
+            CalibrationError: there are no images, or one is not HWC uint8 with three channels.
         """
         for i, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -104,10 +105,10 @@ class CalibrationSet:
         return len(self.sources)
 
     def image(self, index: int) -> Image:
-        """Image ``index``, (height, width, 3) uint8.
+        """Decode image ``index`` to (height, width, 3) uint8.
 
         Raises:
-            CalibrationError: the file is gone, or no longer the one the set was made from.
+            CalibrationError: the file is gone, or changed since the set was made.
         """
         source = self.sources[index]
         if not isinstance(source, ImageFile):
@@ -115,66 +116,66 @@ class CalibrationSet:
         try:
             data = source.path.read_bytes()
             if hashlib.sha256(data).hexdigest() != source.sha256:
-                raise CalibrationError(f"{source.path}: changed while it was calibrated on")
+                raise CalibrationError(f"{source.path}: changed during calibration")
             return _decode(data)
         except (OSError, MediaError) as error:
             raise CalibrationError(f"{source.path}: no longer readable: {error}") from error
 
     def images(self) -> Iterator[Image]:
-        """Every image, decoded one at a time."""
+        """Iterate over the images, decoding one at a time."""
         return (self.image(i) for i in range(len(self)))
 
 
 def load_calibration(folder: Path, num_samples: int, seed: int = 0) -> CalibrationSet:
     """Sample a folder of images, searched with its sub-folders.
 
-    Captions come from ``captions.txt`` (one a line), or from ``captions.json`` or
+    Captions come from ``captions.txt`` (one per line), or from ``captions.json`` or
     ``captions.jsonl`` (texts, or objects with ``image``, relative to the folder, and
-    ``caption``); without any of them from the captions that come with the package.
+    ``caption``); without any of these files, from the captions that come with the package.
 
     Args:
-        folder: where the images lie.
+        folder: the folder of images.
         num_samples: how many to take; all of them if there are fewer.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Raises:
-        CalibrationError: no such folder, no images in it, more than 5 % of them corrupt, or a
-            captions file that is not understood.
+        CalibrationError: there is no such folder, no images in it, more than 5 % of them are
+            corrupt, or the captions file is malformed.
     """
     if not folder.is_dir():
         raise CalibrationError(f"{folder}: expected a folder of calibration images")
     paired, captions = _captions_of(folder)
-    found = [
+    paths = [
         path.relative_to(folder)
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
     ]
-    if not found:
+    if not paths:
         raise CalibrationError(
             f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}), found none"
         )
     if paired:
-        found = [path for path in found if path.as_posix() in paired]
-        if not found:
-            raise CalibrationError(f"{folder}: none of its images has a caption in its captions")
-    chosen, skipped = _readable(folder, _ordered(found, seed, Path.as_posix), num_samples)
+        paths = [path for path in paths if path.as_posix() in paired]
+        if not paths:
+            raise CalibrationError(f"{folder}: its captions file names none of its images")
+    chosen, skipped = _readable(folder, _ordered(paths, seed, Path.as_posix), num_samples)
     texts = [paired[path.as_posix()] for path, _ in chosen] if paired else _ordered(captions, seed)
     sources = [ImageFile(path=folder / path, sha256=sha256) for path, sha256 in chosen]
     return CalibrationSet.of(sources, texts, name=folder.name, skipped=skipped)
 
 
 def sample_set(name: str, num_samples: int | None = None, seed: int = 0) -> CalibrationSet:
-    """Images that installed packages bring: ``photographs`` or ``digits``.
+    """Make a set of images that come with installed packages: ``photographs`` or ``digits``.
 
     Args:
         name: ``photographs`` (scikit-image) or ``digits`` (scikit-learn's 8 × 8 scans).
         num_samples: how many to take; None for all.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Raises:
-        UsageError: another name.
+        UsageError: there is no set of this name.
         MissingDependency: the package is not installed.
-        CalibrationError: a file is not the one that the manifest pins.
+        CalibrationError: a file differs from the one that the manifest pins.
     """
     if name not in SAMPLE_SETS:
         raise UsageError(f"sample set: expected one of {', '.join(SAMPLE_SETS)}, found {name!r}")
@@ -190,16 +191,16 @@ def sample_set(name: str, num_samples: int | None = None, seed: int = 0) -> Cali
 
 
 def bundled_captions() -> tuple[str, ...]:
-    """The captions of everyday scenes that come with the package."""
+    """Return the captions of everyday scenes that come with the package."""
     return tuple(_resource("captions.txt").splitlines())
 
 
 def pinned_files(manifest: dict[str, Any]) -> list[ImageFile]:
-    """The files that a manifest of ``calib_data`` names, each checked against its hash.
+    """Locate the files that a manifest of ``calib_data`` names, and check them by hash.
 
     Raises:
         MissingDependency: their package is not installed.
-        CalibrationError: one is absent or another file than the manifest's.
+        CalibrationError: a file is absent or differs from the manifest's.
     """
     spec = importlib.util.find_spec(manifest["module"])
     if spec is None or not spec.submodule_search_locations:
@@ -208,18 +209,18 @@ def pinned_files(manifest: dict[str, Any]) -> list[ImageFile]:
     files = []
     for entry in manifest["files"]:
         path = root / entry["path"]
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
-        if found != entry["sha256"]:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        if sha256 != entry["sha256"]:
             raise CalibrationError(
-                f"{path}: expected SHA-256 {entry['sha256']}, found {found}; reinstall "
-                f"{manifest['package']}, or calibrate on a folder of images of your own"
+                f"{path}: expected SHA-256 {entry['sha256']}, found {sha256}; reinstall "
+                f"{manifest['package']}, or calibrate on your own folder of images"
             )
-        files.append(ImageFile(path=path, sha256=found))
+        files.append(ImageFile(path=path, sha256=sha256))
     return files
 
 
 def _ordered(items: Iterable[T], seed: int, key: Callable[[T], object] = str) -> list[T]:
-    """``items`` shuffled by a hash of the seed and each one's key."""
+    """Shuffle ``items`` by a hash of the seed and each one's key."""
 
     def place(item: T) -> tuple[bytes, str]:
         text = str(key(item))
@@ -231,7 +232,7 @@ def _ordered(items: Iterable[T], seed: int, key: Callable[[T], object] = str) ->
 def _readable(
     folder: Path, candidates: Sequence[Path], num_samples: int
 ) -> tuple[list[tuple[Path, str]], list[str]]:
-    """The first candidates that decode, with their hashes, and the names of those that do not."""
+    """Return the first candidates that decode, with hashes, and the names of those that do not."""
     chosen: list[tuple[Path, str]] = []
     skipped: list[str] = []
     for examined, path in enumerate(candidates):
@@ -258,7 +259,7 @@ def _decode(data: bytes) -> Image:
 
 
 def _captions_of(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Captions by image, if the folder's file pairs them, or captions alone."""
+    """Return captions by image, if the folder's file pairs them, or captions alone."""
     for file in ("captions.json", "captions.jsonl", "captions.txt"):
         path = folder / file
         if path.exists():
@@ -268,7 +269,7 @@ def _captions_of(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     try:
         return _parse_captions(_caption_entries(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: not understood as captions: {error}") from error
+        raise CalibrationError(f"{path}: cannot be read as captions: {error}") from error
 
 
 def _caption_entries(path: Path) -> Any:
@@ -296,7 +297,7 @@ def _parse_captions(entries: Any) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _digits(path: Path) -> tuple[list[Image], list[str]]:
-    """scikit-learn's handwritten digits: 64 grey levels of 0 … 16 and the digit, a row each."""
+    """Read scikit-learn's handwritten digits: a row holds 64 grey levels (0 … 16) and the digit."""
     with gzip.open(path) as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.float64)
     grey = np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)

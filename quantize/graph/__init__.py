@@ -1,5 +1,5 @@
 """Quantization in an ONNX graph.
 
-qdq       QuantizeLinear and DequantizeLinear, placed where builders fuse them; start here
-unsigned  the same products for CPUs without VNNI
+qdq       inserts QuantizeLinear and DequantizeLinear where builders fuse them; start here
+unsigned  stores weights unsigned, for exact products on CPUs without VNNI
 """

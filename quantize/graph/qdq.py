@@ -9,21 +9,22 @@ A quantized linear layer y = x Wᵀ + b becomes
 with one activation scale per tensor and one weight scale per output channel, zero points 0.
 TensorRT fuses the pattern into one 8-bit GEMM; ONNX Runtime's CPU provider does the same where
 the weight is stored (K, N) and its DequantizeLinear feeds MatMul directly, which is why W₈ is
-stored transposed and the exporter's Transpose goes.
+stored transposed and the exporter's Transpose is removed.
 
-Weight-only, the pair of x is left out, and x W is computed in floats. W₄ (K, N) has a scale for
-each block of inputs:
+With weight-only quantization x has no pair, and x W is computed in floats. W₄ (K, N) has a scale
+for each block of inputs:
 
     W₄ (K, N) → DequantizeLinear(s_w (K / block, N), axis=0, block_size) → MatMul
 
-ONNX Runtime fuses both weight-only forms into MatMulNBits from its extended level of optimisation
-on, on the CPU and on GPUs; at its basic level W is dequantized anew by every run. The scales are
-stored in float32 and cast to what the graph computes in: of weights alone, TensorRT-RTX refuses
-INT4 and ONNX Runtime's fusion breaks INT8 where ``output_dtype`` differs from the scale's type.
+ONNX Runtime fuses both weight-only forms into MatMulNBits, at its extended optimisation level and
+above, on the CPU and on GPUs; at its basic level every run dequantizes W again. The scales are
+stored in float32 and cast to the type that the graph computes in: with weight-only quantization,
+where ``output_dtype`` differs from the scale's type, TensorRT-RTX refuses INT4 and ONNX Runtime's
+fusion breaks INT8.
 
 Placement follows the vendor's rules:
-- both inputs of each GEMM carry a pair, outputs never do (the residual trunk stays 16/32-bit);
-- readers of one tensor, such as q, k and v behind a norm, share one pair, so that the
+- both inputs of each GEMM carry a pair, outputs never do (the residual stream stays 16/32-bit);
+- readers of one tensor, such as q, k and v after a norm, share one pair, so that the
   quantization can fuse into the norm's epilogue;
 - scales are float32 and symmetric; where the graph computes in 16 bits the pair's
   ``output_dtype`` says so, so that no scale is rounded to the activations' type;
@@ -42,7 +43,7 @@ import onnx_ir as ir
 from internvl_edge.errors import InternVLError
 from internvl_edge.quantize.calibration.attention import SOFTMAX_SCALE, AttentionScales
 
-SCALE_SUFFIX = "_scale"  # of the float32 weight scales stored beside the weight
+SCALE_SUFFIX = "_scale"  # of the names of float32 weight scales, after the weight's name
 STORAGE = {
     "int8": ir.DataType.INT8,
     "fp8": ir.DataType.FLOAT8E4M3FN,
@@ -52,23 +53,23 @@ STORAGE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedLinear:
-    """What the graph needs to know of one quantized linear layer."""
+    """The scales and format of one quantized linear layer, as the graph needs them."""
 
     weight: str  # the parameter's name; its initializer becomes (K, N) in 8 or 4 bits
     activation_scale: float | None  # None: the activation has no pair (weight-only)
     format: str  # "int8", "fp8" or "int4"
-    block: int | None = None  # of int4: inputs that share a scale
+    block: int | None = None  # for int4: the number of inputs that share a scale
 
 
 def insert_qdq(model: ir.Model, linears: Mapping[str, QuantizedLinear]) -> int:
     """Rewrite the MatMul of every listed weight that the graph has, in place.
 
     Args:
-        model: a clean graph in which a linear layer is Transpose(weight) → MatMul.
-        linears: by weight name; weights the graph does not have are passed over.
+        model: a graph without pairs, in which a linear layer is Transpose(weight) → MatMul.
+        linears: by weight name; weights the graph does not have are ignored.
 
     Returns:
-        How many MatMuls were rewritten.
+        The number of MatMuls that were rewritten.
 
     Raises:
         InternVLError: a listed weight is used in another way than by one linear layer's MatMul.
@@ -84,25 +85,25 @@ def insert_qdq(model: ir.Model, linears: Mapping[str, QuantizedLinear]) -> int:
 
 
 def insert_attention_qdq(model: ir.Model, attentions: Mapping[str, AttentionScales]) -> int:
-    """Write the listed Attention nodes out, each operand of their products with a pair, in place.
+    """Decompose the listed Attention nodes in place, with a pair on each operand of a product.
 
     Args:
-        model: a clean graph; an attention is the node ``<module>/Attention``, without a mask, its
-            inputs (B, T, heads·d).
-        attentions: by module name; those the graph does not have are passed over.
+        model: a graph without pairs; an attention is the node ``<module>/Attention``, without a
+            mask, its inputs (B, T, heads·d).
+        attentions: by module name; those the graph does not have are ignored.
 
     Returns:
-        How many were rewritten.
+        The number of nodes that were rewritten.
     """
-    nodes = {f"{name}/Attention": name for name in attentions}
-    found = [node for node in model.graph if node.name in nodes]
-    for node in found:
-        _write_out(model.graph, node, attentions[nodes[str(node.name)]])
-    return len(found)
+    names = {f"{name}/Attention": name for name in attentions}
+    nodes = [node for node in model.graph if node.name in names]
+    for node in nodes:
+        _decompose(model.graph, node, attentions[names[str(node.name)]])
+    return len(nodes)
 
 
-def _write_out(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
-    """softmax((q / √d) kᵀ) v as in ``attention``, with the products' four pairs."""
+def _decompose(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
+    """Write softmax((q / √d) kᵀ) v with four pairs, as drawn in ``calibration.attention``."""
     heads = node.attributes.get_int("q_num_heads", 0)
     if node.attributes.get_int("kv_num_heads", 0) != heads or any(node.inputs[3:]):
         raise InternVLError(f"{node.name}: expected as many heads of keys as of queries, no mask")
@@ -122,7 +123,7 @@ def _write_out(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
         return result
 
     def operand(x: ir.Value, name: str, scale: float, *order: int) -> ir.Value:
-        """One operand with its heads apart, (B, heads, T, d) or in another order, and its pair."""
+        """Split an operand's heads, (B, heads, T, d) or in another order, and add its pair."""
         apart = [batch, length, heads, head_dim]
         x = add("Reshape", [x, split], apart, name)
         x = add("Transpose", [x], [apart[i] for i in order], name, perm=list(order))
@@ -147,13 +148,13 @@ def _write_out(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
 
 
 def bypass_activations(model: ir.Model) -> int:
-    """Let every reader of a quantized activation read it as it was before, in place.
+    """Let every reader of a quantized activation read the unquantized one, in place.
 
-    Weights stay rounded, so that what is left of the error is theirs. They are dequantized by a
-    Cast and a Mul: in front of a DequantizeLinear alone, ONNX Runtime rounds the activations anew.
+    Weights stay rounded, so that the remaining error is theirs. They are dequantized by a Cast and
+    a Mul: if only a weight has a DequantizeLinear, ONNX Runtime rounds the activation by itself.
 
     Returns:
-        How many pairs nobody reads any more.
+        The number of pairs that nothing reads any more.
     """
     graph = model.graph
     pairs = [node for node in graph if node.op_type == "QuantizeLinear"]
@@ -202,7 +203,7 @@ def _rewrite(
 def _weight_node(
     graph: ir.Graph, weight: ir.Value, linear: QuantizedLinear, compute: ir.DataType
 ) -> ir.Node:
-    """Turn a weight (N, K) into (K, N) of its format; the node that dequantizes it."""
+    """Turn a weight (N, K) into (K, N) of its format; return the node that dequantizes it."""
     assert weight.shape is not None
     features_out, features_in = (int(n) for n in weight.shape.numpy())
     weight.type = ir.TensorType(STORAGE[linear.format])
@@ -229,15 +230,15 @@ def _weight_node(
 
 
 def _linear_nodes(weight: ir.Value) -> tuple[ir.Node, ir.Node]:
-    """The Transpose of a weight and the MatMul that reads it."""
+    """Return the Transpose of a weight and the MatMul that reads it."""
     uses = list(weight.uses())
     transpose = uses[0].node if len(uses) == 1 else None
     if transpose is not None and transpose.op_type == "Transpose":
         readers = list(transpose.outputs[0].uses())
         if len(readers) == 1 and readers[0].node.op_type == "MatMul" and readers[0].idx == 1:
             return transpose, readers[0].node
-    found = ", ".join(use.node.op_type for use in uses) or "nothing"
-    raise InternVLError(f"{weight.name}: expected one Transpose → MatMul to read it, found {found}")
+    kinds = ", ".join(use.node.op_type for use in uses) or "nothing"
+    raise InternVLError(f"{weight.name}: expected one Transpose → MatMul to read it, found {kinds}")
 
 
 def _activation_pair(
@@ -248,7 +249,7 @@ def _activation_pair(
     activation_scale: float,
     compute: ir.DataType,
 ) -> ir.Value:
-    """Quantize and dequantize an activation; the pair that all its readers share."""
+    """Quantize and dequantize an activation; return the value that all its readers share."""
     stem = str(activation.name)
     scale = _constant(graph, f"{stem}.scale", np.float32(activation_scale))
     zero = _constant(graph, f"{stem}.zero_point", STORAGE[fmt].numpy().type(0))
@@ -271,7 +272,7 @@ def _activation_pair(
 
 
 def _output_dtype(compute: ir.DataType) -> dict[str, Any]:
-    """The attribute that keeps a float32 scale in a 16-bit graph."""
+    """Return the attribute that allows a float32 scale in a 16-bit graph."""
     return {} if compute == ir.DataType.FLOAT else {"output_dtype": int(compute)}
 
 
@@ -283,9 +284,9 @@ def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
 
 
 def _shared(graph: ir.Graph, name: str, value: Any) -> ir.Value:
-    """A constant that all blocks read."""
-    found = graph.initializers.get(name)
-    return _constant(graph, name, value) if found is None else found
+    """Return the constant of this name, which all blocks read; add it if it is not there."""
+    existing = graph.initializers.get(name)
+    return _constant(graph, name, value) if existing is None else existing
 
 
 def _initializer(

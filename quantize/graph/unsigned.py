@@ -1,19 +1,18 @@
-"""INT8 products for CPUs that add them up in 16 bits: the same graph with unsigned weights.
+"""INT8 products for CPUs that accumulate them in 16 bits: the same graph with unsigned weights.
 
 x86 multiplies unsigned by signed bytes, and without VNNI it adds two neighbouring products in a
 16-bit register that saturates (``vpmaddubsw``):
 
     255 · 127 + 255 · 127 = 64770 > 32767
 
-ONNX Runtime moves a signed activation to unsigned for this, x + 128, so that a pair of weights near
-their maximum overflows whatever is multiplied with them. Products of two unsigned operands take
-16-bit lanes instead, and are exact:
+ONNX Runtime makes a signed activation unsigned for this, x + 128, so that a pair of weights near
+their maximum overflows. Products of two unsigned operands use 16-bit lanes instead, and are exact:
 
     W₈ → Cast(uint8) → BitwiseXor(128) → DequantizeLinear(s_w, zero point 128)
 
-Flipping the highest bit of a byte adds 128 to it, W + 128 in unsigned, and the zero point takes it
-away again: the graph computes what it computed. Both nodes read a constant, and ONNX Runtime folds
-them when it opens the graph; the weights on disk stay those of the signed graph.
+Flipping the highest bit of a signed byte gives W + 128 as an unsigned byte, and the zero point
+subtracts 128 again, so the graph's results do not change. Both nodes read a constant, and ONNX
+Runtime folds them when it opens the graph; the weights on disk stay those of the signed graph.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def take_unsigned_weights(model: ir.Model) -> int:
     """Let every INT8 product of float32 activations read its weight as unsigned, in place.
 
     Returns:
-        How many there were; weights that are dequantized alone, or in 16 bits, stay as they are.
+        The number of products; weight-only products and those in 16-bit graphs are unchanged.
     """
     graph = model.graph
     nodes = [node for node in graph if _is_weight_of_product(node)]
@@ -53,7 +52,7 @@ def take_unsigned_weights(model: ir.Model) -> int:
 
 
 def _is_weight_of_product(node: ir.Node) -> bool:
-    """Whether a node dequantizes a weight whose product ONNX Runtime computes in INT8."""
+    """Tell whether a node dequantizes a weight whose product ONNX Runtime computes in INT8."""
     if node.op_type != "DequantizeLinear" or len(node.inputs) > 2:
         return False
     weight, output = node.inputs[0], node.outputs[0]
@@ -66,7 +65,7 @@ def _is_weight_of_product(node: ir.Node) -> bool:
 
 
 def _constant(graph: ir.Graph, shape: tuple[int, ...], name: str) -> ir.Value:
-    """128 of a shape; one for all that want it."""
+    """Return the constant 128 of a shape, shared by all its readers."""
     if name not in graph.initializers:
         values = ir.tensor(np.full(shape, MIDDLE, np.uint8), name=name)
         value = ir.Value(

@@ -1,11 +1,16 @@
-"""Does a Q/DQ graph follow the rules of the builders that shall fuse it, and where does it not?
+"""Checks of a Q/DQ graph against the rules of the builders that will fuse it.
 
-A pair in the wrong place is no error: the graph builds, runs, and is as slow as in 16 bits, or as
-wrong as its rounding. So every rule of ``lintrules`` is checked on the graph itself, ours or
-another tool's, and what is broken is said with the node, what was found and what to do.
+A misplaced pair causes no error: the graph builds and runs, but as slowly as in 16 bits, or less
+accurately than it should. So every rule is checked on the graph itself, whether this project or
+another tool wrote it; a finding names the node, what was found there and what to do.
 
-The file is gated by ``onnxwire`` before a parser of ONNX sees it. Weights are not loaded: sizes
-come from shapes, and of constants only scales and zero points are read, where their file is there.
+rules      the rules in words; start here
+placement  checks that look at a node's neighbours;  scales  checks of a node and its constants
+view       the graph's products, operands and attentions, which the checks read
+
+``artifact.onnx_wire`` validates the file before an ONNX parser sees it. Weights are not loaded:
+sizes come from shapes, and of the constants only scales and zero points are read, where their file
+exists.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from internvl_edge.quantize.lint.view import View
 
 __all__ = ["GPUS", "RULES", "Finding", "Rule", "is_clean", "lint", "lint_model", "sm_of"]
 
-GPUS = {  # that TensorRT or TensorRT-RTX builds for
+GPUS = {  # those that TensorRT or TensorRT-RTX builds for
     "sm75": "Turing",
     "sm80": "A100",
     "sm86": "Ampere",
@@ -40,10 +45,10 @@ GPUS = {  # that TensorRT or TensorRT-RTX builds for
 
 
 def sm_of(gpu: str) -> int:
-    """The compute capability of a GPU by name: 86 of ``sm86``, in whatever case.
+    """Return the compute capability of a GPU by name: 86 for ``sm86``, in upper or lower case.
 
     Raises:
-        UsageError: none that is known.
+        UsageError: the GPU is not known.
     """
     name = gpu.strip().lower()
     if name not in GPUS:
@@ -53,24 +58,24 @@ def sm_of(gpu: str) -> int:
 
 
 def lint(path: Path, gpu: str | None = None) -> list[Finding]:
-    """Every place where an ONNX file breaks a rule of Q/DQ placement.
+    """Find every place where an ONNX file breaks a rule of Q/DQ placement.
 
     Args:
-        path: the file; what it stores in others need not be there, but values of scales that are
-            not cannot be judged.
-        gpu: what that it shall run on, a key of ``GPUS``; None: nothing is assumed.
+        path: the file; its external data may be absent, but then scales stored there cannot be
+            checked.
+        gpu: the GPU it will run on, a key of ``GPUS``; None: any.
 
     Returns:
-        In the order of the rules, and of the graph.
+        The findings, in the order of the rules and of the graph.
 
     Raises:
         ArtifactError: it is not ONNX, or cannot be read.
-        UsageError: a GPU that is not known.
+        UsageError: the GPU is not known.
     """
     sm = None if gpu is None else sm_of(gpu)
     if path.is_dir():
         inside = sorted(path.glob("*.onnx"))
-        hint = f"; {len(inside)} are in it, such as {inside[0]}" if inside else ""
+        hint = f"; it contains {len(inside)}, such as {inside[0]}" if inside else ""
         raise ArtifactError(f"{path}: expected FILE.onnx, found a folder{hint}")
     try:
         with open_regular(path) as file:
@@ -88,21 +93,21 @@ def lint(path: Path, gpu: str | None = None) -> list[Finding]:
         return lint_model(ir.load(path), sm)
     except InternVLError:
         raise
-    except Exception as error:  # whatever a parser makes of a hostile file
+    except Exception as error:  # a parser may raise anything on a hostile file
         raise ArtifactError(
             f"{path}: expected a sound ONNX graph; {type(error).__name__}: {error}"
         ) from error
 
 
 def lint_model(model: ir.Model, sm: int | None = None) -> list[Finding]:
-    """The same of a model in memory; shapes that it does not say are inferred, in place."""
+    """Check a model in memory as ``lint`` does; missing shapes are inferred, in place."""
     if any(value.shape is None for node in model.graph for value in node.outputs):
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     view = View(model, sm)
     checks = (*scales.CHECKS, *placement.CHECKS)
-    return [found for check in checks for found in check(view)]
+    return [finding for check in checks for finding in check(view)]
 
 
 def is_clean(findings: list[Finding]) -> bool:
-    """Whether there is nothing but notes."""
-    return all(found.severity == "note" for found in findings)
+    """Tell whether there are only notes."""
+    return all(finding.severity == "note" for finding in findings)

@@ -1,4 +1,4 @@
-"""Rules of Q/DQ that a node's neighbours decide: where pairs stand, and where they are missing."""
+"""Rules of Q/DQ that depend on a node's neighbours: misplaced pairs, and missing ones."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from internvl_edge.quantize.lint.view import (
     Operand,
     Product,
     View,
-    behind,
     constant,
     is_constant,
     name_of,
+    origin,
     readers,
     size_of,
 )
@@ -50,8 +50,8 @@ def check_products(view: View) -> Iterator[Finding]:
             continue
         without = [] if product in bare else [o for o in product.operands if o.dequantize is None]
         for operand in without:
-            what = "weight" if operand.is_constant else "input"
-            yield finding("missing-pair", product.node, f"{what} {operand.value.name!r} has none")
+            kind = "weight" if operand.is_constant else "input"
+            yield finding("missing-pair", product.node, f"{kind} {operand.value.name!r} has none")
         formats = {o.element.name for o in product.operands if o.element is not None}
         if len(formats) > 1 and not without:
             yield finding("mixed-formats", product.node, " with ".join(sorted(formats)))
@@ -59,8 +59,8 @@ def check_products(view: View) -> Iterator[Finding]:
         if weight is not None:
             outputs, inputs = _features(product.node, weight)
             if min(outputs, inputs) < MIN_FEATURES:
-                found = f"{inputs} inputs and {outputs} outputs"
-                yield finding("narrow-product", product.node, found)
+                size = f"{inputs} inputs and {outputs} outputs"
+                yield finding("narrow-product", product.node, size)
             if product.node.op_type == "Conv" and _reads_pixels(product.operands):
                 yield finding("patch-embed", product.node, "a quantized Conv of the graph's input")
 
@@ -73,19 +73,19 @@ def _is_weight_only(product: Product) -> bool:
 
 
 def _family(product: Product) -> str:
-    """The stack of layers that a product belongs to: its weight's name up to the first index."""
+    """Return the stack of layers a product belongs to: its weight's name up to the first index."""
     name = "" if product.weight is None else str(product.weight.source.name)
-    found = re.match(r"(.*?)[./]\d+[./]", name)
-    return "" if found is None else found[1]
+    match = re.match(r"(.*?)[./]\d+[./]", name)
+    return "" if match is None else match[1]
 
 
 def _is_int4(product: Product) -> bool:
-    """Nothing but weights has 4 bits, so that no input is missing a pair."""
+    """Tell whether a product's weight has 4 bits; then its input needs no pair."""
     return product.weight is not None and product.weight.element == ir.DataType.INT4
 
 
 def _features(node: ir.Node, weight: Operand) -> tuple[int, int]:
-    """Outputs and inputs of each of a product's sums; unknown ones count as wide."""
+    """Count a product's outputs, and the inputs summed for each; unknown ones count as wide."""
     shape = weight.source.shape
     if shape is None or weight.output_axis is None:
         return MIN_FEATURES, MIN_FEATURES
@@ -97,28 +97,28 @@ def _features(node: ir.Node, weight: Operand) -> tuple[int, int]:
 
 
 def _reads_pixels(operands: tuple[Operand, ...]) -> bool:
-    source = behind(operands[0].source)
+    source = origin(operands[0].source)
     return source.producer() is None and not is_constant(source)
 
 
 def check_pairs(view: View) -> Iterator[Finding]:
-    """Who reads a pair, and whose output it rounds."""
+    """Check each pair's readers, and the node whose output it rounds."""
     for quantize in view.quantizers:
         source = quantize.inputs[0]
-        if source is None or is_constant(behind(source)):
+        if source is None or is_constant(origin(source)):
             continue
         pairs = [n for n in readers(quantize.outputs[0]) if n is not None]
         reads = [r for n in pairs if n.op_type == "DequantizeLinear" for r in readers(n.outputs[0])]
         if not any(n.op_type == "DequantizeLinear" for n in pairs):
-            continue  # check_pairing says it
+            continue  # check_pairing reports it
         yield from _check_readers(quantize, source, reads)
 
 
 def _check_readers(
     quantize: ir.Node, source: ir.Value, reads: list[ir.Node | None]
 ) -> Iterator[Finding]:
-    """One finding for each kind of reader that has no use for 8 bits."""
-    maker = behind(source).producer()
+    """Report each kind of reader that cannot use 8 bits, once."""
+    maker = origin(source).producer()
     kinds = {_kind_of_reader(maker, node) for node in reads}
     for kind, rule in (
         ("epilogue", "breaks-epilogue"),
@@ -130,8 +130,8 @@ def _check_readers(
             yield finding(rule, quantize, f"{names[0].op_type} {name_of(names[0])!r} reads it")
     if kinds <= {"other", "output"}:
         is_output = maker is not None and (maker.op_type in PRODUCTS or _is_bias(maker))
-        found = "no product reads it"
-        yield finding("output-pair" if is_output else "pair-without-product", quantize, found)
+        rule = "output-pair" if is_output else "pair-without-product"
+        yield finding(rule, quantize, "no product reads it")
 
 
 def _kind_of_reader(maker: ir.Node | None, node: ir.Node | None) -> str:
@@ -153,15 +153,15 @@ def _kind_of_reader(maker: ir.Node | None, node: ir.Node | None) -> str:
 
 
 def _is_bias(node: ir.Node) -> bool:
-    """An addition of a constant, behind a pair or not."""
+    """Tell whether a node adds a constant, with or without a pair."""
     return node.op_type == "Add" and any(
-        v is not None and is_constant(behind(v, MOVES | {"QuantizeLinear", "DequantizeLinear"}))
+        v is not None and is_constant(origin(v, MOVES | {"QuantizeLinear", "DequantizeLinear"}))
         for v in node.inputs
     )
 
 
 def check_shared(view: View) -> Iterator[Finding]:
-    """Several pairs on one tensor."""
+    """Report several pairs on one tensor."""
     groups: dict[ir.Value, list[ir.Node]] = {}
     for node in view.quantizers:
         if node.inputs[0] is not None:
@@ -173,11 +173,9 @@ def check_shared(view: View) -> Iterator[Finding]:
         known = [float(s.ravel()[0]) for s in scales if s is not None and s.size == 1]
         differ = len(set(known)) > 1
         severity: Severity = "warning" if differ else "note"
-        found = f"{len(nodes)} pairs of {tensor.name!r}"
-        found += (
-            f", scales {', '.join(f'{s:g}' for s in known[:4])}" if differ else ", of one scale"
-        )
-        yield finding("shared-pair", nodes[0], found, severity)
+        values = f"scales {', '.join(f'{s:g}' for s in known[:4])}" if differ else "of one scale"
+        pairs = f"{len(nodes)} pairs of {tensor.name!r}, {values}"
+        yield finding("shared-pair", nodes[0], pairs, severity)
 
 
 def check_attention(view: View) -> Iterator[Finding]:
@@ -212,8 +210,8 @@ def _check_softmax_scale(core: AttentionCore) -> Iterator[Finding]:
 
 
 def _check_scale_order(core: AttentionCore) -> Iterator[Finding]:
-    """A factor between q kᵀ and the softmax."""
-    softmax = None if core.probabilities is None else behind(core.probabilities.source).producer()
+    """Report a factor between q kᵀ and the softmax."""
+    softmax = None if core.probabilities is None else origin(core.probabilities.source).producer()
     if softmax is None or softmax.op_type != "Softmax":
         return
     value = softmax.inputs[0]
@@ -222,19 +220,19 @@ def _check_scale_order(core: AttentionCore) -> Iterator[Finding]:
         if node is None or node.op_type not in MOVES | SCORE_STEPS:
             return
         if node.op_type in ("Mul", "Div") and any(is_constant(v) for v in node.inputs):
-            yield finding("attention-scale-order", core.name, f"{name_of(node)!r} behind q kᵀ")
+            yield finding("attention-scale-order", core.name, f"{name_of(node)!r} after q kᵀ")
             return
         value = node.inputs[0]
 
 
 def check_norms(view: View) -> Iterator[Finding]:
-    """Norms written out, in graphs that have pairs."""
+    """Report norms written as several nodes, in graphs that have pairs."""
     if not view.quantizers:
         return
     for node in view.nodes:
         if node.op_type != "Sqrt" or not node.inputs or node.inputs[0] is None:
             continue
-        mean = behind(node.inputs[0], MOVES | {"Add"}).producer()
+        mean = origin(node.inputs[0], MOVES | {"Add"}).producer()
         if mean is not None and mean.op_type == "ReduceMean" and mean.inputs[0] is not None:
             square = mean.inputs[0].producer()
             if square is not None and square.op_type in ("Pow", "Mul"):

@@ -1,15 +1,16 @@
-"""The rules of explicit Q/DQ, in words: what each asks, why, and what to do.
+"""The rules of explicit Q/DQ, in words: the requirement, why, and how to fix a violation.
 
 Severities:
 
     error      a builder refuses the graph, or its numbers are wrong
-    warning    it builds and runs, but not as the 8-bit kernel that the pair was placed for
-    note       a condition to know of; a graph with notes alone is clean
+    warning    it builds and runs, but not with the 8-bit kernel that the pair was placed for
+    note       a condition to know about; a graph with only notes is clean
 
-Where the GPU is named, a note on hardware becomes an error or goes; nothing is assumed of it else.
+Where the GPU is named, a note on hardware becomes an error or is dropped; without a name, nothing
+is assumed about the GPU.
 
 The rules are TensorRT's ("Working with Quantized Types", its answers to issues 2981, 4084, 4167
-and 4540 of NVIDIA/TensorRT) and ONNX's specification of QuantizeLinear.
+and 4540 of NVIDIA/TensorRT) and those of ONNX's specification of QuantizeLinear.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What is asked of a graph, and what to do where it is not so."""
+    """A requirement on the graph, and how to fix a violation."""
 
     severity: Severity
     says: str
@@ -43,7 +44,7 @@ class Finding:
     found: str
 
     def to_json(self) -> dict[str, Any]:
-        """Everything there is to know of it, the rule's words included."""
+        """Return the finding and its rule's words as JSON types."""
         rule = RULES[self.rule]
         return {
             "rule": self.rule,
@@ -58,7 +59,7 @@ class Finding:
 def finding(
     rule: str, node: ir.Node | str, found: str, severity: Severity | None = None
 ) -> Finding:
-    """A finding at a node, of the rule's own severity unless another is given."""
+    """Make a finding at a node, with the rule's own severity unless another is given."""
     name = node if isinstance(node, str) else name_of(node)
     return Finding(rule=rule, severity=severity or RULES[rule].severity, node=name, found=found)
 
@@ -81,12 +82,12 @@ RULES: dict[str, Rule] = {
         severity="error",
         says="Quantized values go through a DequantizeLinear, and come from a QuantizeLinear or "
         "from storage.",
-        fix="Place a DequantizeLinear behind each QuantizeLinear, of the same scale.",
+        fix="Place a DequantizeLinear with the same scale after each QuantizeLinear.",
     ),
     "scale-mismatch": Rule(
         severity="error",
-        says="A QuantizeLinear and the DequantizeLinear behind it have one scale; two of them "
-        "multiply the tensor by their ratio.",
+        says="A QuantizeLinear and the DequantizeLinear after it share one scale; two different "
+        "scales multiply the tensor by their ratio.",
         fix="Give both nodes the same initializer.",
     ),
     "scale-constant": Rule(
@@ -101,8 +102,8 @@ RULES: dict[str, Rule] = {
     ),
     "scale-type": Rule(
         severity="error",
-        says="Scales are float32, or float16 or bfloat16. In float16 what is below 6.1e-5 is "
-        "denormal, and three digits are left.",
+        says="Scales are float32, or float16 or bfloat16. In float16, scales below 6.1e-5 are "
+        "denormal, and only three digits are left.",
         fix="Store scales in float32 and set output_dtype where the graph computes in 16 bits.",
     ),
     "scale-shape": Rule(
@@ -113,8 +114,8 @@ RULES: dict[str, Rule] = {
     "scale-rank": Rule(
         severity="error",
         says="A scale is a scalar, or a list along the axis; only scales of blocks have the rank "
-        "of their tensor. Shapes such as (N, 1) and (1, N) are left to each builder's reading.",
-        fix="Store it with the shape () or (N,), and name the axis.",
+        "of their tensor. Builders interpret shapes such as (N, 1) and (1, N) differently.",
+        fix="Store it with the shape () or (N,), and set the axis.",
     ),
     "zero-point": Rule(
         severity="error",
@@ -123,66 +124,66 @@ RULES: dict[str, Rule] = {
     ),
     "quantized-type": Rule(
         severity="error",
-        says="Activations are INT8 or FP8 E4M3; weights these, INT4, or FP4.",
+        says="Activations are INT8 or FP8 E4M3; weights are INT8, FP8 E4M3, INT4 or FP4.",
         fix="Quantize to int8 or float8e4m3fn (ONNX Runtime: QuantType.QInt8 for both).",
     ),
     "quantized-bias": Rule(
         severity="error",
-        says="A bias stays in the type that the product gives; INT32 behind a DequantizeLinear is "
+        says="A bias has the type of the product's output; INT32 with a DequantizeLinear is "
         "refused.",
         fix="Leave biases in float (ONNX Runtime: QuantizeBias=False).",
     ),
     "activation-per-channel": Rule(
         severity="error",
-        says="Activations have one scale per tensor: a scale per channel of the sum's axis cannot "
-        "be taken out of the sum.",
+        says="Activations have one scale per tensor: scales that vary along the axis that is "
+        "summed over cannot be factored out of the sum.",
         fix="Quantize activations per tensor; move channel factors into weights (SmoothQuant).",
     ),
     "weight-axis": Rule(
         severity="error",
-        says="Scales of a weight belong to its output channels, the axis that the product keeps.",
+        says="A weight's scales belong to its output channels, the axis that the product keeps.",
         fix="MatMul (K, N): axis 1; Gemm with transB and Conv: axis 0.",
     ),
     "weight-in-float": Rule(
         severity="warning",
-        says="A weight is stored in 8 bits and read by a DequantizeLinear alone. In float in front "
-        "of a QuantizeLinear it takes four times the space and is rounded anew by each builder.",
+        says="A weight is stored in 8 bits and only read by a DequantizeLinear. Stored in float "
+        "before a QuantizeLinear it takes four times the space, and each builder rounds it again.",
         fix="Store the quantized weight and remove its QuantizeLinear.",
     ),
     "fp8-hardware": Rule(
         severity="note",
         says="FP8 needs compute capability 8.9 or newer: Ada, Hopper, Blackwell.",
-        fix="Export int8 beside it for older GPUs.",
+        fix="Also export int8 for older GPUs.",
     ),
     "fp8-target": Rule(
         severity="error",
-        says="FP8 needs compute capability 8.9 or newer; builders refuse it for the GPU asked for.",
+        says="FP8 needs compute capability 8.9 or newer; builders refuse it for this GPU.",
         fix="Export int8 for this GPU.",
     ),
     # --- placement ---
     "missing-pair": Rule(
         severity="warning",
-        says="Both inputs of a product are quantized, or neither. With one pair alone the product "
-        "runs in 16 bits and has paid for the rounding.",
+        says="Either both inputs of a product are quantized, or neither. With a pair on one input "
+        "only, the product runs in 16 bits and still loses accuracy to the rounding.",
         fix="Quantize the other input too, or remove the pair.",
     ),
     "weight-only": Rule(
         severity="note",
-        says="Weights alone are quantized. That saves their memory and the time to read it, which "
-        "is most of decoding; products still run in 16 or 32 bits. TensorRT-RTX takes INT8 and "
-        "INT4, TensorRT INT4, ONNX Runtime both.",
-        fix="Nothing for a decoder. Quantize the inputs too where products take the time.",
+        says="Only weights are quantized. That saves memory and the time to read it, which "
+        "dominates decoding; products still run in 16 or 32 bits. TensorRT-RTX and ONNX Runtime "
+        "accept INT8 and INT4, TensorRT INT4.",
+        fix="Nothing for a decoder. Quantize the inputs too where products dominate the time.",
     ),
     "mixed-formats": Rule(
         severity="error",
-        says="Both inputs of a product have one 8-bit format; none multiplies INT8 by FP8.",
+        says="Both inputs of a product have one 8-bit format; no kernel multiplies INT8 by FP8.",
         fix="Quantize both to the same format.",
     ),
     "breaks-epilogue": Rule(
         severity="warning",
-        says="Bias and activation are fused into the product in front of them. A pair between them "
-        "stops that, and rounds what nobody reads in 8 bits.",
-        fix="Remove the pair, or place it behind the activation where a product reads that.",
+        says="Bias and activation are fused into the product before them. A pair between them "
+        "prevents that, and rounds values that nothing reads in 8 bits.",
+        fix="Remove the pair, or move it after the activation if a product reads its output.",
     ),
     "output-pair": Rule(
         severity="warning",
@@ -191,26 +192,26 @@ RULES: dict[str, Rule] = {
     ),
     "residual-trunk": Rule(
         severity="warning",
-        says="The residual stream stays in 16 or 32 bits. Rounded at every addition, outliers of "
-        "its channels drown the others.",
+        says="The residual stream stays in 16 or 32 bits. If it is rounded at every addition, its "
+        "outlier channels drown the others.",
         fix="Remove the pairs at additions of two activations.",
     ),
     "quantized-nonlinear": Rule(
         severity="warning",
         says="Norms, softmax and GELU read 16 or 32 bits. Queries and keys with a norm are "
-        "quantized behind it, not in front.",
-        fix="Move the pair behind the norm or activation, where the products read it.",
+        "quantized after it, not before.",
+        fix="Move the pair after the norm or activation, where the products read it.",
     ),
     "pair-without-product": Rule(
         severity="warning",
-        says="A pair exists for a product behind it. Without one it costs a rounding and gains "
+        says="A pair serves a product that reads it. Without one it costs accuracy and gains "
         "nothing.",
         fix="Remove the pair.",
     ),
     "shared-pair": Rule(
         severity="warning",
-        says="Readers of one tensor, such as q, k and v behind a norm, share one pair. Different "
-        "scales make a kernel for each instead of one in the norm's epilogue.",
+        says="Readers of one tensor, such as q, k and v after a norm, share one pair. Different "
+        "scales need one kernel each instead of one fused into the norm's epilogue.",
         fix="Calibrate one range for the tensor and let all readers read one DequantizeLinear.",
     ),
     "narrow-product": Rule(
@@ -220,7 +221,8 @@ RULES: dict[str, Rule] = {
     ),
     "patch-embed": Rule(
         severity="note",
-        says="The patch embedding reads pixels: its error reaches every layer, its time is small.",
+        says="The patch embedding reads pixels: its error reaches every layer, and it takes little "
+        "time.",
         fix="Leave it in 16 bits.",
     ),
     "attention-int8": Rule(
@@ -231,7 +233,7 @@ RULES: dict[str, Rule] = {
     "attention-incomplete": Rule(
         severity="warning",
         says="Quantized attention is fused only with pairs on q, k, v and on the softmax's output.",
-        fix="Place the pairs that are missing, or remove the others.",
+        fix="Add the missing pairs, or remove the others.",
     ),
     "attention-softmax-scale": Rule(
         severity="warning",
@@ -240,14 +242,14 @@ RULES: dict[str, Rule] = {
     ),
     "attention-scale-order": Rule(
         severity="warning",
-        says="1/√d is multiplied into q, or its root into q and k, in front of q kᵀ; behind it, "
-        "quantized attention is not fused.",
-        fix="Move the factor in front of the pair of q.",
+        says="1/√d is multiplied into q, or its root into q and k, before q kᵀ; with a factor "
+        "after q kᵀ, quantized attention is not fused.",
+        fix="Move the factor before the pair of q.",
     ),
     "decomposed-norm": Rule(
         severity="note",
         says="Norms are LayerNormalization or RMSNormalization: written as Pow, ReduceMean and "
-        "Sqrt they overflow float16, and the quantization behind them is not fused.",
+        "Sqrt they overflow float16, and the quantization after them is not fused.",
         fix="Export with opset 23 or newer and native norms.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Rules of Q/DQ that one node and its constants decide: types, scales, zero points, axes."""
+"""Rules of Q/DQ that depend on one node and its constants: types, scales, zero points, axes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from internvl_edge.quantize.lint.rules import Finding, finding
 from internvl_edge.quantize.lint.view import (
     Operand,
     View,
-    behind,
     constant,
     dtype_of,
     is_constant,
+    origin,
     size_of,
 )
 from internvl_edge.types import Array
@@ -54,13 +54,13 @@ def check_pairing(view: View) -> Iterator[Finding]:
         if not reads:
             yield finding("unpaired", node, "nothing reads the quantized values")
     for node in view.dequantizers:
-        source = behind(node.inputs[0]) if node.inputs and node.inputs[0] else None
+        source = origin(node.inputs[0]) if node.inputs and node.inputs[0] else None
         producer = None if source is None else source.producer()
         if producer is not None and producer.op_type == "QuantizeLinear":
             yield from _check_same_scale(producer, node)
         elif not is_constant(source):
-            found = "an input of the graph" if producer is None else producer.op_type
-            yield finding("unpaired", node, f"it dequantizes what comes from {found}")
+            maker = "an input of the graph" if producer is None else producer.op_type
+            yield finding("unpaired", node, f"it dequantizes the output of {maker}")
 
 
 def _check_same_scale(quantize: ir.Node, dequantize: ir.Node) -> Iterator[Finding]:
@@ -69,8 +69,8 @@ def _check_same_scale(quantize: ir.Node, dequantize: ir.Node) -> Iterator[Findin
         return
     wide, other = first.astype(np.float64), second.astype(np.float64)
     if wide.size != other.size or not np.array_equal(wide.ravel(), other.ravel(), equal_nan=True):
-        found = f"quantized with {_few(wide)}, dequantized with {_few(other)}"
-        yield finding("scale-mismatch", dequantize, found)
+        both = f"quantized with {_first(wide)}, dequantized with {_first(other)}"
+        yield finding("scale-mismatch", dequantize, both)
 
 
 def check_scales(view: View) -> Iterator[Finding]:
@@ -79,7 +79,7 @@ def check_scales(view: View) -> Iterator[Finding]:
         scale = _input(node, 1)
         if scale is not None and scale not in seen:  # a pair shares its scale
             seen.add(scale)
-            yield from _check_scale(node, behind(scale, {"Cast"}))
+            yield from _check_scale(node, origin(scale, {"Cast"}))
             if scale.shape is not None and len(scale.shape) > 1 and not _is_blocked(node):
                 yield finding("scale-rank", node, f"{scale.name!r} is of shape {scale.shape}")
         yield from _check_scale_shape(node, scale)
@@ -99,19 +99,19 @@ def _check_scale(node: ir.Node, scale: ir.Value) -> Iterator[Finding]:
         return
     wide = values.astype(np.float64).ravel()
     smallest = float(np.finfo(np.float16 if dtype == ir.DataType.FLOAT16 else np.float32).tiny)
-    for what, wrong in (
+    for kind, wrong in (
         ("NaN or infinite", ~np.isfinite(wide)),
         ("zero or negative", wide <= 0),
         ("denormal", (wide > 0) & (wide < smallest)),
     ):
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
-            found = f"{int(wrong.sum())} of {wide.size} {what}, the first {wide[first]} at {first}"
-            yield finding("scale-value", node, f"{scale.name!r}: {found}")
+            count = f"{int(wrong.sum())} of {wide.size} {kind}, the first {wide[first]} at {first}"
+            yield finding("scale-value", node, f"{scale.name!r}: {count}")
 
 
 def _is_block_scale(dtype: ir.DataType) -> bool:
-    """Types that MXFP8 and NVFP4 have for the scales of their blocks."""
+    """Tell whether MXFP8 or NVFP4 store the scales of their blocks in this type."""
     return dtype in (ir.DataType.FLOAT8E8M0, FP8)
 
 
@@ -121,8 +121,8 @@ def _check_scale_shape(node: ir.Node, scale: ir.Value | None) -> Iterator[Findin
     count = int(np.prod([d for d in scale.shape if isinstance(d, int)]))
     length = size_of(_input(node, 0), axis_of(node))
     if count > 1 and length is not None and count != length:
-        found = f"{count} scales for axis {axis_of(node)}, which is {length} long"
-        yield finding("scale-shape", node, found)
+        counts = f"{count} scales for axis {axis_of(node)}, which is {length} long"
+        yield finding("scale-shape", node, counts)
 
 
 def check_zero_points(view: View) -> Iterator[Finding]:
@@ -136,7 +136,7 @@ def check_zero_points(view: View) -> Iterator[Finding]:
         if not is_constant(zero):
             yield finding("zero-point", node, f"{zero.name!r} is computed or a graph input")
         elif values is not None and np.any(values.astype(np.float64) != 0):
-            yield finding("zero-point", node, f"{zero.name!r} is {_few(values)}")
+            yield finding("zero-point", node, f"{zero.name!r} is {_first(values)}")
 
 
 def check_types(view: View) -> Iterator[Finding]:
@@ -144,21 +144,21 @@ def check_types(view: View) -> Iterator[Finding]:
         dtype = _quantized_type(node)
         source = _input(node, 0)
         is_stored = node.op_type == "DequantizeLinear" and is_constant(source)
-        behind_pair = node.op_type == "DequantizeLinear" and not is_stored
-        if dtype is None or behind_pair:  # its QuantizeLinear says it
+        is_in_pair = node.op_type == "DequantizeLinear" and not is_stored
+        if dtype is None or is_in_pair:  # reported at the pair's QuantizeLinear
             continue
         if is_stored and dtype == ir.DataType.INT32:
             yield finding("quantized-bias", node, f"{source.name!r} is INT32")  # type: ignore[union-attr]
         elif dtype not in (WEIGHT_TYPES if is_stored else ACTIVATION_TYPES):
-            what = "a weight" if is_stored else "an activation"
-            yield finding("quantized-type", node, f"{what} in {dtype.name}")
+            kind = "a weight" if is_stored else "an activation"
+            yield finding("quantized-type", node, f"{kind} in {dtype.name}")
 
 
 def check_activation_scales(view: View) -> Iterator[Finding]:
     for node in view.quantizers:
         scale = _input(node, 1)
         count = 1 if scale is None or scale.shape is None else _count(scale.shape)
-        if count > 1 and not is_constant(behind(node.inputs[0])) and not _is_blocked(node):  # type: ignore[arg-type]
+        if count > 1 and not is_constant(origin(node.inputs[0])) and not _is_blocked(node):  # type: ignore[arg-type]
             yield finding("activation-per-channel", node, f"{count} scales")
 
 
@@ -170,8 +170,8 @@ def check_weights(view: View) -> Iterator[Finding]:
             continue
         seen.add(weight.dequantize)
         if weight.quantize is not None:
-            found = f"{weight.source.name!r} is {weight.source.dtype}"
-            yield finding("weight-in-float", weight.quantize, found)
+            stored = f"{weight.source.name!r} is {weight.source.dtype}"
+            yield finding("weight-in-float", weight.quantize, stored)
         yield from _check_axis(weight)
 
 
@@ -185,20 +185,20 @@ def _check_axis(weight: Operand) -> Iterator[Finding]:
     axis = axis_of(node)
     axis = axis + rank if axis < 0 and rank is not None else axis
     if weight.output_axis is not None and axis != weight.output_axis:
-        found = f"axis {axis} of {weight.source.name!r} {weight.source.shape}"
-        found += f"; its outputs are axis {weight.output_axis}"
-        yield finding("weight-axis", node, found)
+        axes = f"axis {axis} of {weight.source.name!r} {weight.source.shape}"
+        axes += f"; its outputs are axis {weight.output_axis}"
+        yield finding("weight-axis", node, axes)
 
 
 def check_hardware(view: View) -> Iterator[Finding]:
-    found = [node for node in view.dequantizers if dtype_of(_input(node, 0)) == FP8]
-    what = f"{len(found)} tensors in FP8 E4M3"
-    if not found or (view.sm is not None and view.sm >= FP8_SM):
+    nodes = [node for node in view.dequantizers if dtype_of(_input(node, 0)) == FP8]
+    count = f"{len(nodes)} tensors in FP8 E4M3"
+    if not nodes or (view.sm is not None and view.sm >= FP8_SM):
         return
     if view.sm is None:
-        yield finding("fp8-hardware", "the model", what)
+        yield finding("fp8-hardware", "the model", count)
     else:
-        yield finding("fp8-target", "the model", f"{what}; SM{view.sm} has no kernels for it")
+        yield finding("fp8-target", "the model", f"{count}; SM{view.sm} has no kernels for it")
 
 
 def axis_of(node: ir.Node) -> int:
@@ -207,7 +207,7 @@ def axis_of(node: ir.Node) -> int:
 
 
 def _quantized_type(node: ir.Node) -> ir.DataType | None:
-    """The 8-bit type of a node, which a QuantizeLinear may say in three ways."""
+    """Return the 8-bit type of a node, which a QuantizeLinear can declare in three ways."""
     if node.op_type == "DequantizeLinear":
         return dtype_of(_input(node, 0))
     zero, attribute = _input(node, 2), node.attributes.get("output_dtype")
@@ -215,7 +215,7 @@ def _quantized_type(node: ir.Node) -> ir.DataType | None:
         return dtype_of(zero)
     if attribute is not None and int(attribute.value):
         return ir.DataType(int(attribute.value))
-    return dtype_of(node.outputs[0]) or ir.DataType.UINT8  # what the specification says
+    return dtype_of(node.outputs[0]) or ir.DataType.UINT8  # the specification's default
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
@@ -231,7 +231,7 @@ def _count(shape: ir.Shape) -> int:
     return int(np.prod([d for d in shape if isinstance(d, int)]))
 
 
-def _few(values: Array) -> str:
+def _first(values: Array) -> str:
     text = ", ".join(f"{float(v):g}" for v in values.ravel()[:3])
     return f"{text}, …" if values.size > 3 else text
 

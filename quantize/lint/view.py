@@ -1,11 +1,11 @@
-"""A Q/DQ graph as its products see it: which inputs are pairs, weights, or neither.
+"""A Q/DQ graph as its matrix products see it: which inputs are pairs, weights, or neither.
 
-Nodes that only move or convert numbers (``MOVES``) stand between a pair and its product in many
-exports: the Transpose of a weight, the Reshape and Transpose that split heads. Builders see
+In many exports, nodes that only move or convert numbers (``MOVES``) stand between a pair and its
+product: the Transpose of a weight, the Reshape and Transpose that split heads. Builders see
 through them, and so does this view; an output axis is followed back through every Transpose.
 
-Nothing here loads weights: sizes come from shapes, and of constants only scales and zero points
-are read, up to ``MAX_CONSTANT`` elements of them.
+No weights are loaded: sizes come from shapes, and of the constants only scales and zero points of
+up to ``MAX_CONSTANT`` elements are read.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import onnx_ir as ir
 from internvl_edge.types import Array
 
 MAX_SCORE_STEPS = 16  # between q kᵀ and its softmax
-MAX_CONSTANT = 1 << 20  # elements of a constant that is looked at
+MAX_CONSTANT = 1 << 20  # elements of a constant that is read
 
 MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast"}
-MOVES |= {"Slice", "Split", "Gather", "Expand"}  # their first input is what they move
+MOVES |= {"Slice", "Split", "Gather", "Expand"}  # they move their first input
 JOINS = {"Concat"}
 PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
 ATTENTIONS = {"Attention", "MultiHeadAttention"}
@@ -36,13 +36,13 @@ SCORE_STEPS |= {"DequantizeLinear"}  # between the scores and their softmax
 class Operand:
     """One input of a product."""
 
-    value: ir.Value  # what the product reads
+    value: ir.Value  # the value that the product reads
     dequantize: ir.Node | None  # None: it is not quantized
-    quantize: ir.Node | None  # None: not quantized, or stored in 8 bits
-    source: ir.Value  # what is behind the pair
-    is_constant: bool  # a weight
+    quantize: ir.Node | None  # None: it is not quantized, or stored in 8 bits
+    source: ir.Value  # the value before the pair
+    is_constant: bool  # it is a weight
     output_axis: int | None  # of the source, for a weight; None: not known, or no weight
-    input_axis: int | None
+    input_axis: int | None  # likewise
 
     @property
     def element(self) -> ir.DataType | None:
@@ -70,21 +70,21 @@ class Product:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCore:
-    """softmax(q kᵀ) v as one node, or as two products around a softmax."""
+    """An attention softmax(q kᵀ) v, as one node or as two products around a softmax."""
 
     name: str
-    operands: tuple[Operand, ...]  # q, k, v and, where there is a node for it, the softmax
+    operands: tuple[Operand, ...]  # q, k, v and, where it is a node, the softmax's output
     probabilities: Operand | None  # the softmax's output; None inside one node
     head_size: int | None
     length: int | None  # of the keys
 
 
 class View:
-    """What the rules ask of a model."""
+    """The nodes of a model that rules are about, by kind."""
 
     def __init__(self, model: ir.Model, sm: int | None = None) -> None:
         self.model = model
-        self.sm = sm  # compute capability that it shall run on, 86 for 8.6; None: any
+        self.sm = sm  # compute capability of the GPU it will run on, 86 for 8.6; None: any
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
         graphs = [model.graph, *(function.graph for function in model.functions.values())]
         self.nodes = [node for g in graphs for node in ir.traversal.RecursiveGraphIterator(g)]
@@ -112,12 +112,12 @@ class View:
 
 
 def name_of(node: ir.Node) -> str:
-    """A node's name, or that of its first output, by which editors find it too."""
+    """Return a node's name, or that of its first output, by which graph viewers find it too."""
     return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is stored in the model."""
+    """Tell whether a value is stored in the model."""
     if value is None:
         return False
     producer = value.producer()
@@ -125,13 +125,13 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def constant(value: ir.Value | None) -> Array | None:
-    """A small constant's numbers; None of what is computed, large, or in a file that is absent."""
+    """Read a small constant; None if it is computed, large, or in a file that is absent."""
     if value is None or not is_constant(value):
         return None
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None or tensor.size > MAX_CONSTANT:
         return None
-    if isinstance(tensor, ir.ExternalTensor) and not _is_file_beside(tensor):
+    if isinstance(tensor, ir.ExternalTensor) and not _is_file_in_folder(tensor):
         return None
     try:
         return np.asarray(tensor.numpy())
@@ -139,8 +139,8 @@ def constant(value: ir.Value | None) -> Array | None:
         return None
 
 
-def _is_file_beside(tensor: ir.ExternalTensor) -> bool:
-    """Whether an external tensor lies in a regular file in the model's folder or below it."""
+def _is_file_in_folder(tensor: ir.ExternalTensor) -> bool:
+    """Tell whether an external tensor's file is a regular one in or below the model's folder."""
     folder, path = (Path(p).resolve() for p in (tensor.base_dir or ".", tensor.path))
     return path.is_relative_to(folder) and path.is_file()
 
@@ -150,7 +150,7 @@ def dtype_of(value: ir.Value | None) -> ir.DataType | None:
 
 
 def size_of(value: ir.Value | None, axis: int | None) -> int | None:
-    """The size of a dimension; None where it is not known."""
+    """Return the size of a dimension; None where it is not known."""
     if value is None or value.shape is None or axis is None:
         return None
     if not -len(value.shape) <= axis < len(value.shape):
@@ -160,7 +160,7 @@ def size_of(value: ir.Value | None, axis: int | None) -> int | None:
 
 
 def readers(value: ir.Value) -> Iterator[ir.Node | None]:
-    """The nodes that use a value's numbers, seen through ``MOVES``; None for a graph output."""
+    """Yield the nodes that use a value's numbers, seen through ``MOVES``; None: a graph output."""
     pending, seen = [value], {value}
     while pending:
         current = pending.pop()
@@ -175,8 +175,8 @@ def readers(value: ir.Value) -> Iterator[ir.Node | None]:
                 pending += fresh
 
 
-def behind(value: ir.Value, steps: set[str] = MOVES) -> ir.Value:
-    """The value that nodes of some kinds made this one from, by their first inputs."""
+def origin(value: ir.Value, steps: set[str] = MOVES) -> ir.Value:
+    """Follow a value back through nodes of some kinds, by their first inputs."""
     seen = {value}
     while (node := value.producer()) is not None and node.op_type in steps:
         source = node.inputs[0] if node.inputs else None
@@ -188,14 +188,14 @@ def behind(value: ir.Value, steps: set[str] = MOVES) -> ir.Value:
 
 
 def _scores(value: ir.Value, steps: int = MAX_SCORE_STEPS) -> ir.Node | None:
-    """The product that a softmax is of; a mask may be either input of what adds it."""
+    """Find the product whose scores a softmax reads; the mask may be either input of its Add."""
     node = value.producer()
     if node is None or steps == 0 or node.op_type == "MatMul":
         return node
     if node.op_type not in MOVES | SCORE_STEPS:
         return None
-    found = (_scores(x, steps - 1) for x in node.inputs if x is not None)
-    return next((product for product in found if product is not None), None)
+    products = (_scores(x, steps - 1) for x in node.inputs if x is not None)
+    return next((product for product in products if product is not None), None)
 
 
 # --- products ------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def _product(node: ir.Node) -> Product:
 
 
 def _axes(node: ir.Node, index: int, value: ir.Value) -> tuple[int | None, int | None]:
-    """Which axes of an input, were it the weight, are the product's outputs and inputs."""
+    """Return the axes of the product's outputs and inputs in an input, if it were the weight."""
     if node.op_type == "Conv":
         return 0, 1
     if node.op_type == "ConvTranspose":
@@ -228,16 +228,16 @@ def _axes(node: ir.Node, index: int, value: ir.Value) -> tuple[int | None, int |
 
 
 def _operand(value: ir.Value, output_axis: int | None, input_axis: int | None) -> Operand:
-    """Follow an input back to its pair, and on to what was quantized."""
+    """Follow an input back to its pair, and from there to the value that was quantized."""
     axes: list[int | None] = [output_axis, input_axis]
-    source = _back(value, axes)
+    source = _origin_with_axes(value, axes)
     dequantize = source.producer()
     quantize = None
     if dequantize is not None and dequantize.op_type == "DequantizeLinear" and dequantize.inputs[0]:
-        source = _back(dequantize.inputs[0], axes)
+        source = _origin_with_axes(dequantize.inputs[0], axes)
         quantize = source.producer()
         if quantize is not None and quantize.op_type == "QuantizeLinear" and quantize.inputs[0]:
-            source = _back(quantize.inputs[0], axes)
+            source = _origin_with_axes(quantize.inputs[0], axes)
         else:
             quantize = None
     else:
@@ -254,8 +254,8 @@ def _operand(value: ir.Value, output_axis: int | None, input_axis: int | None) -
     )
 
 
-def _back(value: ir.Value, axes: list[int | None]) -> ir.Value:
-    """The value behind every move, and the axes in it; unknown behind what reshapes."""
+def _origin_with_axes(value: ir.Value, axes: list[int | None]) -> ir.Value:
+    """Follow a value back as ``origin`` does, updating the axes; a reshape makes them unknown."""
     seen = {value}
     while (node := value.producer()) is not None and node.op_type in MOVES:
         source = node.inputs[0] if node.inputs else None
@@ -297,7 +297,7 @@ def _fused(node: ir.Node) -> AttentionCore | None:
 
 
 def _decomposed(softmax: ir.Node) -> AttentionCore | None:
-    """The products in front of and behind a softmax, where neither has a weight."""
+    """Return the attention whose products surround a softmax, if neither product has a weight."""
     if not softmax.inputs or softmax.inputs[0] is None:
         return None
     scores = _scores(softmax.inputs[0])

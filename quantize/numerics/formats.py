@@ -1,4 +1,4 @@
-"""INT8, INT4 and FP8 in numpy: what a stored byte means, and how a number becomes one.
+"""INT8, INT4 and FP8 in numpy: what a stored byte means, and how a number is rounded to one.
 
 Quantization is symmetric, without a zero point. A tensor or a channel shares one scale s > 0:
 
@@ -13,22 +13,23 @@ Quantization is symmetric, without a zero point. A tensor or a channel shares on
 
 Everything is computed in float32: the quotient is a division (multiplying by 1/s differs in the
 last bit and moves values across a tie), ties go to the even neighbour (`rint`, and the IEEE
-rounding of the FP8 cast), what lies outside saturates. That is ONNX's QuantizeLinear with
-saturate=1 and DequantizeLinear, to the bit, so a weight stored in 8 bits equals one that a graph
-would quantize itself.
+rounding of the FP8 cast), and values outside the range saturate. This is bit-exact with ONNX's
+QuantizeLinear (saturate=1) and DequantizeLinear, so a weight stored in 8 bits equals one that a
+graph would quantize itself.
 
 int8 uses -128 although no scale is chosen for it: the range is solved for ±127 s, and a value at
 -127.6 s is closer to -128 s than to -127 s.
 
 Clipping precedes the FP8 cast because E4M3FN has no infinity: the cast alone would turn 465 into
-NaN. A finite number therefore never becomes NaN. NaN and infinity themselves are refused by name
-(`require_finite`) where numbers enter: weights of a checkpoint, activations of a calibration.
+NaN. A finite number therefore never becomes NaN. NaN and infinity themselves are refused with the
+tensor's name (`require_finite`) where numbers enter: weights of a checkpoint, activations during
+calibration.
 
-A scale stays inside the normal float32 numbers, and so does its reciprocal: kernels flush
-denormals to zero and multiply by 1/s. The floor 2⁻¹²⁶ serves channels that are zero or denormal;
-zero quantizes to zero at any scale, so a dead channel dequantizes to exactly zero. Scales are
-float32 whatever the graph computes in: in float16 that of a channel whose weights stay below
-0.0078 would be denormal already.
+A scale and its reciprocal are always normal float32 numbers, because kernels flush denormals to
+zero and multiply by 1/s. The floor 2⁻¹²⁶ applies to channels that are zero or denormal; zero
+quantizes to zero at any scale, so a dead channel dequantizes to exactly zero. Scales are float32
+whatever the graph computes in: in float16, the scale of a channel whose weights stay below 0.0078
+would already be denormal.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ from internvl_edge.errors import CalibrationError, InputError, UsageError, Verif
 from internvl_edge.types import Array
 
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2⁻¹²⁶
-_CHUNK = 1 << 18  # elements per step where a wider copy is made
+_CHUNK = 1 << 18  # elements per step where a copy in a wider type is made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """A type that values are quantized to."""
+    """A number format that values are quantized to."""
 
     name: str  # as in recipes and manifests
     lowest: float
-    max_value: float  # the magnitude that the end of the range maps to
+    max_value: float  # the value that the end of the range maps to
     dtype: np.dtype[Any]
-    onnx_type: str  # the member of TensorProto.DataType
+    onnx_type: str  # a member of TensorProto.DataType
 
 
 INT8 = Format(
@@ -71,7 +72,7 @@ FP8 = Format(
     dtype=np.dtype(ml_dtypes.float8_e4m3fn),
     onnx_type="FLOAT8E4M3FN",
 )
-# The grid of int8 over a range that begins at zero: 255 steps, which a shift makes symmetric.
+# The grid of int8 for a range that begins at zero: 255 steps, which a shift makes symmetric.
 SHIFTED_INT8 = Format(
     name="shifted int8",
     lowest=0.0,
@@ -79,31 +80,31 @@ SHIFTED_INT8 = Format(
     dtype=np.dtype(np.uint8),
     onnx_type="UINT8",
 )
-# For weights alone; one value to a byte here, two where they are stored (``blockwise.pack``).
+# For weights only; one value per byte here, two per byte where they are stored (``int4.pack``).
 INT4 = Format(name="int4", lowest=-8.0, max_value=7.0, dtype=np.dtype(np.int8), onnx_type="INT4")
-FORMATS = {fmt.name: fmt for fmt in (INT8, FP8)}  # of weights and activations
+FORMATS = {fmt.name: fmt for fmt in (INT8, FP8)}  # for weights and activations
 WEIGHT_FORMATS = FORMATS | {INT4.name: INT4}
 
 
 def as_format(fmt: Format | str) -> Format:
-    """The format called ``fmt``; a format is returned as it is.
+    """Return the format called ``fmt``; a format is returned as it is.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no format of that name.
     """
     if isinstance(fmt, Format):
         return fmt
     if fmt not in WEIGHT_FORMATS:
-        raise UsageError(f"expected a format out of {', '.join(WEIGHT_FORMATS)}, found {fmt!r}")
+        raise UsageError(f"expected one of the formats {', '.join(WEIGHT_FORMATS)}, found {fmt!r}")
     return WEIGHT_FORMATS[fmt]
 
 
 def quantize(x: Array, scale: ArrayLike, fmt: Format | str, axis: int | None = None) -> Array:
-    """The stored form of ``x``.
+    """Quantize ``x``: divide by the scale, clip, and round to the format.
 
     Args:
-        x: finite values of any float type, computed in float32.
-        scale: one positive scale, or with ``axis`` one per index of that axis.
+        x: finite values of any float type; computed in float32.
+        scale: one positive scale or, with ``axis``, one per index of that axis.
         fmt: the format to store, or its name.
         axis: the axis of the channels; None for one scale per tensor.
 
@@ -124,7 +125,7 @@ def quantize(x: Array, scale: ArrayLike, fmt: Format | str, axis: int | None = N
 
 
 def dequantize(q: Array, scale: ArrayLike, axis: int | None = None) -> NDArray[np.float32]:
-    """The float32 values that ``q`` stands for."""
+    """Return the float32 values that ``q`` represents."""
     values = q.astype(np.float32)
     np.multiply(values, _broadcast(scale, q.ndim, axis), out=values)
     return values
@@ -133,26 +134,26 @@ def dequantize(q: Array, scale: ArrayLike, axis: int | None = None) -> NDArray[n
 def fake_quantize(
     x: Array, scale: ArrayLike, fmt: Format | str, axis: int | None = None
 ) -> NDArray[np.float32]:
-    """What ``x`` becomes by a QuantizeLinear followed by a DequantizeLinear."""
+    """Return ``x`` after a QuantizeLinear followed by a DequantizeLinear."""
     return dequantize(quantize(x, scale, fmt, axis), scale, axis)
 
 
 def scale_of(absmax: ArrayLike, fmt: Format | str) -> NDArray[np.float32]:
-    """The scale that maps the range ±``absmax`` onto the format, kept away from denormals."""
+    """Return the scale that maps the range ±``absmax`` onto the format; never a denormal."""
     highest = np.float32(as_format(fmt).max_value)
     scale = np.asarray(absmax, np.float32) / highest
-    # A quotient rounded up would dequantize the largest float32 to infinity.
+    # A quotient that was rounded up would dequantize the largest float32 to infinity.
     ceiling = np.nextafter(np.finfo(np.float32).max / highest, np.float32(0.0))
     return np.asarray(np.clip(scale, np.float32(MIN_SCALE), ceiling), np.float32)
 
 
 def weight_scale(w: Array, fmt: Format | str, axis: int | None) -> NDArray[np.float32]:
-    """The scales of a weight: the largest magnitude of each channel maps to the format's end.
+    """Return a weight's scales, which map each channel's largest magnitude to the format's end.
 
     Args:
         w: finite weights.
         fmt: the format they will be stored in.
-        axis: the output channels' axis, or None for one scale of the whole weight.
+        axis: the output channels' axis, or None for one scale for the whole weight.
 
     Returns:
         float32, one scale per channel (w.shape[axis],), or of shape () without an axis.
@@ -165,7 +166,7 @@ def weight_scale(w: Array, fmt: Format | str, axis: int | None) -> NDArray[np.fl
 
 
 def grid(fmt: Format | str) -> NDArray[np.float64]:
-    """The non-negative values of the format at scale 1, ascending: 0 … ``max_value``."""
+    """Return the non-negative values of the format at scale 1, ascending: 0 … ``max_value``."""
     # Bytes 0 … 126 of E4M3FN are its non-negative finite values in order; 0 … 127 those of int8.
     fmt = as_format(fmt)
     last = 126 if fmt is FP8 else int(fmt.max_value)
@@ -176,7 +177,7 @@ def require_finite(x: Array, name: str, error: type[InputError] = CalibrationErr
     """Refuse NaN and infinities.
 
     Raises:
-        error: with the tensor's name, how many there are and where the first stands.
+        error: with the tensor's name, how many there are and the index of the first.
     """
     finite = np.isfinite(x)
     if finite.all():
@@ -189,9 +190,9 @@ def require_finite(x: Array, name: str, error: type[InputError] = CalibrationErr
 
 
 def sqnr_db(reference: Array, approximation: Array) -> float:
-    """Signal to quantization noise in dB: 10 log₁₀(Σ r² / Σ (r − a)²), summed in float64.
+    """Return signal to quantization noise in dB: 10 log₁₀(Σ r² / Σ (r − a)²), summed in float64.
 
-    Infinite where the two are equal, minus infinity where the reference is zero and the
+    It is infinite where the two are equal, and minus infinity where the reference is zero and the
     approximation is not.
 
     Raises:
@@ -212,7 +213,7 @@ def sqnr_db(reference: Array, approximation: Array) -> float:
 
 
 def _absmax(w: Array, axes: tuple[int, ...] | None) -> Array:
-    # Two reductions instead of |w|, which would copy a weight of hundreds of megabytes.
+    # Two reductions instead of one over |w|, which would copy a weight of hundreds of megabytes.
     if w.size == 0:
         return np.zeros([n for i, n in enumerate(w.shape) if axes and i not in axes], np.float32)
     high, low = (np.asarray(f(w, axis=axes), np.float32) for f in (np.max, np.min))
@@ -220,7 +221,7 @@ def _absmax(w: Array, axes: tuple[int, ...] | None) -> Array:
 
 
 def _broadcast(scale: ArrayLike, ndim: int, axis: int | None) -> NDArray[np.float32]:
-    """The scale, shaped to broadcast along ``axis`` of an array of ``ndim`` dimensions."""
+    """Reshape a scale to broadcast along ``axis`` of an array of ``ndim`` dimensions."""
     value = np.asarray(scale, np.float32)
     if axis is None:
         return value.reshape(())
@@ -230,7 +231,7 @@ def _broadcast(scale: ArrayLike, ndim: int, axis: int | None) -> NDArray[np.floa
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[slice | EllipsisType]:
-    """Rows by rows of a large array, so that its temporaries stay small."""
+    """Yield slices of rows of a large array, so that temporaries stay small."""
     if not shape:
         yield ...
         return

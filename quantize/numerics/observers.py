@@ -1,39 +1,41 @@
-"""Range observers: what activations were like, from one pass, in a few hundred kilobytes.
+"""Range observers: statistics of activations from one pass, in a few hundred kilobytes.
 
-A static scale needs the range of every activation over the whole calibration set, which nobody
-wants to keep. An observer counts |x| in a histogram, and keeps the largest |x| of each channel of
-the last axis (SmoothQuant reads it). Everything else is solved from these afterwards.
+A static scale needs the range of every activation over the whole calibration set, which is too
+large to keep. An observer counts |x| in a histogram, and keeps the largest |x| of each channel of
+the last axis (SmoothQuant reads it). Everything else is computed from these afterwards.
 
-**The bins are floating point itself.** The bits of a positive float32, read as an integer, are
-ordered as its values are, so bin = bits >> 15 cuts every octave into 256 equal bins:
+**The bins are those of floating point itself.** The bits of positive float32 numbers, read as
+integers, have the same order as the numbers, so bin = bits >> 15 cuts every octave into 256 equal
+bins:
 
     sign 1 | exponent 8 | mantissa 23          bin = exponent and the first 8 mantissa bits
 
-No range is chosen in advance, so none is ever outgrown, and a bin is at most 0.4 % of its value
-wide. Equal-width bins fail where it matters: one activation of 1000 above a body of σ = 1 leaves
-the body two bins out of 2048. Counts are integers on bins that never move, so merging observers
-is addition: exact, in any order, the same however the data was split (shards, a resumed run).
-NaN and infinity have bins of their own behind the finite ones and are refused for free.
+No range is chosen in advance, so no value ever lies outside it, and a bin is at most 0.4 % of its
+value wide. Equal-width bins fail where it matters: one activation of 1000 above a body of σ = 1
+leaves the body two bins out of 2048. Counts are integers on bins that never move, so merging
+observers is addition: exact, in any order, and the same however the data was split (shards, a
+resumed run). NaN and infinity have bins of their own after the finite ones, so that detecting them
+costs nothing.
 
 **From the histogram to the clip** c, beyond which values saturate (the scale is c / highest value
-of the format). Within a bin the density is taken as flat, which makes the rest exact:
+of the format). The density within a bin is assumed flat; given that, the rest is exact:
 
     max          c = max |x|.
     percentile   P(|x| ≤ c) = p.
     mse          minimises E (x − x̂)², rounding and clipping together: over the grid values gᵢ,
                  Σᵢ E (|x| − gᵢ)² on the cell [mᵢ, mᵢ₊₁] between midpoints that rounds to gᵢ,
                  the last cell being open. The grid is the format's own: uniform for int8,
-                 E4M3's for fp8. Each term is three moments of the histogram.
+                 E4M3's for fp8. Each term takes three moments of the histogram.
     entropy      minimises KL(P‖Q) = Σ p log(p/q), the criterion of TensorRT's former
-                 calibrator, on 16 pieces of every cell. P is what is seen after clipping, the
-                 mass beyond c piled onto the last piece. Q is what the format keeps of it: the
-                 mass below c, flat over the occupied pieces of each cell. Three things differ
-                 from the original: pieces per cell do not depend on c (it had one at the
-                 smallest c, where Q equals P whatever was clipped), Q is not scaled up to one
-                 (else a clip that keeps a single value loses nothing), and exact zeros are left
-                 out, since every clip represents them.
+                 calibrator, on 16 pieces of every cell. P is the distribution after clipping:
+                 the mass beyond c is added to the last piece. Q is what the format keeps of it:
+                 the mass below c, flat over the occupied pieces of each cell. Three things
+                 differ from the original: the number of pieces per cell does not depend on c
+                 (it was one at the smallest c, where Q equals P whatever was clipped), Q is not
+                 scaled up to one (else a clip that keeps a single value would lose nothing),
+                 and exact zeros are left out, since every clip represents them.
 
-int8's −128 is left out of the grid: |x| does not tell on which side it would help.
+int8's −128 is left out of the grid, since |x| does not tell the sign.
 """
 
 from __future__ import annotations
@@ -54,19 +56,19 @@ Floats = NDArray[np.float64]
 RangeMethod = Literal["max", "percentile", "mse", "entropy"]
 RANGE_METHODS: tuple[RangeMethod, ...] = ("max", "percentile", "mse", "entropy")
 
-_SHIFT = 15  # 23 mantissa bits, of which 8 tell the bin
+_SHIFT = 15  # of 23 mantissa bits, 8 belong to the bin
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _INFINITY = 0x7F80_0000  # the bits of infinity; those of every NaN lie above
 NUM_BINS = _INFINITY >> _SHIFT
 _CHUNK = 1 << 17  # elements; a chunk and the occupied bins fit the cache
-_PART = 1 << 22  # elements to a thread
+_PART = 1 << 22  # elements given to one thread at a time
 _PIECES = 16  # of a cell, for the entropy
 _OCTAVES, _PER_OCTAVE = 14, 8  # of the coarse search for a clip, downwards from max |x|
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Histogram:
-    """Counts of |x|: ``counts[i]`` of them in [edges[i], edges[i + 1])."""
+    """Counts of |x|: ``counts[i]`` values in [edges[i], edges[i + 1])."""
 
     edges: Floats  # (bins + 1,), ascending
     counts: NDArray[np.int64]  # (bins,)
@@ -74,16 +76,16 @@ class Histogram:
 
 
 class RangeObserver:
-    """Everything a static range can be solved from, of a stream of activations."""
+    """The statistics of one activation that its static range is computed from."""
 
     def __init__(self, name: str = "activation") -> None:
-        self.name = name  # stands in errors
+        self.name = name  # for error messages
         self._counts: NDArray[np.int64] = np.zeros(NUM_BINS, np.int64)
-        self._channels: NDArray[np.uint32] | None = None  # bits of the largest |x| of each
+        self._channels: NDArray[np.uint32] | None = None  # bits of each channel's largest |x|
 
     @property
     def num_values(self) -> int:
-        """How many values were seen."""
+        """The number of values seen."""
         return int(self._counts.sum())
 
     @property
@@ -99,11 +101,11 @@ class RangeObserver:
         return float(self.channel_absmax.max())
 
     def update(self, array: Array) -> None:
-        """Take in activations of any float type and shape, channels last.
+        """Count activations of any float type and shape, channels last.
 
         Raises:
-            CalibrationError: NaN or infinity among them, or another number of channels than
-                before; the observer is then unchanged.
+            CalibrationError: there is NaN or infinity among them, or the number of channels
+                differs from before; the observer is then unchanged.
         """
         if array.size == 0:
             return
@@ -115,7 +117,7 @@ class RangeObserver:
             self._add(counts, channels)
 
     def _counted(self, rows: Array) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """How many values lie in each bin, and the bits of the largest |x| of each channel."""
+        """Count the values in each bin, and find the bits of each channel's largest |x|."""
         channels = np.zeros(rows.shape[1], np.uint32)
         counts = np.zeros(NUM_BINS, np.int64)
         step = max(_CHUNK // rows.shape[1], 1)
@@ -123,7 +125,7 @@ class RangeObserver:
         bits = np.empty((min(step, len(rows)), rows.shape[1]), np.uint32)
         bins = np.empty(bits.size, np.intp)
         for start in range(0, len(rows), step):
-            with np.errstate(over="ignore"):  # beyond float32 is refused as infinity
+            with np.errstate(over="ignore"):  # what overflows float32 is refused as infinity
                 values = np.ascontiguousarray(rows[start : start + step], np.float32)
             chunk, index = bits[: len(values)], bins[: values.size]
             np.bitwise_and(values.view(np.uint32), _MAGNITUDE, out=chunk)
@@ -138,12 +140,12 @@ class RangeObserver:
         return counts, channels
 
     def merge(self, other: RangeObserver) -> None:
-        """Take in everything that ``other`` saw."""
+        """Add everything that ``other`` saw."""
         if other._channels is not None:
             self._add(other._counts, other._channels)
 
     def state(self) -> dict[str, Array]:
-        """Arrays for ``np.savez``; the inverse of :meth:`from_state`."""
+        """Return the state as arrays for ``np.savez``; :meth:`from_state` is the inverse."""
         bins = np.flatnonzero(self._counts).astype(np.uint32)
         channels = np.zeros(0, np.uint32) if self._channels is None else self._channels.copy()
         return {
@@ -154,7 +156,7 @@ class RangeObserver:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array], name: str = "activation") -> RangeObserver:
-        """The observer that ``state`` was taken from.
+        """Restore the observer that ``state`` was taken from.
 
         Raises:
             CalibrationError: the arrays are not those of an observer.
@@ -173,12 +175,12 @@ class RangeObserver:
         return observer
 
     def histogram(self) -> Histogram:
-        """The occupied part of the histogram, on the scale of the values.
+        """Return the occupied part of the histogram, with the bins' edges as values.
 
         Raises:
             CalibrationError: nothing was observed.
         """
-        absmax = self.absmax  # first: it refuses an observer that saw nothing
+        absmax = self.absmax  # first, since it refuses an observer that saw nothing
         used = np.flatnonzero(self._counts)
         first, last = int(used[0]), int(used[-1])
         bits = np.arange(first, last + 2, dtype=np.uint32) << np.uint32(_SHIFT)
@@ -187,7 +189,7 @@ class RangeObserver:
         return Histogram(edges=edges, counts=self._counts[first : last + 1].copy(), absmax=absmax)
 
     def clip(self, method: RangeMethod, fmt: Format | str, percentile: float = 99.99) -> float:
-        """The magnitude at which values saturate: at most max |x|, 0 where all were zero."""
+        """Return the magnitude at which values saturate: at most max |x|, 0 if all were zero."""
         if method not in RANGE_METHODS:
             raise UsageError(
                 f"range method: expected one of {', '.join(RANGE_METHODS)}, found {method!r}"
@@ -200,7 +202,7 @@ class RangeObserver:
         return (mse_clip if method == "mse" else entropy_clip)(histogram, fmt)
 
     def scale(self, method: RangeMethod, fmt: Format | str, percentile: float = 99.99) -> float:
-        """The scale of the activation's Q/DQ pair, a float32 number."""
+        """Return the scale of the activation's Q/DQ pair, a float32 number."""
         return float(scale_of(self.clip(method, fmt, percentile), fmt))
 
     def _add(self, counts: NDArray[np.int64], channels: NDArray[np.uint32]) -> None:
@@ -216,10 +218,10 @@ class RangeObserver:
 
 
 def percentile_clip(histogram: Histogram, percentile: float) -> float:
-    """The magnitude that ``percentile`` percent of the values do not exceed.
+    """Return the magnitude that ``percentile`` percent of the values do not exceed.
 
     Raises:
-        UsageError: not above 0 and at most 100.
+        UsageError: the percentile is not in (0, 100].
     """
     if not 0.0 < percentile <= 100.0:
         raise UsageError(f"percentile: expected above 0 and at most 100, found {percentile}")
@@ -234,17 +236,17 @@ def percentile_clip(histogram: Histogram, percentile: float) -> float:
 
 
 def mse_clip(histogram: Histogram, fmt: Format | str) -> float:
-    """The clip of the least mean squared error."""
+    """Return the clip with the least mean squared error."""
     return _least(lambda clips: squared_error(histogram, clips, fmt), histogram.absmax)
 
 
 def entropy_clip(histogram: Histogram, fmt: Format | str) -> float:
-    """The clip that loses the least information, in the sense of KL(P‖Q)."""
+    """Return the clip that loses the least information, in the sense of KL(P‖Q)."""
     return _least(lambda clips: divergence(histogram, clips, fmt), histogram.absmax)
 
 
 def squared_error(histogram: Histogram, clips: ArrayLike, fmt: Format | str) -> Floats:
-    """The mean of (|x| − |x̂|)² when values saturate at each of ``clips``, in their shape."""
+    """Return the mean of (|x| − |x̂|)² when values saturate at each of ``clips``, in their shape."""
     levels, boundaries = _cells(clips, fmt, end=histogram.edges[-1])
     zeroth, first, second = (np.diff(m) for m in _moments(histogram, boundaries))
     error = (second - 2.0 * levels * first + levels**2 * zeroth).sum(axis=-1)
@@ -252,7 +254,7 @@ def squared_error(histogram: Histogram, clips: ArrayLike, fmt: Format | str) -> 
 
 
 def divergence(histogram: Histogram, clips: ArrayLike, fmt: Format | str) -> Floats:
-    """KL(P‖Q) in nats when values saturate at each of ``clips``, in their shape."""
+    """Return KL(P‖Q) in nats when values saturate at each of ``clips``, in their shape."""
     first = 1 if histogram.edges[0] == 0.0 else 0  # zero is represented exactly at every clip
     nonzero = replace(histogram, edges=histogram.edges[first:], counts=histogram.counts[first:])
     total = float(nonzero.counts.sum())
@@ -267,7 +269,7 @@ def divergence(histogram: Histogram, clips: ArrayLike, fmt: Format | str) -> Flo
     q = p.sum(axis=-1, keepdims=True) / np.maximum(occupied.sum(axis=-1, keepdims=True), 1)
     q = np.broadcast_to(q, p.shape).reshape(*clips.shape, -1)
     p, occupied = p.reshape(q.shape), occupied.reshape(q.shape)
-    # What is clipped piles up on the last occupied piece; an empty one could not hold it in Q.
+    # The clipped mass goes onto the last occupied piece: Q has no mass on an empty one.
     last = q.shape[-1] - 1 - np.argmax(occupied[..., ::-1], axis=-1)
     clipped = 1.0 - p.sum(axis=-1)
     p = p + clipped[..., None] * (np.arange(q.shape[-1]) == last[..., None])
@@ -276,7 +278,7 @@ def divergence(histogram: Histogram, clips: ArrayLike, fmt: Format | str) -> Flo
 
 
 def _cells(clips: ArrayLike, fmt: Format | str, end: ArrayLike) -> tuple[Floats, Floats]:
-    """Magnitudes the format has at each clip (…, n), and their cells' boundaries (…, n + 1)."""
+    """Return the format's magnitudes at each clip (…, n), and their cells' ends (…, n + 1)."""
     fmt = as_format(fmt)
     clips = np.asarray(clips, np.float64)[..., None]
     levels = grid(fmt) * (clips / fmt.max_value)
@@ -286,7 +288,7 @@ def _cells(clips: ArrayLike, fmt: Format | str, end: ArrayLike) -> tuple[Floats,
 
 
 def _moments(histogram: Histogram, points: Floats) -> tuple[Floats, Floats, Floats]:
-    """Σ 1, Σ |x| and Σ |x|² over the values below each point, the density flat in each bin."""
+    """Return Σ 1, Σ |x| and Σ |x|² over the values below each point; density is flat per bin."""
     edges, density = histogram.edges, histogram.counts / np.diff(histogram.edges)
     t = np.clip(points, edges[0], edges[-1])
     bins = np.minimum(np.searchsorted(edges, t, side="right") - 1, len(density) - 1)
@@ -300,7 +302,7 @@ def _moments(histogram: Histogram, points: Floats) -> tuple[Floats, Floats, Floa
 
 
 def _least(loss: Callable[[Floats], Floats], absmax: float) -> float:
-    """The clip of the least loss: a geometric grid below ``absmax``, then a finer one."""
+    """Find the clip with the least loss: on a geometric grid below ``absmax``, then a finer one."""
     coarse = absmax * np.exp2(-np.arange(_OCTAVES * _PER_OCTAVE + 1) / _PER_OCTAVE)
     best = coarse[np.argmin(loss(coarse))]
     around = best * np.exp2(np.linspace(-1.0, 1.0, 2 * _PER_OCTAVE + 1) / _PER_OCTAVE)

@@ -13,18 +13,20 @@ LayerScale l into the writers, embeddings are stored rotated, and x = x' Qᵀ is
 the stream leaves the tower. LayerNorm also subtracts the mean, which is the component along the
 all-ones vector 1; it commutes with Q if 1 Q = 1.
 
-**The Q used** is symmetric, its own inverse, and keeps 1 (all that is needed for both norms):
+**The Q used here** is symmetric, its own inverse, and maps 1 to itself, which is all that both
+norms need:
 
     Q = U S Uᵀ,     U = H ⊗ D,     S = diag(±1), S₀ = +1
 
 For a width 2ᵏ·m, H is the Hadamard matrix of size 2ᵏ over √2ᵏ and D the orthonormal cosine
-transform of the odd size m. The first column of either is constant, so U e₀ = 1/√n and S₀ = +1
-keeps it. The other signs are random: entry (i, j) of Q is a random sum Σₖ ±Uᵢₖ Uⱼₖ with variance
-close to 1/n, so an outlier of size a leaves with entries near a/√n. Q is never formed for a
-weight: U = (H₁ ⊗ H₂) ⊗ D = H₁ ⊗ (H₂ ⊗ D) takes two small products, 64 and 50 wide at width 3200.
+transform of the odd size m. The first column of each is constant, so U e₀ = 1/√n, and S₀ = +1
+preserves it. The other signs are random: entry (i, j) of Q is a random sum Σₖ ±Uᵢₖ Uⱼₖ with
+variance close to 1/n, so an outlier of size a is spread over entries near a/√n. Q is never formed
+to rotate a weight: U = (H₁ ⊗ H₂) ⊗ D = H₁ ⊗ (H₂ ⊗ D) takes two small products, 64 and 50 wide at
+width 3200.
 
-The factors of Q are made in float64; products are float32, which leaves weights with errors of
-1e-7 of their size. The same seed and width give the same Q.
+The factors of Q are computed in float64; products in float32, which leaves weights with relative
+errors of 1e-7. The same seed and width give the same Q.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from internvl_edge.quantize.numerics.threads import each
 from internvl_edge.types import Array
 
 Floats = NDArray[np.float64]
-_CHUNK = 1 << 18  # elements at a time, which a core's cache holds
+_CHUNK = 1 << 18  # elements at a time: they fit a core's cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,7 +56,7 @@ class Rotation:
 
     @property
     def width(self) -> int:
-        """How many channels it rotates."""
+        """The number of channels."""
         return int(self.signs.size)
 
     def apply(
@@ -65,10 +67,10 @@ class Rotation:
         Args:
             values: of any float type.
             axis: the first or the last.
-            in_place: give float32 values back changed; fresh memory costs as much as the products.
+            in_place: overwrite float32 values; fresh memory costs as much as the products.
 
         Raises:
-            UsageError: the axis has another length.
+            UsageError: the axis has another length than ``width``.
         """
         if values.shape[axis] != self.width:
             raise UsageError(
@@ -90,11 +92,11 @@ class Rotation:
         return result
 
     def matrix(self) -> NDArray[np.float32]:
-        """Q itself, (width, width) in float32."""
+        """Return Q itself, (width, width) in float32."""
         return self.apply(np.eye(self.width))
 
     def _rows(self, rows: Array) -> Array:
-        """X Q of rows (n, a·b): each row is a matrix (a, b), multiplied from both sides."""
+        """Multiply rows (n, a·b) by Q: each row is a matrix (a, b), multiplied from both sides."""
         left, right, signs = self._factors()
         x = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
         x = left.T @ (x.reshape(-1, *signs.shape) @ right)  # x U, (n, a, b)
@@ -102,7 +104,7 @@ class Rotation:
         return (left @ x @ right.T).numpy().reshape(rows.shape)
 
     def _columns(self, columns: Array) -> Array:
-        """Q x of columns (a·b, n): the same from the other side, where nothing is transposed."""
+        """Multiply columns (a·b, n) by Q, from the left: here nothing is transposed."""
         left, right, signs = self._factors()
         a, b = len(left), len(right)
         x = torch.from_numpy(np.ascontiguousarray(columns, np.float32))
@@ -118,7 +120,7 @@ class Rotation:
 
 
 def rotation(width: int, seed: int) -> Rotation:
-    """The rotation of ``width`` channels that belongs to a seed."""
+    """Return the rotation of ``width`` channels that belongs to a seed."""
     power = width & -width  # the largest power of two that divides it
     signs = np.random.default_rng((seed, width)).choice((-1.0, 1.0), width)
     signs[0] = 1.0
@@ -130,7 +132,7 @@ def rotation(width: int, seed: int) -> Rotation:
 def rotate_heads(
     values: Array, head: Rotation, axis: int = -1, *, in_place: bool = False
 ) -> NDArray[np.float32]:
-    """Rotate each head by itself; the heads lie one after the other along ``axis``, 0 or -1."""
+    """Rotate each head by itself; heads are adjacent along ``axis``, which is 0 or -1."""
     heads = values.shape[axis] // head.width
     if axis == 0:
         split = values.reshape(heads, head.width, -1)
@@ -141,7 +143,7 @@ def rotate_heads(
 
 
 def _hadamard(size: int) -> Floats:
-    """Sylvester's matrix over √size: symmetric, orthonormal."""
+    """Return Sylvester's matrix over √size: symmetric, orthonormal."""
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2.0)
@@ -149,7 +151,7 @@ def _hadamard(size: int) -> Floats:
 
 
 def _cosine(size: int) -> Floats:
-    """Columns cos(π k (i + ½) / size), normalised; the first is constant."""
+    """Return the matrix of columns cos(π k (i + ½) / size), normalised; the first is constant."""
     k = np.arange(size)
     matrix = np.cos(np.pi * (k[:, None] + 0.5) * k / size) * np.sqrt(2.0 / size)
     matrix[:, 0] = np.sqrt(1.0 / size)

@@ -1,28 +1,30 @@
 """SmoothQuant: moving outlier channels from activations, where they hurt, into weights.
 
 An activation has one scale for all its channels. If one channel is a hundred times the others,
-the others keep a hundredth of the levels. A weight has a scale per output, so that it suffers
-less from an input channel that is large. Between a norm and the linear layers that read it, a
-positive factor per channel changes nothing but where the range lies (Xiao et al., 2023):
+the others are left with a hundredth of the levels. A weight has a scale per output, so that it
+suffers less from a large input channel. Between a norm and the linear layers that read it, a
+positive factor per channel moves range from the activation into the weights and changes nothing
+else (Xiao et al., 2023):
 
     y = (g ⊙ x̂ + b) Wᵀ = ((g / s) ⊙ x̂ + b / s) (W · diag(s))ᵀ
 
-The division goes into the norm's gain and bias, the product into the columns of W: nothing runs
-at inference. All layers that read the norm (q, k and v; gate and up) share one s, made from the
-largest column of any of them:
+The division goes into the norm's gain and bias, the product into the columns of W: it costs
+nothing at inference. All layers that read the norm (q, k and v; gate and up) share one s, computed
+from the largest column of any of them:
 
     sⱼ = max|Xⱼ|^α / max|Wⱼ|^(1−α)
 
 α = 0.5 gives channel j the same maximum √(max|Xⱼ| max|Wⱼ|) on both sides; a function-preserving
-outlier (gain × 100, columns / 100) gets a factor 100 times the ordinary and is undone entirely.
+outlier (gain × 100, columns / 100) gets 100 times its usual factor and is undone entirely.
 
 Three details:
-- A common factor of all s would cancel between the two scales. It is chosen such that the
-  geometric mean of s is one, which keeps gains and weights near the size they were trained at.
-- s is bounded by ``MAX_FACTOR`` either way, so that neither g / s nor W s leaves float16.
+- A factor common to all s cancels between the two scales. It is chosen such that the geometric
+  mean of s is one, which keeps gains and weights near the size they were trained at.
+- s lies between 1 / ``MAX_FACTOR`` and ``MAX_FACTOR``, so that neither g / s nor W s leaves
+  float16's range.
 - A channel whose activations or weights are all zero says nothing about s: it keeps s = 1.
 
-s is solved in float64 and stored in float32; g / s and W s are rounded once each.
+s is computed in float64 and stored in float32; g / s and W s are rounded once each.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ MAX_FACTOR = 4096.0
 
 
 def column_absmax(linear_weights: Sequence[Array]) -> Array:
-    """The largest magnitude of each input channel over all weights (outputs, channels)."""
-    # not the maximum of |w|: that would copy weights of hundreds of megabytes
+    """Return the largest magnitude of each input channel over all weights (outputs, channels)."""
+    # Not the maximum of |w|: that would copy weights of hundreds of megabytes.
     maxima = [np.maximum(w.max(axis=0), -w.min(axis=0)) for w in linear_weights]
     return np.asarray(np.maximum.reduce(maxima))
 
@@ -49,15 +51,16 @@ def column_absmax(linear_weights: Sequence[Array]) -> Array:
 def smoothing_factors(
     channel_absmax: Array, weight_absmax: Array, alpha: float
 ) -> NDArray[np.float32]:
-    """The factors s that a norm's output is divided by.
+    """Return the factors s that a norm's output is divided by.
 
     Args:
-        channel_absmax: largest |x| of each channel behind the norm, (channels,).
+        channel_absmax: largest |x| of each channel of the norm's output, (channels,).
         weight_absmax: largest weight of each input channel over all readers, (channels,).
         alpha: how much of the activations' range moves into the weights, in [0, 1].
 
     Returns:
-        float32 (channels,), positive; of geometric mean one over live channels before bounding.
+        float32 (channels,), positive; their geometric mean over live channels is one before they
+        are bounded.
 
     Raises:
         CalibrationError: maxima that are not finite.
@@ -84,27 +87,27 @@ def fold(
     linear_weights: Sequence[Array],
     factors: Array,
 ) -> tuple[Array, Array | None]:
-    """Divide a norm's output by ``factors`` and multiply its readers' columns by them, in place.
+    """Divide a norm's output by ``factors`` and multiply its readers' columns by them.
 
     Args:
         norm_weight: the gain (channels,).
         norm_bias: the bias (channels,) of a LayerNorm; None for RMSNorm.
-        linear_weights: every weight (outputs, channels) that reads the norm. A reader left out
+        linear_weights: every weight (outputs, channels) that reads the norm; a reader left out
             would see the divided activations. Changed in place: they are large.
         factors: s (channels,), from :func:`smoothing_factors`.
 
     Returns:
-        New gain and bias, of the types they came in.
+        New gain and bias, in their original types.
 
     Raises:
-        CalibrationError: numbers of channels that differ.
+        CalibrationError: the numbers of channels differ.
     """
     arrays = [norm_weight, *([] if norm_bias is None else [norm_bias]), *linear_weights]
-    found = {array.shape[-1] for array in arrays}
-    if found != {factors.size}:
+    widths = {array.shape[-1] for array in arrays}
+    if widths != {factors.size}:
         raise CalibrationError(
             f"smoothing: expected {factors.size} channels in the norm and every reader, "
-            f"found {sorted(found)}"
+            f"found {sorted(widths)}"
         )
 
     for weight in linear_weights:
@@ -123,23 +126,23 @@ def fold_rows(
     linear_weights: Sequence[Array],
     factors: Array,
 ) -> None:
-    """As :func:`fold`, from the rows of a linear layer instead of a norm; all in place.
+    """Do the same as :func:`fold` with rows of a linear layer instead of a norm; all in place.
 
     Args:
         producer: those rows of its weight, (channels, inputs).
         bias: its whole bias, or None.
-        rows: which of the bias they are.
+        rows: the elements of the bias that belong to these rows.
         linear_weights: every weight (outputs, channels) that reads the channels.
         factors: s (channels,).
 
     Raises:
-        CalibrationError: numbers of channels that differ.
+        CalibrationError: the numbers of channels differ.
     """
-    found = {len(producer), *(weight.shape[-1] for weight in linear_weights)}
-    if found != {factors.size}:
+    widths = {len(producer), *(weight.shape[-1] for weight in linear_weights)}
+    if widths != {factors.size}:
         raise CalibrationError(
             f"smoothing: expected {factors.size} channels in the producer and every reader, "
-            f"found {sorted(found)}"
+            f"found {sorted(widths)}"
         )
     for weight in linear_weights:
         np.multiply(weight, factors, out=weight, casting="same_kind")

@@ -1,9 +1,9 @@
-"""What quantization did to each linear layer, in figures: for a report, and for a search.
+"""The quantization error of each linear layer in figures, for the report and for the search.
 
-Per stream and linear layer: how far its input reached, where it was clipped, and what rounding
-left of input and weight. SQNR is 10 log₁₀(E x² / E (x − x̂)²). That of an input comes from its
+Per stream and linear layer: the range of its input, where the input was clipped, and the SQNR of
+input and weight after rounding, 10 log₁₀(E x² / E (x − x̂)²). That of an input comes from its
 observer's histogram (``observers.squared_error``), over all calibration samples; that of a weight
-from the weight.
+from the weight itself.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from internvl_edge.quantize.numerics.observers import RangeObserver, squared_err
 from internvl_edge.types import Array
 
 STATISTICS_FILE = "statistics.json"
-BEST_DB = 200.0  # what stands for no error at all
+BEST_DB = 200.0  # stands for no error at all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerStatistics:
-    """One linear layer in one stream."""
+    """The figures of one linear layer in one stream."""
 
     stream: str
     weight: str  # the parameter's name
-    absmax: float  # of its input, over all samples, as it is quantized: behind any smoothing
-    clip: float  # beyond which the input saturates, counted from its shift
+    absmax: float  # of its input, over all samples, as it is quantized: after any smoothing
+    clip: float  # distance from the shift at which the input saturates
     scale: float
     input_sqnr_db: float
     weight_sqnr_db: float
 
 
 def input_sqnr_db(observer: RangeObserver, scale: float, fmt: str) -> float:
-    """What rounding at a scale leaves of everything that an observer saw, in dB."""
+    """Return the SQNR in dB of everything that an observer saw, rounded at a scale."""
     histogram = observer.histogram()
     low, high, counts = histogram.edges[:-1], histogram.edges[1:], histogram.counts
     power = float((counts * (low * low + low * high + high * high) / 3.0).sum() / counts.sum())
@@ -49,7 +49,7 @@ def input_sqnr_db(observer: RangeObserver, scale: float, fmt: str) -> float:
 
 
 def weight_squares(weight: Array, values: Array, scales: Array) -> tuple[float, float]:
-    """Σ w² and Σ (w − ŵ)² of rows of a weight (N, K) stored as ``values`` (N, K) with N scales.
+    """Return Σ w² and Σ (w − ŵ)² of rows (N, K) of a weight, stored as ``values`` with N scales.
 
     Squares are summed in float32 within a row, in float64 over the rows.
     """
@@ -64,23 +64,23 @@ def _square_sum(rows: Array) -> float:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """The ratio of two sums of squares in dB, at most ``BEST_DB``."""
+    """Return the ratio of two sums of squares in dB, at most ``BEST_DB``."""
     if signal <= 0 or noise <= signal * 10 ** (-BEST_DB / 10):
         return BEST_DB
     return 10 * math.log10(signal / noise)
 
 
 def write_statistics(directory: Path, layers: Iterable[Mapping[str, Any]]) -> None:
-    """Keep the figures, each as :func:`dataclasses.asdict` gives it, beside the graphs."""
+    """Write the figures, each a dict from :func:`dataclasses.asdict`, next to the graphs."""
     text = json.dumps({"layers": list(layers)}, indent=1, allow_nan=False)
     (directory / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_statistics(directory: Path) -> tuple[LayerStatistics, ...]:
-    """The inverse of :func:`write_statistics`; nothing where there is no such file.
+    """Read what :func:`write_statistics` wrote; an empty tuple where there is no such file.
 
     Raises:
-        ArtifactError: not such a file.
+        ArtifactError: the file holds something else.
     """
     path = directory / STATISTICS_FILE
     if not path.exists():
@@ -94,5 +94,5 @@ def read_statistics(directory: Path) -> tuple[LayerStatistics, ...]:
 
 
 def layers_to_json(layers: Iterable[LayerStatistics]) -> list[dict[str, Any]]:
-    """The figures as JSON types."""
+    """Return the figures as JSON types."""
     return [asdict(layer) for layer in layers]

@@ -1,9 +1,9 @@
-"""Many small pieces of work at once, each on one thread.
+"""Many small pieces of work in parallel, each on one thread.
 
-PyTorch splits every single operation over its threads and waits for the slowest of them: at pieces
-that fit a core's cache the waiting costs as much as the work, and far more where other programs
-want the cores too. NumPy splits nothing but its matrix products. So pieces are handed out whole,
-and within one, PyTorch computes on one thread.
+PyTorch splits every single operation over its threads and waits for the slowest of them: with
+pieces that fit a core's cache, the waiting costs as much as the work, and far more where other
+programs use the cores too. NumPy splits nothing but its matrix products. So each thread gets whole
+pieces, and PyTorch computes each piece on one thread.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Result = TypeVar("Result")
 def each(
     function: Callable[[Item], Result], items: Sequence[Item], most: int | None = None
 ) -> list[Result]:
-    """Call a function on every item, on as many threads as PyTorch has; the results in order.
+    """Call a function on every item, on as many threads as PyTorch has; return results in order.
 
-    Within such a thread it has one, so that calls inside calls make no more of them.
+    Inside such a thread PyTorch has one thread, so that nested calls start no more of them.
 
     Args:
-        function: what is called.
+        function: the function to call.
         items: pieces of work.
-        most: threads at once, where a piece takes memory.
+        most: the most threads at a time, where each piece takes memory.
     """
     threads = torch.get_num_threads()
     count = min(threads, threads if most is None else most)
@@ -38,4 +38,4 @@ def each(
         with ThreadPoolExecutor(count, "each", torch.set_num_threads, (1,)) as pool:
             return list(pool.map(function, items))
     finally:
-        torch.set_num_threads(threads)  # of this thread, and of those to come
+        torch.set_num_threads(threads)  # for this thread, and for those started later

@@ -16,28 +16,28 @@ from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.types import Array
 
 Layout = tuple[np.dtype[Any], tuple[int, ...]]
-ROWS = 256  # of a weight at once
+ROWS = 256  # of a weight at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
     """A linear layer's weight in 8 or 4 bits."""
 
-    values: Array  # (K, N) int8 or float8_e4m3fn; of int4 (K · N / 2,) uint8, packed
-    scales: Array  # (N,) float32; of int4 (K / block, N)
-    sqnr_db: float  # beside the weight that it was made from
+    values: Array  # (K, N) int8 or float8_e4m3fn; for int4 (K · N / 2,) uint8, packed
+    scales: Array  # (N,) float32; for int4 (K / block, N)
+    sqnr_db: float  # compared with the original weight
 
 
 def quantize_weight(
     weight: Array, name: str, recipe: Recipe, factor: Factor | None = None
 ) -> QuantizedWeight:
-    """Put a weight (N, K) into the format of a recipe.
+    """Quantize a weight (N, K) to the format of a recipe.
 
     Args:
         weight: finite.
-        name: of its layer.
-        recipe: the format.
-        factor: of its input, to round by GPTQ; None: to nearest.
+        name: name of its layer.
+        recipe: says the format, granularity and block size.
+        factor: GPTQ's factor of the layer's input; None rounds to nearest.
 
     Raises:
         CalibrationError: it holds NaN or infinity.
@@ -73,13 +73,13 @@ def quantize_weight(
 
 
 def _transposed(values: Array) -> Array:
-    """(N, K) → (K, N), contiguous, by bytes; PyTorch goes tile by tile, NumPy does not."""
+    """Transpose (N, K) bytes to contiguous (K, N); PyTorch goes tile by tile, NumPy does not."""
     rows = torch.from_numpy(values.view(np.uint8))
     return rows.T.contiguous().numpy().view(values.dtype)
 
 
 def stored_layout(shape: tuple[int, int], recipe: Recipe) -> tuple[Layout, Layout]:
-    """Dtype and shape of the values and of the scales of a weight (N, K)."""
+    """Return dtype and shape of the stored values, and of the scales, of a weight (N, K)."""
     outputs, inputs = shape
     wide = np.dtype(np.float32)
     if recipe.weights == "int4":

@@ -3,5 +3,6 @@
 loop         greedy, sampled or by beams; start here
 batch        the prompts and their rows under way
 beams        beam search
+limits       requests that an engine takes;  text  ids as text, piece by piece
 cache        a cache that grows;  fixed_cache  one of fixed capacity, written in place
 """

@@ -1,13 +1,15 @@
-"""What every way of continuing a prompt shares: the options, the prompt, and its rows under way.
+"""The parts that every way of continuing a prompt shares: options, the prompt, its rows under way.
 
-A prompt of T tokens is read at once, behind the P positions that the cache holds already (the
-image's queries); from then on every call gives the decoder one token per row. Prompts are padded
-on the left. The mask over everything so far is 1 where there is no padding, and a token's position
-counts what is not padding before it: cumsum(mask) − 1, and 1 on padding (internvl-spec 2.4).
+A prompt of T tokens is read at once, after the P positions that the cache holds already (the
+image's queries); from then on every call gives the decoder one token per row. Prompts are rows of
+ids until they are padded, on the left and here alone. The mask over everything so far is 1 where
+there is no padding, and a token's position counts what is not padding before it:
+cumsum(mask) − 1, and 1 on padding (internvl-spec 2.4).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,12 +94,22 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """Left-padded ids, and how many positions stand before them in the cache."""
+    """Rows of ids, and how many positions stand before them in the cache."""
 
-    ids: Array  # int64 [B,T]
-    mask: Array  # int64 [B,T], 0 is padding
+    rows: Sequence[Sequence[int]]  # B, at least one id each
     past: int = 0  # P
     first: int = 0  # which row of a request its first one is, for what is drawn
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Rows of ids as int64 [B,T], zeros before the shorter ones, and a mask that is 0 there."""
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return ids, mask
 
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
@@ -121,17 +133,18 @@ class Batch:
     """Rows that are continued together: their mask and positions."""
 
     def __init__(self, decoding: Decoding, prompt: Prompt, room: int) -> None:
-        rows, length = prompt.ids.shape
-        self.decoding, self.prompt = decoding, prompt
-        self.mask = np.ones((rows, prompt.past + length + room), np.int64)
-        self.mask[:, prompt.past : prompt.past + length] = prompt.mask
+        self.decoding, self._past = decoding, prompt.past
+        self._ids, mask = left_padded(prompt.rows)
+        rows, length = mask.shape
         self.used = prompt.past + length
+        self.mask = np.ones((rows, self.used + room), np.int64)
+        self.mask[:, prompt.past : self.used] = mask
         self.next = self.mask[:, : self.used].sum(axis=1, keepdims=True)  # (B, 1): position
 
     def read_prompt(self) -> Array:
         mask = np.ascontiguousarray(self.mask[:, : self.used])
-        positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, self.prompt.past :]
-        return self._run(self.prompt.ids, mask, np.ascontiguousarray(positions))
+        positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, self._past :]
+        return self._run(self._ids, mask, np.ascontiguousarray(positions))
 
     def read(self, tokens: Array) -> Array:
         """One more token of every row (B,) → logits (B, V)."""

@@ -53,7 +53,7 @@ class _Finished:
 
 def beam_search(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
     """The best sentence behind every row of a prompt, int64 [B,N]; see ``generate``."""
-    rows, beams = len(prompt.ids), how.num_beams
+    rows, beams = len(prompt.rows), how.num_beams
     stop = np.array(how.stop_ids, np.int64)
     batch = Batch(decoding, prompt, how.max_new_tokens)
     logits = batch.read_prompt()

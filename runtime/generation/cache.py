@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
+from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.generation.batch import Decoding
 from internvl_edge.runtime.generation.fixed_cache import (
     MASK,
@@ -17,22 +18,10 @@ from internvl_edge.runtime.generation.fixed_cache import (
     placed,
     positions_of,
 )
-from internvl_edge.runtime.session import Session
-from internvl_edge.runtime.trt.vendor import numpy_dtype
+from internvl_edge.runtime.session import DecoderSession, Session
 from internvl_edge.types import Array
 
 Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
-
-
-class Device(Protocol):
-    """A session that leaves what it computed where it did so; ``OrtSession``, ``TrtSession``."""
-
-    def run(self, feeds: Mapping[str, Array], *, check: bool) -> dict[str, Array]: ...
-    def run_device(self, feeds: Mapping[str, Any], *, check: bool) -> dict[str, Any]: ...
-    def step(
-        self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
-    ) -> tuple[Array, list[Any]]: ...
-    def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]: ...
 
 
 def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = None) -> Decoding:
@@ -44,8 +33,8 @@ def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = No
         embed: of a decoder that takes embeddings.
     """
     past = {name.replace(PRESENT, PAST, 1): values for name, values in cache.items()}
-    if hasattr(session, "run_device") and hasattr(session, "step"):
-        return DeviceDecoding(cast(Device, session), past, embed)
+    if isinstance(session, DecoderSession):
+        return DeviceDecoding(session, past, embed)
     return HostDecoding(session, past, embed)
 
 
@@ -69,7 +58,7 @@ class _Layout:
         embed: of one that takes embeddings.
     """
 
-    def __init__(self, session: Any, embed: Embed | None) -> None:
+    def __init__(self, session: Session, embed: Embed | None) -> None:
         self._capacity, self._embed = capacity_of(session.inputs), embed
 
     def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
@@ -114,14 +103,13 @@ class DeviceDecoding:
     """
 
     def __init__(
-        self, session: Device, past: Mapping[str, Array], embed: Embed | None = None
+        self, session: DecoderSession, past: Mapping[str, Array], embed: Embed | None = None
     ) -> None:
         self._session, self._layout = session, _Layout(session, embed)
         self._names, self._cache = list(past), list[Any](self._layout.past(past).values())
         self._is_there = False  # on the device
         self._num_rows = 0  # of what is there
-        limit: int | None = getattr(session, "max_batch", None)
-        self._max_rows = math.inf if limit is None else limit
+        self._max_rows = session.largest.get("batch", math.inf)
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
         feeds = self._layout.feeds(ids, mask, positions)

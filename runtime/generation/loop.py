@@ -15,7 +15,7 @@ padding id. Until ``min_new_tokens`` are there, stop ids have no chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from internvl_edge.runtime.generation.beams import beam_search
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
-__all__ = ["Generation", "Prompt", "generate", "stream"]
+__all__ = ["generate", "generate_all", "stream"]
 
 COLDEST = float(np.finfo(np.float32).tiny)  # a temperature that logits can be divided by
 FEW = 64  # of the most likely tokens, among which a nucleus is looked for first
@@ -44,6 +44,18 @@ def generate(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
     if how.num_beams > 1:
         return beam_search(decoding, prompt, how)
     return np.stack(list(stream(decoding, prompt, how)), axis=1)
+
+
+def generate_all(batches: Iterable[tuple[Decoding, Prompt]], how: Generation) -> Array:
+    """As ``generate``, the batches of a request one after the other: int64 [B,N] of all rows."""
+    parts = [generate(decoding, prompt, how) for decoding, prompt in batches]
+    width = max(ids.shape[1] for ids in parts)
+    return np.concatenate(
+        [
+            np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=how.pad_id)
+            for ids in parts
+        ]
+    )
 
 
 def stream(decoding: Decoding, prompt: Prompt, how: Generation) -> Iterator[Array]:

@@ -26,6 +26,7 @@ class Resource:
     """Something that CUDA handed out, freed once."""
 
     FREE = ""
+    handle: Any = None  # until CUDA gave one
 
     def __init__(self, device: Device, handle: Any) -> None:
         self.device, self.handle = device, handle
@@ -43,7 +44,7 @@ class Resource:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None) is not None and not sys.is_finalizing():
+        if self.handle is not None and not sys.is_finalizing():
             self.close()
 
 

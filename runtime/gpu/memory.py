@@ -19,7 +19,7 @@ from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.handles import Buffer, Event, Stream
 
-__all__ = ["ALIGNMENT", "Block", "copy_rows", "find_overlap", "new_arrays"]
+__all__ = ["ALIGNMENT", "OutputBlock", "copy_rows", "find_overlap", "new_arrays"]
 
 ALIGNMENT = 256  # of every address an engine is given
 ROOM = 4  # a block for a growing cache is larger by 1/4
@@ -29,7 +29,7 @@ Dtypes = Mapping[str, np.dtype[Any]]
 Span = tuple[int, int, str]  # from an address up to another, and what is there
 
 
-class Block(Buffer):
+class OutputBlock(Buffer):
     """Memory of several arrays, freed with the last of them.
 
     Args:
@@ -39,7 +39,7 @@ class Block(Buffer):
 
     def __init__(self, device: Device, nbytes: int) -> None:
         super().__init__(device, nbytes)
-        self.spare: Block | None = None  # what was read for what is here, to be written next
+        self.spare: OutputBlock | None = None  # what was read for what is here, to be written next
 
 
 def new_arrays(
@@ -76,14 +76,14 @@ def new_arrays(
     return arrays, ready
 
 
-def _next_block(device: Device, nbytes: int, used_up: Sequence[DeviceArray]) -> Block:
+def _next_block(device: Device, nbytes: int, used_up: Sequence[DeviceArray]) -> OutputBlock:
     read = used_up[0].owner if used_up else None
-    if not isinstance(read, Block):
-        return Block(device, nbytes)
+    if not isinstance(read, OutputBlock):
+        return OutputBlock(device, nbytes)
     block, read.spare = read.spare, None
     if block is None or block.nbytes < nbytes:
         block = None  # freed before the new one is allocated
-        block = Block(device, nbytes + nbytes // ROOM)
+        block = OutputBlock(device, nbytes + nbytes // ROOM)
     block.spare = read
     return block
 

@@ -1,10 +1,10 @@
 """One image, from whatever it is handed over as to upright RGB pixels.
 
 What arrives here comes from strangers. Only JPEG, PNG and WebP are decoded, chosen by their first
-bytes, and by Pillow's own classes for them: `Image.open` tries more formats, and its guard against
-decompression bombs is a warning where ours is an error. Sizes are checked before anything is
-decompressed. No decoder ever warns: silencing warnings is not safe in threads, so what could make
-Pillow warn does not reach it.
+bytes, and by Pillow's own classes for them: `Image.open`, also where it is given these formats, has
+a guard against decompression bombs that warns of some sizes where ours is an error. Sizes are
+checked before anything is decompressed. No decoder ever warns: silencing warnings is not safe in
+threads, so what could make Pillow warn does not reach it.
 
 Two deviations from the original, which opens files with Pillow's defaults: the EXIF orientation is
 applied (a phone's photograph is otherwise seen lying on its side), and 16-bit greyscale is refused
@@ -112,7 +112,7 @@ def _read(path: str | os.PathLike[str], label: str) -> bytes:
         finally:
             os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        reason = getattr(error, "strerror", None) or error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise MediaError(f"{label}: the image cannot be read: {reason}") from error
 
 
@@ -174,7 +174,10 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(exif: object) -> int:
-    """The orientation, 1 to 8, in an EXIF block; 1 where there is none or the block is broken."""
+    """Read the orientation, 1 to 8, of an EXIF block; 1 where there is none or it is broken.
+
+    `ImageOps.exif_transpose` would do, but that Pillow's parser warns of broken blocks or raises.
+    """
     tiff = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:

@@ -23,7 +23,6 @@ How pictures are read, and what is refused, stands in `internvl_edge.runtime.ima
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -34,13 +33,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
+from internvl_edge.files.cores import usable_cores
 from internvl_edge.runtime.images.decode import (
-    ACCEPTED,
     MAX_PIXELS,
     ImageSource,
     image_label,
     load_image,
 )
+from internvl_edge.runtime.images.sources import image_list
 from internvl_edge.types import Array
 
 __all__ = [
@@ -174,7 +174,7 @@ def pixel_levels(
     transform = preprocessing.transform if transform is None else transform
     if transform not in TRANSFORMS:
         raise UsageError(_not_a_transform(transform))
-    sources = _sources(images)
+    sources = image_list(images)
     size = preprocessing.size
     out = np.empty((len(sources), 3, size, size), np.uint8)
 
@@ -186,7 +186,7 @@ def pixel_levels(
     if len(sources) == 1:
         prepare(0)
         return out
-    with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1), "decode") as pool:
+    with ThreadPoolExecutor(min(len(sources), usable_cores()), "decode") as pool:
         for done in [pool.submit(prepare, i) for i in range(len(sources))]:
             done.result()
     return out
@@ -314,20 +314,6 @@ def _resize(image: Image.Image, shape: tuple[int, int], label: str) -> Image.Ima
             f"most {MAX_PIXELS} pixels are accepted; crop it"
         )
     return image.resize(shape, Image.Resampling.BICUBIC)
-
-
-def _sources(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
-    """One image or several, as a list."""
-    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
-        return [images]
-    if isinstance(images, np.ndarray) and images.ndim != 4:
-        return [images]
-    if not isinstance(images, Iterable):
-        raise MediaError(f"expected {ACCEPTED}, or several; found {type(images).__name__}")
-    sources = list(images)
-    if not sources:
-        raise MediaError("expected at least one image, found none")
-    return sources
 
 
 def _checked(array: Array, size: int) -> NDArray[np.float32]:

@@ -6,7 +6,6 @@ Options can be written down where ONNX Runtime is not installed.
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,14 +14,14 @@ from functools import cache
 from typing import Any
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
-from internvl_edge.runtime.session import cuda_device_count
+from internvl_edge.files.cores import usable_cores
+from internvl_edge.runtime.gpu.probe import gpu_count
 
 __all__ = [
     "CPU",
     "CUDA",
     "GPU_PROVIDERS",
     "OrtOptions",
-    "available_cores",
     "captures",
     "choose_providers",
     "load_gpu_libraries",
@@ -72,7 +71,7 @@ def native_options(options: OrtOptions) -> Any:
     native = onnxruntime.SessionOptions()
     native.log_severity_level = FATAL_ONLY
     threads = options.num_threads
-    native.intra_op_num_threads = available_cores() if threads is None else threads
+    native.intra_op_num_threads = usable_cores() if threads is None else threads
     native.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     native.enable_cpu_mem_arena = options.arena
     native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
@@ -80,13 +79,6 @@ def native_options(options: OrtOptions) -> Any:
     level = str(EXACT_PRODUCTS if options.exact else ROUNDED_PRODUCTS)
     native.add_session_config_entry(PRODUCTS_ACCURACY, level)
     return native
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def place_of(providers: Sequence[Provider]) -> tuple[str, int]:
@@ -108,16 +100,16 @@ def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Pr
     available, preferred = onnxruntime.get_available_providers(), GPU_PROVIDERS[gpu_provider]
     wanted = [name for name in dict.fromkeys((preferred, CUDA)) if name in available]
     has_provider = preferred in available
-    if device == "cpu" or (device == "auto" and not (has_provider and cuda_device_count())):
+    if device == "cpu" or (device == "auto" and not (has_provider and gpu_count())):
         return [CPU]
-    if cuda_device_count() == 0:
+    if gpu_count() == 0:
         raise HardwareError(f"device {device!r}: found no CUDA device; use device 'cpu'")
     if not has_provider:
         raise MissingDependency.of("onnxruntime-gpu", "ort-gpu")
     index = int(match[1] or 0)
-    if index >= cuda_device_count():
+    if index >= gpu_count():
         raise HardwareError(
-            f"device {device!r}: found {cuda_device_count()} CUDA devices; use device 'cpu'"
+            f"device {device!r}: found {gpu_count()} CUDA devices; use device 'cpu'"
         )
     computing = {
         CUDA: {

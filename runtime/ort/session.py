@@ -26,6 +26,7 @@ except ImportError as error:
 
     raise MissingDependency.of("onnxruntime", "ort") from error
 
+from internvl_edge.artifact.components import find_component
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import (
     ArtifactError,
@@ -73,10 +74,6 @@ TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 # file's pages. So small components fold, and decoders; a tower of billions has to fit.
 CONSTANT_FOLDING = "ConstantFolding"
 MAX_FOLDED_NBYTES = 100_000_000
-DECODERS = ("decoder", "chat_decoder")
-# What CUDA graphs are made of: ONNX Runtime computes the masks of texts on the host, between
-# kernels, and a decoder's cache stays on the device from call to call.
-TOWERS = ("vision", "image_embed", "image_pool", "chat_vision")
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 # In what it says of a graph with kernels on the host between those on the GPU.
 CAPTURE = "graph capture"
@@ -120,6 +117,7 @@ class OrtSession:
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
         self._names = list(self._outputs)
+        self.largest: Mapping[str, int] = {}  # nothing bounds a graph
         self._place = place_of(self._providers)
         self._is_numpy = _is_numpy(session)
         has_graphs = captures(self._providers)
@@ -365,13 +363,16 @@ def open_component(
     if not isinstance(options, OrtOptions):
         raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
-    if component not in TOWERS:
+    known = find_component(component)
+    # ONNX Runtime computes the masks of texts on the host, between kernels, and a decoder's cache
+    # stays on the device from call to call: CUDA graphs are made of what sees images alone.
+    if not known.is_vision:
         options = replace(options, graphs=False)
     is_needed = unsigned in artifact.manifest.files and products_saturate()
     if is_needed and choose_providers(device, options) == [CPU]:
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
-        if options.fold is None and is_large and component not in DECODERS:
+        if options.fold is None and is_large and not known.takes_cache:
             options = replace(options, fold=False)
     return OrtSession(path, device=device, options=options)
 

@@ -14,9 +14,9 @@ import numpy as np
 import onnxruntime
 
 from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.dlpack import CPU, CUDA, capsule_of
-from internvl_edge.runtime.trt.vendor import numpy_dtype
 from internvl_edge.types import Array
 
 __all__ = ["BFLOAT16", "Place", "array_of", "described", "is_value", "spec_of", "value_of"]

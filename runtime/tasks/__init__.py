@@ -1,7 +1,8 @@
 """What people ask of a model, as functions on its open components.
 
 embed     images, texts and videos to vectors; start here
-caption   text about images;  chat  conversations;  history  their turns
+compare   classification, retrieval and matching
+caption   text about images;  chat  conversations;  chat_images  their images
 requests  what callers hand over, as lists and arrays
 vectors   unit length, softmax, order
 """

@@ -12,35 +12,32 @@ as it was exported with: image, prompt and new tokens must fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime.components import Parts
+from internvl_edge.artifact.components import DECODER, IMAGE_QUERIES, VISION
+from internvl_edge.errors import MediaError, UsageError, did_you_mean
+from internvl_edge.runtime.components import OpenComponents
+from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
-from internvl_edge.runtime.generation.loop import Generation, Prompt, generate, stream
-from internvl_edge.runtime.session import did_you_mean
-from internvl_edge.runtime.tasks.requests import image_list, require_vocabulary, slices, text_list
+from internvl_edge.runtime.generation.limits import require_room, rows_at_once
+from internvl_edge.runtime.generation.loop import generate_all, stream
+from internvl_edge.runtime.generation.text import streamed, until_end
+from internvl_edge.runtime.images.sources import image_list
+from internvl_edge.runtime.tasks.requests import require_vocabulary, slices, text_list
 from internvl_edge.types import Array
 
 __all__ = [
     "Seen",
     "continued",
     "generation",
-    "left_padded",
     "pieces",
-    "require_room",
-    "rows_at_once",
     "see",
-    "streamed",
     "texts_of",
-    "until_end",
 ]
-
-REPLACEMENT = "\ufffd"  # what half a character is decoded to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +54,7 @@ class Seen:
         return {name: values[rows] for name, values in self.cache.items()}
 
 
-def see(parts: Parts, images: Any, batch_size: int = 8) -> Seen:
+def see(components: OpenComponents, images: Any, batch_size: int = 8) -> Seen:
     """Run the ViT and the queries on images, once for all that will be asked.
 
     Raises:
@@ -66,25 +63,26 @@ def see(parts: Parts, images: Any, batch_size: int = 8) -> Seen:
     """
     if isinstance(images, Seen):
         return images
-    parts.require("vision", "image_queries", "decoder")
+    components.require(VISION, IMAGE_QUERIES, DECODER)
     given = image_list(images)
     found: dict[str, list[Array]] = {}
-    session = parts.session("image_queries")
+    session = components.session(IMAGE_QUERIES)
     names = [name for name in session.outputs if name.startswith("present.")]
-    for pixels in parts.pixel_batches(given, "retrieval", batch_size):
-        feeds = {"last_hidden_state": parts.hidden(pixels)}
+    for pixels in components.pixel_batches(given, "retrieval", batch_size):
+        feeds = {"last_hidden_state": components.hidden(pixels)}
         for name, values in session.run(feeds, outputs=names).items():
             found.setdefault(name, []).append(values)
     return Seen(cache={name: np.concatenate(values) for name, values in found.items()})
 
 
-def generation(parts: Parts, **how: Any) -> Generation:
+def generation(components: OpenComponents, **how: Any) -> Generation:
     """Options of a request, with the model's own stop and padding ids.
 
     Raises:
         UsageError: an unknown option, or a value that cannot be.
     """
-    known, llama = Generation.__dataclass_fields__, parts.artifact.manifest.language_model or {}
+    known = Generation.__dataclass_fields__
+    llama = components.artifact.manifest.language_model or {}
     for name in how:
         if name not in known:
             raise UsageError(
@@ -102,12 +100,12 @@ def generation(parts: Parts, **how: Any) -> Generation:
 
 
 def continued(
-    parts: Parts, images: Any, prompts: Any, how: Generation, batch_size: int = 8
+    components: OpenComponents, images: Any, prompts: Any, how: Generation, batch_size: int = 8
 ) -> Array:
     """New ids behind prompt i on image i, int64 [B,N], padded behind the end.
 
     Args:
-        parts: of a directory.
+        components: of a directory.
         images: see ``Model``, or what ``see`` gave; one goes with all prompts.
         prompts: strings, or ids int [B,T], 0 where padded on the left; one goes with all images.
         how: the options.
@@ -117,92 +115,54 @@ def continued(
         UsageError: numbers of images and prompts that do not fit, or too long a prompt.
         MediaError: an image or a prompt cannot be used.
     """
-    parts.require("vision", "image_queries", "decoder")
+    components.require(VISION, IMAGE_QUERIES, DECODER)
     given = images if isinstance(images, Seen) else image_list(images)
-    rows = _prompt_rows(parts, prompts)
+    rows = _prompt_rows(components, prompts)
     count = max(len(given), len(rows))
     if {len(given), len(rows)} - {1, count}:
         raise UsageError(
             f"expected as many prompts as images, or one of either, found {len(given)} images and "
             f"{len(rows)} prompts"
         )
-    _require_room(parts, rows, how)
+    _require_room(components, rows, how)
     rows = rows * count if len(rows) == 1 else rows
-    size = rows_at_once(parts, "decoder", batch_size, how)
-    found = [
-        generate(
-            start(parts.session("decoder"), cache), _prompt(rows[part], cache, part.start), how
-        )
-        for part, cache in _caches(parts, given, count, size)
-    ]
-    width = max(ids.shape[1] for ids in found)
-    wide = [
-        np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=how.pad_id)
-        for ids in found
-    ]
-    return np.concatenate(wide)
+    decoder = components.session(DECODER)
+    caches = _caches(components, given, count, rows_at_once(decoder, batch_size, how))
+    batches = (
+        (start(decoder, cache), _prompt(rows[part], cache, part.start)) for part, cache in caches
+    )
+    return generate_all(batches, how)
 
 
-def texts_of(parts: Parts, ids: Array, how: Generation) -> list[str]:
+def texts_of(components: OpenComponents, ids: Array, how: Generation) -> list[str]:
     """The text of new ids, without what stands behind its end."""
-    return [parts.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
+    return [components.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
 
 
-def pieces(parts: Parts, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
+def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
     """The text behind one prompt on one image, as it comes; the pieces together are all of it.
 
     Raises:
         UsageError: several images or prompts, beams, or too long a prompt.
         MediaError: the image or the prompt cannot be used.
     """
-    seen, rows = see(parts, image), _prompt_rows(parts, prompt)
+    seen, rows = see(components, image), _prompt_rows(components, prompt)
     if len(seen) != 1 or len(rows) != 1:
         raise UsageError(
             f"only one image and one prompt can be streamed, found {len(seen)} and {len(rows)}"
         )
-    _require_room(parts, rows, how)
-    decoding = start(parts.session("decoder"), seen.cache)
+    _require_room(components, rows, how)
+    decoding = start(components.session(DECODER), seen.cache)
     tokens = stream(decoding, _prompt(rows, dict(seen.cache)), how)
-    return streamed(tokens, how, parts.tokenizer.decode)
-
-
-def streamed(
-    tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
-) -> Iterator[str]:
-    """The text of one row's tokens in pieces, as they come; none is empty.
-
-    Only the tokens of the last piece are decoded again, which the next one may change: spaces are
-    the text's own between two words, and not around it.
-    """
-    ids: list[int] = []  # of the last piece, and since
-    count, told = 0, ""  # of the last piece: its tokens, and their text
-    for token in tokens:
-        if int(token[0]) in how.stop_ids:
-            break
-        ids.append(int(token[0]))
-        text = decode(ids)
-        is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
-        if is_whole and text != told and text.startswith(told):
-            yield text[len(told) :]
-            del ids[:count]
-            count, told = len(ids), decode(ids)
-    text = decode(ids)
-    if text != told:
-        yield text[len(told) :]
-
-
-def until_end(ids: list[int], how: Generation) -> list[int]:
-    """Ids up to the first that ends a text."""
-    ends = [at for at, token in enumerate(ids) if token in how.stop_ids]
-    return ids[: ends[0]] if ends else ids
+    return streamed(tokens, how, components.tokenizer.decode)
 
 
 def _caches(
-    parts: Parts, images: Any, count: int, batch_size: int
+    components: OpenComponents, images: Any, count: int, batch_size: int
 ) -> Iterator[tuple[slice, dict[str, Array]]]:
     """The cache of every few rows; one image is looked at once."""
     if len(images) == 1:
-        seen = see(parts, images)
+        seen = see(components, images)
         for rows in slices(count, batch_size):
             yield rows, seen.rows([0] * (rows.stop - rows.start))
         return
@@ -210,16 +170,15 @@ def _caches(
         if isinstance(images, Seen):
             yield rows, images.rows(rows)
         else:
-            yield rows, dict(see(parts, images[rows], batch_size).cache)
+            yield rows, dict(see(components, images[rows], batch_size).cache)
 
 
-def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
+def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
     """The ids of each prompt, without padding."""
     given = text_list(prompts, "prompt")
     if not isinstance(given, np.ndarray):
-        ids, mask = parts.tokenizer.prompt(given)
-        return [row[keep > 0].tolist() for row, keep in zip(ids, mask, strict=True)]
-    llama = parts.artifact.manifest.language_model or {}
+        return components.tokenizer.prompt_rows(given)
+    llama = components.artifact.manifest.language_model or {}
     rows = []
     for i, row in enumerate(given):
         require_vocabulary(row.tolist(), llama["vocab_size"], f"prompt {i + 1} of {len(given)}")
@@ -234,58 +193,13 @@ def _prompt_rows(parts: Parts, prompts: Any) -> list[list[int]]:
 
 
 def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -> Prompt:
-    """Rows of ids as a left-padded prompt behind a cache."""
-    return left_padded(rows, past=next(iter(cache.values())).shape[2], first=first)
+    """Rows of ids as a prompt after a cache; ``first`` is the number of the first one."""
+    return Prompt(rows=rows, past=next(iter(cache.values())).shape[2], first=first)
 
 
-def left_padded(rows: Sequence[list[int]], past: int, first: int = 0) -> Prompt:
-    """Rows of ids as a prompt behind ``past`` cached positions; ``first`` is the first one's."""
-    width = max(map(len, rows))
-    ids = np.zeros((len(rows), width), np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
-    return Prompt(ids=ids, mask=mask, past=past, first=first)
-
-
-def rows_at_once(parts: Parts, component: str, batch_size: int, how: Generation) -> int:
-    """How many rows of a request run together: with their beams, no more than an engine takes."""
-    limit = parts.largest(component).get("batch")
-    return batch_size if limit is None else min(batch_size, limit // how.num_beams)
-
-
-def require_room(parts: Parts, component: str, length: int, past: int, how: Generation) -> None:
-    """Refuse, before any work, what the profile of a decoder's engine does not hold.
-
-    Args:
-        parts: of a directory.
-        component: ``decoder`` or ``chat_decoder``.
-        length: tokens of the longest prompt.
-        past: positions before it in the cache.
-        how: the options.
-
-    Raises:
-        UsageError: which limit, and what is needed.
-    """
-    largest = parts.largest(component)
-    last = past if how.max_new_tokens == 1 else past + length + how.max_new_tokens - 2
-    reasons = {
-        "batch": (how.num_beams, f"{how.num_beams} beams"),
-        "length": (length, f"{length} tokens of a prompt"),
-        "past": (last, f"{past + length} positions before the {how.max_new_tokens} new tokens"),
-    }
-    for name, (need, why) in reasons.items():
-        if need > largest.get(name, need):
-            raise UsageError(
-                f"the engine of {component} takes {name} up to {largest[name]}, {need} are needed "
-                f"for {why}; ask for less, or build the engine for a larger {name}"
-            )
-
-
-def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
-    room = parts.positions("decoder")
-    image = parts.artifact.manifest.model["internvl"]["num_query_token"]
+def _require_room(components: OpenComponents, rows: list[list[int]], how: Generation) -> None:
+    room = components.positions(DECODER)
+    image = components.artifact.manifest.model["internvl"]["num_query_token"]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read
     if need > room:
@@ -294,4 +208,4 @@ def _require_room(parts: Parts, rows: list[list[int]], how: Generation) -> None:
             f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
             f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
         )
-    require_room(parts, "decoder", len(rows[longest]), image, how)
+    require_room(components.session(DECODER), DECODER, len(rows[longest]), image, how)

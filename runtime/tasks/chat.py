@@ -1,42 +1,31 @@
 """Conversations about images with a compiled InternVL-Chat.
 
-``chat_vision`` turns every tile of an image into tokens, in front of which ``chat_queries`` puts
-those of a model with QLLaMA; the runtime puts them into the places that the prompt keeps for them,
-and ``chat_decoder`` goes on from there (internvl-spec section 5).
-``see`` keeps the image tokens, so that the vision tower runs once per image however long the
-conversation becomes.
-
-An image is one square of S×S; with dynamic tiling (``dynamic_image_size``) it is as many as its
-size and aspect call for, and the whole of it as a thumbnail behind them.
+The prompt keeps places for the tokens of every image (``chat_images``); the runtime puts them
+there, and ``chat_decoder`` goes on after them (internvl-spec section 5). An InternVL-G answers
+single questions about one image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import CHAT_DECODER
 from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime.components import Parts
+from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
-from internvl_edge.runtime.generation.loop import generate, stream
+from internvl_edge.runtime.generation.limits import require_room, rows_at_once
+from internvl_edge.runtime.generation.loop import generate, generate_all, stream
+from internvl_edge.runtime.generation.text import streamed, until_end
 from internvl_edge.runtime.tasks import caption
-from internvl_edge.runtime.tasks.caption import (
-    Seen,
-    left_padded,
-    require_room,
-    rows_at_once,
-    streamed,
-    until_end,
-)
-from internvl_edge.runtime.tasks.history import answered, as_turns, with_places
+from internvl_edge.runtime.tasks.caption import Seen
+from internvl_edge.runtime.tasks.chat_images import ChatSeen, as_images, see
 from internvl_edge.runtime.tasks.requests import (
     id_rows,
-    image_list,
-    is_normalised,
     require_vocabulary,
     slices,
     text_problem,
@@ -46,11 +35,7 @@ from internvl_edge.runtime.text.embeddings import Embedding
 from internvl_edge.runtime.text.templates import Turn, conversation, find_template
 from internvl_edge.types import Array
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 __all__ = [
-    "ChatSeen",
     "Reply",
     "Turn",
     "continued",
@@ -58,20 +43,9 @@ __all__ = [
     "remembered",
     "reply",
     "reply_pieces",
-    "see",
 ]
 
 QUESTION = "Question: {} Answer:"  # of an InternVL-G, which was trained on single questions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatSeen:
-    """What the language model reads of images."""
-
-    tokens: tuple[Array, ...]  # of each image, float32 [N·tiles,D]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,53 +56,13 @@ class Reply:
     history: tuple[Turn, ...]
 
 
-def is_chat(parts: Parts) -> bool:
+def is_chat(components: OpenComponents) -> bool:
     """Whether a directory is of an InternVL-Chat."""
-    return bool(parts.artifact.manifest.model.get("chat"))
-
-
-def see(parts: Parts, images: Any, batch_size: int = 8) -> ChatSeen:
-    """Run the vision tower on images, once for all that will be asked.
-
-    Args:
-        parts: of a directory.
-        images: see ``Model``; an image of normalised ``pixel_values`` is one tile.
-        batch_size: tiles at a time.
-
-    Raises:
-        UsageError: the directory lacks a component.
-        MediaError: an image cannot be read.
-    """
-    if isinstance(images, ChatSeen):
-        return images
-    parts.require("chat_vision")
-    if parts.artifact.manifest.model["chat"]["num_queries"]:
-        parts.require("chat_queries")
-    given = image_list(images)
-    if is_normalised(given):
-        counts, tiles = [1] * len(given), given
-    else:
-        cut = [_tiles(parts, image) for image in given]
-        counts, tiles = [len(some) for some in cut], [tile for some in cut for tile in some]
-    batches = parts.pixel_batches(tiles, "retrieval", batch_size)
-    found = [_image_tokens(parts, pixels) for pixels in batches]
-    tokens = np.concatenate(found)  # (tiles, N, D)
-    ends = np.cumsum(counts)
-    flat = (tokens[end - count : end] for count, end in zip(counts, ends, strict=True))
-    return ChatSeen(tokens=tuple(some.reshape(-1, tokens.shape[-1]) for some in flat))
-
-
-def _image_tokens(parts: Parts, pixels: Array) -> Array:
-    """[B,3,H,W] → [B,N,D], queries in front of patches."""
-    if not parts.has("chat_queries"):
-        return parts.run("chat_vision", "image_tokens", pixel_values=pixels)
-    seen = parts.session("chat_vision").run({"pixel_values": pixels})
-    queries = parts.run("chat_queries", "image_tokens", hidden_state=seen["hidden_state"])
-    return np.concatenate((queries, seen["image_tokens"]), axis=1)
+    return bool(components.artifact.manifest.model.get("chat"))
 
 
 def reply(
-    parts: Parts,
+    components: OpenComponents,
     images: Any,
     question: str,
     history: Sequence[Turn],
@@ -144,20 +78,20 @@ def reply(
             template, a history of something else than turns, or too long a conversation.
         MediaError: an empty question, or an image that cannot be read.
     """
-    if not is_chat(parts):
-        seen, prompt = _single(parts, images, question, template, system)
-        given = as_turns(history)
-        ids = caption.continued(parts, seen, [prompt], how)
-        (text,) = caption.texts_of(parts, ids, how)
+    if not is_chat(components):
+        seen, prompt = _single(components, images, question, template, system)
+        given = _as_turns(history)
+        ids = caption.continued(components, seen, [prompt], how)
+        (text,) = caption.texts_of(components, ids, how)
         return Reply(text=text, history=(*given, Turn(question=question, answer=text)))
-    request = _request(parts, images, question, history, how, template, system)
-    new = generate(*request.started(parts), request.how)
-    text = parts.chat_tokenizer.decode(until_end(new[0].tolist(), request.how))
-    return Reply(text=text, history=answered(request.turns, text))
+    request = _request(components, images, question, history, how, template, system)
+    new = generate(*request.started(components), request.how)
+    text = components.chat_tokenizer.decode(until_end(new[0].tolist(), request.how))
+    return Reply(text=text, history=_answered(request.turns, text))
 
 
 def reply_pieces(
-    parts: Parts,
+    components: OpenComponents,
     images: Any,
     question: str,
     history: Sequence[Turn],
@@ -167,25 +101,29 @@ def reply_pieces(
     system: str | None = None,
 ) -> Iterator[str]:
     """As :func:`reply`, the text in pieces as they come; refused at once if it cannot be."""
-    if not is_chat(parts):
-        seen, prompt = _single(parts, images, question, template, system)
-        return caption.pieces(parts, seen, prompt, how)
-    request = _request(parts, images, question, history, how, template, system)
-    tokens = stream(*request.started(parts), request.how)
-    return streamed(tokens, request.how, parts.chat_tokenizer.decode)
+    if not is_chat(components):
+        seen, prompt = _single(components, images, question, template, system)
+        return caption.pieces(components, seen, prompt, how)
+    request = _request(components, images, question, history, how, template, system)
+    tokens = stream(*request.started(components), request.how)
+    return streamed(tokens, request.how, components.chat_tokenizer.decode)
 
 
 def remembered(
-    parts: Parts, seen: Seen | ChatSeen | None, question: str, history: Sequence[Turn], answer: str
+    components: OpenComponents,
+    seen: Seen | ChatSeen | None,
+    question: str,
+    history: Sequence[Turn],
+    answer: str,
 ) -> tuple[Turn, ...]:
     """The history of a :class:`Reply`, for an answer that came in pieces."""
-    turns = [*as_turns(history), Turn(question=question)]
+    turns = [*_as_turns(history), Turn(question=question)]
     count = len(seen) if isinstance(seen, ChatSeen) else 0
-    return answered(with_places(turns, count) if is_chat(parts) else turns, answer)
+    return _answered(_with_places(turns, count) if is_chat(components) else turns, answer)
 
 
 def continued(
-    parts: Parts,
+    components: OpenComponents,
     images: Any,
     prompts: Array,
     how: Generation,
@@ -195,7 +133,7 @@ def continued(
     """New ids behind prompts of ids that keep places for image tokens, int64 [B,N].
 
     Args:
-        parts: of a directory.
+        components: of a directory.
         images: see ``Model``; their tokens fill the places row by row, in order. None: no places.
         prompts: int [B,T], 0 where padded on the left.
         how: the options.
@@ -207,8 +145,8 @@ def continued(
             the model does not have, or too long a prompt.
         MediaError: prompts that are not ids.
     """
-    parts.require("chat_decoder")
-    chat = parts.artifact.manifest.model["chat"]
+    components.require(CHAT_DECODER)
+    chat = components.artifact.manifest.model["chat"]
     place = chat["image_token_id"] if image_token_id is None else image_token_id
     if place is None and images is not None:
         raise UsageError(
@@ -218,10 +156,10 @@ def continued(
     rows = [_unpadded(row, place) for row in id_rows(prompts)]
     for i, row in enumerate(rows):
         ids = (token for token in row if token != PLACE)
-        require_vocabulary(ids, parts.token_table.shape[0], f"prompt {i + 1} of {len(rows)}")
-    _require_room(parts, [len(row) for row in rows], how)
-    seen = ChatSeen(tokens=()) if images is None else see(parts, images, batch_size)
-    tokens = _joined(parts, seen)
+        require_vocabulary(ids, components.token_table.shape[0], f"prompt {i + 1} of {len(rows)}")
+    _require_room(components, [len(row) for row in rows], how)
+    seen = ChatSeen(tokens=()) if images is None else see(components, images, batch_size)
+    tokens = _joined(components, seen)
     counts = [row.count(PLACE) for row in rows]
     if sum(counts) != len(tokens):
         raise UsageError(
@@ -229,18 +167,17 @@ def continued(
             f"have {len(tokens)}"
         )
     ends = np.cumsum(counts)
-    found = []
-    for part in slices(len(rows), rows_at_once(parts, "chat_decoder", batch_size, how)):
-        own = tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]]
-        decoding, prompt = _started(parts, rows[part], own, part.start)
-        found.append(generate(decoding, prompt, how))
-    width = max(ids.shape[1] for ids in found)
-    return np.concatenate(
-        [
-            np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=how.pad_id)
-            for ids in found
-        ]
+    size = rows_at_once(components.session(CHAT_DECODER), batch_size, how)
+    batches = (
+        _started(
+            components,
+            rows[part],
+            tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]],
+            part.start,
+        )
+        for part in slices(len(rows), size)
     )
+    return generate_all(batches, how)
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -255,12 +192,12 @@ class _Request:
     ids: list[int]
     how: Generation  # its stop ids are the template's too
 
-    def started(self, parts: Parts) -> tuple[Decoding, Prompt]:
-        return _started(parts, [self.ids], _joined(parts, self.seen))
+    def started(self, components: OpenComponents) -> tuple[Decoding, Prompt]:
+        return _started(components, [self.ids], _joined(components, self.seen))
 
 
 def _request(
-    parts: Parts,
+    components: OpenComponents,
     images: Any,
     question: str,
     history: Sequence[Turn],
@@ -269,39 +206,32 @@ def _request(
     system: str | None,
 ) -> _Request:
     """Everything that an answer needs, checked."""
-    parts.require("chat_decoder")
+    components.require(CHAT_DECODER)
     _require_question(question)
-    chosen = find_template(template or parts.artifact.manifest.model["chat"]["template"])
+    chosen = find_template(template or components.artifact.manifest.model["chat"]["template"])
     if system is not None and (problem := text_problem(system)) is not None:
         raise MediaError(f"system: {problem}")
-    tokenizer = parts.chat_tokenizer
-    given = _chat_images(images)
-    turns = with_places([*as_turns(history), Turn(question=question)], len(given))
-    seen = see(parts, given) if len(given) else ChatSeen(tokens=())
+    tokenizer = components.chat_tokenizer
+    given = as_images(images)
+    turns = _with_places([*_as_turns(history), Turn(question=question)], len(given))
+    seen = see(components, given) if len(given) else ChatSeen(tokens=())
     pieces = conversation(chosen, turns, system)
     ids = tokenizer.encode(pieces, [len(tokens) for tokens in seen.tokens], chosen)
-    _require_room(parts, [len(ids)], how)
+    _require_room(components, [len(ids)], how)
     stop = tokenizer.ids.get(chosen.stop)
     if stop is not None and stop not in how.stop_ids:
         how = replace(how, stop_ids=(stop, *how.stop_ids))
     return _Request(seen=seen, turns=turns, ids=ids, how=how)
 
 
-def _chat_images(images: Any) -> Any:
-    """The images of a conversation, as something that has a length."""
-    if images is None or isinstance(images, ChatSeen):
-        return images or ()
-    return image_list(images)
-
-
 def _started(
-    parts: Parts, rows: Sequence[list[int]], tokens: Array, first: int = 0
+    components: OpenComponents, rows: Sequence[list[int]], tokens: Array, first: int = 0
 ) -> tuple[Decoding, Prompt]:
     """A decoder on an empty cache, and rows of ids as its prompt; ``first`` is the first one's."""
-    session = parts.session("chat_decoder")
-    prompt = left_padded(rows, past=0, first=first)
-    embed = Embedding(parts.token_table, tokens)
-    return start(session, empty_cache(session, len(rows)), embed), prompt
+    session = components.session(CHAT_DECODER)
+    embed = Embedding(components.token_table, tokens)
+    decoding = start(session, empty_cache(session, len(rows)), embed)
+    return decoding, Prompt(rows=rows, first=first)
 
 
 def _unpadded(row: Array, place: int | None) -> list[int]:
@@ -318,8 +248,8 @@ def _require_question(question: str) -> None:
         raise MediaError(f"question: {problem or 'expected text, found none'}")
 
 
-def _require_room(parts: Parts, lengths: Sequence[int], how: Generation) -> None:
-    room, longest = parts.positions("chat_decoder"), max(lengths)
+def _require_room(components: OpenComponents, lengths: Sequence[int], how: Generation) -> None:
+    room, longest = components.positions(CHAT_DECODER), max(lengths)
     need = longest + how.max_new_tokens - 1  # the last token is not read
     if need > room:
         raise UsageError(
@@ -327,37 +257,64 @@ def _require_room(parts: Parts, lengths: Sequence[int], how: Generation) -> None
             f"with its images and {how.max_new_tokens} new tokens; clear the history, or lower "
             "max_new_tokens"
         )
-    require_room(parts, "chat_decoder", longest, 0, how)
+    require_room(components.session(CHAT_DECODER), CHAT_DECODER, longest, 0, how)
 
 
-def _joined(parts: Parts, seen: ChatSeen) -> Array:
+def _joined(components: OpenComponents, seen: ChatSeen) -> Array:
     """The tokens of all images [M,D]."""
-    none = np.zeros((0, parts.token_table.shape[1]), np.float32)
+    none = np.zeros((0, components.token_table.shape[1]), np.float32)
     return np.concatenate((none, *seen.tokens))
 
 
-# --- images --------------------------------------------------------------------------------------
+# --- history -------------------------------------------------------------------------------------
 
 
-def _tiles(parts: Parts, image: Any) -> list[Image.Image]:
-    """An image as the squares that the vision tower reads."""
-    from internvl_edge.runtime.images.transform import load_image, squared, tile
+def _as_turns(history: Sequence[Any]) -> list[Turn]:
+    """A history of turns; a pair of question and answer is one too, as in the original.
 
-    chat, size = parts.artifact.manifest.model["chat"], parts.preprocessing.size
-    picture = load_image(image)
-    if chat["pad2square"]:
-        picture = squared(picture, parts.preprocessing.mean)
-    if not chat["dynamic_image_size"]:
-        return [picture]
-    low, high = chat["min_dynamic_patch"], chat["max_dynamic_patch"]
-    return tile(picture, size, low, high, chat["use_thumbnail"])
+    Raises:
+        UsageError: something else.
+    """
+    found = []
+    for i, given in enumerate(history):
+        is_pair = isinstance(given, tuple | list) and len(given) == 2
+        turn = Turn(question=given[0], answer=given[1]) if is_pair else given
+        if not isinstance(turn, Turn) or text_problem(turn.question) or text_problem(turn.answer):
+            raise UsageError(
+                f"history, turn {i + 1} of {len(history)}: expected a Turn with question and "
+                f"answer, or a pair of these, found {given!r:.80}"
+            )
+        found.append(turn)
+    return found
+
+
+def _with_places(turns: list[Turn], count: int) -> tuple[Turn, ...]:
+    """Turns in which every image has its place; without any, all stand before the first question.
+
+    Raises:
+        UsageError: more or fewer places than images.
+    """
+    found = sum(turn.question.count(IMAGE) for turn in turns)
+    if found == 0 and count:
+        first = replace(turns[0], question=f"{IMAGE}\n" * count + turns[0].question)
+        return (first, *turns[1:])
+    if found != count:
+        raise UsageError(
+            f"the conversation has {found} {IMAGE}, expected one for each of {count} image(s)"
+        )
+    return tuple(turns)
+
+
+def _answered(turns: Sequence[Turn], answer: str) -> tuple[Turn, ...]:
+    """Turns, the last one with its answer."""
+    return (*turns[:-1], replace(turns[-1], answer=answer))
 
 
 # --- InternVL-G ----------------------------------------------------------------------------------
 
 
 def _single(
-    parts: Parts, images: Any, question: str, template: str | None, system: str | None
+    components: OpenComponents, images: Any, question: str, template: str | None, system: str | None
 ) -> tuple[Seen, str]:
     """The one image that an InternVL-G is asked about, and the prompt; ``<image>`` says nothing."""
     _require_question(question)
@@ -369,7 +326,7 @@ def _single(
         raise UsageError(f"expected one {IMAGE} at most, found {count}: this model looks at one")
     if images is None:
         raise UsageError("expected an image: this model answers questions about one image")
-    seen = caption.see(parts, images)
+    seen = caption.see(components, images)
     if len(seen) != 1:
         raise UsageError(f"expected one image, found {len(seen)}: this model looks at one")
     return seen, QUESTION.format(question.replace(IMAGE, "").strip() if count else question)

@@ -1,11 +1,10 @@
-"""What callers hand over, as lists and arrays: images, texts, labels, templates.
+"""Requests as lists and arrays: texts, ids, labels, templates.
 
 Everything here refuses before any work, and says which item is wrong.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,8 +18,6 @@ __all__ = [
     "distinct_labels",
     "fill_template",
     "id_rows",
-    "image_list",
-    "is_normalised",
     "masked",
     "one_place_templates",
     "require_vocabulary",
@@ -30,30 +27,6 @@ __all__ = [
 ]
 
 MAX_CHARACTERS = 1_000_000  # of a text
-
-
-def is_normalised(images: Any) -> bool:
-    """Whether images are ``pixel_values`` already; uint8 arrays are pictures."""
-    return isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8
-
-
-def image_list(images: Any) -> Any:
-    """One image or many as a list; normalised ``pixel_values`` as they are.
-
-    Raises:
-        MediaError: none, or nothing that could be images.
-    """
-    is_one = (
-        isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview))
-        or (isinstance(images, np.ndarray) and images.ndim < 4)
-        or hasattr(images, "getbands")  # a PIL image
-    )
-    if not is_one and not isinstance(images, Iterable):
-        raise MediaError(f"expected an image or several, found {type(images).__name__}")
-    given = [images] if is_one else images if is_normalised(images) else list(images)
-    if not len(given):
-        raise MediaError("expected at least one image, found none")
-    return given
 
 
 def text_list(texts: Any, what: str = "text") -> list[str] | Array:

@@ -6,13 +6,13 @@ stays in its safetensors file, mapped: of 64000 rows a prompt touches a few hund
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact.safetensors import MalformedFile, TensorPlace, read_places
 from internvl_edge.errors import ArtifactError, UsageError
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.types import Array
@@ -25,7 +25,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
-MAX_HEADER_NBYTES = 100 << 20
 
 
 class TokenTable:
@@ -89,35 +88,21 @@ def open_table(artifact: Artifact) -> TokenTable:
     for name in artifact.manifest.files:
         if name.endswith(".safetensors"):
             path = artifact.file(name)
-            found = [(n, e) for n, e in _header(path).items() if n.endswith(NAME)]
-            if found:
-                return TokenTable(_mapped(path, *found[0]))
+            with path.open("rb") as file:
+                try:
+                    places = read_places(file)
+                except MalformedFile as error:
+                    raise ArtifactError(f"{path}: {error}") from error
+            for tensor, place in places.items():
+                if tensor.endswith(NAME):
+                    return TokenTable(_mapped(path, place))
     raise ArtifactError(f"{artifact.path}: expected a tensor *{NAME} in its weights, found none")
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """Names of a safetensors file's tensors and what it says of each, offsets from its start."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= MAX_HEADER_NBYTES:
-            raise ArtifactError(f"{path}: not a safetensors file: header of {length} bytes")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            return {name: {**entry, "start": 8 + length} for name, entry in header.items()}
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ArtifactError(f"{path}: malformed safetensors header: {error}") from error
-
-
-def _mapped(path: Path, name: str, entry: dict[str, Any]) -> Array:
-    try:
-        dtype: np.dtype[Any] = DTYPES[entry["dtype"]]
-        rows, width = entry["shape"]
-        begin, end = entry["data_offsets"]
-        place = entry["start"] + begin
-        if end - begin == dtype.itemsize * rows * width:
-            return np.memmap(path, dtype, "r", place, (rows, width))
-        found = f"{rows}x{width} in {end - begin} bytes"
-    except (KeyError, TypeError, ValueError) as error:
-        found = repr(error)
-    raise ArtifactError(f"{path}: {name}: expected a table of {', '.join(DTYPES)}, found {found}")
+def _mapped(path: Path, place: TensorPlace) -> Array:
+    if place.code not in DTYPES or len(place.shape) != 2 or 0 in place.shape:
+        raise ArtifactError(
+            f"{path}: {place.name}: expected a table of {', '.join(DTYPES)}, found "
+            f"{place.code}{list(place.shape)}"
+        )
+    return np.memmap(path, DTYPES[place.code], "r", place.offset, place.shape)

@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from internvl_edge.errors import UsageError
-from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.errors import UsageError, did_you_mean
 
 __all__ = ["TEMPLATES", "Piece", "Template", "Turn", "conversation", "find_template"]
 

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.errors import ArtifactError, MediaError, UsageError
+from internvl_edge.runtime.generation.batch import left_padded
 from internvl_edge.runtime.tasks.requests import text_problem
 from internvl_edge.types import Array
 
@@ -108,14 +109,11 @@ class Tokenizer:
         Raises:
             MediaError: a text is not one that can be encoded.
         """
-        rows = [[self.bos_id, *self._encode(text)] for text in _checked(texts)]
-        width = max(map(len, rows))
-        ids = np.full((len(rows), width), PAD_ID, np.int64)
-        mask = np.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = row
-            mask[i, width - len(row) :] = 1
-        return ids, mask
+        return left_padded(self.prompt_rows(texts))
+
+    def prompt_rows(self, texts: str | Iterable[str]) -> list[list[int]]:
+        """As ``prompt``, the ids of each text alone."""
+        return [[self.bos_id, *self._encode(text)] for text in _checked(texts)]
 
     def pieces(self, text: str) -> list[int]:
         """The ids of a text alone, with SentencePiece's own space in front."""

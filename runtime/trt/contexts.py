@@ -23,7 +23,7 @@ from typing import Any
 
 from internvl_edge.errors import InternVLError, ResourceError, SessionDead
 from internvl_edge.runtime.gpu.handles import Buffer, Graph, Stream
-from internvl_edge.runtime.trt.engine import Plan
+from internvl_edge.runtime.trt.engine import Engine
 from internvl_edge.runtime.trt.profiles import EngineSpec
 from internvl_edge.types import Shape
 
@@ -54,7 +54,7 @@ class Contexts:
     """The execution contexts that run in a stream.
 
     Args:
-        plan: the engine.
+        engine: what runs.
         spec: its tensors and profiles.
         stream: where they run.
         scratch: memory for the engine's largest call, of all of them.
@@ -64,7 +64,7 @@ class Contexts:
 
     def __init__(
         self,
-        plan: Plan,
+        engine: Engine,
         spec: EngineSpec,
         stream: Stream,
         scratch: Buffer,
@@ -72,8 +72,8 @@ class Contexts:
         *,
         graphs: bool,
     ) -> None:
-        self._plan, self._spec, self._stream, self._scratch = plan, spec, stream, scratch
-        self._captures = graphs and not plan.is_rtx
+        self._engine, self._spec, self._stream, self._scratch = engine, spec, stream, scratch
+        self._captures = graphs and not engine.is_rtx
         self._bounds: OrderedDict[Key, Bound] = OrderedDict()  # the last used is last
         self._idle = [self._with_memory(first)]
         self._passing: Any = None
@@ -113,10 +113,10 @@ class Contexts:
         """Say where the inputs and outputs of a context are."""
         for name, address in addresses.items():
             if not bound.context.set_tensor_address(name, address):
-                raise self._plan.failure(f"set_tensor_address of {name!r}")
+                raise self._engine.failure(f"set_tensor_address of {name!r}")
 
     def _shaped(self, context: Any, profile: int, shapes: Mapping[str, Shape]) -> Bound:
-        self._spec.set_shapes(context, profile, shapes, self._stream, self._plan)
+        self._spec.set_shapes(context, profile, shapes, self._stream, self._engine)
         output_shapes = {name: tuple(context.get_tensor_shape(name)) for name in self._spec.outputs}
         return Bound(context=context, output_shapes=output_shapes)
 
@@ -125,7 +125,7 @@ class Contexts:
             return self._idle.pop()
         if not recurs or len(self._bounds) < (MAX_GRAPHS if self._captures else 1):
             try:
-                return self._with_memory(self._plan.create_context(recurs=recurs))
+                return self._with_memory(self._engine.create_context(recurs=recurs))
             except ResourceError as error:
                 if not self._bounds:
                     raise
@@ -151,7 +151,7 @@ class Contexts:
 
     def _launch(self, context: Any) -> None:
         if not context.execute_async_v3(int(self._stream.handle)):
-            raise self._plan.failure("execute_async_v3")
+            raise self._engine.failure("execute_async_v3")
 
     def _captured(self, context: Any) -> Graph | None:
         """The engine as a graph; None where it cannot be captured, and runs without."""

@@ -37,7 +37,7 @@ from internvl_edge.files.disk import open_regular, write_atomically
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.trt.vendor import NativeLog, callback
 
-__all__ = ["Plan", "find_plan", "require_engine"]
+__all__ = ["Engine", "find_engine", "require_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,24 +59,24 @@ def require_engine(artifact: Artifact, component: str, backend: str) -> None:
         )
 
 
-def find_plan(artifact: Artifact, component: str, backend: str, trt: Any, sm: int) -> str:
+def find_engine(artifact: Artifact, component: str, backend: str, trt: Any, sm: int) -> str:
     """The newest engine of a component that this installation and this GPU can run.
 
     Raises:
         HardwareError: none of them fits.
     """
     refusals = []
-    for engine in reversed(artifact.engines(component, backend)):
+    for record in reversed(artifact.engines(component, backend)):
         try:
-            check_engine(read_engine_info(artifact.file(engine.sidecar)), trt, sm=sm)
+            check_engine(read_engine_info(artifact.file(record.sidecar)), trt, sm=sm)
         except HardwareError as error:
             refusals.append(error)
         else:
-            return engine.file
+            return record.file
     raise refusals[0]
 
 
-class Plan:
+class Engine:
     """A deserialized engine; it makes execution contexts.
 
     Args:
@@ -105,12 +105,12 @@ class Plan:
             raise HardwareError(f"{trt.__name__} cannot start: {self._reason(error)}") from error
         with _open(path, record) as file:
             reader = _reader(trt, file, record.nbytes)
-            self.engine = self._runtime.deserialize_cuda_engine(reader)
-        if self.engine is None:
+            self.native = self._runtime.deserialize_cuda_engine(reader)
+        if self.native is None:
             raise self.failure("loading the engine", ArtifactError)
         # TensorRT-RTX captures graphs itself; for TensorRT, each slot does.
         self.is_rtx = hasattr(trt, "CudaGraphStrategy")
-        self._cache = _RuntimeCache(self.engine, path, device.sm) if self.is_rtx else None
+        self._cache = _RuntimeCache(self.native, path, device.sm) if self.is_rtx else None
         self._graphs = graphs
         self._lock = Lock()
 
@@ -126,7 +126,7 @@ class Plan:
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._lock:
             how = self._rtx_config(strategy, recurs) if self.is_rtx else strategy
-            context = self.engine.create_execution_context(how)
+            context = self.native.create_execution_context(how)
             if context is None:
                 raise self.failure("creating an execution context")
             return context
@@ -137,7 +137,7 @@ class Plan:
         Kernels for the very shapes of a call are compiled in the background, while general ones
         serve: nobody waits for a compiler. For shapes that do not come again neither pays.
         """
-        config = self.engine.create_runtime_config()
+        config = self.native.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         graphs, captures = self.trt.CudaGraphStrategy, self._graphs and recurs
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if captures else graphs.DISABLED
@@ -166,7 +166,7 @@ class Plan:
         """Free the engine, once no context is left; keep what TensorRT-RTX compiled."""
         self.keep_kernels()
         self._cache = None
-        self.engine = self._runtime = None
+        self.native = self._runtime = None
 
     def _reason(self, error: Exception | None) -> str:
         name = self.trt.__name__

@@ -16,9 +16,10 @@ import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import ArtifactError, FeedError
+from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.gpu.handles import Stream
-from internvl_edge.runtime.trt.engine import Plan
-from internvl_edge.runtime.trt.vendor import DTYPES, numpy_dtype
+from internvl_edge.runtime.trt.engine import Engine
+from internvl_edge.runtime.trt.vendor import DTYPES
 from internvl_edge.types import Shape
 
 __all__ = ["EngineSpec", "Profile", "read_engine_spec"]
@@ -91,19 +92,26 @@ class EngineSpec:
             raise FeedError(f"found {_shapes(shapes)}; the engine takes {self._ranges()}")
         return profile
 
-    def capacities(self, context: Any, stream: Stream, plan: Plan) -> dict[str, int]:
+    def capacities(self, context: Any, stream: Stream, engine: Engine) -> dict[str, int]:
         """Bytes of the largest value of every tensor with memory of its own, over all profiles."""
         nbytes = dict.fromkeys((n for n in self.tensors if n not in self.aliases), 0)
         for profile in self.profiles:
-            self.set_shapes(context, profile.index, profile.high, stream, plan)
+            self.set_shapes(context, profile.index, profile.high, stream, engine)
             for name in nbytes:
-                shape = profile.high[name] if name in self.inputs else _output(context, name, plan)
+                shape = (
+                    profile.high[name] if name in self.inputs else _output(context, name, engine)
+                )
                 found = math.prod(shape) * self.dtypes[name].itemsize
                 nbytes[name] = max(nbytes[name], found)
         return nbytes
 
     def set_shapes(
-        self, context: Any, profile: int, shapes: Mapping[str, Shape], stream: Stream, plan: Plan
+        self,
+        context: Any,
+        profile: int,
+        shapes: Mapping[str, Shape],
+        stream: Stream,
+        engine: Engine,
     ) -> None:
         """Put a context under a profile and give its inputs their shapes.
 
@@ -114,10 +122,10 @@ class EngineSpec:
         if not is_active and not context.set_optimization_profile_async(
             profile, int(stream.handle)
         ):
-            raise plan.failure(f"set_optimization_profile_async({profile})")
+            raise engine.failure(f"set_optimization_profile_async({profile})")
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise plan.failure(f"set_input_shape({name!r}, {list(shape)})")
+                raise engine.failure(f"set_input_shape({name!r}, {list(shape)})")
 
     def _ranges(self) -> str:
         return " or ".join(
@@ -130,34 +138,34 @@ class EngineSpec:
 
 
 def read_engine_spec(
-    plan: Plan, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    engine: Engine, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> EngineSpec:
     """What an engine says of itself, held against what the manifest promises.
 
     Raises:
         ArtifactError: other names or dtypes, or a tensor that lives on the host.
     """
-    trt, engine = plan.trt, plan.engine
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    is_input = {n: engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}
+    trt, native = engine.trt, engine.native
+    names = [native.get_tensor_name(index) for index in range(native.num_io_tensors)]
+    is_input = {n: native.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}
     found: set[_Tensor] = {
-        (n, is_input[n], DTYPES.get(engine.get_tensor_dtype(n).name)) for n in names
+        (n, is_input[n], DTYPES.get(native.get_tensor_dtype(n).name)) for n in names
     }
     promised: set[_Tensor] = {(s.name, True, s.dtype) for s in inputs} | {
         (s.name, False, s.dtype) for s in outputs
     }
     if found != promised:
         raise ArtifactError(
-            f"{plan.path}: the manifest promises {_described(promised - found)}, the engine has "
+            f"{engine.path}: the manifest promises {_described(promised - found)}, the engine has "
             f"{_described(found - promised)}; build again"
         )
-    on_host = [n for n in names if engine.get_tensor_location(n) != trt.TensorLocation.DEVICE]
+    on_host = [n for n in names if native.get_tensor_location(n) != trt.TensorLocation.DEVICE]
     if on_host:
-        raise ArtifactError(f"{plan.path}: {', '.join(on_host)} in host memory; export again")
+        raise ArtifactError(f"{engine.path}: {', '.join(on_host)} in host memory; export again")
     specs = {spec.name: spec for spec in (*inputs, *outputs)}
     profiles = [
-        _profile(engine, index, [spec.name for spec in inputs])
-        for index in range(engine.num_optimization_profiles)
+        _profile(native, index, [spec.name for spec in inputs])
+        for index in range(native.num_optimization_profiles)
     ]
     return EngineSpec(
         inputs={spec.name: spec for spec in inputs},
@@ -165,20 +173,20 @@ def read_engine_spec(
         tensors=specs,
         dtypes={name: numpy_dtype(spec.dtype) for name, spec in specs.items()},
         profiles=tuple(sorted(profiles, key=lambda profile: profile.volume)),
-        aliases=_aliases(engine, [spec.name for spec in outputs]),
+        aliases=_aliases(native, [spec.name for spec in outputs]),
     )
 
 
-def _aliases(engine: Any, outputs: Sequence[str]) -> dict[str, str]:
+def _aliases(native: Any, outputs: Sequence[str]) -> dict[str, str]:
     """Outputs that are written in place, as a cache of fixed capacity; TensorRT 10.15 and newer."""
-    if not hasattr(engine, "get_aliased_input_tensor"):
+    if not hasattr(native, "get_aliased_input_tensor"):
         return {}
-    found = {name: engine.get_aliased_input_tensor(name) for name in outputs}
+    found = {name: native.get_aliased_input_tensor(name) for name in outputs}
     return {name: source for name, source in found.items() if source}
 
 
-def _profile(engine: Any, index: int, names: Sequence[str]) -> Profile:
-    ranges = {name: engine.get_tensor_profile_shape(name, index) for name in names}
+def _profile(native: Any, index: int, names: Sequence[str]) -> Profile:
+    ranges = {name: native.get_tensor_profile_shape(name, index) for name in names}
     return Profile(
         index=index,
         low={name: tuple(low) for name, (low, _, _) in ranges.items()},
@@ -186,11 +194,11 @@ def _profile(engine: Any, index: int, names: Sequence[str]) -> Profile:
     )
 
 
-def _output(context: Any, name: str, plan: Plan) -> Shape:
+def _output(context: Any, name: str, engine: Engine) -> Shape:
     """The shape of an output, of inputs that have theirs."""
     shape = tuple(context.get_tensor_shape(name))
     if min(shape, default=0) < 0:
-        raise plan.failure(f"the shape {list(shape)} of output {name!r} depends on values; this")
+        raise engine.failure(f"the shape {list(shape)} of output {name!r} depends on values; this")
     return shape
 
 

@@ -16,7 +16,6 @@ waits.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
@@ -25,7 +24,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from threading import Condition, get_ident
 from typing import Any, Self
@@ -34,42 +32,27 @@ import numpy as np
 
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime.feeds import check_feeds, check_outputs, numpy_dtype
 from internvl_edge.runtime.gpu.device import GB, Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.handles import Buffer, Stream
-from internvl_edge.runtime.session import check_feeds, check_outputs
-from internvl_edge.runtime.trt.engine import Plan, find_plan, require_engine
+from internvl_edge.runtime.trt.engine import Engine, find_engine, require_engine
+from internvl_edge.runtime.trt.options import TrtOptions
 from internvl_edge.runtime.trt.profiles import EngineSpec, read_engine_spec
 from internvl_edge.runtime.trt.slot import Slot
-from internvl_edge.runtime.trt.vendor import import_vendor, numpy_dtype
+from internvl_edge.runtime.trt.vendor import import_vendor
 from internvl_edge.types import Array
 
-__all__ = ["TrtOptions", "TrtSession", "open_component"]
+__all__ = ["TrtSession", "open_component"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrtOptions:
-    """How a session runs its engine."""
-
-    slots: int = 1  # calls that run at once, each with memory for the largest call
-    graphs: bool = True  # replay calls of shapes seen before as CUDA graphs
-    batch_buckets: tuple[int, ...] = ()  # fill batches up to these sizes: few shapes, few graphs
-
-    def __post_init__(self) -> None:
-        if self.slots < 1 or min(self.batch_buckets, default=1) < 1:
-            raise UsageError(
-                f"expected at least 1 slot and batch buckets from 1 on, found {self.slots} slots "
-                f"and buckets {self.batch_buckets}"
-            )
 
 
 class TrtSession:
     """An engine on a GPU; ``Session`` says what it does. Close it to free the memory.
 
     Args:
-        plan: the engine.
+        engine: what runs.
         spec: its tensors and profiles.
         device: the GPU.
         options: how to run it.
@@ -79,23 +62,23 @@ class TrtSession:
     """
 
     def __init__(
-        self, plan: Plan, spec: EngineSpec, device: Device, options: TrtOptions = TrtOptions()
+        self, engine: Engine, spec: EngineSpec, device: Device, options: TrtOptions = TrtOptions()
     ) -> None:
-        self._plan, self._spec, self.device = plan, spec, device
+        self._engine, self._spec, self.device = engine, spec, device
         self._changed = Condition()
         self._free: list[Slot] = []
         self._holders: list[int] = []  # threads, once for every slot they lease
         self._num_slots = self._num_open = options.slots
         self._closed = False
         self._executor: ThreadPoolExecutor | None = None
-        contexts = [plan.create_context() for _ in range(options.slots)]
+        contexts = [engine.create_context() for _ in range(options.slots)]
         with Stream(device) as stream:
-            capacities = spec.capacities(contexts[0], stream, plan)
+            capacities = spec.capacities(contexts[0], stream, engine)
             stream.synchronize()
-        scratch, tensors = int(plan.engine.device_memory_size_v2), sum(capacities.values())
+        scratch, tensors = int(engine.native.device_memory_size_v2), sum(capacities.values())
         device.require(
             options.slots * (scratch + tensors),
-            f"{plan.path.name}: slots={options.slots}, each of {scratch / GB:.2f} GB for the "
+            f"{engine.path.name}: slots={options.slots}, each of {scratch / GB:.2f} GB for the "
             f"engine and {tensors / GB:.2f} GB for the largest inputs and outputs (which it needs "
             "of host memory too),",
         )
@@ -103,7 +86,7 @@ class TrtSession:
         with ExitStack() as stack:
             for context in contexts:
                 slot = Slot(
-                    plan,
+                    engine,
                     spec,
                     device,
                     context,
@@ -125,13 +108,8 @@ class TrtSession:
         return self._spec.outputs
 
     @property
-    def max_batch(self) -> int | None:
-        """The largest batch of one call; None where there is none, or no batch."""
-        return self._spec.max_batch
-
-    @property
     def largest(self) -> Mapping[str, int]:
-        """The largest size of every named dimension that the engine takes."""
+        """See ``Session.largest``."""
         return self._spec.largest
 
     def run(
@@ -237,6 +215,8 @@ class TrtSession:
 
     async def run_async(self, feeds: Mapping[str, Any], **options: Any) -> dict[str, Array]:
         """``run``, to await; a cancelled call still ends on the GPU, and its result is dropped."""
+        import asyncio  # which takes longer than all else here
+
         return await asyncio.wrap_future(self.submit(feeds, **options))
 
     def empty(self, name: str, shape: tuple[int, ...]) -> DeviceArray:
@@ -293,7 +273,7 @@ class TrtSession:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise UsageError(f"the session of {self._plan.path} is closed; open it again")
+            raise UsageError(f"the session of {self._engine.path} is closed; open it again")
 
     def _give_back(self, slot: Slot, holder: int) -> None:
         with self._changed:
@@ -311,7 +291,7 @@ class TrtSession:
             self._num_open -= 1
             is_last = self._num_open == 0
         if is_last:
-            self._plan.close()
+            self._engine.close()
 
 
 def open_component(
@@ -349,16 +329,18 @@ def open_component(
     require_engine(artifact, component, backend)
     trt = import_vendor(backend) if trt is None else trt
     gpu = Device(int(match[1] or 0), cudart)
-    name = find_plan(artifact, component, backend, trt, gpu.sm)
+    name = find_engine(artifact, component, backend, trt, gpu.sm)
     record = artifact.manifest.components[component]
     before = gpu.free_nbytes()
-    plan = Plan(artifact.file(name), artifact.manifest.files[name], trt, gpu, graphs=options.graphs)
+    engine = Engine(
+        artifact.file(name), artifact.manifest.files[name], trt, gpu, graphs=options.graphs
+    )
     with ExitStack() as stack:
-        stack.callback(plan.close)
-        spec = read_engine_spec(plan, record.inputs, record.outputs)
-        session = TrtSession(plan, spec, gpu, options)
+        stack.callback(engine.close)
+        spec = read_engine_spec(engine, record.inputs, record.outputs)
+        session = TrtSession(engine, spec, gpu, options)
         stack.pop_all()
-    plan.keep_kernels()  # compiled by now; of a process that is killed, they stay
+    engine.keep_kernels()  # compiled by now; of a process that is killed, they stay
     free = gpu.free_nbytes()
     logger.info("%s: %.2f GB of GPU memory, %.2f GB free", name, (before - free) / GB, free / GB)
     return session

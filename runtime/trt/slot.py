@@ -24,20 +24,20 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError
+from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.device_array import DeviceArray, as_device_array, is_on_device
 from internvl_edge.runtime.gpu.handles import Buffer, Event, PinnedBuffer, Stream
-from internvl_edge.runtime.gpu.memory import ALIGNMENT, copy_rows, new_arrays
-from internvl_edge.runtime.session import check_feeds, check_outputs
-from internvl_edge.runtime.trt.calls import Call, Shapes, is_bound_in_place, require_apart
-from internvl_edge.runtime.trt.contexts import Contexts
-from internvl_edge.runtime.trt.engine import Plan
+from internvl_edge.runtime.gpu.memory import ALIGNMENT, copy_rows, find_overlap, new_arrays
+from internvl_edge.runtime.trt.contexts import Bound, Contexts
+from internvl_edge.runtime.trt.engine import Engine
 from internvl_edge.runtime.trt.profiles import EngineSpec
 from internvl_edge.types import Array
 
@@ -45,17 +45,31 @@ __all__ = ["Slot"]
 
 CALLS_KEPT = 2  # whose arrays the GPU may use: the last one, and the one being queued
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that is about to be queued."""
+
+    feeds: Mapping[str, Any]
+    bound: Bound
+    shapes: Shapes  # of the inputs as they run, filled up
+    outputs: Shapes  # without the rows that fill up
+    targets: Mapping[str, DeviceArray]  # outputs that are not written to the slot's own memory
+    addresses: Mapping[str, int]  # of all
+
 
 class Slot:
     """See above; used by one thread at a time.
 
     Args:
-        plan: the engine.
+        engine: what runs.
         spec: its inputs, outputs and profiles.
         device: the GPU.
         context: the first execution context.
         capacities: bytes of the largest value of every tensor.
-        graphs: capture CUDA graphs; TensorRT-RTX does so by itself where its plan says so.
+        graphs: capture CUDA graphs; TensorRT-RTX does so by itself where the engine says so.
         batch_buckets: batch sizes to fill up to where the engine takes them; none: every batch
             runs as it is.
 
@@ -65,7 +79,7 @@ class Slot:
 
     def __init__(
         self,
-        plan: Plan,
+        engine: Engine,
         spec: EngineSpec,
         device: Device,
         context: Any,
@@ -81,8 +95,8 @@ class Slot:
         with ExitStack() as stack:
             self.stream = stack.enter_context(Stream(device))
             self._staged = stack.enter_context(Event(device))  # when inputs were last copied
-            scratch = stack.enter_context(Buffer(device, int(plan.engine.device_memory_size_v2)))
-            self._contexts = Contexts(plan, spec, self.stream, scratch, context, graphs=graphs)
+            scratch = stack.enter_context(Buffer(device, int(engine.native.device_memory_size_v2)))
+            self._contexts = Contexts(engine, spec, self.stream, scratch, context, graphs=graphs)
             stack.callback(self._contexts.close)
             self._buffers: dict[str, Buffer] = {}
             self._pinned: dict[str, PinnedBuffer] = {}
@@ -131,7 +145,7 @@ class Slot:
         with self._tidied():
             targets = {name: self._target(name, value) for name, value in (out or {}).items()}
             call = self._bound(self._checked(feeds, check), targets)
-            require_apart(call, self._spec)
+            _require_apart(call, self._spec)
             self._queue(call)
             ready = Event(self._device)
             ready.record(self.stream.handle)
@@ -230,7 +244,7 @@ class Slot:
 
     # --- binding: what a call will read and write -------------------------------------------------
 
-    def _bound(self, feeds: dict[str, Any], targets: Mapping[str, DeviceArray]) -> Call:
+    def _bound(self, feeds: dict[str, Any], targets: Mapping[str, DeviceArray]) -> _Call:
         """A call whose shapes may come again; nothing of it is queued yet."""
         shapes, profile, batch = self._fit(feeds, fills=not targets)
         addresses = self._addresses(feeds, targets)
@@ -238,11 +252,11 @@ class Slot:
         outputs = bound.output_shapes
         if batch is not None:
             outputs = {name: self._rows(name, shape, batch) for name, shape in outputs.items()}
-        return Call(feeds, bound, shapes, outputs, targets, addresses)
+        return _Call(feeds, bound, shapes, outputs, targets, addresses)
 
     def _passing(
         self, feeds: Mapping[str, Any], used_up: Sequence[DeviceArray], fetch: Sequence[str]
-    ) -> tuple[Call, Event]:
+    ) -> tuple[_Call, Event]:
         """A call whose outputs live longer than it, and when they will be computed.
 
         What is written where it lies is the next call's too: its shapes and addresses come again.
@@ -257,7 +271,7 @@ class Slot:
         targets, ready = new_arrays(self._device, kept, self._spec.dtypes, used_up)
         addresses = self._addresses(feeds, targets)
         self._contexts.address(bound, addresses)
-        return Call(feeds, bound, shapes, outputs, targets, addresses), ready
+        return _Call(feeds, bound, shapes, outputs, targets, addresses), ready
 
     def _fit(self, feeds: Mapping[str, Any], *, fills: bool) -> tuple[Shapes, int, int | None]:
         """The shapes to run in, their profile, and the batch where it is filled up.
@@ -288,19 +302,16 @@ class Slot:
     ) -> dict[str, int]:
         """Where tensors are: in the slot's memory, but for those in memory of others."""
         addresses = {name: buffer.pointer for name, buffer in self._buffers.items()}
-        addresses |= {name: a.pointer for name, a in feeds.items() if is_bound_in_place(a)}
+        addresses |= {name: a.pointer for name, a in feeds.items() if _is_bound_in_place(a)}
         addresses |= {name: array.pointer for name, array in targets.items()}
-        for (
-            output,
-            source,
-        ) in self._spec.aliases.items():  # an input that is written belongs to nobody else
+        for output, source in self._spec.aliases.items():  # what is written is nobody else's
             own = targets.get(output, self._buffers[source])
             addresses[output] = addresses[source] = own.pointer
         return addresses
 
     # --- queueing --------------------------------------------------------------------------------
 
-    def _queue(self, call: Call) -> None:
+    def _queue(self, call: _Call) -> None:
         """Steps 2 to 4."""
         self._staged.synchronize()  # pinned memory may still be read for a run that was not awaited
         self._kept.append((call.feeds, call.targets))
@@ -326,7 +337,7 @@ class Slot:
         nbytes = math.prod(shape) * array.dtype.itemsize
         self.stream.zero(buffer + array.nbytes, nbytes - array.nbytes)
 
-    def _fetched(self, name: str, call: Call) -> Array:
+    def _fetched(self, name: str, call: _Call) -> Array:
         """An output in pinned memory, once the stream got there."""
         pinned = self._pinned[self._spec.aliases.get(name, name)]
         view = pinned.view(call.outputs[name], self._spec.dtypes[name])
@@ -369,3 +380,42 @@ class Slot:
         """
         self.stream.synchronize()
         self._kept.clear()
+
+
+def _is_bound_in_place(array: Any) -> bool:
+    """Whether an engine can read an input where it is."""
+    return isinstance(array, DeviceArray) and array.pointer % ALIGNMENT == 0
+
+
+def _require_apart(call: _Call, spec: EngineSpec) -> None:
+    """Refuse targets of other shapes, or in memory that something else of the call is in.
+
+    An engine may write its outputs in any order, and before it has read all inputs; what it writes
+    in place is its business.
+
+    Raises:
+        FeedError: which ones.
+    """
+    for name, array in call.targets.items():
+        if array.shape != call.outputs[name]:
+            raise FeedError(
+                f"output {name!r}: expected {list(call.outputs[name])}, found {list(array.shape)}"
+            )
+    written = []
+    for name, shape in call.outputs.items():
+        start, nbytes = call.addresses[name], math.prod(shape) * spec.dtypes[name].itemsize
+        written.append((start, start + nbytes, f"output {name!r}"))
+    in_place = spec.aliases.values()
+    read = [
+        (array.pointer, array.pointer + array.nbytes, f"input {name!r}")
+        for name, array in call.feeds.items()
+        # what is copied before the run is safe, but for a copy to where something is written
+        if _is_bound_in_place(array) or (in_place and isinstance(array, DeviceArray))
+        if not (name in in_place and array.pointer == call.addresses[name])
+    ]
+    overlap = find_overlap(written, read)
+    if overlap is not None:
+        raise FeedError(
+            f"{overlap[1]} is where this run writes {overlap[0]}; give that other memory with "
+            "out=, such as session.empty(...)"
+        )

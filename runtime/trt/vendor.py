@@ -13,16 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from internvl_edge.errors import HardwareError, MissingDependency
+from internvl_edge.files.packages import PACKAGES
 
-__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_vendor", "numpy_dtype"]
+__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_vendor"]
 
 logger = logging.getLogger(__name__)
 
-# TensorRT backend → its Python package, and the extra that installs it.
-PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "trt")}
 DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -88,23 +85,10 @@ def import_vendor(backend: str) -> Any:
         MissingDependency: it is not installed.
         HardwareError: it is, and its libraries do not load.
     """
-    package, extra = PACKAGES[backend]
+    package = PACKAGES[backend]
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(package.module)
     except ModuleNotFoundError as error:
-        raise MissingDependency.of(backend, extra) from error
+        raise MissingDependency.of(backend, package.extra) from error
     except (ImportError, OSError) as error:
         raise HardwareError(f"{backend} is installed but does not load: {error}") from error
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """A dtype by name; of those that NumPy lacks, such as bfloat16, from ml_dtypes."""
-    try:
-        return np.dtype(name)
-    except TypeError:
-        pass
-    try:
-        found: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
-    except ModuleNotFoundError as error:
-        raise MissingDependency.of("ml-dtypes", "export") from error
-    return found

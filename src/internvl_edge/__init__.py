@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.model import load
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.session import open_session
-    from internvl_edge.runtime.trt.session import TrtOptions
+    from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = ["InternVLError", "OrtOptions", "TrtOptions", "__version__", "load", "open_session"]
 
@@ -30,7 +30,7 @@ _LAZY = {
     "load": "internvl_edge.runtime.model",
     "open_session": "internvl_edge.runtime.session",
     "OrtOptions": "internvl_edge.runtime.ort.options",
-    "TrtOptions": "internvl_edge.runtime.trt.session",
+    "TrtOptions": "internvl_edge.runtime.trt.options",
 }
 
 

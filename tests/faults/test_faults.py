@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_internvl
+from support.checkpoints import write_internvl
 
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.errors import ArtifactError

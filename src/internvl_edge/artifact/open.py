@@ -35,6 +35,7 @@ from internvl_edge.artifact.manifest import (
 )
 from internvl_edge.artifact.onnx_gate import scan
 from internvl_edge.artifact.onnx_wire import MAX_NBYTES as MAX_ONNX_NBYTES
+from internvl_edge.artifact.safetensors import header_sha256
 from internvl_edge.errors import ArtifactError, UsageError
 from internvl_edge.files.disk import FOLDER_FLAGS, open_regular
 
@@ -52,7 +53,6 @@ __all__ = [
 
 CHECKPOINT_FILE = "config.json"  # of what is not compiled yet
 HASHING_THREADS = 2
-MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +124,6 @@ def sha256(file: io.BufferedReader) -> str:
     """Hash a file from its beginning, in bounded memory."""
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def header_sha256(file: io.BufferedReader) -> str:
-    """Hash the JSON header of a safetensors file, which lists every tensor and its place."""
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    return hashlib.sha256(file.read(min(length, MAX_HEADER_NBYTES))).hexdigest()
 
 
 def _open_directory(path: Path) -> int:

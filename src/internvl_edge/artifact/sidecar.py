@@ -35,7 +35,7 @@ Range = tuple[int, int, int]  # smallest, typical and largest size of a dimensio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class ShapeRanges:
     """The sizes an engine accepts for each symbolic dimension; it is tuned for the middle one.
 
     The engine of a component with a cache has a second optimization profile, where length is 1.
@@ -67,7 +67,7 @@ class Profile:
         return sizes
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Profile:
+    def from_json(cls, raw: Mapping[str, Any]) -> ShapeRanges:
         if set(raw) != {"batch", "length", "past"}:
             raise ValueError(f"profile has {sorted(raw)}, not batch, length, past")
         return cls(**{name: tuple(sizes) for name, sizes in raw.items()})
@@ -92,7 +92,7 @@ class EngineInfo:
     tool_version: str  # of internvl-edge
     compute_capabilities: tuple[str, ...]  # as ("SM89",); empty: every GPU from minimum_sm on
     minimum_sm: int  # 89 is compute capability 8.9
-    profile: Profile
+    profile: ShapeRanges
     onnx_sha256: str  # identifies the graph that was built
     nbytes: int  # of the plan
     sha256: str  # of the plan
@@ -225,7 +225,7 @@ def _list(value: object) -> list[object]:
 _READERS: dict[str, Any] = {
     "compute_capabilities": lambda value: tuple(_text(item) for item in _list(value)),
     "minimum_sm": _count,
-    "profile": Profile.from_json,
+    "profile": ShapeRanges.from_json,
     "nbytes": _count,
     "fused_attention": _count,
     "decomposed_attention": _count,

@@ -1,39 +1,25 @@
-"""What ``benchmark --against`` times beside a compiled directory: other ways to the same job."""
+"""Other ways to the same job, which ``benchmark --against`` times with a compiled directory."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
 from internvl_edge.export import require_packages
-from internvl_edge.runtime.session import did_you_mean
+from internvl_edge.files.cores import usable_cores
+from internvl_edge.files.packages import is_installed
 from internvl_edge.types import Array, Feeds
 
-__all__ = ["AGAINST", "Contender", "contender_of", "rival"]
+__all__ = ["AGAINST", "Contender", "contender_of"]
 
 AGAINST = ("pytorch", "torch-compile", "openvino")
 
 Contender = Callable[[str], Callable[[Feeds], object]]  # component → what runs it
-
-
-def rival(_: click.Context, __: click.Parameter, value: str | None) -> str | Path | None:
-    """One of ``AGAINST``, in whatever case, or the path of another compiled directory."""
-    if value is None or value.lower() in AGAINST:
-        return value and value.lower()
-    if not Path(value).is_dir():
-        raise UsageError(
-            f"--against {value!r}: expected {', '.join(AGAINST)} or another compiled directory"
-            f"{did_you_mean(value, AGAINST)}"
-        )
-    return Path(value)
 
 
 def contender_of(
@@ -44,12 +30,12 @@ def contender_of(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> Contender:
-    """A way to run components from host arrays, on as many threads as this process has cores.
+    """Open a way to run components from host arrays, on as many threads as there are cores.
 
     Args:
         name: one of ``AGAINST``.
         checkpoint: what PyTorch runs; None is the demo.
-        artifacts: the directories that it is timed beside; OpenVINO reads the first one's graphs.
+        artifacts: the directories that it is timed with; OpenVINO reads the first one's graphs.
         device: ``"cpu"`` or ``"cuda"``, of PyTorch; its outputs come back to the host.
         dtype: of PyTorch's weights and floats.
 
@@ -65,12 +51,12 @@ def contender_of(
 
 
 def _openvino(artifact: Any) -> Contender:
-    if importlib.util.find_spec("openvino") is None:
+    if not is_installed("openvino"):
         raise MissingDependency("openvino is not installed; run: pip install openvino")
     import openvino
 
     core = openvino.Core()
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": _cores()}
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": usable_cores()}
 
     def contender(component: str) -> Callable[[Feeds], object]:
         compiled = core.compile_model(str(artifact.onnx_path(component)), "CPU", options)
@@ -89,16 +75,14 @@ def _openvino(artifact: Any) -> Contender:
 def _reference(
     checkpoint: Path | None, artifacts: Mapping[str, Any], device: str, dtype: str
 ) -> Any:
-    """The model of the checkpoint that the directories were made from, in PyTorch."""
+    """Load the checkpoint that the directories were made from, in PyTorch."""
     require_packages()
     import torch
 
     from internvl_edge.compiler.plan import demo_checkpoint
-    from internvl_edge.export.checkpoint.checkpoint import (
-        header_fingerprint,
-        load_reference,
-        open_checkpoint,
-    )
+    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export.checkpoint.load import load_reference
+    from internvl_edge.export.checkpoint.shards import header_fingerprint
 
     if device == "cuda" and not torch.cuda.is_available():
         raise HardwareError(
@@ -112,23 +96,24 @@ def _reference(
             raise UsageError(
                 f"{label} was not made from {source}; name its checkpoint with --checkpoint"
             )
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(usable_cores())
     return load_reference(source, getattr(torch, dtype)).to(device)
 
 
 def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contender:
-    """PyTorch, eager or compiled."""
+    """Run components in PyTorch, eager or compiled."""
     import torch
 
-    from internvl_edge.export.checkpoint.checkpoint import torch_from_numpy
-    from internvl_edge.export.components import COMPONENTS, build_component
+    from internvl_edge.artifact.components import COMPONENTS
+    from internvl_edge.export.checkpoint.load import torch_from_numpy
+    from internvl_edge.export.components import build_component
 
     floats = getattr(torch, dtype)
 
     def tensor(values: Array) -> Any:
         # the reference takes normalised floats, whatever the graph does
-        found = torch_from_numpy(values).to(device)
-        return found.to(floats) if found.is_floating_point() or values.dtype == np.uint8 else found
+        moved = torch_from_numpy(values).to(device)
+        return moved.to(floats) if moved.is_floating_point() or values.dtype == np.uint8 else moved
 
     def contender(component: str) -> Callable[[Feeds], object]:
         module: Any = build_component(COMPONENTS[component], model)
@@ -137,13 +122,9 @@ def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contende
 
         def run(feeds: Feeds) -> object:
             with torch.inference_mode():
-                found = module(*map(tensor, feeds.values()))
-                return [each.cpu() for each in found] if isinstance(found, tuple) else found.cpu()
+                out = module(*map(tensor, feeds.values()))
+                return [each.cpu() for each in out] if isinstance(out, tuple) else out.cpu()
 
         return run
 
     return contender
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from internvl_edge.benchmark.timing import NS_PER_MS, Clock, distribution
+from internvl_edge.benchmark.timing import NS_PER_MS, Clock, Distribution
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.gpu.handles import Event
 from internvl_edge.runtime.trt.session import TrtSession
@@ -36,8 +36,8 @@ def measure_phases(
     *,
     calls: int = CALLS,
     clock: Clock = time.perf_counter_ns,
-) -> dict[str, Any]:
-    """The distribution of each metric over calls, one after another.
+) -> dict[str, Distribution]:
+    """Measure the distribution of each metric over calls, one after another.
 
     Args:
         session: an open engine.
@@ -66,7 +66,7 @@ def measure_phases(
             if i >= WARMUP_CALLS:
                 for name, value in _phases(events, passed_ns).items():
                     samples[name].append(value)
-    return {name: distribution(values) for name, values in samples.items()}
+    return {name: Distribution.of(values) for name, values in samples.items()}
 
 
 def _phases(events: Mapping[str, Event], passed_ns: Mapping[str, int]) -> dict[str, float]:

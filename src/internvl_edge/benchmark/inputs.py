@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.artifact.open import Artifact, TensorSpec
+from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES, capacity_of
-from internvl_edge.runtime.trt.vendor import numpy_dtype
 from internvl_edge.types import Array
 
 __all__ = [
     "as_taken",
-    "embedding_component",
     "from_picture",
     "seeded_feeds",
     "seeded_picture",
@@ -79,11 +78,6 @@ def seeded_picture() -> bytes:
     picture = Image.fromarray(colours).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     picture.save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
-
-
-def embedding_component(components: tuple[str, ...]) -> str | None:
-    """What of these embeds a picture as it comes: one image of the model's own transform."""
-    return next((name for name in ("image_embed", "vision") if name in components), None)
 
 
 def takes_levels(artifact: Artifact) -> bool:

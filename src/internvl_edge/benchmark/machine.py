@@ -1,82 +1,63 @@
-"""What a reader needs to compare figures: the machine, its software, and how busy it was."""
+"""The machine, its software and how busy it was: a reader needs them to compare figures."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
+from internvl_edge.files.cores import usable_cores
+from internvl_edge.files.memory import total_memory
+from internvl_edge.files.packages import MEASURED_WITH, versions
+from internvl_edge.runtime.gpu.probe import gpus
 from internvl_edge.runtime.ort.cpu import cpu_features, cpuinfo
-from internvl_edge.runtime.session import cuda_driver
 
-__all__ = ["environment", "gpu_nbytes"]
-
-PACKAGES = (
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx",
-    "cuda-bindings",
-    "openvino",
-    "torch",
-)
+__all__ = ["environment", "gpu_nbytes", "load_warning"]
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to compare figures; None where the system does not say."""
+    """Describe the machine and its software; None where the system does not say."""
     return {
         "internvl_edge": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cpu_features": cpu_features(),
-        "cores_usable": _usable_cores(),
+        "cores_usable": usable_cores(),
         "cores_online": os.cpu_count(),
         "clock_mhz": _clock_mhz(),
         "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": total_memory(),
         "load_average": _load_average(),
-        "gpus": _gpus(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "gpus": [gpu.name for gpu in gpus()],
+        "packages": versions(MEASURED_WITH),
     }
 
 
+def load_warning() -> str | None:
+    """Say that other work on the machine makes every figure worse; None where there is none."""
+    load, cores = _load_average(), usable_cores()
+    if load is None or load <= cores:
+        return None
+    return (
+        f"warning: other work is under way, a load of {load:.1f} on {cores} core(s): figures will "
+        "be worse than this machine's; wait until it is idle"
+    )
+
+
 def gpu_nbytes() -> int | None:
-    """All the memory of the first NVIDIA GPU, as its driver says; None where there is none."""
-    driver = cuda_driver()
-    if driver is None:
-        return None
-    device, nbytes = ctypes.c_int(), ctypes.c_size_t()
-    if (
-        driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), 0)
-        or driver.cuDeviceTotalMem_v2(ctypes.byref(nbytes), device)
-    ):
-        return None
-    return nbytes.value
+    """Return all the memory of the first NVIDIA GPU; None where there is none."""
+    return next((gpu.memory_nbytes for gpu in gpus() if gpu.index == 0), None)
 
 
 def _load_average() -> float | None:
-    """Processes that ran or waited to, over the last minute: above 0, figures were disturbed."""
+    """Count processes that ran or waited to, over the last minute: others disturb figures."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
         return None
-
-
-def _gpus() -> list[str]:
-    """Names of NVIDIA's GPUs, from what its driver shows under /proc."""
-    found = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        match = re.search(r"^Model:\s*(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        found.append(match[1].strip() if match else path.parent.name)
-    return found
 
 
 def _cpu_model() -> str | None:
@@ -92,27 +73,8 @@ def _clock_mhz() -> float | None:
     return None if mhz is None else float(mhz)
 
 
-def _usable_cores() -> int | None:
-    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
-    return os.cpu_count() if affinity is None else len(affinity(0))
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def _first_line(path: str) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8").strip() or None
     except OSError:
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
         return None

@@ -115,10 +115,11 @@ def measure_backend(kinds: Iterable[str], backend: str, device: str = "auto") ->
     """
     graphs = open_graph_with(backend, device)
     if backend == "onnxruntime":
-        from internvl_edge.runtime.ort.options import CPU, available_cores, choose_providers
+        from internvl_edge.files.cores import usable_cores
+        from internvl_edge.runtime.ort.options import CPU, choose_providers
 
         if choose_providers(device) == [CPU]:
-            bandwidth = host_bandwidth(available_cores(), ARRAY_NBYTES)
+            bandwidth = host_bandwidth(usable_cores(), ARRAY_NBYTES)
             return measure_peaks(kinds, graphs, bandwidth, side=SIDE)
     bandwidth = device_bandwidth(Device(0), ARRAY_NBYTES)
     return measure_peaks(kinds, graphs, bandwidth, side=GPU_SIDE, base="float16")
@@ -237,25 +238,25 @@ def open_graph_with(backend: str, device: str = "auto") -> OpenGraph:
 
 
 def _open_engine(model: bytes, backend: str) -> Session:
-    from internvl_edge.runtime.trt.engine import Plan
+    from internvl_edge.runtime.trt.engine import Engine
     from internvl_edge.runtime.trt.profiles import read_engine_spec
     from internvl_edge.runtime.trt.session import TrtSession
 
     device, trt = Device(0), import_vendor(backend)
     with TemporaryDirectory() as folder:
-        engine = build_peak_engine(model, Path(folder), backend)
-        nbytes, sha256 = engine.stat().st_size, hashlib.sha256(engine.read_bytes()).hexdigest()
-        plan = Plan(engine, FileRecord(nbytes=nbytes, sha256=sha256), trt, device, graphs=False)
+        plan = build_peak_engine(model, Path(folder), backend)
+        nbytes, sha256 = plan.stat().st_size, hashlib.sha256(plan.read_bytes()).hexdigest()
+        engine = Engine(plan, FileRecord(nbytes=nbytes, sha256=sha256), trt, device, graphs=False)
         try:
-            return TrtSession(plan, read_engine_spec(plan, (NUMBER,), (MEAN,)), device)
+            return TrtSession(engine, read_engine_spec(engine, (NUMBER,), (MEAN,)), device)
         except BaseException:
-            plan.close()
+            engine.close()
             raise
 
 
 def build_peak_engine(model: bytes, folder: Path, target: str) -> Path:
     """The engine of a graph of ``product_model``, in a folder."""
-    from internvl_edge.export.engine.build import Profile, build_engine
+    from internvl_edge.export.engine.build import ShapeRanges, build_engine
 
     path = folder / "peak.onnx"
     path.write_bytes(model)
@@ -264,7 +265,7 @@ def build_peak_engine(model: bytes, folder: Path, target: str) -> Path:
         folder / "engines",
         component="peak",
         target=target,
-        profile=Profile(),
+        profile=ShapeRanges(),
         precision="fp32",
         inputs=(NUMBER,),
         onnx_sha256=hashlib.sha256(model).hexdigest(),

@@ -1,146 +1,387 @@
-"""How ``benchmark`` times one component: sessions of each directory, and another way, in turns."""
+"""A benchmark from its settings to its results; what ``internvl-edge benchmark`` does.
+
+Of each component, sessions of every directory and another way to the same job are timed in turns;
+then the memory of each directory's component is taken in a process of its own, and last the peaks
+of the machine, which say what share of them was reached.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from internvl_edge.artifact.open import Artifact
-from internvl_edge.benchmark.contenders import Contender
-from internvl_edge.benchmark.inputs import as_taken, from_picture, seeded_feeds, takes_levels
+from internvl_edge.artifact.components import embedder_of
+from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.benchmark.contenders import Contender, contender_of
+from internvl_edge.benchmark.footprint import Footprint, measure_footprint
+from internvl_edge.benchmark.inputs import (
+    as_taken,
+    from_picture,
+    seeded_feeds,
+    seeded_picture,
+    takes_levels,
+)
 from internvl_edge.benchmark.load import run_scenario
-from internvl_edge.benchmark.timing import Timing, measure_many, ratio_of
-from internvl_edge.runtime.session import Session, open_component
+from internvl_edge.benchmark.machine import environment
+from internvl_edge.benchmark.timing import Distribution, Ratio, Timing, measure_many, ratio_of
+from internvl_edge.errors import InputError, UsageError, did_you_mean
+from internvl_edge.files.packages import is_installed
+from internvl_edge.runtime.session import Session, open_component, require_backend
 from internvl_edge.types import Array
 
-__all__ = ["Question", "measure_component"]
+if TYPE_CHECKING:  # both need onnx
+    from internvl_edge.benchmark.peaks import Peaks
+    from internvl_edge.benchmark.roofline import Roofline
 
-Results = list[dict[str, Any]]
+__all__ = [
+    "Benchmark",
+    "Comparison",
+    "Measurement",
+    "Settings",
+    "choose_components",
+    "open_artifacts",
+    "read_picture",
+    "reference_of",
+    "run_benchmark",
+]
+
 Run = Callable[[Mapping[str, Any]], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What is asked of every component."""
+class Settings:
+    """Settings shared by all measurements."""
 
     artifacts: Mapping[str, Artifact]  # by the path that was given
-    against: str | None
+    components: tuple[str, ...]  # of every artifact
+    batch_sizes: tuple[int, ...]
+    picture: bytes  # a file's, timed from there to its embedding
+    against: str | None  # another way to the same job
     reference: Contender | None  # of that name
     backend: str
     scenario: str
     streams: int
     seconds: float
     p99_ms: float | None
+    has_memory: bool  # measure the memory of each component too
+    has_roofline: bool  # and the peaks of this machine
 
 
-def measure_component(
-    question: Question, component: str, batch: int, picture: bytes | None
-) -> tuple[Results, Results]:
-    """Results and ratios of a component, from arrays and, where there is one, from a picture.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Figures of one contender on one component; None where one was not measured."""
 
-    Args:
-        question: what is asked.
-        component: a name in every directory.
-        batch: of a call.
-        picture: a file's bytes.
+    out: str  # a directory, or the name of another way to the same job
+    component: str  # or more than it, such as the way from a picture
+    scenario: str
+    timing: Timing
+    phases: Mapping[str, Distribution] | None = None  # of a GPU, by trtexec's names
+    memory: Footprint | None = None
+    roofline: Roofline | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the raw samples."""
+        fields: dict[str, Any] = {
+            "out": self.out,
+            "component": self.component,
+            "scenario": self.scenario,
+            **self.timing.to_json(),
+        }
+        if self.phases is not None:
+            fields["phases"] = {name: phase.to_json() for name, phase in self.phases.items()}
+        if self.memory is not None:
+            fields["memory"] = self.memory.to_json()
+        if self.roofline is not None:
+            fields["roofline"] = asdict(self.roofline)
+        return fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The latency of one contender over that of the first one."""
+
+    out: str
+    over: str
+    component: str
+    batch_size: int
+    ratio: Ratio
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": self.out,
+            "over": self.over,
+            "component": self.component,
+            "batch_size": self.batch_size,
+            **asdict(self.ratio),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """Results of a benchmark, and what is needed to compare them with others."""
+
+    environment: Mapping[str, Any]  # of ``machine``
+    peaks: Peaks | None
+    measurements: tuple[Measurement, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "environment": self.environment,
+            "peaks": None if self.peaks is None else asdict(self.peaks),
+            "results": [measurement.to_json() for measurement in self.measurements],
+            "ratios": [comparison.to_json() for comparison in self.comparisons],
+        }
+
+
+def run_benchmark(settings: Settings) -> Benchmark:
+    """Measure every component at every batch size."""
+    measurements: list[Measurement] = []
+    comparisons: list[Comparison] = []
+    for component in settings.components:
+        for batch in settings.batch_sizes:
+            measured, compared = _measure_component(settings, component, batch)
+            measurements += measured
+            comparisons += compared
+    if settings.has_memory:
+        measurements = [_with_memory(settings, each) for each in measurements]
+    card = environment()  # before the peaks, which load the machine
+    peaks = None
+    if settings.has_roofline and is_installed("onnx"):
+        measurements, peaks = _with_rooflines(settings, measurements)
+    return Benchmark(
+        environment=card,
+        peaks=peaks,
+        measurements=tuple(measurements),
+        comparisons=tuple(comparisons),
+    )
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def open_artifacts(outs: Sequence[Path]) -> dict[str, Artifact]:
+    """Open compiled directories, by the path that was given.
+
+    Raises:
+        UsageError: two are the same.
     """
-    results, ratios = [], []
+    if len({out.resolve() for out in outs}) < len(outs):
+        raise UsageError(f"expected different directories, found {', '.join(map(str, outs))}")
+    return {str(out): open_artifact(out) for out in outs}
+
+
+def choose_components(
+    artifacts: Mapping[str, Artifact], names: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """Choose the components asked for; by default those that every directory has.
+
+    Raises:
+        UsageError: one is not in every directory, or they have none in common.
+    """
+    shared = [
+        name
+        for name in next(iter(artifacts.values())).manifest.components
+        if all(name in artifact.manifest.components for artifact in artifacts.values())
+    ]
+    unknown = [name for name in names or () if name not in shared]
+    if unknown or not shared:
+        hint = did_you_mean(unknown[0], shared) if unknown else ""
+        raise UsageError(
+            f"component {', '.join(unknown) or 'list'}: all of the directories have "
+            f"{', '.join(shared) or 'none in common'}{hint}"
+        )
+    return names or tuple(shared)
+
+
+def read_picture(path: Path | None, components: tuple[str, ...]) -> bytes:
+    """Read the picture that is timed; None makes one.
+
+    Raises:
+        UsageError: there is one, and no component embeds it.
+        InputError: it cannot be read.
+    """
+    if path is None:
+        return seeded_picture()
+    if embedder_of(components) is None:
+        raise UsageError(f"--image {path}: none of {', '.join(components)} embeds a picture")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--image {path}: cannot be read: {error.strerror}") from error
+
+
+def reference_of(
+    against: str | None, checkpoint: Path | None, artifacts: Mapping[str, Artifact], backend: str
+) -> Contender | None:
+    """Open the other way to the same job, on the GPU where the directories run on one."""
+    if against is None:
+        return None
+    device = "cuda" if _runs_on_gpu(backend) else "cpu"
+    return contender_of(against, checkpoint, artifacts, device=device)
+
+
+def _runs_on_gpu(backend: str) -> bool:
+    if require_backend(backend) != "onnxruntime":
+        return True
+    from internvl_edge.runtime.ort.options import CPU, choose_providers
+
+    return choose_providers("auto") != [CPU]
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+def _measure_component(
+    settings: Settings, component: str, batch: int
+) -> tuple[list[Measurement], list[Comparison]]:
+    """Time a component from arrays, and what embeds a picture from a picture too."""
+    comparisons: list[Comparison] = []
     with ExitStack() as stack:
-        sessions = _sessions(stack, question.artifacts, component, question.backend)
+        sessions = {
+            name: stack.enter_context(open_component(artifact, component, backend=settings.backend))
+            for name, artifact in settings.artifacts.items()
+        }
         runs: dict[str, Run] = {name: session.run for name, session in sessions.items()}
         feeds = {
             name: as_taken(seeded_feeds(artifact, component, batch), sessions[name].inputs)
-            for name, artifact in question.artifacts.items()
+            for name, artifact in settings.artifacts.items()
         }
         first = next(iter(feeds))
-        if question.reference is not None and question.against is not None:
-            runs[question.against] = question.reference(component)
+        if settings.reference is not None and settings.against is not None:
+            runs[settings.against] = settings.reference(component)
         calls = {n: partial(run, feeds.get(n, feeds[first])) for n, run in runs.items()}
-        measured = {component: _timings(question, calls, batch)}
-        phases = _phases(sessions, feeds)
-        if picture is not None:
-            whole = _from_pictures(question, runs, picture, batch)
-            measured[f"{component} from a picture"] = _timings(question, whole, batch)
-    for label, timings in measured.items():
-        if question.scenario == "single-stream":
-            ratios += _ratios(label, batch, timings)
-        results += [
-            {"out": name, "component": label, "scenario": question.scenario}
-            | timing.to_json()
-            | (phases.get(name, {}) if label == component else {})
-            for name, timing in timings.items()
-        ]
-    return results, ratios
+        timings = {component: _timings(settings, calls, batch)}
+        phases = _phases(settings, sessions, feeds)
+        if component == embedder_of(settings.components):
+            whole = _from_pictures(settings, runs, batch)
+            timings[f"{component} from a picture"] = _timings(settings, whole, batch)
+    if settings.scenario == "single-stream":
+        comparisons = [each for label in timings for each in _comparisons(label, timings[label])]
+    measurements = [
+        Measurement(
+            out=name,
+            component=label,
+            scenario=settings.scenario,
+            timing=timing,
+            phases=phases.get(name) if label == component else None,
+        )
+        for label, contenders in timings.items()
+        for name, timing in contenders.items()
+    ]
+    return measurements, comparisons
 
 
 def _from_pictures(
-    question: Question,
-    runs: Mapping[str, Run],
-    picture: bytes,
-    batch: int,
+    settings: Settings, runs: Mapping[str, Run], batch: int
 ) -> dict[str, Callable[[], object]]:
     """Each contender's way from a picture; another's transform is that of the first directory."""
-    first = next(iter(question.artifacts.values()))
+    first = next(iter(settings.artifacts.values()))
     calls = {}
     for name, run in runs.items():
-        artifact = question.artifacts.get(name, first)
+        artifact = settings.artifacts.get(name, first)
         as_levels = takes_levels(artifact) and name not in ("pytorch", "torch-compile")
-        calls[name] = from_picture(run, artifact, picture, batch, as_levels=as_levels)
+        calls[name] = from_picture(run, artifact, settings.picture, batch, as_levels=as_levels)
     return calls
 
 
 def _timings(
-    question: Question, calls: Mapping[str, Callable[[], object]], batch: int
+    settings: Settings, calls: Mapping[str, Callable[[], object]], batch: int
 ) -> dict[str, Timing]:
-    if question.scenario == "single-stream":
-        return measure_many(calls, items=batch, min_duration_s=question.seconds)
+    if settings.scenario == "single-stream":
+        return measure_many(calls, items=batch, min_duration_s=settings.seconds)
     return {
         name: run_scenario(
-            question.scenario,
+            settings.scenario,
             call,
             items=batch,
-            streams=question.streams,
-            seconds=question.seconds,
-            p99_ms=question.p99_ms,
+            streams=settings.streams,
+            seconds=settings.seconds,
+            p99_ms=settings.p99_ms,
         )
         for name, call in calls.items()
     }
 
 
-def _sessions(
-    stack: ExitStack, artifacts: Mapping[str, Artifact], component: str, backend: str
-) -> dict[str, Session]:
-    """One of each directory, open as long as the stack."""
-    return {
-        name: stack.enter_context(open_component(artifact, component, backend=backend))
-        for name, artifact in artifacts.items()
-    }
-
-
 def _phases(
-    sessions: Mapping[str, Session], feeds: Mapping[str, Mapping[str, Array]]
-) -> dict[str, dict[str, Any]]:
-    """Of engines, the GPU's part of a call."""
-    if not any(hasattr(session, "lease") for session in sessions.values()):
+    settings: Settings, sessions: Mapping[str, Session], feeds: Mapping[str, Mapping[str, Array]]
+) -> dict[str, dict[str, Distribution]]:
+    """Measure the GPU's part of a call, of engines."""
+    if require_backend(settings.backend) == "onnxruntime":
         return {}
     from internvl_edge.benchmark.gpu_phases import measure_phases
     from internvl_edge.runtime.trt.session import TrtSession
 
     return {
-        name: {"phases": measure_phases(session, feeds[name])}
+        name: measure_phases(session, feeds[name])
         for name, session in sessions.items()
         if isinstance(session, TrtSession)
     }
 
 
-def _ratios(component: str, batch: int, timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
-    """Every contender's latency over that of the first one."""
+def _comparisons(component: str, timings: Mapping[str, Timing]) -> list[Comparison]:
+    """Compare every contender with the first one."""
     (base, first), *others = timings.items()
     return [
-        {"out": label, "over": base, "component": component, "batch_size": batch}
-        | asdict(ratio_of(timing, first))
-        for label, timing in others
+        Comparison(
+            out=name,
+            over=base,
+            component=component,
+            batch_size=timing.items,
+            ratio=ratio_of(timing, first),
+        )
+        for name, timing in others
     ]
+
+
+# --- memory and peaks ----------------------------------------------------------------------------
+
+
+def _is_ours(settings: Settings, measurement: Measurement) -> bool:
+    """Whether it is of a directory's component alone."""
+    artifact = settings.artifacts.get(measurement.out)
+    return artifact is not None and measurement.component in artifact.manifest.components
+
+
+def _with_memory(settings: Settings, measurement: Measurement) -> Measurement:
+    if not _is_ours(settings, measurement):
+        return measurement
+    memory = measure_footprint(
+        measurement.out, measurement.component, settings.backend, measurement.timing.items
+    )
+    return replace(measurement, memory=memory)
+
+
+def _with_rooflines(
+    settings: Settings, measurements: Sequence[Measurement]
+) -> tuple[list[Measurement], Peaks]:
+    """Measure the peaks of this machine, and place each measurement of ours below them."""
+    from internvl_edge.benchmark.peaks import measure_backend
+    from internvl_edge.benchmark.roofline import component_workload, locate
+
+    backend = require_backend(settings.backend)
+    workloads = {}
+    for i, each in enumerate(measurements):
+        if _is_ours(settings, each):
+            artifact = settings.artifacts[each.out]
+            feeds = seeded_feeds(artifact, each.component, each.timing.items)
+            workloads[i] = component_workload(artifact, each.component, feeds, backend)
+    kinds = {kind for workload in workloads.values() for kind in workload.operations}
+    peaks = measure_backend(sorted(kinds), backend)
+    placed = list(measurements)
+    for i, workload in workloads.items():
+        roofline = locate(workload, peaks, _call_ms(measurements[i]))
+        placed[i] = replace(measurements[i], roofline=roofline)
+    return placed, peaks
+
+
+def _call_ms(measurement: Measurement) -> float:
+    """The time of a call by itself; of several at once, which share the machine, their share."""
+    timing = measurement.timing
+    if measurement.scenario == "single-stream":
+        return timing.percentile_ms(50)
+    return 1e3 * timing.items / timing.throughput

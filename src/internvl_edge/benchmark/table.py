@@ -1,11 +1,24 @@
-"""Results of ``benchmark`` as a table for people, on the terminal and in Markdown."""
+"""Results of ``benchmark`` for people: a table, for the terminal and in Markdown, and words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["columns", "flat", "markdown", "peaks_line", "ratio_line", "row"]
+from internvl_edge.benchmark.run import Benchmark, Comparison, Measurement
+
+if TYPE_CHECKING:  # it needs onnx
+    from internvl_edge.benchmark.peaks import Peaks
+
+__all__ = [
+    "columns",
+    "comparison_line",
+    "environment_words",
+    "markdown",
+    "peaks_line",
+    "row",
+    "warnings",
+]
 
 COLUMNS = ("out", "component", "scenario", "batch", "p50", "p90", "p99", "items/s")
 SERVER = ("calls/s", "p99 bound")
@@ -13,92 +26,96 @@ MEMORY = ("peak RSS", "GPU memory")
 ROOFLINE = ("GFLOP", "MB", "MFU", "MBU")
 PHASES = ("Enqueue Time", "H2D Latency", "GPU Compute Time", "D2H Latency")
 EMPTY = "–"
-
-Result = Mapping[str, Any]
-
-
-def columns(results: Sequence[Result]) -> tuple[str, ...]:
-    """Names of the columns; those that no result fills are left out."""
-    found: tuple[str, ...] = COLUMNS
-    found += SERVER if any("request_rate" in result for result in results) else ()
-    for name in MEMORY:
-        found += (name,) if any(name in _memory(result) for result in results) else ()
-    found += ROOFLINE if any("roofline" in result for result in results) else ()
-    return found + (PHASES if any("phases" in result for result in results) else ())
+FEW_REQUESTS = 100  # below, p99 is nearly the slowest
 
 
-def row(result: Result, names: Sequence[str]) -> tuple[str, ...]:
-    """A result's cells."""
-    cells = _latency(result) | _server(result) | _memory(result) | _roofline(result)
-    cells |= _phases(result)
-    return tuple(cells.get(name, EMPTY) for name in names)
-
-
-def _latency(result: Result) -> dict[str, str]:
-    latency = result["latency"]
-    return {
-        "out": result["out"],
-        "component": result["component"],
-        "scenario": result["scenario"],
-        "batch": str(result["batch_size"]),
-        **{p: f"{latency[p]:.2f} ms" for p in ("p50", "p90", "p99")},
-        "items/s": f"{result['throughput']['avg']:.1f}",
-    }
-
-
-def _server(result: Result) -> dict[str, str]:
-    if "request_rate" not in result:
-        return {}
-    return {
-        "calls/s": f"{result['request_rate']['avg']:.4g}",
-        "p99 bound": f"{result['p99_bound']['max']:.2f} ms",
-    }
-
-
-def _memory(result: Result) -> dict[str, str]:
-    """Of a process of its own (``footprint``)."""
-    found = result.get("memory", {})
-    nbytes = {"peak RSS": found.get("peak_rss_bytes"), "GPU memory": found.get("gpu_bytes")}
-    return {name: f"{n / 1e6:.0f} MB" for name, n in nbytes.items() if n is not None}
-
-
-def _roofline(result: Result) -> dict[str, str]:
-    found = result.get("roofline")
-    if found is None:
-        return {}
-    return {
-        "GFLOP": f"{found['operations'] / 1e9:.3g}",
-        "MB": f"{found['bytes'] / 1e6:.3g}",
-        "MFU": EMPTY if found["mfu"] is None else f"{found['mfu']:.0%}",
-        "MBU": f"{found['mbu']:.0%}",
-    }
-
-
-def _phases(result: Result) -> dict[str, str]:
-    found = result.get("phases", {})
-    return {name: f"{found[name]['p50']:.3f} ms" for name in PHASES if name in found}
-
-
-def peaks_line(peaks: Mapping[str, Any]) -> str:
-    """What the machine reached, in words."""
-    found = [f"{kind} {count / 1e9:.0f} GFLOP/s" for kind, count in peaks["operations"].items()]
-    found.append(f"memory {peaks['bytes'] / 1e9:.1f} GB/s")
-    return f"peaks measured here: {', '.join(found)}"
-
-
-def ratio_line(ratio: Result) -> str:
-    """How long one contender takes beside another."""
-    interval = ratio["reason"]
-    if interval is None:
-        interval = f"95 %: {ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['rounds']} rounds"
+def columns(measurements: Sequence[Measurement]) -> tuple[str, ...]:
+    """Names of the columns; those that no measurement fills are left out."""
+    filled = {name for measurement in measurements for name in _memory(measurement)}
     return (
-        f"{ratio['component']} at batch {ratio['batch_size']}: {ratio['out']} takes "
-        f"{ratio['median']:.2f} times {ratio['over']}'s latency ({interval})"
+        COLUMNS
+        + (SERVER if any(each.timing.rate is not None for each in measurements) else ())
+        + tuple(name for name in MEMORY if name in filled)
+        + (ROOFLINE if any(each.roofline is not None for each in measurements) else ())
+        + (PHASES if any(each.phases is not None for each in measurements) else ())
     )
 
 
-def flat(card: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of the environment, in words."""
+def row(measurement: Measurement, names: Sequence[str]) -> tuple[str, ...]:
+    """The cells of a measurement."""
+    cells = _latency(measurement) | _server(measurement) | _memory(measurement)
+    cells |= _roofline(measurement) | _phases(measurement)
+    return tuple(cells.get(name, EMPTY) for name in names)
+
+
+def _latency(measurement: Measurement) -> dict[str, str]:
+    timing = measurement.timing
+    return {
+        "out": measurement.out,
+        "component": measurement.component,
+        "scenario": measurement.scenario,
+        "batch": str(timing.items),
+        **{f"p{q}": f"{timing.percentile_ms(q):.2f} ms" for q in (50, 90, 99)},
+        "items/s": f"{timing.throughput:.1f}",
+    }
+
+
+def _server(measurement: Measurement) -> dict[str, str]:
+    rate, bound_ms = measurement.timing.rate, measurement.timing.bound_ms
+    if rate is None or bound_ms is None:
+        return {}
+    return {"calls/s": f"{rate:.4g}", "p99 bound": f"{bound_ms:.2f} ms"}
+
+
+def _memory(measurement: Measurement) -> dict[str, str]:
+    memory = measurement.memory
+    if memory is None:
+        return {}
+    nbytes = {"peak RSS": memory.peak_rss_bytes, "GPU memory": memory.gpu_bytes}
+    return {name: f"{n / 1e6:.0f} MB" for name, n in nbytes.items() if n is not None}
+
+
+def _roofline(measurement: Measurement) -> dict[str, str]:
+    roofline = measurement.roofline
+    if roofline is None:
+        return {}
+    return {
+        "GFLOP": f"{roofline.operations / 1e9:.3g}",
+        "MB": f"{roofline.bytes / 1e6:.3g}",
+        "MFU": EMPTY if roofline.mfu is None else f"{roofline.mfu:.0%}",
+        "MBU": f"{roofline.mbu:.0%}",
+    }
+
+
+def _phases(measurement: Measurement) -> dict[str, str]:
+    phases = measurement.phases or {}
+    return {name: f"{phases[name].p50:.3f} ms" for name in PHASES if name in phases}
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def peaks_line(peaks: Peaks) -> str:
+    """The peaks that were measured."""
+    words = [f"{kind} {count / 1e9:.0f} GFLOP/s" for kind, count in peaks.operations.items()]
+    words.append(f"memory {peaks.bytes / 1e9:.1f} GB/s")
+    return f"peaks measured here: {', '.join(words)}"
+
+
+def comparison_line(comparison: Comparison) -> str:
+    """How long one contender takes, compared with another."""
+    ratio = comparison.ratio
+    interval = ratio.reason
+    if interval is None:
+        interval = f"95 %: {ratio.low:.2f} to {ratio.high:.2f}, {ratio.rounds} rounds"
+    return (
+        f"{comparison.component} at batch {comparison.batch_size}: {comparison.out} takes "
+        f"{ratio.median:.2f} times {comparison.over}'s latency ({interval})"
+    )
+
+
+def environment_words(card: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of the environment, each in words."""
     return {key: _words(value) for key, value in card.items() if value}
 
 
@@ -108,22 +125,44 @@ def _words(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """The results as Markdown: a table, the ratios, the peaks, the environment.
+def warnings(measurements: Iterable[Measurement]) -> list[str]:
+    """Say which figures mean little: of few requests, without memory, above the peaks."""
+    measured = list(measurements)
+    return [line for each in measured for line in _doubts(each)] + [
+        f"warning: {each.out} {each.component}: MFU {each.roofline.mfu:.0%}: the peaks were "
+        "measured too low, most likely beside other work; run again on an idle machine"
+        for each in measured
+        if each.roofline is not None and (each.roofline.mfu or 0) > 1
+    ]
 
-    Args:
-        found: what ``benchmark --json`` prints.
-    """
-    names = columns(found["results"])
-    rows = [row(result, names) for result in found["results"]]
+
+def _doubts(measurement: Measurement) -> list[str]:
+    name, count = f"{measurement.out} {measurement.component}", len(measurement.timing.samples_ms)
+    lines = []
+    if measurement.timing.rate is not None and count < FEW_REQUESTS:
+        lines.append(
+            f"{name}: {count} requests, too few for a p99 that is not nearly the slowest; ask for "
+            "more --seconds"
+        )
+    if measurement.memory is not None and measurement.memory.failed is not None:
+        lines.append(f"{name}: no memory was measured: {measurement.memory.failed}")
+    return lines
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+def markdown(benchmark: Benchmark) -> str:
+    """The results as Markdown: a table, the comparisons, the peaks, the environment."""
+    names = columns(benchmark.measurements)
     lines = [
         _markdown_row(names),
         _markdown_row(["---"] * 3 + ["---:"] * (len(names) - 3)),
-        *map(_markdown_row, rows),
+        *[_markdown_row(row(measurement, names)) for measurement in benchmark.measurements],
         "",
-        *[f"- {ratio_line(ratio)}" for ratio in found["ratios"]],
-        *([f"- {peaks_line(found['peaks'])}"] if found["peaks"] else []),
-        *[f"- {key}: {value}" for key, value in flat(found["environment"]).items()],
+        *[f"- {comparison_line(comparison)}" for comparison in benchmark.comparisons],
+        *([f"- {peaks_line(benchmark.peaks)}"] if benchmark.peaks else []),
+        *[f"- {key}: {value}" for key, value in environment_words(benchmark.environment).items()],
     ]
     return "\n".join(lines) + "\n"
 

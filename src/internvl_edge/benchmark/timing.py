@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ from internvl_edge.errors import UsageError
 from internvl_edge.runtime.session import Session
 from internvl_edge.types import Array
 
-__all__ = ["Ratio", "Timing", "distribution", "measure", "measure_many", "ratio_of", "warm_up"]
+__all__ = ["Distribution", "Ratio", "Timing", "measure", "measure_many", "ratio_of", "warm_up"]
 
 WARMUP_S, MIN_DURATION_S, MIN_ITERATIONS = 0.2, 3.0, 100  # trtexec's, with more calls for p99
 WARMUP_ITERATIONS = 10
@@ -57,24 +57,43 @@ NS_PER_S, NS_PER_MS = 1_000_000_000, 1_000_000
 TURN_CALLS = 10  # at most, of one contender before the next
 MIN_ROUNDS = 20  # of contenders that are compared: k = 6
 SETTLE_S = 0.05  # before a turn: threads of the last contender stop spinning for work
-PERCENTILES = (50, 90, 95, 99)
 TAIL = 40  # 1/40 of the probability is left out on each side of an interval
 
 Clock = Callable[[], int]  # nanoseconds, monotonic
 
 
-def distribution(samples_ms: Sequence[float]) -> dict[str, Any]:
-    """The figures of samples, under AIPerf's names."""
-    percentiles = np.percentile(samples_ms, PERCENTILES)
-    return {
-        "unit": "ms",
-        "avg": float(np.mean(samples_ms)),
-        "min": min(samples_ms),
-        "max": max(samples_ms),
-        **{f"p{q}": float(value) for q, value in zip(PERCENTILES, percentiles, strict=True)},
-        "std": float(np.std(samples_ms)),
-        "count": len(samples_ms),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """Figures of samples in milliseconds, under AIPerf's names."""
+
+    avg: float
+    min: float
+    max: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    std: float
+    count: int
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float]) -> Distribution:
+        """The distribution of samples."""
+        p50, p90, p95, p99 = map(float, np.percentile(samples_ms, (50, 90, 95, 99)))
+        return cls(
+            avg=float(np.mean(samples_ms)),
+            min=min(samples_ms),
+            max=max(samples_ms),
+            p50=p50,
+            p90=p90,
+            p95=p95,
+            p99=p99,
+            std=float(np.std(samples_ms)),
+            count=len(samples_ms),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"unit": "ms", **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,18 +121,18 @@ class Timing:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the raw samples."""
-        found: dict[str, Any] = {
-            "latency": distribution(self.samples_ms),
+        fields: dict[str, Any] = {
+            "latency": Distribution.of(self.samples_ms).to_json(),
             "throughput": {"unit": "items/s", "avg": self.throughput},
             "batch_size": self.items,
             "warmup_iterations": self.warmup_iterations,
             "is_steady": self.is_steady,
         }
         if self.rate is not None:
-            found["request_rate"] = {"unit": "requests/s", "avg": self.rate}
+            fields["request_rate"] = {"unit": "requests/s", "avg": self.rate}
         if self.bound_ms is not None:
-            found["p99_bound"] = {"unit": "ms", "max": self.bound_ms}
-        return found
+            fields["p99_bound"] = {"unit": "ms", "max": self.bound_ms}
+        return fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,10 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from internvl_edge._version import __version__
-from internvl_edge.cli import benchmark, chat, doctor, embed
-from internvl_edge.cli import debug as examine
-from internvl_edge.cli import export as compile_commands
-from internvl_edge.cli import text as speak
+from internvl_edge.cli import benchmark, chat, debug, doctor, embed, export, inspect, text
 from internvl_edge.cli.console import Output, error_line, flush
 from internvl_edge.errors import InternVLError, ResourceError
 from internvl_edge.files.disk import EXHAUSTED, translated
@@ -38,19 +35,19 @@ def app(debug: bool) -> None:
 
 
 for command in (
-    compile_commands.export,
-    compile_commands.build,
-    compile_commands.verify,
-    compile_commands.inspect,
-    compile_commands.convert,
-    examine.lint,
-    examine.bisect,
+    export.export,
+    export.build,
+    inspect.verify,
+    inspect.inspect,
+    export.convert,
+    debug.lint,
+    debug.bisect,
     embed.embed,
     embed.classify,
     embed.retrieve,
     embed.match,
-    speak.caption,
-    speak.answer,
+    text.caption,
+    text.answer,
     chat.chat,
     benchmark.benchmark,
     doctor.doctor,
@@ -109,7 +106,7 @@ def as_ours(error: Exception, arguments: Sequence[str]) -> InternVLError:
         cause = error.__cause__  # whatever a file was read for, it may be the system that ran out
         is_exhausted = isinstance(cause, OSError) and cause.errno in EXHAUSTED
         return ResourceError(str(error)) if is_exhausted else error
-    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         return ResourceError("out of memory; --dry-run says what is needed")
     if isinstance(error, OSError):
         return translated(error, Path(str(error.filename or "")))

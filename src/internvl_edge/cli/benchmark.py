@@ -1,42 +1,37 @@
-"""``benchmark``: how fast, beside what, and how far from what the machine can do."""
+"""``benchmark``: how fast, compared with what, and how far from what the machine can do."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
-from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark import table
-from internvl_edge.benchmark.contenders import Contender, contender_of, rival
-from internvl_edge.benchmark.footprint import measure_footprint
-from internvl_edge.benchmark.inputs import (
-    embedding_component,
-    seeded_feeds,
-    seeded_picture,
-)
+from internvl_edge.benchmark.contenders import AGAINST
 from internvl_edge.benchmark.load import SCENARIOS
-from internvl_edge.benchmark.machine import environment
-from internvl_edge.benchmark.run import Question, Results, measure_component
+from internvl_edge.benchmark.machine import load_warning
+from internvl_edge.benchmark.run import (
+    Benchmark,
+    Settings,
+    choose_components,
+    open_artifacts,
+    read_picture,
+    reference_of,
+    run_benchmark,
+)
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, NEW_FILE, answers, backend, names, one_of
-from internvl_edge.errors import InputError, UsageError
-from internvl_edge.runtime.session import did_you_mean, require_backend
+from internvl_edge.errors import UsageError, did_you_mean
 
 STREAMS = 2  # calls at once, unless asked otherwise
-FEW_REQUESTS = 100  # below, p99 is nearly the slowest
 
 
 @click.command()
 @click.argument("outs", type=DIRECTORY, nargs=-1, required=True)
 @click.option(
     "--against",
-    callback=rival,
+    callback=lambda _, __, value: _rival(value),
     help="Time this beside them, in turns: pytorch, torch-compile, openvino, or another OUT.",
 )
 @click.option("--checkpoint", type=DIRECTORY, help="What PyTorch runs; default: the bundled demo.")
@@ -121,201 +116,86 @@ def benchmark(
     if isinstance(against, Path):
         outs, against = (*outs, against), None
     if checkpoint is not None and against in (None, "openvino"):
-        raise UsageError(f"--checkpoint {checkpoint} is what --against pytorch times; add that")
+        raise UsageError(f"--checkpoint {checkpoint} requires --against pytorch or torch-compile")
     if p99_ms is not None and scenario != "server":
-        raise UsageError(f"--p99 {p99_ms:g} bounds --scenario server; add that")
+        raise UsageError(f"--p99 requires --scenario server (got --scenario {scenario})")
     if streams is not None and scenario == SCENARIOS[0]:
         raise UsageError(
-            f"--streams {streams}: one call at a time is --scenario {scenario}; choose "
+            f"--streams {streams}: --scenario {scenario} makes one call at a time; choose "
             f"{', '.join(SCENARIOS[1:])}, or leave --streams out"
         )
-    artifacts = _opened(outs)
-    chosen = _components(artifacts, components)
-    if image is not None and embedding_component(chosen) is None:
-        raise UsageError(f"--image {image}: none of {', '.join(chosen)} embeds a picture")
-    question = Question(
+    artifacts = open_artifacts(outs)
+    chosen = choose_components(artifacts, components)
+    settings = Settings(
         artifacts=artifacts,
+        components=chosen,
+        batch_sizes=_batch_sizes(batch),
+        picture=read_picture(image, chosen),
         against=against,
-        reference=_reference(against, checkpoint, artifacts, backend),
+        reference=reference_of(against, checkpoint, artifacts, backend),
         backend=backend,
         scenario=scenario,
         streams=streams or STREAMS,
         seconds=seconds,
         p99_ms=p99_ms,
+        has_memory=memory,
+        has_roofline=roofline,
     )
-    picture, sizes = _picture(image), _batch_sizes(batch)
-    _warn_of_load(output)
-    results: Results = []
-    ratios: Results = []
-    for component in chosen:
-        whole = picture if component == embedding_component(chosen) else None
-        for size in sizes:
-            measured, compared = measure_component(question, component, size, whole)
-            results += measured
-            ratios += compared
-    if memory:
-        _add_memory(results, artifacts, backend)
-    found = {
-        "environment": environment(),
-        "peaks": _add_rooflines(results, artifacts, backend) if roofline else None,
-        "results": results,
-        "ratios": ratios,
-    }
-    _show(output, found)
-    warn_of_peaks(output, results)
+    if (warning := load_warning()) is not None:
+        output.say(warning)
+    measured = run_benchmark(settings)
+    _show(output, measured)
     if markdown is not None:
-        markdown.write_text(table.markdown(found), encoding="utf-8")
+        markdown.write_text(table.markdown(measured), encoding="utf-8")
     if report is not None:
-        report.write_text(_report(next(iter(artifacts.values())), found), encoding="utf-8")
-    output.result(found)
+        first = next(iter(artifacts.values()))
+        report.write_text(_report(first, measured), encoding="utf-8")
+    output.result(measured.to_json())
 
 
-def _warn_of_load(output: Output) -> None:
-    """What else runs on the machine makes every figure worse."""
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load > cores:
-        output.say(
-            f"warning: other work is under way, a load of {load:.1f} on {cores} core(s): figures "
-            "will be worse than this machine's; wait until it is idle"
-        )
+def _show(output: Output, measured: Benchmark) -> None:
+    names = table.columns(measured.measurements)
+    output.table(names, [table.row(measurement, names) for measurement in measured.measurements])
+    words = table.environment_words(measured.environment)
+    output.lines(["  ".join(f"{key}: {value}" for key, value in words.items())])
+    output.lines([table.peaks_line(measured.peaks)] if measured.peaks else [])
+    output.lines([table.comparison_line(comparison) for comparison in measured.comparisons])
+    for warning in table.warnings(measured.measurements):
+        output.say(warning)
 
 
-def warn_of_peaks(output: Output, results: Results) -> None:
-    """No component is faster than the machine: then the peaks are wrong."""
-    for result in results:
-        if (share := result.get("roofline", {}).get("mfu") or 0) > 1:
-            output.say(
-                f"warning: {result['out']} {result['component']}: MFU {share:.0%}: the peaks were "
-                "measured too low, most likely beside other work; run again on an idle machine"
-            )
-
-
-def _opened(outs: tuple[Path, ...]) -> dict[str, Artifact]:
-    if len({out.resolve() for out in outs}) < len(outs):
-        raise UsageError(f"expected different directories, found {', '.join(map(str, outs))}")
-    return {str(out): open_artifact(out) for out in outs}
-
-
-def _reference(
-    against: str | None, checkpoint: Path | None, artifacts: Mapping[str, Artifact], backend: str
-) -> Contender | None:
-    """The other way to the same job, on the GPU where the directories run on one."""
-    if against is None:
-        return None
-    device = "cuda" if _runs_on_gpu(backend) else "cpu"
-    return contender_of(against, checkpoint, artifacts, device=device)
-
-
-def _runs_on_gpu(backend: str) -> bool:
-    if require_backend(backend) != "onnxruntime":
-        return True
-    from internvl_edge.runtime.ort.options import CPU, choose_providers
-
-    return choose_providers("auto") != [CPU]
-
-
-def _picture(path: Path | None) -> bytes:
-    if path is None:
-        return seeded_picture()
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"--image {path}: cannot be read: {error.strerror}") from error
-
-
-def _add_memory(results: Results, artifacts: Mapping[str, Artifact], backend: str) -> None:
-    """Give each result of a component of ours the memory that it takes by itself."""
-    for result in results:
-        name, component = result["out"], result["component"]
-        if name in artifacts and component in artifacts[name].manifest.components:
-            result["memory"] = measure_footprint(name, component, backend, result["batch_size"])
-
-
-def _show(output: Output, found: Mapping[str, Any]) -> None:
-    names = table.columns(found["results"])
-    output.table(names, [table.row(result, names) for result in found["results"]])
-    output.lines(["  ".join(f"{k}: {v}" for k, v in table.flat(found["environment"]).items())])
-    output.lines([table.peaks_line(found["peaks"])] if found["peaks"] else [])
-    output.lines([table.ratio_line(ratio) for ratio in found["ratios"]])
-    for result in found["results"]:
-        count = result["latency"]["count"]
-        if "request_rate" in result and count < FEW_REQUESTS:
-            output.say(
-                f"{result['out']} {result['component']}: {count} requests, too few for a p99 that "
-                "is not nearly the slowest; ask for more --seconds"
-            )
-        if reason := result.get("memory", {}).get("failed"):
-            output.say(f"{result['out']} {result['component']}: no memory was measured: {reason}")
-
-
-def _report(artifact: Artifact, found: Mapping[str, Any]) -> str:
+def _report(artifact: Artifact, measured: Benchmark) -> str:
     """The directory's report with a section on speed."""
-    from internvl_edge.compiler.report.report import report_with
-    from internvl_edge.compiler.report.speed import speed_figures
+    from internvl_edge.compiler.report.report import report_with, speed_figures
 
-    names = table.columns(found["results"])
+    names = table.columns(measured.measurements)
     figures = speed_figures(
-        found,
+        measured.to_json(),
         columns=names,
-        rows=[table.row(result, names) for result in found["results"]],
-        ratios=[table.ratio_line(ratio) for ratio in found["ratios"]],
-        environment=table.flat(found["environment"]),
+        rows=[table.row(measurement, names) for measurement in measured.measurements],
+        ratios=[table.comparison_line(comparison) for comparison in measured.comparisons],
+        environment=table.environment_words(measured.environment),
     )
     return report_with(artifact.path, artifact.manifest, speed=figures)
 
 
-def _add_rooflines(
-    results: list[dict[str, Any]], artifacts: Mapping[str, Artifact], backend: str
-) -> dict[str, Any] | None:
-    """Give each result of ours its place below the peaks of this machine; those peaks.
-
-    None, and no result has one, where the package that reads graphs is not installed.
-    """
-    if importlib.util.find_spec("onnx") is None:
-        return None
-    from internvl_edge.benchmark.peaks import measure_backend
-    from internvl_edge.benchmark.roofline import component_workload, locate
-
-    chosen = require_backend(backend)
-    workloads = []
-    for result in results:
-        artifact, component = artifacts.get(result["out"]), result["component"]
-        if artifact is not None and component in artifact.manifest.components:
-            feeds = seeded_feeds(artifact, component, result["batch_size"])
-            workloads.append((result, component_workload(artifact, component, feeds, chosen)))
-    peaks = measure_backend(
-        sorted({kind for _, work in workloads for kind in work.operations}), chosen
-    )
-    for result, workload in workloads:
-        call_ms = result["latency"]["p50"]
-        if result["scenario"] != "single-stream":  # several at once share the machine
-            call_ms = 1e3 * result["batch_size"] / result["throughput"]["avg"]
-        result["roofline"] = asdict(locate(workload, peaks, call_ms))
-    return asdict(peaks)
-
-
-def _components(artifacts: Mapping[str, Any], chosen: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Components that every directory has, or those asked for."""
-    shared = [
-        name
-        for name in next(iter(artifacts.values())).manifest.components
-        if all(name in artifact.manifest.components for artifact in artifacts.values())
-    ]
-    unknown = [name for name in chosen or () if name not in shared]
-    if unknown or not shared:
-        hint = did_you_mean(unknown[0], shared) if unknown else ""
+def _rival(name: str | None) -> str | Path | None:
+    """Read --against: one of ``AGAINST``, in whatever case, or another compiled directory."""
+    if name is None or name.lower() in AGAINST:
+        return name and name.lower()
+    if not Path(name).is_dir():
         raise UsageError(
-            f"component {', '.join(unknown) or 'list'}: all of the directories have "
-            f"{', '.join(shared) or 'none in common'}{hint}"
+            f"--against {name!r}: expected {', '.join(AGAINST)} or another compiled directory"
+            f"{did_you_mean(name, AGAINST)}"
         )
-    return chosen or tuple(shared)
+    return Path(name)
 
 
-def _batch_sizes(batch: str) -> list[int]:
+def _batch_sizes(batch: str) -> tuple[int, ...]:
     try:
-        sizes = [int(part) for part in batch.split(",")]
+        sizes = tuple(int(part) for part in batch.split(","))
     except ValueError:
-        sizes = [0]
+        sizes = (0,)
     if min(sizes) < 1:
         raise UsageError(f"--batch: expected positive numbers such as 1,8, found {batch!r}")
     return sizes

@@ -102,7 +102,7 @@ def _answer(
 ) -> tuple[str, tuple[Turn, ...]]:
     if stream:
         text = show(output, model.chat_stream(seen, question, history, **options))
-        return text, remembered(model.parts, seen, question, history, text)
+        return text, remembered(model.components, seen, question, history, text)
     reply = model.chat(seen, question, history, **options)
     output.lines([reply.text])
     return reply.text, reply.history

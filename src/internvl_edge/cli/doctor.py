@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
 import platform
 import shutil
 import sys
@@ -16,22 +13,9 @@ from internvl_edge._version import __version__
 from internvl_edge.artifact.sidecar import lacks_rtx
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import answers, no_backend
-
-# Package → what it unlocks, and the extra that installs it.
-PACKAGES = {
-    "torch": ("export", "export"),
-    "onnx": ("export", "export"),
-    "onnx-ir": ("export", "export"),
-    "onnxscript": ("export", "export"),
-    "safetensors": ("export", "export"),
-    "onnxruntime": ("run on the CPU, verify", "ort"),
-    "onnxruntime-gpu": ("run on an NVIDIA GPU", "ort-gpu"),
-    "tensorrt-rtx": ("build RTX engines, without a GPU", "rtx"),
-    "tensorrt": ("build TensorRT engines, on a GPU", "trt"),
-    "cuda-core": ("run engines", "rtx"),
-    "scikit-image": ("the default calibration photographs", "quantize"),
-    "scikit-learn": ("the demo's digits", "demo"),
-}
+from internvl_edge.files.cores import usable_cores
+from internvl_edge.files.memory import available_memory, total_memory
+from internvl_edge.files.packages import PACKAGES, is_installed, versions
 
 
 @click.command()
@@ -39,19 +23,22 @@ PACKAGES = {
 @answers
 def doctor(output: Output, backend: str) -> None:
     """Say what is installed, what this machine has, and what each missing piece would unlock."""
-    from internvl_edge.runtime.session import cuda_devices
+    from internvl_edge.runtime.gpu.probe import gpus as probed_gpus
 
-    rows, missing = [], {}
-    for package, (unlocks, extra) in PACKAGES.items():
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            version = ""
-            missing[package] = f'pip install "internvl-edge[{extra}]"'
-        rows.append((package, version or "missing", unlocks, missing.get(package, "")))
+    listed = {name: package for name, package in PACKAGES.items() if package.unlocks}
+    installed = versions(tuple(listed))
+    missing = {
+        name: f'pip install "internvl-edge[{package.extra}]"'
+        for name, package in listed.items()
+        if installed[name] is None
+    }
+    rows = [
+        (name, installed[name] or "missing", package.unlocks, missing.get(name, ""))
+        for name, package in listed.items()
+    ]
     gpus = [
-        {"name": name, "sm": sm, "runs_tensorrt_rtx": not lacks_rtx(sm)}
-        for name, sm in cuda_devices()
+        {"name": gpu.name, "sm": gpu.sm, "runs_tensorrt_rtx": not lacks_rtx(gpu.sm)}
+        for gpu in probed_gpus()
     ]
     machine = _machine() | {"cuda_devices": len(gpus)}
     output.table(("package", "version", "unlocks", "install"), rows)
@@ -72,19 +59,20 @@ def doctor(output: Output, backend: str) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = f"{available_memory() / 1e9:.1f} GB available"
+    if (total := total_memory()) is not None:
+        memory = f"{total / 1e9:.1f} GB, {memory}"
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB free",
+        "cores": usable_cores(),
+        "memory": memory,
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
     }
 
 
 def _providers() -> list[str]:
-    if importlib.util.find_spec("onnxruntime") is None:
+    if not is_installed("onnxruntime"):
         return []
     import onnxruntime
 

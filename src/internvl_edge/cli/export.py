@@ -1,4 +1,4 @@
-"""``export``, ``build``, ``verify``, ``inspect`` and ``convert``."""
+"""``export``, ``build`` and ``convert``: from a checkpoint to a compiled directory."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ from typing import Any
 
 import click
 
-from internvl_edge.cli.asked import (
-    ARTIFACT_FILE,
-    CHECKPOINT_FILE,
-    PRECISIONS,
-    is_searched,
-    neither,
-    require_checkpoint,
-    require_components,
-)
+from internvl_edge.artifact.components import COMPONENTS
+from internvl_edge.artifact.open import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
+from internvl_edge.cli.embed import IMAGE_SUFFIXES
 from internvl_edge.cli.inspect import (
     ENGINE_COLUMNS,
     engine_facts,
     engine_files,
     engine_row,
-    figures_row,
     show_artifact,
 )
 from internvl_edge.cli.options import (
@@ -34,9 +27,11 @@ from internvl_edge.cli.options import (
     one_of,
     targets,
 )
-from internvl_edge.errors import InputError
+from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 from internvl_edge.export import require_packages
 
+AUTO = "auto"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-wo", "int4-wo", AUTO)
 METRICS = ("cosine", "zero-shot", "recall@1")
 
 
@@ -125,9 +120,9 @@ def export(
     with as few layers in 16 bits as --max-drop allows.
     """
     compiler = _compiler()
-    require_checkpoint(chosen["checkpoint"])
-    require_components(chosen["components"])
-    is_auto = is_searched(chosen["precision"], max_drop, metric)
+    _require_checkpoint(chosen["checkpoint"])
+    _require_components(chosen["components"])
+    is_auto = _is_searched(chosen["precision"], max_drop, metric)
     chosen |= {"samples": _samples(chosen["checkpoint"])}
     options = compiler.ExportOptions(**chosen | ({"precision": "int8"} if is_auto else {}))
     if dry_run:
@@ -140,6 +135,53 @@ def export(
             artifact, found = compiler.export_auto(options, max_drop, metric or METRICS[0], report)
             output.lines(_search_lines(found))
     show_artifact(output, artifact)
+
+
+def _is_searched(precision: str, max_drop: float | None, metric: str | None) -> bool:
+    """Whether the layers in 16 bits are searched for; refuses options that go with another."""
+    if "=" not in precision and precision not in PRECISIONS:
+        raise UsageError(
+            f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, or one per tower "
+            f"such as vision=int8,decoder=int4-wo{did_you_mean(precision, PRECISIONS)}"
+        )
+    is_auto = precision == AUTO
+    if is_auto and max_drop is None:
+        raise UsageError(
+            "--precision auto: expected how much may be lost; add --max-drop, such as 1e-4"
+        )
+    for name, value in (("--max-drop", max_drop), ("--metric", metric)):
+        if value is not None and not is_auto:
+            raise UsageError(
+                f"{name} {value}: of --precision auto, found --precision {precision}; choose "
+                f"auto, or leave {name} out"
+            )
+    return is_auto
+
+
+def _require_checkpoint(path: Path | None) -> None:
+    """Tell a folder of another kind from a checkpoint; what is wrong inside one is said later."""
+    if path is None or not path.is_dir() or (path / CHECKPOINT_FILE).exists():
+        return
+    if (path / MANIFEST).exists():
+        raise CheckpointError(
+            f"{path} is a compiled directory ({MANIFEST}); expected a checkpoint, the folder "
+            f"with {CHECKPOINT_FILE} and the weights it was made from"
+        )
+    is_pictures = any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+    raise CheckpointError(
+        f"{path}: expected a checkpoint, a folder with {CHECKPOINT_FILE} and weights; found no "
+        f"{CHECKPOINT_FILE} in it{'; pictures to calibrate on go to --calib' * is_pictures}"
+    )
+
+
+def _require_components(chosen: tuple[str, ...] | None) -> None:
+    """Refuse what no checkpoint has; whether this one has them is seen later."""
+    for name in chosen or ():
+        if name not in COMPONENTS:
+            raise UsageError(
+                f"component {name!r}: expected some of {', '.join(COMPONENTS)}"
+                f"{did_you_mean(name, COMPONENTS)}"
+            )
 
 
 def _search_lines(found: Any) -> list[str]:
@@ -197,87 +239,6 @@ def build(
     found = [engine_facts(out, engine, is_new=engine.file not in before) for engine in engines]
     output.table(ENGINE_COLUMNS, [engine_row(engine) for engine in found])
     output.result({"out": out, "engines": found})
-
-
-@click.command()
-@click.argument("out", type=DIRECTORY)
-@click.option("--checkpoint", type=DIRECTORY, help="Compare with this checkpoint in PyTorch too.")
-@click.option("--full", is_flag=True, help="Hash the checkpoint's own linked files whole, too.")
-@no_backend
-@answers
-def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backend: str) -> None:
-    """Check that OUT is what its manifest says, and with --checkpoint that it computes it.
-
-    Weights that were linked are checked by size and header. --full reads them whole: it compares
-    their sha256 where it is known, and records it in the manifest where it is not.
-    """
-    from internvl_edge.artifact.open import open_artifact
-    from internvl_edge.artifact.publish import verify_whole
-
-    recorded: tuple[str, ...] = ()
-    if full:
-        artifact, recorded = verify_whole(out)
-    else:
-        artifact = open_artifact(out, hash_files=checkpoint is None)
-    figures: dict[str, Any] = {name: {} for name in artifact.manifest.components}
-    if checkpoint is not None:
-        with output.progress() as report:
-            figures = _compiler().verify(out, checkpoint, report)
-        rows = [(name, *figures_row(f)) for name, f in figures.items()]
-        output.table(("component", "cosine", "SQNR", "max |Δ|"), rows)
-    linked = [n for n, record in artifact.manifest.files.items() if record.header_sha256]
-    if recorded:
-        names = ", ".join(recorded)
-        output.lines([f"sha256 recorded, with none before to compare it with: {names}"])
-    if linked and not full:
-        output.lines([f"by size and header only, --full reads them whole: {', '.join(linked)}"])
-    which = "every other file" if linked and not full else "every file"
-    output.lines([f"{out}: {which} matches its sha256, every graph is sound"])
-    output.result(
-        {"out": out, "ok": True, "full": full, "recorded": recorded, "components": figures}
-    )
-
-
-@click.command()
-@click.argument("path", type=DIRECTORY)
-@no_backend
-@answers
-def inspect(output: Output, path: Path, backend: str) -> None:
-    """Say what PATH is: a compiled directory, or a checkpoint."""
-    if (path / ARTIFACT_FILE).exists():
-        from internvl_edge.artifact.open import open_artifact
-
-        show_artifact(output, open_artifact(path))
-        return
-    if not (path / CHECKPOINT_FILE).exists():
-        raise InputError(neither(path))
-    require_packages()
-    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
-    from internvl_edge.export.components import available_components
-
-    checkpoint = open_checkpoint(path)
-    nbytes = sum(entry.nbytes for entry in checkpoint.tensors.values())
-    count = sum(entry.nbytes // entry.dtype.itemsize for entry in checkpoint.tensors.values())
-    components = available_components(checkpoint.config)
-    dtypes = sorted({entry.dtype.name for entry in checkpoint.tensors.values()})
-    output.lines(
-        [
-            f"{path}: {checkpoint.config.kind} checkpoint, {count / 1e6:.1f} M parameters in "
-            f"{len(checkpoint.shards)} file(s), {nbytes / 1e6:.1f} MB, {', '.join(dtypes)}",
-            f"components: {', '.join(components)}",
-        ]
-    )
-    output.result(
-        {
-            "path": path,
-            "kind": checkpoint.config.kind,
-            "parameters": count,
-            "nbytes": nbytes,
-            "dtypes": dtypes,
-            "components": components,
-            "config": checkpoint.config.to_json(),
-        }
-    )
 
 
 @click.command()

@@ -1,23 +1,129 @@
-"""A compiled directory on the terminal: its components, figures and engines."""
+"""``verify`` and ``inspect``: what a directory is, and whether it is what its manifest says."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import click
+
+from internvl_edge.artifact.open import (
+    CHECKPOINT_FILE,
+    MANIFEST,
+    Artifact,
+    EngineRecord,
+    open_artifact,
+)
 from internvl_edge.cli.console import Output
+from internvl_edge.cli.options import DIRECTORY, answers, no_backend
+from internvl_edge.errors import InputError
+from internvl_edge.export import require_packages
+from internvl_edge.files.packages import require
 
 ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
 
+@click.command()
+@click.argument("out", type=DIRECTORY)
+@click.option("--checkpoint", type=DIRECTORY, help="Compare with this checkpoint in PyTorch too.")
+@click.option("--full", is_flag=True, help="Hash the checkpoint's own linked files whole, too.")
+@no_backend
+@answers
+def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backend: str) -> None:
+    """Check that OUT is what its manifest says, and with --checkpoint that it computes it.
+
+    Weights that were linked are checked by size and header. --full reads them whole: it compares
+    their sha256 where it is known, and records it in the manifest where it is not.
+    """
+    from internvl_edge.artifact.publish import verify_whole
+
+    recorded: tuple[str, ...] = ()
+    if full:
+        artifact, recorded = verify_whole(out)
+    else:
+        artifact = open_artifact(out, hash_files=checkpoint is None)
+    figures: dict[str, Any] = {name: {} for name in artifact.manifest.components}
+    if checkpoint is not None:
+        require_packages()
+        from internvl_edge import compiler
+
+        with output.progress() as report:
+            figures = compiler.verify(out, checkpoint, report)
+        rows = [(name, *figures_row(f)) for name, f in figures.items()]
+        output.table(("component", "cosine", "SQNR", "max |Δ|"), rows)
+    linked = [n for n, record in artifact.manifest.files.items() if record.header_sha256]
+    if recorded:
+        names = ", ".join(recorded)
+        output.lines([f"sha256 recorded, with none before to compare it with: {names}"])
+    if linked and not full:
+        output.lines([f"by size and header only, --full reads them whole: {', '.join(linked)}"])
+    which = "every other file" if linked and not full else "every file"
+    output.lines([f"{out}: {which} matches its sha256, every graph is sound"])
+    output.result(
+        {"out": out, "ok": True, "full": full, "recorded": recorded, "components": figures}
+    )
+
+
+@click.command()
+@click.argument("path", type=DIRECTORY)
+@no_backend
+@answers
+def inspect(output: Output, path: Path, backend: str) -> None:
+    """Say what PATH is: a compiled directory, or a checkpoint."""
+    if (path / MANIFEST).exists():
+        show_artifact(output, open_artifact(path))
+        return
+    if not (path / CHECKPOINT_FILE).exists():
+        raise InputError(_neither(path))
+    require("ml-dtypes")
+    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export.config.checkpoint import available_components
+
+    checkpoint = open_checkpoint(path)
+    nbytes = sum(entry.nbytes for entry in checkpoint.tensors.values())
+    count = sum(entry.nbytes // entry.dtype.itemsize for entry in checkpoint.tensors.values())
+    components = available_components(checkpoint.config)
+    dtypes = sorted({entry.dtype.name for entry in checkpoint.tensors.values()})
+    output.lines(
+        [
+            f"{path}: {checkpoint.config.kind} checkpoint, {count / 1e6:.1f} M parameters in "
+            f"{len(checkpoint.shards)} file(s), {nbytes / 1e6:.1f} MB, {', '.join(dtypes)}",
+            f"components: {', '.join(components)}",
+        ]
+    )
+    output.result(
+        {
+            "path": path,
+            "kind": checkpoint.config.kind,
+            "parameters": count,
+            "nbytes": nbytes,
+            "dtypes": dtypes,
+            "components": components,
+            "config": checkpoint.config.to_json(),
+        }
+    )
+
+
+def _neither(path: Path) -> str:
+    reason = (
+        "reason neither"
+        if path.is_dir()
+        else "it is a file"
+        if path.exists()
+        else "it does not exist"
+    )
+    return (
+        f"{path}: expected a folder, a checkpoint with {CHECKPOINT_FILE} or a compiled directory "
+        f"with {MANIFEST}; {reason}"
+    )
+
+
 def engine_files(out: Path) -> set[str]:
     """The engines that a directory has, by file."""
-    from internvl_edge.artifact.open import open_artifact
-
     return {engine.file for engine in open_artifact(out, hash_files=False).manifest.engines}
 
 
-def engine_facts(out: Path, engine: Any, *, is_new: bool) -> dict[str, Any]:
+def engine_facts(out: Path, engine: EngineRecord, *, is_new: bool) -> dict[str, Any]:
     """What there is to know of an engine, from its sidecar."""
     from internvl_edge.artifact.sidecar import read_engine_info
 
@@ -46,7 +152,7 @@ def engine_row(engine: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def show_artifact(output: Output, artifact: Any) -> None:
+def show_artifact(output: Output, artifact: Artifact) -> None:
     """Every component with its figures, every engine; with ``--json`` the whole manifest."""
     manifest = artifact.manifest
     rows = [

@@ -1,7 +1,7 @@
 """The whole way from a checkpoint to a published directory, in reading order.
 
     plan        the options, refused before any work if they cannot be met; start here
-    precision   what ``--precision`` says of each tower
+    precision   the recipe that a precision stands for
     pipeline    export, forecast and verify: one list of steps
     steps       each of them, with what it costs
     cost        memory, disk and time, added up;  progress  how far an export has come

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from internvl_edge._version import __version__
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.artifact.publish import record, staging
 from internvl_edge.artifact.workspace import drop_published, kept_nbytes, workspace
@@ -38,9 +38,9 @@ from internvl_edge.compiler.steps.weights import (
     engine_nbytes,
     plan_weights,
 )
-from internvl_edge.export.checkpoint.checkpoint import header_fingerprint
+from internvl_edge.export.checkpoint.shards import header_fingerprint
 from internvl_edge.export.graph.uint8_input import preprocessing_inside
-from internvl_edge.export.towers.blocks import tower_of
+from internvl_edge.files.packages import TRACED_WITH, versions
 from internvl_edge.quantize.calibration.images import CalibrationSet
 
 MB = 10**6
@@ -107,7 +107,7 @@ def _engines(plan: Plan, weights: WeightsPlan) -> BuildEngines:
         targets=plan.engine_targets,
         weights={name: engine_nbytes(plan, read) for name, read in weights.reads.items()},
         depths={
-            component: sum(name.startswith(f"{tower_of(component)}.") for name in blocks)
+            component: sum(name.startswith(f"{COMPONENTS[component].tower}.") for name in blocks)
             for component in plan.components
         },
         precision=plan.options.precision,
@@ -214,7 +214,7 @@ def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict
     tokenizer = plan.checkpoint.path / "tokenizer.model"
     return {
         "versions": {"internvl-edge": __version__, "torch": torch.__version__}
-        | {package: version(package) for package in ("numpy", "onnx-ir", "onnxscript")},
+        | versions(TRACED_WITH),
         "threads": torch.get_num_threads(),  # float sums are split by them
         "checkpoint": _content(plan, report),
         "config": plan.checkpoint.config.to_json(),

@@ -13,12 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.publish import check_out
-from internvl_edge.compiler.precision import QUANTIZED, recipe_of
+from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from internvl_edge.export.components import COMPONENTS, choose_components, language_config
+from internvl_edge.export.components import choose_components, language_config
 from internvl_edge.export.config.checkpoint import check_image_size
+from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
 from internvl_edge.files.disk import nearest_existing
 from internvl_edge.quantize.calibration.images import CalibrationSet
@@ -188,9 +190,7 @@ def _check_parent(out: Path) -> None:
 
 
 def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> None:
-    readers = [
-        name for name in ("text_embed", "matcher", "decoder", "chat_decoder") if name in components
-    ]
+    readers = [name for name in components if COMPONENTS[name].reads_text]
     if readers and not (checkpoint / TOKENIZER_FILE).is_file():
         logger.warning(
             "%s has no %s: %s will take token ids only, and no strings; put the model's "

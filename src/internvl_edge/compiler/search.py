@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_edge.artifact.components import EMBEDDERS, streams_of
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.pipeline import export
@@ -37,14 +38,13 @@ from internvl_edge.compiler.report.plots import SEARCH_FILE
 from internvl_edge.compiler.steps.samples import load_samples, samples_for
 from internvl_edge.compiler.steps.verify import quantization_of
 from internvl_edge.errors import UsageError
-from internvl_edge.export.towers.blocks import COMPONENT_STREAM, Block
+from internvl_edge.export.towers.blocks import Block
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
 from internvl_edge.quantize.sensitivity import Search, Sensitivity, exactly, fewest
 from internvl_edge.runtime.model import load
 from internvl_edge.types import Array
 
-EMBEDDERS = ("image_embed", "text_embed")
 NEEDED = {"cosine": set[str](), "zero-shot": set(EMBEDDERS), "recall@1": set(EMBEDDERS)}
 SAMPLES = 4  # that the towers are run on
 LEVELS = 8  # sets of layers that one pass tries
@@ -119,7 +119,7 @@ class _Towers:
         assert quantization is not None
         self.quantization = quantization
         self.samples = _few(samples_for(plan, load_samples(plan)))
-        self.streams = {COMPONENT_STREAM[n] for n in plan.components if n in COMPONENT_STREAM}
+        self.streams = streams_of(plan.components)
 
     def rank(self) -> list[Sensitivity]:
         """Every quantized layer, the most sensitive first."""

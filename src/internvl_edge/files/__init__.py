@@ -2,6 +2,7 @@
 
 disk     whole files, durable names, locks, and the disk's errors as ours; start here
 spool    arrays that are too many for memory, read again from a file
-memory   what the machine has free, and what a process takes
+memory   what the machine has free, and what a process takes;  cores  how many it may use
+packages what is installed, what it is for, and the extra that brings it
 signals  Ctrl-C and SIGTERM, held back where they would do harm
 """

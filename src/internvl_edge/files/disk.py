@@ -152,7 +152,8 @@ class StreamedFile:
     """A file that appears whole or not at all, hashed as its pieces are written.
 
     It is written under a temporary name; ``publish`` syncs and renames it. Left as a context
-    manager without that, it disappears.
+    manager without that, it disappears. A builder of engines calls ``write`` from native code,
+    where exceptions are lost: a failed write raises nothing there, but in ``publish``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -184,7 +185,7 @@ class StreamedFile:
         return self._sha256.hexdigest()
 
     def write(self, data: bytes) -> int:
-        """Append; the number of bytes taken, 0 after a failure."""
+        """Append; returns the number of bytes taken, 0 after a failure."""
         if self.error is not None:
             return 0
         try:

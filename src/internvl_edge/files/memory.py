@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["available_memory", "peak_rss_nbytes", "rss_nbytes", "trim"]
+__all__ = ["available_memory", "peak_rss_nbytes", "rss_nbytes", "total_memory", "trim"]
 
 KIB = 1024
 
@@ -23,6 +23,14 @@ def available_memory() -> int:
     """Memory that can be had without swapping, page cache included, in bytes."""
     nbytes = _proc_nbytes("/proc/meminfo", "MemAvailable")
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if nbytes is None else nbytes
+
+
+def total_memory() -> int | None:
+    """All the memory of the machine in bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def peak_rss_nbytes() -> int | None:

@@ -35,6 +35,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from internvl_edge.artifact.components import COMPONENTS, find_component
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.compiler.oracle.reference_block import watching
 from internvl_edge.compiler.oracle.simulate import Quantization
@@ -48,7 +49,7 @@ from internvl_edge.compiler.steps.verify import (
     run_as_reference,
     runnable,
 )
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
     BOUNDS,
@@ -58,7 +59,6 @@ from internvl_edge.export.compare import (
     sample_feeds,
     with_noise,
 )
-from internvl_edge.export.components import COMPONENTS
 from internvl_edge.export.config.checkpoint import with_depth
 from internvl_edge.export.graph.one_block import (
     BLOCK_INPUT,
@@ -68,10 +68,9 @@ from internvl_edge.export.graph.one_block import (
 )
 from internvl_edge.export.graph.repeat import blocks_of
 from internvl_edge.export.graph.uint8_input import on_levels, preprocessing_inside
-from internvl_edge.export.towers.blocks import COMPONENT_STREAM, component_of_one_block, tower_of
+from internvl_edge.export.towers.blocks import component_of_one_block
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, bypass_activations
 from internvl_edge.runtime.ort.session import OrtSession
-from internvl_edge.runtime.session import did_you_mean
 from internvl_edge.types import Array
 
 Arrays = dict[str, Array]
@@ -158,7 +157,8 @@ def bisect(
 
 
 def _components(artifact: Artifact, chosen: str | None) -> list[str]:
-    found = [name for name in artifact.manifest.components if tower_of(name) is not None]
+    names = artifact.manifest.components
+    found = [name for name in names if find_component(name).tower is not None]
     if chosen is not None and chosen not in found:
         raise UsageError(
             f"component {chosen!r}: expected one that runs through a tower of blocks, "
@@ -202,7 +202,7 @@ class _Graph:
         self.checkpoint, self.component = checkpoint, component
         self.is_wide = is_wide  # in 16 bits, roundings to the other side are many
         self.quantization, self.path = quantization, artifact.path / file
-        tower = tower_of(component)
+        tower = COMPONENTS[component].tower
         assert tower is not None
         model = ir.load(self.path)
         self.tower, self.depth = tower, len(blocks_of(model, tower))
@@ -270,10 +270,10 @@ class _Graph:
     def _simulated(self, module: nn.Module, rename: Callable[[str], str]) -> Any:
         if self.quantization is None:
             return nullcontext()
-        stored = self.quantization.stored
+        stream, stored = COMPONENTS[self.component].stream, self.quantization.stored
+        assert stream is not None
         # a wrong scale of a weight is to be found, not refused
         stored = {n: v for n, v in stored.items() if not n.endswith(SCALE_SUFFIX)}
-        stream = COMPONENT_STREAM[self.component]
         return replace(self.quantization, stored=stored).applied_to(module, stream, rename)
 
     def _watched(self, module: nn.Module, hidden: Array | None) -> Arrays:

@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from internvl_edge.artifact.components import PREFIXES
 from internvl_edge.compiler.steps.weights import WEIGHTS_FILE
 from internvl_edge.errors import ArtifactError, VerificationError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, read_header
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.config.checkpoint import CheckpointConfig
-from internvl_edge.export.towers.blocks import PREFIXES, sites_of
+from internvl_edge.export.towers.blocks import sites_of
 from internvl_edge.quantize.calibration.attention import (
     SOFTMAX_SCALE,
     AttentionScales,

@@ -1,6 +1,6 @@
-"""What a person reads about a compiled directory.
+"""Pages that a person reads about a compiled directory.
 
-report  ``report.html``: what it is, what quantization did, what verification measured
-plots   its drawings
+report  ``report.html``: what it is, what quantization did, what was measured; start here
+plots   its drawings, as marks in pixels
 readme  the README.md inside
 """

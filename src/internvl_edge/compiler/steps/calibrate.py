@@ -13,6 +13,14 @@ from typing import Any
 
 import torch
 
+from internvl_edge.artifact.components import (
+    CHAT_PREFIX,
+    COMPONENTS,
+    DECODER,
+    LLAMA_PREFIX,
+    VISION_PREFIX,
+    streams_of,
+)
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.cost import (
     FLOAT32_NBYTES,
@@ -36,17 +44,7 @@ from internvl_edge.compiler.steps.weights import (
     write_block,
 )
 from internvl_edge.export.components import language_config
-from internvl_edge.export.towers.blocks import (
-    CHAT_PREFIX,
-    COMPONENT_STREAM,
-    LLAMA_PREFIX,
-    OF_IMAGES,
-    OFF_STREAM,
-    VISION_PREFIX,
-    Site,
-    sites_of,
-    tower_of,
-)
+from internvl_edge.export.towers.blocks import OF_IMAGES, OFF_STREAM, Site, sites_of
 from internvl_edge.export.towers.streams import calibration_blocks
 from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
 from internvl_edge.files.disk import link_or_copy
@@ -99,7 +97,7 @@ def quantize_weights(
     """
     assert plan.recipe is not None and build.samples is not None
     layout, work, report = weights.layout, build.work, build.report
-    streams = {COMPONENT_STREAM[name] for name in plan.components if name in COMPONENT_STREAM}
+    streams = streams_of(plan.components)
     total = _num_blocks(plan, streams)
     if work.num_done:
         logger.warning(
@@ -210,7 +208,7 @@ def _cost_of_calibration(plan: Plan) -> Cost:
     if plan.source.config.internvl is not None:
         # queries looking at an image, texts, and both together, for matching and for captions
         queries = plan.source.config.internvl.num_query_token
-        both = 2 if "decoder" in plan.components else 1
+        both = 2 if DECODER in plan.components else 1
         tokens[LLAMA_PREFIX] = (1 + both) * images * (queries + USUAL_TEXT_LENGTH)
     if plan.source.config.chat is not None:
         # an image's tokens and a text, with four patches or one to a token
@@ -243,11 +241,11 @@ def _spooled(plan: Plan, tokens: Mapping[str, int]) -> tuple[int, int]:
     config, recipe = plan.source.config, plan.recipe
     assert recipe is not None
     llama = language_config(config)
-    streams = {COMPONENT_STREAM[name] for name in plan.components if name in COMPONENT_STREAM}
+    streams = streams_of(plan.components)
     looking = len(streams & OF_IMAGES) * tokens[VISION_PREFIX]  # tokens of cross-attention's memory
     image = tokens[VISION_PREFIX] * config.vision.hidden_size
     found = [(0, 0)]
-    run = {VISION_PREFIX, *(tower_of(name) for name in plan.components)}
+    run = {VISION_PREFIX, *(COMPONENTS[name].tower for name in plan.components)}
     for tower, count in tokens.items():
         if tower not in run:
             continue

@@ -10,17 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from internvl_edge.artifact.components import COMPONENTS, find_component
 from internvl_edge.artifact.open import EngineRecord, Manifest, TensorSpec
 from internvl_edge.artifact.publish import record, update, write_manifest
 from internvl_edge.artifact.sidecar import Range
 from internvl_edge.compiler.cost import Cost, Forecast
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.errors import BuildError, ResourceError, UsageError
-from internvl_edge.export.engine.build import Prepare, Profile, build_engine
+from internvl_edge.errors import BuildError, ResourceError, UsageError, did_you_mean
+from internvl_edge.export.engine.build import Prepare, ShapeRanges, build_engine
 from internvl_edge.export.engine.memory import (
-    BLOCKLESS_COMPONENTS,
-    LLAMA_COMPONENTS,
     builder_nbytes,
     joined_nbytes,
     require_memory_to_build,
@@ -28,7 +27,6 @@ from internvl_edge.export.engine.memory import (
 from internvl_edge.export.engine.targets import choose_capabilities, find_target, load_builder
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
-from internvl_edge.runtime.session import did_you_mean
 
 if TYPE_CHECKING:  # it needs PyTorch, and building engines does not
     from internvl_edge.compiler.plan import Plan
@@ -62,18 +60,18 @@ def engine_graph(component: str, base: str) -> str:
 
 
 # An image's tokens and a question are read at once; a picture of twelve tiles has 3328 tokens.
-CHAT_PROFILE = Profile(batch=(1, 1, 4), length=(1, 320, 3584), past=(0, 512, 4096))
+CHAT_PROFILE = ShapeRanges(batch=(1, 1, 4), length=(1, 320, 3584), past=(0, 512, 4096))
 # One conversation: every position of a call has logits of its own, 3584 of 64000 take 0.9 GB.
 CHAT_DECODER_PROFILE = replace(CHAT_PROFILE, batch=(1, 1, 1))
 
 
-def profile_from(**sizes: str) -> Profile:
+def profile_from(**sizes: str) -> ShapeRanges:
     """A profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
 
     Raises:
         UsageError: not three whole numbers in order.
     """
-    return Profile(**ranges_from(**sizes))
+    return ShapeRanges(**ranges_from(**sizes))
 
 
 def ranges_from(**sizes: str | None) -> dict[str, Range]:
@@ -90,8 +88,8 @@ def ranges_from(**sizes: str | None) -> dict[str, Range]:
 
 
 def profile_for(
-    manifest: Manifest, component: str, asked: Profile | Mapping[str, Range] | None
-) -> Profile:
+    manifest: Manifest, component: str, asked: ShapeRanges | Mapping[str, Range] | None
+) -> ShapeRanges:
     """The profile of a component, no longer than the positions its model has.
 
     Args:
@@ -102,14 +100,14 @@ def profile_for(
     Raises:
         UsageError: a profile that was asked for is longer.
     """
-    usual, llama = Profile(), manifest.language_model
+    usual, llama, known = ShapeRanges(), manifest.language_model, find_component(component)
     if manifest.model.get("chat"):
-        usual = CHAT_DECODER_PROFILE if component == "chat_decoder" else CHAT_PROFILE
-    ranges = asdict(asked) if isinstance(asked, Profile) else dict(asked or {})
+        usual = CHAT_DECODER_PROFILE if known.takes_cache else CHAT_PROFILE
+    ranges = asdict(asked) if isinstance(asked, ShapeRanges) else dict(asked or {})
     if llama is None:
         return replace(usual, **ranges)
     internvl = manifest.model.get("internvl")
-    queries = internvl["num_query_token"] if internvl and component == "matcher" else 0
+    queries = internvl["num_query_token"] if internvl and known.has_queries else 0
     longest = llama["max_position_embeddings"] - queries
     capacity = capacity_of({spec.name: spec for spec in manifest.components[component].inputs})
     if capacity is not None:  # a session takes memory for the whole cache of every row
@@ -122,7 +120,7 @@ def profile_for(
         )
     room = longest - length[0]  # a call adds one token at least
     past = ranges.get("past", usual.past)
-    if past in (usual.past, Profile().past):  # not asked for
+    if past in (usual.past, ShapeRanges().past):  # not asked for
         past = _capped(past, room)
     if past[2] > room and "past" in _dimensions(manifest, [component]):
         raise UsageError(
@@ -216,7 +214,7 @@ def require_buildable(
     manifest: Manifest,
     targets: Sequence[str],
     components: Sequence[str] | None,
-    profile: Profile | Mapping[str, Range] | None,
+    profile: ShapeRanges | Mapping[str, Range] | None,
 ) -> None:
     """Refuse, before any work, what cannot be built.
 
@@ -234,7 +232,7 @@ def require_buildable(
                 f"{did_you_mean(name, known)}"
             )
     chosen = tuple(components or known)
-    if not isinstance(profile, Profile):
+    if not isinstance(profile, ShapeRanges):
         _require_dimensions(manifest, chosen, profile or {})
     for name in chosen:
         profile_for(manifest, name, profile)
@@ -245,7 +243,7 @@ def _require_dimensions(
 ) -> None:
     """Refuse sizes of a dimension that no component has."""
     for size in sorted({*asked} - _dimensions(manifest, components)):
-        is_fixed = size == "past" and any("decoder" in name for name in components)
+        is_fixed = size == "past" and any(find_component(name).takes_cache for name in components)
         why = ", as --cache-capacity fixed it when OUT was exported" if is_fixed else ""
         raise UsageError(
             f"--{size}: expected a component with that dimension, found {', '.join(components)}"
@@ -258,7 +256,7 @@ def build(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: Profile | Mapping[str, Range] | None = None,
+    profile: ShapeRanges | Mapping[str, Range] | None = None,
     report: Report = silent,
 ) -> list[EngineRecord]:
     """Build engines for a published directory and add them to it.
@@ -294,7 +292,7 @@ def add_engines(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: Profile | Mapping[str, Range] | None = None,
+    profile: ShapeRanges | Mapping[str, Range] | None = None,
     keep: Path | None = None,
     report: Report = silent,
 ) -> Iterator[Manifest]:
@@ -337,7 +335,7 @@ def _add_engine(
     manifest: Manifest,
     target: str,
     name: str,
-    profile: Profile | Mapping[str, Range] | None,
+    profile: ShapeRanges | Mapping[str, Range] | None,
     known: Collection[str],
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:
@@ -375,7 +373,7 @@ def _preparation(component: str) -> Prepare:
     That needs onnx-ir. Where only engines are built it may be missing, and the memory for what the
     builder joins is there or not.
     """
-    if component not in LLAMA_COMPONENTS or find_spec("onnx_ir") is None:
+    if not find_component(component).is_language or find_spec("onnx_ir") is None:
         return nullcontext
     from internvl_edge.export.graph.join_pairs import joined_graph
 
@@ -394,10 +392,10 @@ def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[Ten
 
 
 def _num_blocks(manifest: Manifest, component: str) -> int:
-    llama = manifest.language_model
-    if component in BLOCKLESS_COMPONENTS:
+    llama, known = manifest.language_model, find_component(component)
+    if component in COMPONENTS and known.tower is None:
         return 0
-    if component in LLAMA_COMPONENTS and llama is not None:
+    if known.is_language and llama is not None:
         return int(llama["num_hidden_layers"])
     return int(manifest.model["vision"]["num_hidden_layers"])
 

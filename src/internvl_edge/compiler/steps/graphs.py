@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
@@ -23,7 +24,6 @@ from internvl_edge.compiler.steps.engines import engine_graph
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.trace import AnyModel, trace_all
 from internvl_edge.export.graph.bind import bind, save
-from internvl_edge.export.towers.blocks import COMPONENT_STREAM
 from internvl_edge.export.weights.writer import StoredTensor
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
@@ -64,9 +64,10 @@ class WriteGraphs:
 def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str) -> Emitted:
     """Quantize a traced graph if the plan says so, bind its weights, write it as ``file``."""
     directory, stored = build.directory, build.stored
-    if plan.recipe is not None and name in COMPONENT_STREAM:
+    stream = COMPONENTS[name].stream
+    if plan.recipe is not None and stream is not None:
         drop_ones(model, stored, directory)
-        scales = build.scales[COMPONENT_STREAM[name]]
+        scales = build.scales[stream]
         linears = {
             weight: _linear(plan, weight, scale)
             for weight, scale in scales.items()

@@ -17,7 +17,7 @@ from internvl_edge.compiler.progress import Progress
 from internvl_edge.compiler.report.readme import readme
 from internvl_edge.compiler.report.report import with_report
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.export.checkpoint.checkpoint import header_fingerprint
+from internvl_edge.export.checkpoint.shards import header_fingerprint
 
 # Files of a checkpoint that a runtime reads; copied as they are.
 SIDE_FILES = (

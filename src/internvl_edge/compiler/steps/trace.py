@@ -16,17 +16,18 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 import torch
 
+from internvl_edge.artifact.components import COMPONENTS, QUERIES_PREFIX, VISION_PREFIX
 from internvl_edge.compiler.cost import IMPORTS_NBYTES, Cost
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import block_sizes, towers_of
-from internvl_edge.export.checkpoint.checkpoint import build_model
+from internvl_edge.export.checkpoint.load import build_model
 from internvl_edge.export.components import (
     build_component,
-    component_of,
     example_inputs,
     input_specs,
+    output_names,
 )
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, with_depth
 from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
@@ -36,13 +37,12 @@ from internvl_edge.export.graph.uint8_input import take_levels
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.attention import rotary_tables
 from internvl_edge.export.models.llama import llama_tables
-from internvl_edge.export.towers.blocks import OTHER_TOWERS, VISION_PREFIX
 from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
 
 MAX_KEPT_NBYTES = 100_000_000  # of traces
-NODE_NBYTES = 6_000  # of a node with its values
+NODE_NBYTES = 3_000  # of a node with its values
 START_SECONDS = 3.0
 TRACE_SECONDS_PER_COMPONENT = 3.0
 
@@ -103,7 +103,7 @@ def trace_all(plan: Plan, model: AnyModel, base: str, report: Report) -> dict[st
 def shallow_config(config: CheckpointConfig) -> CheckpointConfig:
     """The same model with no more blocks than stamping needs to see."""
     depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in towers_of(config).items()}
-    queries = depth.pop(OTHER_TOWERS["chat_queries"], None)
+    queries = depth.pop(QUERIES_PREFIX, None)
     language = next((n for prefix, n in depth.items() if prefix != VISION_PREFIX), 0)
     return with_depth(config, depth[VISION_PREFIX], language, queries)
 
@@ -139,24 +139,24 @@ def _trace(plan: Plan, name: str, config: CheckpointConfig, model: AnyModel) -> 
     """Trace one component of a model on the meta device, or clone the trace of an equal one."""
     linear = next((p for n, p in model.named_parameters() if n.endswith("q_proj.weight")), None)
     compute = "float32" if linear is None else str(linear.dtype).removeprefix("torch.")
-    component = component_of(name, plan.options.cache_capacity)
+    component, capacity = COMPONENTS[name], plan.options.cache_capacity
     module = build_component(component, model)
 
     def traced() -> ir.Model:
-        specs = input_specs(component, config, plan.image_size, compute)
+        specs = input_specs(component, config, plan.image_size, compute, capacity)
         graph = trace(
             module,
             example_inputs(specs),
             [{i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs],
             [spec.name for spec in specs],
-            component.output_names(config),
+            output_names(component, config),
         )
         set_constants(graph, _rotary_constants(config))
         return simplify(graph)
 
     dtypes = tuple((key, value.dtype) for key, value in module.state_dict().items())
     read = config if hasattr(module, "vision_model") else _as_read_outside(config)
-    return _kept.get((component, read, plan.image_size, compute, dtypes), traced)
+    return _kept.get((component, capacity, read, plan.image_size, compute, dtypes), traced)
 
 
 def _rotary_constants(config: CheckpointConfig) -> dict[str, Array]:

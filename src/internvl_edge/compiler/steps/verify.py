@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
+from internvl_edge.artifact.components import COMPONENTS, QUERIES_PREFIX
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler.cost import (
     FLOAT32_NBYTES,
@@ -22,7 +23,6 @@ from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import Plan, source_of
 from internvl_edge.compiler.plan import Verify as Which
-from internvl_edge.compiler.precision import precision_of
 from internvl_edge.compiler.progress import Progress
 from internvl_edge.compiler.steps.engines import engine_graph
 from internvl_edge.compiler.steps.graphs import tensor_specs
@@ -30,7 +30,8 @@ from internvl_edge.compiler.steps.publish import source_files
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import LLAMA_HEAD, block_sizes, towers_of
 from internvl_edge.errors import UsageError, VerificationError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.load import load_model
 from internvl_edge.export.compare import (
     BOUNDS,
     Agreement,
@@ -43,17 +44,13 @@ from internvl_edge.export.compare import (
     with_hidden_state,
     with_noise,
 )
-from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.components import build_component, language_config
 from internvl_edge.export.config.checkpoint import with_depth
 from internvl_edge.export.graph.bf16_twin import widen
 from internvl_edge.export.graph.repeat import keep_block
 from internvl_edge.export.graph.uint8_input import graph_feeds, on_levels
-from internvl_edge.export.towers.blocks import (
-    COMPONENT_STREAM,
-    OTHER_TOWERS,
-    component_of_one_block,
-    tower_of,
-)
+from internvl_edge.export.precision import precision_of
+from internvl_edge.export.towers.blocks import component_of_one_block
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.recipe import Recipe
@@ -222,15 +219,15 @@ class Checker:
 
     def _audit(self, component: str, path: Path) -> None:
         """Hold the numbers of a quantized graph against those of its calibration."""
-        quantization = self.quantization
-        if quantization is None or component not in COMPONENT_STREAM:
+        quantization, stream = self.quantization, COMPONENTS[component].stream
+        if quantization is None or stream is None:
             return
-        stream = quantization.scales[COMPONENT_STREAM[component]]
-        require_as_calibrated(ir.load(path), path.name, stream, quantization.recipe)
+        scales = quantization.scales[stream]
+        require_as_calibrated(ir.load(path), path.name, scales, quantization.recipe)
 
     def _blocks(self, component: str) -> list[int]:
         """The blocks to compare one after the other; none where all are compared at once."""
-        tower = tower_of(component)
+        tower = COMPONENTS[component].tower
         if self.model is not None or tower is None:
             return []
         _, depth = towers_of(self.config)[tower]
@@ -242,13 +239,14 @@ class Checker:
             return
         for block in self._blocks(component) or [0]:
             module, rename = component_of_one_block(self.checkpoint, component, block)
-            has_tower = tower_of(component) is not None
+            has_tower = COMPONENTS[component].tower is not None
             yield _Part(module=module, rename=rename, block=block if has_tower else None)
 
     def _expected(self, component: str, part: _Part, feeds: dict[str, Array]) -> _Expected:
         reference, simulated = self._reference(component, part, feeds), None
-        if self.quantization is not None and component in COMPONENT_STREAM:
-            twin, stream = self._simulated(component, part), COMPONENT_STREAM[component]
+        stream = COMPONENTS[component].stream
+        if self.quantization is not None and stream is not None:
+            twin = self._simulated(component, part)
             with self.quantization.applied_to(twin.module, stream, twin.rename):
                 simulated = self._reference(component, twin, feeds)
         return _Expected(feeds=feeds, reference=reference, simulated=simulated)
@@ -269,8 +267,8 @@ class Checker:
         # Behind missing blocks activations leave the ranges that they were calibrated for: the
         # simulation shows the same clipping, the reference does not.
         if simulated is None or part.block is None:
-            is_other = tower_of(component) in OTHER_TOWERS.values()
-            own = "fp32" if is_other else precision_of(precision, component)
+            own = precision_of(precision, component)
+            own = "fp32" if COMPONENTS[component].tower == QUERIES_PREFIX else own
             require_agreement(found, where, base if own == "fp32" else own)
         figures = summary(found, len(next(iter(feeds.values()))))
         if simulated is None:
@@ -297,7 +295,7 @@ class Checker:
         self, component: str, part: _Part, path: Path, feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
         model = ir.load(path)
-        tower = tower_of(component)
+        tower = COMPONENTS[component].tower
         if part.block is not None and tower is not None:
             keep_block(model, tower, part.block)
         graph, options = runnable(model), OrtOptions(exact=True)

@@ -20,32 +20,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from internvl_edge.artifact.components import (
+    CHAT_PREFIX,
+    COMPONENTS,
+    LLAMA_PREFIX,
+    PREFIXES,
+    QUERIES_PREFIX,
+    VISION_PREFIX,
+)
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.cost import IMPORTS_NBYTES, Cost
 from internvl_edge.compiler.plan import ExportOptions, Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.errors import InternVLError, UsageError
-from internvl_edge.export.checkpoint.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    TensorEntry,
-    torch_from_numpy,
-)
-from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.load import torch_from_numpy
+from internvl_edge.export.checkpoint.shards import DTYPES, TensorEntry
+from internvl_edge.export.components import build_component
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.graph.bind import weights_without_data
 from internvl_edge.export.graph.dtypes import POLICIES
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.vit import resize_position_embedding
-from internvl_edge.export.towers.blocks import (
-    CHAT_PREFIX,
-    LLAMA_PREFIX,
-    OTHER_TOWERS,
-    PREFIXES,
-    VISION_PREFIX,
-    sites_of,
-)
+from internvl_edge.export.towers.blocks import sites_of
 from internvl_edge.export.weights.link import bring_shards, way_of
 from internvl_edge.export.weights.writer import Layout, StoredTensor, WeightsWriter
 from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX, CalibratedBlock, is_quantized
@@ -60,8 +58,7 @@ WEIGHTS_FILE = "weights.safetensors"
 PIECE_NBYTES = 1 << 29  # of converted weights, between two points to go on from
 CONVERT_NBYTES_PER_SECOND = 250e6
 CHAT_TOKENS = "language_model.model.embed_tokens.weight"
-CROSS_ATTENTION = ".cross_attn."
-LLAMA_HEAD, LLAMA_TOKENS = "qllama.lm_head.weight", "qllama.model.embed_tokens.weight"
+LLAMA_HEAD = "qllama.lm_head.weight"
 TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
 STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -94,7 +91,9 @@ def plan_weights(plan: Plan, model: InternVL | Chat | InternViT) -> WeightsPlan:
         name: DTYPES[STORED_TYPES[policy.dtype_of(name)]]
         for name in sorted(set[str]().union(*reads.values()))
     }
-    if "chat_decoder" in reads:  # the runtime reads it, as the checkpoint stores it
+    if any(
+        COMPONENTS[name].takes_embeds for name in reads
+    ):  # the runtime reads it, as the checkpoint stores it
         needed.setdefault(CHAT_TOKENS, tensors[CHAT_TOKENS].dtype)
     if plan.recipe is not None:
         layout = quantized_layout(plan, needed)
@@ -113,24 +112,15 @@ def plan_weights(plan: Plan, model: InternVL | Chat | InternViT) -> WeightsPlan:
     return WeightsPlan(reads=reads, brought=brought, layout=layout)
 
 
-def _read_by(plan: Plan, component: str, model: InternVL | Chat | InternViT) -> frozenset[str]:
-    """The parameters of a component's parts, without those that its graph has no use for."""
-    module, tensors = build_component(COMPONENTS[component], model), plan.source.tensors
-    parts = {name.partition(".")[0] for name in module.state_dict()}
-    unread = set() if component == "decoder" else {LLAMA_HEAD}
-    if component == "image_queries":
-        unread.add(LLAMA_TOKENS)
-    if component == "chat_decoder" and not _is_tied(plan):
-        unread.add(CHAT_TOKENS)
-    if component in ("text_embed", "decoder"):  # no image, or one that lies in the cache
-        unread |= {name for name in tensors if CROSS_ATTENTION in name}
-    return frozenset(n for n in tensors if n.partition(".")[0] in parts and n not in unread)
-
-
-def _is_tied(plan: Plan) -> bool:
-    """Whether a chat model's head is its token embedding."""
-    chat = plan.source.config.chat
-    return chat is not None and chat.llama is not None and chat.llama.tie_word_embeddings
+def _read_by(plan: Plan, name: str, model: InternVL | Chat | InternViT) -> frozenset[str]:
+    """Name the parameters of a component's parts, without those that its graph has no use for."""
+    component, chat = COMPONENTS[name], plan.source.config.chat
+    parts = {key.partition(".")[0] for key in build_component(component, model).state_dict()}
+    read = {n for n in plan.source.tensors if n.partition(".")[0] in parts and component.reads(n)}
+    is_tied = chat is not None and chat.llama is not None and chat.llama.tie_word_embeddings
+    if component.takes_embeds and not is_tied:  # where it is, the table is the head too
+        read.discard(CHAT_TOKENS)
+    return frozenset(read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +215,7 @@ def towers_of(config: CheckpointConfig) -> dict[str, tuple[int, int]]:
     if config.queries is not None:
         llama = config.queries.qllama
         period = config.queries.cross_attention_frequency
-        towers[OTHER_TOWERS["chat_queries"]] = period, llama.num_hidden_layers
+        towers[QUERIES_PREFIX] = period, llama.num_hidden_layers
     return towers
 
 

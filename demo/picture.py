@@ -1,0 +1,73 @@
+"""One picture that the model was never trained on, and what a compiled directory says of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.style import Style
+from rich.text import Text
+
+import internvl_edge
+from internvl_edge.demo import scenes
+from internvl_edge.demo.evaluate import MAX_NEW_TOKENS
+from internvl_edge.demo.language import DIGITS, TEMPLATES, random_question
+
+SEED = 11  # of the held-out scene
+NUM_CLASSES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """A picture, what it really shows, and what the model says."""
+
+    image: scenes.Pixels  # (CANVAS, CANVAS, 3)
+    truth: str
+    classes: tuple[tuple[str, float], ...]  # digit and probability, the most likely first
+    caption: str
+    question: str
+    answer: str
+    seconds: float  # for the three answers, images and texts encoded
+
+    def lines(self) -> Iterator[str]:
+        """The answers for people, one a line."""
+        shares = ", ".join(f"{digit} {100 * share:.1f} %" for digit, share in self.classes)
+        yield f"shown      {self.truth}"
+        yield f"classified {shares}"
+        yield f"captioned  {self.caption}"
+        yield f"answered   {self.question} {self.answer}"
+
+
+def ask(out: Path, seed: int = SEED) -> Answers:
+    """Classify, caption and question one held-out picture with a compiled directory."""
+    scene = scenes.scene("held-out", seed, 0, count=1)
+    question = random_question(scene.truth, np.random.default_rng(seed))
+    with internvl_edge.load(out) as model:
+        started = time.perf_counter()
+        (ranking,) = model.classify([scene.image], list(DIGITS), templates=list(TEMPLATES))
+        (caption,) = model.caption([scene.image], max_new_tokens=MAX_NEW_TOKENS)
+        (answer,) = model.answer([scene.image], [question.prompt], max_new_tokens=MAX_NEW_TOKENS)
+        seconds = time.perf_counter() - started
+    return Answers(
+        image=scene.image,
+        truth=scene.caption,
+        classes=tuple((best["label"], best["score"]) for best in ranking[:NUM_CLASSES_SHOWN]),
+        caption=caption,
+        question=question.prompt.removeprefix("Question: ").removesuffix(" Answer:"),
+        answer=answer,
+        seconds=seconds,
+    )
+
+
+def drawn(image: scenes.Pixels) -> Text:
+    """A picture for a colour terminal: two rows of pixels to a line, as upper half blocks."""
+    text = Text()
+    for upper, lower in zip(image[::2], image[1::2], strict=True):  # (W, 3) each
+        for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
+            style = Style.parse("rgb({},{},{}) on rgb({},{},{})".format(*above, *below))
+            text.append("▀", style)
+        text.append("\n")
+    return text

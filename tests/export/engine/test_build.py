@@ -1,0 +1,408 @@
+"""Building engines: every branch with a scripted builder, then real TensorRT-RTX engines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from support.disk import fill_disk
+from support.gpu.fake_trt import (
+    DataType,
+    FakeTrt,
+    IAttentionInputLayer,
+    Layer,
+    LayerType,
+    parser_error,
+    tensor,
+)
+
+from internvl_edge.artifact.open import EngineRecord, TensorSpec
+from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, check_engine, read_engine_info
+from internvl_edge.errors import (
+    ArtifactError,
+    BuildError,
+    HardwareError,
+    MissingDependency,
+    ResourceError,
+    UsageError,
+)
+from internvl_edge.export.engine import build as engine
+from internvl_edge.export.engine import targets
+
+X = TensorSpec(name="x", dtype="float32", shape=("batch", 17, 64))
+PROFILE = ShapeRanges(batch=(1, 2, 4))
+
+
+def build(tmp_path: Path, trt: Any, **changes: Any) -> EngineRecord:
+    graph = tmp_path / "vision.onnx"
+    graph.touch()  # the fake does not read it
+    arguments: dict[str, Any] = {
+        "component": "vision",
+        "profile": PROFILE,
+        "precision": "fp16",
+        "inputs": (X,),
+        "onnx_sha256": "ab" * 32,
+        "trt": trt,
+    }
+    return engine.build_engine(graph, tmp_path / "engines", **{**arguments, **changes}).record
+
+
+def info_of(tmp_path: Path, record: EngineRecord) -> EngineInfo:
+    return read_engine_info(tmp_path / record.sidecar)
+
+
+def leftovers(tmp_path: Path) -> list[str]:
+    engines = tmp_path / "engines"
+    return sorted(path.name for path in engines.iterdir()) if engines.exists() else []
+
+
+@pytest.fixture
+def trt() -> FakeTrt:
+    return FakeTrt()
+
+
+# --- what is built ---------------------------------------------------------------------------
+
+
+def test_the_plan_and_its_sidecar(tmp_path: Path, trt: FakeTrt) -> None:
+    pieces = [b"abc", b"defg", b""]
+    trt.build = lambda writer, log, monitor: [writer.write(p) for p in pieces] == [3, 4, 0]
+    record = build(tmp_path, trt)
+    info = info_of(tmp_path, record)
+    assert (tmp_path / record.file).read_bytes() == b"abcdefg"
+    assert (info.nbytes, info.sha256) == (7, hashlib.sha256(b"abcdefg").hexdigest())
+    assert record.file.startswith("engines/vision.tensorrt-rtx-")
+    assert leftovers(tmp_path) == sorted(Path(n).name for n in (record.file, record.sidecar))
+    assert info.inputs == (X,)
+    assert info.outputs == (TensorSpec(name="y", dtype="float32", shape=("batch", 64)),)
+    assert (info.compute_capabilities, info.minimum_sm) == ((), 80)
+    check_engine(info, trt, sm=86)
+
+
+def test_strong_types_no_tf32_and_the_profile(tmp_path: Path, trt: FakeTrt) -> None:
+    build(tmp_path, trt)
+    assert trt.network_flags == 1 << 1
+    assert trt.cleared == ["TF32"]
+    assert trt.shapes == {"x": ((1, 17, 64), (2, 17, 64), (4, 17, 64))}
+
+
+def test_named_compute_capabilities(tmp_path: Path, trt: FakeTrt) -> None:
+    record = build(tmp_path, trt, compute_capabilities=("SM89", "SM120"), precision="fp8")
+    info = info_of(tmp_path, record)
+    assert trt.capabilities == {0: "SM89", 1: "SM120"}
+    assert (info.compute_capabilities, info.minimum_sm) == (("SM89", "SM120"), 89)
+
+
+@pytest.mark.parametrize(
+    ("precision", "sm"), [("fp16", 80), ("int8", 80), ("bf16", 80), ("fp8", 89)]
+)
+def test_a_portable_engine_says_where_it_starts(
+    tmp_path: Path, trt: FakeTrt, precision: str, sm: int
+) -> None:
+    info = info_of(tmp_path, build(tmp_path, trt, precision=precision))
+    assert (info.minimum_sm, trt.capabilities) == (sm, {})
+
+
+def test_the_name_changes_with_what_decides_the_engine(tmp_path: Path, trt: FakeTrt) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"onnx_sha256": "cd" * 32},
+        {"profile": ShapeRanges(batch=(1, 2, 8))},
+        {"precision": "int8"},
+        {"compute_capabilities": ("SM86",)},
+    ]
+    names = [build(tmp_path, trt, **change).file for change in changes]
+    names.append(build(tmp_path, FakeTrt(version="1.8.0.1")).file)
+    assert len(set(names)) == len(names)
+    unused = ShapeRanges(batch=(1, 2, 4), length=(1, 2, 3), past=(1, 2, 3))
+    assert build(tmp_path, trt, profile=unused).file == names[0]
+
+
+def test_tensorrt_builds_for_the_gpu_it_runs_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(compute_capability=SimpleNamespace(major=9, minor=0))
+    _install_cuda(monkeypatch, lambda: device)
+    trt = FakeTrt("tensorrt", "11.4.1.7")
+    info = info_of(tmp_path, build(tmp_path, trt, target="tensorrt"))
+    assert (info.compute_capabilities, info.minimum_sm, trt.capabilities) == (("SM90",), 90, {})
+    with pytest.raises(HardwareError, match="another GPU: built for SM90"):
+        check_engine(info, trt, sm=100)
+
+
+# --- attention -------------------------------------------------------------------------------
+
+
+def attention(dtype: DataType, *shape: int) -> Layer:
+    return Layer(LayerType.ATTENTION_INPUT, tensor("q", dtype, *shape))
+
+
+def test_only_attention_without_a_kernel_is_decomposable(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.layers = [
+        attention(DataType.HALF, -1, 4, 65, 64),
+        attention(DataType.BF16, -1, 4, -1, 256),
+        attention(DataType.FLOAT, -1, 4, 65, 64),
+        attention(DataType.HALF, -1, 4, 1, 64),
+        attention(DataType.HALF, -1, 4, 65, 8),
+        attention(DataType.HALF, -1, 4, 65, 264),
+        Layer(LayerType.CAST),
+    ]
+    info = info_of(tmp_path, build(tmp_path, trt))
+    marked = [isinstance(layer, IAttentionInputLayer) for layer in trt.layers]
+    assert marked == [False, False, True, True, True, True, False]
+    assert all(
+        layer._attention.decomposable == yes for layer, yes in zip(trt.layers, marked, strict=True)
+    )
+    assert (info.fused_attention, info.decomposed_attention) == (2, 4)
+
+
+def test_a_kernel_the_builder_does_not_have_is_decomposed_after_all(
+    tmp_path: Path, trt: FakeTrt
+) -> None:
+    trt.layers = [attention(DataType.HALF, -1, 4, 65, 64)]
+
+    def build_decomposed(writer: Any, log: Any, monitor: Any) -> bool:
+        if trt.layers[0]._attention.decomposable:
+            return bool(writer.write(b"plan"))
+        log("CHECK(composite_op->is_decomposable()) failed.")
+        return False
+
+    trt.build = build_decomposed
+    info = info_of(tmp_path, build(tmp_path, trt))
+    assert (info.fused_attention, info.decomposed_attention, trt.num_builds) == (0, 1, 2)
+
+
+# --- refused before any work -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"target": "openvino"}, UsageError, "target must be one of tensorrt-rtx, tensorrt"),
+        (
+            {"inputs": (TensorSpec(name="x", dtype="float32", shape=("frames", 17, 64)),)},
+            UsageError,
+            "'frames'",
+        ),
+        ({"compute_capabilities": ("SM90",)}, UsageError, "SM90.*knows SM75, SM80"),
+        ({"compute_capabilities": ("CURRENT",)}, UsageError, "CURRENT"),
+        (
+            {"compute_capabilities": ("SM75", "SM80"), "precision": "bf16"},
+            HardwareError,
+            "bf16 needs SM80 or later, asked for SM75;",
+        ),
+        (
+            {"compute_capabilities": ("SM86",), "precision": "fp8"},
+            HardwareError,
+            "fp8 needs SM89 or later, asked for SM86",
+        ),
+        (
+            {"target": "tensorrt", "compute_capabilities": ("SM89",)},
+            UsageError,
+            "the GPU it runs on",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    tmp_path: Path, trt: FakeTrt, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build(tmp_path, trt, **changes)
+    assert trt.num_builds == 0
+    assert leftovers(tmp_path) == []
+
+
+def test_a_graph_that_is_not_there(tmp_path: Path, trt: FakeTrt) -> None:
+    with pytest.raises(ArtifactError, match=r"none\.onnx"):
+        engine.build_engine(
+            tmp_path / "none.onnx",
+            tmp_path / "engines",
+            component="vision",
+            profile=PROFILE,
+            precision="fp16",
+            inputs=(X,),
+            onnx_sha256="ab",
+            trt=trt,
+        )
+
+
+@pytest.mark.parametrize("name", ["tensorrt-rtx", "tensorrt"])
+def test_a_builder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    target = targets.TARGETS[name]
+    monkeypatch.setitem(sys.modules, target.module, None)
+    with pytest.raises(MissingDependency, match=rf"internvl-edge\[{target.extra}\]"):
+        targets.load_builder(target)
+
+
+def test_a_builder_whose_libraries_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(targets.importlib, "import_module", fail)
+    with pytest.raises(HardwareError, match=r"does not load: libcudart\.so\.13"):
+        targets.load_builder(targets.TARGETS["tensorrt-rtx"])
+
+
+def _install_cuda(monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
+    core = ModuleType("cuda.core")
+    core.Device = device  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
+
+
+def test_tensorrt_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_device() -> None:
+        raise RuntimeError("CUDA_ERROR_NO_DEVICE")
+
+    _install_cuda(monkeypatch, no_device)
+    with pytest.raises(HardwareError, match="CUDA_ERROR_NO_DEVICE; tensorrt-rtx builds without"):
+        build(tmp_path, FakeTrt("tensorrt"), target="tensorrt")
+
+
+def test_tensorrt_without_cuda_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(MissingDependency, match="cuda-core"):
+        build(tmp_path, FakeTrt("tensorrt"), target="tensorrt")
+
+
+# --- refused by the builder ------------------------------------------------------------------
+
+
+def test_a_builder_that_does_not_start(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.starts = False
+    with pytest.raises(HardwareError, match="CUDA initialization failure"):
+        build(tmp_path, trt)
+
+
+def test_a_capability_the_builder_turns_down(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.accepts_capability = False
+    with pytest.raises(HardwareError, match="refuses to build for SM89"):
+        build(tmp_path, trt, compute_capabilities=("SM89",))
+
+
+def test_a_parser_error_names_the_node_and_drops_the_noise(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.errors = [
+        parser_error("must have same input types\nCUDA driver version is insufficient for"),
+        parser_error("false", "SplitToSequence", "", "UNSUPPORTED_NODE"),
+    ]
+    with pytest.raises(BuildError) as caught:
+        build(tmp_path, trt)
+    text = str(caught.value)
+    assert "MatMul node 'fc/MatMul': INVALID_NODE: must have same input types" in text
+    assert "SplitToSequence node 3: UNSUPPORTED_NODE: the operator is not supported" in text
+    assert "driver" not in text
+    assert leftovers(tmp_path) == []
+
+
+def test_a_graph_without_outputs(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.outputs = []
+    with pytest.raises(BuildError, match="no outputs"):
+        build(tmp_path, trt)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [],
+        [tensor("z", DataType.FLOAT, -1, 17, 64)],
+        [tensor("x", DataType.HALF, -1, 17, 64)],
+        [tensor("x", DataType.FLOAT, 2, 17, 64)],
+        [tensor("x", DataType.FLOAT, -1, 17)],
+    ],
+)
+def test_a_graph_with_other_inputs(tmp_path: Path, trt: FakeTrt, found: list[Any]) -> None:
+    trt.inputs = found
+    with pytest.raises(ArtifactError, match="expected inputs"):
+        build(tmp_path, trt)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("Error Code 2: OutOfMemory (Requested size was 999)", ResourceError),
+        ("Cannot compile for target(s) sm75: HW-specific datatypes: b16", HardwareError),
+        ("Myelin: something else", BuildError),
+        ("CHECK(composite_op->is_decomposable()) failed.", BuildError),
+    ],
+)
+def test_a_build_that_fails(
+    tmp_path: Path, trt: FakeTrt, line: str, error: type[Exception]
+) -> None:
+    def fail(writer: Any, log: Any, monitor: Any) -> bool:
+        log(line)
+        log("CUDA driver version is insufficient for CUDA runtime version")
+        return False
+
+    trt.build = fail
+    with pytest.raises(error, match="vision: ") as caught:
+        build(tmp_path, trt)
+    assert line in str(caught.value)
+    assert "driver" not in str(caught.value)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_build_that_fails_without_a_word(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.build = lambda writer, log, monitor: False
+    with pytest.raises(BuildError, match="logged no reason"):
+        build(tmp_path, trt)
+
+
+def test_success_without_a_plan_is_none(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.build = lambda writer, log, monitor: True
+    with pytest.raises(BuildError, match="wrote nothing"):
+        build(tmp_path, trt)
+    assert leftovers(tmp_path) == []
+
+
+# --- disk and interruption -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [[b"abc", b"defg"], [b"abcdefg"]])
+def test_a_full_disk(
+    tmp_path: Path, trt: FakeTrt, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes]
+) -> None:
+    def write(writer: Any, log: Any, monitor: Any) -> bool:
+        for piece in [*pieces, b"!"]:
+            writer.write(piece)
+        return True  # as TensorRT does after a failed write
+
+    trt.build = write
+    fill_disk(monkeypatch, room=4)
+    with pytest.raises(ResourceError, match=r"No space left.*free some disk space"):
+        build(tmp_path, trt)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, trt: FakeTrt) -> None:
+    (tmp_path / "engines").write_bytes(b"a file in the way")
+    with pytest.raises(ResourceError, match="could not be written"):
+        build(tmp_path, trt)
+    assert trt.num_builds == 0
+
+
+def test_an_interrupt_stops_the_build_and_comes_back(tmp_path: Path, trt: FakeTrt) -> None:
+    def interrupted(phase: str, done: int, steps: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    def cancelled(writer: Any, log: Any, monitor: Any) -> bool:
+        monitor.phase_start("Building", None, 3)
+        assert not monitor.step_complete("Building", 0)
+        log("Build canceled by user")
+        return False
+
+    trt.build = cancelled
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, trt, progress=interrupted)
+    assert leftovers(tmp_path) == []
+
+
+def test_the_sidecar_is_json_for_others_to_read(tmp_path: Path, trt: FakeTrt) -> None:
+    raw = json.loads((tmp_path / build(tmp_path, trt).sidecar).read_text(encoding="utf-8"))
+    assert raw["profile"]["batch"] == [1, 2, 4]
+    assert raw["builder_version"] == "1.7.1.116"

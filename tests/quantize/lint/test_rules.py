@@ -1,0 +1,620 @@
+"""The linter: one minimal graph per rule that breaks it and nothing else, ours, and a peer's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from support.checkpoints import write_vit
+
+from internvl_edge.cli import run
+from internvl_edge.compiler import ExportOptions, export
+from internvl_edge.errors import ArtifactError, UsageError
+from internvl_edge.quantize.lint import RULES, is_clean, lint
+from internvl_edge.types import Array
+
+WIDTH = 32
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+INT8 = np.dtype(np.int8)
+SCALE, SOFTMAX = np.float32(0.1), np.float32(1 / 448)
+
+
+class Graph:
+    """A graph written by hand; every method adds nodes and gives the name of its output."""
+
+    def __init__(self, length: int = 5) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, Array] = {}
+        self.inputs = {"x": ["batch", length, WIDTH]}
+        self.opset = 23
+
+    def constant(self, name: str, values: Any) -> str:
+        self.constants[name] = np.asarray(values)
+        return name
+
+    def node(self, op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        output = output or f"{op.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def pair(
+        self, x: str, *, scale: Any = SCALE, dtype: Any = INT8, zero: Any = 0, **a: Any
+    ) -> str:
+        stem = f"{x}_{len(self.nodes)}"
+        parts = [self.constant(f"{stem}.scale", scale)]
+        parts += [self.constant(f"{stem}.zero", np.full(np.shape(scale), zero).astype(dtype))]
+        quantized = self.node("QuantizeLinear", x, *parts, **a)
+        return self.node("DequantizeLinear", quantized, *parts, **a)
+
+    def weight(self, name: str, *shape: int, dtype: Any = INT8, axis: int = 1, **a: Any) -> str:
+        values = np.ones(shape).astype(dtype)
+        scale = a.pop("scale", np.full(shape[axis], 0.01, np.float32))
+        parts = [self.constant(name, values), self.constant(f"{name}.scale", scale)]
+        return self.node("DequantizeLinear", *parts, axis=axis, **a)
+
+    def linear(self, x: str, name: str = "w", features: int = WIDTH, dtype: Any = INT8) -> str:
+        """A bias behind a product of two pairs."""
+        product = self.node("MatMul", x, self.weight(name, WIDTH, features, dtype=dtype))
+        return self.node("Add", product, self.constant(f"{name}.bias", np.zeros(features, "f4")))
+
+    def norm(self, x: str = "x") -> str:
+        gain = self.constant(f"{x}.gain", np.ones(WIDTH, np.float32))
+        return self.node("RMSNormalization", x, gain, axis=-1)
+
+    def save(self, path: Path, output: str, *, external: bool = False) -> Path:
+        graph = helper.make_graph(
+            self.nodes,
+            "by_hand",
+            [
+                helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+                for n, s in self.inputs.items()
+            ],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(values, name) for name, values in self.constants.items()],
+        )
+        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options = {"save_as_external_data": True, "location": "w.bin", "size_threshold": 0}
+        onnx.save(model, path, **(options if external else {}))
+        return path
+
+
+def block(g: Graph, dtype: Any = INT8) -> str:
+    """What a transformer does between two additions, as the rules want it."""
+    hidden = g.linear(g.pair(g.norm(), dtype=dtype), "fc1", dtype=dtype)
+    hidden = g.node("Gelu", hidden)
+    return g.node("Add", "x", g.linear(g.pair(hidden, dtype=dtype), "fc2", dtype=dtype))
+
+
+def attention(
+    g: Graph,
+    dtype: Any = FP8,
+    softmax_scale: Any = SOFTMAX,
+    heads: int = 2,
+    pair_values: bool = True,
+    factor: str = "",
+    mask: int | None = None,
+) -> str:
+    """Self-attention of x in three steps, with pairs on q, k, v and the softmax."""
+    shape = g.constant("split", np.array([0, 0, heads, WIDTH // heads], np.int64))
+    split = g.node("Reshape", g.norm(), shape)  # (B, T, heads, d)
+    orders = [0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]
+    q, k, v = (g.node("Transpose", split, perm=order) for order in orders)
+    quantized = [g.pair(value, dtype=dtype) for value in (q, k)]
+    scores = g.node("MatMul", *quantized)
+    if factor:
+        scores = g.node(factor, scores, g.constant("factor", np.float32(0.25)))
+    if mask is not None:  # the input of Add that it is
+        terms = [scores, g.constant("mask", np.zeros((1, 1, 1, 1), np.float32))]
+        scores = g.node("Add", *(terms[::-1] if mask == 0 else terms))
+    weights = g.pair(g.node("Softmax", scores), scale=softmax_scale, dtype=dtype)
+    return g.node("MatMul", weights, g.pair(v, dtype=dtype) if pair_values else v)
+
+
+# --- each rule, broken --------------------------------------------------------------------------
+
+BREAK: dict[str, Callable[[Graph], str]] = {}
+
+
+def breaks(rule: str) -> Callable[[Callable[[Graph], str]], Callable[[Graph], str]]:
+    def remember(build: Callable[[Graph], str]) -> Callable[[Graph], str]:
+        BREAK[rule] = build
+        return build
+
+    return remember
+
+
+@breaks("opset")
+def _(g: Graph) -> str:
+    g.opset = 17
+    return g.linear(g.pair("x", dtype=FP8), dtype=FP8)
+
+
+@breaks("operator-form")
+def _(g: Graph) -> str:
+    names = [g.constant(n, np.ones((WIDTH, WIDTH), np.int8)) for n in "ab"]
+    return g.node("Cast", g.node("MatMulInteger", *names), to=TensorProto.FLOAT)
+
+
+@breaks("unpaired")
+def _(g: Graph) -> str:
+    scale, zero = g.constant("s", np.float32(1)), g.constant("z", np.int8(0))
+    return g.node("Cast", g.node("QuantizeLinear", "x", scale, zero), to=TensorProto.FLOAT)
+
+
+@breaks("scale-mismatch")
+def _(g: Graph) -> str:
+    dequantized = g.pair("x")
+    g.nodes[-1].input[1] = g.constant("other", np.float32(0.2))
+    return g.linear(dequantized)
+
+
+@breaks("scale-constant")
+def _(g: Graph) -> str:
+    g.inputs["scale"] = []
+    dequantized = g.pair("x")
+    for node in g.nodes:
+        node.input[1] = "scale"
+    return g.linear(dequantized)
+
+
+@breaks("scale-value")
+def _(g: Graph) -> str:
+    return g.linear(g.pair("x", scale=np.float32(-0.1)))
+
+
+@breaks("scale-type")
+def _(g: Graph) -> str:
+    x = g.node("Cast", "x", to=TensorProto.FLOAT16)
+    x = g.node("Cast", g.pair(x, scale=np.float16(0.1)), to=TensorProto.FLOAT)
+    return g.linear(x)
+
+
+@breaks("scale-shape")
+def _(g: Graph) -> str:
+    weight = g.weight("w", WIDTH, WIDTH, scale=np.full(WIDTH + 1, 0.01, np.float32))
+    return g.node("MatMul", g.pair("x"), weight)
+
+
+@breaks("scale-rank")
+def _(g: Graph) -> str:
+    weight = g.weight("w", WIDTH, WIDTH, scale=np.full((1, WIDTH), 0.01, np.float32))
+    return g.node("MatMul", g.pair("x"), weight)
+
+
+@breaks("zero-point")
+def _(g: Graph) -> str:
+    return g.linear(g.pair("x", zero=3))
+
+
+@breaks("quantized-type")
+def _(g: Graph) -> str:
+    return g.linear(g.pair("x", dtype=np.uint8), "w", dtype=np.uint8)
+
+
+@breaks("quantized-bias")
+def _(g: Graph) -> str:
+    product = g.node("MatMul", g.pair("x"), g.weight("w", WIDTH, WIDTH))
+    return g.node("Add", product, g.weight("bias", WIDTH, dtype=np.int32, axis=0))
+
+
+@breaks("activation-per-channel")
+def _(g: Graph) -> str:
+    return g.linear(g.pair("x", scale=np.full(WIDTH, 0.1, np.float32), axis=-1))
+
+
+@breaks("weight-axis")
+def _(g: Graph) -> str:
+    return g.node("MatMul", g.pair("x"), g.weight("w", WIDTH, WIDTH, axis=0))
+
+
+@breaks("weight-in-float")
+def _(g: Graph) -> str:
+    return g.node("MatMul", g.pair("x"), g.pair(g.constant("w", np.ones((WIDTH, WIDTH), "f4"))))
+
+
+@breaks("fp8-hardware")
+def _(g: Graph) -> str:
+    return block(g, FP8)
+
+
+@breaks("fp8-target")
+def _(g: Graph) -> str:
+    return block(g, FP8)
+
+
+@breaks("missing-pair")
+def _(g: Graph) -> str:
+    return g.node("MatMul", g.pair("x"), g.constant("w", np.ones((WIDTH, WIDTH), np.float32)))
+
+
+@breaks("weight-only")
+def _(g: Graph) -> str:
+    weight = g.constant("w", np.ones((WIDTH, WIDTH), np.int8))
+    scale = g.constant("s", np.full(WIDTH, 0.1, np.float32))
+    return g.node("MatMul", "x", g.node("DequantizeLinear", weight, scale, axis=1))
+
+
+@breaks("mixed-formats")
+def _(g: Graph) -> str:
+    return g.linear(g.pair("x"), dtype=FP8)
+
+
+@breaks("breaks-epilogue")
+def _(g: Graph) -> str:
+    return g.linear(g.pair(g.node("Gelu", g.pair(g.linear(g.pair("x"))))), "second")
+
+
+@breaks("output-pair")
+def _(g: Graph) -> str:
+    return g.pair(g.linear(g.pair("x")))
+
+
+@breaks("residual-trunk")
+def _(g: Graph) -> str:
+    return g.node("Add", g.pair("x"), g.linear(g.pair(g.norm())))
+
+
+@breaks("quantized-nonlinear")
+def _(g: Graph) -> str:
+    return g.linear(g.pair(g.norm(g.pair("x"))))
+
+
+@breaks("pair-without-product")
+def _(g: Graph) -> str:
+    return g.node("Neg", g.pair("x"))
+
+
+@breaks("shared-pair")
+def _(g: Graph) -> str:
+    hidden = g.norm()
+    first, second = (
+        g.linear(g.pair(hidden, scale=np.float32(s)), f"w{i}") for i, s in enumerate((0.1, 0.2))
+    )
+    return g.node("Add", first, second)
+
+
+@breaks("narrow-product")
+def _(g: Graph) -> str:
+    return g.linear(g.pair("x"), features=8)
+
+
+@breaks("patch-embed")
+def _(g: Graph) -> str:
+    g.inputs["x"] = ["batch", 3, 8, 8]
+    weight = g.weight("w", WIDTH, 3, 4, 4, axis=0)
+    return g.node("Conv", g.pair("x"), weight, strides=[4, 4])
+
+
+@breaks("attention-int8")
+def _(g: Graph) -> str:
+    return attention(g, INT8, np.float32(1 / 127), heads=4)  # of size 8
+
+
+@breaks("attention-incomplete")
+def _(g: Graph) -> str:
+    heads = {"q_num_heads": 2, "kv_num_heads": 2}
+    hidden = g.norm()
+    pairs = [g.pair(hidden, dtype=FP8)] * 2
+    return g.node("Attention", *pairs, hidden, **heads)
+
+
+@breaks("attention-softmax-scale")
+def _(g: Graph) -> str:
+    return attention(g, softmax_scale=np.float32(1 / 127))
+
+
+@breaks("attention-scale-order")
+def _(g: Graph) -> str:
+    return attention(g, factor="Mul")
+
+
+@breaks("decomposed-norm")
+def _(g: Graph) -> str:
+    square = g.node("Pow", "x", g.constant("two", np.float32(2)))
+    mean = g.node("ReduceMean", square, g.constant("axes", np.array([-1], np.int64)))
+    root = g.node("Sqrt", g.node("Add", mean, g.constant("eps", np.float32(1e-6))))
+    return g.linear(g.pair(g.node("Div", "x", root)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_graph_that_breaks_one_rule(rule: str, tmp_path: Path) -> None:
+    g = Graph()
+    path = g.save(tmp_path / "m.onnx", BREAK[rule](g))
+    findings = lint(path, "sm86" if rule == "fp8-target" else None)
+    is_fp8 = any(c.dtype == FP8 for c in g.constants.values())
+    beside = {"fp8-hardware"} if is_fp8 and rule != "fp8-target" else set()
+    assert {found.rule for found in findings} == {rule} | beside
+    (found, *_) = [f for f in findings if f.rule == rule]
+    assert found.found
+    assert found.node
+    assert is_clean(findings) == (found.severity == "note")
+
+
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+def test_a_graph_that_keeps_every_rule(dtype: Any, tmp_path: Path) -> None:
+    g = Graph()
+    found = lint(g.save(tmp_path / "m.onnx", block(g, dtype)))
+    assert [f.rule for f in found] == (["fp8-hardware"] if dtype == FP8 else [])
+
+
+@pytest.mark.parametrize(
+    ("target", "rules"),
+    [(None, {"fp8-hardware"}), ("sm75", {"fp8-target"}), ("SM86", {"fp8-target"})]
+    + [(target, set()) for target in ("sm89", "sm90", "sm120")],
+)
+def test_fp8_on_a_gpu(target: str | None, rules: set[str], tmp_path: Path) -> None:
+    g = Graph()
+    path = g.save(tmp_path / "fp8.onnx", block(g, FP8))
+    assert {f.rule for f in lint(path, target)} == rules
+    g = Graph()
+    assert lint(g.save(tmp_path / "int8.onnx", block(g)), target) == []
+
+
+@pytest.mark.parametrize("target", ["", "86", "sm8", "sm88", "hopper", "sm86,sm89"])
+def test_a_gpu_that_is_not_known(target: str, tmp_path: Path) -> None:
+    g = Graph()
+    path = g.save(tmp_path / "m.onnx", block(g))
+    with pytest.raises(UsageError, match=r"--gpu: expected one of sm75 \(Turing\), .*sm121"):
+        lint(path, target)
+
+
+@pytest.mark.parametrize("shape", [(WIDTH, 1), (1, WIDTH), (1, 1)])
+def test_scales_of_two_dimensions(shape: tuple[int, int], tmp_path: Path) -> None:
+    g = Graph()
+    weight = g.weight("w", WIDTH, WIDTH, scale=np.full(shape, 0.01, np.float32))
+    (found,) = lint(g.save(tmp_path / "m.onnx", g.node("MatMul", g.pair("x"), weight)))
+    assert (found.rule, found.severity) == ("scale-rank", "error")
+    assert f"[{shape[0]},{shape[1]}]" in found.found
+    g = Graph()
+    (found,) = lint(g.save(tmp_path / "a.onnx", g.linear(g.pair("x", scale=[[SCALE]]))))
+    assert found.rule == "scale-rank"
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_scales_of_a_tensor(shape: tuple[int, ...], tmp_path: Path) -> None:
+    g = Graph()
+    y = g.linear(g.pair("x", scale=np.full(shape, SCALE, np.float32)))
+    assert lint(g.save(tmp_path / "m.onnx", y)) == []
+
+
+def tower(g: Graph, name: str, *paired: bool) -> str:
+    """Linear layers, one behind the other, with a pair on their inputs or without."""
+    y = "x"
+    for i, has_pair in enumerate(paired):
+        y = g.linear(g.norm(y) if not has_pair else g.pair(g.norm(y)), f"{name}.{i}.fc.weight")
+    return y
+
+
+@pytest.mark.parametrize(
+    ("language", "rules"),
+    [((False, False), {"weight-only"}), ((True, False), {"missing-pair"}), ((True, True), set())],
+)
+def test_weights_alone_in_one_of_two_towers(
+    language: tuple[bool, ...], rules: set[str], tmp_path: Path
+) -> None:
+    """A family of layers whose inputs are all left alone misses nothing."""
+    g = Graph()
+    y = g.node("Add", tower(g, "vision.layers", True, True), tower(g, "llama.layers", *language))
+    findings = lint(g.save(tmp_path / "m.onnx", y))
+    assert {f.rule for f in findings} - {"shared-pair"} == rules
+    assert is_clean(findings) == (rules != {"missing-pair"})
+
+
+def test_weights_alone_beside_pairs_without_names(tmp_path: Path) -> None:
+    g = Graph()
+    g.linear(g.pair("x"), "onnx::MatMul_12")
+    y = g.node("Add", g.nodes[-1].output[0], g.linear("x", "onnx::MatMul_13"))
+    assert {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))} == {"missing-pair"}
+
+
+def test_fp8_attention_in_the_form_that_is_fused(tmp_path: Path) -> None:
+    g = Graph()
+    assert {f.rule for f in lint(g.save(tmp_path / "m.onnx", attention(g)))} == {"fp8-hardware"}
+
+
+@pytest.mark.parametrize(("heads", "length", "clean"), [(2, 512, True), (2, 513, False)])
+def test_int8_attention_fits_or_does_not(
+    heads: int, length: int, clean: bool, tmp_path: Path
+) -> None:
+    g = Graph(length)
+    path = g.save(tmp_path / "m.onnx", attention(g, INT8, np.float32(1 / 127), heads))
+    assert is_clean(lint(path)) is clean
+
+
+@pytest.mark.parametrize("mask", [0, 1])
+def test_a_mask_hides_no_attention(mask: int, tmp_path: Path) -> None:
+    g = Graph(513)
+    output = attention(g, INT8, np.float32(1 / 127), mask=mask)
+    assert "attention-int8" in {f.rule for f in lint(g.save(tmp_path / "m.onnx", output))}
+
+
+def test_attention_without_a_pair_on_v(tmp_path: Path) -> None:
+    g = Graph()
+    rules = {f.rule for f in lint(g.save(tmp_path / "m.onnx", attention(g, pair_values=False)))}
+    assert rules == {"fp8-hardware", "missing-pair", "attention-incomplete"}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(0.0, "zero"), (np.nan, "NaN"), (np.inf, "NaN"), (1e-40, "denormal")]
+)
+def test_values_that_no_scale_may_have(value: float, says: str, tmp_path: Path) -> None:
+    g = Graph()
+    (found,) = lint(g.save(tmp_path / "m.onnx", g.linear(g.pair("x", scale=np.float32(value)))))
+    assert found.rule == "scale-value"
+    assert says in found.found
+
+
+@pytest.mark.parametrize(("transposed", "axis", "clean"), [(1, 0, True), (1, 1, False)])
+def test_axes_behind_transposes(transposed: int, axis: int, clean: bool, tmp_path: Path) -> None:
+    """(N, K) weights that a Transpose brings to the product, and a Gemm that transposes itself."""
+    g = Graph()
+    weight = g.node("Transpose", g.weight("w", 64, WIDTH, axis=axis), perm=[1, 0])
+    first = g.node("MatMul", g.pair("x"), weight)
+    found = lint(g.save(tmp_path / "m.onnx", first))
+    assert {f.rule for f in found} == (set() if clean else {"weight-axis"})
+    g = Graph()
+    g.inputs["x"] = ["batch", WIDTH]
+    weight = g.weight("w", 64, WIDTH, axis=axis)
+    found = lint(g.save(tmp_path / "m.onnx", g.node("Gemm", g.pair("x"), weight, transB=1)))
+    assert {f.rule for f in found} == (set() if clean else {"weight-axis"})
+
+
+def test_two_pairs_of_one_scale_are_a_note(tmp_path: Path) -> None:
+    g = Graph()
+    y = g.node("Add", *(g.linear(g.pair("x"), f"w{i}") for i in range(2)))
+    findings = lint(g.save(tmp_path / "m.onnx", y))
+    assert [f.rule for f in findings] == ["shared-pair"]
+    assert is_clean(findings)
+
+
+def test_weights_are_not_needed(tmp_path: Path) -> None:
+    """Scales are judged where their file is there; the graph is, in any case."""
+    g = Graph()
+    y = g.linear(g.pair("x", scale=np.float32(np.nan)), features=8)
+    path = g.save(tmp_path / "m.onnx", y, external=True)
+    assert {f.rule for f in lint(path)} == {"narrow-product", "scale-value"}
+    (tmp_path / "w.bin").unlink()
+    assert {f.rule for f in lint(path)} == {"narrow-product"}
+
+
+def test_more_than_two_gigabytes_of_weights(tmp_path: Path) -> None:
+    g = Graph()
+    y = g.linear(g.pair("x"))
+    path = g.save(tmp_path / "m.onnx", y)
+    model = onnx.load(path)
+    (weight,) = [t for t in model.graph.initializer if t.name == "w"]
+    weight.ClearField("raw_data")
+    weight.dims[:] = [WIDTH, 2**27]
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "big.bin"), ("length", str(WIDTH * 2**27))):
+        weight.external_data.add(key=key, value=value)
+    with (tmp_path / "big.bin").open("wb") as file:
+        file.truncate(WIDTH * 2**27)  # 4 GiB of a hole
+    onnx.save(model, path)
+    assert {f.rule for f in lint(path)} == {"scale-shape"}
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_what_we_export_is_clean(precision: str, tmp_path: Path) -> None:
+    checkpoint = write_vit(tmp_path / "checkpoint").path
+    options = ExportOptions(
+        checkpoint=checkpoint, out=tmp_path / "out", precision=precision, verify="none"
+    )
+    export(options)
+    graphs = [tmp_path / "out" / f"vision{base}.onnx" for base in ("", ".fp16")]
+    for path in graphs:
+        allowed = {"fp8-hardware"} if precision == "fp8" else set()
+        assert {found.rule for found in lint(path)} == allowed
+
+
+def test_what_onnx_runtime_quantizes_is_explained(tmp_path: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    checkpoint = write_vit(tmp_path / "checkpoint").path
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", verify="none")
+    artifact = export(options)
+
+    class Noise(CalibrationDataReader):  # type: ignore[misc]
+        batches = iter([{"pixel_values": np.ones((1, 3, 28, 28), np.float32)}])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    path = tmp_path / "ort.onnx"
+    quantize_static(
+        str(artifact.onnx_path("vision")), str(path), Noise(), quant_format=QuantFormat.QDQ
+    )
+    found = lint(path)
+    assert not is_clean(found)
+    rules = {f.rule for f in found}
+    assert {"zero-point", "breaks-epilogue", "residual-trunk", "patch-embed"} <= rules
+    assert "scale-mismatch" not in rules
+
+
+# --- hostile files and the command ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not ONNX at all", b"\x3a\x7f", bytes(64), b"\x08\x08\x3a\x02\x12\x00"]
+)
+def test_what_is_not_onnx_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"m\.onnx"):
+        lint(path)
+
+
+def test_a_file_that_is_not_there_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        lint(tmp_path / "none.onnx")
+    with pytest.raises(ArtifactError, match=r"expected FILE\.onnx, found a folder"):
+        lint(tmp_path)
+
+
+def test_a_graph_that_bites_its_tail(tmp_path: Path) -> None:
+    g = Graph()
+    g.node("Transpose", "b", output="a")
+    g.node("Transpose", "a", output="b")
+    path = g.save(tmp_path / "m.onnx", g.node("MatMul", "a", "b"))
+    try:
+        lint(path)  # whatever it says, it ends
+    except ArtifactError as error:
+        assert "m.onnx" in str(error)
+
+
+def test_scales_outside_the_folder_are_not_read(tmp_path: Path) -> None:
+    g = Graph()
+    path = g.save(tmp_path / "m.onnx", g.linear(g.pair("x")))
+    (tmp_path / "secret.bin").write_bytes(np.float32(np.nan).tobytes())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = onnx.load(path)
+    (scale,) = [t for t in model.graph.initializer if t.name == "x_0.scale"]
+    scale.ClearField("raw_data")
+    scale.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "../secret.bin"), ("length", "4")):
+        scale.external_data.add(key=key, value=value)
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    assert lint(folder / "m.onnx") == []
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    g = Graph()
+    bad = str(g.save(tmp_path / "bad.onnx", g.pair(g.linear(g.pair("x")))))
+    assert run(["lint", bad]) == 6
+    shown = capsys.readouterr().out
+    assert "warning output-pair: 1 place(s)" in shown
+    assert RULES["output-pair"].fix in shown
+    assert run(["lint", bad, "--json"]) == 6
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["clean"] is False
+    assert answer["counts"] == {"output-pair": 1}
+    assert answer["findings"][0].keys() == {"rule", "severity", "node", "found", "says", "fix"}
+    g = Graph()
+    good = str(g.save(tmp_path / "good.onnx", block(g)))
+    assert run(["lint", good, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["clean"] is True
+    assert run(["lint", str(tmp_path / "none.onnx")]) == 3
+
+
+def test_the_command_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    g = Graph()
+    path = str(g.save(tmp_path / "m.onnx", block(g, FP8)))
+    assert run(["lint", path]) == 0
+    assert run(["lint", path, "--gpu", "sm89"]) == 0
+    capsys.readouterr()
+    assert run(["lint", path, "--gpu", "sm86"]) == 6
+    assert "error fp8-target: 1 place(s)" in capsys.readouterr().out
+    assert run(["lint", path, "--gpu", "sm1"]) == 2
+    assert "sm86 (Ampere)" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""The wheel holds every module and data file that the repository tracks, by every road to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+FOLDERS = {
+    "src/internvl_edge": "internvl_edge",
+    "export": "internvl_edge/export",
+    "quantize": "internvl_edge/quantize",
+    "runtime": "internvl_edge/runtime",
+    "demo": "internvl_edge/demo",
+    "calib_data": "internvl_edge/calib_data",
+}
+
+
+def tracked() -> set[str]:
+    """Where every tracked file of a package folder belongs in the wheel."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout: there is no list of tracked files to compare with")
+    found = set()
+    for name in done.stdout.splitlines():
+        if (ROOT / name).is_symlink() or not (ROOT / name).is_file():
+            continue  # the links are for type checkers
+        for folder, package in FOLDERS.items():
+            if name.startswith(f"{folder}/"):
+                found.add(package + name[len(folder) :])
+    return found
+
+
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def build(source: Path, out: Path, *kinds: str) -> None:
+    command = [sys.executable, "-m", "build", "--no-isolation", *kinds, "-o", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_is_complete(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"  # setuptools writes build/ and egg-info beside the sources
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(copy)], check=True)
+    for name in subprocess.run(
+        ["git", "ls-files", "-m", "-o", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+        else:
+            (copy / name).unlink(missing_ok=True)
+    build(copy, tmp_path / "direct", "--wheel")
+    (direct,) = (tmp_path / "direct").glob("*.whl")
+    assert contents(direct) == tracked()
+
+    build(copy, tmp_path / "sdist", "--sdist")
+    (sdist,) = (tmp_path / "sdist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    build(unpacked, tmp_path / "through", "--wheel")
+    (through,) = (tmp_path / "through").glob("*.whl")
+    assert contents(through) == contents(direct)
+
+
+def test_the_top_level_folders_cannot_be_imported_by_their_bare_names() -> None:
+    for name in ("export", "quantize", "runtime"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {name}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert f"internvl_edge.{name}" in done.stderr
