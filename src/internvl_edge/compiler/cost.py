@@ -1,6 +1,6 @@
 """What steps need: memory, disk and time; and whether this machine has them.
 
-Each step states its own cost beside the code that spends it. Here costs are only added up, and
+Each step states its own cost next to the code that spends it. Here costs are only added up, and
 compared with what there is.
 """
 
@@ -32,7 +32,7 @@ class Cost:
 
     @property
     def needed_nbytes(self) -> int:
-        """Memory that has to be free."""
+        """Memory that has to be free, in bytes."""
         return self.memory_nbytes - self.mapped_nbytes
 
 
@@ -73,7 +73,7 @@ class Forecast:
             )
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Step, memory, disk and time as texts, for a table; the last row is of all steps."""
+        """Write step, memory, disk and time as texts, for a table; the last row is of all steps."""
         total = Cost(
             name="all",
             memory_nbytes=self.peak_nbytes,

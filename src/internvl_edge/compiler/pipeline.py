@@ -1,4 +1,4 @@
-"""Export, forecast and verify: the steps of the way, one list for all that is done with it."""
+"""Export, forecast and verify: one list of steps for all of them."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def verify(
 
     Args:
         out: the directory; its hashes and structure are always checked.
-        checkpoint: what it was made from; None leaves the comparison out.
+        checkpoint: the one it was made from; None leaves the comparison out.
         report: told before each component.
 
     Returns:
@@ -194,7 +194,7 @@ def verify(
 
 
 def _content(plan: Plan, report: Report) -> str:
-    """What the checkpoint holds. Linked shards are not read, which is the point of linking."""
+    """Identify a checkpoint's contents; linked shards are not read, the point of linking."""
     if plan.options.weights == "link" and plan.options.verify == "none":
         return repr(
             [header_fingerprint(p) for p in plan.checkpoint.shards] + [*plan.checkpoint.states]
@@ -210,7 +210,7 @@ def _content(plan: Plan, report: Report) -> str:
 
 
 def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict[str, Any]:
-    """Everything that decides the bytes of a compilation; other work must not be taken up."""
+    """List all that decides the bytes of a compilation; other work must not be taken up."""
     tokenizer = plan.checkpoint.path / "tokenizer.model"
     return {
         "versions": {"internvl-edge": __version__, "torch": torch.__version__}

@@ -56,13 +56,13 @@ SCALE_TOLERANCE = 1e-2  # of a weight's maximum, folded and rotated once more
 
 
 def write_scales(directory: Path, scales: Scales) -> None:
-    """Keep the activation scales beside the graphs that hold them as constants."""
+    """Write the activation scales next to the graphs that hold them as constants."""
     text = json.dumps({"activation_scales": scales}, indent=1, sort_keys=True)
     (directory / SCALES_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_scales(directory: Path) -> Scales:
-    """The inverse of :func:`write_scales`.
+    """Read what :func:`write_scales` wrote.
 
     Raises:
         ArtifactError: not such a file.
@@ -162,7 +162,7 @@ def _fold(
     recipe: Recipe,
     config: CheckpointConfig,
 ) -> None:
-    """Move a site's factors, and its rotation, into its readers and out of what is in front."""
+    """Move a site's factors, and its rotation, into its readers and out of what comes before."""
     block, path = _split(reader)
     site = next(s for s in sites_of(config, block) if s.readers[0] == path)
     factors = torch.from_numpy(values)
@@ -187,14 +187,14 @@ def _fold(
 
 
 def _readers_behind(spread: str, config: CheckpointConfig) -> list[str]:
-    """The linear layers that read what factors behind GELU were applied to."""
+    """List the linear layers that read what factors after GELU were applied to."""
     block, path = _split(spread)
     sites = [site for site in sites_of(config, block) if site.spread == path]
     return [f"{block}.{reader}" for site in sites for reader in site.readers]
 
 
 def _split(layer: str) -> tuple[str, str]:
-    """A layer's full name as its block's and the rest."""
+    """Split a layer's full name into its block's and the rest."""
     prefix = next(p for p in PREFIXES if layer.startswith(f"{p}."))
     index, _, path = layer.removeprefix(f"{prefix}.").partition(".")
     return f"{prefix}.{index}", path
@@ -203,7 +203,7 @@ def _split(layer: str) -> tuple[str, str]:
 def _stored(
     name: str, weight: Tensor, recipe: Recipe, held: Callable[[str], Array | None] | None
 ) -> Tensor:
-    """A weight as a graph multiplies by it: rounded anew, or what is held of it."""
+    """Give a weight as a graph multiplies by it: rounded anew, or as it is stored."""
     nearest = _rounded(weight, recipe)
     if recipe.rounding == "nearest":
         return nearest
@@ -216,19 +216,19 @@ def _stored(
         values = unpack(values, (inputs, outputs))
     scale = _scales(weight, recipe)  # (N, 1) or (N, K / block, 1)
     blocks = torch.from_numpy(values.astype(np.float32).T.copy()).reshape(*scale.shape[:-1], -1)
-    found = (blocks * scale).reshape(weight.shape)
-    far, near = (float((w - weight).square().sum()) for w in (found, nearest))
+    stored = (blocks * scale).reshape(weight.shape)
+    far, near = (float((w - weight).square().sum()) for w in (stored, nearest))
     least = NOISE**2 * float(weight.square().sum())
     if not far <= MOVED_SLACK * MAX_MOVED * near + least:
         raise VerificationError(
             f"{name}: expected values near those of the weight, their squared error at most "
             f"{MAX_MOVED:g} times that of rounding to nearest, {near:.3g}, found {far:.3g}"
         )
-    return found
+    return stored
 
 
 def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
-    """Per output channel or block, as a builder would see it; plain torch arithmetic."""
+    """Round a weight per output channel or block, as a builder sees it; plain torch arithmetic."""
     scale = _scales(weight, recipe)
     if recipe.weights == "int4":
         blocks = weight.reshape(*scale.shape[:2], -1)  # (N, K / block, block)
@@ -237,7 +237,7 @@ def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
 
 
 def _scales(weight: Tensor, recipe: Recipe) -> Tensor:
-    """The scales of a weight (N, K): (N, 1), of INT4 (N, K / block, 1)."""
+    """Compute the scales of a weight (N, K): (N, 1), of INT4 (N, K / block, 1)."""
     if recipe.weights == "int4":
         block = block_of(weight.shape[1], recipe.block_size)
         peak = weight.reshape(len(weight), -1, block).abs().amax(dim=2, keepdim=True)
@@ -279,7 +279,7 @@ def _rounding_hook(scale: float, recipe: Recipe) -> Any:
 
 
 def _rounded_attention(scales: AttentionScales) -> Any:
-    """A hook that puts attention with its operands and probabilities in E4M3 in place of it."""
+    """Make a hook that computes attention with its operands and probabilities in E4M3."""
 
     def fp8(x: Tensor, scale: float) -> Tensor:
         return _round(x / scale, "fp8") * scale

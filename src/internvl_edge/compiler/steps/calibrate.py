@@ -154,7 +154,7 @@ class _Block:
 def _write(
     writer: WeightsWriter, calibrated: CalibratedBlock, hidden: Mapping[str, Spool]
 ) -> list[str]:
-    """Make a block's weights durable, and what it left, which ``finish`` then need not wait for."""
+    """Make a block's weights durable, and the states it left: ``finish`` need not wait then."""
     written = write_block(writer, calibrated)
     writer.sync()
     for spool in hidden.values():
@@ -231,12 +231,12 @@ def _cost_of_calibration(plan: Plan) -> Cost:
 
 
 def _spooled(plan: Plan, tokens: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes of activations that calibration spools, in the tower that takes the most.
+    """Compute the bytes of activations that calibration spools, of the tower that takes most.
 
     Returns:
-        What enters the linear layers whose inputs will be smoothed or rotated, and behind the
-        vision tower its output in the checkpoint's basis. The hidden states in front of a block and
-        behind it, and that output, which are on disk in any case: a later run could take them up.
+        The inputs of linear layers that will be smoothed or rotated, and after the vision
+        tower its output in the checkpoint's basis. The hidden states before a block and
+        after it, and that output, which are on disk in any case: a later run could take them up.
     """
     config, recipe = plan.source.config, plan.recipe
     assert recipe is not None
@@ -244,25 +244,25 @@ def _spooled(plan: Plan, tokens: Mapping[str, int]) -> tuple[int, int]:
     streams = streams_of(plan.components)
     looking = len(streams & OF_IMAGES) * tokens[VISION_PREFIX]  # tokens of cross-attention's memory
     image = tokens[VISION_PREFIX] * config.vision.hidden_size
-    found = [(0, 0)]
+    sizes = [(0, 0)]
     run = {VISION_PREFIX, *(COMPONENTS[name].tower for name in plan.components)}
     for tower, count in tokens.items():
         if tower not in run:
             continue
         is_vision = tower == VISION_PREFIX
         width = config.vision.hidden_size if is_vision or llama is None else llama.hidden_size
-        behind = kept = 0 if is_vision else image
+        output = kept = 0 if is_vision else image
         for site in sites_of(config, f"{tower}.0"):
             if _is_spooled(recipe.of(f"{tower}.0"), site):
                 inputs = plan.source.tensors[f"{tower}.0.{site.readers[0]}.weight"].shape[1]
                 kept += inputs * (looking if site.norm in OFF_STREAM else count)
-        found.append((kept, 2 * count * width + behind))
-    kept, states = max(found, key=sum)
+        sizes.append((kept, 2 * count * width + output))
+    kept, states = max(sizes, key=sum)
     return FLOAT32_NBYTES * kept, FLOAT32_NBYTES * states
 
 
 def _is_spooled(recipe: Recipe, site: Site) -> bool:
-    """Whether what a site's readers see is known only when the block has run."""
+    """Tell whether the inputs of a site's readers are known only when the block has run."""
     is_turned = recipe.rotate and site.head_dim is not None
     is_changed = recipe.smooth is not None or is_turned
     is_folded = site.norm is not None or site.producer is not None
@@ -270,7 +270,7 @@ def _is_spooled(recipe: Recipe, site: Site) -> bool:
 
 
 def _rounding_operations(plan: Plan, tokens: Mapping[str, int]) -> float:
-    """Of GPTQ: products of every activation with itself, their factor, and the rounding by it."""
+    """Count GPTQ's operations: every activation's products, their factor, rounding by it."""
     return sum(
         2.0 * tokens[prefix] * width**2 + width**3 / 3 + 2.0 * outputs * width**2
         for block, widths in products_of(plan).items()
@@ -282,7 +282,7 @@ def _rounding_operations(plan: Plan, tokens: Mapping[str, int]) -> float:
 
 @functools.cache
 def matmul_flops() -> float:
-    """Float32 operations that this machine's matrix products do in a second, tried for a moment."""
+    """Measure, for a moment, the float32 operations of matrix products in a second."""
     rows, width = 1024, 3200
     a, b = torch.ones(rows, width), torch.ones(width, width)
     best = math.inf
@@ -294,7 +294,7 @@ def matmul_flops() -> float:
 
 
 def _block_nbytes(plan: Plan) -> int:
-    """Memory that calibrating the largest block needs, but for what is spooled."""
+    """Compute the memory that calibrating the largest block needs, but for what is spooled."""
     vision = plan.source.config.vision
     tokens = BATCH * vision.num_tokens(plan.image_size)
     running = FLOAT32_NBYTES * tokens * (2 * vision.intermediate_size + 6 * vision.hidden_size)

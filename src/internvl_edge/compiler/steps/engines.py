@@ -55,7 +55,7 @@ def require_targets(targets: Sequence[str], precision: str) -> None:
 
 
 def engine_graph(component: str, base: str) -> str:
-    """The graph that engines are built from, where it is not the component's own."""
+    """Name the graph that engines are built from, where it is not the component's own."""
     return f"{component}.{base}.onnx"
 
 
@@ -66,7 +66,7 @@ CHAT_DECODER_PROFILE = replace(CHAT_PROFILE, batch=(1, 1, 1))
 
 
 def profile_from(**sizes: str) -> ShapeRanges:
-    """A profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
+    """Make a profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
 
     Raises:
         UsageError: not three whole numbers in order.
@@ -75,7 +75,7 @@ def profile_from(**sizes: str) -> ShapeRanges:
 
 
 def ranges_from(**sizes: str | None) -> dict[str, Range]:
-    """The ranges of those dimensions that are given; see :func:`profile_from`."""
+    """Parse the ranges of those dimensions that are given; see :func:`profile_from`."""
     ranges = {}
     for name, text in sizes.items():
         if text is None:
@@ -90,7 +90,7 @@ def ranges_from(**sizes: str | None) -> dict[str, Range]:
 def profile_for(
     manifest: Manifest, component: str, asked: ShapeRanges | Mapping[str, Range] | None
 ) -> ShapeRanges:
-    """The profile of a component, no longer than the positions its model has.
+    """Choose the profile of a component, no longer than the positions its model has.
 
     Args:
         manifest: of the directory.
@@ -136,7 +136,7 @@ def _capped(sizes: Range, most: int) -> Range:
 
 
 def _dimensions(manifest: Manifest, components: Collection[str]) -> set[str]:
-    """The dimensions of components' inputs that are decided at run time."""
+    """Collect the dimensions of components' inputs that are decided at run time."""
     specs = [spec for name in components for spec in manifest.components[name].inputs]
     return {size for spec in specs for size in spec.shape if isinstance(size, str)}
 
@@ -296,7 +296,7 @@ def add_engines(
     keep: Path | None = None,
     report: Report = silent,
 ) -> Iterator[Manifest]:
-    """Build into ``directory``: the manifest after each engine, which the caller writes.
+    """Build into ``directory``; yield the manifest after each engine, which the caller writes.
 
     An engine is kept once the caller asks for the next: who finds it stale raises instead.
 
@@ -368,7 +368,7 @@ def _add_engine(
 
 
 def _preparation(component: str) -> Prepare:
-    """What is done to a graph for its builder: a language model's pairs are joined.
+    """Choose what is done to a graph for its builder: a language model's pairs are joined.
 
     That needs onnx-ir. Where only engines are built it may be missing, and the memory for what the
     builder joins is there or not.
@@ -381,7 +381,7 @@ def _preparation(component: str) -> Prepare:
 
 
 def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[TensorSpec, ...]:
-    """The component's inputs; of a graph for engines, a cache has the type it computes in."""
+    """List the component's inputs; of a graph for engines, a cache has its compute type."""
     record, base = manifest.components[component], source.split(".")[1]
     if source == record.file:
         return record.inputs
@@ -401,7 +401,7 @@ def _num_blocks(manifest: Manifest, component: str) -> int:
 
 
 def _phases(name: str, report: Report) -> Callable[[str, int, int], None]:
-    """The builder's own progress as ours."""
+    """Turn the builder's own progress into ours."""
 
     def tell(phase: str, done: int, total: int) -> None:
         report(Progress(step="build", detail=f"{name}: {phase}", done=done, total=total))
@@ -410,7 +410,7 @@ def _phases(name: str, report: Report) -> Callable[[str, int, int], None]:
 
 
 def _fingerprint(manifest: Manifest, graph: str) -> str:
-    """Identifies a graph together with the weights files it may read.
+    """Identify a graph together with the weights files it may read.
 
     A linked shard counts by its header, whether or not ``verify --full`` has hashed the rest.
     """
@@ -421,7 +421,7 @@ def _fingerprint(manifest: Manifest, graph: str) -> str:
 
 
 def graph_file(manifest: Manifest, component: str) -> str:
-    """The graph that a component's engines are built from."""
+    """Find the graph that a component's engines are built from."""
     base = (manifest.recipe or {}).get("engine_base")
     other = engine_graph(component, str(base))
     return other if other in manifest.files else manifest.components[component].file

@@ -89,7 +89,7 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
 
 
 def drop_ones(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -> None:
-    """Take out the products with factors behind GELU that calibration left at one."""
+    """Take out the products with factors after GELU that calibration left at one."""
     for name, factors in [*model.graph.initializers.items()]:
         if not name.endswith(".mlp.spread"):
             continue
@@ -118,7 +118,7 @@ def _linear(plan: Plan, weight: str, scale: float | None) -> QuantizedLinear:
 
 
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    """What a graph's inputs or outputs are."""
+    """Describe a graph's inputs or outputs."""
     return tuple(
         TensorSpec(
             name=str(value.name),

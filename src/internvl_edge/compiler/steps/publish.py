@@ -1,4 +1,4 @@
-"""What is published besides graphs and weights: the list of all files, the report, the manifest."""
+"""Everything published besides graphs and weights: list of files, report, manifest."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ListFiles:
 
 
 def _described(plan: Plan, build: Build) -> Manifest:
-    """The manifest, without files."""
+    """Make the manifest, without files."""
     calibration = build.calibration
     unverified = {"skipped": "not verified: --verify none"}
     return Manifest(
@@ -93,7 +93,7 @@ def _described(plan: Plan, build: Build) -> Manifest:
 
 
 def source_files(shards: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Size and header hash of each shard: enough to recognise a checkpoint without reading it."""
+    """Take size and header hash of each shard, which tell a checkpoint without reading it."""
     return {path.name: header_fingerprint(path) for path in shards}
 
 

@@ -32,30 +32,30 @@ def load_samples(plan: Plan) -> CalibrationSet:
     assert plan.recipe is not None
     count, seed = plan.recipe.num_samples, plan.recipe.seed
     if plan.options.calibration is not None:
-        found = load_calibration(plan.options.calibration, count, seed)
-        if found.skipped:
+        samples = load_calibration(plan.options.calibration, count, seed)
+        if samples.skipped:
             logger.warning(
                 "%s: skipped %d image(s) that do not decode: %s",
                 plan.options.calibration,
-                len(found.skipped),
-                ", ".join(found.skipped[:5]),
+                len(samples.skipped),
+                ", ".join(samples.skipped[:5]),
             )
-        if len(found) < count:
+        if len(samples) < count:
             logger.warning(
                 "%s: %d image(s) to calibrate on, the recipe asks for %d; ranges that few images "
                 "reach may clip others, add more",
                 plan.options.calibration,
-                len(found),
+                len(samples),
                 count,
             )
-        return found
+        return samples
     if plan.options.samples is not None:
         return plan.options.samples(count, seed)
     return sample_set("digits" if plan.is_demo else "photographs", count, seed)
 
 
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
-    """Ids for text embedding, matching and captioning, right-padded; None without a tokenizer."""
+    """Make ids for text embedding, matching and captioning, right-padded; None: no tokenizer."""
     path = plan.checkpoint.path / TOKENIZER_FILE
     if language_config(plan.checkpoint.config) is None or not path.exists():
         return None
@@ -68,7 +68,7 @@ def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | No
 
 
 def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
-    """Batches of normalised images and of ids."""
+    """Make batches of normalised images and of ids."""
     count = len(calibration)
     # one by one: photographs are large until they are resized
     each = [pixel_values(calibration.image(i), plan.preprocessing) for i in range(count)]
@@ -84,7 +84,7 @@ def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
 
 
 def random_ids(plan: Plan, count: int, length: int = 16) -> Array:
-    """Seeded ids for a checkpoint that comes without a tokenizer."""
+    """Draw seeded ids for a checkpoint that comes without a tokenizer."""
     llama = language_config(plan.checkpoint.config)
     if llama is None:
         return np.zeros((0, length), np.int64)

@@ -101,7 +101,7 @@ def trace_all(plan: Plan, model: AnyModel, base: str, report: Report) -> dict[st
 
 
 def shallow_config(config: CheckpointConfig) -> CheckpointConfig:
-    """The same model with no more blocks than stamping needs to see."""
+    """Shorten a model to the blocks that stamping needs to see."""
     depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in towers_of(config).items()}
     queries = depth.pop(QUERIES_PREFIX, None)
     language = next((n for prefix, n in depth.items() if prefix != VISION_PREFIX), 0)
@@ -160,7 +160,7 @@ def _trace(plan: Plan, name: str, config: CheckpointConfig, model: AnyModel) -> 
 
 
 def _rotary_constants(config: CheckpointConfig) -> dict[str, Array]:
-    """The language model's rotary tables by the names of its buffers."""
+    """Compute the language model's rotary tables, by the names of its buffers."""
     tables = {}
     if config.chat is not None and config.chat.llama is not None:
         tables["language_model"] = llama_tables(config.chat.llama)
@@ -199,7 +199,7 @@ class _Kept:
         self._graphs: dict[Hashable, ir.Model] = {}  # the one used last is the last one
 
     def get(self, key: Hashable, make: Callable[[], ir.Model]) -> ir.Model:
-        """A graph of the caller's own; two threads that miss the same key both make it."""
+        """Give the caller a graph of its own; two threads that miss the same key both make it."""
         with self._lock:
             graph = self._graphs.get(key)
         if graph is None:
@@ -218,14 +218,14 @@ _kept = _Kept(MAX_KEPT_NBYTES)
 
 
 def _nbytes(graph: ir.Model) -> int:
-    """Memory of a graph, about: what it holds of constants, and its nodes."""
+    """Estimate the memory of a graph: its constants and its nodes."""
     held = (value.const_value for value in graph.graph.initializers.values())
     constants = sum(0 if tensor is None else tensor.nbytes for tensor in held)
     return constants + NODE_NBYTES * graph.graph.num_nodes()
 
 
 def _cloned(graph: ir.Model) -> ir.Model:
-    """A clone that shares no types and shapes, which passes change in place."""
+    """Clone a graph, with types and shapes, which passes change in place."""
     clone = graph.clone()
     outputs = [value for node in clone.graph.all_nodes() for value in node.outputs]
     for value in (*clone.graph.inputs, *clone.graph.initializers.values(), *outputs):

@@ -1,4 +1,4 @@
-"""Every component of a directory beside the PyTorch reference, before anyone may use it."""
+"""Every component of a directory is compared with PyTorch, before anyone may use it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ CACHE_COPIES = 3  # of a cache in place that is compared: as it is given, read a
 SAMPLES = 4  # of the calibration set, to compare quantized components on
 MAX_WHOLE_NBYTES = 4_000_000_000  # of a float32 reference that --verify auto holds: 1 B parameters
 MAX_LOSS_DB = 3.0  # of a quantized graph, against the simulation of its quantization
-SAME_DB = 70.0  # beside the simulation: the same numbers
+SAME_DB = 70.0  # compared with the simulation: the same numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class Verify:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What is compared at once: a component, or a component with one block of its tower."""
+    """A part that is compared at once: a component, or one with a single block of its tower."""
 
     module: nn.Module
     rename: Callable[[str], str] = str  # the checkpoint's name of a parameter
@@ -176,12 +176,12 @@ class Checker:
     def check(
         self, component: str, path: Path, precision: str, *, base: str = "fp32"
     ) -> dict[str, Any]:
-        """Compare the graph at ``path``; the figures for the manifest.
+        """Compare the graph at ``path``, and return the figures for the manifest.
 
         Args:
             component: its name.
             path: its graph.
-            precision: decides the bound beside the reference.
+            precision: decides the bound against the reference.
             base: what the graph computes in around its 8-bit products.
 
         Raises:
@@ -218,7 +218,7 @@ class Checker:
         return [figures | ({"blocks": blocks} if blocks else {}) for figures in worst]
 
     def _audit(self, component: str, path: Path) -> None:
-        """Hold the numbers of a quantized graph against those of its calibration."""
+        """Compare the numbers of a quantized graph with those of its calibration."""
         quantization, stream = self.quantization, COMPONENTS[component].stream
         if quantization is None or stream is None:
             return
@@ -226,7 +226,7 @@ class Checker:
         require_as_calibrated(ir.load(path), path.name, scales, quantization.recipe)
 
     def _blocks(self, component: str) -> list[int]:
-        """The blocks to compare one after the other; none where all are compared at once."""
+        """List the blocks to compare one after the other; none where all are compared at once."""
         tower = COMPONENTS[component].tower
         if self.model is not None or tower is None:
             return []
@@ -262,29 +262,29 @@ class Checker:
     ) -> dict[str, Any]:
         feeds, reference, simulated = expected.feeds, expected.reference, expected.simulated
         actual = self._run(component, part, path, feeds)
-        found = agreements(reference, actual)
+        measured = agreements(reference, actual)
         where = component if part.block is None else f"{component}, block {part.block}"
-        # Behind missing blocks activations leave the ranges that they were calibrated for: the
+        # After missing blocks activations leave the ranges that they were calibrated for: the
         # simulation shows the same clipping, the reference does not.
         if simulated is None or part.block is None:
             own = precision_of(precision, component)
             own = "fp32" if COMPONENTS[component].tower == QUERIES_PREFIX else own
-            require_agreement(found, where, base if own == "fp32" else own)
-        figures = summary(found, len(next(iter(feeds.values()))))
+            require_agreement(measured, where, base if own == "fp32" else own)
+        figures = summary(measured, len(next(iter(feeds.values()))))
         if simulated is None:
             return figures
-        beside = agreements(simulated, actual)
+        rounded = agreements(simulated, actual)
         bound = "simulated" if base == "fp32" else "simulated, 16-bit"
-        require_agreement(beside, where, bound if part.block is None else f"{bound}, one block")
+        require_agreement(rounded, where, bound if part.block is None else f"{bound}, one block")
         ceiling = math.inf if base == "fp32" else BOUNDS[base][1]
-        _require_no_loss(where, found, agreements(reference, simulated), beside, ceiling)
+        _require_no_loss(where, measured, agreements(reference, simulated), rounded, ceiling)
         if part.block is not None:
-            return summary(beside, figures["samples"]) | {"against": "simulated quantization"}
-        figures["simulated_sqnr_db"] = min(f.sqnr_db for f in beside.values())
+            return summary(rounded, figures["samples"]) | {"against": "simulated quantization"}
+        figures["simulated_sqnr_db"] = min(f.sqnr_db for f in rounded.values())
         return figures
 
     def _simulated(self, component: str, part: _Part) -> _Part:
-        """The same part of the model in the form that the recipe quantizes."""
+        """Build the same part of the model in the form that the recipe quantizes."""
         if self.simulated is not None:
             return _Part(module=build_component(COMPONENTS[component], self.simulated))
         assert self.quantization is not None and part.block is not None
@@ -306,31 +306,31 @@ class Checker:
     def _reference(
         self, component: str, part: _Part, feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """The module's outputs under the graph's names."""
+        """Compute the module's outputs, under the graph's names."""
         if part.block is None:
             return reference_outputs(part.module, component, feeds, self.config)
-        found = reference_outputs(part.module, component, feeds, with_depth(self.config, 1, 1))
-        return {name.replace(".0.", f".{part.block}."): values for name, values in found.items()}
+        outputs = reference_outputs(part.module, component, feeds, with_depth(self.config, 1, 1))
+        return {name.replace(".0.", f".{part.block}."): values for name, values in outputs.items()}
 
 
 def graph_capacity(model: ir.Model) -> int | None:
-    """How many positions a decoder's cache has that is written in place; None: it grows."""
+    """Count the positions of a decoder's cache that is written in place; None: it grows."""
     return capacity_of({spec.name: spec for spec in tensor_specs(model.graph.inputs)})
 
 
 def run_as_reference(
     session: OrtSession, feeds: Mapping[str, Array], preprocessing: Preprocessing | None
 ) -> dict[str, Array]:
-    """Outputs for the feeds of a component's reference, in the shapes that the reference gives."""
+    """Run a graph on the feeds of its reference: outputs in the shapes that the reference gives."""
     given = in_place(feeds, session.inputs)
-    found = session.run(graph_feeds(session.inputs, given, preprocessing))
+    outputs = session.run(graph_feeds(session.inputs, given, preprocessing))
     if capacity_of(session.inputs) is None:
-        return found
-    return grown(found, feeds[MASK].shape[1])
+        return outputs
+    return grown(outputs, feeds[MASK].shape[1])
 
 
 def runnable(model: ir.Model) -> bytes:
-    """A graph, changed in place, as ONNX Runtime computes it on this CPU to what it stands for."""
+    """Change a graph, in place, to one that ONNX Runtime computes correctly on this CPU."""
     widen(model)
     if products_saturate():
         take_unsigned_weights(model)
@@ -340,34 +340,34 @@ def runnable(model: ir.Model) -> bytes:
 
 def _require_no_loss(
     where: str,
-    found: Mapping[str, Agreement],
+    measured: Mapping[str, Agreement],
     possible: Mapping[str, Agreement],
-    beside: Mapping[str, Agreement],
+    rounded: Mapping[str, Agreement],
     ceiling_db: float,
 ) -> None:
-    """A graph may not be further from the reference than its quantization has to be.
+    """Refuse a graph that is further from the reference than its quantization has to be.
 
     Roundings that fall to the other side make graph and simulation drift apart in deep models
     without making either worse; a scale that is too coarse makes the graph worse. Of a graph in 16
     bits no more than ``ceiling_db`` is asked.
     """
-    for name, figure in found.items():
+    for name, figure in measured.items():
         wanted = min(possible[name].sqnr_db, ceiling_db) - MAX_LOSS_DB
-        if figure.sqnr_db < wanted and beside[name].sqnr_db < SAME_DB:
+        if figure.sqnr_db < wanted and rounded[name].sqnr_db < SAME_DB:
             raise VerificationError(
-                f"{where}, output {name!r}: expected at least {wanted:.1f} dB beside PyTorch, as "
+                f"{where}, output {name!r}: expected at least {wanted:.1f} dB against PyTorch, as "
                 f"its recipe allows, found {figure.sqnr_db:.1f} dB"
             )
 
 
 def reference_nbytes(checkpoint: Checkpoint) -> int:
-    """Memory of the float32 reference."""
+    """Compute the memory of the float32 reference."""
     parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
     return parameters * FLOAT32_NBYTES
 
 
 def is_compared_whole(checkpoint: Checkpoint, verify: Which) -> bool:
-    """Whether the whole reference is held in memory, rather than one block of it at a time."""
+    """Tell whether the whole reference is held in memory, rather than one block at a time."""
     return verify == "full" or reference_nbytes(checkpoint) <= MAX_WHOLE_NBYTES
 
 
@@ -375,7 +375,7 @@ def _cost(plan: Plan) -> Cost:
     whole = is_compared_whole(plan.checkpoint, plan.options.verify)
     compared, seconds = reference_nbytes(plan.checkpoint), 1.0
     if not whole:
-        # one block and what is in front of and behind its tower
+        # one block, and what comes before and after its tower
         blocks = block_sizes(plan)
         other = compared // FLOAT32_NBYTES - sum(blocks.values())
         head = plan.source.tensors.get(LLAMA_HEAD)
@@ -399,7 +399,7 @@ def _cost(plan: Plan) -> Cost:
 
 
 def _cache_nbytes(plan: Plan, *, whole: bool) -> int:
-    """What comparing a decoder holds of a cache of fixed capacity, of one layer or of all."""
+    """Compute the bytes of a decoder's cache of fixed capacity while it is compared."""
     llama, capacity = language_config(plan.checkpoint.config), plan.options.cache_capacity
     if llama is None or capacity is None:
         return 0
@@ -436,7 +436,7 @@ def open_source(artifact: Artifact, checkpoint: Path) -> Checkpoint:
 
 
 def _listed(shards: Mapping[str, int]) -> str:
-    """The first shards with their sizes."""
+    """List the first shards with their sizes."""
     some = [f"{name} of {nbytes} bytes" for name, nbytes in [*shards.items()][:MAX_LISTED]]
     return ", ".join([*some, *[f"{len(shards) - MAX_LISTED} more"] * (len(shards) > MAX_LISTED)])
 

@@ -68,7 +68,7 @@ FLOAT32 = np.dtype(np.float32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsPlan:
-    """How every parameter that is read comes into OUT."""
+    """The way of every parameter that is read into OUT."""
 
     reads: Mapping[str, frozenset[str]]  # component → the parameters that its graph reads
     brought: frozenset[str]  # parameters that lie in the checkpoint's own shards, which are brought
@@ -91,9 +91,7 @@ def plan_weights(plan: Plan, model: InternVL | Chat | InternViT) -> WeightsPlan:
         name: DTYPES[STORED_TYPES[policy.dtype_of(name)]]
         for name in sorted(set[str]().union(*reads.values()))
     }
-    if any(
-        COMPONENTS[name].takes_embeds for name in reads
-    ):  # the runtime reads it, as the checkpoint stores it
+    if any(COMPONENTS[name].takes_embeds for name in reads):  # by the runtime, as it is stored
         needed.setdefault(CHAT_TOKENS, tensors[CHAT_TOKENS].dtype)
     if plan.recipe is not None:
         layout = quantized_layout(plan, needed)
@@ -147,7 +145,7 @@ class StoreWeights:
 
 
 def cost_of_writing(plan: Plan, weights: WeightsPlan) -> Cost:
-    """Memory, disk and time of the weights file, but for calibration."""
+    """State memory, disk and time of the weights file, but for calibration."""
     written = sum(math.prod(shape) * int(d.itemsize) for d, shape in weights.layout.values())
     sizes = {name: math.prod(entry.shape) for name, entry in plan.source.tensors.items()}
     if plan.recipe is not None:  # the rest is calibration's
@@ -181,7 +179,7 @@ def require_as_planned(weights: WeightsPlan, build: Build) -> None:
 
 
 def block_sizes(plan: Plan) -> dict[str, int]:
-    """Parameters of every block that a recipe may quantize."""
+    """Count the parameters of every block that a recipe may quantize."""
     sizes: dict[str, int] = {}
     for name, entry in plan.source.tensors.items():
         for prefix in PREFIXES:
@@ -192,7 +190,7 @@ def block_sizes(plan: Plan) -> dict[str, int]:
 
 
 def engine_nbytes(plan: Plan, names: Collection[str]) -> int:
-    """Bytes of parameters as an engine holds them."""
+    """Compute the bytes of parameters as an engine holds them."""
     entries = plan.source.tensors
     if plan.recipe is None:
         itemsize = int(DTYPES[STORED_AS[plan.options.precision]].itemsize)
@@ -205,7 +203,7 @@ def engine_nbytes(plan: Plan, names: Collection[str]) -> int:
 
 
 def towers_of(config: CheckpointConfig) -> dict[str, tuple[int, int]]:
-    """Prefix of each tower's blocks → their period and their number."""
+    """List the towers: prefix of their blocks → period and number of these."""
     towers = {VISION_PREFIX: (1, config.vision.num_hidden_layers)}
     if config.internvl is not None:
         period = config.internvl.cross_attention_frequency
@@ -227,22 +225,22 @@ def shape_of(plan: Plan, name: str) -> tuple[int, ...]:
 
 
 def quantized_layers(checkpoint: Checkpoint, recipe: Recipe, needed: Iterable[str]) -> list[str]:
-    """Weights that a recipe puts into 8 bits: the towers' linear layers, by parameter name."""
+    """List the weights that a recipe puts into 8 bits: the towers' linear layers."""
     prefixes = tuple(f"{prefix}." for prefix in PREFIXES)
-    found = []
+    layers = []
     for name in needed:
         shape = checkpoint.tensors[name].shape
         layer = name.removesuffix(".weight")
         is_linear = name.startswith(prefixes) and layer != name and len(shape) == 2
         if is_linear and is_quantized(recipe, layer, shape[1], shape[0]):
-            found.append(name)
-    return found
+            layers.append(name)
+    return layers
 
 
 def quantized_layout(
     plan: Plan, needed: Collection[str]
 ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a quantized directory's weights file."""
+    """Lay out a quantized directory's weights file: dtype and shape of every tensor."""
     assert plan.recipe is not None
     layout: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     layers = set(quantized_layers(plan.source, plan.recipe, needed))
@@ -250,8 +248,8 @@ def quantized_layout(
         shape = shape_of(plan, name)
         if name in layers:
             outputs, inputs = shape
-            found = stored_layout((outputs, inputs), plan.recipe.of(name))
-            layout[name], layout[name + SCALE_SUFFIX] = found
+            stored = stored_layout((outputs, inputs), plan.recipe.of(name))
+            layout[name], layout[name + SCALE_SUFFIX] = stored
         else:
             # gains may be folded, and are small; what is large stays as the checkpoint has it
             held = plan.source.tensors[name].dtype
@@ -265,8 +263,8 @@ def quantized_layout(
 
 
 def smoothed_readers(plan: Plan, layers: Container[str]) -> list[str]:
-    """The first reader of every site whose columns calibration may scale or rotate."""
-    config, found = plan.source.config, []
+    """List the first reader of every site whose columns calibration may scale or rotate."""
+    config, readers = plan.source.config, []
     towers = {prefix: n for prefix, (_, n) in towers_of(config).items() if prefix in PREFIXES}
     for prefix, depth in towers.items():
         for block in (f"{prefix}.{i}" for i in range(depth)):
@@ -274,12 +272,12 @@ def smoothed_readers(plan: Plan, layers: Container[str]) -> list[str]:
                 names = [f"{block}.{r}.weight" for r in site.readers]
                 producer = f"{block}.{site.producer}.weight"
                 if all(n in layers for n in names) and (site.norm or producer in layers):
-                    found.append(f"{block}.{site.readers[0]}")
-    return found
+                    readers.append(f"{block}.{site.readers[0]}")
+    return readers
 
 
 def products_of(plan: Plan) -> dict[str, list[tuple[int, int]]]:
-    """Block → (inputs, outputs) of each activation whose readers are rounded by its products."""
+    """List, by block, (inputs, outputs) of activations whose readers are rounded by products."""
     assert plan.recipe is not None
     layers = quantized_layers(plan.source, plan.recipe, plan.source.tensors)
     shapes = {
@@ -287,7 +285,7 @@ def products_of(plan: Plan) -> dict[str, list[tuple[int, int]]]:
         for name in layers
         if plan.recipe.of(name).rounding == "gptq"
     }
-    found: dict[str, list[tuple[int, int]]] = {}
+    products: dict[str, list[tuple[int, int]]] = {}
     for block in dict.fromkeys(_block_of(name) for name in shapes):
         alone = {name: [name] for name in shapes if _block_of(name) == block}
         for site in sites_of(plan.source.config, block):
@@ -296,11 +294,11 @@ def products_of(plan: Plan) -> dict[str, list[tuple[int, int]]]:
                 alone |= {readers[0]: readers}
                 for name in readers[1:]:
                     del alone[name]
-        found[block] = [
+        products[block] = [
             (shapes[name][1], sum(shapes[reader][0] for reader in readers))
             for name, readers in alone.items()
         ]
-    return found
+    return products
 
 
 def _block_of(layer: str) -> str:
@@ -309,7 +307,7 @@ def _block_of(layer: str) -> str:
 
 
 def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:
-    """Write what one calibrated block leaves behind; the names of the tensors written."""
+    """Write the tensors of a calibrated block, and return their names."""
     tensors = {name: weight.values for name, weight in block.weights.items()}
     tensors |= {name + SCALE_SUFFIX: weight.scales for name, weight in block.weights.items()}
     tensors |= {name: values.astype(FLOAT32) for name, values in block.folded.items()}
@@ -324,7 +322,7 @@ def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:
 
 
 def _copied(report: Report) -> Callable[[str, int, int], None]:
-    """Progress of a copy as ours."""
+    """Turn the progress of a copy into ours."""
 
     def copied(shard: str, done: int, total: int) -> None:
         done, total = done // 10**6, -(-total // 10**6)
@@ -356,7 +354,7 @@ def _written(plan: Plan, layout: Layout, build: Build) -> dict[str, StoredTensor
 
 
 def read_tensor(plan: Plan, name: str) -> Array:
-    """A parameter as the graphs of this resolution need it; resampled positions in float32."""
+    """Read a parameter as graphs of this resolution need it; resampled positions in float32."""
     if name.endswith(SMOOTHING_SUFFIX):  # of a site that nothing was folded at
         shape = plan.source.tensors[name.replace(SMOOTHING_SUFFIX, ".weight")].shape[1:]
         return np.ones(shape, np.float32)
@@ -371,7 +369,7 @@ def read_tensor(plan: Plan, name: str) -> Array:
 
 
 def held_weights(plan: Plan, needed: Iterable[str]) -> dict[str, TensorEntry]:
-    """Those of the needed parameters that the checkpoint has as they are."""
+    """Select the needed parameters that the checkpoint has as they are."""
     resized = plan.image_size != plan.source.config.vision.image_size
     return {n: plan.source.tensors[n] for n in needed if n != POSITIONS or not resized}
 
@@ -381,7 +379,7 @@ def can_bring(
     needed: Mapping[str, np.dtype[Any]],
     held: Mapping[str, TensorEntry],
 ) -> bool:
-    """Whether the checkpoint's own shards can be what the graphs read.
+    """Tell whether the checkpoint's own shards can be what the graphs read.
 
     Raises:
         UsageError: they are to be linked, and a tensor is not aligned to its item size.
@@ -428,7 +426,7 @@ def copy_rest(
 
 
 def convert(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Another float type; values beyond float16's range saturate rather than become infinite."""
+    """Convert to another float type; values beyond float16's range saturate, none is infinite."""
     if values.dtype == dtype:
         return values
     wide = values.astype(FLOAT32)
