@@ -196,22 +196,22 @@ class _Kept:
     def __init__(self, most_nbytes: int) -> None:
         self._most_nbytes = most_nbytes
         self._lock = threading.Lock()
-        self._graphs: dict[Hashable, ir.Model] = {}  # the one used last is the last one
+        # each with its size; the one used last is the last one
+        self._graphs: dict[Hashable, tuple[ir.Model, int]] = {}
 
     def get(self, key: Hashable, make: Callable[[], ir.Model]) -> ir.Model:
         """Give the caller a graph of its own; two threads that miss the same key both make it."""
         with self._lock:
-            graph = self._graphs.get(key)
-        if graph is None:
+            held = self._graphs.get(key)
+        if held is None:
             graph = make()
+            held = graph, _nbytes(graph)
         with self._lock:
             self._graphs.pop(key, None)
-            self._graphs[key] = graph
-            nbytes = {kept: _nbytes(other) for kept, other in self._graphs.items()}
-            while sum(nbytes.values()) > self._most_nbytes:
-                oldest = next(iter(self._graphs))
-                del self._graphs[oldest], nbytes[oldest]
-        return _cloned(graph)
+            self._graphs[key] = held
+            while sum(nbytes for _, nbytes in self._graphs.values()) > self._most_nbytes:
+                del self._graphs[next(iter(self._graphs))]
+        return _cloned(held[0])
 
 
 _kept = _Kept(MAX_KEPT_NBYTES)
