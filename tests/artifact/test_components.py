@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from internvl_edge.compiler.forecast import forecast
 from support.checkpoints import write_internvl
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from internvl_edge.artifact.components import (
 )
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.forecast import forecast
 from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.components import MODULES
 from internvl_edge.export.precision import precision_of
