@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-faults check format bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime docs gpu-check clean
+.PHONY: install demo test test-fast test-faults check format bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime docs gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -15,8 +15,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m internvl_edge.demo --out out/demo --force
 
+# On every core, at most four. One file, or with a debugger: python -m pytest tests/runtime/trt
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# Without what is marked slow: the inner loop
+test-fast: install
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # Whole commands under injected faults, by strace; FAULT_POINTS=6 for less
 test-faults: install

@@ -33,7 +33,7 @@ import torch
 
 from internvl_edge.artifact.components import COMPONENTS, VISION
 from internvl_edge.artifact.workspace import Workspace
-from internvl_edge.compiler.oracle.simulate import fake_quantized
+from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import source_of
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_model
@@ -194,7 +194,14 @@ def quantized_output(
             held |= {name: weight.values for name, weight in done.weights.items()}
         work.close()
         model = build_component(COMPONENTS[VISION], load_model(source))
-        with fake_quantized(model, scales, recipe, stored, source.config, held=held.__getitem__):
+        quantization = Quantization(
+            recipe=recipe,
+            scales={"image": scales},
+            stored=stored,
+            source=source,
+            held=held.__getitem__,
+        )
+        with quantization.applied_to(model, "image"):
             output: Array = model(held_out).numpy()
     return output
 

@@ -32,7 +32,7 @@ from internvl_edge.artifact.components import COMPONENTS, IMAGE_EMBED
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.timing import Timing, measure_many
 from internvl_edge.compiler.plan import demo_checkpoint
-from internvl_edge.demo import evaluate
+from internvl_edge.demo import evaluate, scenes
 from internvl_edge.demo.picture import ask, drawn
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.disk import write_atomically
@@ -60,7 +60,9 @@ human = Console(stderr=True, highlight=False)
 def export(out: Path, precision: str, *, force: bool) -> Artifact:
     """Compile the bundled model at one precision into ``out/precision``."""
     started = time.perf_counter()
-    options = compiler.ExportOptions(out=out / precision, precision=precision, force=force)
+    options = compiler.ExportOptions(
+        out=out / precision, precision=precision, samples=scenes.calibration_set, force=force
+    )
     with progress(precision) as report:
         artifact = compiler.export(options, report)
     say(

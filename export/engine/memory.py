@@ -23,7 +23,7 @@ JOINED_SHARE, JOINED_SHARE_8_BITS = 0.42, 0.38
 
 
 def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
-    """Disk that weights joined for a builder take until the engine is built.
+    """Compute the disk that weights joined for a builder take until the engine is built.
 
     Args:
         component: its name.
@@ -41,7 +41,7 @@ def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
 
 
 def builder_nbytes(component: str, weights_nbytes: int, num_blocks: int, precision: str) -> int:
-    """Anonymous memory that building a component's engine takes."""
+    """Compute the anonymous memory that building a component's engine takes."""
     merged = int(MERGED_SHARE * weights_nbytes) if find_component(component).is_language else 0
     merged -= joined_nbytes(component, weights_nbytes, precision)
     own = BUILDER_NBYTES + BUILDER_NBYTES_PER_BLOCK * num_blocks

@@ -25,7 +25,6 @@ from internvl_edge.artifact.components import (
 )
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.forecast import forecast
 from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.components import MODULES
 from internvl_edge.export.precision import precision_of
@@ -71,7 +70,7 @@ def test_a_new_component_is_a_row_and_a_module(
         calibration=pictures if "int8" in precision else None,
         verify="full",
     )
-    assert forecast(options).steps
+    assert compiler.forecast(options).steps
     compiler.export(options)
 
     manifest = open_artifact(options.out).manifest

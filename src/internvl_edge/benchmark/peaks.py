@@ -260,7 +260,7 @@ def build_peak_engine(model: bytes, folder: Path, target: str) -> Path:
 
     path = folder / "peak.onnx"
     path.write_bytes(model)
-    record = build_engine(
+    built = build_engine(
         path,
         folder / "engines",
         component="peak",
@@ -270,7 +270,7 @@ def build_peak_engine(model: bytes, folder: Path, target: str) -> Path:
         inputs=(NUMBER,),
         onnx_sha256=hashlib.sha256(model).hexdigest(),
     )
-    return folder / record.file
+    return folder / built.record.file
 
 
 def _best_seconds(run: Callable[[], object], clock: Clock) -> float:

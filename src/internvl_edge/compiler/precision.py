@@ -17,7 +17,7 @@ LANGUAGE_LAYERS = r"^(?!vision_model\.)"
 
 
 def recipe_of(precision: str) -> Recipe | None:
-    """The default recipe of ``--precision``; None where nothing is quantized.
+    """Choose the default recipe of ``--precision``; None where nothing is quantized.
 
     Raises:
         UsageError: an unknown precision or component, or a tower with two precisions.
@@ -41,5 +41,5 @@ def recipe_of(precision: str) -> Recipe | None:
 
 
 def is_quantized(precision: str) -> bool:
-    """Whether a precision that ``recipe_of`` takes quantizes anything."""
+    """Tell whether a precision that ``recipe_of`` takes quantizes anything."""
     return recipe_of(precision) is not None

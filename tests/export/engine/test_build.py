@@ -51,7 +51,7 @@ def build(tmp_path: Path, trt: Any, **changes: Any) -> EngineRecord:
         "onnx_sha256": "ab" * 32,
         "trt": trt,
     }
-    return engine.build_engine(graph, tmp_path / "engines", **{**arguments, **changes})
+    return engine.build_engine(graph, tmp_path / "engines", **{**arguments, **changes}).record
 
 
 def info_of(tmp_path: Path, record: EngineRecord) -> EngineInfo:
