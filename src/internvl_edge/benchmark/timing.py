@@ -57,6 +57,7 @@ NS_PER_S, NS_PER_MS = 1_000_000_000, 1_000_000
 TURN_CALLS = 10  # at most, of one contender before the next
 MIN_ROUNDS = 20  # of contenders that are compared: k = 6
 SETTLE_S = 0.05  # before a turn: threads of the last contender stop spinning for work
+PERCENTILES = (50, 90, 95, 99)
 TAIL = 40  # 1/40 of the probability is left out on each side of an interval
 
 Clock = Callable[[], int]  # nanoseconds, monotonic
@@ -79,7 +80,7 @@ class Distribution:
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> Distribution:
         """The distribution of samples."""
-        p50, p90, p95, p99 = map(float, np.percentile(samples_ms, (50, 90, 95, 99)))
+        p50, p90, p95, p99 = map(float, np.percentile(samples_ms, PERCENTILES))
         return cls(
             avg=float(np.mean(samples_ms)),
             min=min(samples_ms),
