@@ -79,7 +79,7 @@ class Distribution:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> Distribution:
-        """The distribution of samples."""
+        """Compute the distribution of samples."""
         p50, p90, p95, p99 = map(float, np.percentile(samples_ms, PERCENTILES))
         return cls(
             avg=float(np.mean(samples_ms)),
@@ -111,7 +111,7 @@ class Timing:
     bound_ms: float | None = None  # that p99 had to keep
 
     def percentile_ms(self, q: float) -> float:
-        """Between the order statistics, linearly."""
+        """Interpolate between the order statistics, linearly."""
         return float(np.percentile(self.samples_ms, q))
 
     @property
@@ -121,7 +121,7 @@ class Timing:
         return self.items * len(self.samples_ms) / wall_s
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the raw samples."""
+        """Return everything but the raw samples."""
         fields: dict[str, Any] = {
             "latency": Distribution.of(self.samples_ms).to_json(),
             "throughput": {"unit": "items/s", "avg": self.throughput},
@@ -148,7 +148,7 @@ class Ratio:
 
 
 def ratio_of(one: Timing, other: Timing) -> Ratio:
-    """The latency of ``one`` over that of ``other``, of contenders measured in turns.
+    """Divide the latency of ``one`` by that of ``other``; they were measured in turns.
 
     Raises:
         UsageError: they were not measured together, so that rounds do not correspond.
@@ -172,7 +172,7 @@ def ratio_of(one: Timing, other: Timing) -> Ratio:
 
 
 def _interval_rank(rounds: int) -> int:
-    """The largest k with P(Bin(rounds, ½) < k) ≤ 1/TAIL, from 1; 0 where there is none."""
+    """Find the largest k with P(Bin(rounds, ½) < k) ≤ 1/TAIL, from 1; 0 where there is none."""
     rank, ways, below = 0, 1, 1  # ways to get exactly rank, and at most rank, of the 2ⁿ
     while TAIL * below <= 1 << rounds:
         rank += 1
@@ -281,9 +281,9 @@ def measure_many(
 
 def _require(counts: Mapping[str, int], times: Mapping[str, float]) -> None:
     if min(counts.values()) < 1 or min(times.values()) < 0:
-        found = ", ".join(f"{name}={value}" for name, value in {**counts, **times}.items())
+        given = ", ".join(f"{name}={value}" for name, value in {**counts, **times}.items())
         raise UsageError(
-            f"measure: expected counts of at least 1 and times of at least 0, found {found}"
+            f"measure: expected counts of at least 1 and times of at least 0, found {given}"
         )
 
 
