@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-faults check format bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime gpu-check clean
+.PHONY: install demo test test-fast test-faults check format bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime docs gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -15,8 +15,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m internvl_edge.demo --out out/demo --force
 
+# On every core, at most four. One file, or with a debugger: python -m pytest tests/runtime/trt
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# Without what is marked slow: the inner loop
+test-fast: install
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # Whole commands under injected faults, by strace; FAULT_POINTS=6 for less
 test-faults: install
@@ -30,6 +36,12 @@ check: install
 format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
+# The site in out/docs: the reference pages are written anew, warnings are errors
+docs: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build -W --keep-going -q -E -b html docs out/docs
+
 bench-demo: install
 	$(BIN)/python -m internvl_edge.demo --out out/bench --force --json > benchmarks/results/demo.json
 
@@ -37,7 +49,7 @@ bench-demo: install
 bench-fullsize: install
 	$(BIN)/python benchmarks/fullsize.py $(FLAGS)
 
-# The tables of docs/quantization.md, but for ModelOpt's rows: FLAGS="--modelopt-python PYTHON"
+# The tables of docs/explanation/quantization.md, but for ModelOpt's rows: FLAGS="--modelopt-python PYTHON"
 bench-quant: install
 	$(BIN)/python benchmarks/quant.py --peers --recipes "naive, max" "int8 (+ bias correction)" fp8 --json benchmarks/results/quant.json
 	$(BIN)/python benchmarks/quant.py --width 640 --image-size 112 --seeds 0 1 --json benchmarks/results/quant-ladder.json

@@ -35,6 +35,7 @@ import numpy as np
 
 import internvl_edge
 from internvl_edge import compiler
+from internvl_edge.artifact.components import COMPONENTS, DECODER
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
@@ -108,9 +109,9 @@ def eager(checkpoint: Path, config: Any) -> dict[str, float]:
     import torch
 
     from internvl_edge.export.checkpoint.load import load_reference
-    from internvl_edge.export.components import COMPONENTS, build_component
+    from internvl_edge.export.components import build_component
 
-    module = build_component(COMPONENTS["decoder"], load_reference(checkpoint))
+    module = build_component(COMPONENTS[DECODER], load_reference(checkpoint))
 
     class Reference:
         def __init__(self) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from internvl_edge import load
+from internvl_edge.artifact.components import find_component
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.contenders import contender_of
 from internvl_edge.benchmark.inputs import as_taken, seeded_feeds, seeded_picture
@@ -29,7 +30,6 @@ from internvl_edge.errors import InternVLError
 from internvl_edge.files.memory import peak_rss_nbytes
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.ort.options import OrtOptions
-from internvl_edge.runtime.ort.session import TOWERS
 from internvl_edge.runtime.session import open_component, require_backend
 from internvl_edge.runtime.trt.options import TrtOptions
 from internvl_edge.runtime.trt.session import TrtSession
@@ -58,7 +58,8 @@ def component(job: Job) -> dict[str, Any]:
             figures |= latencies(session.run, feeds, job["seconds"])
         if job["timed"] and isinstance(session, TrtSession):
             figures["phases_ms"] = phases(session, feeds)
-    if job["timed"] and device != "cpu" and (backend != "onnxruntime" or name in TOWERS):
+    has_graphs = backend != "onnxruntime" or find_component(name).is_vision
+    if job["timed"] and device != "cpu" and has_graphs:
         figures |= without_graphs(artifact, job, feeds)
     figures["peak_rss_nbytes"] = peak_rss_nbytes()
     if job["timed"] and before is not None and after is not None:  # else others run too

@@ -25,7 +25,7 @@ import numpy as np
 import internvl_edge
 from internvl_edge import compiler
 from internvl_edge.benchmark.machine import environment
-from internvl_edge.demo import evaluate
+from internvl_edge.demo import evaluate, scenes
 from internvl_edge.quantize.recipe import Recipe, recipe_for
 from internvl_edge.types import Array
 
@@ -82,6 +82,7 @@ def main() -> None:
                         precision=precision,
                         recipe=recipe,
                         components=COMPONENTS,
+                        samples=scenes.calibration_set,
                         verify="none",
                     )
                 )

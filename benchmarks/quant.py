@@ -5,8 +5,8 @@
 Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain;
 with function-preserving outlier channels; with massive activations and outliers between v and its
 projection as well; and with outlier channels after GELU on top. Each is calibrated on a few
-photographs; what it computes is simulated in PyTorch (``compiler.simulate``, which every export is
-held against) on photographs it has not seen, and ``last_hidden_state`` is compared with float32.
+photographs; what it computes is simulated in PyTorch (``oracle.simulate``, which every export
+is held against) on photographs it has not seen, and ``last_hidden_state`` is compared with float32.
 Massive activations carry nearly all of the signal's energy, so figures leave out the few channels
 and tokens that hold them (``ordinary``).
 
@@ -31,12 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from internvl_edge.artifact.components import COMPONENTS, VISION
 from internvl_edge.artifact.workspace import Workspace
-from internvl_edge.compiler.oracle.simulate import fake_quantized
+from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import source_of
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_model
-from internvl_edge.export.components import COMPONENTS, build_component
+from internvl_edge.export.components import build_component
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
@@ -192,8 +193,15 @@ def quantized_output(
             stored |= done.folded
             held |= {name: weight.values for name, weight in done.weights.items()}
         work.close()
-        model = build_component(COMPONENTS["vision"], load_model(source))
-        with fake_quantized(model, scales, recipe, stored, source.config, held=held.__getitem__):
+        model = build_component(COMPONENTS[VISION], load_model(source))
+        quantization = Quantization(
+            recipe=recipe,
+            scales={"image": scales},
+            stored=stored,
+            source=source,
+            held=held.__getitem__,
+        )
+        with quantization.applied_to(model, "image"):
             output: Array = model(held_out).numpy()
     return output
 

@@ -9,10 +9,10 @@
     openvino int8                our float32 graph through NNCF, where both are installed
 
 All have the same number of threads and the same image, and take turns: 20 rounds at least, of one
-call each where calls are slow, so that intervals are what they say (``runtime.bench``). The share
-of matrix products is from ONNX Runtime's profile of the INT8 graph, and is shown with the share of
-this machine's peaks (``compiler.peaks``) that the whole run reached: what could still go. Targets:
-INT8 at least 3 times as fast as PyTorch eager, and not slower than OpenVINO's INT8.
+call each where calls are slow, so that intervals are what they say (``benchmark.timing``). The
+share of matrix products is from ONNX Runtime's profile of the INT8 graph, and is shown with the
+share of this machine's peaks (``benchmark.peaks``) that the whole run reached: what could still go.
+Targets: INT8 at least 3 times as fast as PyTorch eager, and not slower than OpenVINO's INT8.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import numpy as np
 import internvl_edge
 from internvl_edge import compiler
 from internvl_edge.benchmark.machine import environment
-from internvl_edge.demo import evaluate
+from internvl_edge.demo import evaluate, scenes
 
 RESULTS = Path(__file__).parent / "results" / "scenes.json"
 NUM_SCENES = 4000
@@ -76,8 +76,14 @@ def main() -> None:
         for precision in ("fp32", *chosen.precisions):
             out = (chosen.work or Path(folder)) / precision
             if not out.exists():
-                options = compiler.ExportOptions(out=out, precision=precision, verify="none")
-                compiler.export(options)
+                compiler.export(
+                    compiler.ExportOptions(
+                        out=out,
+                        precision=precision,
+                        samples=scenes.calibration_set,
+                        verify="none",
+                    )
+                )
             found[precision] = hits(out, chosen.scenes)
     quality = {
         precision: {task: compared(found["fp32"][task], right) for task, right in tasks.items()}

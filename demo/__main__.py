@@ -28,10 +28,11 @@ from rich.text import Text
 import internvl_edge
 from internvl_edge import compiler
 from internvl_edge.artifact import Artifact, open_artifact
+from internvl_edge.artifact.components import COMPONENTS, IMAGE_EMBED
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.timing import Timing, measure_many
 from internvl_edge.compiler.plan import demo_checkpoint
-from internvl_edge.demo import evaluate
+from internvl_edge.demo import evaluate, scenes
 from internvl_edge.demo.picture import ask, drawn
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.disk import write_atomically
@@ -59,7 +60,9 @@ human = Console(stderr=True, highlight=False)
 def export(out: Path, precision: str, *, force: bool) -> Artifact:
     """Compile the bundled model at one precision into ``out/precision``."""
     started = time.perf_counter()
-    options = compiler.ExportOptions(out=out / precision, precision=precision, force=force)
+    options = compiler.ExportOptions(
+        out=out / precision, precision=precision, samples=scenes.calibration_set, force=force
+    )
     with progress(precision) as report:
         artifact = compiler.export(options, report)
     say(
@@ -106,7 +109,7 @@ def show_picture(artifact: Artifact, out: Path) -> dict[str, Any]:
 
 def quality(artifact: Artifact) -> dict[str, float]:
     """Measure accuracy on held-out scans; add the image embedding's agreement with PyTorch."""
-    verification = artifact.manifest.components["image_embed"].verification or {}
+    verification = artifact.manifest.components[IMAGE_EMBED].verification or {}
     with internvl_edge.load(artifact.path) as model:
         return {
             "zero_shot": evaluate.zero_shot_accuracy(model, NUM_SCENES),
@@ -124,10 +127,10 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     import torch
 
     from internvl_edge.export.checkpoint.load import load_reference
-    from internvl_edge.export.components import COMPONENTS, build_component
+    from internvl_edge.export.components import build_component
 
     model = load_reference(demo_checkpoint())
-    reference = build_component(COMPONENTS["image_embed"], model)
+    reference = build_component(COMPONENTS[IMAGE_EMBED], model)
     size = next(iter(artifacts.values())).manifest.image_size
     pixels = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
     tensor = torch.from_numpy(pixels)
@@ -139,7 +142,7 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     with ExitStack() as stack:
         contenders: dict[str, Any] = {"pytorch": eager}
         for precision, artifact in artifacts.items():
-            session = stack.enter_context(internvl_edge.open_session(artifact.path, "image_embed"))
+            session = stack.enter_context(internvl_edge.open_session(artifact.path, IMAGE_EMBED))
             contenders[precision] = lambda s=session: s.run({"pixel_values": pixels})
         return measure_many(contenders, min_duration_s=SECONDS)
 

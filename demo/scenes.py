@@ -30,6 +30,7 @@ from internvl_edge.demo.language import (
     random_question,
 )
 from internvl_edge.errors import MissingDependency
+from internvl_edge.quantize.calibration.images import CalibrationSet
 
 CANVAS = 48  # pixels, both ways
 HELD_OUT_SHARE = 0.2
@@ -185,6 +186,15 @@ def question_scenes(n: int, seed: int = 5) -> tuple[list[Pixels], list[Question]
     chosen = [scene("held-out", seed, i) for i in range(n)]
     rng = np.random.default_rng((seed, n))
     return [s.image for s in chosen], [random_question(s.truth, rng) for s in chosen]
+
+
+def calibration_set(count: int, seed: int) -> CalibrationSet:
+    """Draw what the demo is calibrated on: for ``ExportOptions.samples``."""
+    return CalibrationSet.from_arrays(
+        calibration_images(count, seed),
+        calibration_texts(count, seed),
+        name="demo training scenes",
+    )
 
 
 def calibration_images(n: int, seed: int = 6) -> list[Pixels]:

@@ -1,11 +1,11 @@
-"""The same model behind an event loop: one request a line, answers in the order of requests.
+"""A server on an event loop: one request a line, answers in the order of the requests.
 
     python examples/asyncio_server.py OUT 8081 &
     echo photo.jpg | nc -N localhost 8081
 
 The loop never waits for a picture or for the model: pictures are decoded in a pool of threads, and
-the batcher's future is awaited. ``Batcher.submit`` is what joins requests of all connections. Where
-the GPU failed for good the server stops: a new process recovers.
+the batcher's future is awaited. ``Batcher.submit`` joins the requests of all connections. After a
+fault of the GPU that only a new process recovers from, the server stops.
 """
 
 from __future__ import annotations

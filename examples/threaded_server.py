@@ -4,9 +4,9 @@
     curl --data-binary @photo.jpg localhost:8080
 
 Each thread decodes its own picture; the batcher's one thread runs the model. A full queue is
-answered at once (503), so that callers can go elsewhere; a picture that is none is theirs (400),
-and anything else is ours (500). Where the GPU failed for good the server stops: a new process
-recovers.
+answered at once (503), so that callers can go elsewhere; a body that is no picture is the caller's
+fault (400), and anything else is ours (500). After a fault of the GPU that only a new process
+recovers from, the server stops.
 """
 
 from __future__ import annotations

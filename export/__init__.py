@@ -2,9 +2,10 @@
 
     checkpoint  reads the files of a checkpoint; start here
     config      reads its ``config.json``
-    models      the PyTorch reference;  components  the parts of it that are compiled
+    models      the PyTorch reference;  components  the module of each part that is compiled
     graph       traces and rewrites ONNX graphs;  weights  writes or links their tensors
     towers      loads one block at a time, for calibration
+    precision   reads the text of ``--precision``
     compare     compares a compiled component with the reference
     engine      builds TensorRT engines
     synthetic   writes checkpoints of the real shapes with made-up weights

@@ -28,8 +28,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from internvl_edge.artifact.components import COMPONENTS, IMAGE_QUERIES, VISION
 from internvl_edge.errors import VerificationError
-from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.components import (
+    build_component,
+    cache_names,
+    input_names,
+    language_config,
+    output_names,
+)
 from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
@@ -134,11 +141,11 @@ def component_feeds(
     is the maximum number of positions in all.
     """
     chosen = COMPONENTS[component]
-    if component == "decoder":
+    if chosen.takes_cache and chosen.takes_ids:
         first = feeds[f"{PAST}.0.key"]  # (B, heads, P, d)
         ids = feeds.get("caption_ids", feeds["input_ids"])
         feeds = {**feeds, **_decoding(ids, first.shape[2])}
-    taken = {name: feeds[name] for name in chosen.input_names(config)}
+    taken = {name: feeds[name] for name in input_names(chosen, config)}
     return taken if capacity is None or not chosen.takes_cache else _within(taken, capacity)
 
 
@@ -173,11 +180,11 @@ def reference_outputs(
 ) -> dict[str, Array]:
     """Run a component's PyTorch module; its outputs are named as for ``config``."""
     with torch.inference_mode():
-        names = COMPONENTS[component].input_names(config)
+        names = input_names(COMPONENTS[component], config)
         tensors = [torch.from_numpy(feeds[name]) for name in names]
         outputs = module(*tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    names = COMPONENTS[component].output_names(config)
+    names = output_names(COMPONENTS[component], config)
     return {n: t.float().numpy() for n, t in zip(names, outputs, strict=True)}
 
 
@@ -228,12 +235,12 @@ def with_hidden_state(
                 hidden = model.vision_model(torch.from_numpy(feeds["pixel_values"]))
             feeds = {**feeds, "hidden_state": hidden.numpy()}
         return feeds if model.language_model is None else feeds | _chat_feeds(model, feeds)
-    vision = build_component(COMPONENTS["vision"], model)
-    feeds = {**feeds, **reference_outputs(vision, "vision", feeds, config)}
+    vision = build_component(COMPONENTS[VISION], model)
+    feeds = {**feeds, **reference_outputs(vision, VISION, feeds, config)}
     if isinstance(model, InternViT):
         return feeds
-    queries = build_component(COMPONENTS["image_queries"], model)
-    outputs = reference_outputs(queries, "image_queries", feeds, config)
+    queries = build_component(COMPONENTS[IMAGE_QUERIES], model)
+    outputs = reference_outputs(queries, IMAGE_QUERIES, feeds, config)
     return feeds | {
         name.replace("present", PAST, 1): values
         for name, values in outputs.items()
@@ -251,8 +258,7 @@ def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, Array]:
     _, cache = llama(tokens, *prompt.values(), llama.empty_cache(batch))
     ids = torch.from_numpy(_random_ids(llama.config, batch))
     flat = [tensor.numpy() for pair in cache for tensor in pair]
-    names = COMPONENTS["chat_decoder"].input_names(model.checkpoint_config)
-    past = dict(zip(names[-len(flat) :], flat, strict=True))
+    past = dict(zip(cache_names(model.checkpoint_config, PAST), flat, strict=True))
     embeds = llama.model.embed_tokens(ids).numpy()
     return {"inputs_embeds": embeds, **_mask_and_positions(batch, count, ids.shape[1]), **past}
 
@@ -281,5 +287,4 @@ def with_noise(
     if config.chat is not None:
         embeds = rng.standard_normal((batch, NOISE_PAST, llama.hidden_size), np.float32)
         feeds |= {"inputs_embeds": embeds, **_mask_and_positions(batch, past, NOISE_PAST)}
-    names = COMPONENTS["decoder" if config.chat is None else "chat_decoder"].input_names(config)
-    return feeds | {name: noise for name in names if name.startswith(f"{PAST}.")}
+    return feeds | dict.fromkeys(cache_names(config, PAST), noise)

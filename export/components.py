@@ -1,48 +1,34 @@
-"""The components that a checkpoint is compiled into: their modules, inputs and outputs.
+"""The PyTorch module of each component, and the examples that it is traced with.
 
-A component is a part of the reference model with a tensor interface that other programs rely on:
-names, dtypes and dimensions below are a contract. Images, embeddings, hidden states and logits
-are float32 at every precision, ids and masks int64; the casts stand inside the graph. Only
-key/value tensors have the compute dtype.
-
-    component       inputs                                        outputs
-    vision          pixel_values                                  last_hidden_state
-    image_embed     pixel_values                                  image_embeds
-    image_pool      last_hidden_state                             image_embeds
-    image_queries   last_hidden_state                             query_embeds, present.{i}.*
-    text_embed      input_ids, attention_mask                     text_embeds
-    matcher         last_hidden_state, input_ids, attention_mask  match_logits
-    decoder         input_ids, attention_mask, position_ids,      logits, present.{i}.*
-                    past_key_values.{i}.*
-    chat_vision     pixel_values                                  image_tokens
-    chat_queries    hidden_state                                  image_tokens
-    chat_decoder    inputs_embeds, attention_mask, position_ids,  logits, present.{i}.*
-                    past_key_values.{i}.*
-
-The decoder is one graph for a prompt and for every token behind it. It never sees an image: what
-``image_queries`` gives as ``present`` are the first positions of its cache. ``attention_mask``
-covers the cache and the new tokens (B, P + T), 0 where there is padding; P may be 0. A chat
-model's decoder is the same of token embeddings: the runtime looks them up and puts image tokens
-into their places, so that the graph has neither the table nor a second kind of prompt.
-
-``chat_queries`` is of V1.0 with QLLaMA alone. There ``chat_vision`` gives ``hidden_state`` too,
-what the tower has at ``select_layer``. Query tokens come first, an image's patches behind them.
+What is known of a component without its weights stands in ``artifact.components``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from internvl_edge.artifact.components import (
+    CHAT_DECODER,
+    CHAT_QUERIES,
+    CHAT_VISION,
+    DECODER,
+    IMAGE_EMBED,
+    IMAGE_POOL,
+    IMAGE_QUERIES,
+    MATCHER,
+    TEXT_EMBED,
+    VISION,
+    Component,
+)
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import (
-    OF_CHAT,
     CheckpointConfig,
     QLlamaConfig,
     available_components,
@@ -184,29 +170,46 @@ class ChatDecoder(nn.Module):
         return logits.float(), *(tensor for pair in cache for tensor in pair)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Component:
-    """A part of the model that is compiled on its own."""
+# Component → its module, of the reference model
+MODULES: dict[str, Callable[[Any], nn.Module]] = {
+    VISION: lambda model: Vision(getattr(model, "vision_model", model)),
+    IMAGE_EMBED: ImageEmbed,
+    IMAGE_POOL: ImagePool,
+    IMAGE_QUERIES: ImageQueries,
+    TEXT_EMBED: TextEmbed,
+    MATCHER: Matcher,
+    DECODER: Decoder,
+    CHAT_VISION: ChatVision,
+    CHAT_QUERIES: ChatQueries,
+    CHAT_DECODER: ChatDecoder,
+}
 
-    name: str
-    module: Callable[[Any], nn.Module]  # of the reference model
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]  # presents are appended by ``output_names``
-    has_cache: bool = False  # gives presents
-    takes_cache: bool = False
-    capacity: int | None = None  # positions of a cache that is written in place; None: it grows
 
-    def input_names(self, config: CheckpointConfig) -> list[str]:
-        """Names of the graph's inputs, key/value tensors of every layer included."""
-        past = _cache_names(config, "past_key_values") if self.takes_cache else ()
-        first = () if self.capacity is None else (WRITE_INDICES,)
-        return [*self.inputs, *first, *past]
+def input_names(
+    component: Component, config: CheckpointConfig, capacity: int | None = None
+) -> list[str]:
+    """Name the graph's inputs, key/value tensors of every layer included.
 
-    def output_names(self, config: CheckpointConfig) -> list[str]:
-        """Names of the graph's outputs, key/value tensors of every layer included."""
-        presents = _cache_names(config, "present") if self.has_cache else ()
-        read_on = ("hidden_state",) if self.name == "chat_vision" and config.queries else ()
-        return [*self.outputs, *read_on, *presents]
+    With ``capacity`` positions a cache is written where it lies: the graph takes
+    ``write_indices`` [B] int64, where new positions begin, and a mask of the whole cache
+    [B, capacity].
+    """
+    past = cache_names(config, "past_key_values") if component.takes_cache else ()
+    first = (WRITE_INDICES,) if component.takes_cache and capacity is not None else ()
+    return [*component.inputs, *first, *past]
+
+
+def output_names(component: Component, config: CheckpointConfig) -> list[str]:
+    """Name the graph's outputs, key/value tensors of every layer included."""
+    presents = cache_names(config, "present") if component.gives_cache else ()
+    return [*component.outputs, *(component.read_on if config.queries else ()), *presents]
+
+
+def cache_names(config: CheckpointConfig, prefix: str) -> Iterator[str]:
+    """Name the key/value tensors of the language model's layers."""
+    llama = language_config(config)
+    layers = 0 if llama is None else llama.num_hidden_layers
+    return (f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))
 
 
 def language_config(config: CheckpointConfig) -> QLlamaConfig | LlamaConfig | None:
@@ -216,84 +219,6 @@ def language_config(config: CheckpointConfig) -> QLlamaConfig | LlamaConfig | No
     return None if config.chat is None else config.chat.llama
 
 
-def _cache_names(config: CheckpointConfig, prefix: str) -> Iterator[str]:
-    llama = language_config(config)
-    layers = 0 if llama is None else llama.num_hidden_layers
-    return (f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))
-
-
-COMPONENTS: dict[str, Component] = {
-    component.name: component
-    for component in (
-        Component(
-            name="vision",
-            module=lambda model: Vision(model.vision_model),
-            inputs=("pixel_values",),
-            outputs=("last_hidden_state",),
-        ),
-        Component(
-            name="image_embed",
-            module=ImageEmbed,
-            inputs=("pixel_values",),
-            outputs=("image_embeds",),
-        ),
-        Component(
-            name="image_pool",
-            module=ImagePool,
-            inputs=("last_hidden_state",),
-            outputs=("image_embeds",),
-        ),
-        Component(
-            name="image_queries",
-            module=ImageQueries,
-            inputs=("last_hidden_state",),
-            outputs=("query_embeds",),
-            has_cache=True,
-        ),
-        Component(
-            name="text_embed",
-            module=TextEmbed,
-            inputs=("input_ids", "attention_mask"),
-            outputs=("text_embeds",),
-        ),
-        Component(
-            name="matcher",
-            module=Matcher,
-            inputs=("last_hidden_state", "input_ids", "attention_mask"),
-            outputs=("match_logits",),
-        ),
-        Component(
-            name="decoder",
-            module=Decoder,
-            inputs=("input_ids", "attention_mask", "position_ids"),
-            outputs=("logits",),
-            has_cache=True,
-            takes_cache=True,
-        ),
-        Component(
-            name="chat_vision",
-            module=ChatVision,
-            inputs=("pixel_values",),
-            outputs=("image_tokens",),
-        ),
-        Component(
-            name="chat_queries",
-            module=ChatQueries,
-            inputs=("hidden_state",),
-            outputs=("image_tokens",),
-        ),
-        Component(
-            name="chat_decoder",
-            module=ChatDecoder,
-            inputs=("inputs_embeds", "attention_mask", "position_ids"),
-            outputs=("logits",),
-            has_cache=True,
-            takes_cache=True,
-        ),
-    )
-}
-
-
 def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> tuple[str, ...]:
     """The components asked for, in their canonical order; all of them by default.
 
@@ -301,10 +226,10 @@ def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> 
         UsageError: a name that is not a component, or that this checkpoint does not have.
     """
     available = available_components(config)
-    if config.chat is not None and config.chat.llama is None and names != OF_CHAT[:1]:
+    if config.chat is not None and config.chat.llama is None and names != (CHAT_VISION,):
         raise UsageError(
             f"the language model is {config.chat.unsupported}; compile the vision side alone with "
-            "--components chat_vision, and run the language model with another tool"
+            f"--components {CHAT_VISION}, and run the language model with another tool"
         )
     if names is None:
         return available
@@ -317,27 +242,27 @@ def choose_components(config: CheckpointConfig, names: Sequence[str] | None) -> 
     return tuple(name for name in available if name in names)
 
 
-def component_of(name: str, capacity: int | None = None) -> Component:
-    """A component; of a decoder, with a cache of ``capacity`` positions if that is given.
-
-    Such a cache is written where it lies: the graph takes ``write_indices`` [B] int64, where new
-    positions begin, and a mask of the whole cache [B, capacity].
-    """
-    chosen = COMPONENTS[name]
-    return replace(chosen, capacity=capacity) if chosen.takes_cache else chosen
-
-
 def build_component(component: Component, model: InternVL | Chat | InternViT) -> nn.Module:
     """The component's module around the (shared) reference model."""
-    if isinstance(model, InternViT):
-        return Vision(model).eval()
-    return component.module(model).eval()
+    return MODULES[component.name](model).eval()
 
 
 def input_specs(
-    component: Component, config: CheckpointConfig, image_size: int, compute: str = "float32"
+    component: Component,
+    config: CheckpointConfig,
+    image_size: int,
+    compute: str = "float32",
+    capacity: int | None = None,
 ) -> tuple[TensorSpec, ...]:
-    """The contract of the component's inputs at a resolution; ``compute`` is the cache's dtype."""
+    """The contract of the component's inputs at a resolution.
+
+    Args:
+        component: of the table.
+        config: of the checkpoint.
+        image_size: pixels of a side.
+        compute: the cache's dtype.
+        capacity: positions of a cache that is written where it lies; None: it grows.
+    """
     vision = config.vision
     specs = {
         "pixel_values": TensorSpec(
@@ -354,7 +279,7 @@ def input_specs(
         "attention_mask": TensorSpec(
             name="attention_mask",
             dtype="int64",
-            shape=("batch", (component.capacity or TOTAL) if component.takes_cache else "length"),
+            shape=("batch", (capacity or TOTAL) if component.takes_cache else "length"),
         ),
         WRITE_INDICES: TensorSpec(name=WRITE_INDICES, dtype="int64", shape=("batch",)),
         "position_ids": TensorSpec(name="position_ids", dtype="int64", shape=("batch", "length")),
@@ -364,12 +289,12 @@ def input_specs(
     if component.takes_cache and llama is not None:
         embeds = ("batch", "length", llama.hidden_size)
         specs["inputs_embeds"] = TensorSpec(name="inputs_embeds", dtype="float32", shape=embeds)
-        places = component.capacity or "past"
+        places = capacity or "past"
         shape = ("batch", llama.num_key_value_heads, places, llama.head_dim)
         past = TensorSpec(name="", dtype=compute, shape=shape)
-        names = _cache_names(config, "past_key_values")
+        names = cache_names(config, "past_key_values")
         specs |= {name: replace(past, name=name) for name in names}
-    return tuple(specs[name] for name in component.input_names(config))
+    return tuple(specs[name] for name in input_names(component, config, capacity))
 
 
 def example_inputs(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:

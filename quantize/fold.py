@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from internvl_edge.artifact.components import VISION_PREFIX
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.load import read_torch
 from internvl_edge.export.checkpoint.parameters import expected_shapes
@@ -43,7 +44,6 @@ from internvl_edge.export.towers.blocks import (
     LLAMA_WRITERS,
     OFF_STREAM,
     VISION_NORMS,
-    VISION_PREFIX,
     VISION_WRITERS,
     language_prefix,
     sites_of,

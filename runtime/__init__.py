@@ -5,7 +5,7 @@
     components  the open components of a directory: sessions, tokenizer, image transforms
     session     the ``Session`` protocol, and the choice of a backend
     feeds       what a session accepts
-    ort, trt    ONNX Runtime, TensorRT and TensorRT-RTX behind that protocol;  gpu  CUDA for them
+    ort, trt    ONNX Runtime, TensorRT and TensorRT-RTX as sessions;  gpu  CUDA for them
     generation  tokens one after the other on a decoder's cache
     images      pictures and videos to ``pixel_values``;  text  texts to ids, and back
     batching    requests of many threads as few batches

@@ -110,7 +110,7 @@ class Batcher:
         return request.future
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """``submit``, and wait."""
+        """Submit a request and wait for its outputs."""
         return self.submit(feeds).result()
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class Batcher:
                 self._run(running)
 
     def _next_batch(self) -> list[_Request]:
-        """The first batch that is full or has waited long enough; none when closed and done."""
+        """Wait for a batch that is full or has waited long enough; none when closed and done."""
         with self._changed:
             while True:
                 self._drop_cancelled()
@@ -152,7 +152,7 @@ class Batcher:
                 self._changed.wait(self._patience_s() if self._queue else None)
 
     def _due(self) -> list[_Request]:
-        """The batch to run now: what has waited long enough before what is full; none yet."""
+        """Choose the batch to run now: one that has waited long enough, then one that is full."""
         if not self._queue:
             return []
         if self._closed or self._patience_s() <= 0:
@@ -164,11 +164,11 @@ class Batcher:
         return next((batch for batch, is_full in batches if is_full), [])
 
     def _patience_s(self) -> float:
-        """How long the oldest request may still wait."""
+        """Return how long the oldest request may still wait."""
         return self._queue[0].arrived + self._max_delay_s - time.monotonic()
 
     def _alike(self, first: _Request) -> tuple[list[_Request], bool]:
-        """Requests that share a batch with the first one, in order; whether no more would fit."""
+        """Collect requests that share a batch with the first one, and tell whether it is full."""
         batch: list[_Request] = []
         rows, is_full = 0, False
         for request in self._queue:
@@ -182,7 +182,7 @@ class Batcher:
         return batch, is_full or rows == self._max_batch
 
     def _drop_cancelled(self) -> None:
-        """Forget requests that nobody waits for any more; who waits for the cancelled is told."""
+        """Forget requests that were cancelled, and tell whoever waits for them."""
         for request in [r for r in self._queue if r.future.cancelled()]:
             self._queue.remove(request)
             request.future.set_running_or_notify_cancel()
@@ -205,7 +205,7 @@ class Batcher:
             start += request.rows
 
     def _failed(self, batch: list[_Request], error: BaseException) -> None:
-        """Hand an error to its request; of a batch, find out whose it is."""
+        """Hand an error to its request; where a batch failed, find out whose it is."""
         alone = len(batch) == 1
         if alone or isinstance(error, SessionDead) or not isinstance(error, InternVLError):
             for request in batch:
@@ -216,7 +216,7 @@ class Batcher:
 
 
 def _has_rows(spec: TensorSpec) -> bool:
-    """Whether an output has a row for each of the batch: its first dimension is no number."""
+    """Tell whether an output has a row for each of the batch: its first dimension is a name."""
     return bool(spec.shape) and isinstance(spec.shape[0], str)
 
 
@@ -224,9 +224,9 @@ def _request(feeds: Mapping[str, Array], max_batch: int) -> _Request:
     arrays = {name: np.asarray(array) for name, array in feeds.items()}
     rows = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
     if len(rows) != 1 or not 1 <= max(rows) <= max_batch:
-        found = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
         raise FeedError(
-            f"a request has 1 to {max_batch} rows, the same in each array; found {found}"
+            f"a request has 1 to {max_batch} rows, the same in each array; found {shapes}"
         )
     key = tuple((name, array.shape[1:], array.dtype.str) for name, array in sorted(arrays.items()))
     return _Request(feeds=arrays, rows=rows.pop(), key=key)

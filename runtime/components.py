@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import VISION, components_of
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
@@ -36,18 +37,15 @@ Labels = tuple[tuple[str, ...], tuple[str, ...]]  # and their templates
 
 
 def _why_impossible(model: Mapping[str, Any], components: Sequence[str]) -> str | None:
-    """Why a checkpoint of this configuration cannot be compiled into components; None: it can."""
+    """Say why a checkpoint of this configuration has no such components; None if it can."""
     if chat := model.get("chat"):
         kind = "an InternVL-Chat"
-        missing = [name for name in components if not name.startswith("chat_")]
-        own = {"chat_queries": chat["num_queries"], "chat_decoder": chat["llama"]}
-        missing += [name for name in components if name in own and not own[name]]
+        possible = components_of("chat", [key for key, value in chat.items() if value])
     elif model.get("internvl") is not None:
-        kind = "an InternVL with QLLaMA"
-        missing = [name for name in components if name.startswith("chat_")]
+        kind, possible = "an InternVL with QLLaMA", components_of("internvl")
     else:
-        kind = "a vision tower alone"
-        missing = [name for name in components if name != "vision"]
+        kind, possible = "a vision tower alone", components_of("vit")
+    missing = [name for name in components if name not in possible]
     return f"its checkpoint is {kind}, which has no {', '.join(missing)}" if missing else None
 
 
@@ -94,7 +92,7 @@ class OpenComponents:
         self._closed = False
 
     def session(self, component: str) -> Session:
-        """The session of a component, opened when first asked for."""
+        """Return the session of a component, opened when first asked for."""
         self.require(component)
         with self._lock:
             if self._closed:
@@ -104,7 +102,7 @@ class OpenComponents:
             return self._sessions[component]
 
     def positions(self, component: str) -> int:
-        """How many positions a decoder's cache can have: its capacity, or what its model has."""
+        """Count the positions of a decoder's cache: its capacity, or as many as its model has."""
         record = self.artifact.manifest.components[component]
         capacity = capacity_of({spec.name: spec for spec in record.inputs})
         llama = self.artifact.manifest.language_model or {}
@@ -121,7 +119,7 @@ class OpenComponents:
         return component in self.artifact.manifest.components
 
     def require(self, *names: str) -> None:
-        """Refuse, before any work, what needs components that are not there.
+        """Refuse, before any work, a task whose components are missing.
 
         Raises:
             UsageError: which ones, and how to get them.
@@ -140,17 +138,17 @@ class OpenComponents:
             )
 
     def run(self, component: str, output: str, **feeds: Array) -> Array:
-        """One output of a component."""
+        """Compute one output of a component."""
         return self.session(component).run(feeds, outputs=[output])[output]
 
     def hidden(self, pixels: Array) -> Array:
-        """``pixel_values`` [B,3,H,W] → the vision tower's tokens [B,N,C]."""
-        return self.run("vision", "last_hidden_state", pixel_values=pixels)
+        """Turn ``pixel_values`` [B,3,H,W] into the vision tower's tokens [B,N,C]."""
+        return self.run(VISION, "last_hidden_state", pixel_values=pixels)
 
     def hidden_batches(
         self, images: Any, count: int, batch_size: int
     ) -> Iterator[tuple[slice, Array]]:
-        """Vision tokens of ``count`` pairs: of every image, or of the only one each time."""
+        """Yield vision tokens of ``count`` pairs: of every image, or of the only one each time."""
         hiddens = map(self.hidden, self.pixel_batches(images, "retrieval", batch_size))
         if len(images) == count:
             yield from zip(slices(count, batch_size), hiddens, strict=True)
@@ -162,7 +160,7 @@ class OpenComponents:
     def pixel_batches(
         self, images: Any, transform: Transform | None, batch_size: int
     ) -> Iterator[Array]:
-        """What the graphs take of a few images at a time, so that memory does not grow with them.
+        """Prepare a few images at a time, so that memory does not grow with their number.
 
         Raises:
             UsageError: the images are normalised, and the graphs do that themselves.
@@ -185,7 +183,7 @@ class OpenComponents:
 
     @cached_property
     def takes_levels(self) -> bool:
-        """Whether the graphs take uint8 and normalise it."""
+        """True where the graphs take uint8 and normalise it themselves."""
         records = self.artifact.manifest.components.values()
         return any(
             spec.name == "pixel_values" and spec.dtype == "uint8"

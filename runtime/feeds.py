@@ -1,4 +1,4 @@
-"""What a session accepts, by the ``TensorSpec``s of its inputs.
+"""The feeds that a session accepts, by the ``TensorSpec``s of its inputs.
 
 A dimension of a spec is
 
@@ -35,7 +35,7 @@ MAY_BE_EMPTY = frozenset({"past"})
 def check_feeds(
     specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any], check_finite: bool = True
 ) -> dict[str, Any]:
-    """Refuse what a session cannot run; the feeds, contiguous, in the order of the specs.
+    """Refuse what a session cannot run; return the feeds, contiguous, in order of the specs.
 
     Args:
         specs: the session's inputs.
@@ -58,16 +58,16 @@ def check_feeds(
     for name, spec in specs.items():
         array = feeds[name]
         _check_kind(spec, array)
-        for axis, (expected, found) in enumerate(zip(spec.shape, array.shape, strict=True)):
+        for axis, (expected, size) in enumerate(zip(spec.shape, array.shape, strict=True)):
             if isinstance(expected, int):
-                if found != expected:
+                if size != expected:
                     raise FeedError(_wrong_size(spec, array, axis, str(expected)))
             elif "+" in expected:
                 sums.append((spec, axis, expected))
-            elif sizes.setdefault(expected, found) != found:
+            elif sizes.setdefault(expected, size) != size:
                 wanted = f"{expected}={sizes[expected]} as in the inputs before it"
                 raise FeedError(_wrong_size(spec, array, axis, wanted))
-            elif found == 0 and expected not in MAY_BE_EMPTY:
+            elif size == 0 and expected not in MAY_BE_EMPTY:
                 raise FeedError(_wrong_size(spec, array, axis, "at least 1"))
     for spec, axis, expression in sums:
         _check_sum(spec, feeds[spec.name], axis, expression, sizes)
@@ -80,7 +80,7 @@ def check_feeds(
 
 
 def check_outputs(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> list[str]:
-    """The wanted outputs, refused when one does not exist.
+    """Return the wanted outputs; refuse one that does not exist.
 
     Raises:
         UsageError: an unknown name, or none.
@@ -109,7 +109,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def _check_places(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> None:
-    """New positions lie within a cache that is written in place; nothing else would say so."""
+    """Refuse new positions outside of a cache that is written in place; nothing else would."""
     first, tokens = feeds[WRITE_INDICES], feeds[POSITIONS]
     if not isinstance(first, np.ndarray):
         return
@@ -125,9 +125,9 @@ def _wrong_names(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) ->
     missing = [name for name in specs if name not in feeds]
     unknown = [str(name) for name in feeds if name not in specs]
     hints = "".join(did_you_mean(name, missing) for name in unknown)
-    found = [f"missing {', '.join(missing)}"] if missing else []
-    found += [f"unknown {', '.join(unknown)}"] if unknown else []
-    return f"expected the inputs {', '.join(specs)}; {'; '.join(found)}{hints}"
+    wrong = [f"missing {', '.join(missing)}"] if missing else []
+    wrong += [f"unknown {', '.join(unknown)}"] if unknown else []
+    return f"expected the inputs {', '.join(specs)}; {'; '.join(wrong)}{hints}"
 
 
 def _check_kind(spec: TensorSpec, array: object) -> None:
@@ -179,7 +179,7 @@ def _check_finite(name: str, array: Array | DeviceArray) -> None:
 
 
 def _contiguous(array: Array | DeviceArray) -> Array | DeviceArray:
-    """The array as a plain block of memory: itself where it is one."""
+    """Return the array as a plain block of memory: itself where it is one."""
     if isinstance(array, DeviceArray):
         return array
     flags = array.flags

@@ -18,7 +18,7 @@ from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.session import Session, open_component, require_backend
 from internvl_edge.runtime.tasks import caption as captions
 from internvl_edge.runtime.tasks import chat as chats
-from internvl_edge.runtime.tasks import chat_images, compare, embed
+from internvl_edge.runtime.tasks import chat_decoder, chat_images, compare, embed
 from internvl_edge.runtime.tasks.chat_images import ChatSeen
 from internvl_edge.runtime.tasks.compare import Retrieval
 from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, TEXT_BATCH
@@ -92,7 +92,7 @@ class Model:
         batch_size: int = 8,
         transform: Transform | None = None,
     ) -> Array:
-        """Embeddings of images, float32 [B,E].
+        """Embed images, float32 [B,E].
 
         Args:
             images: see ``Model``.
@@ -107,7 +107,7 @@ class Model:
     def encode_text(
         self, texts: Any, normalize: bool = False, batch_size: int = TEXT_BATCH
     ) -> Array:
-        """Embeddings of texts, float32 [B,E]; strings get the prefix the model was trained with."""
+        """Embed texts, float32 [B,E]; strings get the prefix the model was trained with."""
         return embed.encode_text(self.components, texts, normalize, batch_size)
 
     def encode_video(
@@ -118,7 +118,7 @@ class Model:
         normalize: bool = False,
         batch_size: int = 8,
     ) -> Array:
-        """The embedding of one video, float32 [E]: the mean of its frames' embeddings.
+        """Embed one video, float32 [E]: the mean of its frames' embeddings.
 
         Args:
             frames: a folder of frames, a video file (with PyAV, extra ``video``), or images.
@@ -132,7 +132,7 @@ class Model:
     def text_classifier(
         self, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
     ) -> Array:
-        """One unit vector per label, float32 [K,E]: the mean over the templates' unit vectors.
+        """Embed labels, float32 [K,E]: unit vectors, each the mean over the templates' own.
 
         The last sets of labels are remembered, so that classifying again costs no text.
 
@@ -152,7 +152,7 @@ class Model:
         mode: str = "c",
         batch_size: int = 8,
     ) -> list[list[dict[str, Any]]]:
-        """Zero-shot classification, softmax over 100 · cosine (internvl-spec section 6).
+        """Classify images zero-shot, by softmax over 100 · cosine (docs/model.md, section 10).
 
         Args:
             images: see ``Model``.
@@ -179,7 +179,7 @@ class Model:
         num_frames: int | None = 8,
         batch_size: int = 8,
     ) -> list[list[dict[str, Any]]]:
-        """As ``classify``, of videos as ``encode_video`` takes them."""
+        """Classify videos as ``encode_video`` takes them; see ``classify``."""
         return compare.classify_videos(
             self.components, videos, labels, templates, mode, num_frames, batch_size
         )
@@ -193,7 +193,7 @@ class Model:
         batch_size: int = 8,
         dual: bool = True,
     ) -> Retrieval:
-        """As ``retrieve``, of videos as ``encode_video`` takes them.
+        """Rank videos as ``encode_video`` takes them and texts; see ``retrieve``.
 
         Args:
             videos: at least one.
@@ -209,7 +209,7 @@ class Model:
         )
 
     def match(self, images: Any, texts: Any, batch_size: int = 8) -> Array:
-        """How likely each text describes its image, float32 [B] in 0..1, from the ITM head.
+        """Compute how likely each text describes its image, float32 [B] in 0..1 (ITM head).
 
         Image i goes with text i; one image or one text goes with all of the other. Slower and more
         precise than ``retrieve``: QLLaMA reads the text and the image together.
@@ -217,7 +217,7 @@ class Model:
         return np.concatenate(list(self.match_stream(images, texts, batch_size)))
 
     def match_stream(self, images: Any, texts: Any, batch_size: int = 8) -> Iterator[Array]:
-        """As ``match``, of every few pairs as soon as they are known: float32 [batch_size]."""
+        """Match as ``match``, a few pairs as soon as they are known: float32 [batch_size]."""
         return compare.match_stream(self.components, images, texts, batch_size)
 
     # --- text ------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class Model:
         batch_size: int = 8,
         **how: Any,
     ) -> list[str]:
-        """A caption for each image; published ones have 5 beams and 8 to 30 new tokens.
+        """Caption each image; published captions have 5 beams and 8 to 30 new tokens.
 
         Args:
             images: see ``Model``, or what ``see`` gave.
@@ -267,7 +267,7 @@ class Model:
         batch_size: int = 8,
         **how: Any,
     ) -> list[str]:
-        """The text that continues prompt i on image i; greedy unless told otherwise.
+        """Continue prompt i on image i with text; greedy unless told otherwise.
 
         One image or one prompt goes with all of the other; the ViT runs once per image.
 
@@ -292,7 +292,7 @@ class Model:
         batch_size: int = 8,
         **how: Any,
     ) -> Array:
-        """As ``answer``, the new token ids: int64 [B,N], 0 behind the end.
+        """Continue as ``answer``; return the new token ids, int64 [B,N], 0 after the end.
 
         Of an InternVL-Chat, ``prompts`` are ids [B,T] with places for image tokens, which every
         image fills in order; ``image_token_id`` among ``how`` says which id a place has, if the
@@ -301,13 +301,15 @@ class Model:
         place = how.pop("image_token_id", None)
         chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         if chats.is_chat(self.components):
-            return chats.continued(self.components, images, prompts, chosen, batch_size, place)
+            return chat_decoder.continued(
+                self.components, images, prompts, chosen, batch_size, place
+            )
         return captions.continued(self.components, images, prompts, chosen, batch_size)
 
     def stream(
         self, image: Any, prompt: Any = CAPTION_PROMPT, *, max_new_tokens: int = 30, **how: Any
     ) -> Iterator[str]:
-        """As ``answer`` of one image and one prompt, in pieces as they come."""
+        """Answer one prompt on one image, in pieces as they come."""
         chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         return captions.pieces(self.components, image, prompt, chosen)
 
@@ -362,7 +364,7 @@ class Model:
         max_new_tokens: int = CHAT_TOKENS,
         **how: Any,
     ) -> Iterator[str]:
-        """As ``chat``, the answer in pieces as they come."""
+        """Answer as ``chat``, in pieces as they come."""
         chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         options = {"template": template, "system": system}
         return chats.reply_pieces(self.components, images, question, history, chosen, **options)

@@ -42,11 +42,11 @@ class Session(Protocol):
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
-        """What ``run`` takes."""
+        """The tensors that ``run`` takes."""
 
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
-        """What ``run`` gives."""
+        """The tensors that ``run`` gives."""
 
     @property
     def largest(self) -> Mapping[str, int]:
@@ -170,7 +170,7 @@ def open_component(
 
 
 def require_backend(backend: str) -> str:
-    """The backend that a name stands for, once its package and its hardware are found.
+    """Return the backend that a name stands for, once its package and hardware are found.
 
     Raises:
         UsageError: an unknown name.

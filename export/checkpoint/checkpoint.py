@@ -7,7 +7,7 @@ tensors stay on disk as (file, offset, length) until something asks for one. Not
 written there. A checkpoint that changes while we read it is refused in the end.
 
 Names are canonical: those of InternVL-14B, with ``vision_model.`` in front of a bare InternViT's.
-``lm_head`` and ``embed_tokens`` are two tensors and are never tied (internvl-spec section 2.6).
+InternVL-14B's ``lm_head`` and ``embed_tokens`` are never tied (docs/model.md, section 2.7).
 Pickle files are refused here; ``internvl-edge convert`` turns them into safetensors.
 """
 

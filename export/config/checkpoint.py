@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from internvl_edge.artifact.components import components_of
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.config.chat import (
     ChatConfig,
@@ -44,16 +45,6 @@ from internvl_edge.export.config.fields import (
 logger = logging.getLogger(__name__)
 
 Kind = Literal["internvl", "chat", "vit"]
-OF_INTERNVL = (
-    "vision",
-    "image_embed",
-    "image_pool",
-    "image_queries",
-    "text_embed",
-    "matcher",
-    "decoder",
-)
-OF_CHAT = ("chat_vision", "chat_queries", "chat_decoder")
 OURS = ("has_layer_scale", "is_rotated", "has_shift")  # fields that no config.json decides
 
 
@@ -242,12 +233,10 @@ def load_config(directory: Path) -> CheckpointConfig:
 
 def available_components(config: CheckpointConfig) -> tuple[str, ...]:
     """List the components that a checkpoint can be compiled into."""
-    if config.kind == "internvl":
-        return OF_INTERNVL
     if config.chat is None:
-        return ("vision",)
-    is_there = {"chat_queries": config.queries is not None, "chat_decoder": config.chat.llama}
-    return tuple(name for name in OF_CHAT if is_there.get(name, True))
+        return components_of(config.kind)
+    parts = {"num_queries": config.queries, "llama": config.chat.llama}
+    return components_of(config.kind, [key for key, part in parts.items() if part is not None])
 
 
 def check_image_size(config: CheckpointConfig, image_size: int | None) -> int:

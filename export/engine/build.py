@@ -22,14 +22,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
-from internvl_edge.artifact.open import EngineRecord, TensorSpec
+from internvl_edge.artifact.open import EngineRecord, FileRecord, TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, Range, ShapeRanges
 from internvl_edge.errors import (
     ArtifactError,
@@ -43,21 +43,34 @@ from internvl_edge.export.engine.targets import (
     Target,
     choose_capabilities,
     find_target,
-    load_builder,
     minimum_sm,
 )
 from internvl_edge.files.disk import StreamedFile, os_errors
 from internvl_edge.files.signals import interrupts_held
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
-from internvl_edge.runtime.trt.vendor import DTYPES, NativeLog, callback, decisive_lines
+from internvl_edge.runtime.trt.vendor import (
+    DTYPES,
+    NativeLog,
+    callback,
+    decisive_lines,
+    import_tensorrt,
+)
 
-__all__ = ["ShapeRanges", "build_engine"]
+__all__ = ["BuiltEngine", "ShapeRanges", "build_engine"]
 
 Prepare = Callable[[Path], AbstractContextManager[Path]]
 ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
 
 NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 9, 256  # of fused attention kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine in a directory, and its files as they were written."""
+
+    record: EngineRecord
+    files: Mapping[str, FileRecord] = field(default_factory=dict)  # none if it was there before
 
 
 def build_engine(
@@ -75,8 +88,8 @@ def build_engine(
     prepared: Prepare = nullcontext,
     progress: ReportPhase | None = None,
     trt: Any = None,
-) -> EngineRecord:
-    """Build one component's engine into ``out_dir``, with its sidecar beside it.
+) -> BuiltEngine:
+    """Build one component's engine into ``out_dir``, with its sidecar next to it.
 
     Args:
         onnx_path: the graph; its external data is found relative to it.
@@ -94,7 +107,8 @@ def build_engine(
         trt: the builder's module; None imports the target's.
 
     Returns:
-        The engine and its sidecar, relative to the parent of ``out_dir``.
+        The engine and its sidecar, relative to the parent of ``out_dir``; what was built has
+        been hashed while it was written, and need not be read again.
 
     Raises:
         UsageError: unknown target, compute capability or symbolic dimension.
@@ -110,7 +124,7 @@ def build_engine(
     ranges = [  # errors before work
         {spec.name: _ranges(spec, one) for spec in inputs} for one in _profiles(inputs, profile)
     ]
-    trt = load_builder(chosen) if trt is None else trt
+    trt = import_tensorrt(chosen.name) if trt is None else trt
     capabilities = choose_capabilities(trt, chosen, precision, compute_capabilities)
     key = _key(target, trt.__version__, __version__, onnx_sha256, precision, ranges, capabilities)
     stem = f"{component}.{target}-{key}"
@@ -121,7 +135,7 @@ def build_engine(
         sidecar=f"{out_dir.name}/{stem}.json",
     )
     if record.file in known and record.sidecar in known:
-        return record
+        return BuiltEngine(record=record)
 
     started = time.monotonic()
     log = NativeLog()
@@ -158,29 +172,27 @@ def build_engine(
         inputs=tuple(inputs),
         outputs=outputs,
     )
-    _write_sidecar(out_dir / f"{stem}.json", info)
-    return record
-
-
-def _write_sidecar(path: Path, info: EngineInfo) -> None:
-    with StreamedFile(path) as sidecar:
+    with StreamedFile(out_dir / f"{stem}.json") as sidecar:
         sidecar.write((json.dumps(info.to_json(), indent=2) + "\n").encode())
         sidecar.publish()
+    written = {record.file: plan, record.sidecar: sidecar}
+    files = {n: FileRecord(nbytes=f.nbytes, sha256=f.sha256) for n, f in written.items()}
+    return BuiltEngine(record=record, files=files)
 
 
 def _profiles(inputs: Sequence[TensorSpec], profile: ShapeRanges) -> list[ShapeRanges]:
-    """The profiles of an engine: one with a cache has another, tuned for one token at a time."""
+    """List the profiles of an engine: one with a cache has another, tuned for single tokens."""
     has_cache = any("past" in spec.shape or spec.name == WRITE_INDICES for spec in inputs)
     return [profile, replace(profile, length=(1, 1, 1))] if has_cache else [profile]
 
 
 def _ranges(spec: TensorSpec, profile: ShapeRanges) -> list[Range]:
-    """Of each dimension of an input, the smallest, typical and largest size."""
+    """Give the smallest, typical and largest size of each dimension of an input."""
     return [(n, n, n) if isinstance(n, int) else profile.range_of(n) for n in spec.shape]
 
 
 def _key(*parts: object) -> str:
-    """Short hash of everything that decides what the engine is."""
+    """Hash everything that decides what the engine is."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -221,7 +233,7 @@ def _parse(trt: Any, target: Target, component: str, path: Path, log: NativeLog)
 
 
 def _parser_error(error: Any) -> str:
-    """Which node of the graph, and why."""
+    """Say which node of the graph failed, and why."""
     code = str(error.code()).removeprefix("ErrorCode.")
     reason = decisive_lines([error.desc()])
     if code == "UNSUPPORTED_NODE" and reason in ("", "false"):
@@ -232,19 +244,19 @@ def _parser_error(error: Any) -> str:
 
 
 def _check_inputs(network: _Network, component: str, specs: Sequence[TensorSpec]) -> None:
-    """The graph must take what the manifest says, or its profile would be of other tensors."""
+    """Refuse a graph whose inputs are not the manifest's: its profile is of those."""
     definition = network.definition
     tensors = [definition.get_input(index) for index in range(definition.num_inputs)]
-    found = sorted((t.name, DTYPES.get(t.dtype.name), tuple(t.shape)) for t in tensors)
+    given = sorted((t.name, DTYPES.get(t.dtype.name), tuple(t.shape)) for t in tensors)
     expected = sorted(
         (s.name, s.dtype, tuple(n if isinstance(n, int) else -1 for n in s.shape)) for s in specs
     )
-    if found != expected:
-        raise ArtifactError(f"{component}: expected inputs {expected}, the graph has {found}")
+    if given != expected:
+        raise ArtifactError(f"{component}: expected inputs {expected}, the graph has {given}")
 
 
 def _outputs(network: _Network) -> tuple[TensorSpec, ...]:
-    """The engine's outputs; a graph does not name their symbolic dimensions after the first."""
+    """List the engine's outputs; a graph names of their symbolic dimensions only the first."""
     definition = network.definition
     tensors = [definition.get_output(index) for index in range(definition.num_outputs)]
     return tuple(
@@ -292,7 +304,7 @@ def _build(
     component: str,
     monitor: Monitor,
 ) -> tuple[int, int]:
-    """Stream the engine into ``plan``; how many attention layers are fused and decomposed."""
+    """Stream the engine into ``plan``; count attention layers that are fused and decomposed."""
     config.progress_monitor = callback(
         trt.IProgressMonitor,
         phase_start=monitor.phase_start,
@@ -340,14 +352,14 @@ def _mark_attention(trt: Any, definition: Any, *, everything: bool) -> tuple[int
 
 
 def _has_fused_kernel(query: Any) -> bool:
-    """Whether there is one for queries (B, heads, T, d) of this type and shape."""
+    """Tell whether there is one for queries (B, heads, T, d) of this type and shape."""
     *_, length, head_size = query.shape
     half = query.dtype.name in ("HALF", "BF16")
     return half and length != 1 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
 
 
 def _failure(component: str, log: NativeLog) -> InternVLError:
-    """The error for a build that gave no engine, from what the builder logged."""
+    """Make the error of a build that gave no engine, from what the builder logged."""
     told = log.decisive() or "the builder logged no reason"
     if log.mentions("OutOfMemory") or log.mentions("bad_alloc"):
         return ResourceError(f"{component}: not enough memory to build the engine:\n  {told}")

@@ -3,13 +3,15 @@
 TensorRT-RTX reads weights from the mapped file and keeps the engine's bytes in memory until the
 last of them is written. Of linear layers that read one tensor (q, k and v, gate and up) it makes
 one product, whose weight is one more copy; gate and up are joined on disk before
-(``export.merge``), where they are not in 4 bits. Measured with TensorRT-RTX 1.7 at the widths of
-InternViT-6B and QLLaMA; see ``docs/LOG.md``.
+(``graph.join_pairs``), where they are not in 4 bits. Measured with TensorRT-RTX 1.7 at the widths
+of InternViT-6B and QLLaMA; see ``docs/LOG.md``.
 """
 
 from __future__ import annotations
 
+from internvl_edge.artifact.components import find_component
 from internvl_edge.errors import ResourceError
+from internvl_edge.export.precision import QUANTIZED, precision_of
 from internvl_edge.files.memory import available_memory
 
 BUILDER_NBYTES = 250_000_000
@@ -18,44 +20,29 @@ BUILDER_NBYTES_PER_BLOCK = 1_000_000
 MERGED_SHARE = 0.66
 # Gate and up; with keys and values of cross-attention 0.44. In 8 bits embeddings weigh more.
 JOINED_SHARE, JOINED_SHARE_8_BITS = 0.42, 0.38
-QUANTIZED = ("int8", "fp8", "int4")  # so begin the precisions of quantized weights
-BLOCKLESS_COMPONENTS = ("image_pool",)
-LLAMA_COMPONENTS = (
-    "image_queries",
-    "text_embed",
-    "matcher",
-    "decoder",
-    "chat_queries",
-    "chat_decoder",
-)
 
 
 def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
-    """Disk that weights joined for a builder take until the engine is built.
+    """Compute the disk that weights joined for a builder take until the engine is built.
 
     Args:
         component: its name.
         weights_nbytes: bytes of its weights.
         precision: of the export: one for all, or one per tower.
     """
-    own = _language_precision(precision)
-    is_quantized = own.startswith(QUANTIZED) and component != "chat_queries"  # those never are
-    if component not in LLAMA_COMPONENTS or (is_quantized and own.startswith("int4")):
+    known = find_component(component)
+    if not known.is_language:
+        return 0
+    own = precision_of(precision, component)
+    is_quantized = known.stream is not None and own in QUANTIZED
+    if is_quantized and own.startswith("int4"):
         return 0
     return int((JOINED_SHARE_8_BITS if is_quantized else JOINED_SHARE) * weights_nbytes)
 
 
-def _language_precision(precision: str) -> str:
-    """As ``precision.precision_of``, which needs PyTorch; engines are built without it."""
-    if "=" not in precision:
-        return precision
-    parts = ([text.strip() for text in part.split("=")] for part in precision.split(","))
-    return next((value for name, value in parts if name in LLAMA_COMPONENTS), "fp32")
-
-
 def builder_nbytes(component: str, weights_nbytes: int, num_blocks: int, precision: str) -> int:
-    """Anonymous memory that building a component's engine takes."""
-    merged = int(MERGED_SHARE * weights_nbytes) if component in LLAMA_COMPONENTS else 0
+    """Compute the anonymous memory that building a component's engine takes."""
+    merged = int(MERGED_SHARE * weights_nbytes) if find_component(component).is_language else 0
     merged -= joined_nbytes(component, weights_nbytes, precision)
     own = BUILDER_NBYTES + BUILDER_NBYTES_PER_BLOCK * num_blocks
     return own + weights_nbytes + merged

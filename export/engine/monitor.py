@@ -32,7 +32,7 @@ class Monitor:
         self._tell(phase, 0, steps)
 
     def step_complete(self, phase: str, step: int) -> bool:
-        """True to go on."""
+        """Report a step; True to go on."""
         return self._tell(phase, step + 1, self._steps.get(phase, step + 1))
 
     def phase_finish(self, phase: str) -> None:
@@ -50,5 +50,5 @@ class Monitor:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the build is to end without an engine."""
+        """True where the build is to end without an engine."""
         return self.stopped_by is not None or bool(self._signals)

@@ -7,12 +7,12 @@ builds for the GPU it runs on, and its engines stay there; it is the one for an 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.errors import HardwareError, UsageError
+from internvl_edge.runtime.gpu.probe import gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,16 +20,14 @@ class Target:
     """A builder: what it is called, and whether its engines leave the machine."""
 
     name: str
-    module: str
-    extra: str
     portable: bool  # builds for any GPU, without one
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target(name="tensorrt-rtx", module="tensorrt_rtx", extra="rtx", portable=True),
-        Target(name="tensorrt", module="tensorrt", extra="trt", portable=False),
+        Target(name="tensorrt-rtx", portable=True),
+        Target(name="tensorrt", portable=False),
     )
 }
 
@@ -42,21 +40,6 @@ def first_sm(precision: str) -> int:
     """The first compute capability of a precision, or of several towers' precisions."""
     names = (part.rpartition("=")[2].removesuffix("-wo") for part in precision.split(","))
     return max(MINIMUM_SM.get(name, 0) for name in names)
-
-
-def load_builder(target: Target) -> Any:
-    """Import a target's module.
-
-    Raises:
-        MissingDependency: it is not installed.
-        HardwareError: it is, and its libraries do not load.
-    """
-    try:
-        return importlib.import_module(target.module)
-    except ModuleNotFoundError as error:
-        raise MissingDependency.of(target.name, target.extra) from error
-    except (ImportError, OSError) as error:
-        raise HardwareError(f"{target.name} is installed but does not load: {error}") from error
 
 
 def find_target(name: str) -> Target:
@@ -94,19 +77,18 @@ def choose_capabilities(
 
 
 def local_capability() -> str:
-    """The compute capability of this machine's GPU, as ``SM90``."""
-    try:
-        from cuda.core import Device
-    except ImportError as error:
-        raise MissingDependency.of("cuda-core", "trt") from error
-    try:
-        capability = Device().compute_capability
-    except Exception as error:  # the driver's absence has many exceptions
+    """Return the compute capability of this machine's first GPU, as ``SM90``.
+
+    Raises:
+        HardwareError: there is no GPU.
+    """
+    local = gpus()
+    if not local:
         raise HardwareError(
-            f"tensorrt builds for the GPU it runs on, and none can be used here: {error}; "
-            "tensorrt-rtx builds without one"
-        ) from error
-    return f"SM{capability.major}{capability.minor}"
+            "tensorrt builds for the GPU it runs on, and found no CUDA device; tensorrt-rtx "
+            "builds without one"
+        )
+    return f"SM{local[0].sm}"
 
 
 def _sm(name: str) -> int:

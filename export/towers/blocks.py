@@ -14,9 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from internvl_edge.artifact.components import (
+    CHAT_PREFIX,
+    COMPONENTS,
+    LLAMA_PREFIX,
+    QUERIES_PREFIX,
+    VISION_PREFIX,
+)
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.load import build_model, load_into
-from internvl_edge.export.components import COMPONENTS, build_component, language_config
+from internvl_edge.export.components import build_component, language_config
 from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,
     InternVLConfig,
@@ -29,22 +36,7 @@ from internvl_edge.export.models.vit import AttentionCore
 from internvl_edge.export.models.vit import Block as VisionBlock
 from internvl_edge.types import Array
 
-COMPONENT_STREAM = {
-    "vision": "image",
-    "chat_vision": "image",
-    "image_embed": "image",
-    "image_queries": "queries",
-    "text_embed": "text",
-    "matcher": "match",
-    "decoder": "caption",
-    "chat_decoder": "chat",
-}
-# Components that have a tower and are never quantized
-OTHER_TOWERS = {"chat_queries": "queries.qllama.model.layers"}
 OF_IMAGES = frozenset({"queries", "match", "caption", "chat"})  # streams that read vision tokens
-VISION_PREFIX, LLAMA_PREFIX = "vision_model.encoder.layers", "qllama.model.layers"
-CHAT_PREFIX = "language_model.model.layers"
-PREFIXES = (VISION_PREFIX, LLAMA_PREFIX, CHAT_PREFIX)
 
 # A norm's output is read by these linear layers alone, so a per-channel factor can move from the
 # norm's gain into their columns without changing the function.
@@ -206,7 +198,7 @@ def query_blocks(checkpoint: Checkpoint) -> Iterator[nn.Module]:
     for i in range(config.qllama.num_hidden_layers):
         with torch.device("meta"):
             layer = _layer_of(config, i)
-        load_into(layer, checkpoint, f"{OTHER_TOWERS['chat_queries']}.{i}.", torch.float32)
+        load_into(layer, checkpoint, f"{QUERIES_PREFIX}.{i}.", torch.float32)
         yield layer.eval()
 
 
@@ -247,33 +239,23 @@ def component_of_one_block(
     Returns:
         The module, and a function from its parameters' names to the checkpoint's.
     """
-    config, prefix = checkpoint.config, tower_of(component)
+    config, chosen = checkpoint.config, COMPONENTS[component]
     with torch.device("meta"):
         model = build_model(with_depth(config, 1, 1, 1))
-        if component in OTHER_TOWERS:
+        if chosen.tower == QUERIES_PREFIX:
             assert isinstance(model, Chat) and config.queries is not None
             model.queries.qllama.model.layers[0] = _layer_of(config.queries, index)
         if isinstance(model, InternVL):
             model.qllama.model.layers[0] = _layer(config, index)
-            if component != "decoder":
+            if not chosen.reads("qllama.lm_head.weight"):
                 model.qllama.lm_head = nn.Identity()  # type: ignore[assignment]
-    module = build_component(COMPONENTS[component], model)
+    module = build_component(chosen, model)
 
     def stored(name: str) -> str:
-        return name.replace(f"{prefix}.0.", f"{prefix}.{index}.")
+        return name.replace(f"{chosen.tower}.0.", f"{chosen.tower}.{index}.")
 
     load_into(module, checkpoint, "", torch.float32, stored)
     return module, stored
-
-
-def tower_of(component: str) -> str | None:
-    """Return the prefix of a component's blocks; None for a component without a tower."""
-    if component in OTHER_TOWERS:
-        return OTHER_TOWERS[component]
-    stream = COMPONENT_STREAM.get(component)
-    if stream is None or stream == "image":
-        return stream and VISION_PREFIX
-    return CHAT_PREFIX if stream == "chat" else LLAMA_PREFIX
 
 
 def language_prefix(config: CheckpointConfig) -> str:

@@ -4,7 +4,7 @@ A prompt of T tokens is read at once, after the P positions that the cache holds
 image's queries); from then on every call gives the decoder one token per row. Prompts are rows of
 ids until they are padded, on the left and here alone. The mask over everything so far is 1 where
 there is no padding, and a token's position counts what is not padding before it:
-cumsum(mask) − 1, and 1 on padding (internvl-spec 2.4).
+cumsum(mask) − 1, and 1 on padding (docs/model.md, section 2.5).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Decoding(Protocol):
     """A decoder and its cache, wherever that lies."""
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        """Read tokens; the logits behind the last one, float32 [B,V]. The cache grows by them.
+        """Read tokens; return the logits after the last one, float32 [B,V]. The cache grows.
 
         Args:
             ids: int64 [B,T].
@@ -102,7 +102,7 @@ class Prompt:
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-    """Rows of ids as int64 [B,T], zeros before the shorter ones, and a mask that is 0 there."""
+    """Pad rows of ids on the left, int64 [B,T]; also the mask, 0 where they are padded."""
     width = max(map(len, rows))
     ids = np.zeros((len(rows), width), np.int64)
     mask = np.zeros_like(ids)
@@ -147,7 +147,7 @@ class Batch:
         return self._run(self._ids, mask, np.ascontiguousarray(positions))
 
     def read(self, tokens: Array) -> Array:
-        """One more token of every row (B,) → logits (B, V)."""
+        """Read one more token of every row (B,); return the logits (B, V)."""
         self.used += 1
         mask = np.ascontiguousarray(self.mask[:, : self.used])
         positions, self.next = self.next, self.next + 1
@@ -162,16 +162,16 @@ class Batch:
         best = logits.max(axis=1)  # NaN where a row has any, infinite where nothing has a chance
         if not np.isfinite(best).all():
             rows = np.flatnonzero(~np.isfinite(best)).tolist()
-            found = "NaN" if np.isnan(best).any() else "infinite logits"
+            wrong = "NaN" if np.isnan(best).any() else "infinite logits"
             raise InternVLError(
-                f"the decoder gave {found} behind {self.used} positions, row {rows}: expected "
+                f"the decoder gave {wrong} after {self.used} positions, row {rows}: expected "
                 "finite logits; run internvl-edge verify, or export at another precision"
             )
         return logits
 
 
 def without(logits: Array, ids: Array) -> Array:
-    """Logits (B, V) in which these ids have no chance; what V does not have, has none anyway."""
+    """Return logits (B, V) in which these ids have no chance; ids beyond V have none anyway."""
     logits = logits.copy()
     logits[:, ids[ids < logits.shape[1]]] = -np.inf
     return logits

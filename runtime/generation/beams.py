@@ -6,7 +6,7 @@ continuations of a step, one that ends counts as finished if it is among the fir
 n others go on. A row is done when no sentence under way can become better than the worst finished
 one; its length is taken as it is now (``early_stopping`` False) or the row is done as soon as it
 has n (True). A finished sentence's length counts its stop token. These are the semantics of
-transformers 4.37.2, with which the published captions were made (sections 2.5 and 3.5).
+transformers 4.37.2, with which the published captions were made (docs/model.md, section 9).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Finished:
 
 
 def beam_search(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
-    """The best sentence behind every row of a prompt, int64 [B,N]; see ``generate``."""
+    """Find the best sentence after every row of a prompt, int64 [B,N]; see ``generate``."""
     rows, beams = len(prompt.rows), how.num_beams
     stop = np.array(how.stop_ids, np.int64)
     batch = Batch(decoding, prompt, how.max_new_tokens)
@@ -83,10 +83,10 @@ def _advance(
     finished: list[_Finished],
     how: Generation,
 ) -> tuple[Array, Array, Array]:
-    """One step of every row.
+    """Take one step with every row.
 
     Args:
-        logits: (rows · beams, V), behind every sentence under way.
+        logits: (rows · beams, V), after every sentence under way.
         totals: (rows, beams), their sums.
         barred: token ids that have no chance.
         ids: of the sentences under way.
@@ -125,7 +125,7 @@ def _advance(
 def _best_next(
     logits: Array, totals: Array, barred: Array, count: int
 ) -> list[tuple[int, int, float]]:
-    """The best continuations of one row's sentences: beam, token and sum, best first.
+    """Find the best continuations of one row's sentences: beam, token and sum, best first.
 
     Of equal ones, the first beam and the lowest token. Whatever is among the best of all is among
     the best of its beam, so that only these are scored: log_softmax(logits) + total.
@@ -134,9 +134,9 @@ def _best_next(
     spread = np.log(np.exp(logits - peak[:, None]).sum(axis=1))
     if len(barred):
         logits = without(logits, barred)
-    found = [largest(row, min(count, len(row))) for row in logits]
-    beam = np.repeat(np.arange(len(logits)), [len(some) for some in found])
-    token = np.concatenate(found)
+    candidates = [largest(row, min(count, len(row))) for row in logits]
+    beam = np.repeat(np.arange(len(logits)), [len(some) for some in candidates])
+    token = np.concatenate(candidates)
     sums = logits[beam, token] - peak[beam] - spread[beam] + totals[beam]
     best = np.argsort(-sums, kind="stable")[:count]
     return list(zip(beam[best].tolist(), token[best].tolist(), sums[best].tolist(), strict=True))
@@ -145,7 +145,7 @@ def _best_next(
 def _best_sentences(
     finished: list[_Finished], ids: list[list[int]], totals: Array, how: Generation
 ) -> Array:
-    """The best sentence of each row, (rows, N); those under way count as they are."""
+    """Choose the best sentence of each row, (rows, N); those under way count as they are."""
     best = []
     for row, done in enumerate(finished):
         if not done.done:

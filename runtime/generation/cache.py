@@ -25,7 +25,7 @@ Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
 
 
 def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = None) -> Decoding:
-    """A decoder's session on a cache.
+    """Begin decoding on a cache, which stays on the device where the session can leave it there.
 
     Args:
         session: of a ``decoder`` or a ``chat_decoder``.
@@ -39,7 +39,7 @@ def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = No
 
 
 def empty_cache(session: Session, rows: int) -> dict[str, Array]:
-    """A cache without positions, as a decoder's session takes it, by names of what it gives."""
+    """Make a cache without positions, as a decoder's session takes it, by names of its outputs."""
     return {
         name.replace(PAST, PRESENT, 1): np.zeros(
             (rows, int(spec.shape[1]), 0, int(spec.shape[3])),
@@ -51,7 +51,7 @@ def empty_cache(session: Session, rows: int) -> dict[str, Array]:
 
 
 class _Layout:
-    """What a session's cache looks like, and what is fed beside it.
+    """The shape of a session's cache, and the feeds that go with it.
 
     Args:
         session: of a decoder.
@@ -62,7 +62,7 @@ class _Layout:
         self._capacity, self._embed = capacity_of(session.inputs), embed
 
     def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
-        """A cache with room for all that comes, where it does not grow."""
+        """Return a cache with room for all that comes, if it does not grow."""
         if self._capacity is None:
             return dict(cache)
         return {name: placed(values, self._capacity) for name, values in cache.items()}
@@ -86,9 +86,9 @@ class HostDecoding:
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
         feeds = self._layout.feeds(ids, mask, positions)
-        found = self._session.run({**feeds, **self._past}, check=False)
-        logits: Array = found.pop("logits")[:, -1]
-        self._past = {name.replace(PRESENT, PAST, 1): found[name] for name in found}
+        outputs = self._session.run({**feeds, **self._past}, check=False)
+        logits: Array = outputs.pop("logits")[:, -1]
+        self._past = {name.replace(PRESENT, PAST, 1): outputs[name] for name in outputs}
         return logits
 
     def select(self, rows: Array) -> None:
@@ -120,13 +120,13 @@ class DeviceDecoding:
             feeds |= dict(zip(self._names, self._cache, strict=True))
             fits = len(ids) <= self._max_rows
             if fits:
-                found = self._session.run_device(feeds, check=False)
-                logits = found["logits"].numpy()
+                outputs = self._session.run_device(feeds, check=False)
+                logits = outputs["logits"].numpy()
             else:
-                found = self._session.run(feeds, check=False)
-                logits = found["logits"]
-            self._names = [name.replace(PRESENT, PAST, 1) for name in found if name != "logits"]
-            self._cache = [value for name, value in found.items() if name != "logits"]
+                outputs = self._session.run(feeds, check=False)
+                logits = outputs["logits"]
+            self._names = [name.replace(PRESENT, PAST, 1) for name in outputs if name != "logits"]
+            self._cache = [value for name, value in outputs.items() if name != "logits"]
             self._is_there = fits
         last: Array = logits[:, -1]
         return last

@@ -7,8 +7,8 @@ values from there on (``TensorScatter``, opset 24). A session that gives input a
 memory writes T positions per step and copies none; shapes and addresses stay the same, so that a
 GPU can replay a step as one CUDA graph. The price is attention over places that hold nothing yet.
 
-What is written is masked by the graph: a place behind the new tokens is nobody's to see, whatever
-the mask says. So one mask serves a whole generation.
+The graph itself masks the places after the new tokens: none is seen, whatever the mask says. So one
+mask serves a whole generation.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ PAST, PRESENT = "past_key_values.", "present."
 
 
 def capacity_of(inputs: Mapping[str, TensorSpec]) -> int | None:
-    """How many positions a decoder's cache has that is written in place; None: it grows."""
+    """Count the positions of a cache that is written in place; None where it grows."""
     if WRITE_INDICES not in inputs:
         return None
     return int(inputs[MASK].shape[1])
 
 
 def positions_of(mask: Array, first: int, capacity: int) -> dict[str, Array]:
-    """The feeds that say where new positions go.
+    """Make the feeds that say where new positions go.
 
     Args:
         mask: int64 [B,n] of the positions so far, the new ones included; n ≤ capacity.
@@ -71,7 +71,7 @@ def _require_room(used: int, capacity: int) -> None:
 
 
 def placed(values: Array, capacity: int) -> Array:
-    """A cache [B,heads,P,d] as the first positions of one with zeros behind, [B,heads,C,d].
+    """Place a cache [B,heads,P,d] at the beginning of one of zeros, [B,heads,C,d].
 
     Raises:
         UsageError: it has more positions than that.
@@ -84,7 +84,7 @@ def placed(values: Array, capacity: int) -> Array:
 
 
 def in_place(feeds: Mapping[str, Array], inputs: Mapping[str, TensorSpec]) -> dict[str, Array]:
-    """Feeds of a decoder whose cache grows, as a session with such ``inputs`` takes them.
+    """Turn feeds for a cache that grows into those that a session with ``inputs`` takes.
 
     They stay as they are where its cache grows too.
     """
@@ -97,7 +97,7 @@ def in_place(feeds: Mapping[str, Array], inputs: Mapping[str, TensorSpec]) -> di
 
 
 def grown(outputs: Mapping[str, Array], positions: int) -> dict[str, Array]:
-    """Outputs of a session whose cache is written in place, as if it had grown to ``positions``."""
+    """Cut outputs of a cache that is written in place as if it had grown to ``positions``."""
     return {
         name: values[:, :, :positions] if name.startswith(PRESENT) else values
         for name, values in outputs.items()

@@ -1,7 +1,7 @@
 """Tokens one after the other on a decoder with a cache: greedy, sampled, or by beam search.
 
-How a prompt is read, masked and counted: ``continuation``. Where its cache lies: ``cache``. Beam
-search: ``beams``.
+``batch`` says how a prompt is read, masked and counted, ``cache`` where its cache lies, ``beams``
+what beam search is.
 
 Greedy decoding takes the largest logit; sampling draws one from
 
@@ -35,7 +35,7 @@ def generate(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
     """Continue every row of a prompt.
 
     Returns:
-        The new ids, int64 [B,N]: N is at most ``max_new_tokens``, rows are padded behind the stop
+        The new ids, int64 [B,N]: N is at most ``max_new_tokens``, rows are padded after the stop
         id that ends them.
 
     Raises:
@@ -47,7 +47,7 @@ def generate(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
 
 
 def generate_all(batches: Iterable[tuple[Decoding, Prompt]], how: Generation) -> Array:
-    """As ``generate``, the batches of a request one after the other: int64 [B,N] of all rows."""
+    """Continue the batches of a request one after the other: int64 [B,N] of all rows."""
     parts = [generate(decoding, prompt, how) for decoding, prompt in batches]
     width = max(ids.shape[1] for ids in parts)
     return np.concatenate(
@@ -59,7 +59,7 @@ def generate_all(batches: Iterable[tuple[Decoding, Prompt]], how: Generation) ->
 
 
 def stream(decoding: Decoding, prompt: Prompt, how: Generation) -> Iterator[Array]:
-    """The next token of every row, int64 [B], as soon as it is known; greedy or sampled.
+    """Yield the next token of every row, int64 [B], as soon as it is known; greedy or sampled.
 
     Raises:
         UsageError: beams, of which nothing is known before the end.
@@ -92,19 +92,19 @@ def _rng(seed: int | None, row: int) -> np.random.Generator:
 
 
 def _drawn(logits: Array, how: Generation, rngs: Sequence[np.random.Generator]) -> Array:
-    """One token of each row, (B,)."""
+    """Draw one token of each row, (B,)."""
     draws = zip(logits, rngs, strict=True)
     return np.array([_draw(row, how, rng.random()) for row, rng in draws], np.int64)
 
 
 def _draw(logits: Array, how: Generation, point: float) -> int:
-    """The token of logits (V,) at a point from 0 to 1."""
+    """Find the token of logits (V,) at a point from 0 to 1."""
     ids = None  # all of them
     if how.top_k is not None and how.top_k < len(logits):
         ids = largest(logits, how.top_k)
     scores = logits if ids is None else logits[ids]
     heat = max(how.temperature or 1.0, COLDEST)
-    with np.errstate(over="ignore"):  # in the cold all but the best are infinitely far behind it
+    with np.errstate(over="ignore"):  # in the cold all but the best are infinitely far below it
         chances = np.exp((scores - scores.max()) / heat)
     if how.top_p is not None and how.top_p < 1:
         kept = _nucleus(chances / chances.sum(), how.top_p)
@@ -115,7 +115,7 @@ def _draw(logits: Array, how: Generation, point: float) -> int:
 
 
 def _nucleus(chances: Array, share: float) -> Array:
-    """Indices of the most likely tokens, until their chances reach ``share``; one at least."""
+    """Find the most likely tokens, until their chances reach ``share``; one at least."""
     few = largest(chances, min(FEW, len(chances)))
     while chances[few].sum() < share and len(few) < len(chances):
         few = largest(chances, min(8 * len(few), len(chances)))

@@ -15,7 +15,7 @@ REPLACEMENT = "\ufffd"  # half a character, decoded
 def streamed(
     tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
 ) -> Iterator[str]:
-    """The text of one row's tokens in pieces, as they come; none is empty.
+    """Yield the text of one row's tokens in pieces, as they come; none is empty.
 
     Only the tokens of the last piece are decoded again, which the next one may change: spaces are
     the text's own between two words, and not around it.
@@ -38,6 +38,6 @@ def streamed(
 
 
 def until_end(ids: list[int], how: Generation) -> list[int]:
-    """Ids up to the first that ends a text."""
+    """Cut ids off at the first that ends a text."""
     ends = [at for at, token in enumerate(ids) if token in how.stop_ids]
     return ids[: ends[0]] if ends else ids

@@ -96,7 +96,7 @@ class Device:
             raise SessionDead(f"the GPU failed before: {self._dead}; restart the process")
 
     def call(self, name: str, *args: object) -> Any:
-        """Call a function of CUDA; its value, or values as a tuple."""
+        """Call a function of CUDA; return its value, or values as a tuple."""
         status, *values = getattr(self.cudart, name)(*args)
         if int(status):
             self.cudart.cudaGetLastError()  # or a library would find it later, as its own
@@ -110,20 +110,20 @@ class Device:
 
     @property
     def is_dead(self) -> bool:
-        """Whether an error ended it for this process."""
+        """True once an error ended it for this process."""
         return self._dead is not None
 
     def is_forked(self) -> bool:
-        """Whether this is a child of the process that opened the device."""
+        """Tell whether this is a child of the process that opened the device."""
         return os.getpid() != self._process
 
     def free_nbytes(self) -> int:
-        """Device memory that nobody has, now."""
+        """Count the bytes of device memory that are free now."""
         free, _ = self.call("cudaMemGetInfo")
         return int(free)
 
     def require(self, nbytes: int, what: str) -> None:
-        """Refuse before the work what does not fit.
+        """Refuse work whose memory is not there, before it begins.
 
         Raises:
             ResourceError: fewer than ``nbytes`` are free.
@@ -135,15 +135,15 @@ class Device:
             )
 
     def owns(self, pointer: int) -> bool:
-        """Whether an address is memory of this GPU, or managed memory."""
+        """Tell whether an address is memory of this GPU, or managed memory."""
         kind = self.cudart.cudaMemoryType
-        status, found = self.cudart.cudaPointerGetAttributes(pointer)
+        status, attributes = self.cudart.cudaPointerGetAttributes(pointer)
         if int(status):
             self.cudart.cudaGetLastError()
             return False
-        if found.type == kind.cudaMemoryTypeDevice:
-            return bool(found.device == self.index)
-        return bool(found.type == kind.cudaMemoryTypeManaged)
+        if attributes.type == kind.cudaMemoryTypeDevice:
+            return bool(attributes.device == self.index)
+        return bool(attributes.type == kind.cudaMemoryTypeManaged)
 
     def _failure(self, name: str, args: tuple[Any, ...], status: Any) -> InternVLError:
         _, text = self.cudart.cudaGetErrorString(status)
@@ -156,13 +156,13 @@ class Device:
         return HardwareError(f"CUDA refused a call: {told}")
 
     def _lack(self, name: str, args: tuple[Any, ...]) -> str:
-        """Which memory ran out, and how much was asked for."""
+        """Say which memory ran out, and how much was asked for."""
         if name == "cudaHostAlloc":
             return f"not enough page-locked host memory for {args[0] / GB:.2f} GB"
         if name != "cudaMalloc":
             return "not enough GPU memory"
-        status, *found = self.cudart.cudaMemGetInfo()
-        free = 0 if int(status) else found[0]
+        status, *memory = self.cudart.cudaMemGetInfo()
+        free = 0 if int(status) else memory[0]
         return f"not enough GPU memory for {args[0] / GB:.2f} GB, {free / GB:.2f} GB are free"
 
 
@@ -176,7 +176,7 @@ def _import_cudart() -> Any:
 
 
 def _require_driver(cudart: Any) -> None:
-    """A driver runs programs of its own major version of CUDA and of earlier ones."""
+    """Refuse a driver older than the bindings' major version of CUDA: it runs no newer programs."""
     _, driver = cudart.cudaDriverGetVersion()
     _, runtime = cudart.cudaRuntimeGetVersion()
     if driver == 0:

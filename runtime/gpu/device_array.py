@@ -69,7 +69,7 @@ class DeviceArray:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A capsule; the consumer's stream waits until the array is computed.
+        """Export a capsule; the consumer's stream waits until the array is computed.
 
         Raises:
             BufferError: it is asked for elsewhere, as a copy, or is read-only, which a capsule
@@ -86,7 +86,7 @@ class DeviceArray:
         return capsule_of(self.pointer, self.shape, self.dtype, self.__dlpack_device__(), self)
 
     def numpy(self) -> Array:
-        """A copy on the host, of what a run computed.
+        """Copy to the host an array that a run computed.
 
         Raises:
             UsageError: it did not come from a run.
@@ -99,7 +99,7 @@ class DeviceArray:
 
 
 def is_on_device(name: str, value: object) -> bool:
-    """Whether an object, to be an input of this name, says that it is GPU memory.
+    """Tell whether an object, to be an input of this name, says that it is GPU memory.
 
     Raises:
         FeedError: it raises something instead.
@@ -115,7 +115,7 @@ def is_on_device(name: str, value: object) -> bool:
 
 
 def as_device_array(name: str, value: Any, stream: int) -> DeviceArray:
-    """An object that ``is_on_device``, safe to read in ``stream`` once that waited for its own.
+    """Take an object that ``is_on_device``, safe to read in ``stream`` once that has waited.
 
     Args:
         name: of the input, for errors.

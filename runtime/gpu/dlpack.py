@@ -77,7 +77,7 @@ _deleter, _destructor = _Deleter(_forget), _Deleter(_destroy)
 def capsule_of(
     pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: tuple[int, int], owner: Any
 ) -> Any:
-    """A capsule of a C-contiguous array.
+    """Make a capsule of a C-contiguous array.
 
     Args:
         pointer: its address.

@@ -1,4 +1,4 @@
-"""What CUDA hands out: memory, streams, events, graphs.
+"""The resources that CUDA hands out: memory, streams, events, graphs.
 
 Each is a ``Resource``, freed once: by ``close``, at the end of a ``with`` block, or with the last
 reference to it. Work that is put into a stream runs later: memory that it reads or writes must
@@ -71,7 +71,7 @@ class PinnedBuffer(Resource):
         self._block = (ctypes.c_uint8 * nbytes).from_address(self.pointer)
 
     def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """The beginning of the memory as an array; it lives as long as this buffer."""
+        """View the beginning of the memory as an array; it lives as long as this buffer."""
         return np.ndarray(shape, dtype, memoryview(self._block))
 
 
@@ -103,7 +103,7 @@ class Event(Resource):
         self.device.call("cudaMemcpy", target, source, nbytes, default)
 
     def elapsed_ms(self, since: Event) -> float:
-        """The GPU's time between two timed events that have passed."""
+        """Measure the GPU's time between two timed events that have passed."""
         return float(self.device.call("cudaEventElapsedTime", since.handle, self.handle))
 
 
@@ -142,7 +142,7 @@ class Stream(Resource):
         self.device.call("cudaStreamSynchronize", self.handle)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
-        """What ``enqueue`` puts into this stream, as a graph; nothing of it runs yet.
+        """Capture what ``enqueue`` puts into this stream as a graph; nothing of it runs yet.
 
         Raises:
             HardwareError: CUDA cannot capture it; the stream is usable again.

@@ -45,7 +45,7 @@ class OutputBlock(Buffer):
 def new_arrays(
     device: Device, shapes: Shapes, dtypes: Dtypes, used_up: Sequence[DeviceArray]
 ) -> tuple[dict[str, DeviceArray], Event]:
-    """Uninitialised arrays in one block.
+    """Allocate uninitialised arrays in one block.
 
     Args:
         device: the GPU.
@@ -89,21 +89,21 @@ def _next_block(device: Device, nbytes: int, used_up: Sequence[DeviceArray]) -> 
 
 
 def aligned(nbytes: int) -> int:
-    """The next multiple of ``ALIGNMENT``."""
+    """Round up to a multiple of ``ALIGNMENT``."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def copy_rows(
     stream: Stream, source: DeviceArray, target: DeviceArray, rows: Sequence[int]
 ) -> None:
-    """Put these rows of an array one behind the other into another, in a stream."""
+    """Copy these rows of an array into another, one after the other, in a stream."""
     nbytes = source.nbytes // source.shape[0]
     for place, row in enumerate(rows):
         stream.copy(target.pointer + place * nbytes, source.pointer + row * nbytes, nbytes)
 
 
 def find_overlap(written: Sequence[Span], read: Sequence[Span]) -> tuple[str, str] | None:
-    """What is written, and something else in the same memory; None where all is apart."""
+    """Find something written and something else in the same memory; None if all is apart."""
     spans = sorted(written)
     for (_, end, first), (start, _, second) in pairwise(spans):
         if start < end:

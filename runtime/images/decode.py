@@ -86,7 +86,7 @@ def load_image(source: ImageSource, label: str | None = None) -> Image.Image:
 
 
 def image_label(source: object, index: int = 0, count: int = 1) -> str:
-    """How messages name an image: what it is, and which of several."""
+    """Name an image for messages: what it is, and which of several."""
     if isinstance(source, str | os.PathLike):
         what = str(os.fspath(source))
     elif isinstance(source, bytes | bytearray | memoryview):
@@ -101,7 +101,7 @@ def image_label(source: object, index: int = 0, count: int = 1) -> str:
 
 
 def _read(path: str | os.PathLike[str], label: str) -> bytes:
-    """The bytes of a regular file; a FIFO or a device is refused without waiting for it."""
+    """Read a regular file; a FIFO or a device is refused without waiting for it."""
     try:
         handle = os.open(path, READ_FLAGS)
         try:
@@ -126,8 +126,8 @@ def _open(data: bytes, label: str) -> Image.Image:
         return _decoding(PngImageFile, io.BytesIO(_png_picture(data, label)), label)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _decoding(WebPImageFile, io.BytesIO(data), label)
-    found = f"a file that starts with {data[:12]!r}" if data else "an empty file"
-    raise MediaError(f"{label}: expected a JPEG, PNG or WebP image, found {found}")
+    told = f"a file that starts with {data[:12]!r}" if data else "an empty file"
+    raise MediaError(f"{label}: expected a JPEG, PNG or WebP image, found {told}")
 
 
 def _decoding(step: Any, source: Any, label: str) -> Image.Image:
@@ -147,7 +147,7 @@ class _Jpeg(JpegImageFile):
 
 
 def _png_picture(data: bytes, label: str) -> bytearray:
-    """The chunks that make the picture, and its orientation.
+    """Keep the chunks that make the picture, and its orientation.
 
     The others are text and profiles to unpack, and animation, of which Pillow warns when broken.
     """

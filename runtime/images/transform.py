@@ -1,7 +1,7 @@
 """Images to the ``pixel_values`` of a vision graph, equal to the original's to the last bit.
 
 A picture is decoded, turned upright, made RGB, brought to S×S, and normalised. Three transforms
-bring it to size (internvl-spec section 4); all of them resize with Pillow's antialiased bicubic
+bring it to size (docs/model.md, section 7.1); all of them resize with Pillow's antialiased bicubic
 filter, on 8-bit values:
 
     retrieval        resize to S×S, whatever the aspect        also captioning
@@ -67,7 +67,7 @@ MIN_STD = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """How a model wants its images.
+    """The transform that a model was trained with, and its numbers.
 
     Raises:
         InputError: a value that no image could be prepared with.
@@ -90,7 +90,7 @@ class Preprocessing:
             raise InputError(_not_a_transform(self.transform))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back."""
+        """Write a JSON object that `from_json` reads back."""
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
@@ -102,10 +102,10 @@ class Preprocessing:
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(raw, dict) or set(raw) - known or "size" not in raw:
-            found = sorted(map(str, raw)) if isinstance(raw, dict) else raw
+            keys = sorted(map(str, raw)) if isinstance(raw, dict) else raw
             raise ArtifactError(
                 f"preprocessing must be an object of {sorted(known)} with at least size, "
-                f"found {found!r}"
+                f"found {keys!r}"
             )
         triples = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
         try:
@@ -122,7 +122,7 @@ def pixel_values(
     before: int = 0,
     total: int | None = None,
 ) -> NDArray[np.float32]:
-    """Images as a vision graph takes them: float32 [B, 3, S, S], contiguous.
+    """Prepare images as a vision graph takes them: float32 [B, 3, S, S], contiguous.
 
     Args:
         images: one image or several (`load_image` says of which kinds), an array uint8
@@ -155,7 +155,7 @@ def pixel_levels(
     before: int = 0,
     total: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Images at the model's size and not yet normalised: uint8 [B, 3, S, S], contiguous.
+    """Prepare images at the model's size, not normalised: uint8 [B, 3, S, S], contiguous.
 
     Several are decoded at once, in as many threads as there are cores; which one is refused, and
     every value, are as of one after the other.
@@ -193,7 +193,7 @@ def pixel_levels(
 
 
 def normalised(levels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """``pixel_values`` of levels, both [B, 3, S, S]."""
+    """Normalise levels to ``pixel_values``, both [B, 3, S, S]."""
     mean, std = (
         np.array(values, np.float32)[:, None, None]
         for values in (preprocessing.mean, preprocessing.std)
@@ -205,7 +205,7 @@ def normalised(levels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArr
 
 
 def nearest_levels(pixels: NDArray[np.float32], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """The levels that ``normalised`` brings nearest to ``pixel_values``; of its own, the same."""
+    """Find the levels nearest to ``pixel_values``: exactly those that ``normalised`` was given."""
     mean, std = (
         np.array(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
     )
@@ -258,7 +258,7 @@ def tile(
 
 
 def squared(picture: Image.Image, mean: tuple[float, float, float]) -> Image.Image:
-    """A picture in the middle of a square of the mean colour, as LLaVA pads it."""
+    """Pad a picture to a square of the mean colour, itself in the middle, as LLaVA does."""
     side = max(picture.size)
     if picture.size == (side, side):
         return picture
@@ -274,7 +274,7 @@ def squared(picture: Image.Image, mean: tuple[float, float, float]) -> Image.Ima
 
 
 def tile_grid(shape: tuple[int, int], size: int, min_num: int, max_num: int) -> tuple[int, int]:
-    """The (columns, rows) whose aspect is nearest to that of (width, height).
+    """Choose the (columns, rows) whose aspect is nearest to that of (width, height).
 
     Grids are compared from few tiles to many. Among equally near ones, a later grid wins if the
     image has more than half its pixels: small images are not blown up. The original compares
@@ -335,5 +335,5 @@ def _three(values: object, lowest: float) -> bool:
     )
 
 
-def _not_a_transform(found: object) -> str:
-    return f"transform must be one of {', '.join(TRANSFORMS)}, found {found!r}"
+def _not_a_transform(name: object) -> str:
+    return f"transform must be one of {', '.join(TRANSFORMS)}, found {name!r}"

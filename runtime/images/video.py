@@ -2,7 +2,7 @@
 
 A video is a folder of image files, a video file (read by PyAV, an extra), or a sequence of images.
 Its embedding is the mean of the embeddings of n frames, which are not normalised before
-(internvl-spec section 4). The video is cut into pieces of ceil(length / n) frames and the middle
+(docs/model.md, section 7.3). The video is cut into pieces of ceil(length / n) frames and the middle
 one of each is taken; a length that n does not divide can give fewer than n pieces.
 """
 
@@ -25,9 +25,9 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def sample_frames(length: int, num_frames: int) -> list[int]:
-    """The indices, ascending, of at most ``num_frames`` frames of a video.
+    """Choose at most ``num_frames`` frames of a video: their indices, ascending.
 
-    The original asks for a frame behind the end where the last piece is short (10 frames, 4
+    The original asks for a frame after the end where the last piece is short (10 frames, 4
     wanted: 1, 4, 7, 10); here that is the last frame.
 
     Raises:
@@ -43,7 +43,7 @@ def sample_frames(length: int, num_frames: int) -> list[int]:
 
 
 def read_frames(folder: str | os.PathLike[str], num_frames: int | None = None) -> list[Path]:
-    """The image files of a folder in natural order (frame 2 before frame 10), hidden ones aside.
+    """List a folder's image files in natural order (frame 2 before frame 10), but hidden ones.
 
     Args:
         folder: of JPEG, PNG and WebP files, told by their suffix. They are not opened.
@@ -74,7 +74,7 @@ def read_frames(folder: str | os.PathLike[str], num_frames: int | None = None) -
 def decode_frames(
     path: str | os.PathLike[str], num_frames: int | None = None
 ) -> list[NDArray[np.uint8]]:
-    """The frames of a video file as RGB arrays [H, W, 3], in the order they are shown in.
+    """Decode the frames of a video file as RGB arrays [H, W, 3], in the order they are shown.
 
     Containers are often wrong about how many frames they hold, so the file is decoded once to
     count them, and once more for those that are wanted.
@@ -100,7 +100,7 @@ def decode_frames(
 
 
 def _decoded(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Every frame of the first video stream, not converted yet."""
+    """Yield every frame of the first video stream, not converted yet."""
     try:
         import av
     except ImportError as error:
@@ -115,7 +115,7 @@ def _decoded(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def pool_frames(features: Array) -> Array:
-    """The embedding [E] of a video: the mean of its frames' embeddings [F, E], of their dtype.
+    """Average frames' embeddings [F, E] to that of their video, [E], of the same dtype.
 
     Neither side is normalised.
 
@@ -128,7 +128,7 @@ def pool_frames(features: Array) -> Array:
 
 
 def dual_softmax(similarity: Array) -> Array:
-    """Similarities [N, M], each weighted by its softmax over the N rows: sim ⊙ softmax(sim, 0).
+    """Weight similarities [N, M] by their softmax over the N rows: sim ⊙ softmax(sim, 0).
 
     The re-ranking of MSR-VTT's evaluation: a column that is near to everything counts less.
 
@@ -145,6 +145,6 @@ def dual_softmax(similarity: Array) -> Array:
 
 
 def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
-    """Digits compare as numbers; the name itself decides between 1.png and 01.png."""
+    """Make a sort key in which digits are numbers; the name decides between 1.png and 01.png."""
     parts = re.findall(r"([^0-9]*)([0-9]*)", name)
     return [(text, int(digits or -1)) for text, digits in parts], name

@@ -10,7 +10,7 @@ __all__ = ["cpu_features", "cpuinfo", "products_saturate"]
 
 
 def products_saturate() -> bool:
-    """Whether this CPU adds up products of signed and unsigned bytes in 16 bits that saturate.
+    """Tell whether sums of products of signed and unsigned bytes saturate at 16 bits here.
 
     x86 does without VNNI or AMX; where the system does not say, it is taken to.
     """
@@ -19,14 +19,14 @@ def products_saturate() -> bool:
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets that decide how fast products of 8 and 16 bits are."""
+    """List the instruction sets that decide how fast products of 8 and 16 bits are."""
     known = r"avx2|avx_vnni|avx512f|avx512_vnni|avx512_bf16|avx512_fp16|amx_int8|amx_bf16|amx_fp16"
     flags = (cpuinfo("flags") or cpuinfo("Features") or "").split()
     return [flag for flag in flags if re.fullmatch(rf"{known}|asimddp|i8mm|bf16", flag)]
 
 
 def cpuinfo(field: str) -> str | None:
-    """The first value of a field of /proc/cpuinfo; None where there is none."""
+    """Read the first value of a field of /proc/cpuinfo; None where there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -47,7 +47,7 @@ class Replays:
         self._num_tried = 0
 
     def run(self, names: Sequence[str], arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """These outputs, as arrays; shapes that come for the second time are captured."""
+        """Compute these outputs; shapes that come for the second time are captured."""
         shapes = tuple(array.shape for array in arrays.values())
         with self._turn:
             if shapes in self._captured:
@@ -56,18 +56,18 @@ class Replays:
                 self._may_capture[shapes] = False  # what fails once stays plain
                 with suppress(Exception):  # the plain call says what there is to say
                     return self._capture(shapes, names, arrays)
-            found = self._session.run(names, dict(arrays), _options(UNCAPTURED))
+            outputs = self._session.run(names, dict(arrays), _options(UNCAPTURED))
             self._may_capture.setdefault(shapes, True)
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, outputs, strict=True))
 
     def _capture(
         self, shapes: Shapes, names: Sequence[str], arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         self._num_tried += 1
         call = _Captured(self._session, self._place, self._names, arrays, self._num_tried)
-        found = call.run(names, arrays)
+        outputs = call.run(names, arrays)
         self._captured[shapes] = call
-        return found
+        return outputs
 
 
 class _Captured:
@@ -86,8 +86,8 @@ class _Captured:
         self._inputs = {name: value_of(array, place) for name, array in arrays.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
-        found = session.run(names, dict(arrays), _options(UNCAPTURED))
-        self._outputs = {n: value_of(array, place) for n, array in zip(names, found, strict=True)}
+        outputs = session.run(names, dict(arrays), _options(UNCAPTURED))
+        self._outputs = {n: value_of(array, place) for n, array in zip(names, outputs, strict=True)}
         for name, value in self._outputs.items():
             self._binding.bind_ortvalue_output(name, value)
 

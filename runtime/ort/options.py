@@ -65,7 +65,7 @@ class OrtOptions:
 
 
 def native_options(options: OrtOptions) -> Any:
-    """ONNX Runtime's own object."""
+    """Make ONNX Runtime's own object."""
     import onnxruntime
 
     native = onnxruntime.SessionOptions()
@@ -82,13 +82,13 @@ def native_options(options: OrtOptions) -> Any:
 
 
 def place_of(providers: Sequence[Provider]) -> tuple[str, int]:
-    """Device type and index where the preferred provider leaves its outputs."""
+    """Return the device type and index where the preferred provider leaves its outputs."""
     first = providers[0]
     return ("cpu", 0) if isinstance(first, str) else ("cuda", int(first[1]["device_id"]))
 
 
 def choose_providers(device: str, options: OrtOptions = OrtOptions()) -> list[Provider]:
-    """ONNX Runtime's providers for a device, in the order of preference."""
+    """Choose ONNX Runtime's providers for a device, in the order of preference."""
     import onnxruntime
 
     gpu_provider = options.gpu_provider
@@ -128,7 +128,7 @@ def load_gpu_libraries() -> str:
     each session on a GPU, and what is printed meanwhile is taken for its own.
 
     Returns:
-        What was not found, in ONNX Runtime's words; it may be found later, or not needed.
+        The libraries not found, in ONNX Runtime's words; they may be found later, or not needed.
     """
     import onnxruntime
 
@@ -140,7 +140,7 @@ def load_gpu_libraries() -> str:
 
 
 def captures(providers: Sequence[Provider]) -> bool:
-    """Whether calls are captured as CUDA graphs there."""
+    """Tell whether calls are captured as CUDA graphs there."""
     first = providers[0]
     return not isinstance(first, str) and first[1].get("enable_cuda_graph") == "1"
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the ``Session`` protocol: on the CPU, or with its CUDA provider.
+"""ONNX Runtime as a ``Session``: on the CPU, or with its CUDA provider.
 
 The CPU provider computes float32, float16 and every Q/DQ graph (INT8 and FP8). It has no
 bfloat16 arithmetic: MatMul, Conv, Add, Softmax, RMSNormalization and all other operators that
@@ -26,6 +26,7 @@ except ImportError as error:
 
     raise MissingDependency.of("onnxruntime", "ort") from error
 
+from internvl_edge.artifact.components import find_component
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import (
     ArtifactError,
@@ -73,10 +74,6 @@ TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 # file's pages. So small components fold, and decoders; a tower of billions has to fit.
 CONSTANT_FOLDING = "ConstantFolding"
 MAX_FOLDED_NBYTES = 100_000_000
-DECODERS = ("decoder", "chat_decoder")
-# What CUDA graphs are made of: ONNX Runtime computes the masks of texts on the host, between
-# kernels, and a decoder's cache stays on the device from call to call.
-TOWERS = ("vision", "image_embed", "image_pool", "chat_vision")
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 # In what it says of a graph with kernels on the host between those on the GPU.
 CAPTURE = "graph capture"
@@ -127,7 +124,7 @@ class OrtSession:
         self._replays = Replays(session, self._place) if has_graphs else None
 
     def _native(self, graph: bytes | None, device: str, options: OrtOptions) -> Any:
-        """ONNX Runtime's session; _Again where it takes other options."""
+        """Open ONNX Runtime's session; raise _Again where it takes other options."""
         self._providers = choose_providers(device, options)
         missing = load_gpu_libraries() if self._providers != [CPU] else ""
         native = native_options(options)
@@ -182,8 +179,8 @@ class OrtSession:
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         arrays = check_feeds(self._inputs, feeds, check)
         if not self._is_numpy:
-            found = self.run_device(arrays, check=False, outputs=names)
-            return {name: array_of(value, self._place) for name, value in found.items()}
+            values = self.run_device(arrays, check=False, outputs=names)
+            return {name: array_of(value, self._place) for name, value in values.items()}
         try:
             if replays is not None:
                 return replays.run(names, arrays)
@@ -242,7 +239,7 @@ class OrtSession:
 
         Args:
             feeds: what is not in the cache.
-            names: of the cache's inputs; its outputs come in the same order, behind the logits.
+            names: of the cache's inputs; its outputs come in the same order, after the logits.
             cache: their ``OrtValue``s.
 
         Returns:
@@ -269,7 +266,7 @@ class OrtSession:
         return logits.numpy(), presents
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
-        """These rows of a cache, in this order; they pass through the host."""
+        """Copy these rows of a cache, in this order; they pass through the host."""
         taken = [array_of(value, self._place)[rows] for value in cache]
         return [value_of(array, self._place) for array in taken]
 
@@ -366,33 +363,36 @@ def open_component(
     if not isinstance(options, OrtOptions):
         raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
-    if component not in TOWERS:
+    known = find_component(component)
+    # ONNX Runtime computes the masks of texts on the host, between kernels, and a decoder's cache
+    # stays on the device from call to call: CUDA graphs are made of what sees images alone.
+    if not known.is_vision:
         options = replace(options, graphs=False)
     is_needed = unsigned in artifact.manifest.files and products_saturate()
     if is_needed and choose_providers(device, options) == [CPU]:
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
-        if options.fold is None and is_large and component not in DECODERS:
+        if options.fold is None and is_large and not known.takes_cache:
             options = replace(options, fold=False)
     return OrtSession(path, device=device, options=options)
 
 
 def unsigned_graph(component: str) -> str:
-    """The file of a component's graph for CPUs whose INT8 products saturate.
+    """Name the file of a component's graph for CPUs whose INT8 products saturate.
 
-    It computes the same from the same weights (``quantize.unsigned``).
+    It computes the same from the same weights (``quantize.graph.unsigned``).
     """
     return f"{component}.u8.onnx"
 
 
 def _is_numpy(session: Any) -> bool:
-    """Whether NumPy has a type for all that it takes and gives."""
+    """Tell whether NumPy has a type for all that it takes and gives."""
     values = (*session.get_inputs(), *session.get_outputs())
     return all(spec_of(value).dtype != BFLOAT16 for value in values)
 
 
 def _message(error: Exception) -> str:
-    """ONNX Runtime's own words, on one line and without its prefix."""
+    """Return ONNX Runtime's own words, on one line and without its prefix."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
     return " ".join(text.split()) or type(error).__name__
 

@@ -30,22 +30,22 @@ SAME_BITS = np.dtype(np.float16)
 
 
 def array_of(value: Any, place: Place) -> Array:
-    """The copy on the host of a value of this place, or of the CPU."""
+    """Copy a value of this place, or of the CPU, to the host."""
     if value.data_type() == f"tensor({BFLOAT16})":
         return array_of(_viewed(value, SAME_BITS, place), place).view(numpy_dtype(BFLOAT16))
-    found: Array = value.numpy()
-    return found
+    array: Array = value.numpy()
+    return array
 
 
 def value_of(array: Array, place: Place) -> Any:
-    """An ``OrtValue`` of an array, at a place; on the CPU it may share the array's memory."""
+    """Make an ``OrtValue`` of an array, at a place; on the CPU it may share the array's memory."""
     if array.dtype.name == BFLOAT16:
         return _viewed(value_of(array.view(SAME_BITS), place), array.dtype, place)
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *place)
 
 
 def _viewed(value: Any, dtype: np.dtype[Any], place: Place) -> Any:
-    """The same memory under another type."""
+    """View the same memory as another type."""
     device = (CPU, 0) if value.device_name() == "cpu" else (CUDA, place[1])
     capsule = capsule_of(value.data_ptr(), tuple(value.shape()), dtype, device, value)
     return onnxruntime.OrtValue.from_dlpack(capsule)
@@ -56,7 +56,7 @@ def is_value(value: object) -> bool:
 
 
 def described(value: Any) -> DeviceArray:
-    """What an OrtValue is, to be checked like an array."""
+    """Describe an OrtValue so that it can be checked like an array."""
     dtype = _dtype(value.data_type())
     return DeviceArray(
         pointer=value.data_ptr(), shape=tuple(value.shape()), dtype=numpy_dtype(dtype), owner=value
@@ -64,7 +64,7 @@ def described(value: Any) -> DeviceArray:
 
 
 def spec_of(value: Any) -> TensorSpec:
-    """A graph input or output; a dimension without a name gets one of its own."""
+    """Describe a graph input or output; a dimension without a name gets one of its own."""
     shape = tuple(
         size if isinstance(size, (int, str)) and size != "" else f"{value.name}.{axis}"
         for axis, size in enumerate(value.shape)
@@ -73,7 +73,7 @@ def spec_of(value: Any) -> TensorSpec:
 
 
 def _dtype(kind: str) -> str:
-    """NumPy's name of a type such as ``tensor(float)``."""
+    """Return NumPy's name of a type such as ``tensor(float)``."""
     inner = re.fullmatch(r"tensor\((\w+)\)", kind)
     name = inner[1] if inner else kind
     return NUMPY_NAMES.get(name, name)

@@ -1,8 +1,9 @@
-"""What people ask of a model, as functions on its open components.
+"""The tasks that people ask of a model, as functions on its open components.
 
 embed     images, texts and videos to vectors; start here
 compare   classification, retrieval and matching
-caption   text about images;  chat  conversations;  chat_images  their images
+caption   text about images;  chat  conversations;  chat_images  their images;
+          chat_decoder  ids after ids
 requests  what callers hand over, as lists and arrays
 vectors   unit length, softmax, order
 """

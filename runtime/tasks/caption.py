@@ -1,13 +1,13 @@
 """Text about images: captions, answers, continued prompts.
 
 The image reaches the language model once: ``vision`` and ``image_queries`` turn it into the first
-positions of the decoder's cache, and any number of prompts go on from there (internvl-spec
-sections 0 and 2.5). ``see`` keeps these positions, so that the ViT runs once per image however
+positions of the decoder's cache, and any number of prompts go on from there (docs/model.md,
+sections 2.5 and 3.6). ``see`` keeps these positions, so that the ViT runs once per image however
 often it is asked about.
 
-A prompt is ``<s> TEXT``, left-padded beside longer ones; what a user types is text, also where it
-looks like a special token. The cache has as many positions as the model has rotary positions, or
-as it was exported with: image, prompt and new tokens must fit.
+A prompt is ``<s> TEXT``; what a user types is text, also where it looks like a special token. The
+cache has as many positions as the model has rotary positions, or as it was exported with: image,
+prompt and new tokens must fit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import DECODER, IMAGE_QUERIES, VISION
 from internvl_edge.errors import MediaError, UsageError, did_you_mean
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Generation, Prompt
@@ -41,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What the language model keeps of images: the first positions of its cache."""
+    """The first positions of a decoder's cache, which images fill."""
 
     cache: Mapping[str, Array]  # present.{i}.key and .value, [B,heads,nq,d]
 
@@ -49,7 +50,7 @@ class Seen:
         return len(next(iter(self.cache.values())))
 
     def rows(self, rows: slice | list[int]) -> dict[str, Array]:
-        """The cache of some images."""
+        """Return the cache of some images."""
         return {name: values[rows] for name, values in self.cache.items()}
 
 
@@ -62,20 +63,20 @@ def see(components: OpenComponents, images: Any, batch_size: int = 8) -> Seen:
     """
     if isinstance(images, Seen):
         return images
-    components.require("vision", "image_queries", "decoder")
+    components.require(VISION, IMAGE_QUERIES, DECODER)
     given = image_list(images)
-    found: dict[str, list[Array]] = {}
-    session = components.session("image_queries")
+    cache: dict[str, list[Array]] = {}
+    session = components.session(IMAGE_QUERIES)
     names = [name for name in session.outputs if name.startswith("present.")]
     for pixels in components.pixel_batches(given, "retrieval", batch_size):
         feeds = {"last_hidden_state": components.hidden(pixels)}
         for name, values in session.run(feeds, outputs=names).items():
-            found.setdefault(name, []).append(values)
-    return Seen(cache={name: np.concatenate(values) for name, values in found.items()})
+            cache.setdefault(name, []).append(values)
+    return Seen(cache={name: np.concatenate(values) for name, values in cache.items()})
 
 
 def generation(components: OpenComponents, **how: Any) -> Generation:
-    """Options of a request, with the model's own stop and padding ids.
+    """Make the options of a request, with the model's own stop and padding ids.
 
     Raises:
         UsageError: an unknown option, or a value that cannot be.
@@ -101,7 +102,7 @@ def generation(components: OpenComponents, **how: Any) -> Generation:
 def continued(
     components: OpenComponents, images: Any, prompts: Any, how: Generation, batch_size: int = 8
 ) -> Array:
-    """New ids behind prompt i on image i, int64 [B,N], padded behind the end.
+    """Generate the token ids after prompt i on image i, int64 [B,N], padded after the end.
 
     Args:
         components: of a directory.
@@ -114,7 +115,7 @@ def continued(
         UsageError: numbers of images and prompts that do not fit, or too long a prompt.
         MediaError: an image or a prompt cannot be used.
     """
-    components.require("vision", "image_queries", "decoder")
+    components.require(VISION, IMAGE_QUERIES, DECODER)
     given = images if isinstance(images, Seen) else image_list(images)
     rows = _prompt_rows(components, prompts)
     count = max(len(given), len(rows))
@@ -125,7 +126,7 @@ def continued(
         )
     _require_room(components, rows, how)
     rows = rows * count if len(rows) == 1 else rows
-    decoder = components.session("decoder")
+    decoder = components.session(DECODER)
     caches = _caches(components, given, count, rows_at_once(decoder, batch_size, how))
     batches = (
         (start(decoder, cache), _prompt(rows[part], cache, part.start)) for part, cache in caches
@@ -134,12 +135,12 @@ def continued(
 
 
 def texts_of(components: OpenComponents, ids: Array, how: Generation) -> list[str]:
-    """The text of new ids, without what stands behind its end."""
+    """Decode new ids up to their end."""
     return [components.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
 
 
 def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
-    """The text behind one prompt on one image, as it comes; the pieces together are all of it.
+    """Yield the text after one prompt on one image, as it comes; the pieces are all of it.
 
     Raises:
         UsageError: several images or prompts, beams, or too long a prompt.
@@ -151,7 +152,7 @@ def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation)
             f"only one image and one prompt can be streamed, found {len(seen)} and {len(rows)}"
         )
     _require_room(components, rows, how)
-    decoding = start(components.session("decoder"), seen.cache)
+    decoding = start(components.session(DECODER), seen.cache)
     tokens = stream(decoding, _prompt(rows, dict(seen.cache)), how)
     return streamed(tokens, how, components.tokenizer.decode)
 
@@ -159,7 +160,7 @@ def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation)
 def _caches(
     components: OpenComponents, images: Any, count: int, batch_size: int
 ) -> Iterator[tuple[slice, dict[str, Array]]]:
-    """The cache of every few rows; one image is looked at once."""
+    """Yield the cache of every few rows; one image is looked at once."""
     if len(images) == 1:
         seen = see(components, images)
         for rows in slices(count, batch_size):
@@ -173,7 +174,7 @@ def _caches(
 
 
 def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
-    """The ids of each prompt, without padding."""
+    """Return the ids of each prompt, without padding."""
     given = text_list(prompts, "prompt")
     if not isinstance(given, np.ndarray):
         return components.tokenizer.prompt_rows(given)
@@ -184,7 +185,7 @@ def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
         first = int((row > 0).argmax())
         if not row.any() or (row[first:] == 0).any():
             raise MediaError(
-                f"prompt {i + 1} of {len(given)}: expected ids behind zeros as padding, found "
+                f"prompt {i + 1} of {len(given)}: expected ids after zeros as padding, found "
                 f"{row.tolist()}"
             )
         rows.append(row[first:].tolist())
@@ -192,12 +193,12 @@ def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
 
 
 def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -> Prompt:
-    """Rows of ids as a prompt after a cache; ``first`` is the number of the first one."""
+    """Make a prompt of rows of ids after a cache; ``first`` is the number of the first one."""
     return Prompt(rows=rows, past=next(iter(cache.values())).shape[2], first=first)
 
 
 def _require_room(components: OpenComponents, rows: list[list[int]], how: Generation) -> None:
-    room = components.positions("decoder")
+    room = components.positions(DECODER)
     image = components.artifact.manifest.model["internvl"]["num_query_token"]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read
@@ -207,4 +208,4 @@ def _require_room(components: OpenComponents, rows: list[list[int]], how: Genera
             f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
             f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
         )
-    require_room(components.session("decoder"), "decoder", len(rows[longest]), image, how)
+    require_room(components.session(DECODER), DECODER, len(rows[longest]), image, how)

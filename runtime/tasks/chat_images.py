@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import CHAT_QUERIES, CHAT_VISION
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.images.sources import image_list, is_normalised
 from internvl_edge.types import Array
@@ -27,7 +28,7 @@ __all__ = ["ChatSeen", "as_images", "see"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSeen:
-    """What the language model reads of images."""
+    """The tokens of images that the language model reads."""
 
     tokens: tuple[Array, ...]  # of each image, float32 [N·tiles,D]
 
@@ -49,9 +50,9 @@ def see(components: OpenComponents, images: Any, batch_size: int = 8) -> ChatSee
     """
     if isinstance(images, ChatSeen):
         return images
-    components.require("chat_vision")
+    components.require(CHAT_VISION)
     if components.artifact.manifest.model["chat"]["num_queries"]:
-        components.require("chat_queries")
+        components.require(CHAT_QUERIES)
     given = image_list(images)
     if is_normalised(given):
         counts, tiles = [1] * len(given), given
@@ -59,9 +60,8 @@ def see(components: OpenComponents, images: Any, batch_size: int = 8) -> ChatSee
         cut = [_tiles(components, image) for image in given]
         counts, tiles = [len(some) for some in cut], [tile for some in cut for tile in some]
     batches = components.pixel_batches(tiles, "retrieval", batch_size)
-    found = [_image_tokens(components, pixels) for pixels in batches]
-    tokens = np.concatenate(found)  # (tiles, N, D)
-    ends = np.cumsum(counts)
+    tokens = np.concatenate([_image_tokens(components, pixels) for pixels in batches])
+    ends = np.cumsum(counts)  # of tiles; tokens are (tiles, N, D)
     flat = (tokens[end - count : end] for count, end in zip(counts, ends, strict=True))
     return ChatSeen(tokens=tuple(some.reshape(-1, tokens.shape[-1]) for some in flat))
 
@@ -74,16 +74,16 @@ def as_images(images: Any) -> Any:
 
 
 def _image_tokens(components: OpenComponents, pixels: Array) -> Array:
-    """[B,3,H,W] → [B,N,D], queries in front of patches."""
-    if not components.has("chat_queries"):
-        return components.run("chat_vision", "image_tokens", pixel_values=pixels)
-    seen = components.session("chat_vision").run({"pixel_values": pixels})
-    queries = components.run("chat_queries", "image_tokens", hidden_state=seen["hidden_state"])
+    """Turn [B,3,H,W] into [B,N,D], queries before patches."""
+    if not components.has(CHAT_QUERIES):
+        return components.run(CHAT_VISION, "image_tokens", pixel_values=pixels)
+    seen = components.session(CHAT_VISION).run({"pixel_values": pixels})
+    queries = components.run(CHAT_QUERIES, "image_tokens", hidden_state=seen["hidden_state"])
     return np.concatenate((queries, seen["image_tokens"]), axis=1)
 
 
 def _tiles(components: OpenComponents, image: Any) -> list[Image.Image]:
-    """An image as the squares that the vision tower reads."""
+    """Cut an image into the squares that the vision tower reads."""
     from internvl_edge.runtime.images.transform import load_image, squared, tile
 
     chat, size = components.artifact.manifest.model["chat"], components.preprocessing.size

@@ -1,7 +1,7 @@
 """Images, videos and texts compared: classification, retrieval, matching.
 
-Every task has the image transform its published numbers were measured with (internvl-spec
-section 4): ``"classification"`` crops, ``"retrieval"`` (also for matching) squeezes to a square,
+Every task has the image transform its published numbers were measured with (docs/model.md,
+section 7.1): ``"classification"`` crops, ``"retrieval"`` (also for matching) squeezes to a square,
 ``"clip"`` is for video frames.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import MATCHER, TEXT_EMBED, VISION
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.images.sources import image_list
@@ -129,7 +130,7 @@ def match_stream(
     components: OpenComponents, images: Any, texts: Any, batch_size: int
 ) -> Iterator[Array]:
     """Match every few pairs of an image and a text; see ``Model.match_stream``."""
-    components.require("vision", "matcher")
+    components.require(VISION, MATCHER)
     given, ids = image_list(images), text_list(texts)
     if not isinstance(ids, np.ndarray):
         ids = components.tokenizer.match(ids)
@@ -146,19 +147,19 @@ def match_stream(
 
 def _matched(components: OpenComponents, hidden: Array, ids: Array) -> Array:
     feeds = {"last_hidden_state": hidden, **masked(ids)}
-    logits = components.run("matcher", "match_logits", **feeds)  # (B, 2): no, yes
+    logits = components.run(MATCHER, "match_logits", **feeds)  # (B, 2): no, yes
     return softmax(logits)[:, 1].copy()
 
 
 def _embeddable(components: OpenComponents, images: Any, mode: str) -> Any:
-    """The images, where nothing is known to refuse them later; texts are computed before."""
-    components.require("text_embed")
+    """Return the images, where nothing is known to refuse them after the texts were computed."""
+    components.require(TEXT_EMBED)
     image_embedder(components, mode)
     return image_list(images)
 
 
 def _embeddable_videos(components: OpenComponents, videos: Sequence[Any], mode: str) -> list[Any]:
-    components.require("text_embed")
+    components.require(TEXT_EMBED)
     image_embedder(components, mode)
     if isinstance(videos, (str, os.PathLike)) or not len(videos):
         raise MediaError(f"videos: expected a list of one or more, found {videos!r}")
@@ -166,6 +167,6 @@ def _embeddable_videos(components: OpenComponents, videos: Sequence[Any], mode: 
 
 
 def _best_labels(names: Sequence[str], embeds: Array, weights: Array) -> list[list[dict[str, Any]]]:
-    """The labels of every row of unit vectors (B, E), best first; ``weights`` are (K, E)."""
+    """Rank the labels of unit vectors (B, E), best first; ``weights`` are (K, E)."""
     scores = softmax(LOGIT_SCALE * embeds @ weights.T)  # (B, K)
     return [[{"label": names[k], "score": float(row[k])} for k in ranked(row)] for row in scores]

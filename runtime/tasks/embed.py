@@ -1,6 +1,6 @@
 """Embeddings of images, texts and videos, from the components of a compiled directory.
 
-The embeddings (internvl-spec sections 3.3 and 6) are
+The embeddings (docs/model.md, section 3.4) are
 
     InternVL-C   u, the attention pool over the ViT's tokens
     InternVL-G   u/|u| + v/|v|, v from the queries that QLLaMA put to the image; |·| up to 2
@@ -19,6 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact.components import (
+    IMAGE_EMBED,
+    IMAGE_POOL,
+    IMAGE_QUERIES,
+    TEXT_EMBED,
+    VISION,
+)
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.images.sources import image_list
@@ -76,10 +83,10 @@ def encode_text(
     components: OpenComponents, texts: Any, normalize: bool = False, batch_size: int = TEXT_BATCH
 ) -> Array:
     """Embed texts, float32 [B,E]; see ``Model.encode_text``."""
-    components.require("text_embed")
+    components.require(TEXT_EMBED)
     embeds = np.concatenate(
         [
-            components.run("text_embed", "text_embeds", **masked(_text_ids(components, batch)))
+            components.run(TEXT_EMBED, "text_embeds", **masked(_text_ids(components, batch)))
             for batch in batches_of(text_list(texts), batch_size)
         ]
     )
@@ -127,34 +134,34 @@ def image_embedder(components: OpenComponents, mode: str) -> Callable[[Array], A
     if mode not in MODES:
         raise UsageError(f"mode {mode!r}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
     if mode == "g":
-        components.require("vision", "image_pool", "image_queries")
+        components.require(VISION, IMAGE_POOL, IMAGE_QUERIES)
         return lambda pixels: _embed_g(components, pixels)
     has = components.has
-    if has("vision") and has("image_pool") and not has("image_embed"):
+    if has(VISION) and has(IMAGE_POOL) and not has(IMAGE_EMBED):
         return lambda pixels: _pool(components, components.hidden(pixels))
-    components.require("image_embed")
-    return lambda pixels: components.run("image_embed", "image_embeds", pixel_values=pixels)
+    components.require(IMAGE_EMBED)
+    return lambda pixels: components.run(IMAGE_EMBED, "image_embeds", pixel_values=pixels)
 
 
 def _pool(components: OpenComponents, hidden: Array) -> Array:
-    return components.run("image_pool", "image_embeds", last_hidden_state=hidden)
+    return components.run(IMAGE_POOL, "image_embeds", last_hidden_state=hidden)
 
 
 def _embed_g(components: OpenComponents, pixels: Array) -> Array:
     hidden = components.hidden(pixels)
-    v = components.run("image_queries", "query_embeds", last_hidden_state=hidden)
+    v = components.run(IMAGE_QUERIES, "query_embeds", last_hidden_state=hidden)
     return unit(_pool(components, hidden)) + unit(v)
 
 
 def _text_ids(components: OpenComponents, texts: list[str] | Array) -> Array:
-    """Token ids for ``text_embed``, int64 [B,T]."""
+    """Return token ids for ``text_embed``, int64 [B,T]."""
     if isinstance(texts, np.ndarray):
         return texts
     return components.tokenizer.contrastive(texts, pad_to="longest")
 
 
 def _frames(frames: Any, num_frames: int | None) -> Any:
-    """The frames of a video that are encoded."""
+    """Choose the frames of a video that are encoded."""
     if isinstance(frames, (str, os.PathLike)):
         read = decode_frames if os.path.isfile(frames) else read_frames
         return read(frames, num_frames)

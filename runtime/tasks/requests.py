@@ -30,7 +30,7 @@ MAX_CHARACTERS = 1_000_000  # of a text
 
 
 def text_list(texts: Any, what: str = "text") -> list[str] | Array:
-    """Strings as a list, or ids, an array or rows of equal length, as int64 [B,T].
+    """Return strings as a list; ids, an array or rows of equal length, as int64 [B,T].
 
     Args:
         texts: one or several.
@@ -76,7 +76,7 @@ def _id_array(rows: list[Any]) -> Array:
 
 
 def id_rows(prompts: Any) -> Array:
-    """Ids, an array or rows of equal length, as int64 [B,T]; they may be negative.
+    """Return ids, an array or rows of equal length, as int64 [B,T]; they may be negative.
 
     Raises:
         MediaError: something else.
@@ -86,10 +86,10 @@ def id_rows(prompts: Any) -> Array:
     except ValueError:  # rows of different lengths
         ids = np.empty(0)
     if ids.dtype.kind not in "iu" or ids.ndim != 2 or not ids.size:
-        found = (
+        given = (
             f"{ids.dtype} {list(ids.shape)}" if ids.size else "rows of different lengths, or none"
         )
-        raise MediaError(f"prompts: expected ids, int [B,T], padded in front with 0, found {found}")
+        raise MediaError(f"prompts: expected ids, int [B,T], padded in front with 0, found {given}")
     return ids.astype(np.int64)
 
 
@@ -105,7 +105,7 @@ def require_vocabulary(ids: Iterable[int], size: int, what: str) -> None:
 
 
 def text_problem(text: object) -> str | None:
-    """Why a text cannot be encoded; None where it can."""
+    """Say why a text cannot be encoded; None where it can."""
     if not isinstance(text, str):
         return f"expected a string, or all texts as ids, int [B,T], found {type(text).__name__}"
     if len(text) > MAX_CHARACTERS:
@@ -120,12 +120,12 @@ def text_problem(text: object) -> str | None:
 
 
 def masked(ids: Array) -> dict[str, Array]:
-    """The feeds of ids, int64 [B,T]: 0 is padding (internvl-spec section 3.4)."""
+    """Make the feeds of ids, int64 [B,T]: 0 is padding (docs/model.md, section 8.2)."""
     return {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
-    """0…count in steps of ``size``.
+    """Yield slices of 0…count in steps of ``size``.
 
     Raises:
         UsageError: a size below 1.
@@ -137,13 +137,13 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 
 def batches_of(items: Any, size: int) -> Iterator[Any]:
-    """``items`` in slices of ``size``."""
+    """Yield ``items`` in slices of ``size``."""
     for rows in slices(len(items), size):
         yield items[rows]
 
 
 def distinct_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """The classes.
+    """Check that labels are distinct strings.
 
     Raises:
         UsageError: one string in place of several, or one twice.
@@ -162,7 +162,7 @@ def distinct_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def one_place_templates(templates: Iterable[str]) -> tuple[str, ...]:
-    """The templates.
+    """Check that every template has one place for a label.
 
     Raises:
         UsageError: none, or one without exactly one ``{}`` or ``{c}``.
@@ -180,6 +180,6 @@ def one_place_templates(templates: Iterable[str]) -> tuple[str, ...]:
 
 
 def fill_template(template: str, label: str) -> str:
-    """The template with the label in its place; a label's own braces mean nothing."""
+    """Put a label in a template's place; the label's own braces mean nothing."""
     place = "{}" if "{}" in template else "{c}"
     return template.replace(place, label)

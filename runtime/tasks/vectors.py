@@ -14,26 +14,26 @@ BLOCK = 256  # values of which ``largest`` looks at the maximum first
 
 
 def unit(rows: Array) -> Array:
-    """Each row divided by its length; a row of zeros stays."""
+    """Divide each row by its length; a row of zeros stays."""
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     result: Array = rows / np.where(norms > 0, norms, 1)
     return result
 
 
 def softmax(logits: Array) -> Array:
-    """Over the last axis, in the dtype given."""
+    """Compute the softmax over the last axis, in the dtype given."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result: Array = powers / powers.sum(axis=-1, keepdims=True)
     return result
 
 
 def ranked(scores: Array) -> Array:
-    """Indices over the last axis, best first; equal scores in the order given."""
+    """Rank indices over the last axis, best first; equal scores in the order given."""
     return np.argsort(-scores, axis=-1, kind="stable")
 
 
 def largest(values: Array, count: int) -> Array:
-    """Indices of the ``count`` largest values (V,) and of their equals, ascending; count ≤ V.
+    """Find the ``count`` largest values (V,) and their equals: indices, ascending; count ≤ V.
 
     As many blocks have a maximum of at least the count-th largest maximum, so that no value below
     it belongs here: of 50000 values all but a few drop out without being sorted.
@@ -42,13 +42,13 @@ def largest(values: Array, count: int) -> Array:
     tops = np.concatenate((values[:whole].reshape(-1, BLOCK).max(axis=1), values[whole:]))
     if len(tops) < count:
         return np.flatnonzero(values >= _kth(values, count))
-    found: Array = np.flatnonzero(values >= _kth(tops, count))
-    few = values[found]
-    result: Array = found[few >= _kth(few, count)]
+    candidates: Array = np.flatnonzero(values >= _kth(tops, count))
+    few = values[candidates]
+    result: Array = candidates[few >= _kth(few, count)]
     return result
 
 
 def _kth(values: Array, count: int) -> Any:
-    """The ``count``-th largest value."""
+    """Return the ``count``-th largest value."""
     at = len(values) - count
     return np.partition(values, at)[at]

@@ -60,32 +60,32 @@ class ChatTokenizer:
     def encode(
         self, pieces: Iterable[Piece], places: Sequence[int], template: Template
     ) -> list[int]:
-        """The ids of a prompt.
+        """Encode a prompt.
 
         Args:
             pieces: of ``templates.conversation``.
             places: image tokens of each ``<image>`` in the pieces, in order.
             template: says what stands around an image's places.
         """
-        found = [self.ids["<s>"]] if self._add_bos else []
+        ids = [self.ids["<s>"]] if self._add_bos else []
         run, counts, is_first = "", iter(places), True
         for piece in pieces:
             for text, special in self._parts(piece):
                 if special is None:
                     run += text
                     continue
-                found += self._encode(run, is_first=is_first)
+                ids += self._encode(run, is_first=is_first)
                 run, is_first = "", False
-                found += self._image(next(counts), template) if special == PLACE else [special]
-        return found + self._encode(run, is_first=is_first)
+                ids += self._image(next(counts), template) if special == PLACE else [special]
+        return ids + self._encode(run, is_first=is_first)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of new ids, without control tokens."""
+        """Decode new ids, without control tokens."""
         size = self._tokenizer.vocab_size
         return self._tokenizer.decode([i for i in ids if i not in self._text and i < size])
 
     def _parts(self, piece: Piece) -> Iterable[tuple[str, int | None]]:
-        """Text, and special ids, of a piece; ``PLACE`` stands for an ``<image>``."""
+        """Yield text, and special ids, of a piece; ``PLACE`` stands for an ``<image>``."""
         if not piece.is_template and not piece.has_images:
             yield piece.text, None
             return
@@ -99,11 +99,11 @@ class ChatTokenizer:
 
     def _image(self, count: int, template: Template) -> list[int]:
         around = (template.image_start, template.image_end)
-        before, behind = (
+        before, after = (
             [self.ids[text]] if text in self.ids else self._encode(text, is_first=False)
             for text in around
         )
-        return [*before, *[PLACE] * count, *behind]
+        return [*before, *[PLACE] * count, *after]
 
     def _encode(self, text: str, *, is_first: bool) -> list[int]:
         if not text:
@@ -114,7 +114,7 @@ class ChatTokenizer:
 
 
 def open_chat_tokenizer(artifact: Artifact, tokenizer: Tokenizer) -> ChatTokenizer:
-    """The tokenizer of a compiled chat model.
+    """Open the tokenizer of a compiled chat model.
 
     Raises:
         ArtifactError: a file of added tokens is not one.
@@ -141,9 +141,9 @@ def open_chat_tokenizer(artifact: Artifact, tokenizer: Tokenizer) -> ChatTokeniz
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path}: expected one JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(read, dict):
+        raise ArtifactError(f"{path}: expected one JSON object, found {type(read).__name__}")
+    return read

@@ -39,7 +39,7 @@ class TokenTable:
         return self._rows.shape[0], self._rows.shape[1]
 
     def look_up(self, ids: Array) -> Array:
-        """The embeddings of ids [B,T]: float32 [B,T,D].
+        """Look up the embeddings of ids [B,T]: float32 [B,T,D].
 
         Raises:
             UsageError: an id that the vocabulary does not have.

@@ -3,12 +3,12 @@
     template         of            a question, and its answer; system sentence aside
     Hermes-2         V1-2          <|im_start|>user ⏎ Q <|im_end|><|im_start|>assistant ⏎ A
     internlm2-chat   V1-5          the same
-    internvl2_5      2.5           the same, a line break behind every <|im_end|>
+    internvl2_5      2.5           the same, a line break after every <|im_end|>
     phi3-chat        Mini 4B       <|user|> ⏎ Q <|end|><|assistant|> ⏎ A
     internvl_zh      V1-1          <human>: Q <bot>: A</s>
     vicuna_v1        V1.0          USER: Q ASSISTANT: A</s>
 
-Sources: internvl-spec section 5; the system sentences are those of the published models.
+Sources: docs/model.md, section 8.3; the system sentences are those of the published models.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ VICUNA_SYSTEM = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """What is put around a conversation.
+    """The text around the turns of a conversation.
 
     The prompt is ``start``, the system sentence, ``after_system``, and for every turn ``user``, the
-    question, ``after_user``, ``assistant``, the answer, ``after_assistant``; it ends behind the
+    question, ``after_user``, ``assistant``, the answer, ``after_assistant``; it ends after the
     last ``assistant``.
     """
 
@@ -132,7 +132,7 @@ class Piece:
 
 
 def find_template(name: str) -> Template:
-    """The template of a name.
+    """Find the template of a name.
 
     Raises:
         UsageError: there is none.
@@ -148,7 +148,7 @@ def find_template(name: str) -> Template:
 def conversation(
     template: Template, turns: Sequence[Turn], system: str | None = None
 ) -> list[Piece]:
-    """A conversation as it is put to the model; its last turn has no answer yet.
+    """Spell a conversation as it is put to the model; its last turn has no answer yet.
 
     Args:
         template: how it is spelled.
@@ -156,21 +156,21 @@ def conversation(
         system: instead of the template's own sentence.
     """
     sentence = template.system if system is None else system
-    found = [
+    pieces = [
         Piece(text=template.start, is_template=True),
         Piece(text=sentence, is_template=system is None),
         Piece(text=template.after_system, is_template=True),
     ]
     space = " " if template.name in SPACED else ""
     for turn in turns:
-        found += [
+        pieces += [
             Piece(text=template.user, is_template=True),
             Piece(text=turn.question, is_template=False, has_images=True),
             Piece(text=template.after_user + template.assistant, is_template=True),
         ]
         if turn.answer is not None:
-            found += [
+            pieces += [
                 Piece(text=space + turn.answer, is_template=False),
                 Piece(text=template.after_assistant, is_template=True),
             ]
-    return [piece for piece in found if piece.text]
+    return [piece for piece in pieces if piece.text]

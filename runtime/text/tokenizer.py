@@ -1,6 +1,6 @@
 """Texts to token ids and back, equal to the original's LlamaTokenizer (slow, ``legacy=True``).
 
-SentencePiece splits a text; around it go (internvl-spec section 3.4)
+SentencePiece splits a text; around it go (docs/model.md, section 8.2)
 
     contrastive   <s> summarize:TEXT </s> 0 0 ...      for text embeddings, right-padded
     match         <s> TEXT </s> 0 0 ...                for image-text matching, right-padded
@@ -37,7 +37,7 @@ PadTo = Literal["longest", "max_length"]
 
 PAD_ID = 0
 PREFIX = "summarize:"
-CAPTION_PROMPT = "English caption:"  # of the published captioning results (section 3.5)
+CAPTION_PROMPT = "English caption:"  # of the published captioning results
 MAX_TEXT_LENGTH = 80  # tokens that the text tower was trained on
 MAX_MODEL_NBYTES = 64 << 20
 MAX_SHOWN = 40  # characters of a text, in a warning
@@ -75,7 +75,7 @@ class Tokenizer:
         prefix: str = PREFIX,
         pad_to: PadTo = "max_length",
     ) -> Ids:
-        """Ids for a text embedding: int64 [B, T], right-padded with 0.
+        """Encode texts for an embedding: int64 [B, T], right-padded with 0.
 
         Args:
             texts: one text or several; longer ones are cut, with a warning in the log.
@@ -96,12 +96,12 @@ class Tokenizer:
         max_length: int = MAX_TEXT_LENGTH,
         pad_to: PadTo = "longest",
     ) -> Ids:
-        """Ids for image-text matching: as `contrastive`, without a prefix."""
+        """Encode texts for image-text matching: as `contrastive`, without a prefix."""
         rows = self._closed(_checked(texts), max_length, "")
         return _right_padded(rows, _width(rows, max_length, pad_to))
 
     def prompt(self, texts: str | Iterable[str]) -> tuple[Ids, Ids]:
-        """Ids of texts that a decoder continues.
+        """Encode texts that a decoder continues.
 
         Returns:
             ids, int64 [B, T], left-padded with 0, and the mask, int64 [B, T], 0 where padded.
@@ -112,15 +112,15 @@ class Tokenizer:
         return left_padded(self.prompt_rows(texts))
 
     def prompt_rows(self, texts: str | Iterable[str]) -> list[list[int]]:
-        """As ``prompt``, the ids of each text alone."""
+        """Encode as ``prompt``, each text alone and without padding."""
         return [[self.bos_id, *self._encode(text)] for text in _checked(texts)]
 
     def pieces(self, text: str) -> list[int]:
-        """The ids of a text alone, with SentencePiece's own space in front."""
+        """Encode a text alone, with SentencePiece's own space in front."""
         return self._encode(text)
 
     def pieces_inside(self, text: str) -> list[int]:
-        """The ids of a text that continues another: without a space in front.
+        """Encode a text that continues another: without a space in front.
 
         SentencePiece always puts one there, so that it goes in front of a guard, which is cut off;
         ``<unk>`` is the guard of the original's tokenizer.
@@ -128,7 +128,7 @@ class Tokenizer:
         return self._encode(GUARD + text)[len(self._encode(GUARD)) :]
 
     def decode(self, ids: Sequence[int] | Array, skip_special: bool = True) -> str:
-        """The text of one row of ids, without spaces around it.
+        """Decode one row of ids, without spaces around the text.
 
         Args:
             ids: [T].
@@ -148,7 +148,7 @@ class Tokenizer:
         return self._text(row).strip()
 
     def _text(self, ids: list[int]) -> str:
-        """Runs of ordinary pieces, decoded, between special ones, spelled out.
+        """Decode runs of ordinary pieces, and spell out the special ones between them.
 
         A run that a special piece ends gets a space in front: LlamaTokenizer's legacy spacing.
         """
@@ -164,7 +164,7 @@ class Tokenizer:
         return text + str(self._pieces.decode(run))
 
     def _closed(self, texts: list[str], max_length: int, prefix: str) -> list[list[int]]:
-        """<s> text </s>, of at most ``max_length`` ids."""
+        """Return <s> text </s>, of at most ``max_length`` ids."""
         if max_length < 2:
             raise UsageError(f"max_length must be 2 or more (<s> and </s>), found {max_length}")
         rows = [self._encode(prefix + text) for text in texts]
@@ -195,7 +195,7 @@ def _read(path: Path) -> bytes:
 
 
 def _load(data: bytes, name: str) -> Any:
-    """The SentencePiece processor; its parser never sees an empty or an absurdly large file."""
+    """Load the SentencePiece processor; its parser never sees an empty or absurdly large file."""
     from sentencepiece import SentencePieceProcessor
 
     if not 0 < len(data) <= MAX_MODEL_NBYTES:
@@ -217,7 +217,7 @@ def _load(data: bytes, name: str) -> Any:
 
 
 def _checked(texts: str | Iterable[str]) -> list[str]:
-    """One text or several, as a list of texts that can be encoded."""
+    """Return one text or several as a list of texts that can be encoded."""
     given = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
     if not given:
         raise MediaError("expected at least one text, found none")

@@ -88,7 +88,7 @@ class Contexts:
     def bind(
         self, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int]
     ) -> Bound:
-        """A context with these shapes and addresses; a new one, or that of least recent use."""
+        """Find or make a context with these shapes and addresses, or take the least recent one."""
         key = profile, tuple(shapes.items()), tuple(addresses.items())
         bound = self._bounds.get(key)
         if bound is not None:
@@ -103,7 +103,7 @@ class Contexts:
         return bound
 
     def pass_through(self, profile: int, shapes: Mapping[str, Shape]) -> Bound:
-        """The context of shapes that do not come again, with these; ``address`` it next."""
+        """Give shapes that do not come again their context; ``address`` it next."""
         if self._passing is None:
             self._passing = self._take_context(recurs=False)
         self._stream.synchronize()  # it may still run
@@ -154,7 +154,7 @@ class Contexts:
             raise self._engine.failure("execute_async_v3")
 
     def _captured(self, context: Any) -> Graph | None:
-        """The engine as a graph; None where it cannot be captured, and runs without."""
+        """Capture the engine as a graph; None where it cannot be, and runs without."""
         try:
             return self._stream.capture(lambda: self._launch(context))
         except SessionDead:

@@ -5,7 +5,7 @@ its size and sha256 are compared with the manifest's on that very descriptor bef
 from it, in pieces and without a second copy in memory. Host code in a plan stays forbidden
 (``engine_host_code_allowed``), and nothing here loads plugins.
 
-TensorRT-RTX compiles kernels when an engine first runs. What it compiled is kept beside the plan
+TensorRT-RTX compiles kernels when an engine first runs. What it compiled is kept next to the plan
 
     <plan>.SM89.cache      sha256 of the rest, 32 bytes; the rest, TensorRT-RTX's own bytes
 
@@ -60,7 +60,7 @@ def require_engine(artifact: Artifact, component: str, backend: str) -> None:
 
 
 def find_engine(artifact: Artifact, component: str, backend: str, trt: Any, sm: int) -> str:
-    """The newest engine of a component that this installation and this GPU can run.
+    """Find the newest engine of a component that this installation and this GPU can run.
 
     Raises:
         HardwareError: none of them fits.
@@ -115,7 +115,7 @@ class Engine:
         self._lock = Lock()
 
     def create_context(self, *, recurs: bool = True) -> Any:
-        """An execution context, whose memory the caller provides.
+        """Make an execution context, whose memory the caller provides.
 
         Args:
             recurs: its shapes come again, so that it pays to prepare for them.
@@ -132,7 +132,7 @@ class Engine:
             return context
 
     def _rtx_config(self, strategy: Any, recurs: bool) -> Any:
-        """What TensorRT-RTX decides as it runs: CUDA graphs of its own, and its kernels' cache.
+        """Configure what TensorRT-RTX decides as it runs: CUDA graphs, and its kernels' cache.
 
         Kernels for the very shapes of a call are compiled in the background, while general ones
         serve: nobody waits for a compiler. For shapes that do not come again neither pays.
@@ -150,7 +150,7 @@ class Engine:
         return config
 
     def failure(self, what: str, kind: type[InternVLError] = InternVLError) -> InternVLError:
-        """The error for a call that failed, from what TensorRT logged."""
+        """Make the error for a call that failed, from what TensorRT logged."""
         told = self._reason(None)
         self.log.errors.clear()
         if OUT_OF_MEMORY.search(told):
@@ -174,24 +174,25 @@ class Engine:
 
 
 def _open(path: Path, record: FileRecord) -> io.BufferedReader:
-    """The plan, found to be what the manifest says."""
+    """Open the plan, once it is found to be what the manifest says."""
     try:
         file = open_regular(path)
     except OSError as error:
         raise ArtifactError(f"{path}: expected an engine: {error.strerror}") from error
-    nbytes, found = os.fstat(file.fileno()).st_size, sha256(file)
-    if (nbytes, found) != (record.nbytes, record.sha256):
+    nbytes, digest = os.fstat(file.fileno()).st_size, sha256(file)
+    if (nbytes, digest) != (record.nbytes, record.sha256):
         file.close()
         raise ArtifactError(
             f"{path}: the manifest says {record.nbytes} bytes of sha256 {record.sha256}, found "
-            f"{nbytes} of {found}; an engine is native code and this one is not loaded: build again"
+            f"{nbytes} of {digest}; an engine is native code and this one is not loaded: "
+            "build again"
         )
     file.seek(0)
     return file
 
 
 def _reader(trt: Any, file: io.BufferedReader, nbytes: int) -> Any:
-    """TensorRT's view of the file; errors end the stream, and it then refuses the engine."""
+    """Make TensorRT's view of the file; errors end the stream, and it then refuses the engine."""
 
     def read(count: int, stream: int) -> bytes:
         try:
@@ -241,7 +242,7 @@ class _RuntimeCache:
 
 
 def _read_own(path: Path) -> bytes | None:
-    """A cache that this user wrote, nobody else could, and that is whole; else None."""
+    """Read a cache that this user wrote, nobody else could, and that is whole; else None."""
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())

@@ -1,4 +1,4 @@
-"""What an engine takes and gives, and the optimization profiles that bound its shapes.
+"""The tensors of an engine, and the optimization profiles that bound their shapes.
 
 A profile is a range of shapes that an engine was built and tuned for. An engine may have several,
 such as one for a decoder's prompt and one for its single tokens; a call runs under the narrowest
@@ -78,11 +78,11 @@ class EngineSpec:
         return dict(sorted(sizes))  # of equal names, the last and largest stays
 
     def find_profile(self, shapes: Mapping[str, Shape]) -> int | None:
-        """The index of the narrowest profile that holds these shapes; None where none does."""
+        """Return the index of the narrowest profile that holds these shapes; None without one."""
         return next((p.index for p in self.profiles if p.holds(shapes)), None)
 
     def choose_profile(self, shapes: Mapping[str, Shape]) -> int:
-        """Like ``find_profile``.
+        """Return the index of the narrowest profile that holds these shapes.
 
         Raises:
             FeedError: none does.
@@ -93,7 +93,7 @@ class EngineSpec:
         return profile
 
     def capacities(self, context: Any, stream: Stream, engine: Engine) -> dict[str, int]:
-        """Bytes of the largest value of every tensor with memory of its own, over all profiles."""
+        """Count the bytes of the largest value of every tensor with memory of its own."""
         nbytes = dict.fromkeys((n for n in self.tensors if n not in self.aliases), 0)
         for profile in self.profiles:
             self.set_shapes(context, profile.index, profile.high, stream, engine)
@@ -101,8 +101,8 @@ class EngineSpec:
                 shape = (
                     profile.high[name] if name in self.inputs else _output(context, name, engine)
                 )
-                found = math.prod(shape) * self.dtypes[name].itemsize
-                nbytes[name] = max(nbytes[name], found)
+                needed = math.prod(shape) * self.dtypes[name].itemsize
+                nbytes[name] = max(nbytes[name], needed)
         return nbytes
 
     def set_shapes(
@@ -140,7 +140,7 @@ class EngineSpec:
 def read_engine_spec(
     engine: Engine, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> EngineSpec:
-    """What an engine says of itself, held against what the manifest promises.
+    """Read what an engine says of itself, and compare it with what the manifest promises.
 
     Raises:
         ArtifactError: other names or dtypes, or a tensor that lives on the host.
@@ -148,16 +148,16 @@ def read_engine_spec(
     trt, native = engine.trt, engine.native
     names = [native.get_tensor_name(index) for index in range(native.num_io_tensors)]
     is_input = {n: native.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}
-    found: set[_Tensor] = {
+    present: set[_Tensor] = {
         (n, is_input[n], DTYPES.get(native.get_tensor_dtype(n).name)) for n in names
     }
     promised: set[_Tensor] = {(s.name, True, s.dtype) for s in inputs} | {
         (s.name, False, s.dtype) for s in outputs
     }
-    if found != promised:
+    if present != promised:
         raise ArtifactError(
-            f"{engine.path}: the manifest promises {_described(promised - found)}, the engine has "
-            f"{_described(found - promised)}; build again"
+            f"{engine.path}: the manifest promises {_described(promised - present)}, the engine "
+            f"has {_described(present - promised)}; build again"
         )
     on_host = [n for n in names if native.get_tensor_location(n) != trt.TensorLocation.DEVICE]
     if on_host:
@@ -178,11 +178,11 @@ def read_engine_spec(
 
 
 def _aliases(native: Any, outputs: Sequence[str]) -> dict[str, str]:
-    """Outputs that are written in place, as a cache of fixed capacity; TensorRT 10.15 and newer."""
+    """Find outputs that are written in place, as a fixed cache is; TensorRT 10.15 and newer."""
     if not hasattr(native, "get_aliased_input_tensor"):
         return {}
-    found = {name: native.get_aliased_input_tensor(name) for name in outputs}
-    return {name: source for name, source in found.items() if source}
+    sources = {name: native.get_aliased_input_tensor(name) for name in outputs}
+    return {name: source for name, source in sources.items() if source}
 
 
 def _profile(native: Any, index: int, names: Sequence[str]) -> Profile:
@@ -195,7 +195,7 @@ def _profile(native: Any, index: int, names: Sequence[str]) -> Profile:
 
 
 def _output(context: Any, name: str, engine: Engine) -> Shape:
-    """The shape of an output, of inputs that have theirs."""
+    """Return the shape of an output, once the inputs have theirs."""
     shape = tuple(context.get_tensor_shape(name))
     if min(shape, default=0) < 0:
         raise engine.failure(f"the shape {list(shape)} of output {name!r} depends on values; this")

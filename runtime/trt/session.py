@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX behind the ``Session`` protocol: one engine, several places to run it.
+"""TensorRT and TensorRT-RTX as a ``Session``: one engine, several places to run it.
 
 The two share one interface under two module names; the module is passed in. A session holds one
 engine and a pool of slots (``slot``), each with a stream and memory for the largest call its
@@ -40,7 +40,7 @@ from internvl_edge.runtime.trt.engine import Engine, find_engine, require_engine
 from internvl_edge.runtime.trt.options import TrtOptions
 from internvl_edge.runtime.trt.profiles import EngineSpec, read_engine_spec
 from internvl_edge.runtime.trt.slot import Slot
-from internvl_edge.runtime.trt.vendor import import_vendor
+from internvl_edge.runtime.trt.vendor import import_tensorrt
 from internvl_edge.types import Array
 
 __all__ = ["TrtSession", "open_component"]
@@ -151,8 +151,8 @@ class TrtSession:
         """
         wanted = None if outputs is None else check_outputs(self._spec.outputs, outputs)
         with self.lease() as slot:
-            _, found = slot.run_kept(feeds, check=check)
-        return found if wanted is None else {name: found[name] for name in wanted}
+            _, arrays = slot.run_kept(feeds, check=check)
+        return arrays if wanted is None else {name: arrays[name] for name in wanted}
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[DeviceArray]
@@ -161,7 +161,7 @@ class TrtSession:
 
         Args:
             feeds: what is not in the cache.
-            names: of the cache's inputs; its outputs come in the same order, behind the logits.
+            names: of the cache's inputs; its outputs come in the same order, after the logits.
             cache: what ``run_device``, ``step`` or ``take_rows`` gave. It is used up: the step
                 after this one writes over it, also where others were given it.
 
@@ -171,17 +171,17 @@ class TrtSession:
         logits = next(iter(self._spec.outputs))
         given = {**feeds, **dict(zip(names, cache, strict=True))}
         with self.lease() as slot:
-            host, found = slot.run_kept(given, used_up=cache, fetch=[logits])
-        return host[logits], list(found.values())
+            host, presents = slot.run_kept(given, used_up=cache, fetch=[logits])
+        return host[logits], list(presents.values())
 
     def take_rows(self, cache: Sequence[DeviceArray], rows: Array) -> list[DeviceArray]:
-        """These rows of a cache, in this order, copied on the GPU; it is used up, see ``step``."""
+        """Copy these rows of a cache on the GPU, in this order; it is used up, see ``step``."""
         with self.lease() as slot:
             return slot.take_rows(cache, rows)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Slot]:
-        """A slot for this thread until the block ends; waits until one is free.
+        """Lease a slot to this thread until the block ends; wait until one is free.
 
         Raises:
             UsageError: the session is closed, or this thread would wait for itself.
@@ -205,7 +205,7 @@ class TrtSession:
             self._give_back(slot, me)
 
     def submit(self, feeds: Mapping[str, Any], **options: Any) -> Future[dict[str, Array]]:
-        """``run`` in a thread of the session's own."""
+        """Run in a thread of the session's own."""
         self.device.require_usable()
         with self._changed:
             self._require_open()
@@ -214,13 +214,13 @@ class TrtSession:
             return self._executor.submit(partial(self.run, feeds, **options))
 
     async def run_async(self, feeds: Mapping[str, Any], **options: Any) -> dict[str, Array]:
-        """``run``, to await; a cancelled call still ends on the GPU, and its result is dropped."""
+        """Run, to be awaited; a cancelled call still ends on the GPU, and its result is dropped."""
         import asyncio  # which takes longer than all else here
 
         return await asyncio.wrap_future(self.submit(feeds, **options))
 
     def empty(self, name: str, shape: tuple[int, ...]) -> DeviceArray:
-        """Uninitialised memory on the GPU for a value of a tensor, freed with the array."""
+        """Allocate GPU memory for a value of a tensor, uninitialised, freed with the array."""
         self.device.activate()
         dtype = numpy_dtype(self._spec.tensors[name].dtype)
         buffer = Buffer(self.device, math.prod(shape) * dtype.itemsize)
@@ -257,7 +257,7 @@ class TrtSession:
             self.close()
 
     def _split(self, feeds: Mapping[str, Any], check: bool) -> list[Mapping[str, Any]]:
-        """The feeds of a call; of several, checked, where the batch is above the largest."""
+        """Split the feeds of a call, checked, where the batch is above the largest."""
         limit = self._spec.max_batch
         values = list(feeds.values()) if isinstance(feeds, Mapping) else []
         arrays = [value for value in values if isinstance(value, np.ndarray)]
@@ -327,7 +327,7 @@ def open_component(
     if match is None:
         raise UsageError(f"device {device!r}: {backend} runs on 'cuda' or such as 'cuda:1'")
     require_engine(artifact, component, backend)
-    trt = import_vendor(backend) if trt is None else trt
+    trt = import_tensorrt(backend) if trt is None else trt
     gpu = Device(int(match[1] or 0), cudart)
     name = find_engine(artifact, component, backend, trt, gpu.sm)
     record = artifact.manifest.components[component]

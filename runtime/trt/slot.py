@@ -170,7 +170,7 @@ class Slot:
         used_up: Sequence[DeviceArray] | None = None,
         fetch: Sequence[str] = (),
     ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
-        """A call whose outputs outlive the slot's next run, and whose shapes do not come again.
+        """Make a call whose outputs outlive the slot's next run, of shapes that do not come again.
 
         Args:
             feeds: as for ``run_device``.
@@ -192,7 +192,7 @@ class Slot:
         return {name: view.copy() for name, view in views.items()}, dict(call.targets)
 
     def take_rows(self, arrays: Sequence[DeviceArray], rows: Array) -> list[DeviceArray]:
-        """These rows of every array, in this order, in memory of their own; ``arrays`` are used up.
+        """Copy these rows of every array, in this order; ``arrays`` are used up.
 
         Args:
             arrays: of an earlier call, [B,...].
@@ -227,7 +227,7 @@ class Slot:
         return check_feeds(self._spec.inputs, feeds, check)
 
     def _on_device(self, name: str, value: Any) -> DeviceArray:
-        """An array on this GPU, that our stream may read once it reaches that point."""
+        """Take an array on this GPU, that our stream may read once it reaches that point."""
         if not is_on_device(name, value):
             raise FeedError(f"{name!r}: expected an array on the GPU, found {type(value).__name__}")
         array = as_device_array(name, value, int(self.stream.handle))
@@ -245,7 +245,7 @@ class Slot:
     # --- binding: what a call will read and write -------------------------------------------------
 
     def _bound(self, feeds: dict[str, Any], targets: Mapping[str, DeviceArray]) -> _Call:
-        """A call whose shapes may come again; nothing of it is queued yet."""
+        """Bind a call whose shapes may come again; nothing of it is queued yet."""
         shapes, profile, batch = self._fit(feeds, fills=not targets)
         addresses = self._addresses(feeds, targets)
         bound = self._contexts.bind(profile, shapes, addresses)
@@ -257,7 +257,7 @@ class Slot:
     def _passing(
         self, feeds: Mapping[str, Any], used_up: Sequence[DeviceArray], fetch: Sequence[str]
     ) -> tuple[_Call, Event]:
-        """A call whose outputs live longer than it, and when they will be computed.
+        """Bind a call whose outputs live longer than it; also when they will be computed.
 
         What is written where it lies is the next call's too: its shapes and addresses come again.
         """
@@ -274,7 +274,7 @@ class Slot:
         return _Call(feeds, bound, shapes, outputs, targets, addresses), ready
 
     def _fit(self, feeds: Mapping[str, Any], *, fills: bool) -> tuple[Shapes, int, int | None]:
-        """The shapes to run in, their profile, and the batch where it is filled up.
+        """Choose the shapes to run in, their profile, and the batch where it is filled up.
 
         Raises:
             FeedError: the engine takes no such shapes.
@@ -300,7 +300,7 @@ class Slot:
     def _addresses(
         self, feeds: Mapping[str, Any], targets: Mapping[str, DeviceArray]
     ) -> dict[str, int]:
-        """Where tensors are: in the slot's memory, but for those in memory of others."""
+        """Say where tensors are: in the slot's memory, but for those in memory of others."""
         addresses = {name: buffer.pointer for name, buffer in self._buffers.items()}
         addresses |= {name: a.pointer for name, a in feeds.items() if _is_bound_in_place(a)}
         addresses |= {name: array.pointer for name, array in targets.items()}
@@ -312,7 +312,7 @@ class Slot:
     # --- queueing --------------------------------------------------------------------------------
 
     def _queue(self, call: _Call) -> None:
-        """Steps 2 to 4."""
+        """Queue steps 2 to 4."""
         self._staged.synchronize()  # pinned memory may still be read for a run that was not awaited
         self._kept.append((call.feeds, call.targets))
         for name, array in call.feeds.items():
@@ -338,7 +338,7 @@ class Slot:
         self.stream.zero(buffer + array.nbytes, nbytes - array.nbytes)
 
     def _fetched(self, name: str, call: _Call) -> Array:
-        """An output in pinned memory, once the stream got there."""
+        """Copy an output to pinned memory, once the stream gets there."""
         pinned = self._pinned[self._spec.aliases.get(name, name)]
         view = pinned.view(call.outputs[name], self._spec.dtypes[name])
         self.stream.copy(pinned.pointer, call.addresses[name], view.nbytes)
@@ -351,7 +351,7 @@ class Slot:
     # --- outputs in memory of others --------------------------------------------------------------
 
     def _target(self, name: str, value: Any) -> DeviceArray:
-        """Where an output is to be written."""
+        """Check the memory that an output is to be written to."""
         check_outputs(self._spec.outputs, [name])
         array, dtype = self._on_device(name, value), self._spec.dtypes[name]
         if array.dtype != dtype or array.pointer % ALIGNMENT or array.readonly:
@@ -383,7 +383,7 @@ class Slot:
 
 
 def _is_bound_in_place(array: Any) -> bool:
-    """Whether an engine can read an input where it is."""
+    """Tell whether an engine can read an input where it is."""
     return isinstance(array, DeviceArray) and array.pointer % ALIGNMENT == 0
 
 

@@ -1,4 +1,4 @@
-"""What the TensorRT modules have in common: their log, their callbacks, their names of types.
+"""The parts that both TensorRT modules share: their log, their callbacks, their names of types.
 
 ``tensorrt`` and ``tensorrt_rtx`` share one interface, so the module is passed around. TensorRT
 wants objects of its own classes to call back, and an exception that leaves one of them is lost in
@@ -16,7 +16,7 @@ from typing import Any
 from internvl_edge.errors import HardwareError, MissingDependency
 from internvl_edge.files.packages import PACKAGES
 
-__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_vendor"]
+__all__ = ["DTYPES", "NativeLog", "callback", "decisive_lines", "import_tensorrt"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ DTYPES = {
 }
 MAX_ERRORS = 64
 ERRORS = ("INTERNAL_ERROR", "ERROR")
-# A builder without a GPU says this beside every real error.
+# A builder without a GPU says this with every real error.
 NOISE = ("CUDA driver version is insufficient",)
 MAX_LINES, MAX_LINE_LENGTH = 6, 600
 
 
 def callback(base: Any, **methods: Callable[..., Any]) -> Any:
-    """An object of a builder's callback class whose methods are the given functions."""
+    """Make an object of a builder's callback class whose methods are the given functions."""
     bodies = {name: _method(function) for name, function in methods.items()}
     # pybind11 requires the base's own __init__, called explicitly
     bodies["__init__"] = lambda self: base.__init__(self)
@@ -62,11 +62,11 @@ class NativeLog:
         logger.debug("%s: %s", severity.name, message)  # errors too: they are raised, once
 
     def mentions(self, text: str) -> bool:
-        """Whether an error line contains ``text``."""
+        """Tell whether an error line contains ``text``."""
         return any(text in line for line in self.errors)
 
     def decisive(self) -> str:
-        """The error lines that say what happened: no repetitions, no noise, not too many."""
+        """Return the error lines that say what happened: no repetitions, no noise, not too many."""
         return decisive_lines(list(self.errors))
 
 
@@ -78,8 +78,8 @@ def decisive_lines(messages: list[str]) -> str:
     return "\n  ".join((telling or lines)[:MAX_LINES])
 
 
-def import_vendor(backend: str) -> Any:
-    """Import a backend's module.
+def import_tensorrt(backend: str) -> Any:
+    """Import the module of TensorRT or of TensorRT-RTX.
 
     Raises:
         MissingDependency: it is not installed.
@@ -89,6 +89,6 @@ def import_vendor(backend: str) -> Any:
     try:
         return importlib.import_module(package.module)
     except ModuleNotFoundError as error:
-        raise MissingDependency.of(backend, package.extra) from error
+        raise MissingDependency.of(package.name, package.extra) from error
     except (ImportError, OSError) as error:
         raise HardwareError(f"{backend} is installed but does not load: {error}") from error

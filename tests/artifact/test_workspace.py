@@ -24,9 +24,9 @@ from support.checkpoints import write_internvl
 from internvl_edge import compiler
 from internvl_edge.artifact import workspace as resume
 from internvl_edge.artifact.workspace import JOURNAL, KEY, Workspace, kept_nbytes, workspace
-from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler import ExportOptions, cost
 from internvl_edge.compiler.steps import calibrate as calibration_step
-from internvl_edge.compiler.steps import graphs
+from internvl_edge.compiler.steps import weights as weights_step
 from internvl_edge.errors import (
     CheckpointError,
     InternVLError,
@@ -288,14 +288,14 @@ def test_an_interrupted_conversion_goes_on_behind_its_last_piece(
     how = {"precision": "fp16", "components": ("vision", "text_embed")}
     compiler.export(replace(options(checkpoint, tmp_path / "whole"), **how))
     whole = contents(tmp_path / "whole")
-    monkeypatch.setattr(graphs, "PIECE_NBYTES", len(whole["weights.safetensors"]) // 4)
+    monkeypatch.setattr(weights_step, "PIECE_NBYTES", len(whole["weights.safetensors"]) // 4)
     with dying_after(after) as pieces:
         compiler.export(replace(options(checkpoint, tmp_path / "out"), **how))
     noted = [name for _, entry, _ in pieces for name in entry["weights"]]
     assert not (tmp_path / "out").exists()
-    read, run = list[str](), graphs.read_tensor
+    read, run = list[str](), weights_step.read_tensor
     monkeypatch.setattr(
-        graphs, "read_tensor", lambda plan, name: read.append(name) or run(plan, name)
+        weights_step, "read_tensor", lambda plan, name: read.append(name) or run(plan, name)
     )
     with caplog.at_level(logging.WARNING):
         compiler.export(replace(options(checkpoint, tmp_path / "out"), **how))
@@ -310,14 +310,14 @@ def test_an_interrupted_conversion_goes_on_behind_its_last_piece(
 def test_a_piece_of_a_changed_checkpoint_is_not_kept(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PIECE_NBYTES", 1)
-    run = graphs.read_tensor
+    monkeypatch.setattr(weights_step, "PIECE_NBYTES", 1)
+    run = weights_step.read_tensor
 
     def touch(plan: Any, name: str) -> Any:
         os.utime(plan.checkpoint.shards[0], (0, 0))
         return run(plan, name)
 
-    monkeypatch.setattr(graphs, "read_tensor", touch)
+    monkeypatch.setattr(weights_step, "read_tensor", touch)
     with pytest.raises(CheckpointError, match="changed"):
         compiler.export(replace(options(checkpoint, tmp_path / "out"), precision="fp16"))
     assert not list(tmp_path.glob(".out*"))
@@ -410,7 +410,7 @@ def test_stale_work_of_an_edited_checkpoint(
     """Same names, shapes and sizes, and one value that differs."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(ResourceError, match="memory-budget"):
-        patch.setattr(calibration_step, "peak_rss_nbytes", lambda: 10**12)
+        patch.setattr(cost, "peak_rss_nbytes", lambda: 10**12)
         compiler.export(options(checkpoint, out, memory_budget=10**11))
     before = json.loads((tmp_path / ".out.work" / KEY).read_text())
 
@@ -484,7 +484,7 @@ def test_killed_between_publishing_and_cleaning_up(
 def test_budget_does_not_count_who_started_us() -> None:
     """``ru_maxrss`` begins at the size of the process that forked us."""
     child = """
-from internvl_edge.compiler.steps.calibrate import require_within_budget
+from internvl_edge.compiler.cost import require_within_budget
 import resource
 assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 900_000
 require_within_budget(900_000_000, 1, 1)
@@ -497,7 +497,7 @@ require_within_budget(900_000_000, 1, 1)
 def test_budget_binds_verification(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration_step, "peak_rss_nbytes", lambda: 10**12)
+    monkeypatch.setattr(cost, "peak_rss_nbytes", lambda: 10**12)
     chosen = ExportOptions(
         checkpoint=checkpoint, out=tmp_path / "out", components=("vision",), memory_budget=10**11
     )

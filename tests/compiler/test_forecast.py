@@ -11,11 +11,9 @@ import pytest
 import torch
 from support.checkpoints import TINY, write_internvl, write_vit
 
-from internvl_edge.compiler import ExportOptions, export
-from internvl_edge.compiler import forecast as estimate
-from internvl_edge.compiler.engine_forecast import Forecast
-from internvl_edge.compiler.forecast import forecast
-from internvl_edge.compiler.steps import verify
+from internvl_edge.compiler import ExportOptions, export, forecast
+from internvl_edge.compiler.cost import Forecast
+from internvl_edge.compiler.steps import calibrate, verify
 from internvl_edge.errors import ResourceError
 from internvl_edge.files.spool import Budget, Spool
 from internvl_edge.quantize.recipe import recipe_for
@@ -114,7 +112,7 @@ def test_spools_of_every_stream_are_counted(
         components=components,
         verify="none",
     )
-    monkeypatch.setattr(estimate, "spool_budget", lambda _: Budget(0))  # all of it on disk
+    monkeypatch.setattr(calibrate, "spool_budget", lambda _: Budget(0))  # all of it on disk
     (step,) = (step for step in forecast(options).steps if step.name == "quantize")
     spools: list[Spool] = []
     most = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from support.checkpoints import Written, write_internvl, write_tokenizer, write_vit
+from support.gpu.fake_trt import DataType, FakeTrt, tensor
 
 import internvl_edge
 from internvl_edge import compiler
+from internvl_edge.artifact import publish
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.cli import run
-from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.engine_forecast import ENGINE_NBYTES
+from internvl_edge.compiler import ExportOptions, pipeline
+from internvl_edge.compiler.steps.engines import ENGINE_NBYTES
 from internvl_edge.errors import (
     BuildError,
     CalibrationError,
@@ -33,6 +36,7 @@ from internvl_edge.errors import (
 )
 from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.models import InternVL
+from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.graph import qdq
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.recipe import recipe_for
@@ -254,18 +258,34 @@ def test_a_broken_quantizer_is_caught(
     assert not (tmp_path / "out").exists()
 
 
+def test_samples_of_the_callers_own(tiny: Written, tmp_path: Path) -> None:
+    asked = []
+
+    def draw(count: int, seed: int) -> CalibrationSet:
+        asked.append((count, seed))
+        images = list(np.random.default_rng(seed).integers(0, 256, (3, 40, 50, 3), np.uint8))
+        return CalibrationSet.from_arrays(images, ["a red seven"], name="mine")
+
+    chosen = options(tiny, tmp_path / "out", precision="int8", samples=draw, verify="none")
+    artifact = compiler.export(chosen)
+    recipe = recipe_for("int8")
+    assert {*asked} == {(recipe.num_samples, recipe.seed)}
+    used = artifact.manifest.source["calibration"]
+    assert (used["name"], used["samples"]) == ("mine", 3)
+
+
 def test_a_wrong_weight_is_caught(
     tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from internvl_edge.compiler.steps import graphs as emit
+    from internvl_edge.compiler.steps import weights as stored
 
-    original = emit.read_tensor
+    original = stored.read_tensor
 
     def transposed(plan: Any, name: str) -> Any:
         values = original(plan, name)
         return values.T if name.endswith("layers.0.attn.proj.weight") else values
 
-    monkeypatch.setattr(emit, "read_tensor", transposed)
+    monkeypatch.setattr(stored, "read_tensor", transposed)
     with pytest.raises(VerificationError, match="vision"):
         compiler.export(options(tiny, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -381,6 +401,45 @@ def test_an_engine_that_fails_does_not_cost_the_export(
         compiler.export(chosen)
     artifact = open_artifact(tmp_path / "out")
     assert [engine.component for engine in artifact.manifest.engines] == ["vision"]
+
+
+OPENED: list[tuple[str, int]] = []  # paths and flags, of every file that Python opens
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(arguments[0], str | os.PathLike):
+        OPENED.append((os.fspath(arguments[0]), arguments[2]))
+
+
+sys.addaudithook(_note_opened)  # for good: a hook cannot be removed
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["with the export", "by build"])
+def test_an_engine_is_hashed_while_it_is_written_and_never_read(
+    tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    from internvl_edge.compiler.steps import engines
+    from internvl_edge.export.engine import build
+
+    trt = FakeTrt()
+    trt.inputs = [tensor("pixel_values", DataType.FLOAT, -1, 3, 28, 28)]
+    for module in (engines, build):
+        monkeypatch.setattr(module, "load_builder", lambda _: trt)
+    for name in ("sync", "sync_tree"):  # which open files too, and read nothing of them
+        monkeypatch.setattr(publish, name, lambda _: None)
+    monkeypatch.setattr(pipeline, "open_artifact", lambda _, hash_files: None)  # for their sizes
+    OPENED.clear()
+    chosen = options(tiny, tmp_path / "out", components=("vision",), verify="none")
+    if later:
+        compiler.export(chosen)
+        compiler.build(tmp_path / "out", ["tensorrt-rtx"])
+    else:
+        compiler.export(replace(chosen, targets=("tensorrt-rtx",)))
+    flags = [flag for path, flag in OPENED if ".plan" in path]
+    assert [flag & os.O_ACCMODE for flag in flags] == [os.O_WRONLY], "written, and nothing else"
+    artifact = open_artifact(tmp_path / "out")  # which hashes every file
+    (engine,) = artifact.manifest.engines
+    assert artifact.manifest.files[engine.file].nbytes == len(b"plan")
 
 
 def test_force_replaces_only_what_is_complete(tiny: Written, tmp_path: Path) -> None:

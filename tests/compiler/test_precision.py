@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from internvl_edge.compiler.precision import PRECISIONS, precision_of, recipe_of
+from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.errors import UsageError
 from internvl_edge.export.engine.targets import first_sm
+from internvl_edge.export.precision import PRECISIONS, precision_of
 from internvl_edge.quantize.recipe import Recipe, recipe_for
 
 VISION = "vision_model.encoder.layers.0.attn.qkv"

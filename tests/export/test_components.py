@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.checkpoints import TINY, write_internvl
 
+from internvl_edge.artifact.components import COMPONENTS, components_of
 from internvl_edge.errors import InternVLError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_reference
@@ -25,12 +26,12 @@ from internvl_edge.export.compare import (
     with_hidden_state,
 )
 from internvl_edge.export.components import (
-    COMPONENTS,
-    OF_CHAT,
     build_component,
     choose_components,
     example_inputs,
+    input_names,
     input_specs,
+    output_names,
 )
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig
 from internvl_edge.export.graph import trace as graphs
@@ -43,7 +44,7 @@ from internvl_edge.export.weights.writer import WeightsWriter
 
 STANDARD = {"", "ai.onnx"}
 
-OF_INTERNVL = [name for name in COMPONENTS if name not in OF_CHAT]  # those: test_chat_export
+OF_INTERNVL = components_of("internvl")  # those of a chat model: test_chat_export
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def traced(checkpoint: Checkpoint, name: str, base: str) -> ir.Model:
         example_inputs(specs),
         [{i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs],
         [spec.name for spec in specs],
-        component.output_names(config),
+        output_names(component, config),
     )
     llama = config.internvl.qllama
     cos, sin = rotary_tables(llama.max_position_embeddings, llama.head_dim)
@@ -118,7 +119,7 @@ def test_component(
     else:
         assert not widen(ir.load(path))
     bound = {"fp32": 90, "fp16": 45, "bf16": 25}[base]
-    names = COMPONENTS[name].output_names(checkpoint.config)
+    names = output_names(COMPONENTS[name], checkpoint.config)
     for batch, length, seed in ((1, 5, 1), (3, 11, 2)):  # neither is the traced size
         feeds = sample_feeds(checkpoint.config, 28, seed=seed, batch=batch, length=length)
         feeds = with_hidden_state(model, feeds, checkpoint.config)
@@ -133,7 +134,7 @@ def test_component(
 @pytest.mark.parametrize("name", OF_INTERNVL)
 def test_interface_is_the_contract(checkpoint: Checkpoint, name: str) -> None:
     graph = traced(checkpoint, name, "fp16").graph
-    assert [v.name for v in graph.inputs] == COMPONENTS[name].input_names(checkpoint.config)
+    assert [v.name for v in graph.inputs] == input_names(COMPONENTS[name], checkpoint.config)
     for value in (*graph.inputs, *graph.outputs):
         integer = value.name in ("input_ids", "attention_mask", "position_ids")
         half = str(value.name).startswith(("present.", "past_key_values."))
@@ -141,7 +142,7 @@ def test_interface_is_the_contract(checkpoint: Checkpoint, name: str) -> None:
         assert value.dtype == (ir.DataType.FLOAT16 if half else expected)
         assert str(value.shape[0]) == "batch"
     presents = [v.name for v in graph.outputs if str(v.name).startswith("present.")]
-    layers = TINY.qllama.num_hidden_layers if COMPONENTS[name].has_cache else 0
+    layers = TINY.qllama.num_hidden_layers if COMPONENTS[name].gives_cache else 0
     expected_names = [f"present.{i}.{k}" for i in range(layers) for k in ("key", "value")]
     assert presents == expected_names
 
@@ -230,8 +231,8 @@ def test_the_decoder_goes_on_from_any_cache(
     """A prompt at once, token by token, and without any image: the same logits."""
     config = checkpoint.config
     path = write(checkpoint, traced(checkpoint, "decoder", "fp32"), tmp_path)
-    names = COMPONENTS["decoder"].output_names(config)
-    caches = COMPONENTS["decoder"].input_names(config)[3:]
+    names = output_names(COMPONENTS["decoder"], config)
+    caches = input_names(COMPONENTS["decoder"], config)[3:]
     ids = np.random.default_rng(3).integers(3, 300, (2, 6))
     mask = np.ones((2, 6), np.int64)
     mask[1, :2] = 0  # left padding, with nothing in front of it

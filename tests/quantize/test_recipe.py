@@ -211,6 +211,6 @@ def test_a_missing_file_or_binary_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_the_docs_is_one() -> None:
-    found = load_recipe(ROOT / "docs" / "recipes" / "demo-auto.json")
+    found = load_recipe(ROOT / "docs" / "reference" / "recipes" / "demo-auto.json")
     assert len(found.exclude) == 4
     assert dataclasses.replace(found, name="int8", exclude=()) == recipe_for("int8")

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import TINY, write_vit
 
 from internvl_edge.artifact.open import Artifact
-from internvl_edge.compiler import ExportOptions, export, pipeline
+from internvl_edge.compiler import ExportOptions, export
+from internvl_edge.compiler.steps import calibrate
 from internvl_edge.compiler.steps.engines import build
-from internvl_edge.compiler.steps.graphs import WEIGHTS_FILE
+from internvl_edge.compiler.steps.weights import WEIGHTS_FILE
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.config.checkpoint import CheckpointConfig
@@ -98,11 +99,11 @@ def test_where_nothing_stands_out_nothing_is_multiplied(tmp_path: Path) -> None:
 def test_factors_that_weights_do_not_have_are_found(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = pipeline.quantize_weights
+    run = calibrate.quantize_weights
 
     def spoil(*args: Any) -> Any:
         result = run(*args)
-        work = args[3]
+        work = args[2].work
         place = read_header(work.path / WEIGHTS_FILE)["vision_model.encoder.layers.1.mlp.spread"]
         values = np.fromfile(work.path / WEIGHTS_FILE, np.uint8)
         part = slice(place.offset, place.offset + place.nbytes)
@@ -110,7 +111,7 @@ def test_factors_that_weights_do_not_have_are_found(
         values.tofile(work.path / WEIGHTS_FILE)
         return result
 
-    monkeypatch.setattr(pipeline, "quantize_weights", spoil)
+    monkeypatch.setattr(calibrate, "quantize_weights", spoil)
     with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.fc2\.weight: expected scales"):
         exported(checkpoint, tmp_path / "out")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from hypothesis import strategies as st
 from support.tiny_onnx import linear, open_directory, spec
 
 import internvl_edge
-from internvl_edge.artifact.open import EngineRecord
+from internvl_edge.artifact.open import EngineRecord, TensorSpec
 from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime import model as model_module
 from internvl_edge.runtime import session as sessions
 from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.gpu import probe
 from internvl_edge.runtime.ort import session as ort
-from internvl_edge.runtime.session import open_component, open_session
+from internvl_edge.runtime.session import DecoderSession, open_component, open_session
 from internvl_edge.types import Array
 
 TEXT = {
@@ -282,3 +283,19 @@ def test_counting_devices_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe.cuda_version() == "12.9"
     monkeypatch.setattr(Driver, "status", 100)  # CUDA_ERROR_NO_DEVICE
     assert probe.gpu_count() == 0
+
+
+def test_a_session_says_what_it_can(tmp_path: Path) -> None:
+    class RunsOnly:
+        inputs: Mapping[str, TensorSpec] = {}
+        outputs: Mapping[str, TensorSpec] = {}
+        largest: Mapping[str, int] = {}
+
+        def run(self, feeds: Any, *, check: bool = True, outputs: Any = None) -> dict[str, Array]:
+            return {}
+
+    linear(tmp_path / "vision.onnx")
+    with open_component(open_directory(tmp_path, ["vision"]), "vision", device="cpu") as session:
+        assert isinstance(session, DecoderSession)
+        assert session.largest == {}
+    assert not isinstance(RunsOnly(), DecoderSession)

@@ -1,6 +1,7 @@
 """A compiled directory on disk: its format, how it is opened, and how it is published.
 
 manifest     ``manifest.json``: the components, their tensors, and every file; start here
+components   the table of what a checkpoint is compiled into
 open         a directory that is checked before anything in it is used
 publish      a directory that appears whole or not at all
 workspace    what an interrupted compilation has finished, for the same command to go on

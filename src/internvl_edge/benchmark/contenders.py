@@ -104,8 +104,9 @@ def _pytorch(model: Any, device: str, dtype: str, *, compiled: bool) -> Contende
     """Run components in PyTorch, eager or compiled."""
     import torch
 
+    from internvl_edge.artifact.components import COMPONENTS
     from internvl_edge.export.checkpoint.load import torch_from_numpy
-    from internvl_edge.export.components import COMPONENTS, build_component
+    from internvl_edge.export.components import build_component
 
     floats = getattr(torch, dtype)
 

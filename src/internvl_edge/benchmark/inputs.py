@@ -15,7 +15,6 @@ from internvl_edge.types import Array
 
 __all__ = [
     "as_taken",
-    "embedding_component",
     "from_picture",
     "seeded_feeds",
     "seeded_picture",
@@ -79,11 +78,6 @@ def seeded_picture() -> bytes:
     picture = Image.fromarray(colours).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     picture.save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
-
-
-def embedding_component(components: tuple[str, ...]) -> str | None:
-    """Choose the component that maps pixel values to an embedding, or to patches; or None."""
-    return next((name for name in ("image_embed", "vision") if name in components), None)
 
 
 def takes_levels(artifact: Artifact) -> bool:

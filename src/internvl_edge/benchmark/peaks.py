@@ -33,7 +33,7 @@ from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.handles import Buffer, Stream
 from internvl_edge.runtime.session import Session
-from internvl_edge.runtime.trt.vendor import import_vendor
+from internvl_edge.runtime.trt.vendor import import_tensorrt
 from internvl_edge.types import Array
 
 __all__ = [
@@ -242,7 +242,7 @@ def _open_engine(model: bytes, backend: str) -> Session:
     from internvl_edge.runtime.trt.profiles import read_engine_spec
     from internvl_edge.runtime.trt.session import TrtSession
 
-    device, trt = Device(0), import_vendor(backend)
+    device, trt = Device(0), import_tensorrt(backend)
     with TemporaryDirectory() as folder:
         plan = build_peak_engine(model, Path(folder), backend)
         nbytes, sha256 = plan.stat().st_size, hashlib.sha256(plan.read_bytes()).hexdigest()
@@ -260,7 +260,7 @@ def build_peak_engine(model: bytes, folder: Path, target: str) -> Path:
 
     path = folder / "peak.onnx"
     path.write_bytes(model)
-    record = build_engine(
+    built = build_engine(
         path,
         folder / "engines",
         component="peak",
@@ -270,7 +270,7 @@ def build_peak_engine(model: bytes, folder: Path, target: str) -> Path:
         inputs=(NUMBER,),
         onnx_sha256=hashlib.sha256(model).hexdigest(),
     )
-    return folder / record.file
+    return folder / built.record.file
 
 
 def _best_seconds(run: Callable[[], object], clock: Clock) -> float:

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internvl_edge.artifact.components import embedder_of
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.contenders import Contender, contender_of
 from internvl_edge.benchmark.footprint import Footprint, measure_footprint
 from internvl_edge.benchmark.inputs import (
     as_taken,
-    embedding_component,
     from_picture,
     seeded_feeds,
     seeded_picture,
@@ -207,7 +207,7 @@ def read_picture(path: Path | None, components: tuple[str, ...]) -> bytes:
     """
     if path is None:
         return seeded_picture()
-    if embedding_component(components) is None:
+    if embedder_of(components) is None:
         raise UsageError(f"--image {path}: none of {', '.join(components)} embeds a picture")
     try:
         return path.read_bytes()
@@ -257,7 +257,7 @@ def _measure_component(
         calls = {n: partial(run, feeds.get(n, feeds[first])) for n, run in runs.items()}
         timings = {component: _timings(settings, calls, batch)}
         phases = _phases(settings, sessions, feeds)
-        if component == embedding_component(settings.components):
+        if component == embedder_of(settings.components):
             whole = _from_pictures(settings, runs, batch)
             timings[f"{component} from a picture"] = _timings(settings, whole, batch)
     if settings.scenario == "single-stream":

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.open import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.embed import IMAGE_SUFFIXES
@@ -122,6 +123,7 @@ def export(
     _require_checkpoint(chosen["checkpoint"])
     _require_components(chosen["components"])
     is_auto = _is_searched(chosen["precision"], max_drop, metric)
+    chosen |= {"samples": _samples(chosen["checkpoint"])}
     options = compiler.ExportOptions(**chosen | ({"precision": "int8"} if is_auto else {}))
     if dry_run:
         _dry_run(output, compiler, options)
@@ -173,8 +175,6 @@ def _require_checkpoint(path: Path | None) -> None:
 
 def _require_components(chosen: tuple[str, ...] | None) -> None:
     """Refuse what no checkpoint has; whether this one has them is seen later."""
-    from internvl_edge.export.components import COMPONENTS
-
     for name in chosen or ():
         if name not in COMPONENTS:
             raise UsageError(
@@ -263,18 +263,28 @@ def _compiler() -> Any:
     return compiler
 
 
+def _samples(checkpoint: Path | None) -> Any:
+    """The scenes that the bundled demo is calibrated on; None for any other checkpoint."""
+    from internvl_edge.compiler.plan import demo_checkpoint
+
+    if checkpoint is not None and checkpoint.resolve() != demo_checkpoint().resolve():
+        return None
+    from internvl_edge.demo.scenes import calibration_set
+
+    return calibration_set
+
+
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:
     """Show what an export will need, and refuse what it would refuse before it begins."""
-    from internvl_edge.compiler.forecast import forecast_plan, require_forecast_fits
-    from internvl_edge.compiler.steps.calibrate import load_samples
+    from internvl_edge.compiler.pipeline import forecast_plan, require_fit
     from internvl_edge.compiler.steps.engines import require_targets
+    from internvl_edge.compiler.steps.samples import load_samples
 
     plan = compiler.make_plan(options)
-    engines = [target for target in options.targets if target != "onnx"]
-    require_targets(engines, options.precision)
+    require_targets(plan.engine_targets, options.precision)
     forecast = forecast_plan(plan)
     _show(output, forecast)
-    require_forecast_fits(plan, forecast)
+    require_fit(plan, forecast)
     if plan.recipe is not None:
         load_samples(plan)
 

@@ -1,10 +1,10 @@
 """The whole way from a checkpoint to a published directory, in reading order.
 
     plan        the options, refused before any work if they cannot be met; start here
-    precision   what ``--precision`` says of each tower
-    pipeline    export and verify: the steps, one after the other
-    steps       each of them: calibrate, weights, graphs, verify, engines
-    forecast    the memory, disk and time they need;  progress  how far they have come
+    precision   the recipe that a precision stands for
+    pipeline    export, forecast and verify: one list of steps
+    steps       each of them, with what it costs
+    cost        memory, disk and time, added up;  progress  how far an export has come
     oracle      second opinions on what a component computes
     search      which layers INT8 cannot afford, and a recipe that spares them
     report      the page and the README of a compiled directory
@@ -19,8 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvl_edge.compiler.forecast import forecast
-    from internvl_edge.compiler.pipeline import export, verify
+    from internvl_edge.compiler.pipeline import export, forecast, verify
     from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
     from internvl_edge.compiler.search import export_auto
@@ -46,7 +45,7 @@ _HOME = {
     "build": "steps.engines",
     "export": "pipeline",
     "export_auto": "search",
-    "forecast": "forecast",
+    "forecast": "pipeline",
     "make_plan": "plan",
     "profile_from": "steps.engines",
     "verify": "pipeline",

@@ -6,21 +6,24 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.publish import check_out
-from internvl_edge.compiler.precision import QUANTIZED, recipe_of
+from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from internvl_edge.export.components import COMPONENTS, choose_components, language_config
+from internvl_edge.export.components import choose_components, language_config
 from internvl_edge.export.config.checkpoint import check_image_size
+from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
 from internvl_edge.files.disk import nearest_existing
+from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.fold import folded
 from internvl_edge.quantize.numerics.rotation import rotation
 from internvl_edge.quantize.recipe import Recipe, load_recipe
@@ -31,13 +34,20 @@ logger = logging.getLogger(__name__)
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 Verify = Literal["auto", "full", "none"]
 Input = Literal["float32", "uint8"]
+DrawSamples = Callable[[int, int], CalibrationSet]  # how many, seed → samples to calibrate on
 TOKENIZER_FILE = "tokenizer.model"
 MAX_ALIGN = 65536  # the coarsest granularity that any system maps files with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What to compile, and how; None is the default of each."""
+    """The options of a compilation; None is the default of each.
+
+    A quantized model is calibrated on the folder ``calibration`` if it is given, else what
+    ``samples`` draws, else a sample set that installed packages bring, of photographs, or of
+    handwritten digits where the bundled demo is compiled. The command line draws scenes for the
+    demo, as it was trained on (``internvl_edge.demo.scenes.calibration_set``).
+    """
 
     out: Path
     checkpoint: Path | None = None  # None: the bundled demo
@@ -46,7 +56,8 @@ class ExportOptions:
     image_size: int | None = None  # the checkpoint's own
     input: Input = "float32"  # uint8: normalisation is in the graphs
     cache_capacity: int | None = None  # positions of a decoder's cache, in place; None: it grows
-    calibration: Path | None = None  # a folder of images; None: a bundled sample set
+    calibration: Path | None = None  # a folder of images to calibrate on
+    samples: DrawSamples | None = None  # without a folder; None: a bundled sample set
     targets: tuple[str, ...] = ("onnx",)
     weights: Transfer = "auto"
     align: int | None = None  # of every weight in its file; None: to its item size
@@ -59,7 +70,7 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Options after every check: what will be done, with nothing left to refuse."""
+    """Options after every check, with nothing left to refuse."""
 
     options: ExportOptions
     checkpoint: Checkpoint
@@ -72,8 +83,13 @@ class Plan:
 
     @property
     def base(self) -> str:
-        """The precision of whatever is not quantized, in the graphs ONNX Runtime runs."""
+        """The precision of whatever is not quantized, in the graphs that ONNX Runtime runs."""
         return self.options.precision if self.recipe is None else self.recipe.base or "fp32"
+
+    @property
+    def engine_targets(self) -> tuple[str, ...]:
+        """The targets that engines are built for."""
+        return tuple(target for target in self.options.targets if target != "onnx")
 
     @property
     def engine_base(self) -> str:
@@ -124,7 +140,7 @@ def make_plan(options: ExportOptions) -> Plan:
 
 
 def source_of(checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
-    """The checkpoint in the form that a recipe quantizes: the same function in other tensors."""
+    """Fold a checkpoint into the form that a recipe quantizes: the same function, other tensors."""
     if recipe is None or not recipe.fold:
         return checkpoint
     turn = partial(rotation, seed=recipe.rotation_seed) if recipe.rotate else None
@@ -132,7 +148,7 @@ def source_of(checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
 
 
 def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoint) -> None:
-    """A precision of the language model alone needs a checkpoint that has one."""
+    """Refuse a precision whose layers the checkpoint does not have."""
     if recipe is None:
         return
     names = [name.removesuffix(".weight") for name in checkpoint.tensors if ".layers." in name]
@@ -144,7 +160,7 @@ def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoin
 
 
 def _warn_of_patterns(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """A pattern that matches nothing is most likely misspelled, and what it meant is quantized."""
+    """Warn of patterns that match nothing: most likely misspelled, and what they mean quantized."""
     names = [
         name.removesuffix(".weight")
         for name, entry in checkpoint.tensors.items()
@@ -174,9 +190,7 @@ def _check_parent(out: Path) -> None:
 
 
 def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> None:
-    readers = [
-        name for name in ("text_embed", "matcher", "decoder", "chat_decoder") if name in components
-    ]
+    readers = [name for name in components if COMPONENTS[name].reads_text]
     if readers and not (checkpoint / TOKENIZER_FILE).is_file():
         logger.warning(
             "%s has no %s: %s will take token ids only, and no strings; put the model's "
@@ -205,7 +219,7 @@ def _check_weights(options: ExportOptions) -> None:
 def _check_capacity(
     capacity: int | None, checkpoint: Checkpoint, components: tuple[str, ...]
 ) -> None:
-    """A cache that is written in place needs a decoder, room for the image and for one token."""
+    """Refuse a cache in place without a decoder, or without room for the image and one token."""
     if capacity is None:
         return
     llama = language_config(checkpoint.config)
@@ -230,12 +244,12 @@ def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def demo_checkpoint() -> Path:
-    """The trained demo model that comes with the package."""
+    """Locate the trained demo model that comes with the package."""
     return Path(str(resources.files("internvl_edge.demo") / "checkpoint"))
 
 
 def read_preprocessing(checkpoint: Path, image_size: int) -> Preprocessing:
-    """Mean and standard deviation of a checkpoint's ``preprocessor_config.json``, at a resolution.
+    """Read mean and standard deviation of ``preprocessor_config.json``, for a resolution.
 
     The file is optional: the published models all use ImageNet's figures.
     """
@@ -275,6 +289,6 @@ def _recipe(options: ExportOptions, default: Recipe | None) -> Recipe | None:
 
 
 def _formats(recipe: Recipe) -> str:
-    """The formats of weights and activations, of each tower that has its own."""
+    """Name the formats of weights and activations, of each tower that has its own."""
     towers = [recipe, *filter(None, [recipe.language])]
     return ", ".join(one.weights + ("-wo" if one.is_weight_only else "") for one in towers)

@@ -20,4 +20,4 @@ Report = Callable[[Progress], None]
 
 
 def silent(progress: Progress) -> None:
-    """The report of who does not want one."""
+    """Report nothing."""

@@ -3,9 +3,9 @@
 The model is quantized once with the default recipe. Its towers are then run block by block, one in
 memory at a time, with some layers fake-quantized (``simulate``): first each by itself, which ranks
 them, then all but the first k, for several k in one pass, the errors going on from block to block.
-``quantize.search`` says which k come next. The recipe that is found is exported as any other.
+``quantize.sensitivity`` says which k come next. The recipe that is found is exported as any other.
 
-Metrics, each the worst drop beside the model in float32:
+Metrics, each the worst drop compared with the model in float32:
 
     cosine      1 − cosine of a tower's last hidden states, of the sample and stream that is worst
     zero-shot   share of calibration images whose own caption is the nearest of all, images → texts
@@ -28,23 +28,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_edge.artifact.components import EMBEDDERS, streams_of
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.artifact.workspace import Workspace
-from internvl_edge.compiler.oracle.simulate import fake_quantized
-from internvl_edge.compiler.pipeline import export, quantization_of
+from internvl_edge.compiler.pipeline import export
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan, require_choice
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.report.plots import SEARCH_FILE
-from internvl_edge.compiler.steps.calibrate import load_samples, samples_for
+from internvl_edge.compiler.steps.samples import load_samples, samples_for
+from internvl_edge.compiler.steps.verify import quantization_of
 from internvl_edge.errors import UsageError
-from internvl_edge.export.towers.blocks import COMPONENT_STREAM, Block
+from internvl_edge.export.towers.blocks import Block
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
 from internvl_edge.quantize.sensitivity import Search, Sensitivity, exactly, fewest
 from internvl_edge.runtime.model import load
 from internvl_edge.types import Array
 
-EMBEDDERS = ("image_embed", "text_embed")
 NEEDED = {"cosine": set[str](), "zero-shot": set(EMBEDDERS), "recall@1": set(EMBEDDERS)}
 SAMPLES = 4  # that the towers are run on
 LEVELS = 8  # sets of layers that one pass tries
@@ -58,7 +58,7 @@ def export_auto(
 
     Args:
         options: as for ``export``; the precision is ours to choose.
-        max_drop: how much the metric may lose beside float32, in its own unit (0..1).
+        max_drop: how much the metric may lose compared with float32, in its own unit (0..1).
         metric: a key of ``NEEDED``.
         report: told before each step.
 
@@ -73,17 +73,17 @@ def export_auto(
     assert plan.recipe is not None
     if missing := NEEDED[metric] - set(plan.components):
         raise UsageError(f"--metric {metric} needs the components {', '.join(sorted(missing))}")
-    found = search(plan, max_drop, metric, report)
-    chosen = found.recipe(plan.recipe)
+    result = search(plan, max_drop, metric, report)
+    chosen = result.recipe(plan.recipe)
     notes = {
         "recipe.json": json.dumps(chosen.to_json(), indent=2) + "\n",
-        SEARCH_FILE: json.dumps(found.to_json(), indent=2) + "\n",
+        SEARCH_FILE: json.dumps(result.to_json(), indent=2) + "\n",
     }
-    return export(replace(plan.options, recipe=chosen, notes=notes), report), found
+    return export(replace(plan.options, recipe=chosen, notes=notes), report), result
 
 
 def search(plan: Plan, max_drop: float, metric: str, report: Report = silent) -> Search:
-    """Find the recipe; beside OUT lies a folder of its own until it is found."""
+    """Find the recipe; until it is found, a folder of its own lies next to OUT."""
     out = plan.options.out.absolute()
     folder = out.with_name(f".{out.name}.search")
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def search(plan: Plan, max_drop: float, metric: str, report: Report = silent) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Use:
-    """What one stream brings to a block, and what the block makes of it in float32."""
+    """The inputs that one stream brings to a block, and its outputs in float32."""
 
     stream: str
     contexts: Sequence[Any]
@@ -119,11 +119,11 @@ class _Towers:
         assert quantization is not None
         self.quantization = quantization
         self.samples = _few(samples_for(plan, load_samples(plan)))
-        self.streams = {COMPONENT_STREAM[n] for n in plan.components if n in COMPONENT_STREAM}
+        self.streams = streams_of(plan.components)
 
     def rank(self) -> list[Sensitivity]:
-        """Every quantized layer, the most sensitive first."""
-        found: dict[str, Sensitivity] = {}
+        """Rank every quantized layer, the most sensitive first."""
+        ranked: dict[str, Sensitivity] = {}
         for block, uses in self._blocks("rank"):
             sizes = {name: layer.weight.numel() for name, layer in block.linears().items()}
             for use in uses:
@@ -132,14 +132,14 @@ class _Towers:
                     error = _relative_error(
                         use.outputs, self._run(block, use, use.inputs, {weight})
                     )
-                    if layer not in found or error > found[layer].error:
-                        found[layer] = Sensitivity(
+                    if layer not in ranked or error > ranked[layer].error:
+                        ranked[layer] = Sensitivity(
                             layer=layer, error=error, parameters=sizes[layer]
                         )
-        return sorted(found.values(), key=lambda item: (-item.error, item.layer))
+        return sorted(ranked.values(), key=lambda item: (-item.error, item.layer))
 
     def drops(self, ranking: Sequence[Sensitivity], levels: Sequence[int]) -> list[float]:
-        """1 − the worst cosine of what the towers give, by number of first layers in 16 bits."""
+        """Compute 1 − the towers' worst cosine, by number of first layers in 16 bits."""
         wide = {k: {f"{item.layer}.weight" for item in ranking[:k]} for k in levels}
         drifting: dict[tuple[str, int], list[Array]] = {}
         last: dict[str, _Use] = {}
@@ -153,7 +153,7 @@ class _Towers:
         return [max(_drop(use, drifting[name, k]) for name, use in last.items()) for k in levels]
 
     def _blocks(self, step: str) -> Iterator[tuple[Block, list[_Use]]]:
-        """Every block with what flows through it in float32."""
+        """Load every block, with what flows through it in float32."""
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             work = Workspace(Path(folder), Budget(SPOOL_NBYTES))
             blocks = calibration_blocks(self.plan.source, self.samples, self.streams, work)
@@ -186,20 +186,12 @@ class _Towers:
     def _run(
         self, block: Block, use: _Use, inputs: Sequence[Array], narrow: set[str]
     ) -> list[Array]:
-        """The block's outputs with these weights in 8 bits."""
+        """Compute the block's outputs with these weights in 8 bits."""
         scales = {n: s for n, s in self._scales(block, use.stream).items() if n in narrow}
         if not scales:
             return _forward(block, use.contexts, inputs)
-        q, config = self.quantization, self.plan.source.config
-        with fake_quantized(
-            block.module,
-            scales,
-            q.recipe,
-            q.stored,
-            config,
-            lambda name: f"{block.name}.{name}",
-            q.held,
-        ):
+        quantization = replace(self.quantization, scales={use.stream: scales})
+        with quantization.applied_to(block.module, use.stream, lambda n: f"{block.name}.{n}"):
             return _forward(block, use.contexts, inputs)
 
 
@@ -212,7 +204,7 @@ def _forward(block: Block, contexts: Sequence[Any], inputs: Sequence[Array]) -> 
 
 
 def _few(samples: Samples) -> Samples:
-    """The first samples of each kind, one batch."""
+    """Take the first samples of each kind, one batch."""
 
     def first(batches: Sequence[Tensor]) -> list[Tensor]:
         return [batch[:SAMPLES] for batch in batches[:1]]
@@ -225,18 +217,18 @@ def _few(samples: Samples) -> Samples:
     )
 
 
-def _relative_error(expected: Sequence[Array], found: Sequence[Array]) -> float:
+def _relative_error(expected: Sequence[Array], actual: Sequence[Array]) -> float:
     error = sum(
         float(np.square(y - x, dtype=np.float64).sum())
-        for x, y in zip(expected, found, strict=True)
+        for x, y in zip(expected, actual, strict=True)
     )
     return error / sum(float(np.square(x, dtype=np.float64).sum()) for x in expected)
 
 
-def _drop(use: _Use, found: Sequence[Array]) -> float:
-    """1 − the cosine of the sample that is worst, padding left out."""
+def _drop(use: _Use, drifted: Sequence[Array]) -> float:
+    """Compute 1 − the cosine of the sample that is worst, padding left out."""
     worst = 1.0
-    for expected, actual, context in zip(use.outputs, found, use.contexts, strict=True):
+    for expected, actual, context in zip(use.outputs, drifted, use.contexts, strict=True):
         rows = getattr(context, "rows", None)
         for i, (x, y) in enumerate(zip(expected, actual, strict=True)):
             here = slice(None) if rows is None else rows[i].numpy()
@@ -270,7 +262,7 @@ class _Tasks:
         self.reference = self._score(wide, "fp32")
 
     def drops(self, levels: Sequence[int]) -> list[float]:
-        """How much less is found than in float32, by number of first layers in 16 bits."""
+        """Measure how much less is right than in float32, by number of first layers in 16 bits."""
         drops = []
         for k in levels:
             layers = tuple(exactly(item.layer) for item in self.ranking[:k])

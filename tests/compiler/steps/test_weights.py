@@ -25,8 +25,8 @@ from internvl_edge import compiler
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.artifact.publish import verify_whole
 from internvl_edge.cli import run
-from internvl_edge.compiler import ExportOptions, pipeline
-from internvl_edge.compiler.steps import engines
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler.steps import engines, graphs
 from internvl_edge.errors import ArtifactError, CheckpointError, UsageError
 from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.checkpoint.shards import read_header
@@ -354,13 +354,13 @@ def test_refusals(half: Written, changes: dict[str, Any], message: str) -> None:
 def test_changed_while_compiling(
     half: Written, monkeypatch: pytest.MonkeyPatch, chosen: Any
 ) -> None:
-    original = pipeline.write_graph
+    original = graphs.write_graph
 
     def change(*arguments: Any) -> Any:
         os.utime(half.path / SHARDS[0], ns=(0, 0))
         return original(*arguments)
 
-    monkeypatch.setattr(pipeline, "write_graph", change)
+    monkeypatch.setattr(graphs, "write_graph", change)
     with pytest.raises(CheckpointError, match=f"changed while it was read: {SHARDS[0]}"):
         exported(half.path, **chosen)
     assert not (half.path.parent / "out").exists()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +32,9 @@ from internvl_edge.errors import (
 )
 from internvl_edge.export.engine import build as engine
 from internvl_edge.export.engine import targets
+from internvl_edge.files.packages import PACKAGES
+from internvl_edge.runtime.gpu.probe import Gpu
+from internvl_edge.runtime.trt import vendor
 
 X = TensorSpec(name="x", dtype="float32", shape=("batch", 17, 64))
 PROFILE = ShapeRanges(batch=(1, 2, 4))
@@ -49,7 +51,7 @@ def build(tmp_path: Path, trt: Any, **changes: Any) -> EngineRecord:
         "onnx_sha256": "ab" * 32,
         "trt": trt,
     }
-    return engine.build_engine(graph, tmp_path / "engines", **{**arguments, **changes})
+    return engine.build_engine(graph, tmp_path / "engines", **{**arguments, **changes}).record
 
 
 def info_of(tmp_path: Path, record: EngineRecord) -> EngineInfo:
@@ -126,8 +128,9 @@ def test_the_name_changes_with_what_decides_the_engine(tmp_path: Path, trt: Fake
 def test_tensorrt_builds_for_the_gpu_it_runs_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = SimpleNamespace(compute_capability=SimpleNamespace(major=9, minor=0))
-    _install_cuda(monkeypatch, lambda: device)
+    monkeypatch.setattr(
+        targets, "gpus", lambda: [Gpu(index=0, name="H100", sm=90, memory_nbytes=1)]
+    )
     trt = FakeTrt("tensorrt", "11.4.1.7")
     info = info_of(tmp_path, build(tmp_path, trt, target="tensorrt"))
     assert (info.compute_capabilities, info.minimum_sm, trt.capabilities) == (("SM90",), 90, {})
@@ -233,40 +236,24 @@ def test_a_graph_that_is_not_there(tmp_path: Path, trt: FakeTrt) -> None:
 
 @pytest.mark.parametrize("name", ["tensorrt-rtx", "tensorrt"])
 def test_a_builder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    target = targets.TARGETS[name]
-    monkeypatch.setitem(sys.modules, target.module, None)
-    with pytest.raises(MissingDependency, match=rf"internvl-edge\[{target.extra}\]"):
-        targets.load_builder(target)
+    package = PACKAGES[name]
+    monkeypatch.setitem(sys.modules, package.module, None)
+    with pytest.raises(MissingDependency, match=rf"internvl-edge\[{package.extra}\]"):
+        vendor.import_tensorrt(name)
 
 
 def test_a_builder_whose_libraries_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise OSError("libcudart.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(targets.importlib, "import_module", fail)
+    monkeypatch.setattr(vendor.importlib, "import_module", fail)
     with pytest.raises(HardwareError, match=r"does not load: libcudart\.so\.13"):
-        targets.load_builder(targets.TARGETS["tensorrt-rtx"])
-
-
-def _install_cuda(monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
-    core = ModuleType("cuda.core")
-    core.Device = device  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.core", core)
+        vendor.import_tensorrt("tensorrt-rtx")
 
 
 def test_tensorrt_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_device() -> None:
-        raise RuntimeError("CUDA_ERROR_NO_DEVICE")
-
-    _install_cuda(monkeypatch, no_device)
-    with pytest.raises(HardwareError, match="CUDA_ERROR_NO_DEVICE; tensorrt-rtx builds without"):
-        build(tmp_path, FakeTrt("tensorrt"), target="tensorrt")
-
-
-def test_tensorrt_without_cuda_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(MissingDependency, match="cuda-core"):
+    monkeypatch.setattr(targets, "gpus", list)
+    with pytest.raises(HardwareError, match="found no CUDA device; tensorrt-rtx builds without"):
         build(tmp_path, FakeTrt("tensorrt"), target="tensorrt")
 
 

@@ -113,7 +113,7 @@ def _initializer(name: str, values: Array, onnx_type: int) -> Any:
 
 
 def build_real(tmp_path: Path, graph: Path, precision: str, **changes: Any) -> EngineInfo:
-    record = build.build_engine(
+    built = build.build_engine(
         graph,
         tmp_path / "engines",
         component="tiny",
@@ -123,6 +123,7 @@ def build_real(tmp_path: Path, graph: Path, precision: str, **changes: Any) -> E
         onnx_sha256=hashlib.sha256(graph.read_bytes()).hexdigest(),
         **changes,
     )
+    record = built.record
     plan = (tmp_path / record.file).read_bytes()
     info = read_engine_info(tmp_path / record.sidecar)
     assert (info.nbytes, info.sha256) == (len(plan), hashlib.sha256(plan).hexdigest())

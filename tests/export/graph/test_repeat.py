@@ -12,14 +12,18 @@ import pytest
 from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge import compiler
-from internvl_edge.compiler import ExportOptions, Plan, make_plan, pipeline
+from internvl_edge.artifact.components import LLAMA_PREFIX, VISION_PREFIX
+from internvl_edge.compiler import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.progress import silent
-from internvl_edge.compiler.steps import graphs, verify
+from internvl_edge.compiler.steps import trace, verify
+from internvl_edge.compiler.steps.calibrate import Quantize
+from internvl_edge.compiler.steps.step import Build
+from internvl_edge.compiler.steps.weights import StoreWeights
 from internvl_edge.errors import InternVLError, VerificationError
 from internvl_edge.export.config.checkpoint import CheckpointConfig, with_depth
+from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
 from internvl_edge.export.graph.repeat import blocks_of, keep_block, shallow_depth, stamp
 from internvl_edge.export.synthetic import PRESETS
-from internvl_edge.export.towers.blocks import LLAMA_PREFIX, VISION_PREFIX
 
 
 def deep(depth: int, period: int, norm_type: str = "rms_norm") -> Any:
@@ -35,7 +39,9 @@ def plan_of(tmp_path: Path, config: Any, **more: Any) -> Plan:
 
 def in_full(plan: Plan, name: str, config: CheckpointConfig | None = None) -> ir.Model:
     config = config or plan.checkpoint.config
-    return graphs._trace(plan, name, config, graphs._meta_model(plan, config, plan.base))
+    model = trace.meta_model(config, plan.image_size)
+    apply_policy(model, POLICIES[plan.base])
+    return trace._trace(plan, name, config, model)
 
 
 def serialized(model: ir.Model) -> bytes:
@@ -67,10 +73,10 @@ def test_stamped_is_traced(
     internvl = deep(depth, period, norm_type)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, precision)
-    shallow = graphs.shallow_config(config)
+    shallow = trace.shallow_config(config)
     assert shallow_depth(depth, period) < depth
     model = in_full(plan, name, shallow)
-    assert graphs.stamp_towers(model, config)
+    assert trace.stamp_towers(model, config)
     assert serialized(model) == serialized(in_full(plan, name))
 
 
@@ -78,8 +84,8 @@ def test_a_cache_in_place_is_stamped() -> None:
     internvl = deep(5, 1)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp16", capacity=40)
-    model = in_full(plan, "decoder", graphs.shallow_config(config))
-    assert graphs.stamp_towers(model, config)
+    model = in_full(plan, "decoder", trace.shallow_config(config))
+    assert trace.stamp_towers(model, config)
     assert serialized(model) == serialized(in_full(plan, "decoder"))
 
 
@@ -199,7 +205,7 @@ def traced() -> dict[str, ir.Model]:
     internvl = deep(6, 2)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp32")
-    shallow = graphs.shallow_config(config)
+    shallow = trace.shallow_config(config)
     names = "vision", "image_queries", "decoder"
     return {name: in_full(plan, name, shallow) for name in names}
 
@@ -267,8 +273,8 @@ def test_a_block_that_is_not_there_is_not_kept(traced: dict[str, ir.Model], inde
 
 def test_fallback_is_the_full_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path, deep(5, 1), components=("vision",))
-    monkeypatch.setattr(graphs, "stamp", lambda *_: False)
-    found = graphs.trace_all(plan, plan.base, silent)["vision"]
+    monkeypatch.setattr(trace, "stamp", lambda *_: False)
+    found = trace.trace_all(plan, trace.shallow_model(plan), plan.base, silent)["vision"]
     assert serialized(found) == serialized(in_full(plan, "vision"))
 
 
@@ -327,25 +333,23 @@ def test_a_wrong_block_is_found(
 ) -> None:
     """In the weights, and in the activation scales: by the audit, and by what it computes."""
     monkeypatch.setattr(verify, "MAX_WHOLE_NBYTES", 0)
-    plan = {"fp32": "store_weights", "int8": "quantize_weights"}[precision]
-    run = getattr(pipeline, plan)
+    step: type[Any] = {"fp32": StoreWeights, "int8": Quantize}[precision]
+    run = step.run
 
-    def spoil(*args: Any) -> Any:
-        result = run(*args)
-        if precision == "int8":
-            result[1]["image"][f"{VISION_PREFIX}.2.mlp.fc2.weight"] *= 4
-            return result
-        weight = result[0][f"{VISION_PREFIX}.2.mlp.fc2.weight"]
-        path = args[2] / weight.location
+    def spoil(self: Any, plan: Plan, build: Build) -> None:
+        run(self, plan, build)
+        name = f"{VISION_PREFIX}.2.mlp.fc2.weight"
+        if precision == "int8":  # of the graph; the check reads those that are written already
+            build.scales["image"][name] *= 4  # type: ignore[operator]
+            return
+        weight = build.stored[name]
+        path = build.directory / weight.location
         values = np.fromfile(path, np.uint8)
         place = slice(weight.offset, weight.offset + weight.nbytes)
         values[place] = (values[place].view(np.float32) * 2).view(np.uint8)
         values.tofile(path)
-        return result
 
-    monkeypatch.setattr(pipeline, plan, spoil)
-    if precision == "int8":  # the graph is written with the spoiled scales, the check has its own
-        monkeypatch.setattr(pipeline, "Quantization", unspoiled)
+    monkeypatch.setattr(step, "run", spoil)
     if not is_audited:
         monkeypatch.setattr(verify, "require_as_calibrated", lambda *_: None)
     checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
@@ -355,10 +359,3 @@ def test_a_wrong_block_is_found(
     with pytest.raises(VerificationError, match=said):
         compiler.export(options)
     assert not (tmp_path / "out").exists()
-
-
-def unspoiled(**fields: Any) -> verify.Quantization:
-    image = dict(fields["scales"]["image"])
-    image[f"{VISION_PREFIX}.2.mlp.fc2.weight"] /= 4
-    fields["scales"] = {**fields["scales"], "image": image}
-    return verify.Quantization(**fields)

@@ -16,7 +16,7 @@ from internvl_edge import load
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.compiler import ExportOptions, build, export, verify
 from internvl_edge.compiler.oracle.bisect import bisect
-from internvl_edge.compiler.steps import graphs
+from internvl_edge.compiler.steps import trace
 from internvl_edge.errors import MediaError, UsageError, VerificationError
 from internvl_edge.export.graph.uint8_input import on_levels, take_levels
 from internvl_edge.runtime.images.transform import (
@@ -154,7 +154,7 @@ def test_wrong_constants_are_caught(
     """A standard deviation that is 1 % off."""
     std = (0.2313, 0.224, 0.225)
     monkeypatch.setattr(
-        graphs, "take_levels", lambda model, right: take_levels(model, replace(right, std=std))
+        trace, "take_levels", lambda model, right: take_levels(model, replace(right, std=std))
     )
     with pytest.raises(VerificationError, match="vision"):
         export(

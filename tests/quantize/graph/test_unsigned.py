@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from support.artifacts import MODEL, contents, write_artifact
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.runtime.ort import cpu
@@ -151,7 +153,7 @@ def test_weights_of_a_large_component_are_not_copied(
     open_component(artifact, "vision", device="cpu", options=OrtOptions(fold=fold))
     assert [options.fold for options in opened] == [found]
     if found is False:
-        monkeypatch.setattr(sessions, "DECODERS", ("vision",))
+        monkeypatch.setitem(COMPONENTS, "vision", replace(COMPONENTS["vision"], takes_cache=True))
         open_component(artifact, "vision", device="cpu", options=OrtOptions(fold=fold))
         assert opened[1].fold is fold, "a decoder reads its weights for every token"
 

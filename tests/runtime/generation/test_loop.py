@@ -65,18 +65,25 @@ def test_greedy_is_the_originals(original: Any, begin: Any, name: str, how: Any)
 
 
 @pytest.mark.parametrize("begin", [start, on_host])
-@pytest.mark.parametrize("rows", [[0], [1], [2], [0, 1, 2], [2, 0]])
-def test_beams_are_the_originals(original: Any, begin: Any, rows: list[int]) -> None:
+@pytest.mark.parametrize("taken", ["one by one", "together", "the last before the first"])
+def test_beams_are_the_originals(original: Any, begin: Any, taken: str) -> None:
     """One by one as the original, and together."""
     compiled, ref = original
-    ids = ref["in.prompt_ids"][rows]
-    decoding = begin(compiled.decoder, compiled.cache(ref["in.pixel_values"][rows]))
-    how = Generation(num_beams=5, min_new_tokens=8, max_new_tokens=30)
-    found = generate(decoding, Prompt(rows=ids.tolist(), past=8), how)
-    for row, ids_found in zip(rows, found, strict=True):
-        expected = ref[f"gen.beam5_min8_max30.row{row}"][0, 1:]
-        np.testing.assert_array_equal(ids_found[: len(expected)], expected)
-        assert not ids_found[len(expected) :].any()
+    count = len(ref["in.prompt_ids"])
+    batches = {
+        "one by one": [[row] for row in range(count)],
+        "together": [list(range(count))],
+        "the last before the first": [[count - 1, 0]],
+    }
+    for rows in batches[taken]:
+        ids = ref["in.prompt_ids"][rows]
+        decoding = begin(compiled.decoder, compiled.cache(ref["in.pixel_values"][rows]))
+        how = Generation(num_beams=5, min_new_tokens=8, max_new_tokens=30)
+        found = generate(decoding, Prompt(rows=ids.tolist(), past=8), how)
+        for row, ids_found in zip(rows, found, strict=True):
+            expected = ref[f"gen.beam5_min8_max30.row{row}"][0, 1:]
+            np.testing.assert_array_equal(ids_found[: len(expected)], expected)
+            assert not ids_found[len(expected) :].any()
 
 
 def test_unseen_weights_match_the_reference(tmp_path: Path) -> None:
@@ -440,7 +447,7 @@ def test_logits_that_say_nothing_are_an_error(
     how: dict[str, Any], token: Any, value: float, found: str
 ) -> None:
     toy = Toy(2, eos=-99, broken=(3, token, value))
-    with pytest.raises(InternVLError, match=rf"{found} behind 3 positions, row"):
+    with pytest.raises(InternVLError, match=rf"{found} after 3 positions, row"):
         generate(toy, toy_prompt([[3], [4]]), Generation(**how))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -67,7 +68,14 @@ def png_bomb(width: int, height: int) -> bytes:
 # --- the original's numbers ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["land", "port", "small"])
+def assert_equal(found: Array, arrays: Any, key: str) -> None:
+    """To the bit: with the array, or, where a set keeps no more, with the hash of its bytes."""
+    if key in arrays:
+        np.testing.assert_array_equal(found, arrays[key])
+    else:
+        assert hashlib.sha256(found.tobytes()).hexdigest() == arrays[f"{key}.sha256"]
+
+
 @pytest.mark.parametrize(
     ("transform", "key"),
     [
@@ -76,18 +84,21 @@ def png_bomb(width: int, height: int) -> bytes:
         ("clip", "clip_processor224"),
     ],
 )
-def test_transforms_equal_the_original(golden: Path, name: str, transform: Any, key: str) -> None:
+def test_transforms_equal_the_original(golden: Path, transform: Any, key: str) -> None:
     with np.load(golden / "preproc.npz") as arrays:
-        image, expected = arrays[f"{name}.image"], arrays[f"{name}.{key}"]
-    found = pixel_values(image, Preprocessing(size=224, transform=transform))
-    np.testing.assert_array_equal(found, expected[None])
+        names = [n for n in ("land", "port", "small") if f"{n}.image" in arrays]
+        assert "small" in names
+        for name in names:
+            image = arrays[f"{name}.image"]
+            (found,) = pixel_values(image, Preprocessing(size=224, transform=transform))
+            assert_equal(found, arrays, f"{name}.{key}")
 
 
 def test_tiles_equal_the_original(golden: Path) -> None:
     with np.load(golden / "preproc.npz") as arrays:
-        image, expected = arrays["tiles.image"], arrays["tiles.out"]
-    tiles = tile(image, size=112, max_num=6)
-    np.testing.assert_array_equal(np.stack([np.asarray(t) for t in tiles]), expected)
+        size = int(arrays["tiles.size"]) if "tiles.size" in arrays else 112
+        tiles = tile(arrays["tiles.image"], size=size, max_num=6)
+        assert_equal(np.stack([np.asarray(t) for t in tiles]), arrays, "tiles.out")
 
 
 def test_tile_counts_equal_the_original(golden: Path) -> None:

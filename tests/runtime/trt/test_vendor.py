@@ -9,7 +9,7 @@ import pytest
 from internvl_edge.errors import HardwareError, MissingDependency
 from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.trt import vendor
-from internvl_edge.runtime.trt.vendor import MAX_ERRORS, NativeLog, import_vendor
+from internvl_edge.runtime.trt.vendor import MAX_ERRORS, NativeLog, import_tensorrt
 
 
 def test_dtypes_by_name() -> None:
@@ -35,15 +35,15 @@ def test_bfloat16_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_that_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, ModuleNotFoundError("tensorrt"))
     with pytest.raises(MissingDependency, match=r"internvl-edge\[trt\]"):
-        import_vendor("tensorrt")
+        import_tensorrt("tensorrt")
     refuse(monkeypatch, ImportError("libnvinfer.so"))
     with pytest.raises(HardwareError, match="does not load: libnvinfer"):
-        import_vendor("tensorrt-rtx")
+        import_tensorrt("tensorrt-rtx")
 
 
 def test_a_backend_that_is_there() -> None:
     pytest.importorskip("tensorrt_rtx")
-    assert import_vendor("tensorrt-rtx") is importlib.import_module("tensorrt_rtx")
+    assert import_tensorrt("tensorrt-rtx") is importlib.import_module("tensorrt_rtx")
 
 
 def test_a_log_of_days_stays_small() -> None:

@@ -1,22 +1,22 @@
 """Where a compiled component leaves PyTorch: block by block, and the first bad tensor by name.
 
 A component that is wrong is wrong somewhere. Each block of its tower is cut out of the graph and
-run beside the same block in PyTorch, one in memory at a time, and looked at in four ways:
+compared with the same block in PyTorch, one in memory at a time, in four ways:
 
     isolated      fed what PyTorch's blocks before it gave: the block's own error
     accumulated   fed what the graph's own blocks before it gave: what has added up so far
     unrounded     isolated, its activations not quantized: what its stored weights cost
-    tensors       isolated, the output of every norm, linear layer and attention in it, beside
+    tensors       isolated, the output of every norm, linear layer and attention in it, and
                   what it should be: PyTorch, or of a quantized graph the simulation of its
                   quantization (``simulate``), which has the same rounding errors
 
-The first three are SQNR beside PyTorch in float32. They tell where quantization costs, which is
+The first three are SQNR, against PyTorch in float32. They tell where quantization costs, which is
 no fault. The last one tells faults: a tensor below the bound is not what the graph should compute
 by a wrong weight, scale, axis or operator (or one of its channels is: a channel has a bound of
-its own). The first one in the order of the graph is where to look, since what comes behind it
+its own). The first one in the order of the graph is where to look, since what comes after it
 in the block reads it.
 
-PyTorch is the checkpoint in the form that the recipe quantizes (``export.folded``): the same
+PyTorch is the checkpoint in the form that the recipe quantizes (``quantize.fold``): the same
 function, its residual stream perhaps in another basis, which is the graph's.
 
 The inputs are seeded noise, of which a component needs no sample. The files' hashes are not
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,17 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from internvl_edge.artifact.components import COMPONENTS, find_component
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.compiler.oracle.reference_block import watching
-from internvl_edge.compiler.oracle.simulate import fake_quantized
-from internvl_edge.compiler.pipeline import open_source, quantization_of
+from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.steps.engines import engine_graph
 from internvl_edge.compiler.steps.verify import (
     SAME_DB,
-    Quantization,
     graph_capacity,
+    open_source,
+    quantization_of,
     run_as_reference,
     runnable,
 )
@@ -58,7 +59,6 @@ from internvl_edge.export.compare import (
     sample_feeds,
     with_noise,
 )
-from internvl_edge.export.components import COMPONENTS
 from internvl_edge.export.config.checkpoint import with_depth
 from internvl_edge.export.graph.one_block import (
     BLOCK_INPUT,
@@ -68,7 +68,7 @@ from internvl_edge.export.graph.one_block import (
 )
 from internvl_edge.export.graph.repeat import blocks_of
 from internvl_edge.export.graph.uint8_input import on_levels, preprocessing_inside
-from internvl_edge.export.towers.blocks import COMPONENT_STREAM, component_of_one_block, tower_of
+from internvl_edge.export.towers.blocks import component_of_one_block
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, bypass_activations
 from internvl_edge.runtime.ort.session import OrtSession
 from internvl_edge.types import Array
@@ -81,7 +81,7 @@ CHANNEL_SLACK_DB = 20.0  # a channel may be this much worse than a tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorReading:
-    """A tensor beside what it should be."""
+    """A tensor compared with what it should be."""
 
     name: str  # the module that gives it, by its name in our reference
     sqnr_db: float
@@ -91,7 +91,7 @@ class TensorReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReading:
-    """A block of a graph; SQNR in dB of its output beside PyTorch in float32."""
+    """A block of a graph; SQNR in dB of its output compared with PyTorch in float32."""
 
     index: int
     isolated_db: float
@@ -106,7 +106,7 @@ class GraphReading:
 
     component: str
     file: str
-    against: str  # what its tensors were held against
+    against: str  # the name of what its tensors were compared with
     bound_db: float
     blocks: tuple[BlockReading, ...]
 
@@ -157,19 +157,20 @@ def bisect(
 
 
 def _components(artifact: Artifact, chosen: str | None) -> list[str]:
-    found = [name for name in artifact.manifest.components if tower_of(name) is not None]
-    if chosen is not None and chosen not in found:
+    names = artifact.manifest.components
+    known = [name for name in names if find_component(name).tower is not None]
+    if chosen is not None and chosen not in known:
         raise UsageError(
             f"component {chosen!r}: expected one that runs through a tower of blocks, "
-            f"{', '.join(found)}{did_you_mean(chosen, found)}"
+            f"{', '.join(known)}{did_you_mean(chosen, known)}"
         )
-    return found if chosen is None else [chosen]
+    return known if chosen is None else [chosen]
 
 
 def _graphs(
     artifact: Artifact, component: str, quantization: Quantization | None
 ) -> Iterator[tuple[str, str]]:
-    """A component's graphs, and what they compute in around their 8-bit products."""
+    """Yield a component's graphs, each with its precision around the 8-bit products."""
     precision = artifact.manifest.precision
     base = precision if quantization is None else quantization.recipe.base or "fp32"
     yield artifact.manifest.components[component].file, base
@@ -201,7 +202,7 @@ class _Graph:
         self.checkpoint, self.component = checkpoint, component
         self.is_wide = is_wide  # in 16 bits, roundings to the other side are many
         self.quantization, self.path = quantization, artifact.path / file
-        tower = tower_of(component)
+        tower = COMPONENTS[component].tower
         assert tower is not None
         model = ir.load(self.path)
         self.tower, self.depth = tower, len(blocks_of(model, tower))
@@ -255,7 +256,7 @@ class _Graph:
         return self._session_outputs(model, self.feeds)[BLOCK_INPUT]
 
     def _reference(self, index: int, hidden: Array | None) -> tuple[Array, Arrays, Arrays]:
-        """The block's input, its outputs in PyTorch, and what the graph's should be."""
+        """Compute the block's input, its outputs in PyTorch, and those the graph should have."""
         module, rename = component_of_one_block(self.checkpoint, self.component, index)
         reference = self._watched(module, hidden)
         given = reference.pop(BLOCK_INPUT)
@@ -269,15 +270,14 @@ class _Graph:
     def _simulated(self, module: nn.Module, rename: Callable[[str], str]) -> Any:
         if self.quantization is None:
             return nullcontext()
-        scales = self.quantization.scales[COMPONENT_STREAM[self.component]]
-        recipe, stored = self.quantization.recipe, self.quantization.stored
+        stream, stored = COMPONENTS[self.component].stream, self.quantization.stored
+        assert stream is not None
         # a wrong scale of a weight is to be found, not refused
         stored = {n: v for n, v in stored.items() if not n.endswith(SCALE_SUFFIX)}
-        config, held = self.checkpoint.config, self.quantization.held
-        return fake_quantized(module, scales, recipe, stored, config, rename, held)
+        return replace(self.quantization, stored=stored).applied_to(module, stream, rename)
 
     def _watched(self, module: nn.Module, hidden: Array | None) -> Arrays:
-        """Run the reference; what went into its block, and the output of every module inside."""
+        """Run the reference, and keep its block's input and the output of every module inside."""
         config = with_depth(self.checkpoint.config, 1, 1)
         with watching(module.get_submodule(f"{self.tower}.0"), hidden) as seen:
             outputs = reference_outputs(module, self.component, self.feeds, config)
@@ -287,7 +287,7 @@ class _Graph:
     def _run(
         self, index: int, given: Array, drifting: Array, names: Sequence[str]
     ) -> tuple[Arrays, Array | None, Array]:
-        """The graph's block on two inputs, and without rounding on the first."""
+        """Run the graph's block on two inputs, and without rounding on the first."""
         is_last = index == self.depth - 1
         model = ir.load(self.path)
         isolate_block(model, self.tower, index, names, with_tail=is_last)
@@ -317,15 +317,15 @@ class _Graph:
     def _tensors(
         self, index: int, reference: Arrays, expected: Arrays, actual: Arrays, bound_db: float
     ) -> list[TensorReading]:
-        """In the order of the graph's outputs, which is that of the modules' ends."""
+        """Read tensors in the order of the graph's outputs, which is that of the modules' ends."""
         inner = [name for name in actual if name in expected and name not in self._tail_names]
         tail = [name for name in actual if name in self._tail_names]
         prefix = f"{self.tower}.{index}"
         names = {name: f"{prefix}.{name}" for name in inner} | {name: name for name in tail}
         names[BLOCK_OUTPUT] = prefix
-        beside = reference if self.is_wide else expected
+        wanted = reference if self.is_wide else expected
         return [
-            _reading(names[n], beside[n], expected[n], actual[n], bound_db) for n in (*inner, *tail)
+            _reading(names[n], wanted[n], expected[n], actual[n], bound_db) for n in (*inner, *tail)
         ]
 
     @property
@@ -340,7 +340,7 @@ def _sqnr(expected: Array, actual: Array) -> float:
 def _reading(
     name: str, reference: Array, expected: Array, actual: Array, bound_db: float
 ) -> TensorReading:
-    """A tensor beside what it should be, and that beside what it would be without rounding.
+    """Compare a tensor with what it should be, and that with what it would be without rounding.
 
     A scale that is twice too coarse may leave a tensor above any fixed bound, but it moves it
     further than its quantization does; a few roundings to the other side do not.
@@ -353,7 +353,7 @@ def _reading(
 
 
 def worst_channel_db(expected: Array, actual: Array) -> float:
-    """SQNR of the channel that is worst; (…, C) → dB.
+    """Compute the SQNR of the channel that is worst; (…, C) → dB.
 
     One wrong scale of thousands vanishes in a tensor's figure, and is all there is in its
     channel's. A channel that is almost silent is measured against a hundredth of the mean.
@@ -369,7 +369,7 @@ def worst_channel_db(expected: Array, actual: Array) -> float:
 
 
 def _feeds(checkpoint: Checkpoint, image_size: int, component: str, capacity: int | None) -> Arrays:
-    """Seeded inputs of a component; vision tokens are noise too, since no tower is run for them."""
+    """Make seeded inputs of a component; vision tokens are noise too: no tower is run for them."""
     config = checkpoint.config
     feeds = with_noise(sample_feeds(config, image_size), config, image_size)
     return component_feeds(component, feeds, config, capacity)

@@ -13,7 +13,7 @@ from internvl_edge.export.graph.one_block import BLOCK_INPUT, BLOCK_OUTPUT
 from internvl_edge.types import Array
 
 OUTPUT_LAYER = "o_proj"  # of QLLaMA's attention: what it reads is attention's own result
-WATCHED = ("Norm", "AttentionCore")  # how the names of such modules end, beside linear layers
+WATCHED = ("Norm", "AttentionCore")  # how the names of such modules end; linear layers too
 
 
 @contextmanager

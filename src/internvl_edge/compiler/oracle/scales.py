@@ -1,7 +1,7 @@
 """The numbers of a quantized graph themselves, apart from what it computes.
 
 What a graph computes hides small mistakes: a scale of one layer that is doubled costs a bit there
-and little behind forty layers, and a fused kernel never looks at the axis of a weight's scales. So
+and little after forty layers, and a fused kernel never looks at the axis of a weight's scales. So
 a graph is also held against what it was made from, exactly:
 
     in the graph      each product of a calibrated weight has its pair, with the scale that
@@ -62,12 +62,12 @@ Around = tuple[int | None, str | None, float | None]
 
 
 def _products(weight: ir.Value) -> list[Around]:
-    """What stands around every product of a weight: axis, name of its scales, input's scale."""
-    found: list[Around] = []
+    """Find what surrounds every product of a weight: axis, name of its scales, input's scale."""
+    surroundings: list[Around] = []
     for use in weight.uses():
         node = use.node
         if node.op_type != "DequantizeLinear" or use.idx != 0:
-            found.append((None, None, None))
+            surroundings.append((None, None, None))
             continue
         axis, of_weight = node.attributes.get_int("axis", 1), node.inputs[1]
         while of_weight is not None and not of_weight.is_initializer():  # cast to 16 bits
@@ -75,12 +75,12 @@ def _products(weight: ir.Value) -> list[Around]:
             of_weight = None if maker is None else maker.inputs[0]
         name = None if of_weight is None else of_weight.name
         readers = [reader.node for reader in node.outputs[0].uses()]
-        found += [(axis, name, _scale_of(reader.inputs[0])) for reader in readers]
-    return found
+        surroundings += [(axis, name, _scale_of(reader.inputs[0])) for reader in readers]
+    return surroundings
 
 
 def _scale_of(activation: ir.Value | None) -> float | None:
-    """The scale of the pair that an activation went through; None of none."""
+    """Find the scale of the pair that an activation went through; None where there is none."""
     dequantize = None if activation is None else activation.producer()
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return None

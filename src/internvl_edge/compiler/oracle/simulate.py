@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from internvl_edge.artifact.components import PREFIXES
+from internvl_edge.compiler.steps.weights import WEIGHTS_FILE
 from internvl_edge.errors import ArtifactError, VerificationError
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.config.checkpoint import CheckpointConfig
-from internvl_edge.export.towers.blocks import PREFIXES, sites_of
+from internvl_edge.export.towers.blocks import sites_of
 from internvl_edge.quantize.calibration.attention import (
     SOFTMAX_SCALE,
     AttentionScales,
@@ -37,10 +42,12 @@ from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.numerics.gptq import MAX_MOVED
 from internvl_edge.quantize.numerics.int4 import block_of, unpack
 from internvl_edge.quantize.numerics.rotation import rotation
+from internvl_edge.quantize.numerics.statistics import LayerStatistics, read_statistics
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.types import Array
 
 STORED_SUFFIXES = (".bias", ".shift", ".spread")  # of parameters that calibration sets
+SET_BY_CALIBRATION = (SMOOTHING_SUFFIX, f".weight{SCALE_SUFFIX}", *STORED_SUFFIXES)
 SCALES_FILE = "quantization.json"  # stream → weight → activation scale; null: not rounded
 Scales = Mapping[str, Mapping[str, float | None]]
 NOISE = 1e-4  # of a weight's largest scale
@@ -49,13 +56,13 @@ SCALE_TOLERANCE = 1e-2  # of a weight's maximum, folded and rotated once more
 
 
 def write_scales(directory: Path, scales: Scales) -> None:
-    """Keep the activation scales beside the graphs that hold them as constants."""
+    """Write the activation scales next to the graphs that hold them as constants."""
     text = json.dumps({"activation_scales": scales}, indent=1, sort_keys=True)
     (directory / SCALES_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_scales(directory: Path) -> Scales:
-    """The inverse of :func:`write_scales`.
+    """Read what :func:`write_scales` wrote.
 
     Raises:
         ArtifactError: not such a file.
@@ -68,62 +75,84 @@ def read_scales(directory: Path) -> Scales:
     return scales
 
 
-@contextmanager
-def fake_quantized(
-    module: nn.Module,
-    scales: Mapping[str, float | None],
-    recipe: Recipe,
-    stored: Mapping[str, Array],
-    config: CheckpointConfig,
-    rename: Callable[[str], str] = str,
-    held: Callable[[str], Array | None] | None = None,
-) -> Iterator[None]:
-    """Make ``module`` compute what the quantized component should, while the context lasts.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How a directory is quantized, as far as the simulation needs it."""
 
-    Args:
-        module: in float32, in the form that the recipe quantizes; restored at the end.
-        scales: weight → activation scale, of the component's stream.
-        recipe: the formats.
-        stored: factors, biases and shifts as they were stored, by checkpoint name.
-        config: of that form.
-        rename: the checkpoint's name of a parameter of the module.
-        held: the stored values of a weight, by checkpoint name, for recipes that round by GPTQ;
-            None of a weight that is not stored, and then read by nothing.
+    recipe: Recipe
+    scales: Scales
+    stored: Mapping[str, Array]  # scales, factors, biases and shifts, by checkpoint name
+    source: Checkpoint  # in the form that the recipe quantizes
+    statistics: tuple[LayerStatistics, ...] = ()  # of what calibration saw
+    # Reads the stored values of a weight, for recipes that round by GPTQ; None of a weight that is
+    # not stored, and then read by nothing.
+    held: Callable[[str], Array | None] | None = None
 
-    Raises:
-        VerificationError: scales or values that are not those of a weight; names it.
-    """
-    parameters = {rename(name): p for name, p in module.named_parameters()}
-    with ExitStack() as stack, torch.no_grad():
-        for name, parameter in parameters.items():
-            is_stored = name in stored and name.endswith(STORED_SUFFIXES)
-            if is_stored or (name.removesuffix(".weight") != name and ".layers." in name):
-                stack.callback(_restore, parameter, parameter.clone())
-            if is_stored:
-                parameter.copy_(torch.from_numpy(np.array(stored[name], np.float32)))
-        for name, values in stored.items():
-            reader = name.removesuffix(SMOOTHING_SUFFIX)
-            if reader != name and f"{reader}.weight" in parameters:
-                _fold(parameters, reader, np.array(values, np.float32), recipe, config)
-        for name in parameters.keys() & stored.keys():
-            if name.endswith(".spread"):
-                for reader in _readers_behind(name, config):
-                    parameters[f"{reader}.weight"].div_(parameters[name])
-        for name, layer in module.named_modules():
-            weight = rename(f"{name}.weight")
-            if isinstance(layer, nn.Linear) and weight in scales:
-                _require_scales(weight, layer.weight, recipe.of(weight), stored)
-                layer.weight.copy_(_stored(weight, layer.weight, recipe.of(weight), held))
-                scale = scales[weight]
-                if scale is not None:
-                    hook = _rounding_hook(scale, recipe.of(weight))
-                    stack.callback(layer.register_forward_pre_hook(hook).remove)
-        attentions = scales_by_attention(scales)
-        for name, core in module.named_modules():
-            found = attentions.get(rename(name))
-            if found is not None:
-                stack.callback(core.register_forward_hook(_rounded_attention(found)).remove)
-        yield
+    @classmethod
+    def read(cls, directory: Path, recipe: Recipe, source: Checkpoint) -> Quantization:
+        """Read the quantization of a directory that is published, or about to be."""
+        entries = read_header(directory / WEIGHTS_FILE)
+        return cls(
+            recipe=recipe,
+            scales=read_scales(directory),
+            stored={
+                name: entry.read()
+                for name, entry in entries.items()
+                if ".layers." in name and name.endswith(SET_BY_CALIBRATION)
+            },
+            source=source,
+            statistics=read_statistics(directory),
+            held=lambda name: entries[name].read() if name in entries else None,
+        )
+
+    @contextmanager
+    def applied_to(
+        self, module: nn.Module, stream: str, rename: Callable[[str], str] = str
+    ) -> Iterator[None]:
+        """Make ``module`` compute what the quantized component should, while the context lasts.
+
+        Args:
+            module: in float32, in the form that the recipe quantizes; restored at the end.
+            stream: the component's, whose activation scales apply.
+            rename: the checkpoint's name of a parameter of the module.
+
+        Raises:
+            VerificationError: scales or values that are not those of a weight; names it.
+        """
+        recipe, stored, config = self.recipe, self.stored, self.source.config
+        scales = self.scales[stream]
+        parameters = {rename(name): p for name, p in module.named_parameters()}
+        with ExitStack() as stack, torch.no_grad():
+            for name, parameter in parameters.items():
+                is_stored = name in stored and name.endswith(STORED_SUFFIXES)
+                if is_stored or (name.removesuffix(".weight") != name and ".layers." in name):
+                    stack.callback(_restore, parameter, parameter.clone())
+                if is_stored:
+                    parameter.copy_(torch.from_numpy(np.array(stored[name], np.float32)))
+            for name, values in stored.items():
+                reader = name.removesuffix(SMOOTHING_SUFFIX)
+                if reader != name and f"{reader}.weight" in parameters:
+                    _fold(parameters, reader, np.array(values, np.float32), recipe, config)
+            for name in parameters.keys() & stored.keys():
+                if name.endswith(".spread"):
+                    for reader in _readers_behind(name, config):
+                        parameters[f"{reader}.weight"].div_(parameters[name])
+            for name, layer in module.named_modules():
+                weight = rename(f"{name}.weight")
+                if isinstance(layer, nn.Linear) and weight in scales:
+                    _require_scales(weight, layer.weight, recipe.of(weight), stored)
+                    layer.weight.copy_(_stored(weight, layer.weight, recipe.of(weight), self.held))
+                    scale = scales[weight]
+                    if scale is not None:
+                        hook = _rounding_hook(scale, recipe.of(weight))
+                        stack.callback(layer.register_forward_pre_hook(hook).remove)
+            attentions = scales_by_attention(scales)
+            for name, core in module.named_modules():
+                attention = attentions.get(rename(name))
+                if attention is not None:
+                    hook = _rounded_attention(attention)
+                    stack.callback(core.register_forward_hook(hook).remove)
+            yield
 
 
 def _fold(
@@ -133,7 +162,7 @@ def _fold(
     recipe: Recipe,
     config: CheckpointConfig,
 ) -> None:
-    """Move a site's factors, and its rotation, into its readers and out of what is in front."""
+    """Move a site's factors, and its rotation, into its readers and out of what comes before."""
     block, path = _split(reader)
     site = next(s for s in sites_of(config, block) if s.readers[0] == path)
     factors = torch.from_numpy(values)
@@ -158,14 +187,14 @@ def _fold(
 
 
 def _readers_behind(spread: str, config: CheckpointConfig) -> list[str]:
-    """The linear layers that read what factors behind GELU were applied to."""
+    """List the linear layers that read what factors after GELU were applied to."""
     block, path = _split(spread)
     sites = [site for site in sites_of(config, block) if site.spread == path]
     return [f"{block}.{reader}" for site in sites for reader in site.readers]
 
 
 def _split(layer: str) -> tuple[str, str]:
-    """A layer's full name as its block's and the rest."""
+    """Split a layer's full name into its block's and the rest."""
     prefix = next(p for p in PREFIXES if layer.startswith(f"{p}."))
     index, _, path = layer.removeprefix(f"{prefix}.").partition(".")
     return f"{prefix}.{index}", path
@@ -174,7 +203,7 @@ def _split(layer: str) -> tuple[str, str]:
 def _stored(
     name: str, weight: Tensor, recipe: Recipe, held: Callable[[str], Array | None] | None
 ) -> Tensor:
-    """A weight as a graph multiplies by it: rounded anew, or what is held of it."""
+    """Give a weight as a graph multiplies by it: rounded anew, or as it is stored."""
     nearest = _rounded(weight, recipe)
     if recipe.rounding == "nearest":
         return nearest
@@ -187,19 +216,19 @@ def _stored(
         values = unpack(values, (inputs, outputs))
     scale = _scales(weight, recipe)  # (N, 1) or (N, K / block, 1)
     blocks = torch.from_numpy(values.astype(np.float32).T.copy()).reshape(*scale.shape[:-1], -1)
-    found = (blocks * scale).reshape(weight.shape)
-    far, near = (float((w - weight).square().sum()) for w in (found, nearest))
+    stored = (blocks * scale).reshape(weight.shape)
+    far, near = (float((w - weight).square().sum()) for w in (stored, nearest))
     least = NOISE**2 * float(weight.square().sum())
     if not far <= MOVED_SLACK * MAX_MOVED * near + least:
         raise VerificationError(
             f"{name}: expected values near those of the weight, their squared error at most "
             f"{MAX_MOVED:g} times that of rounding to nearest, {near:.3g}, found {far:.3g}"
         )
-    return found
+    return stored
 
 
 def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
-    """Per output channel or block, as a builder would see it; plain torch arithmetic."""
+    """Round a weight per output channel or block, as a builder sees it; plain torch arithmetic."""
     scale = _scales(weight, recipe)
     if recipe.weights == "int4":
         blocks = weight.reshape(*scale.shape[:2], -1)  # (N, K / block, block)
@@ -208,7 +237,7 @@ def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
 
 
 def _scales(weight: Tensor, recipe: Recipe) -> Tensor:
-    """The scales of a weight (N, K): (N, 1), of INT4 (N, K / block, 1)."""
+    """Compute the scales of a weight (N, K): (N, 1), of INT4 (N, K / block, 1)."""
     if recipe.weights == "int4":
         block = block_of(weight.shape[1], recipe.block_size)
         peak = weight.reshape(len(weight), -1, block).abs().amax(dim=2, keepdim=True)
@@ -250,7 +279,7 @@ def _rounding_hook(scale: float, recipe: Recipe) -> Any:
 
 
 def _rounded_attention(scales: AttentionScales) -> Any:
-    """A hook that puts attention with its operands and probabilities in E4M3 in place of it."""
+    """Make a hook that computes attention with its operands and probabilities in E4M3."""
 
     def fp8(x: Tensor, scale: float) -> Tensor:
         return _round(x / scale, "fp8") * scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from internvl_edge.artifact.components import IMAGE_EMBED
 from internvl_edge.artifact.open import Manifest
 
 
@@ -46,7 +47,7 @@ directory (`cp -r`) has files of its own, as has an export with `--weights copy`
 
 
 def _example(manifest: Manifest) -> str:
-    if "image_embed" in manifest.components:
+    if IMAGE_EMBED in manifest.components:
         return (
             'with internvl_edge.load("this directory") as model:\n'
             '    embeddings = model.encode_image(["photo.jpg"])'

@@ -5,27 +5,40 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from internvl_edge.artifact.components import COMPONENTS, find_component
 from internvl_edge.artifact.open import EngineRecord, Manifest, TensorSpec
 from internvl_edge.artifact.publish import record, update, write_manifest
 from internvl_edge.artifact.sidecar import Range
-from internvl_edge.compiler.engine_forecast import Forecast, build_steps
+from internvl_edge.compiler.cost import Cost, Forecast
 from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.errors import UsageError, did_you_mean
+from internvl_edge.compiler.steps.step import Build
+from internvl_edge.errors import BuildError, ResourceError, UsageError, did_you_mean
 from internvl_edge.export.engine.build import Prepare, ShapeRanges, build_engine
 from internvl_edge.export.engine.memory import (
-    BLOCKLESS_COMPONENTS,
-    LLAMA_COMPONENTS,
+    builder_nbytes,
+    joined_nbytes,
     require_memory_to_build,
 )
-from internvl_edge.export.engine.targets import choose_capabilities, find_target, load_builder
+from internvl_edge.export.engine.targets import choose_capabilities, find_target
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
+from internvl_edge.runtime.trt.vendor import import_tensorrt
+
+if TYPE_CHECKING:  # it needs PyTorch, and building engines does not
+    from internvl_edge.compiler.plan import Plan
 
 ENGINES = "engines"
+BUILDER_MAPPED_NBYTES = 110_000_000  # its library
+BUILD_NBYTES_PER_SECOND = 290e6
+JOINED_NBYTES_PER_SECOND = 800e6
+BUILD_SECONDS_PER_BLOCK = 0.7
+BUILD_SECONDS = 1.0
+ENGINE_NBYTES = 7_000_000  # of an engine in addition to its weights: the demo's have 5 to 9 MB
 IN_PLACE_BATCH = (1, 1, 4)
 COMPUTE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -39,11 +52,11 @@ def require_targets(targets: Sequence[str], precision: str) -> None:
     """
     for name in targets:
         target = find_target(name)
-        choose_capabilities(load_builder(target), target, precision, None)
+        choose_capabilities(import_tensorrt(target.name), target, precision, None)
 
 
 def engine_graph(component: str, base: str) -> str:
-    """The graph that engines are built from, where it is not the component's own."""
+    """Name the graph that engines are built from, where it is not the component's own."""
     return f"{component}.{base}.onnx"
 
 
@@ -54,7 +67,7 @@ CHAT_DECODER_PROFILE = replace(CHAT_PROFILE, batch=(1, 1, 1))
 
 
 def profile_from(**sizes: str) -> ShapeRanges:
-    """A profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
+    """Make a profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
 
     Raises:
         UsageError: not three whole numbers in order.
@@ -63,7 +76,7 @@ def profile_from(**sizes: str) -> ShapeRanges:
 
 
 def ranges_from(**sizes: str | None) -> dict[str, Range]:
-    """The ranges of those dimensions that are given; see :func:`profile_from`."""
+    """Parse the ranges of those dimensions that are given; see :func:`profile_from`."""
     ranges = {}
     for name, text in sizes.items():
         if text is None:
@@ -78,7 +91,7 @@ def ranges_from(**sizes: str | None) -> dict[str, Range]:
 def profile_for(
     manifest: Manifest, component: str, asked: ShapeRanges | Mapping[str, Range] | None
 ) -> ShapeRanges:
-    """The profile of a component, no longer than the positions its model has.
+    """Choose the profile of a component, no longer than the positions its model has.
 
     Args:
         manifest: of the directory.
@@ -88,14 +101,14 @@ def profile_for(
     Raises:
         UsageError: a profile that was asked for is longer.
     """
-    usual, llama = ShapeRanges(), manifest.language_model
+    usual, llama, known = ShapeRanges(), manifest.language_model, find_component(component)
     if manifest.model.get("chat"):
-        usual = CHAT_DECODER_PROFILE if component == "chat_decoder" else CHAT_PROFILE
+        usual = CHAT_DECODER_PROFILE if known.takes_cache else CHAT_PROFILE
     ranges = asdict(asked) if isinstance(asked, ShapeRanges) else dict(asked or {})
     if llama is None:
         return replace(usual, **ranges)
     internvl = manifest.model.get("internvl")
-    queries = internvl["num_query_token"] if internvl and component == "matcher" else 0
+    queries = internvl["num_query_token"] if internvl and known.has_queries else 0
     longest = llama["max_position_embeddings"] - queries
     capacity = capacity_of({spec.name: spec for spec in manifest.components[component].inputs})
     if capacity is not None:  # a session takes memory for the whole cache of every row
@@ -124,25 +137,78 @@ def _capped(sizes: Range, most: int) -> Range:
 
 
 def _dimensions(manifest: Manifest, components: Collection[str]) -> set[str]:
-    """The dimensions of components' inputs that are decided at run time."""
+    """Collect the dimensions of components' inputs that are decided at run time."""
     specs = [spec for name in components for spec in manifest.components[name].inputs]
     return {size for spec in specs for size in spec.shape if isinstance(size, str)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildEngines:
+    """Build the engine of each component, one after the other, for each target."""
+
+    targets: tuple[str, ...]
+    weights: Mapping[str, int]  # component → bytes of its weights as an engine holds them
+    depths: Mapping[str, int]  # component → blocks of its tower
+    precision: str  # as it was asked for: one for all, or one per tower
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        targets: Sequence[str],
+        components: Sequence[str] | None = None,
+    ) -> BuildEngines:
+        """Describe the engines of a directory, of all its components by default."""
+        chosen = list(components or manifest.components)
+        return cls(
+            targets=tuple(targets),
+            weights={name: manifest.components[name].nbytes for name in chosen},
+            depths={name: _num_blocks(manifest, name) for name in chosen},
+            precision=manifest.precision,
+        )
+
+    def costs(self, plan: Plan | None = None) -> tuple[Cost, ...]:
+        """State what each component's engines need; a directory's have no plan any more."""
+        return tuple(self._cost(component) for component in self.depths)
+
+    def _cost(self, component: str) -> Cost:
+        nbytes, depth = self.weights[component], self.depths[component]
+        mapped = nbytes + BUILDER_MAPPED_NBYTES  # the graph's weights
+        joined = joined_nbytes(component, nbytes, self.precision)
+        taken = builder_nbytes(component, nbytes, depth, self.precision)
+        seconds = BUILD_SECONDS + BUILD_SECONDS_PER_BLOCK * depth
+        seconds += nbytes / BUILD_NBYTES_PER_SECOND + joined / JOINED_NBYTES_PER_SECOND
+        return Cost(
+            name=f"build {component}",
+            memory_nbytes=mapped + taken,
+            mapped_nbytes=mapped,
+            disk_nbytes=(nbytes + ENGINE_NBYTES) * len(self.targets),
+            scratch_nbytes=joined,
+            seconds=len(self.targets) * seconds,
+        )
+
+    def run(self, plan: Plan, build: Build) -> None:
+        """Build them; hours of quantization are not thrown away for one that fails."""
+        assert build.manifest is not None
+        try:
+            for grown in add_engines(
+                build.directory,
+                build.manifest,
+                self.targets,
+                keep=build.work.engines,
+                report=build.report,
+            ):
+                plan.checkpoint.require_unchanged()
+                build.manifest = grown
+        except (BuildError, ResourceError) as error:
+            build.failure = error
 
 
 def forecast_build(
     manifest: Manifest, targets: Sequence[str], components: Sequence[str] | None = None
 ) -> Forecast:
-    """What building engines will need, a step for each component.
-
-    Args:
-        manifest: of the directory.
-        targets: what is built for.
-        components: all by default.
-    """
-    chosen = list(components or manifest.components)
-    weights = {name: manifest.components[name].nbytes for name in chosen}
-    depths = {name: _num_blocks(manifest, name) for name in chosen}
-    return Forecast(steps=tuple(build_steps(weights, depths, targets, manifest.precision)))
+    """Forecast what building a directory's engines will need; of all components by default."""
+    return Forecast(steps=BuildEngines.of(manifest, targets, components).costs())
 
 
 def require_buildable(
@@ -178,7 +244,7 @@ def _require_dimensions(
 ) -> None:
     """Refuse sizes of a dimension that no component has."""
     for size in sorted({*asked} - _dimensions(manifest, components)):
-        is_fixed = size == "past" and any("decoder" in name for name in components)
+        is_fixed = size == "past" and any(find_component(name).takes_cache for name in components)
         why = ", as --cache-capacity fixed it when OUT was exported" if is_fixed else ""
         raise UsageError(
             f"--{size}: expected a component with that dimension, found {', '.join(components)}"
@@ -231,7 +297,7 @@ def add_engines(
     keep: Path | None = None,
     report: Report = silent,
 ) -> Iterator[Manifest]:
-    """Build into ``directory``: the manifest after each engine, which the caller writes.
+    """Build into ``directory``; yield the manifest after each engine, which the caller writes.
 
     An engine is kept once the caller asks for the next: who finds it stale raises instead.
 
@@ -294,20 +360,21 @@ def _add_engine(
         prepared=_preparation(name),
         progress=_phases(name, report),
     )
-    files = {**manifest.files}
-    for file in (built.file, built.sidecar):
-        files[file] = record(directory / file)
-    others = tuple(e for e in manifest.engines if e.file != built.file)
-    return replace(manifest, engines=(*others, built), files=files), built
+    engine, files = built.record, {**manifest.files, **built.files}
+    for file in (engine.file, engine.sidecar):
+        if file not in files:  # of an earlier run
+            files[file] = record(directory / file)
+    others = tuple(e for e in manifest.engines if e.file != engine.file)
+    return replace(manifest, engines=(*others, engine), files=files), engine
 
 
 def _preparation(component: str) -> Prepare:
-    """What is done to a graph for its builder: a language model's pairs are joined.
+    """Choose what is done to a graph for its builder: a language model's pairs are joined.
 
     That needs onnx-ir. Where only engines are built it may be missing, and the memory for what the
     builder joins is there or not.
     """
-    if component not in LLAMA_COMPONENTS or find_spec("onnx_ir") is None:
+    if not find_component(component).is_language or find_spec("onnx_ir") is None:
         return nullcontext
     from internvl_edge.export.graph.join_pairs import joined_graph
 
@@ -315,7 +382,7 @@ def _preparation(component: str) -> Prepare:
 
 
 def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[TensorSpec, ...]:
-    """The component's inputs; of a graph for engines, a cache has the type it computes in."""
+    """List the component's inputs; of a graph for engines, a cache has its compute type."""
     record, base = manifest.components[component], source.split(".")[1]
     if source == record.file:
         return record.inputs
@@ -326,16 +393,16 @@ def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[Ten
 
 
 def _num_blocks(manifest: Manifest, component: str) -> int:
-    llama = manifest.language_model
-    if component in BLOCKLESS_COMPONENTS:
+    llama, known = manifest.language_model, find_component(component)
+    if component in COMPONENTS and known.tower is None:
         return 0
-    if component in LLAMA_COMPONENTS and llama is not None:
+    if known.is_language and llama is not None:
         return int(llama["num_hidden_layers"])
     return int(manifest.model["vision"]["num_hidden_layers"])
 
 
 def _phases(name: str, report: Report) -> Callable[[str, int, int], None]:
-    """The builder's own progress as ours."""
+    """Turn the builder's own progress into ours."""
 
     def tell(phase: str, done: int, total: int) -> None:
         report(Progress(step="build", detail=f"{name}: {phase}", done=done, total=total))
@@ -344,7 +411,7 @@ def _phases(name: str, report: Report) -> Callable[[str, int, int], None]:
 
 
 def _fingerprint(manifest: Manifest, graph: str) -> str:
-    """Identifies a graph together with the weights files it may read.
+    """Identify a graph together with the weights files it may read.
 
     A linked shard counts by its header, whether or not ``verify --full`` has hashed the rest.
     """
@@ -355,7 +422,7 @@ def _fingerprint(manifest: Manifest, graph: str) -> str:
 
 
 def graph_file(manifest: Manifest, component: str) -> str:
-    """The graph that a component's engines are built from."""
+    """Find the graph that a component's engines are built from."""
     base = (manifest.recipe or {}).get("engine_base")
     other = engine_graph(component, str(base))
     return other if other in manifest.files else manifest.components[component].file

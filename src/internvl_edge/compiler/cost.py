@@ -1,48 +1,46 @@
-"""What steps need: memory, disk and time, and whether this machine has them."""
+"""What steps need: memory, disk and time; and whether this machine has them.
+
+Each step states its own cost next to the code that spends it. Here costs are only added up, and
+compared with what there is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.errors import ResourceError
-from internvl_edge.export.engine.memory import builder_nbytes, joined_nbytes
 from internvl_edge.files.disk import require_free_disk
-from internvl_edge.files.memory import available_memory
+from internvl_edge.files.memory import available_memory, peak_rss_nbytes
 
-BUILDER_MAPPED_NBYTES = 110_000_000  # its library
-BUILD_NBYTES_PER_SECOND = 290e6
-JOINED_NBYTES_PER_SECOND = 800e6
-BUILD_SECONDS_PER_BLOCK = 0.7
-BUILD_SECONDS = 1.0
-ENGINE_NBYTES = 7_000_000  # of an engine beside its weights: those of the demo have 5 to 9 MB
+IMPORTS_NBYTES = 450_000_000  # of memory: PyTorch, ONNX and the exporter, loaded
+FLOAT32_NBYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What one step will need."""
+class Cost:
+    """The needs of one step."""
 
     name: str
     memory_nbytes: int  # resident, mapped files included: they give way where memory is short
     disk_nbytes: int
     seconds: float
     mapped_nbytes: int = 0  # of the memory
-    scratch_nbytes: int = 0  # of disk beside that, until the step ends
+    scratch_nbytes: int = 0  # of disk in addition, until the step ends
     remedy: str = "--dry-run lists every step"  # for who has less
 
     @property
     def needed_nbytes(self) -> int:
-        """Memory that has to be free."""
+        """Memory that has to be free, in bytes."""
         return self.memory_nbytes - self.mapped_nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """All steps of an export or a build."""
+    """The costs of all steps of an export or a build."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Cost, ...]
 
     @property
     def peak_nbytes(self) -> int:
@@ -59,7 +57,7 @@ class Forecast:
         Args:
             folder: on whose disk all is written; it need not exist yet.
             budget: of memory; None: what is free.
-            written_nbytes: of the disk's share, what an earlier run has written.
+            written_nbytes: the part of the disk's share that an earlier run has written.
 
         Raises:
             ResourceError: the step, what it needs and what there is.
@@ -75,8 +73,8 @@ class Forecast:
             )
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """For a table: step, memory, disk, time."""
-        total = Step(
+        """Write step, memory, disk and time as texts, for a table; the last row is of all steps."""
+        total = Cost(
             name="all",
             memory_nbytes=self.peak_nbytes,
             disk_nbytes=self.disk_nbytes,
@@ -100,36 +98,21 @@ class Forecast:
         }
 
 
-def build_steps(
-    weights: Mapping[str, int],
-    depths: Mapping[str, int],
-    targets: Sequence[str],
-    precision: str,
-) -> list[Step]:
-    """Building the engine of each component, one after the other, for each target.
+def require_within_budget(
+    budget: int | None,
+    done: int,
+    total: int,
+    what: str = "blocks",
+    remedy: str = "the same command with a larger budget goes on from there",
+) -> None:
+    """Stop a run that takes more memory than it was given.
 
-    Args:
-        weights: component → bytes of its weights as the engine holds them.
-        depths: component → blocks of its tower.
-        targets: what is built for.
-        precision: what was asked for: one for all, or one per tower.
+    Raises:
+        ResourceError: with what it took.
     """
-    steps = []
-    for component, depth in depths.items():
-        nbytes = weights[component]
-        mapped = nbytes + BUILDER_MAPPED_NBYTES  # the graph's weights
-        joined = joined_nbytes(component, nbytes, precision)
-        taken = builder_nbytes(component, nbytes, depth, precision)
-        seconds = BUILD_SECONDS + BUILD_SECONDS_PER_BLOCK * depth
-        seconds += nbytes / BUILD_NBYTES_PER_SECOND + joined / JOINED_NBYTES_PER_SECOND
-        steps.append(
-            Step(
-                name=f"build {component}",
-                memory_nbytes=mapped + taken,
-                mapped_nbytes=mapped,
-                disk_nbytes=(nbytes + ENGINE_NBYTES) * len(targets),
-                scratch_nbytes=joined,
-                seconds=len(targets) * seconds,
-            )
+    peak = peak_rss_nbytes()
+    if budget is not None and peak is not None and peak > budget:
+        raise ResourceError(
+            f"--memory-budget {budget / 1e9:.2f} GB: {peak / 1e9:.2f} GB were needed after "
+            f"{done} of {total} {what}; {remedy}"
         )
-    return steps

@@ -1,0 +1,113 @@
+"""Everything published besides graphs and weights: list of files, report, manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from internvl_edge._version import __version__
+from internvl_edge.artifact.manifest import ComponentRecord, Manifest
+from internvl_edge.artifact.publish import record, write_manifest
+from internvl_edge.compiler.cost import Cost
+from internvl_edge.compiler.plan import Plan
+from internvl_edge.compiler.progress import Progress
+from internvl_edge.compiler.report.readme import readme
+from internvl_edge.compiler.report.report import with_report
+from internvl_edge.compiler.steps.step import Build
+from internvl_edge.export.checkpoint.shards import header_fingerprint
+
+# Files of a checkpoint that a runtime reads; copied as they are.
+SIDE_FILES = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListFiles:
+    """Copy what a runtime reads besides the graphs, and list it all; what was brought is known."""
+
+    def costs(self, plan: Plan) -> tuple[Cost, ...]:
+        return ()
+
+    def run(self, plan: Plan, build: Build) -> None:
+        for name in SIDE_FILES:
+            if (plan.checkpoint.path / name).is_file():
+                shutil.copyfile(plan.checkpoint.path / name, build.directory / name)
+        manifest = _described(plan, build)
+        for name, text in plan.options.notes.items():
+            (build.directory / name).write_text(text, encoding="utf-8")
+        (build.directory / "README.md").write_text(readme(manifest), encoding="utf-8")
+        brought = build.brought
+        files = {
+            path.name: brought[path.name].record if path.name in brought else record(path)
+            for path in sorted(build.directory.iterdir())
+            if path.is_file()
+        }
+        build.manifest = replace(manifest, files=files)
+
+
+def _described(plan: Plan, build: Build) -> Manifest:
+    """Make the manifest, without files."""
+    calibration = build.calibration
+    unverified = {"skipped": "not verified: --verify none"}
+    return Manifest(
+        tool_version=__version__,
+        precision=plan.options.precision,
+        model=plan.checkpoint.config.to_json(),
+        image_size=plan.image_size,
+        preprocessing=plan.preprocessing.to_json(),
+        recipe=None if plan.recipe is None else plan.recipe.to_json(),
+        source={
+            "checkpoint": plan.checkpoint.path.resolve().name,
+            "files": source_files(plan.checkpoint.shards),
+            "weights": {name: shard.how for name, shard in build.brought.items()},
+            "calibration": None
+            if calibration is None
+            else {
+                "name": calibration.name,
+                "samples": len(calibration),
+                "sha256": calibration.digest,
+                "skipped": list(calibration.skipped),
+            },
+        },
+        components={
+            name: ComponentRecord(
+                file=graph.file,
+                inputs=graph.inputs,
+                outputs=graph.outputs,
+                nbytes=graph.nbytes,
+                verification=build.figures.get(name, unverified),
+            )
+            for name, graph in build.graphs.items()
+        },
+        files={},
+    )
+
+
+def source_files(shards: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Take size and header hash of each shard, which tell a checkpoint without reading it."""
+    return {path.name: header_fingerprint(path) for path in shards}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    """Write the report and the manifest, the last file of a directory that is then complete."""
+
+    def costs(self, plan: Plan) -> tuple[Cost, ...]:
+        return ()
+
+    def run(self, plan: Plan, build: Build) -> None:
+        assert build.manifest is not None
+        plan.checkpoint.require_unchanged()
+        build.manifest = with_report(build.directory, build.manifest)
+        build.report(Progress(step="publish", detail=str(plan.options.out), done=0, total=1))
+        write_manifest(build.directory, build.manifest)
+        build.work.publishing(build.directory)

@@ -1,0 +1,109 @@
+"""The samples that a plan is calibrated on: loaded, normalised and turned into ids."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvl_edge.compiler.plan import Plan
+from internvl_edge.export.components import language_config
+from internvl_edge.export.towers.streams import Samples
+from internvl_edge.quantize.calibration.images import CalibrationSet, load_calibration, sample_set
+from internvl_edge.runtime.images.transform import pixel_values
+from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT, Tokenizer
+from internvl_edge.types import Array
+
+logger = logging.getLogger(__name__)
+
+BATCH = 8  # samples that flow through the blocks together
+MAX_TEXT_LENGTH = 80  # tokens (docs/model.md, section 8.2)
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def load_samples(plan: Plan) -> CalibrationSet:
+    """Load the calibration set of a plan: the folder given, the caller's, or a bundled set.
+
+    Raises:
+        CalibrationError: nothing usable in the folder, or a sample set's file has changed.
+    """
+    assert plan.recipe is not None
+    count, seed = plan.recipe.num_samples, plan.recipe.seed
+    if plan.options.calibration is not None:
+        samples = load_calibration(plan.options.calibration, count, seed)
+        if samples.skipped:
+            logger.warning(
+                "%s: skipped %d image(s) that do not decode: %s",
+                plan.options.calibration,
+                len(samples.skipped),
+                ", ".join(samples.skipped[:5]),
+            )
+        if len(samples) < count:
+            logger.warning(
+                "%s: %d image(s) to calibrate on, the recipe asks for %d; ranges that few images "
+                "reach may clip others, add more",
+                plan.options.calibration,
+                len(samples),
+                count,
+            )
+        return samples
+    if plan.options.samples is not None:
+        return plan.options.samples(count, seed)
+    return sample_set("digits" if plan.is_demo else "photographs", count, seed)
+
+
+def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
+    """Make ids for text embedding, matching and captioning, right-padded; None: no tokenizer."""
+    path = plan.checkpoint.path / TOKENIZER_FILE
+    if language_config(plan.checkpoint.config) is None or not path.exists():
+        return None
+    tokenizer = Tokenizer(path)
+    return (
+        tokenizer.contrastive(captions, MAX_TEXT_LENGTH, pad_to="longest"),
+        tokenizer.match(captions, MAX_TEXT_LENGTH),
+        tokenizer.match([f"{CAPTION_PROMPT} {c}" for c in captions], MAX_TEXT_LENGTH),
+    )
+
+
+def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
+    """Make batches of normalised images and of ids."""
+    count = len(calibration)
+    # one by one: photographs are large until they are resized
+    each = [pixel_values(calibration.image(i), plan.preprocessing) for i in range(count)]
+    pixels = np.concatenate(each)
+    ids = tokenize(plan, list(calibration.captions))
+    text, match, caption = ids or (random_ids(plan, count),) * 3
+    return Samples(
+        pixel_values=_batches(pixels),
+        input_ids=_batches(text),
+        match_ids=_batches(match),
+        caption_ids=_batches(caption),
+    )
+
+
+def random_ids(plan: Plan, count: int, length: int = 16) -> Array:
+    """Draw seeded ids for a checkpoint that comes without a tokenizer."""
+    llama = language_config(plan.checkpoint.config)
+    if llama is None:
+        return np.zeros((0, length), np.int64)
+    rng = np.random.default_rng(0 if plan.recipe is None else plan.recipe.seed)
+    ids = rng.integers(min(3, llama.vocab_size - 1), llama.vocab_size, (count, length))
+    ids[:, 0], ids[:, -1] = llama.bos_token_id, llama.eos_token_id
+    return ids.astype(np.int64)
+
+
+def _batches(array: Array) -> list[Tensor]:
+    return [torch.from_numpy(array[i : i + BATCH]) for i in range(0, len(array), BATCH)]
+
+
+def num_images(plan: Plan) -> int:
+    """Count the images that calibration will see."""
+    assert plan.recipe is not None
+    if plan.options.calibration is not None:
+        files = sum(path.is_file() for path in plan.options.calibration.rglob("*"))
+        return min(files, plan.recipe.num_samples)
+    if plan.options.samples is not None:
+        return plan.recipe.num_samples  # as many as are asked for; they are not drawn for this
+    return len(load_samples(plan))

@@ -1,0 +1,54 @@
+"""The shape of the repository: small folders, and tests that do not lean on each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT, TESTS
+
+PRODUCT = ("src/internvl_edge", "export", "quantize", "runtime", "demo")
+DOORS = {"__init__", "conftest"}
+MOST = 13
+
+
+def names_in(folder: Path) -> list[str]:
+    """Modules, and folders that hold any; links are for type checkers."""
+    found = []
+    for path in folder.iterdir():
+        if path.suffix == ".py" and path.stem not in DOORS:
+            found.append(path.stem)
+        elif path.is_dir() and not path.is_symlink() and any(path.rglob("*.py")):
+            found.append(path.name)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("top", [*PRODUCT, "tests"])
+def test_every_folder_is_seen_at_a_glance(top: str) -> None:
+    folders = [ROOT / top, *(path for path in (ROOT / top).rglob("*") if path.is_dir())]
+    crowded = {
+        str(folder.relative_to(ROOT)): names
+        for folder in folders
+        if not folder.is_symlink() and len(names := names_in(folder)) > MOST
+    }
+    assert not crowded
+
+
+def imported(path: Path) -> set[str]:
+    """Every part of the dotted names that a module imports."""
+    parts: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            parts.update(part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            parts.update((node.module or "").split("."), (alias.name for alias in node.names))
+    return parts
+
+
+def test_tests_import_support_and_not_each_other() -> None:
+    modules = list(TESTS.rglob("*.py"))
+    tests = {path.stem for path in modules if path.name.startswith("test_")} | {"conftest"}
+    assert len(tests) > 50
+    leaning = {str(path.relative_to(TESTS)): imported(path) & tests for path in modules}
+    assert not {path: names for path, names in leaning.items() if names}
