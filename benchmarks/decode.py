@@ -8,7 +8,7 @@
 
     int4-wo, N in place        the same with a cache of N positions that is written where it lies
 
-All read one token behind the image's queries and a short prompt, and int4-wo also behind longer
+All read one token after the image's queries and a short prompt, and int4-wo also after longer
 ones, with the same number of threads; weights are synthetic, speed does not depend on them. What a
 greedy token through ``generate`` costs on the demo beyond the call that computes it, with a cache
 that grows and with one in place:
@@ -47,14 +47,14 @@ from internvl_edge.types import Array
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 PRECISIONS = ("fp32", "int8-wo", "int4-wo")
 PAST, PROMPT = 96, 8  # positions of the cache; tokens of the prompt
-LONGER = (488, 1000)  # positions of caches beside it
+LONGER = (488, 1000)  # positions of other caches
 ROUNDS = 5
-TOKENS = 12  # that are timed, behind three that are not
+TOKENS = 12  # that are timed, after three that are not
 DEMO_TOKENS = 60
 
 
 def export_decoder(checkpoint: Path, out: Path, precision: str, capacity: int | None = None) -> int:
-    """Export the decoder alone; the bytes of its weights."""
+    """Export the decoder alone; return the bytes of its weights."""
     recipe = recipe_of(precision)
     options = compiler.ExportOptions(
         checkpoint=checkpoint,
@@ -86,7 +86,7 @@ def cache_of(config: Any, past: int = PAST) -> dict[str, Array]:
 
 
 def timed(read: Callable[[Array], Array]) -> dict[str, float]:
-    """Seconds of each token, and tokens per second at their median."""
+    """Compute tokens per second at the median of each token's seconds."""
     token, seconds = np.array([5]), []
     for _ in range(TOKENS + 3):
         begun = time.perf_counter()
@@ -105,7 +105,7 @@ def ours(out: Path, config: Any, past: int = PAST) -> dict[str, float]:
 
 
 def eager(checkpoint: Path, config: Any) -> dict[str, float]:
-    """The reference in float32; its cache is what its last call gave."""
+    """Make calls of the reference in float32; its cache is that of its last call."""
     import torch
 
     from internvl_edge.export.checkpoint.load import load_reference
@@ -133,7 +133,7 @@ def eager(checkpoint: Path, config: Any) -> dict[str, float]:
 
 
 def in_turns(checkpoint: Path, work: Path, config: Any) -> dict[str, Any]:
-    """A token at int4-wo behind caches of several lengths: one that grows, and one in place.
+    """Time a token at int4-wo after caches of several lengths: one that grows, one in place.
 
     Its capacity is the next multiple of 128 that holds everything.
     """
@@ -160,7 +160,7 @@ def in_turns(checkpoint: Path, work: Path, config: Any) -> dict[str, Any]:
 
 
 def overhead(out: Path, capacity: int | None = None) -> dict[str, float]:
-    """Microseconds a token of ``generate`` beyond what it calls, on the demo."""
+    """Measure the microseconds a token of ``generate`` itself, on the demo."""
     parts = ("vision", "image_queries", "decoder")
     options = compiler.ExportOptions(
         out=out, components=parts, verify="none", cache_capacity=capacity

@@ -1,4 +1,4 @@
-"""Full-size models on a small machine: what each step takes, beside what others take.
+"""Full-size models on a small machine: what each step takes, and what others take.
 
     python benchmarks/fullsize.py                              # InternViT-6B: all steps, peers
     python benchmarks/fullsize.py --preset internvl-14b-224 --steps synthetic,bf16
@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def measure(step: str, layers: int, command: list[str]) -> Measured:
 
 
 def _watch(pid: int, peaks: dict[str, int]) -> None:
-    """Sample a process until it ends; of what it starts, nothing is counted.
+    """Sample a process until it ends; processes that it starts are not counted.
 
     Resident memory is the kernel's own high-water mark of this program. ``ru_maxrss`` is not: it
     begins at the size of the process that started it.
@@ -133,7 +132,7 @@ def _line(m: Measured) -> str:
 def run_steps(
     preset: str, layers: int, steps: list[str], work: Path, keep: Callable[[Measured], None]
 ) -> None:
-    """The steps asked for, in order, on one synthetic checkpoint."""
+    """Run the steps asked for, in order, on one synthetic checkpoint."""
     python, checkpoint = sys.executable, work / "checkpoint"
     worker = [python, __file__, "--worker"]
     component = "vision" if preset.startswith("internvit") else "image_queries"
@@ -168,7 +167,7 @@ def _export(work: Path, precision: str) -> list[str]:
 
 
 def forecast(command: list[str]) -> dict[str, float] | None:
-    """What a command with ``--dry-run --json`` says that it will take; None if it says nothing.
+    """Ask a command with ``--dry-run --json`` what it will take; None if it says nothing.
 
     A forecast of what cannot fit is one too: the command refuses after it.
     """
@@ -189,7 +188,7 @@ def forecast(command: list[str]) -> dict[str, float] | None:
 
 
 def work_forwards(checkpoint: str) -> None:
-    """The calibration's block forwards alone: load each block, run it, forget it."""
+    """Run the calibration's block forwards alone: load each block, run it, forget it."""
     import numpy as np
     import torch
 
@@ -216,7 +215,7 @@ def work_forwards(checkpoint: str) -> None:
 
 
 def work_run(out: str) -> None:
-    """One image through the INT8 tower, on ONNX Runtime's CPU kernels."""
+    """Run one image through the INT8 tower, on ONNX Runtime's CPU kernels."""
     import numpy as np
 
     from internvl_edge import open_session
@@ -233,7 +232,7 @@ def work_run(out: str) -> None:
 def run_peers(
     preset: str, work: Path, keep: Callable[[Measured], None], modelopt: str | None
 ) -> None:
-    """What others take on the same widths, ``PEER_LAYERS`` deep, and what we take for that."""
+    """Measure what others take on the same widths, ``PEER_LAYERS`` deep, and what we take."""
     run_steps(preset, PEER_LAYERS, ["synthetic", "bf16", "int8", "forwards"], work, keep)
     for name in PEERS:
         python = modelopt if name == "modelopt" else sys.executable
@@ -257,22 +256,17 @@ WORKERS = {
 # --- results -------------------------------------------------------------------------------------
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def environment() -> dict[str, Any]:
-    """The machine, and the versions of what was measured."""
+    """Describe the machine, and the versions of the packages measured."""
+    from internvl_edge.files.packages import versions
+
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory_nbytes": memory,
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": versions(PACKAGES),
     }
 
 
@@ -293,7 +287,7 @@ def save(key: str, chosen: argparse.Namespace, row: Measured) -> None:
 
 
 def table() -> str:
-    """The results file as Markdown, a table per model."""
+    """Write the results file as Markdown, a table per model."""
     lines: list[str] = []
     for title, part in json.loads(RESULTS.read_text()).items():
         lines += ["", f"**{title}**", "", "| step | time | RSS | anonymous | written | CPU |"]
@@ -313,7 +307,7 @@ def _cells(m: Measured) -> str:
 
 
 def main() -> None:
-    """The command line of this benchmark."""
+    """Run the command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="internvit-6b-224")
     parser.add_argument("--layers", type=int, default=48)

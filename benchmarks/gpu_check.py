@@ -1,4 +1,4 @@
-"""What runs on this machine's GPU, how close to the CPU's results, how fast: one table, one JSON.
+"""Check what runs on this machine's GPU, how exactly and how fast: one table, one JSON.
 
     python benchmarks/gpu_check.py           # the demo, and 6B widths as deep as the GPU has memory
     python benchmarks/gpu_check.py --layers 4
@@ -57,7 +57,7 @@ BLOCK_PARAMETERS = 122_900_000  # of one such layer: 4 · 3200² + 2 · 3200 · 
 NBYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}  # of a weight
 HEADROOM = 1.25  # times the weights: activations, scratch, the CUDA context
 TIMEOUT_S = 1800.0  # of a row
-ANSWERS = "answers"  # of the whole model, beside its components
+ANSWERS = "answers"  # of the whole model, after its components
 SIDE_BY_SIDE = 6  # rows that nothing is timed of
 
 Place = tuple[str, str]  # backend, device
@@ -87,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What is checked."""
+    """A model that is checked."""
 
     name: str
     checkpoint: Path | None  # None: the demo
@@ -102,7 +102,7 @@ class Bench:
         self._peaks: dict[tuple[str, str, str], dict[str, Any]] = {}
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        """What ``gpu_row`` found, or why it found nothing."""
+        """Return the answer of ``gpu_row``, or why there is none."""
         answer = self.work / f"answer-{threading.get_ident()}.json"
         answer.unlink(missing_ok=True)
         command = [sys.executable, str(ROW), json.dumps(job), str(answer)]
@@ -119,7 +119,7 @@ class Bench:
         return found
 
     def peaks(self, kind: str, place: Place) -> dict[str, Any]:
-        """The peak of a type at a place, measured once; empty where it cannot be."""
+        """Measure the peak of a type at a place, once; empty where it cannot be."""
         key = (kind, *place)
         if key not in self._peaks:
             job = {"job": "peak", "kind": kind, "backend": place[0], "device": place[1]}
@@ -130,7 +130,7 @@ class Bench:
     def below_roof(
         self, artifact: Artifact, component: str, place: Place, latency_ms: float
     ) -> Roofline | None:
-        """What share of the machine's peaks a component reached; None where none is known."""
+        """Compute the share of the machine's peaks that was reached; None where none is known."""
         feeds = seeded_feeds(artifact, component, self.args.batch)
         work = component_workload(artifact, component, feeds, place[0])
         each = [found for kind in work.operations if (found := self.peaks(kind, place))]
@@ -141,7 +141,7 @@ class Bench:
         return locate(work, merged, latency_ms)
 
     def rows(self, model: Model, artifact: Artifact) -> Iterator[Row]:
-        """Every component of a directory in every place, the CPU first where rows are at once."""
+        """Measure every component in every place, the CPU first where rows run at once."""
         precision, components = artifact.manifest.precision, self.args.components
         has_torch = precision in TORCH_TYPES and not self.args.untimed
         places = [*PLACES, *([TORCH] if has_torch else [])]
@@ -157,7 +157,7 @@ class Bench:
                 yield from pool.map(lambda cell: self.row(model, artifact, *cell), wave)
 
     def row(self, model: Model, artifact: Artifact, component: str, place: Place) -> Row:
-        """A component in a place."""
+        """Measure a component in a place."""
         precision = artifact.manifest.precision
         try:
             figures = self.figures(model, artifact, component, place)
@@ -174,7 +174,7 @@ class Bench:
     def figures(
         self, model: Model, artifact: Artifact, component: str, place: Place
     ) -> dict[str, Any]:
-        """A row's."""
+        """Collect the figures of a row."""
         own, fp32 = (
             self.work / f"{model.name}-{precision}-{component}.npz"
             for precision in (artifact.manifest.precision, "fp32")
@@ -202,7 +202,7 @@ class Bench:
 
 
 def all_of(artifact: Artifact) -> Sequence[str]:
-    """Its components; of a model that captions, its answers."""
+    """List its components; of a model that captions, its answers too."""
     components = list(artifact.manifest.components)
     return [*components, *([ANSWERS] if "decoder" in components else [])]
 
@@ -227,7 +227,7 @@ def line(row: Row) -> str:
 
 
 def targets() -> list[str]:
-    """Engines that can be built and run here."""
+    """List the engines that can be built and run here."""
     found = []
     for backend in ("tensorrt-rtx", "tensorrt"):
         try:
@@ -254,13 +254,13 @@ def export(checkpoint: Path | None, out: Path, precision: str, built: list[str])
 
 
 def compiled_before(bench: Bench, name: str) -> Path | None:
-    """Of the directory that was given, what has this name."""
+    """Find this name in the directory that was given."""
     path = None if bench.args.artifacts is None else bench.args.artifacts / name
     return path if path is not None and path.exists() else None
 
 
 def check_model(model: Model, precisions: list[str], bench: Bench) -> Iterator[Row]:
-    """All precisions of a checkpoint; float32 first, as others are held against it."""
+    """Check all precisions of a checkpoint; float32 first, as others are compared with it."""
     built = targets()
     for precision in sorted(precisions, key=lambda name: name != "fp32"):
         given = compiled_before(bench, f"{model.name}-{precision}")
@@ -280,7 +280,7 @@ def check_model(model: Model, precisions: list[str], bench: Bench) -> Iterator[R
 
 
 def check_depth(layers: int, precisions: list[str], bench: Bench) -> Iterator[Row]:
-    """6B widths, so many layers deep, at the precisions whose weights the GPU has room for."""
+    """Check 6B widths, so many layers deep, at the precisions whose weights fit the GPU."""
     memory, fitting = gpu_nbytes(), []
     name = f"6b-{layers}-layers"
     head = {"model": name, "component": "vision", "backend": ""}
@@ -319,7 +319,7 @@ def synthesize(layers: int, path: Path) -> None:
 
 
 def check(bench: Bench) -> Iterator[Row]:
-    """Everything that the arguments ask for."""
+    """Check everything that the arguments ask for."""
     args = bench.args
     if args.demo:
         demo = Model(name="demo", checkpoint=None, timed_on_cpu=True)

@@ -43,7 +43,7 @@ Job = dict[str, Any]
 
 
 def component(job: Job) -> dict[str, Any]:
-    """A component on a backend: its error, latencies, memory; without CUDA graphs too."""
+    """Measure a component on a backend: error, latencies, memory; without CUDA graphs too."""
     artifact = open_artifact(job["out"])
     name, backend, device = job["component"], job["backend"], job["device"]
     require_backend(backend)
@@ -62,13 +62,13 @@ def component(job: Job) -> dict[str, Any]:
     if job["timed"] and device != "cpu" and has_graphs:
         figures |= without_graphs(artifact, job, feeds)
     figures["peak_rss_nbytes"] = peak_rss_nbytes()
-    if job["timed"] and before is not None and after is not None:  # else others run beside it
+    if job["timed"] and before is not None and after is not None:  # else others run too
         figures["gpu_memory_nbytes"] = before - after
     return figures
 
 
 def without_graphs(artifact: Artifact, job: Job, feeds: dict[str, Array]) -> dict[str, Any]:
-    """The latency, or why there is none: what was measured before is kept."""
+    """Measure the latency, or say why there is none: what was measured before is kept."""
     name, backend, device = job["component"], job["backend"], job["device"]
     options: OrtOptions | TrtOptions = OrtOptions(graphs=False)
     if backend != "onnxruntime":
@@ -82,7 +82,7 @@ def without_graphs(artifact: Artifact, job: Job, feeds: dict[str, Array]) -> dic
 
 
 def answers(job: Job) -> dict[str, Any]:
-    """What the whole model says: embeddings of an image, and the caption, letter by letter."""
+    """Check the whole model: embeddings of an image, and the caption, letter by letter."""
     artifact = open_artifact(job["out"])
     backend, device = job["backend"], job["device"]
     require_backend(backend)
@@ -99,7 +99,7 @@ def answers(job: Job) -> dict[str, Any]:
 
 
 def said(caption: str, job: Job) -> dict[str, Any]:
-    """What the model says where it is not what the reference said, as a failure."""
+    """Compare the caption with the reference's; another one is a failure."""
     if job["save"] is not None:
         Path(job["save"]).with_suffix(".txt").write_text(caption, encoding="utf-8")
     if job["reference"] is None:
@@ -111,7 +111,7 @@ def said(caption: str, job: Job) -> dict[str, Any]:
 
 
 def compiled_torch(job: Job) -> dict[str, Any]:
-    """The same job by ``torch.compile`` on the GPU, from host arrays to host arrays."""
+    """Do the same job by ``torch.compile`` on the GPU, from host arrays to host arrays."""
     artifact = open_artifact(job["out"])
     feeds = seeded_feeds(artifact, job["component"], job["batch"])
     checkpoint = None if job["checkpoint"] is None else Path(job["checkpoint"])
@@ -131,7 +131,7 @@ def compiled_torch(job: Job) -> dict[str, Any]:
 
 
 def peak(job: Job) -> dict[str, Any]:
-    """What products of one type reach on a backend, and the bandwidth there."""
+    """Measure the peak of products of one type on a backend, and the bandwidth there."""
     return asdict(measure_backend([job["kind"]], job["backend"], job["device"]))
 
 
@@ -145,14 +145,14 @@ def latencies(run: Any, feeds: dict[str, Array], seconds: float) -> dict[str, An
 
 
 def phases(session: Any, feeds: dict[str, Array]) -> dict[str, float]:
-    """Where the GPU spends a call: the median of each of ``trtexec``'s metrics."""
+    """Measure where the GPU spends a call: the median of each of ``trtexec``'s metrics."""
     from internvl_edge.benchmark.gpu_phases import measure_phases
 
     return {name: phase.p50 for name, phase in measure_phases(session, feeds).items()}
 
 
 def compared(found: dict[str, Array], job: Job) -> dict[str, Any]:
-    """The error beside the reference, where there is one; kept as the next one's where asked."""
+    """Compute the error against the reference, where there is one; keep the outputs if asked."""
     if job["save"] is not None:
         np.savez(job["save"], **{n: v.astype(np.float32) for n, v in found.items()})
     if job["reference"] is None:
@@ -162,7 +162,7 @@ def compared(found: dict[str, Array], job: Job) -> dict[str, Any]:
 
 
 def largest_error(found: dict[str, Array], right: dict[str, Array]) -> float:
-    """Over all outputs, the largest difference relative to the output's largest value."""
+    """Find the largest difference of all outputs, relative to the output's largest value."""
     errors = []
     for name, array in right.items():
         wanted, got = array.astype(np.float64), found[name].astype(np.float64)
@@ -172,7 +172,7 @@ def largest_error(found: dict[str, Array], right: dict[str, Array]) -> float:
 
 
 def free_nbytes(device: str) -> int | None:
-    """Of a GPU, where the CUDA bindings can say it."""
+    """Read a GPU's free memory, where the CUDA bindings can say it."""
     if device == "cpu":
         return None
     try:
@@ -182,7 +182,7 @@ def free_nbytes(device: str) -> int | None:
 
 
 def refusal(error: BaseException) -> dict[str, str]:
-    """Skipped where an engine, a package or a GPU is missing; else failed."""
+    """Call it skipped where an engine, a package or a GPU is missing; else failed."""
     if not isinstance(error, InternVLError):
         return {"failed": f"{type(error).__name__}: {error}"}
     return {"skipped" if error.exit_code in SKIPPED_CODES else "failed": str(error)}

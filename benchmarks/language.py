@@ -1,4 +1,4 @@
-"""What quantization costs the demo's language tasks, on held-out scenes.
+"""The cost of quantization in the demo's language tasks, on held-out scenes.
 
     python benchmarks/language.py                  # results/language.json
     python benchmarks/language.py --work DIR       # keep the directories, and use those there
@@ -48,7 +48,7 @@ NUM_SCENES, SEED = 300, 3
 
 
 def quality(out: Path, usual: Array | None) -> tuple[dict[str, float], Array]:
-    """Perplexity, divergence from ``usual``, and shares of right answers in 0..1; log p."""
+    """Compute perplexity, divergence from ``usual``, shares of right answers in 0..1; log p."""
     with internvl_edge.load(out) as model, internvl_edge.open_session(out, "decoder") as decoder:
         logs, ids = evaluate.caption_logs(model, decoder, NUM_SCENES, SEED)
         lost = np.zeros(len(ids)) if usual is None else (np.exp(usual) * (usual - logs)).sum(axis=1)

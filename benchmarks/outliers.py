@@ -1,6 +1,6 @@
 """The trained demo with outlier channels: what each precision keeps of its accuracy.
 
-    python benchmarks/outliers.py             # two seeds of outliers beside none
+    python benchmarks/outliers.py             # two seeds of outliers, and none
 
 Six channels of every norm become 64 times larger and the columns that read them 64 times smaller,
 which changes no float32 output; ``plain`` is what INT8 was before rotation and folding. Prints a
@@ -38,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def with_outliers(source: Path, target: Path, seed: int) -> Path:
-    """A copy of a checkpoint that computes the same and is hard to quantize."""
+    """Copy a checkpoint to one that computes the same and is hard to quantize."""
     shutil.copytree(source, target)
     synthesis = Synthesis(config=load_config(source), seed=seed, outliers=True)
     for shard in target.glob("*.safetensors"):
@@ -52,7 +52,7 @@ def with_outliers(source: Path, target: Path, seed: int) -> Path:
 
 
 def scenes_folder(folder: Path) -> Path:
-    """What the demo is calibrated on, as a folder: a changed copy is not known as the demo."""
+    """Write the demo's calibration scenes to a folder: a changed copy is not known as the demo."""
     folder.mkdir()
     pictures = scenes.calibration_images(NUM_SAMPLES, 0)
     for i, picture in enumerate(pictures):

@@ -1,4 +1,4 @@
-"""What others do with the same tower: each function is one peer's way, run as a process of its own.
+"""Other ways to the same tower: each function is one peer's, run as a process of its own.
 
 All read ``work/checkpoint``; the quantizers read the graph that ``torch_export`` wrote, and
 calibrate on ``work/images.npy`` or on noise. ``outputs`` runs what they wrote on
@@ -15,7 +15,7 @@ IMAGES = 16  # of the calibration, as the recipe takes
 
 
 def torch_export(work: str) -> None:
-    """A loaded model through PyTorch's exporter, weights into external data."""
+    """Export a loaded model by PyTorch's exporter, weights into external data."""
     import torch
 
     from internvl_edge.export.checkpoint.load import load_reference
@@ -38,7 +38,7 @@ def torch_export(work: str) -> None:
 
 
 def ort_quantize_static(work: str, method: str = "MinMax") -> None:
-    """ONNX Runtime's static quantization of PyTorch's float32 graph, on as many images.
+    """Quantize PyTorch's float32 graph by ONNX Runtime, statically, on as many images.
 
     Activations are unsigned, as its documentation advises; signed ones, it cannot open again.
     """
@@ -73,12 +73,12 @@ def ort_quantize_static(work: str, method: str = "MinMax") -> None:
 
 
 def ort_percentile(work: str) -> None:
-    """The same with percentiles in place of largest values."""
+    """Do the same with percentiles in place of largest values."""
     ort_quantize_static(work, "Percentile")
 
 
 def modelopt_quantize(work: str) -> None:
-    """ModelOpt's ONNX quantization of the same graph, on as many images."""
+    """Quantize the same graph by ModelOpt, on as many images."""
     import numpy as np
     from modelopt.onnx.quantization import quantize
 
@@ -95,7 +95,7 @@ def modelopt_quantize(work: str) -> None:
 
 
 def outputs(work: str) -> None:
-    """What a peer's graph makes of the held-out images, as ``work/outputs.npy``."""
+    """Run a peer's graph on the held-out images, into ``work/outputs.npy``."""
     import numpy as np
     import onnxruntime
 

@@ -1,10 +1,10 @@
-"""What each step of a quantization recipe is worth, on checkpoints with and without outliers.
+"""The worth of each step of a quantization recipe, on checkpoints with and without outliers.
 
     python benchmarks/quant.py [--layers 4] [--seeds 0 1] [--peers] [--json FILE]
 
 Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain;
 with function-preserving outlier channels; with massive activations and outliers between v and its
-projection as well; and with outlier channels behind GELU on top. Each is calibrated on a few
+projection as well; and with outlier channels after GELU on top. Each is calibrated on a few
 photographs; what it computes is simulated in PyTorch (``oracle.simulate``, which every export
 is held against) on photographs it has not seen, and ``last_hidden_state`` is compared with float32.
 Massive activations carry nearly all of the signal's energy, so figures leave out the few channels
@@ -88,7 +88,7 @@ PEERS = {  # functions of ``peers``; ModelOpt needs an environment of its own
 
 
 def main() -> None:
-    """The command line of this module."""
+    """Run the command line of this module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def synthesis(kind: str, seed: int, chosen: argparse.Namespace) -> Synthesis:
-    """InternViT-6B of the depth, width and image size asked for."""
+    """Make InternViT-6B of the depth, width and image size asked for."""
     config = shrink(PRESETS["internvit-6b-224"], chosen.layers)
     vision = replace(
         config.vision,
@@ -142,7 +142,7 @@ def synthesis(kind: str, seed: int, chosen: argparse.Namespace) -> Synthesis:
 def measure(
     kind: str, made: Synthesis, recipes: list[Recipe], modelopt_python: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One row per recipe, on one checkpoint; and per peer, unless ``modelopt_python`` is None."""
+    """Measure a row per recipe on one checkpoint; per peer too, if ``modelopt_python`` is given."""
     seed = made.seed
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
@@ -207,7 +207,7 @@ def quantized_output(
 
 
 def peer_output(function: str, python: str, work: Path) -> Array:
-    """What a peer's INT8 graph of ``work/checkpoint`` makes of the held-out images."""
+    """Run a peer's INT8 graph of ``work/checkpoint`` on the held-out images."""
     try:
         _run_peer(function, python, work)
         _run_peer("outputs", sys.executable, work)
@@ -219,13 +219,13 @@ def peer_output(function: str, python: str, work: Path) -> Array:
 
 
 def _run_peer(function: str, python: str, work: Path) -> None:
-    """A function of ``peers`` as a process of its own: its memory goes with it."""
+    """Run a function of ``peers`` as a process of its own: its memory goes with it."""
     call = f"import peers; peers.{function}({str(work)!r})"
     subprocess.run([python, "-c", call], cwd=Path(__file__).parent, check=True)
 
 
 def figures(reference: Array, found: Array) -> dict[str, float]:
-    """SQNR of everything and of what is ordinary, worst cosine of an image and of a token."""
+    """Compute the SQNR of all and of ordinary values, the worst cosine of an image and a token."""
     magnitude = np.abs(reference)
     ordinary = magnitude < MASSIVE * np.median(magnitude)
     return {

@@ -1,4 +1,4 @@
-"""INT8 on the CPU beside what others make of the same model, in one interleaved run.
+"""INT8 on the CPU, compared with what others make of the same model, in one interleaved run.
 
     python benchmarks/runtime.py                    # InternViT-6B widths, 4 layers, and the demo
     python benchmarks/runtime.py --models demo --seconds 1
@@ -10,7 +10,7 @@
 
 All have the same number of threads and the same image, and take turns: 20 rounds at least, of one
 call each where calls are slow, so that intervals are what they say (``benchmark.timing``). The
-share of matrix products is from ONNX Runtime's profile of the INT8 graph, and stands beside the
+share of matrix products is from ONNX Runtime's profile of the INT8 graph, and is shown with the
 share of this machine's peaks (``benchmark.peaks``) that the whole run reached: what could still go.
 Targets: INT8 at least 3 times as fast as PyTorch eager, and not slower than OpenVINO's INT8.
 """
@@ -74,7 +74,7 @@ class Images:
 
 
 def ort_int8(fp32: Path, work: Path, shape: tuple[int, ...]) -> Path:
-    """The float32 graph through onnxruntime's own static quantization, weights per channel.
+    """Quantize the float32 graph by onnxruntime's own static quantization, weights per channel.
 
     Activations are unsigned, as its documentation advises; signed ones, it cannot open again.
     """
@@ -96,7 +96,7 @@ def ort_int8(fp32: Path, work: Path, shape: tuple[int, ...]) -> Path:
 
 
 def openvino_int8(fp32: Path, shape: tuple[int, ...], threads: int) -> Callable[[Feeds], object]:
-    """The float32 graph through NNCF, on OpenVINO."""
+    """Quantize the float32 graph by NNCF, for OpenVINO."""
     import nncf
     import openvino
 
@@ -109,7 +109,7 @@ def openvino_int8(fp32: Path, shape: tuple[int, ...], threads: int) -> Callable[
 
 
 def product_share(path: Path, feeds: Feeds, work: Path, threads: int) -> float:
-    """The part of a run's operator time that is in matrix products, from a profile of 5 runs."""
+    """Find the share of a run's operator time in matrix products, from a profile of 5 runs."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(work / "profile")
@@ -126,7 +126,7 @@ def product_share(path: Path, feeds: Feeds, work: Path, threads: int) -> float:
 
 
 def measured_peaks(threads: int) -> Peaks:
-    """What ONNX Runtime's products of each type reach, and this machine's memory."""
+    """Measure the peaks of ONNX Runtime's products of each type, and of this machine's memory."""
     options = OrtOptions(num_threads=threads)
     return measure_peaks(
         ["float32", "int8"],
@@ -142,7 +142,7 @@ def export(checkpoint: list[str], out: Path, precision: str) -> None:
 
 
 def compare(model: str, checkpoint: list[str], work: Path, args: Any) -> dict[str, Any]:
-    """All contenders on one model; what is missing is said, and not measured."""
+    """Compare all contenders on one model; those that are missing are named, not measured."""
     component = "image_embed" if model == "demo" else "vision"
     outs = {precision: work / f"{model}-{precision}" for precision in ("fp32", "int8")}
     for precision, out in outs.items():
@@ -170,7 +170,7 @@ def compare(model: str, checkpoint: list[str], work: Path, args: Any) -> dict[st
     if not missing:
         infer = openvino_int8(paths["fp32"], shape, args.threads)
         contenders["openvino int8"] = lambda: infer(feeds)
-    peaks = measured_peaks(args.threads)  # in the same minutes as what stands beside it
+    peaks = measured_peaks(args.threads)  # in the same minutes as what is compared with them
     timings = measure_many(contenders, min_duration_s=args.seconds, min_iterations=MIN_ROUNDS)
     workload = component_workload(artifacts["int8"], component, feeds, "onnxruntime")
     return {
@@ -185,7 +185,7 @@ def compare(model: str, checkpoint: list[str], work: Path, args: Any) -> dict[st
 
 
 def speedups(timings: dict[str, Timing]) -> dict[str, Any]:
-    """How many times as long others take as our INT8, with 95 % intervals."""
+    """Compute how many times as long others take as our INT8, with 95 % intervals."""
     ours = timings[OURS]
     return {name: asdict(ratio_of(t, ours)) for name, t in timings.items() if name != OURS}
 
@@ -193,12 +193,12 @@ def speedups(timings: dict[str, Timing]) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     for result in found["results"]:
         ratio = found["speedups"].get(result["name"])
-        beside = ""
+        compared = ""
         if ratio is not None:
             interval = ratio["reason"] or f"{ratio['low']:.2f}-{ratio['high']:.2f}"
-            beside = f"  our int8 is {ratio['median']:.2f} times as fast ({interval})"
+            compared = f"  our int8 is {ratio['median']:.2f} times as fast ({interval})"
         p50 = result["latency"]["p50"]
-        sys.stderr.write(f"{found['model']:14} {result['name']:20} p50 {p50:9.3f} ms{beside}\n")
+        sys.stderr.write(f"{found['model']:14} {result['name']:20} p50 {p50:9.3f} ms{compared}\n")
     for name, reason in found["skipped"].items():
         sys.stderr.write(f"{found['model']:14} {name:20} skipped: {reason}\n")
     peaks, roofline = found["peaks"]["operations"], found["roofline"]

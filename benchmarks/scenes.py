@@ -1,4 +1,4 @@
-"""What a precision costs the demo's tasks, on enough held-out scenes to tell.
+"""The cost of a precision in the demo's tasks, on enough held-out scenes to tell.
 
     python benchmarks/scenes.py                    # results/scenes.json
     python benchmarks/scenes.py --work DIR         # keep the directories, and use those there
@@ -32,7 +32,7 @@ SEEDS = {"zero-shot": 101, "matching": 104, "captions": 103, "answers": 105}
 
 
 def hits(out: Path, num_scenes: int) -> dict[str, evaluate.Hits]:
-    """Which scenes a compiled directory gets right, by task."""
+    """Find which scenes a compiled directory gets right, by task."""
     with internvl_edge.load(out) as model:
         tasks = {
             "zero-shot": lambda n, seed: evaluate.zero_shot_hits(model, n, "c", seed),
@@ -49,7 +49,7 @@ def hits(out: Path, num_scenes: int) -> dict[str, evaluate.Hits]:
 
 
 def compared(usual: evaluate.Hits, found: evaluate.Hits) -> dict[str, Any]:
-    """Shares in percent, and the difference in points with its standard error."""
+    """Compute shares in percent, and the difference in points with its standard error."""
     gained, lost = int((found & ~usual).sum()), int((usual & ~found).sum())
     difference = found.astype(float) - usual
     return {

@@ -1,7 +1,7 @@
 """Train the demo's InternVL from nothing: ``python -m internvl_edge.demo.training.train OUT``.
 
 One seeded run on the CPU teaches every head at once. Per step and scene, from one pass of the
-vision tower (masks and sequence layouts: internvl-spec section 2.4):
+vision tower (masks and sequence layouts: docs/model.md, section 2.5):
 
     contrast, C   cosine of clip_projector(tokens) with the text tower
     contrast, G   the same of clip_projector2(queries)

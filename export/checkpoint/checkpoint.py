@@ -7,7 +7,7 @@ tensors stay on disk as (file, offset, length) until something asks for one. Not
 written there. A checkpoint that changes while we read it is refused in the end.
 
 Names are canonical: those of InternVL-14B, with ``vision_model.`` in front of a bare InternViT's.
-``lm_head`` and ``embed_tokens`` are two tensors and are never tied (internvl-spec section 2.6).
+InternVL-14B's ``lm_head`` and ``embed_tokens`` are never tied (docs/model.md, section 2.7).
 Pickle files are refused here; ``internvl-edge convert`` turns them into safetensors.
 """
 
@@ -70,11 +70,11 @@ class Checkpoint:
     states: tuple[FileState | None, ...]  # of the shards, before their headers were read
 
     def read(self, name: str) -> Array:
-        """One tensor by canonical name, in its stored dtype."""
+        """Read one tensor by canonical name, in its stored dtype."""
         return self.tensors[name].read()
 
     def content_sha256(self, done: Callable[[int], None] = lambda nbytes: None) -> str:
-        """A hash of every tensor's values; refuses NaN and infinities on the way.
+        """Hash every tensor's values; refuse NaN and infinities on the way.
 
         Args:
             done: told the bytes of each tensor that was read.
@@ -85,10 +85,10 @@ class Checkpoint:
         bad, digest = [], hashlib.sha256()
         with ThreadPoolExecutor(READING_THREADS) as pool:
             hashes = pool.map(TensorEntry.finite_sha256, self.tensors.values())
-            for (name, entry), found in zip(self.tensors.items(), hashes, strict=True):
-                if found is None:
+            for (name, entry), sha256 in zip(self.tensors.items(), hashes, strict=True):
+                if sha256 is None:
                     bad.append(f"{name}: holds NaN or infinity")
-                digest.update(f"{name} {entry.dtype} {entry.shape} {found}\n".encode())
+                digest.update(f"{name} {entry.dtype} {entry.shape} {sha256}\n".encode())
                 done(entry.nbytes)
         raise_problems(self.path, bad)
         return digest.hexdigest()
@@ -125,8 +125,8 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     config = load_config(path)
     shards = tuple(find_shards(path))
     states = tuple(file_state(shard) for shard in shards)
-    found = _canonical(config, all_entries(shards))
-    tensors, problems = _match(config, found)
+    entries = _canonical(config, all_entries(shards))
+    tensors, problems = _match(config, entries)
     raise_problems(path, problems)
     return Checkpoint(path=path, config=config, tensors=tensors, shards=shards, states=states)
 
@@ -135,7 +135,7 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
 
 
 def _canonical(config: CheckpointConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Entries under canonical names, without what is computed rather than stored."""
+    """Give entries their canonical names; drop those that are computed rather than stored."""
     kept = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}
     if config.kind == "vit" and not any(n.startswith("vision_model.") for n in kept):
         return {"vision_model." + n: e for n, e in kept.items()}
@@ -147,7 +147,7 @@ def _canonical(config: CheckpointConfig, entries: dict[str, TensorEntry]) -> dic
 def _of_chat(
     vision: VisionConfig, chat: ChatConfig, kept: dict[str, TensorEntry]
 ) -> dict[str, TensorEntry]:
-    """Names of either layout as one; without blocks and language models that are not compiled."""
+    """Give both layouts the same names; drop blocks and language models that are not compiled."""
     depth, behind = vision.num_hidden_layers, chat.num_blocks_behind
     dropped = [f"{BLOCKS}{i}." for i in range(depth + behind, MAX_DEPTH)]
     if chat.num_queries:
@@ -165,7 +165,7 @@ def _of_chat(
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """A name with another beginning, if it has one of those that are listed."""
+    """Replace the beginning of a name, if it is one of those that are listed."""
     for old, new in names.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -173,15 +173,15 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def _match(
-    config: CheckpointConfig, found: dict[str, TensorEntry]
+    config: CheckpointConfig, entries: dict[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], list[str]]:
     expected = expected_shapes(config)
-    problems = [f"{name}: missing" for name in expected if name not in found]
-    for name, entry in found.items():
+    problems = [f"{name}: missing" for name in expected if name not in entries]
+    for name, entry in entries.items():
         if name not in expected:
             problems.append(f"{name}: unexpected")
         elif entry.shape != expected[name]:
             problems.append(f"{name}: expected shape {expected[name]}, found {entry.shape}")
         elif entry.dtype not in FLOATS:
             problems.append(f"{name}: expected a float type, found {entry.dtype}")
-    return {name: found[name] for name in expected if name in found}, problems
+    return {name: entries[name] for name in expected if name in entries}, problems

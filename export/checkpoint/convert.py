@@ -60,10 +60,10 @@ def convert_pickles(source: Path, out: Path) -> int:
     if out.exists():
         raise UsageError(f"{out}: already exists; convert writes a new directory")
     if not source.is_dir():
-        found = "found a file" if source.exists() else "it does not exist"
+        reason = "it is a file" if source.exists() else "it does not exist"
         raise CheckpointError(
             f"{source}: expected a folder with config.json and {', '.join(PICKLE_SUFFIXES)} "
-            f"files; {found}"
+            f"files; {reason}"
         )
     pickles = _weights_of(source)
     if not pickles:
@@ -86,7 +86,7 @@ def convert_pickles(source: Path, out: Path) -> int:
 
 
 def _weights_of(source: Path) -> list[Path]:
-    """The pickles that hold the model, not the trainer's state beside them."""
+    """List the pickles that hold the model, without the trainer's state."""
     pickles = sorted(p for p in source.glob("*") if p.suffix in PICKLE_SUFFIXES)
     named = [p for p in pickles if p.name.startswith(("pytorch_model", "model"))]
     return named or pickles
@@ -120,7 +120,7 @@ def convert_file(pickle: Path, target: Path) -> int:
 
 
 def rename(name: str) -> str:
-    """A parameter's published Hugging Face name from its original ``.pth`` name."""
+    """Turn a parameter's original ``.pth`` name into its published Hugging Face name."""
     for pattern, replacement in RENAMED:
         name = pattern.sub(replacement, name)
     return name

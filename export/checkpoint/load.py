@@ -28,7 +28,7 @@ __all__ = [
 def load_reference(
     checkpoint: Path | str, dtype: torch.dtype = torch.float32
 ) -> InternVL | Chat | InternViT:
-    """Our PyTorch model of a checkpoint, weights loaded, in evaluation mode.
+    """Load our PyTorch model of a checkpoint, in evaluation mode.
 
     Args:
         checkpoint: the directory.
@@ -40,7 +40,7 @@ def load_reference(
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
 ) -> InternVL | Chat | InternViT:
-    """As :func:`load_reference`, of a checkpoint that is open."""
+    """Load the model of a checkpoint that is open (see :func:`load_reference`)."""
     with torch.device("meta"):
         model = build_model(checkpoint.config)
     prefix = "vision_model." if checkpoint.config.kind == "vit" else ""
@@ -49,7 +49,7 @@ def load_model(
 
 
 def build_model(config: CheckpointConfig) -> InternVL | Chat | InternViT:
-    """The PyTorch model of a configuration, on the current default device."""
+    """Build the PyTorch model of a configuration, on the current default device."""
     if config.kind == "internvl":
         assert config.internvl is not None
         return InternVL(config.internvl)
@@ -94,7 +94,7 @@ def read_torch(
 
 
 def torch_from_numpy(values: Array) -> torch.Tensor:
-    """As ``torch.from_numpy``, which does not know bfloat16."""
+    """Do as ``torch.from_numpy``, which does not know bfloat16."""
     if values.dtype == DTYPES["BF16"]:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)

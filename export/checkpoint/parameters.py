@@ -127,7 +127,7 @@ def _pool(width: int, embed: int) -> Parameters:
 
 
 def _queries(config: InternVLConfig, num_blocks: int) -> Parameters:
-    """QLLaMA without its tables of tokens, and the vision blocks whose output it looks at."""
+    """List QLLaMA without its tables of tokens, and the vision blocks whose output it sees."""
     yield "query_tokens", (1, config.num_query_token, config.qllama.hidden_size)
     for i in range(num_blocks):
         yield from _within(f"vision_behind.{i}", _vision_block(config.vision))
@@ -135,7 +135,7 @@ def _queries(config: InternVLConfig, num_blocks: int) -> Parameters:
 
 
 def _projector(config: ChatConfig, width: int) -> Parameters:
-    """A two-layer MLP (``nn.Sequential``), after a LayerNorm where patches are merged."""
+    """List a two-layer MLP (``nn.Sequential``), after a LayerNorm where patches are merged."""
     if config.layout == "llava":
         yield from _mlp(width, config.language_width)
     else:
@@ -153,7 +153,7 @@ def _mlp(width: int, language_width: int, first: int = 0) -> Parameters:
 
 
 def _qllama(config: InternVLConfig, *, has_tokens: bool = True) -> Parameters:
-    """A LLaMA some of whose layers look at the image."""
+    """List a LLaMA some of whose layers look at the image."""
     llama, vision_width = config.qllama, config.vision.hidden_size
     crossed = range(0, llama.num_hidden_layers, config.cross_attention_frequency)
     yield from _within("model", _layers(llama, crossed, vision_width, has_tokens=has_tokens))

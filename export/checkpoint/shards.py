@@ -62,7 +62,7 @@ class TensorEntry:
     nbytes: int
 
     def read(self) -> Array:
-        """The values, copied into memory of their own.
+        """Read the values into memory of their own.
 
         Raises:
             CheckpointError: the file has gone or ended early: it was changed while we read it.
@@ -79,7 +79,7 @@ class TensorEntry:
         return values
 
     def finite_sha256(self) -> str | None:
-        """The hash of the values; None if one of them is NaN or infinite."""
+        """Hash the values; None if one of them is NaN or infinite."""
         values = self.read().reshape(-1)
         for start in range(0, values.size, CHECKED_AT_ONCE):
             if not _is_finite(values[start : start + CHECKED_AT_ONCE]):
@@ -95,7 +95,7 @@ def _is_finite(values: Array) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileState:
-    """What changes when a file is written to or replaced; links may come and go."""
+    """A file's state, which changes when it is written to or replaced; links may come and go."""
 
     nbytes: int
     mtime_ns: int
@@ -122,7 +122,7 @@ def open_shard(path: Path) -> FileIO:
 
 
 def file_state(path: Path) -> FileState | None:
-    """The state of a file, through links; None if it has gone."""
+    """Read the state of a file, through links; None if it has gone."""
     try:
         status = path.stat()
     except OSError:
@@ -131,7 +131,7 @@ def file_state(path: Path) -> FileState | None:
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index where it has one."""
+    """List the safetensors files of a directory, by its index where it has one."""
     index = path / "model.safetensors.index.json"
     if index.exists() or index.is_symlink():  # one that leads nowhere is a broken download
         return [path / name for name in _indexed(index)]
@@ -186,7 +186,7 @@ def _index_disagreements(index: Path, weight_map: dict[str, str]) -> list[str]:
 
 
 def all_entries(shards: Iterable[Path]) -> dict[str, TensorEntry]:
-    """The tensors of all shards; none may be in two of them."""
+    """Collect the tensors of all shards; none may be in two of them."""
     entries: dict[str, TensorEntry] = {}
     for shard in shards:
         for name, entry in read_header(shard).items():
@@ -224,7 +224,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def header_fingerprint(path: Path) -> dict[str, Any]:
-    """Size of a shard and sha256 of its header, which lists every tensor and its place."""
+    """Measure a shard's size, and the sha256 of its header, which lists every tensor."""
     with open_shard(path) as shard, open(shard.fileno(), "rb", closefd=False) as file:
         return {
             "nbytes": os.fstat(file.fileno()).st_size,

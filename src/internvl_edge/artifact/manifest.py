@@ -96,21 +96,21 @@ class Manifest:
     def language_model(self) -> dict[str, Any] | None:
         """The configuration of the language model; None where there is none."""
         internvl, chat = self.model.get("internvl"), self.model.get("chat")
-        found = internvl["qllama"] if internvl else chat["llama"] if chat else None
-        return None if found is None else dict(found)
+        language = internvl["qllama"] if internvl else chat["llama"] if chat else None
+        return None if language is None else dict(language)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; the schema version first, files by name."""
+        """Return JSON values; the schema version first, files by name."""
         fields = asdict(replace(self, files=dict(sorted(self.files.items()))))
         return {"schema_version": fields.pop("schema_version"), **_lists(fields)}
 
     def to_bytes(self) -> bytes:
-        """The canonical text of ``manifest.json``."""
+        """Return the canonical text of ``manifest.json``."""
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     @classmethod
     def from_json(cls, raw: Any) -> Manifest:
-        """The manifest that JSON values describe.
+        """Make the manifest that JSON values describe.
 
         Raises:
             ArtifactError: a key, a type or a reference is not as it must be.
@@ -145,7 +145,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """The manifest in the bytes of ``manifest.json``.
+        """Read the manifest from the bytes of ``manifest.json``.
 
         Raises:
             ArtifactError: it is not JSON, or ``from_json`` refuses it.
@@ -235,7 +235,7 @@ def _file(name: str, raw: Any) -> FileRecord:
 
 
 def _fields(raw: Any, where: str, kinds: dict[str, Any]) -> dict[str, Any]:
-    """The values of an object that has exactly these keys, of exactly these types."""
+    """Return the values of an object that has exactly these keys, of exactly these types."""
     if type(raw) is not dict:
         raise ArtifactError(f"{where}: expected an object, found {type(raw).__name__}")
     unknown, missing = sorted(set(raw) - set(kinds)), sorted(set(kinds) - set(raw))
@@ -270,7 +270,7 @@ def _no_constant(text: str) -> Any:
 
 
 def _lists(value: Any) -> Any:
-    """Tuples as JSON has them."""
+    """Turn tuples into lists, as JSON has them."""
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

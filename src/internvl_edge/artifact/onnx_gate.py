@@ -1,4 +1,4 @@
-"""What an ONNX file says, read without a parser of ONNX: the gate before any native code.
+"""The gate before any native code: an ONNX file, read without a parser of ONNX.
 
 Native parsers disagree about hostile files: some follow a path out of the directory, believe a
 length of 2^50, or hang on a pipe. So the file is read here first, and only what every parser
@@ -126,7 +126,7 @@ def _domains(model: Message) -> dict[str, int]:
 
 
 def _graphs(root: Message) -> Iterator[Message]:
-    """A graph, or a function, and everything inside it; depth is bounded by the reader."""
+    """Yield a graph or function and those inside it; the reader bounds the depth."""
     yield root
     for attribute in _attributes(root):
         inner = attribute.get("graphs", [])
@@ -141,7 +141,7 @@ def _attributes(part: Message) -> Iterator[Message]:
 
 
 def _tensors(part: Message) -> Iterator[Message]:
-    """Every tensor of one graph, without those of its subgraphs."""
+    """Yield every tensor of one graph, without those of its subgraphs."""
     yield from part.get("initializers", [])
     sparse = list(part.get("sparse_initializers", []))
     for attribute in _attributes(part):
@@ -207,7 +207,7 @@ def _check_tensor(tensor: Message, files: Mapping[str, int]) -> set[tuple[str, i
 
 
 def _listed(data_type: int, count: int) -> dict[str, int]:
-    """Which list holds the values one by one, and its length."""
+    """Name the list that holds the values one by one, and its length."""
     name, each = ("string_data", 1) if data_type == STRING else LISTS.get(data_type, ("", 1))
     if not name and BITS[data_type] in (2, 4):
         count = -(-count * BITS[data_type] // 8)  # several to an entry, as in a byte
@@ -217,7 +217,7 @@ def _listed(data_type: int, count: int) -> dict[str, int]:
 def _external_range(
     what: str, entries: list[Message], nbytes: int, files: Mapping[str, int]
 ) -> tuple[str, int, int]:
-    """(location, offset, length) of a tensor in another file."""
+    """Return (location, offset, length) of a tensor in another file."""
     given = {entry.get("key", ""): entry.get("value", "") for entry in entries}
     if len(given) != len(entries) or not {"location", "length"} <= set(given) <= set(EXTERNAL_KEYS):
         keys = [entry.get("key", "") for entry in entries][:8]
@@ -242,7 +242,7 @@ def _external_range(
 
 
 def _check_overlap(ranges: set[tuple[str, int, int]]) -> None:
-    """Tensors may be the same bytes, never some of the same bytes."""
+    """Refuse tensors that share some of their bytes; they may share all."""
     ordered = sorted(r for r in ranges if r[2])
     for (location, start, length), (other, offset, _) in pairwise(ordered):
         if location == other and offset < start + length:

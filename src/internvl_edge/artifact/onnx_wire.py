@@ -96,30 +96,30 @@ class _Reader:
         self.count = 0
 
     def message(self, data: memoryview, kind: str, depth: int = 1) -> Message:
-        """Field name → value, or list of values; unknown fields are stepped over."""
+        """Map each field's name to its value or list of values; unknown fields are skipped."""
         if depth > MAX_DEPTH:
             raise ArtifactError(f"more than {MAX_DEPTH} messages inside one another")
-        found: Message = {}
+        fields: Message = {}
         for number, wire, value in self._fields(data):
             name, wanted = SCHEMA[kind].get(number, ("", ""))
             if not name:
                 continue
             if wanted in COUNTED:
-                found[name] = found.get(name, 0) + _count(value, wire, wanted)
+                fields[name] = fields.get(name, 0) + _count(value, wire, wanted)
             elif wanted == "int*" and wire == 2:
-                found.setdefault(name, []).extend(self._packed(value))
+                fields.setdefault(name, []).extend(self._packed(value))
             else:
                 item = self._value(value, wire, wanted.rstrip("*"), f"{kind}.{name}", depth)
                 if wanted.endswith("*"):
-                    found.setdefault(name, []).append(item)
-                elif name in found:
+                    fields.setdefault(name, []).append(item)
+                elif name in fields:
                     raise ArtifactError(f"{kind}.{name} stands twice")
                 else:
-                    found[name] = item
-        return found
+                    fields[name] = item
+        return fields
 
     def _fields(self, data: memoryview) -> Iterator[tuple[int, int, Any]]:
-        """(number, wire type, value): an unsigned int, or the bytes it has."""
+        """Yield (number, wire type, value): an unsigned int, or the bytes it has."""
         at = 0
         while at < len(data):
             self._spend()
@@ -165,7 +165,7 @@ class _Reader:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The number at a position, and the position behind it."""
+    """Read the number at a position, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -185,7 +185,7 @@ def _signed(value: int) -> int:
 
 
 def _count(value: Any, wire: int, kind: str) -> int:
-    """Entries of a list of numbers: one on its own, or many packed together."""
+    """Count the entries of a list of numbers: one on its own, or many packed together."""
     if wire == COUNTED[kind]:
         return 1
     if wire != 2:

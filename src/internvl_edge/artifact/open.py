@@ -63,7 +63,7 @@ class Artifact:
     manifest: Manifest
 
     def onnx_path(self, component: str) -> Path:
-        """The graph of a component.
+        """Return the path of a component's graph.
 
         Raises:
             UsageError: the directory has no such component.
@@ -74,7 +74,7 @@ class Artifact:
         return self.file(components[component].file)
 
     def file(self, name: str) -> Path:
-        """A listed file.
+        """Return the path of a listed file.
 
         Raises:
             ArtifactError: it is not listed.
@@ -84,7 +84,7 @@ class Artifact:
         return self.path / name
 
     def engines(self, component: str, target: str | None = None) -> list[EngineRecord]:
-        """Engines of a component, of one target or of all, in the order they were built."""
+        """List engines of a component, of one target or of all, in the order they were built."""
         return [
             engine
             for engine in self.manifest.engines
@@ -163,7 +163,7 @@ def _has(directory: int, name: str) -> bool:
 
 
 def _open(path: Path, directory: int, name: str) -> io.BufferedReader:
-    """A listed file, reached through no link."""
+    """Open a listed file, reached through no link."""
     folder, _, base = name.rpartition("/")
     try:
         if not folder:
@@ -182,7 +182,7 @@ def _open(path: Path, directory: int, name: str) -> io.BufferedReader:
 def _check_files(
     path: Path, directory: int, files: dict[str, FileRecord], hashed: bool, whole: bool
 ) -> None:
-    """Kind and size of all files first, then their bytes, the largest first."""
+    """Check kind and size of all files first, then their bytes, the largest first."""
     names = sorted(files, key=lambda name: -files[name].nbytes)
     for name in names:
         with _open(path, directory, name) as file:
@@ -206,7 +206,7 @@ def _check_size(path: Path, file: io.BufferedReader, record: FileRecord) -> None
 
 
 def _check_hashes(path: Path, directory: int, name: str, record: FileRecord, whole: bool) -> None:
-    """The header's hash where there is one; that of the whole file if it is the only one or asked.
+    """Check the header's hash if there is one; the file's if it is the only one or asked for.
 
     Raises:
         ArtifactError: another one than the manifest has.

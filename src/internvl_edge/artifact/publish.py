@@ -1,6 +1,6 @@
 """Writing a compiled directory so that nobody ever sees half of one.
 
-    .OUT.1a2b3c4d.partial    where it is written, beside OUT; the manifest last
+    .OUT.1a2b3c4d.partial    where it is written, next to OUT; the manifest last
     fsync                    every file, then every folder
     rename                   to OUT; an OUT that is there is exchanged in one step
     fsync                    the parent; then the old directory goes
@@ -64,7 +64,7 @@ ATTEMPTS = 16
 
 @contextmanager
 def staging(out: Path, *, force: bool) -> Iterator[Path]:
-    """A directory to write into, which becomes ``out`` if the block succeeds.
+    """Give a directory to write into, which becomes ``out`` if the block succeeds.
 
     Args:
         out: what to publish; its parents are created.
@@ -96,7 +96,7 @@ def staging(out: Path, *, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def update(out: Path) -> Iterator[Artifact]:
-    """A published directory, checked and locked, to add engines to.
+    """Open a published directory, checked and locked, to add engines to.
 
     Files are added under new names; ``write_manifest`` then makes them part of it in one step.
 
@@ -160,11 +160,11 @@ def verify_whole(out: Path) -> tuple[Artifact, tuple[str, ...]]:
         return artifact, ()
     with update(out) as artifact:
         names = _unproved(artifact.manifest)
-        found = {
+        records = {
             name: replace(artifact.manifest.files[name], sha256=record(out / name).sha256)
             for name in names
         }
-        manifest = replace(artifact.manifest, files={**artifact.manifest.files, **found})
+        manifest = replace(artifact.manifest, files={**artifact.manifest.files, **records})
         write_manifest(out, manifest)
     return replace(artifact, manifest=manifest), names
 
@@ -174,7 +174,7 @@ def _unproved(manifest: Manifest) -> tuple[str, ...]:
 
 
 def record(path: Path) -> FileRecord:
-    """Size and sha256 of a file, for the manifest."""
+    """Measure size and sha256 of a file, for the manifest."""
     with os_errors(path), open_regular(path) as file:
         return FileRecord(nbytes=os.fstat(file.fileno()).st_size, sha256=sha256(file))
 
@@ -183,19 +183,19 @@ def record(path: Path) -> FileRecord:
 
 
 def placed(out: Path) -> Path:
-    """The absolute path of a directory that may not exist; a final link is not followed.
+    """Return the absolute path of a directory that may not exist, without following a final link.
 
     Raises:
-        UsageError: the root of the file system, which has no place beside it.
+        UsageError: the root of the file system, which has no folder around it.
     """
-    found = out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
-    if not found.name:
+    absolute = out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+    if not absolute.name:
         raise UsageError(f"{out} is the root of the file system; choose a folder in it")
-    return found
+    return absolute
 
 
 def make_parents(parent: Path, cleanup: ExitStack) -> None:
-    """Create parents; those that are empty in the end, because nothing came, go again."""
+    """Create parents; those that are still empty in the end are removed."""
     missing = [path for path in (parent, *parent.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
@@ -229,7 +229,7 @@ def check_out(out: Path, *, force: bool) -> None:
 
 
 def _is_ours(out: Path) -> bool:
-    """Whether a directory has a manifest of ours; a damaged one counts."""
+    """Tell whether a directory has a manifest of ours; a damaged one counts."""
     try:
         with open_regular(out / MANIFEST) as file:
             return b'"schema_version"' in file.read(256)
@@ -254,7 +254,7 @@ def _release(descriptor: int) -> None:
 
 
 def _make_staging(out: Path, cleanup: ExitStack) -> Path:
-    """A new locked directory; whatever has its name in the end is removed."""
+    """Make a new locked directory; whatever has its name in the end is removed."""
     for _ in range(ATTEMPTS):
         directory = sibling(out, "partial")
         directory.mkdir()
@@ -304,12 +304,12 @@ def _check_complete(directory: Path) -> None:
         raise InternVLError(f"{directory}: nothing is published without {MANIFEST}")
     manifest = Manifest.from_bytes((directory / MANIFEST).read_bytes())
     _check_listed(directory, manifest)
-    found = {
+    written = {
         (Path(folder) / name).relative_to(directory).as_posix()
         for folder, folders, names in os.walk(directory)
         for name in (*names, *(n for n in folders if (Path(folder) / n).is_symlink()))
     }
-    if unlisted := sorted(found - {*manifest.files, MANIFEST}):
+    if unlisted := sorted(written - {*manifest.files, MANIFEST}):
         raise InternVLError(f"{directory}: written but not listed: {unlisted}")
 
 
@@ -336,7 +336,7 @@ def _sync_added(directory: Path, manifest: Manifest) -> None:
 
 
 def _same_compilation(before: Manifest, after: Manifest) -> bool:
-    """Whether two manifests list the same files, but for engines, reports and hashes now known."""
+    """Tell whether two manifests list the same files, but for engines, reports and new hashes."""
     old, new = (
         {name: record for name, record in manifest.files.items() if "/" not in name}
         for manifest in (before, after)

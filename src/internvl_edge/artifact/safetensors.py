@@ -149,7 +149,7 @@ def _place(name: str, item: dict[str, Any], start: int) -> TensorPlace:
 
 
 def _begins_with_brace(raw: bytes) -> bytes:
-    """The format forbids white space in front; JSON would allow it."""
+    """Refuse white space in front, which the format forbids and JSON allows."""
     if not raw.startswith(b"{"):
         raise ValueError("does not begin with {")
     return raw

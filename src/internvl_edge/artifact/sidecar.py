@@ -1,4 +1,4 @@
-"""What a built engine is, written down beside it: its sidecar, and whether it fits a machine.
+"""An engine's sidecar: a file that says what was built, and whether it fits a machine.
 
 An engine is opaque bytes that only the release that built it accepts, on the GPUs it was built
 for, with shapes inside its profile. The sidecar says all of that in JSON, so that a machine which
@@ -50,7 +50,7 @@ class ShapeRanges:
             _check_range(name, getattr(self, name), at_least=0 if name == "past" else 1)
 
     def range_of(self, symbol: str) -> Range:
-        """The sizes of a symbolic dimension; ``total`` is past + length.
+        """Return the sizes of a symbolic dimension; ``total`` is past + length.
 
         Raises:
             UsageError: no profile has such a dimension.
@@ -107,7 +107,7 @@ class EngineInfo:
 
     @classmethod
     def from_json(cls, raw: object) -> EngineInfo:
-        """The inverse of ``to_json`` after a pass through JSON.
+        """Invert ``to_json`` after a pass through JSON.
 
         Raises:
             ArtifactError: a key is missing, unknown or of the wrong kind.
@@ -155,12 +155,12 @@ def check_engine(info: EngineInfo, trt: Any, *, sm: int | None = None) -> None:
         HardwareError: another target, another release, or a GPU it was not built for.
     """
     installed = str(trt.__name__).replace("_", "-")
-    built, found = f"{info.target} {info.builder_version}", f"{installed} {trt.__version__}"
+    built, runs = f"{info.target} {info.builder_version}", f"{installed} {trt.__version__}"
     rebuild = f"rebuild it here: internvl-edge build OUT --target {info.target}"
-    if built != found:
+    if built != runs:
         raise HardwareError(
             f"{info.component}: engine of another version: built by {built}, installed is "
-            f"{found}; {rebuild}"
+            f"{runs}; {rebuild}"
         )
     if sm is None:
         return
@@ -180,7 +180,7 @@ def check_engine(info: EngineInfo, trt: Any, *, sm: int | None = None) -> None:
 
 
 def lacks_rtx(sm: int) -> bool:
-    """Whether TensorRT-RTX refuses a GPU of this compute capability, however an engine is built."""
+    """Tell whether TensorRT-RTX refuses a GPU of this compute capability, whatever the engine."""
     return sm < RTX_SMS_FROM and sm not in (RTX_SM_IF_ASKED, *RTX_SMS)
 
 

@@ -1,9 +1,9 @@
-"""What an interrupted compilation has finished, kept beside OUT for the same command to go on.
+"""The finished work of an interrupted compilation, kept next to OUT for the same command.
 
     .OUT.work/key.json             hashes of everything that decides the result
               journal.jsonl        a line per finished block, or piece of converted weights
               weights.safetensors  its weights, at the places they have in the end
-              states/image.17      the samples' hidden states behind it
+              states/image.17      the samples' hidden states after it
               engines/             engines that were built
 
 A journal line is written after what it speaks of was made durable, so what it says holds however
@@ -38,7 +38,7 @@ KEY, JOURNAL, STATES, ENGINES = "key.json", "journal.jsonl", "states", "engines"
 
 
 class Workspace:
-    """The work of one compilation: finished blocks and the states behind the last, or pieces."""
+    """The work of one compilation: finished blocks and the states after the last, or pieces."""
 
     def __init__(self, path: Path, budget: Budget) -> None:
         self.path, self._budget = path, budget
@@ -71,19 +71,19 @@ class Workspace:
         return bool(self.entries) or any(self.engines.iterdir())
 
     def hidden(self, stream: str) -> Spool:
-        """A new spool for a stream's hidden states; it stays if ``finish`` names it."""
+        """Make a new spool for a stream's hidden states; it stays if ``finish`` names it."""
         self._number += 1
         file = _open(self.path / STATES / f"{stream}.{self._number}", "x+b")
         return self._opened(Spool(file, self._budget, write_through=True))
 
     def restore(self, stream: str) -> Spool:
-        """The hidden states that the last finished block of a stream left."""
+        """Open the hidden states that the last finished block of a stream left."""
         saved = self._latest()[stream]
         file = _open(self.path / STATES / saved["file"], "r+b")
         return self._opened(Spool.reopen(file, saved["shapes"], self._budget))
 
     def scratch(self) -> Spool:
-        """A spool that leaves nothing behind."""
+        """Make a spool that leaves no file."""
         path = self.path / STATES / "scratch"
         file = _open(path, "x+b")
         path.unlink()
@@ -95,7 +95,7 @@ class Workspace:
         link_or_copy(directory / MANIFEST, self.path / MANIFEST)
 
     def hand_over(self, name: str, directory: Path) -> None:
-        """A finished file goes into ``directory``, and stays here if a file can have two names."""
+        """Move a finished file to ``directory``; it stays here too if a file can have two names."""
         try:
             os.link(self.path / name, directory / name)
         except OSError:
@@ -143,7 +143,7 @@ def _open(path: Path, mode: Literal["x+b", "r+b"]) -> BinaryIO:
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """Its whole lines; a last one that was cut short is cut off."""
+    """Read its whole lines; a last one that was cut short is removed."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -163,7 +163,7 @@ def drop_published(out: Path) -> None:
 
 
 def kept_nbytes(out: Path) -> int:
-    """Bytes that the work on ``out`` has on disk: to be taken up, or to be removed first.
+    """Count the bytes of the work on ``out``: to be taken up, or to be removed first.
 
     Of the weights file, which has its full size from the start, only what is written counts.
     """
@@ -183,7 +183,7 @@ def _work_on(out: Path) -> Path:
 def workspace(
     out: Path, key: Callable[[], Mapping[str, Any]], budget: Budget
 ) -> Iterator[Workspace]:
-    """The work that is being done on ``out``, taken up where a dead run of the same key left it.
+    """Open the work on ``out``, taken up where a dead run of the same key left it.
 
     Args:
         out: what will be published.
@@ -191,7 +191,7 @@ def workspace(
         budget: of memory, for spools.
 
     Raises:
-        UsageError: another run is writing ``out``, or nothing can be written beside it.
+        UsageError: another run is writing ``out``, or nothing can be written next to it.
         ResourceError: the disk is full.
     """
     with ExitStack() as cleanup:

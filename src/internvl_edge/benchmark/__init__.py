@@ -1,11 +1,11 @@
 """How fast a compiled directory is, compared with what, and how far from what the machine can do.
 
-run          one component timed, with its contenders in turns; start here
+run          from Settings to Measurements, contenders in turns; start here
 timing       warm-up until steady, raw samples, intervals;  load  many callers at once
-contenders   PyTorch, OpenVINO and ONNX Runtime's own quantization
+contenders   other ways to the same job: PyTorch, eager and compiled, and OpenVINO
 inputs       seeded arrays and pictures
 footprint    the memory of one component;  gpu_phases  where a GPU's time goes
 workload     operations and bytes of a graph;  peaks  what the machine reaches
-roofline     the one compared with the other
+roofline     the work compared with the peaks
 machine      where it was measured;  table  the results for people
 """

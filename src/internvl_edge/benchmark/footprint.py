@@ -34,7 +34,7 @@ class Footprint:
     failed: str | None = None  # why there are no figures
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, or why there are none."""
+        """Return the figures, or why there are none."""
         fields = asdict(self)
         failed = fields.pop("failed")
         return fields if failed is None else {"failed": failed}

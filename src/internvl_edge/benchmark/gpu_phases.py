@@ -70,7 +70,7 @@ def measure_phases(
 
 
 def _phases(events: Mapping[str, Event], passed_ns: Mapping[str, int]) -> dict[str, float]:
-    """The metrics of one call, in milliseconds."""
+    """Compute the metrics of one call, in milliseconds."""
     begun, staged, computed, fetched = (events[step] for step in STEPS)
     return {
         "Latency": fetched.elapsed_ms(begun),

@@ -29,7 +29,7 @@ Arrays = dict[str, Array]
 
 
 def seeded_feeds(artifact: Artifact, component: str, batch: int) -> Arrays:
-    """Inputs of the right shapes; speed does not depend on the values."""
+    """Make inputs of the right shapes; speed does not depend on the values."""
     rng = np.random.default_rng(0)
     feeds: Arrays = {}
     specs = {spec.name: spec for spec in artifact.manifest.components[component].inputs}
@@ -57,7 +57,7 @@ def seeded_feeds(artifact: Artifact, component: str, batch: int) -> Arrays:
 
 
 def as_taken(feeds: Arrays, inputs: Mapping[str, TensorSpec]) -> Arrays:
-    """Floats in the dtypes that a session takes: an engine's cache may have 16 bits."""
+    """Cast floats to the dtypes that a session takes: an engine's cache may have 16 bits."""
     return {
         name: array.astype(numpy_dtype(inputs[name].dtype)) if _is_float(array) else array
         for name, array in feeds.items()
@@ -69,7 +69,7 @@ def _is_float(array: Array) -> bool:
 
 
 def seeded_picture() -> bytes:
-    """A JPEG of 640 by 480, of soft colours: noise would take longer to decode than a photo."""
+    """Draw a JPEG of 640 by 480 in soft colours: noise takes longer to decode than a photo."""
     from PIL import Image
 
     shape = (HEIGHT // COARSE, WIDTH // COARSE, 3)
@@ -81,7 +81,7 @@ def seeded_picture() -> bytes:
 
 
 def takes_levels(artifact: Artifact) -> bool:
-    """Whether its graphs take uint8 and normalise it themselves."""
+    """Tell whether its graphs take uint8 and normalise it themselves."""
     return any(
         spec.name == "pixel_values" and spec.dtype == "uint8"
         for record in artifact.manifest.components.values()
@@ -97,7 +97,7 @@ def from_picture(
     *,
     as_levels: bool,
 ) -> Callable[[], object]:
-    """A call from encoded pictures on: decode, bring to size, normalise, run.
+    """Make a call that begins with encoded pictures: decode, resize, normalise, run.
 
     Args:
         run: takes the component's feeds.

@@ -53,7 +53,7 @@ def run_scenario(
     seconds: float,
     p99_ms: float | None = None,
 ) -> Timing:
-    """One contender by itself under a scenario's load, after a warm-up.
+    """Measure one contender by itself under a scenario's load, after a warm-up.
 
     Args:
         scenario: a name in ``SCENARIOS``.
@@ -73,22 +73,22 @@ def run_scenario(
         raise UsageError(f"scenario {scenario!r}: expected {', '.join(SCENARIOS)}")
     calls_ns, is_steady = warm_up(run, min(seconds, WARMUP_S))
     if scenario == "server":
-        found = _search_rate(run, streams, items, seconds, p99_ms)
+        timing = _search_rate(run, streams, items, seconds, p99_ms)
     else:
         callers = 1 if scenario == "single-stream" else streams
-        found = run_closed_loop(run, streams=callers, items=items, seconds=seconds)
-    return replace(found, warmup_iterations=len(calls_ns), is_steady=is_steady)
+        timing = run_closed_loop(run, streams=callers, items=items, seconds=seconds)
+    return replace(timing, warmup_iterations=len(calls_ns), is_steady=is_steady)
 
 
 def _search_rate(
     run: Callable[[], object], streams: int, items: int, seconds: float, p99_ms: float | None
 ) -> Timing:
-    """The server at the highest rate that keeps the bound."""
+    """Measure the server at the highest rate that keeps the bound."""
     single = run_closed_loop(run, items=items, seconds=min(seconds, 1.0))
     bound_ms = DEFAULT_BOUND * single.percentile_ms(50) if p99_ms is None else p99_ms
     refusal = UsageError(
-        f"p99 of {bound_ms:.2f} ms: single calls take {single.percentile_ms(50):.2f} ms (p99 "
-        f"{single.percentile_ms(P99):.2f} ms), and no rate keeps it; ask for more"
+        f"--p99 {bound_ms:.2f} ms cannot be kept at any rate: a single call takes "
+        f"{single.percentile_ms(50):.2f} ms (p99 {single.percentile_ms(P99):.2f} ms); raise it"
     )
     if single.percentile_ms(50) > bound_ms:
         raise refusal
@@ -97,10 +97,10 @@ def _search_rate(
     def serve(rate: float) -> Timing:
         return run_server(run, rate=rate, seconds=seconds, streams=streams, items=items)
 
-    found = highest_rate(serve, bound_ms, offline.throughput / items)
-    if found is None:
+    best = highest_rate(serve, bound_ms, offline.throughput / items)
+    if best is None:
         raise refusal
-    return found
+    return best
 
 
 def run_closed_loop(
@@ -111,7 +111,7 @@ def run_closed_loop(
     seconds: float = 3.0,
     clock: Clock = time.perf_counter_ns,
 ) -> Timing:
-    """Callers that each begin a call when their last one ended, and each at least one.
+    """Measure callers that begin a call when their last one ended; each makes at least one.
 
     Args:
         run: one call; from several threads at once.
@@ -149,7 +149,7 @@ def run_server(
     clock: Clock = time.perf_counter_ns,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Timing:
-    """Calls that arrive at random, taken in order by as many threads as there are streams.
+    """Measure calls that arrive at random, taken in order by as many threads as streams.
 
     Args:
         run: one call.
@@ -195,7 +195,7 @@ def run_server(
 def highest_rate(
     serve: Callable[[float], Timing], bound_ms: float, ceiling: float
 ) -> Timing | None:
-    """The run at the highest rate of arrivals whose p99 was within a bound; None where none was.
+    """Find the run at the highest rate of arrivals whose p99 is within a bound; or None.
 
     Args:
         serve: runs the server at a rate.
@@ -214,7 +214,7 @@ def highest_rate(
 
 
 def _at_once(work: Callable[[int], T], count: int) -> list[T]:
-    """In this thread where there is one to do, else in as many."""
+    """Do as many pieces of work at once; a single one in this thread."""
     if count == 1:
         return [work(0)]
     with ThreadPoolExecutor(count, "stream") as pool:

@@ -65,7 +65,7 @@ def _cpu_model() -> str | None:
 
 
 def _clock_mhz() -> float | None:
-    """The clock of the first core, now."""
+    """Read the present clock of the first core."""
     khz = _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
     if khz is not None:
         return float(khz) / 1e3

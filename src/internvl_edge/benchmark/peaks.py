@@ -1,9 +1,9 @@
-"""What a machine reaches: products per second of each type, and bytes.
+"""Peaks of a machine: products per second of each type, and bytes per second.
 
 A peak is no figure of a data sheet but the best of several calls, on the machine, the threads and
 the runtime that components run on, of something that does nothing else:
 
-    operations   products of [n, n] by one weight, as the graphs here have them: behind
+    operations   products of [n, n] by one weight, as the graphs here have them: after
                  QuantizeLinear and DequantizeLinear where the type has 8 bits
     bandwidth    on the host, sums of arrays far larger than any cache, one piece to a thread:
                  two reads and a write, as STREAM's Add counts them; on a GPU, a copy
@@ -68,7 +68,7 @@ OpenGraph = Callable[[bytes], Session]  # a serialized model → a session, to b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peaks:
-    """What a machine was seen to do, per second."""
+    """The most that a machine did, per second."""
 
     operations: dict[str, float]  # by type; types that do not run there are missing
     bytes: float
@@ -83,7 +83,7 @@ def measure_peaks(
     base: str = "float32",
     clock: Clock = time.perf_counter,
 ) -> Peaks:
-    """The peaks of where ``open_graph`` runs graphs.
+    """Measure the peaks of the runtime and device that ``open_graph`` opens graphs on.
 
     Args:
         kinds: what products are computed in; one that does not run is left out.
@@ -106,7 +106,7 @@ def measure_peaks(
 
 
 def measure_backend(kinds: Iterable[str], backend: str, device: str = "auto") -> Peaks:
-    """The peaks of where a backend runs components on this machine.
+    """Measure the peaks of the device that a backend runs components on.
 
     Args:
         kinds: what their products are computed in.
@@ -126,7 +126,7 @@ def measure_backend(kinds: Iterable[str], backend: str, device: str = "auto") ->
 
 
 def host_bandwidth(threads: int, nbytes: int, *, clock: Clock = time.perf_counter) -> float:
-    """Bytes per second that so many threads move, of three arrays of ``nbytes`` each."""
+    """Measure the bytes per second that threads move, with three arrays of ``nbytes`` each."""
     one, other, total = (np.ones(nbytes // 4, np.float32) for _ in range(3))
     parts = [slice(i * len(one) // threads, (i + 1) * len(one) // threads) for i in range(threads)]
 
@@ -139,7 +139,7 @@ def host_bandwidth(threads: int, nbytes: int, *, clock: Clock = time.perf_counte
 
 
 def device_bandwidth(device: Device, nbytes: int, *, clock: Clock = time.perf_counter) -> float:
-    """Bytes per second of a copy in a GPU's memory: as many reads as writes.
+    """Measure the bytes per second of a copy in a GPU's memory: as many reads as writes.
 
     Raises:
         ResourceError: it has no room for two arrays.
@@ -160,7 +160,7 @@ def device_bandwidth(device: Device, nbytes: int, *, clock: Clock = time.perf_co
 
 
 def product_model(kind: str, side: int, *, base: str = "float32") -> bytes:
-    """``y = mean(x · W · … · W)`` of x filled with one number, both square; serialized.
+    """Make the model ``y = mean(x · W · … · W)`` of x filled with one number, serialized.
 
     Args:
         kind: what the products are computed in.
@@ -213,7 +213,7 @@ def product_model(kind: str, side: int, *, base: str = "float32") -> bytes:
 
 
 def _tensor(name: str, values: Array, kind: str) -> onnx.TensorProto:
-    """Values in a type; of 8 bits, in units of the scale."""
+    """Make a tensor of a type; one of 8 bits is in units of the scale."""
     if kind in EIGHT_BITS:
         values = np.clip(np.rint(values / SCALE), -127, 127)
     dtype = helper.tensor_dtype_to_np_dtype(TYPES[kind])
@@ -222,7 +222,7 @@ def _tensor(name: str, values: Array, kind: str) -> onnx.TensorProto:
 
 
 def open_graph_with(backend: str, device: str = "auto") -> OpenGraph:
-    """How graphs are opened on a backend; of engines, they are built first.
+    """Choose how graphs are opened on a backend; engines are built first.
 
     Args:
         backend: ``"onnxruntime"``, ``"tensorrt-rtx"`` or ``"tensorrt"``.
@@ -255,7 +255,7 @@ def _open_engine(model: bytes, backend: str) -> Session:
 
 
 def build_peak_engine(model: bytes, folder: Path, target: str) -> Path:
-    """The engine of a graph of ``product_model``, in a folder."""
+    """Build an engine of a graph of ``product_model``, in a folder."""
     from internvl_edge.export.engine.build import ShapeRanges, build_engine
 
     path = folder / "peak.onnx"
@@ -275,9 +275,9 @@ def build_peak_engine(model: bytes, folder: Path, target: str) -> Path:
 
 def _best_seconds(run: Callable[[], object], clock: Clock) -> float:
     run()
-    found = []
+    seconds = []
     for _ in range(CALLS):
         start = clock()
         run()
-        found.append(clock() - start)
-    return min(found)
+        seconds.append(clock() - start)
+    return min(seconds)

@@ -1,4 +1,4 @@
-"""How much of a machine a component uses: its work beside peaks that the same runtime reached here.
+"""How much of a machine a component uses: its work, compared with the peaks of its runtime here.
 
     MFU = Σ operationsₖ / peakₖ / t        k: what products are computed in
     MBU = bytes / bandwidth / t
@@ -23,7 +23,7 @@ __all__ = ["Roofline", "component_workload", "locate"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
-    """A component beside the peaks."""
+    """A component, compared with the peaks."""
 
     operations: int  # of a call
     bytes: int
@@ -33,14 +33,14 @@ class Roofline:
 
     @property
     def share(self) -> float:
-        """Of what bounds it."""
+        """The share that it reaches of what bounds it."""
         return max(self.mfu or 0.0, self.mbu)
 
 
 def component_workload(
     artifact: Artifact, component: str, feeds: Mapping[str, Any], backend: str
 ) -> Workload:
-    """The work of a call, of the graph that a backend runs.
+    """Read the work of a call from the graph that a backend runs.
 
     Args:
         artifact: the directory.
@@ -55,7 +55,7 @@ def component_workload(
 
 
 def locate(workload: Workload, peaks: Peaks, latency_ms: float) -> Roofline:
-    """Where a component stands under the roofline.
+    """Place a component under the roofline.
 
     Args:
         workload: of a call.

@@ -84,7 +84,7 @@ class Measurement:
     roofline: Roofline | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the raw samples."""
+        """Return everything but the raw samples."""
         fields: dict[str, Any] = {
             "out": self.out,
             "component": self.component,
@@ -279,7 +279,7 @@ def _measure_component(
 def _from_pictures(
     settings: Settings, runs: Mapping[str, Run], batch: int
 ) -> dict[str, Callable[[], object]]:
-    """Each contender's way from a picture; another's transform is that of the first directory."""
+    """Make each contender's calls from a picture; others transform it as the first directory."""
     first = next(iter(settings.artifacts.values()))
     calls = {}
     for name, run in runs.items():
@@ -342,7 +342,7 @@ def _comparisons(component: str, timings: Mapping[str, Timing]) -> list[Comparis
 
 
 def _is_ours(settings: Settings, measurement: Measurement) -> bool:
-    """Whether it is of a directory's component alone."""
+    """Tell whether it is of a directory's component alone."""
     artifact = settings.artifacts.get(measurement.out)
     return artifact is not None and measurement.component in artifact.manifest.components
 
@@ -380,7 +380,7 @@ def _with_rooflines(
 
 
 def _call_ms(measurement: Measurement) -> float:
-    """The time of a call by itself; of several at once, which share the machine, their share."""
+    """Return the time of a call by itself; of several at once, their share of the machine."""
     timing = measurement.timing
     if measurement.scenario == "single-stream":
         return timing.percentile_ms(50)

@@ -30,7 +30,7 @@ FEW_REQUESTS = 100  # below, p99 is nearly the slowest
 
 
 def columns(measurements: Sequence[Measurement]) -> tuple[str, ...]:
-    """Names of the columns; those that no measurement fills are left out."""
+    """Choose the columns; those that no measurement fills are left out."""
     filled = {name for measurement in measurements for name in _memory(measurement)}
     return (
         COLUMNS
@@ -42,7 +42,7 @@ def columns(measurements: Sequence[Measurement]) -> tuple[str, ...]:
 
 
 def row(measurement: Measurement, names: Sequence[str]) -> tuple[str, ...]:
-    """The cells of a measurement."""
+    """Return the cells of a measurement."""
     cells = _latency(measurement) | _server(measurement) | _memory(measurement)
     cells |= _roofline(measurement) | _phases(measurement)
     return tuple(cells.get(name, EMPTY) for name in names)
@@ -96,14 +96,14 @@ def _phases(measurement: Measurement) -> dict[str, str]:
 
 
 def peaks_line(peaks: Peaks) -> str:
-    """The peaks that were measured."""
+    """Say what peaks were measured."""
     words = [f"{kind} {count / 1e9:.0f} GFLOP/s" for kind, count in peaks.operations.items()]
     words.append(f"memory {peaks.bytes / 1e9:.1f} GB/s")
     return f"peaks measured here: {', '.join(words)}"
 
 
 def comparison_line(comparison: Comparison) -> str:
-    """How long one contender takes, compared with another."""
+    """Say how long one contender takes, compared with another."""
     ratio = comparison.ratio
     interval = ratio.reason
     if interval is None:
@@ -115,7 +115,7 @@ def comparison_line(comparison: Comparison) -> str:
 
 
 def environment_words(card: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of the environment, each in words."""
+    """Put what is known of the environment into words."""
     return {key: _words(value) for key, value in card.items() if value}
 
 
@@ -130,7 +130,7 @@ def warnings(measurements: Iterable[Measurement]) -> list[str]:
     measured = list(measurements)
     return [line for each in measured for line in _doubts(each)] + [
         f"warning: {each.out} {each.component}: MFU {each.roofline.mfu:.0%}: the peaks were "
-        "measured too low, most likely beside other work; run again on an idle machine"
+        "measured too low, most likely while other work ran; run again on an idle machine"
         for each in measured
         if each.roofline is not None and (each.roofline.mfu or 0) > 1
     ]
@@ -153,7 +153,7 @@ def _doubts(measurement: Measurement) -> list[str]:
 
 
 def markdown(benchmark: Benchmark) -> str:
-    """The results as Markdown: a table, the comparisons, the peaks, the environment."""
+    """Write the results as Markdown: a table, the comparisons, the peaks, the environment."""
     names = columns(benchmark.measurements)
     lines = [
         _markdown_row(names),

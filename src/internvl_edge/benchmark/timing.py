@@ -57,6 +57,7 @@ NS_PER_S, NS_PER_MS = 1_000_000_000, 1_000_000
 TURN_CALLS = 10  # at most, of one contender before the next
 MIN_ROUNDS = 20  # of contenders that are compared: k = 6
 SETTLE_S = 0.05  # before a turn: threads of the last contender stop spinning for work
+PERCENTILES = (50, 90, 95, 99)
 TAIL = 40  # 1/40 of the probability is left out on each side of an interval
 
 Clock = Callable[[], int]  # nanoseconds, monotonic
@@ -78,8 +79,8 @@ class Distribution:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> Distribution:
-        """The distribution of samples."""
-        p50, p90, p95, p99 = map(float, np.percentile(samples_ms, (50, 90, 95, 99)))
+        """Compute the distribution of samples."""
+        p50, p90, p95, p99 = map(float, np.percentile(samples_ms, PERCENTILES))
         return cls(
             avg=float(np.mean(samples_ms)),
             min=min(samples_ms),
@@ -110,7 +111,7 @@ class Timing:
     bound_ms: float | None = None  # that p99 had to keep
 
     def percentile_ms(self, q: float) -> float:
-        """Between the order statistics, linearly."""
+        """Interpolate between the order statistics, linearly."""
         return float(np.percentile(self.samples_ms, q))
 
     @property
@@ -120,7 +121,7 @@ class Timing:
         return self.items * len(self.samples_ms) / wall_s
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the raw samples."""
+        """Return everything but the raw samples."""
         fields: dict[str, Any] = {
             "latency": Distribution.of(self.samples_ms).to_json(),
             "throughput": {"unit": "items/s", "avg": self.throughput},
@@ -147,7 +148,7 @@ class Ratio:
 
 
 def ratio_of(one: Timing, other: Timing) -> Ratio:
-    """The latency of ``one`` over that of ``other``, of contenders measured in turns.
+    """Divide the latency of ``one`` by that of ``other``; they were measured in turns.
 
     Raises:
         UsageError: they were not measured together, so that rounds do not correspond.
@@ -171,7 +172,7 @@ def ratio_of(one: Timing, other: Timing) -> Ratio:
 
 
 def _interval_rank(rounds: int) -> int:
-    """The largest k with P(Bin(rounds, ½) < k) ≤ 1/TAIL, from 1; 0 where there is none."""
+    """Find the largest k with P(Bin(rounds, ½) < k) ≤ 1/TAIL, from 1; 0 where there is none."""
     rank, ways, below = 0, 1, 1  # ways to get exactly rank, and at most rank, of the 2ⁿ
     while TAIL * below <= 1 << rounds:
         rank += 1
@@ -280,9 +281,9 @@ def measure_many(
 
 def _require(counts: Mapping[str, int], times: Mapping[str, float]) -> None:
     if min(counts.values()) < 1 or min(times.values()) < 0:
-        found = ", ".join(f"{name}={value}" for name, value in {**counts, **times}.items())
+        given = ", ".join(f"{name}={value}" for name, value in {**counts, **times}.items())
         raise UsageError(
-            f"measure: expected counts of at least 1 and times of at least 0, found {found}"
+            f"measure: expected counts of at least 1 and times of at least 0, found {given}"
         )
 
 

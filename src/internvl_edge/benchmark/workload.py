@@ -1,4 +1,4 @@
-"""What one call of a graph has to do: operations of its products, bytes that must move.
+"""The work of one call of a graph: operations of its products, bytes that must move.
 
 Operations are those of matrix products and convolutions, a multiplication and an addition each:
 
@@ -67,7 +67,7 @@ class Workload:
 
 
 def read_workload(path: Path, shapes: Shapes) -> Workload:
-    """The work of a graph.
+    """Read the work of a graph.
 
     Args:
         path: the ONNX file; its external data need not be there.
@@ -87,7 +87,7 @@ def read_workload(path: Path, shapes: Shapes) -> Workload:
 
 
 def _inferred(model: onnx.ModelProto, shapes: Shapes) -> onnx.ModelProto:
-    """The model at fixed sizes, every shape that follows from them written down."""
+    """Infer every shape of the model at fixed sizes."""
     graph = model.graph
     del graph.value_info[:]
     for value in graph.input:
@@ -117,18 +117,18 @@ def _evaluate_shapes(model: onnx.ModelProto, shapes: Shapes) -> None:
         if not feeds or len(feeds) < len({name for name in node.input if name}):
             kept.append(node)
             continue
-        found = ReferenceEvaluator(node).run(None, feeds)
-        known |= dict(zip(node.output, found, strict=True))
+        values = ReferenceEvaluator(node).run(None, feeds)
+        known |= dict(zip(node.output, values, strict=True))
         graph.initializer.extend(
             numpy_helper.from_array(np.asarray(value), name)
-            for name, value in zip(node.output, found, strict=True)
+            for name, value in zip(node.output, values, strict=True)
         )
     del graph.node[:]
     graph.node.extend(kept)
 
 
 def _dims(value: onnx.ValueInfoProto) -> tuple[int, ...] | None:
-    """The shape, where all of it is known."""
+    """Return the shape, where all of it is known."""
     dims = value.type.tensor_type.shape.dim
     known = value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims)
     return tuple(int(d.dim_value) for d in dims) if known else None
@@ -161,18 +161,18 @@ class _Graph:
         return -(-math.prod(self.shape(name)) * BITS[self._types[name]] // 8)
 
     def type_name(self, name: str) -> str:
-        """Such as ``float32``."""
+        """Return a name such as ``float32``."""
         return str(helper.tensor_dtype_to_np_dtype(self._types[name]).name)
 
     def product_type(self, factors: Sequence[str]) -> str:
-        """What a product of these is computed in."""
+        """Name the type that a product of these is computed in."""
         kinds = {self._quantized_type(name) for name in factors}
         if len(kinds) == 1 and (kind := kinds.pop()) is not None:
             return kind
         return self.type_name(factors[0])
 
     def _quantized_type(self, name: str) -> str | None:
-        """The family of 8-bit types that a factor is stored in; None for any other."""
+        """Name the family of 8-bit types that a factor is stored in; None for any other."""
         node = self._producers.get(name)
         while node is not None and node.op_type in ("Transpose", "Reshape", "Cast"):
             node = self._producers.get(node.input[0])
@@ -199,7 +199,7 @@ def _workload(proto: onnx.GraphProto) -> Workload:
 
 
 def _weight_nbytes(proto: onnx.GraphProto, graph: _Graph) -> int:
-    """Every initializer that is read; of one that is only looked up in, what comes out."""
+    """Count every initializer that is read; of one that is only looked up in, what comes out."""
     readers: dict[str, list[onnx.NodeProto]] = {tensor.name: [] for tensor in proto.initializer}
     for node in proto.node:
         for name in node.input:

@@ -101,7 +101,7 @@ def run(arguments: list[str]) -> int:
 
 
 def as_ours(error: Exception, arguments: Sequence[str]) -> InternVLError:
-    """Any failure as one of our errors, so that none leaves without its exit code."""
+    """Turn any failure into one of our errors, so that none leaves without its exit code."""
     if isinstance(error, InternVLError):
         cause = error.__cause__  # whatever a file was read for, it may be the system that ran out
         is_exhausted = isinstance(cause, OSError) and cause.errno in EXHAUSTED

@@ -32,9 +32,13 @@ STREAMS = 2  # calls at once, unless asked otherwise
 @click.option(
     "--against",
     callback=lambda _, __, value: _rival(value),
-    help="Time this beside them, in turns: pytorch, torch-compile, openvino, or another OUT.",
+    help="Time this too, in turns: pytorch, torch-compile, openvino, or another OUT.",
 )
-@click.option("--checkpoint", type=DIRECTORY, help="What PyTorch runs; default: the bundled demo.")
+@click.option(
+    "--checkpoint",
+    type=DIRECTORY,
+    help="The checkpoint that PyTorch runs; default: the bundled demo.",
+)
 @click.option(
     "--scenario",
     type=one_of(*SCENARIOS),
@@ -51,7 +55,7 @@ STREAMS = 2  # calls at once, unless asked otherwise
     "--p99",
     "p99_ms",
     type=click.FloatRange(min=0, min_open=True),
-    help="Of the server, in ms: what its highest rate keeps; default: 5 times a single call.",
+    help="Of the server, in ms: the bound that its rate keeps; default: 5 times a single call.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option(
@@ -165,7 +169,7 @@ def _show(output: Output, measured: Benchmark) -> None:
 
 
 def _report(artifact: Artifact, measured: Benchmark) -> str:
-    """The directory's report with a section on speed."""
+    """Render the directory's report with a section on speed."""
     from internvl_edge.compiler.report.report import report_with, speed_figures
 
     names = table.columns(measured.measurements)

@@ -109,7 +109,7 @@ def _answer(
 
 
 def _typed(output: Output) -> Iterator[str]:
-    """Questions from stdin, line by line; asked for on a terminal."""
+    """Read questions from stdin, line by line; on a terminal, ask for them."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         output.say(HELP)

@@ -1,4 +1,4 @@
-"""What the command line shows: answers on stdout, everything else on stderr.
+"""The output of the command line: answers on stdout, everything else on stderr.
 
 An answer is text for people, or one JSON object with ``--json``; ``--quiet`` never touches it.
 Paths, labels and extras such as ``[trt]`` are printed as they are: rich's markup is off.
@@ -36,18 +36,18 @@ class Output:
     quiet: bool = False
 
     def result(self, data: Mapping[str, Any]) -> None:
-        """The answer for programs: one JSON object, the last line of stdout."""
+        """Print the answer for programs: one JSON object, the last line of stdout."""
         if self.as_json:
             click.echo(json.dumps(_plain(data), ensure_ascii=False, allow_nan=False))
 
     def lines(self, values: Sequence[str]) -> None:
-        """The answer for people, in lines."""
+        """Print the answer for people, in lines."""
         if not self.as_json:
             for value in values:
                 click.echo(value)
 
     def piece(self, shown: str, **fields: Any) -> None:
-        """A part of the answer, at once: as it is for people, a JSON object of its own else.
+        """Print a part of the answer at once: as text for people, as a JSON object for programs.
 
         Args:
             shown: for people.
@@ -59,7 +59,7 @@ class Output:
             click.echo(shown, nl=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """The answer for people, as a table."""
+        """Print the answer for people, as a table."""
         if self.as_json:
             return
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -73,13 +73,13 @@ class Output:
         answers.print(table)
 
     def say(self, text: str) -> None:
-        """A line that is not the answer: on stderr, unless quiet."""
+        """Print a line that is not the answer: on stderr, unless quiet."""
         if not self.quiet:
             human.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
-        """A callback for ``compiler.Progress``: bars on a terminal, elsewhere a few lines."""
+        """Give a callback for ``compiler.Progress``: bars on a terminal, elsewhere a few lines."""
         if self.quiet:
             yield lambda progress: None
             return
@@ -133,7 +133,7 @@ class _Lines:
 
 
 def error_line(message: str) -> None:
-    """An error, in one red line on stderr."""
+    """Print an error in one red line on stderr."""
     line = f"error: {' '.join(message.split())}"
     try:
         human.print(line, style="red", markup=False, soft_wrap=True)
@@ -142,7 +142,7 @@ def error_line(message: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Data that JSON can carry: arrays as lists, paths as text, non-finite numbers as null."""
+    """Make data that JSON can carry: arrays as lists, paths as text, non-finite numbers as null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):

@@ -31,10 +31,10 @@ def lint(output: Output, backend: str, file: Path, gpu: str | None) -> None:
     from internvl_edge.quantize.lint import RULES, is_clean
     from internvl_edge.quantize.lint import lint as lint_file
 
-    findings = sorted(lint_file(file, gpu), key=lambda found: found.rule)
+    findings = sorted(lint_file(file, gpu), key=lambda finding: finding.rule)
     clean = is_clean(findings)
     counts: dict[str, int] = {}
-    for rule, group in groupby(findings, key=lambda found: found.rule):
+    for rule, group in groupby(findings, key=lambda finding: finding.rule):
         places = list(group)
         counts[rule] = len(places)
         output.lines([f"{places[0].severity} {rule}: {len(places)} place(s)"])
@@ -42,7 +42,7 @@ def lint(output: Output, backend: str, file: Path, gpu: str | None) -> None:
         output.lines([f"    … and {len(places) - EXAMPLES} more"] * (len(places) > EXAMPLES))
         output.lines([f"  {RULES[rule].says}", f"  → {RULES[rule].fix}"])
     output.lines([f"{file}: {_verdict(counts, clean)}"])
-    shown: list[dict[str, Any]] = [found.to_json() for found in findings]
+    shown: list[dict[str, Any]] = [finding.to_json() for finding in findings]
     output.result({"file": file, "clean": clean, "counts": counts, "findings": shown})
     if not clean:
         raise click.exceptions.Exit(VerificationError.exit_code)
@@ -81,7 +81,9 @@ def bisect(
     with output.progress() as report:
         graphs = bisect_graphs(out, checkpoint or demo_checkpoint(), component, min_sqnr, report)
     for graph in graphs:
-        output.lines([f"{graph.file}: SQNR in dB beside PyTorch; tensors beside {graph.against}"])
+        output.lines(
+            [f"{graph.file}: SQNR in dB against PyTorch; of tensors, against {graph.against}"]
+        )
         output.table(BLOCK_COLUMNS, [_block_row(block) for block in graph.blocks])
         bad = graph.first_bad
         output.lines(

@@ -128,8 +128,8 @@ def classify(
         else:
             ranked = model.classify(paths, names, templates, mode=mode)
     results = [
-        {"file": str(path), "labels": found[:top]}
-        for path, found in zip(paths, ranked, strict=True)
+        {"file": str(path), "labels": scores[:top]}
+        for path, scores in zip(paths, ranked, strict=True)
     ]
     for result in results:
         scores = ", ".join(f"{item['label']} {item['score']:.3f}" for item in result["labels"])
@@ -164,15 +164,15 @@ def retrieve(
     paths, queries = list(images) if video else expand(images), read_texts(texts, file)
     with open_model(out, backend) as model:
         if video:
-            found = model.retrieve_videos(paths, queries, mode=mode, num_frames=frames)
+            matches = model.retrieve_videos(paths, queries, mode=mode, num_frames=frames)
         else:
-            found = model.retrieve(paths, queries, mode=mode)
+            matches = model.retrieve(paths, queries, mode=mode)
     by_text: list[dict[str, Any]] = [
         {
             "text": text,
             "images": [
-                {"file": str(paths[i]), "score": float(found.similarity[i, j])}
-                for i in found.images_of_text[j][:top]
+                {"file": str(paths[i]), "score": float(matches.similarity[i, j])}
+                for i in matches.images_of_text[j][:top]
             ],
         }
         for j, text in enumerate(queries)
@@ -181,8 +181,8 @@ def retrieve(
         {
             "file": str(path),
             "texts": [
-                {"text": queries[j], "score": float(found.similarity[i, j])}
-                for j in found.texts_of_image[i][:top]
+                {"text": queries[j], "score": float(matches.similarity[i, j])}
+                for j in matches.texts_of_image[i][:top]
             ],
         }
         for i, path in enumerate(paths)
@@ -235,17 +235,17 @@ def match(
 
 
 def expand(paths: tuple[Path, ...]) -> list[Path]:
-    """Files as given, folders as their images in order of name."""
-    found: list[Path] = []
+    """Expand folders to their images, in order of name; files stay as given."""
+    files: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise MediaError(f"{path}: expected images ({', '.join(IMAGE_SUFFIXES)}) in it")
-            found += inside
+            files += inside
         else:
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 def one_image(path: Path) -> None:
@@ -255,7 +255,7 @@ def one_image(path: Path) -> None:
 
 
 def read_texts(texts: tuple[str, ...], file: Path | None) -> list[str]:
-    """The texts of ``--text`` and ``--texts``."""
+    """Read the texts of ``--text`` and ``--texts``."""
     given = list(texts)
     if file is not None and file.is_dir():
         raise MediaError(f"--texts {file}: expected a UTF-8 file, one text a line; it is a folder")
@@ -264,17 +264,17 @@ def read_texts(texts: tuple[str, ...], file: Path | None) -> list[str]:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise MediaError(f"--texts {file}: expected a UTF-8 text file: {error}") from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
+        kept = [line.strip() for line in lines if line.strip()]
+        if not kept:
             raise MediaError(f"--texts {file}: expected texts, one a line, found none")
-        given += found
+        given += kept
     if not given:
         raise UsageError("expected at least one --text, or a file of them as --texts")
     return given
 
 
 def _ranking(query: str, kind: str, hits: list[dict[str, Any]]) -> str:
-    """One line of ``retrieve``: what was asked for, and what was found, best first."""
+    """Make a line of ``retrieve``: the query, and its matches, best first."""
     return f"  {query}: " + ", ".join(f"{hit[kind]} {hit['score']:.3f}" for hit in hits)
 
 
@@ -289,7 +289,7 @@ def _check_save(save: Path, force: bool) -> None:
 
 
 def open_model(out: Path, backend: str) -> Any:
-    """The model of a compiled directory."""
+    """Open the model of a compiled directory."""
     from internvl_edge.runtime.model import load
 
     return load(out, backend=backend)

@@ -90,12 +90,12 @@ METRICS = ("cosine", "zero-shot", "recall@1")
 @click.option(
     "--max-drop",
     type=click.FloatRange(0.0, 1.0),
-    help="Of --precision auto: how much the metric may lose beside float32, 0 to 1.",
+    help="With --precision auto: how much the metric may lose against float32, 0 to 1.",
 )
 @click.option(
     "--metric",
     type=one_of(*METRICS),
-    help="Of --precision auto. cosine (default): of the towers' outputs, the worst sample; "
+    help="With --precision auto. cosine (default): of the towers' outputs, the worst sample; "
     "zero-shot and recall@1: between the calibration images and their captions.",
 )
 @click.option(
@@ -132,13 +132,13 @@ def export(
         if max_drop is None:
             artifact = compiler.export(options, report)
         else:
-            artifact, found = compiler.export_auto(options, max_drop, metric or METRICS[0], report)
-            output.lines(_search_lines(found))
+            artifact, search = compiler.export_auto(options, max_drop, metric or METRICS[0], report)
+            output.lines(_search_lines(search))
     show_artifact(output, artifact)
 
 
 def _is_searched(precision: str, max_drop: float | None, metric: str | None) -> bool:
-    """Whether the layers in 16 bits are searched for; refuses options that go with another."""
+    """Tell whether the layers in 16 bits are searched for; refuse options that go with another."""
     if "=" not in precision and precision not in PRECISIONS:
         raise UsageError(
             f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, or one per tower "
@@ -147,13 +147,12 @@ def _is_searched(precision: str, max_drop: float | None, metric: str | None) -> 
     is_auto = precision == AUTO
     if is_auto and max_drop is None:
         raise UsageError(
-            "--precision auto: expected how much may be lost; add --max-drop, such as 1e-4"
+            "--precision auto requires --max-drop, how much may be lost, such as --max-drop 1e-4"
         )
     for name, value in (("--max-drop", max_drop), ("--metric", metric)):
         if value is not None and not is_auto:
             raise UsageError(
-                f"{name} {value}: of --precision auto, found --precision {precision}; choose "
-                f"auto, or leave {name} out"
+                f"{name} only applies to --precision auto (got --precision {precision})"
             )
     return is_auto
 
@@ -184,12 +183,12 @@ def _require_components(chosen: tuple[str, ...] | None) -> None:
             )
 
 
-def _search_lines(found: Any) -> list[str]:
-    chosen, total = found.chosen, len(found.ranking)
+def _search_lines(search: Any) -> list[str]:
+    chosen, total = search.chosen, len(search.ranking)
     return [
-        f"{found.metric} drop {point.drop:.2g} with {point.num_layers} of {total} layers in 16 "
+        f"{search.metric} drop {point.drop:.2g} with {point.num_layers} of {total} layers in 16 "
         f"bits, {point.nbytes / 1e6:.1f} MB{'  <- chosen' if point == chosen else ''}"
-        for point in found.frontier
+        for point in search.frontier
     ]
 
 
@@ -236,9 +235,9 @@ def build(
     before = engine_files(out)
     with output.progress() as report:
         engines = build_engines(out, targets, components=components, profile=profile, report=report)
-    found = [engine_facts(out, engine, is_new=engine.file not in before) for engine in engines]
-    output.table(ENGINE_COLUMNS, [engine_row(engine) for engine in found])
-    output.result({"out": out, "engines": found})
+    facts = [engine_facts(out, engine, is_new=engine.file not in before) for engine in engines]
+    output.table(ENGINE_COLUMNS, [engine_row(engine) for engine in facts])
+    output.result({"out": out, "engines": facts})
 
 
 @click.command()

@@ -119,12 +119,12 @@ def _neither(path: Path) -> str:
 
 
 def engine_files(out: Path) -> set[str]:
-    """The engines that a directory has, by file."""
+    """List the engines that a directory has, by file."""
     return {engine.file for engine in open_artifact(out, hash_files=False).manifest.engines}
 
 
 def engine_facts(out: Path, engine: EngineRecord, *, is_new: bool) -> dict[str, Any]:
-    """What there is to know of an engine, from its sidecar."""
+    """Collect the facts of an engine, from its sidecar."""
     from internvl_edge.artifact.sidecar import read_engine_info
 
     info = read_engine_info(out / engine.sidecar)
@@ -140,7 +140,7 @@ def engine_facts(out: Path, engine: EngineRecord, *, is_new: bool) -> dict[str, 
 
 
 def engine_row(engine: dict[str, Any]) -> tuple[str, ...]:
-    """What ``engine_facts`` found, under ``ENGINE_COLUMNS``."""
+    """Arrange the facts of an engine under ``ENGINE_COLUMNS``."""
     profile = [f"{name} {'/'.join(map(str, sizes))}" for name, sizes in engine["profile"].items()]
     return (
         engine["component"],
@@ -153,7 +153,7 @@ def engine_row(engine: dict[str, Any]) -> tuple[str, ...]:
 
 
 def show_artifact(output: Output, artifact: Artifact) -> None:
-    """Every component with its figures, every engine; with ``--json`` the whole manifest."""
+    """Show every component with its figures and every engine; with ``--json``, the manifest."""
     manifest = artifact.manifest
     rows = [
         (name, f"{record.nbytes / 1e6:.1f} MB", *figures_row(record.verification or {}))
@@ -180,7 +180,7 @@ def show_artifact(output: Output, artifact: Artifact) -> None:
 
 
 def figures_row(verification: dict[str, Any]) -> tuple[str, str, str]:
-    """Cosine, SQNR and largest difference of a component."""
+    """Format the cosine, SQNR and largest difference of a component."""
     if "cosine" not in verification:
         return ("not verified", "", "")
     return (

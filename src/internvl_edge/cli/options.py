@@ -67,7 +67,7 @@ def answers(function: Function) -> Function:
 
 
 def one_of(*choices: str) -> click.Choice[str]:
-    """One of these names, in whatever case."""
+    """Make a type of option: one of these names, in whatever case."""
     return click.Choice(choices, case_sensitive=False)
 
 
@@ -82,22 +82,22 @@ no_backend = _backend("Taken by every command; it changes nothing in this one.")
 
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """A comma-separated list, or None."""
+    """Split a comma-separated list; None stays None."""
     return (
         None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
     )
 
 
 def targets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """Every name of an option that may be repeated, and each time be a comma-separated list."""
-    found = [part.strip().lower() for text in value for part in text.split(",")]
-    if not any(found):
+    """Collect the names of an option that may be repeated, each time a comma-separated list."""
+    chosen = [part.strip().lower() for text in value for part in text.split(",")]
+    if not any(chosen):
         raise click.BadParameter("expected at least one name, found none")
-    return tuple(dict.fromkeys(filter(None, found)))
+    return tuple(dict.fromkeys(filter(None, chosen)))
 
 
 def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """Bytes from a size such as ``3GB``, ``800 MB`` or ``2GiB``; None stays None."""
+    """Read a size such as ``3GB``, ``800 MB`` or ``2GiB`` as bytes; None stays None."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)

@@ -65,7 +65,7 @@ def generation(max_new_tokens: int) -> Callable[[Function], Function]:
 
 
 def as_typed(message: str) -> str:
-    """A message of the library with its names of options as they are typed."""
+    """Write the names of options in a message of the library as they are typed."""
     return NAMES.sub(lambda found: f"--{found[0].replace('_', '-')}", message)
 
 

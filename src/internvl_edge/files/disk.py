@@ -1,4 +1,4 @@
-"""What the disk is asked to do: whole files, durable names, locks, and its errors as ours.
+"""Files on disk: whole ones, durable names, locks, and the disk's errors as ours.
 
 A name is durable once its directory was synced, contents once the file was; rename is the one
 step that is atomic. A failed fsync is final: the kernel may have dropped the data, and a second
@@ -55,7 +55,7 @@ def os_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def work_errors(path: Path, directory: Path) -> Iterator[None]:
-    """The same for a block that also touches other files: a bad disk, and errors in a directory.
+    """Do the same where other files are touched too: a bad disk, and errors in a directory.
 
     Args:
         path: what the errors name.
@@ -70,7 +70,7 @@ def work_errors(path: Path, directory: Path) -> Iterator[None]:
 
 
 def translated(error: OSError, path: Path) -> InternVLError:
-    """An operating system's error as ours, naming ``path``."""
+    """Turn an operating system's error into ours, naming ``path``."""
     name = errno.errorcode.get(error.errno or 0, "no errno")
     text = f"{path}: {error.strerror or error} ({name})"
     if error.filename is not None and str(error.filename) != str(path):
@@ -100,7 +100,7 @@ def require_free_disk(path: Path, nbytes: int) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path, or the folder nearest above it that exists, for one that does not yet."""
+    """Find the path, or the nearest folder above it that exists."""
     place = path.absolute()
     while not os.path.exists(place) and place != place.parent:  # False where not allowed to look
         place = place.parent
@@ -224,7 +224,7 @@ class StreamedFile:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file of ours; a copy where the file system has no hard links."""
+    """Give a file of ours a second name; copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -234,7 +234,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def sibling(path: Path, suffix: str) -> Path:
-    """A hidden name of its own beside ``path``: ``.NAME.1a2b3c4d.SUFFIX``."""
+    """Make a hidden unique name in the folder of ``path``: ``.NAME.1a2b3c4d.SUFFIX``."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
 
 
@@ -321,8 +321,7 @@ def lock(directory: Path) -> int:
     descriptor = os.open(directory, FOLDER_FLAGS)
     try:
         flock(descriptor)
-        found = os.stat(directory)
-        same = os.path.samestat(found, os.fstat(descriptor))
+        same = os.path.samestat(os.stat(directory), os.fstat(descriptor))
     except BaseException as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
@@ -354,7 +353,7 @@ def flock(descriptor: int) -> bool:
 
 
 def is_abandoned(directory: Path) -> bool:
-    """Whether no process holds a directory, on a file system whose locks can tell."""
+    """Tell whether no process holds a directory, on a file system whose locks can tell."""
     try:
         with contextlib.ExitStack() as stack:
             first, second = (os.open(directory, FOLDER_FLAGS) for _ in range(2))

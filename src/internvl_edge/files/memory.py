@@ -20,13 +20,13 @@ KIB = 1024
 
 
 def available_memory() -> int:
-    """Memory that can be had without swapping, page cache included, in bytes."""
+    """Read how many bytes can be had without swapping, page cache included."""
     nbytes = _proc_nbytes("/proc/meminfo", "MemAvailable")
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if nbytes is None else nbytes
 
 
 def total_memory() -> int | None:
-    """All the memory of the machine in bytes; None where the system does not say."""
+    """Read how many bytes the machine has in all; None where the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -34,12 +34,12 @@ def total_memory() -> int | None:
 
 
 def peak_rss_nbytes() -> int | None:
-    """The most memory that this process ever had resident; None where the system does not say."""
+    """Read the most bytes that this process ever had resident; None where the system is silent."""
     return _proc_nbytes("/proc/self/status", "VmHWM")
 
 
 def rss_nbytes() -> int | None:
-    """The memory that this process has resident now; None where the system does not say."""
+    """Read how many bytes this process has resident now; None where the system does not say."""
     return _proc_nbytes("/proc/self/status", "VmRSS")
 
 

@@ -90,7 +90,7 @@ def require(*names: str) -> None:
 
 
 def version_of(name: str) -> str | None:
-    """The version of a package, in the table or not; None where it is not installed."""
+    """Look up a package's version, in the table or not; None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -98,5 +98,5 @@ def version_of(name: str) -> str | None:
 
 
 def versions(names: Sequence[str]) -> dict[str, str | None]:
-    """The versions of packages by name."""
+    """Look up the versions of packages."""
     return {name: version_of(name) for name in names}

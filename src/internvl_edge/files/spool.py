@@ -63,7 +63,7 @@ class Spool(Sequence[Array]):
 
     @classmethod
     def reopen(cls, file: BinaryIO, shapes: Sequence[Sequence[int]], budget: Budget) -> Spool:
-        """The spool that an earlier process wrote through to ``file``.
+        """Open the spool that an earlier process wrote through to ``file``.
 
         Raises:
             InternVLError: the file is not of the size that the shapes add up to.

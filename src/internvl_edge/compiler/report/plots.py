@@ -119,7 +119,7 @@ def legend() -> list[tuple[int, str]]:
 
 
 def _short(kind: str) -> str:
-    """A name that fits a column."""
+    """Shorten a name to fit a column."""
     return re.sub(r"^(mlp|attn|self_attn)\.", "", kind).replace("cross_attn.", "cross ")
 
 
@@ -375,7 +375,7 @@ def _log_axis(
 
 
 def _prefixed(value: float) -> str:
-    """A number and the prefix of its unit, such as ``1.5 T``."""
+    """Format a number with the prefix of its unit, such as ``1.5 T``."""
     for size, prefix in PREFIXES:
         if value >= size:
             return f"{value / size:.3g} {prefix}"
@@ -383,5 +383,5 @@ def _prefixed(value: float) -> str:
 
 
 def _shortened(label: str, length: int = 36) -> str:
-    """The end of a label that is too long for its column: paths begin alike."""
+    """Keep the end of a label that is too long for its column: paths begin alike."""
     return label if len(label) <= length else f"…{label[1 - length :]}"

@@ -7,7 +7,7 @@ from internvl_edge.artifact.open import Manifest
 
 
 def readme(manifest: Manifest) -> str:
-    """Markdown for a manifest."""
+    """Write Markdown for a manifest."""
     rows = [
         f"| `{name}` | {', '.join(f'`{spec.name}`' for spec in record.inputs)} | "
         f"{record.outputs[0].name} | {record.nbytes / 1e6:.1f} MB | "

@@ -102,7 +102,7 @@ def report_with(
     speed: SpeedFigures | None = None,
     accuracy: AccuracyFigures | None = None,
 ) -> str:
-    """The report of a published directory with what was measured of it; the directory stays."""
+    """Render a published directory's report with new measurements; the directory stays."""
     return render(manifest, read_statistics(directory), read_frontier(directory), speed, accuracy)
 
 
@@ -113,7 +113,7 @@ def render(
     speed: SpeedFigures | None = None,
     accuracy: AccuracyFigures | None = None,
 ) -> str:
-    """The report as HTML."""
+    """Render the report as HTML."""
     from jinja2 import Environment, StrictUndefined
 
     source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def _of(layers: Iterable[LayerStatistics], stream: str) -> list[LayerStatistics]
 
 
 def _place(weight: str) -> tuple[int, str]:
-    """Block and kind of a linear layer by its weight's name."""
+    """Read the block and kind of a linear layer from its weight's name."""
     match = re.search(r"\.layers\.(\d+)\.(.+)\.weight$", weight)
     return (int(match[1]), match[2]) if match else (0, weight)
 

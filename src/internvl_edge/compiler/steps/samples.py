@@ -19,7 +19,7 @@ from internvl_edge.types import Array
 logger = logging.getLogger(__name__)
 
 BATCH = 8  # samples that flow through the blocks together
-MAX_TEXT_LENGTH = 80  # tokens (internvl-spec section 3.4)
+MAX_TEXT_LENGTH = 80  # tokens (docs/model.md, section 8.2)
 TOKENIZER_FILE = "tokenizer.model"
 
 
