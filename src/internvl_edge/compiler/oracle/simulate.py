@@ -36,7 +36,7 @@ from internvl_edge.quantize.calibration.attention import (
     AttentionScales,
     scales_by_attention,
 )
-from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX
+from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.numerics.gptq import MAX_MOVED

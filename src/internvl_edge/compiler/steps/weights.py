@@ -46,7 +46,8 @@ from internvl_edge.export.models.vit import resize_position_embedding
 from internvl_edge.export.towers.blocks import sites_of
 from internvl_edge.export.weights.link import bring_shards, way_of
 from internvl_edge.export.weights.writer import Layout, StoredTensor, WeightsWriter
-from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX, CalibratedBlock, is_quantized
+from internvl_edge.quantize.calibration.block import CalibratedBlock, is_quantized
+from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.weights import stored_layout
 from internvl_edge.quantize.recipe import Recipe
