@@ -168,5 +168,7 @@ def test_the_server_by_name() -> None:
     assert found.wall_s is not None
     assert found.rate is not None
     assert found.bound_ms == 1000
-    with pytest.raises(UsageError, match=r"--p99 0\.01 ms cannot be kept at any rate: a single call"):
+    with pytest.raises(
+        UsageError, match=r"--p99 0\.01 ms cannot be kept at any rate: a single call"
+    ):
         run_scenario("server", lambda: time.sleep(0.002), p99_ms=0.01, **load)  # type: ignore[arg-type]
