@@ -16,6 +16,7 @@ from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace, weights
 from internvl_edge.compiler.steps.engines import BuildEngines
 from internvl_edge.compiler.steps.step import Build
+from internvl_edge.compiler.weights.plan import plan_weights
 from internvl_edge.errors import InternVLError
 
 
@@ -71,7 +72,7 @@ def test_one_model_without_weights(
 def test_weights_that_were_not_planned_are_a_mistake(written: Written, tmp_path: Path) -> None:
     plan = plan_of(written, tmp_path / "out", components=("image_pool",))
     model = trace.shallow_model(plan)
-    planned = weights.plan_weights(plan, model)
+    planned = plan_weights(plan, model)
     graphs = trace.trace_all(plan, model, plan.base, silent)
     build = Build(
         directory=tmp_path,

@@ -16,7 +16,7 @@ from internvl_edge.artifact.components import LLAMA_PREFIX, VISION_PREFIX
 from internvl_edge.compiler import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace, verify
-from internvl_edge.compiler.steps.calibrate import Quantize
+from internvl_edge.compiler.steps.quantize import Quantize
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import StoreWeights
 from internvl_edge.errors import InternVLError, VerificationError

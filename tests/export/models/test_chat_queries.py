@@ -19,7 +19,7 @@ from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler import ExportOptions, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace, verify
-from internvl_edge.compiler.steps.samples import load_samples, samples_for
+from internvl_edge.compiler.steps.calibration.samples import load_samples, samples_for
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import LLAVA_TOWER, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_reference

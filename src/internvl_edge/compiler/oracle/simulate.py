@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_edge.artifact.components import PREFIXES
-from internvl_edge.compiler.steps.weights import WEIGHTS_FILE
+from internvl_edge.compiler.weights.layout import WEIGHTS_FILE
 from internvl_edge.errors import ArtifactError, VerificationError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.shards import read_header

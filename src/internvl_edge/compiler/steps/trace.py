@@ -21,7 +21,7 @@ from internvl_edge.compiler.cost import IMPORTS_NBYTES, Cost
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.steps.weights import block_sizes, towers_of
+from internvl_edge.compiler.weights.layout import block_sizes, towers_of
 from internvl_edge.export.checkpoint.load import build_model
 from internvl_edge.export.components import (
     build_component,
