@@ -218,7 +218,7 @@ def build(
 ) -> None:
     """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
     from internvl_edge.compiler.steps.engines import build as build_engines
-    from internvl_edge.compiler.steps.engines import ranges_from
+    from internvl_edge.compiler.steps.profiles import ranges_from
 
     profile = ranges_from(batch=batch, length=length, past=past)
     if dry_run:

@@ -21,10 +21,11 @@ from internvl_edge.compiler.steps.calibration.cost import spool_budget
 from internvl_edge.compiler.steps.calibration.samples import load_samples, samples_for
 from internvl_edge.compiler.steps.engines import BuildEngines, require_targets
 from internvl_edge.compiler.steps.graphs import WriteGraphs
+from internvl_edge.compiler.steps.meta_model import shallow_model
 from internvl_edge.compiler.steps.publish import ListFiles, Publish
 from internvl_edge.compiler.steps.quantize import Quantize
 from internvl_edge.compiler.steps.step import Build, Step
-from internvl_edge.compiler.steps.trace import Trace, shallow_model
+from internvl_edge.compiler.steps.trace import Trace
 from internvl_edge.compiler.steps.verify import (
     Checker,
     Verify,

@@ -17,6 +17,7 @@ from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace
+from internvl_edge.compiler.steps.meta_model import meta_model, shallow_model
 from internvl_edge.compiler.weights import layout
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
@@ -256,9 +257,9 @@ def test_deep_towers_are_stamped_as_traced(tmp_path: Path) -> None:
     vision = replace(CHAT.vision, num_hidden_layers=4)
     written = write_chat(tmp_path / "c", replace(CHAT, llama=llama, vision=vision))
     plan = make_plan(ExportOptions(checkpoint=written.path, out=tmp_path / "out"))
-    stamped = trace.trace_all(plan, trace.shallow_model(plan), plan.base, silent)
+    stamped = trace.trace_all(plan, shallow_model(plan), plan.base, silent)
     config = plan.source.config
-    deep = trace.meta_model(config, plan.image_size)
+    deep = meta_model(config, plan.image_size)
     for name, model in stamped.items():
         full = trace._trace(plan, name, config, deep)
         assert [n.name for n in model.graph] == [n.name for n in full.graph]
