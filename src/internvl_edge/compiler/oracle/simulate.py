@@ -35,7 +35,7 @@ from internvl_edge.errors import ArtifactError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.quantize.calibration.attention import scales_by_attention
-from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX
+from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.statistics import LayerStatistics, read_statistics
 from internvl_edge.quantize.recipe import Recipe

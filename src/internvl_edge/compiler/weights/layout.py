@@ -24,7 +24,8 @@ from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.shards import DTYPES
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.towers.blocks import sites_of
-from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX, is_quantized
+from internvl_edge.quantize.calibration.block import is_quantized
+from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.weights import stored_layout
 from internvl_edge.quantize.recipe import Recipe

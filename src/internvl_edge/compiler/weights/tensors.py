@@ -10,7 +10,7 @@ from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.weights.layout import FLOAT32, POSITIONS
 from internvl_edge.export.checkpoint.load import torch_from_numpy
 from internvl_edge.export.models.vit import resize_position_embedding
-from internvl_edge.quantize.calibration.block import SMOOTHING_SUFFIX
+from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.types import Array
 
 
