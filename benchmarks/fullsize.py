@@ -193,7 +193,7 @@ def work_forwards(checkpoint: str) -> None:
     import torch
 
     from internvl_edge.artifact.workspace import Workspace
-    from internvl_edge.compiler.steps.samples import BATCH
+    from internvl_edge.compiler.steps.calibration.samples import BATCH
     from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
     from internvl_edge.export.towers.streams import Samples, calibration_blocks
     from internvl_edge.files.spool import Budget

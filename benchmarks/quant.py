@@ -34,7 +34,6 @@ import torch
 from internvl_edge.artifact.components import COMPONENTS, VISION
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.oracle.simulate import Quantization
-from internvl_edge.compiler.plan import source_of
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_model
 from internvl_edge.export.components import build_component
@@ -43,6 +42,7 @@ from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
 from internvl_edge.quantize.calibration.block import calibrate_block
 from internvl_edge.quantize.calibration.images import sample_set
+from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.numerics.formats import sqnr_db
 from internvl_edge.quantize.recipe import Recipe, recipe_for
 from internvl_edge.runtime.images.transform import Preprocessing, pixel_values

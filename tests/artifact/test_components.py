@@ -40,7 +40,7 @@ MADE_UP = Component(
 )
 TABLE, TABLE_OF_MODULES = "artifact/components.py", "export/components.py"
 # The vision tower's section of a checkpoint's configuration, which is no component.
-SECTIONS = {("export/config/checkpoint.py", "vision"), ("compiler/steps/engines.py", "vision")}
+SECTIONS = {("export/config/checkpoint.py", "vision"), ("compiler/steps/graph_files.py", "vision")}
 
 
 class VisionMean(nn.Module):

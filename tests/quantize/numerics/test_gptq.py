@@ -20,7 +20,6 @@ from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.plan import source_of
 from internvl_edge.compiler.search import export_auto
 from internvl_edge.compiler.steps.verify import Checker, quantization_of
 from internvl_edge.errors import CalibrationError, InputError, VerificationError
@@ -28,6 +27,7 @@ from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoi
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.quantize.calibration import block as calibrating
+from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.numerics import formats, gptq, int4
 from internvl_edge.quantize.numerics.gptq import Factor, add_rows, change_rows, improved
 from internvl_edge.quantize.numerics.weights import QuantizedWeight, quantize_weight
