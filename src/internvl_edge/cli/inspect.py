@@ -106,7 +106,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
 
 def _neither(path: Path) -> str:
     reason = (
-        "reason neither"
+        "found neither"
         if path.is_dir()
         else "it is a file"
         if path.exists()
