@@ -369,8 +369,10 @@ def test_places_and_image_tokens_must_be_as_many(golden: Path, reference: dict[s
     assert isinstance(model, Chat)
     pixels = torch.from_numpy(reference["in.pixel_values"])
     ids = torch.from_numpy(reference["chat.v2.in.input_ids"])
-    with pytest.raises(CheckpointError, match=r"12 placeholders \(id 299\) and 8 image tokens"):
-        model(pixels[:2], ids, image_token_id=IMAGE_TOKEN)
+    places = 4 * len(ids)
+    message = rf"{places} placeholders \(id 299\) and {places - 4} image tokens"
+    with pytest.raises(CheckpointError, match=message):
+        model(pixels[:-1], ids, image_token_id=IMAGE_TOKEN)
     with pytest.raises(CheckpointError, match="expected image_token_id"):
         model(pixels, ids)
 
