@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,8 @@ from internvl_edge.export.towers.blocks import (
     language_prefix,
     sites_of,
 )
-from internvl_edge.quantize.numerics.rotation import Rotation
+from internvl_edge.quantize.numerics.rotation import Rotation, rotation
+from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.types import Array
 
 FLOAT32 = np.dtype(np.float32)
@@ -65,6 +67,14 @@ class Derived(TensorEntry):
     def read(self) -> Array:
         """Compute the values, in the entry's dtype."""
         return self.compute().astype(self.dtype, copy=False)
+
+
+def source_of(checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
+    """Fold a checkpoint into the form that a recipe quantizes: the same function, other tensors."""
+    if recipe is None or not recipe.fold:
+        return checkpoint
+    turn = partial(rotation, seed=recipe.rotation_seed) if recipe.rotate else None
+    return folded(checkpoint, turn, has_shift=recipe.shift)
 
 
 def folded(

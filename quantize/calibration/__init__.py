@@ -2,6 +2,7 @@
 
 block        calibrates and quantizes one block; start here
 activations  observes the inputs of a block's linear layers
+folding      factors moved between an activation's producer and its readers
 ranges       chooses the scale of an activation from these observations
 attention    observes the operands of FP8 attention
 images       the calibration sets

@@ -26,13 +26,12 @@ activation with K channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from internvl_edge.export.towers.blocks import Block
 from internvl_edge.export.towers.streams import SampleStream
@@ -42,21 +41,19 @@ from internvl_edge.quantize.calibration.activations import (
     Inputs,
     NewSpool,
     groups_of,
-    head_rotation,
-    is_changed,
     watching,
 )
 from internvl_edge.quantize.calibration.attention import watching_attention
+from internvl_edge.quantize.calibration.folding import fold, fold_products
 from internvl_edge.quantize.calibration.ranges import (
     Activation,
     ChosenRange,
     choose_range,
     corrected_bias,
+    statistics_of,
 )
-from internvl_edge.quantize.numerics import formats, int4, output_error, smooth
-from internvl_edge.quantize.numerics.gptq import Factor, change_rows
+from internvl_edge.quantize.numerics.gptq import Factor
 from internvl_edge.quantize.numerics.observers import RangeMethod
-from internvl_edge.quantize.numerics.rotation import rotate_heads
 from internvl_edge.quantize.numerics.statistics import LayerStatistics
 from internvl_edge.quantize.numerics.threads import each
 from internvl_edge.quantize.numerics.weights import QuantizedWeight, quantize_weight
@@ -64,7 +61,6 @@ from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.types import Array
 
 THREADS = 2  # each holds copies of activations or weights
-SMOOTHING_SUFFIX = ".smoothing"  # of the name of the factors in the columns of a site's readers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +120,7 @@ def calibrate_block(
             for stream, by_group in seen.items()
             if group.key in by_group
         }
-        change = _fold(block, group, weights, inputs, recipe, result)
+        change = fold(block, group, weights, inputs, recipe, result.folded)
         is_only = len(inputs) == 1
         activations += [
             Activation(group, stream, one, change, is_only) for stream, one in inputs.items()
@@ -138,7 +134,7 @@ def calibrate_block(
         for reader in activation.group.readers
         if activation.is_only
     }
-    _fold_products(products, activations, only_ranges, recipe)
+    fold_products(products, activations, only_ranges, recipe)
     _round(groups, weights, products, recipe, result)
     _correct_biases(linears, only_ranges, recipe, result)
     scales: list[float | None] = [chosen.scale for chosen in ranges]
@@ -146,7 +142,7 @@ def calibrate_block(
         names = (f"{reader}.weight" for reader in activation.group.readers)
         result.activations[activation.stream] |= dict.fromkeys(names, scale)
     _store_shifts(block, groups, only_ranges, result)
-    result.statistics.extend(_statistics(activations, ranges, result.weights, recipe))
+    result.statistics.extend(statistics_of(activations, ranges, result.weights, recipe))
     return result
 
 
@@ -187,106 +183,6 @@ def _run(
     return seen
 
 
-def _statistics(
-    activations: Sequence[Activation],
-    ranges: Sequence[ChosenRange],
-    weights: Mapping[str, QuantizedWeight],
-    recipe: Recipe,
-) -> Iterator[LayerStatistics]:
-    for activation, chosen in zip(activations, ranges, strict=False):
-        for name in activation.group.readers:
-            yield LayerStatistics(
-                stream=activation.stream,
-                weight=f"{name}.weight",
-                absmax=chosen.absmax,
-                clip=chosen.scale * formats.as_format(recipe.weights).max_value,
-                scale=chosen.scale,
-                input_sqnr_db=chosen.sqnr_db,
-                weight_sqnr_db=weights[f"{name}.weight"].sqnr_db,
-            )
-
-
-def _fold(
-    block: Block,
-    group: Group,
-    weights: dict[str, Array],
-    inputs: Mapping[str, Inputs],
-    recipe: Recipe,
-    result: CalibratedBlock,
-) -> Callable[[Array], Array]:
-    """Move factors, and a rotation of each head, between an activation's producer and readers.
-
-    Returns:
-        The map that this applies to the activation's rows.
-    """
-    site = group.site
-    if site is None or not inputs or not is_changed(group, recipe):
-        return lambda x: x
-    head = head_rotation(group, recipe)
-
-    def turn(x: Array) -> Array:
-        return x if head is None else rotate_heads(x, head)
-
-    readers = [weights[name] for name in group.readers]
-    factors = _factors(readers, inputs, turn, recipe)
-    if site.norm is not None:
-        gain, bias = smooth.fold(*_arrays(block, site.norm), readers, factors)
-        result.folded[f"{block.name}.{site.norm}.weight"] = gain
-        if bias is not None:
-            result.folded[f"{block.name}.{site.norm}.bias"] = bias
-    else:
-        producer = f"{block.name}.{site.producer}"
-        rows = slice(site.first_row, site.first_row + factors.size)
-        bias = _arrays(block, str(site.producer))[1]
-        smooth.fold_rows(weights[producer][rows], bias, rows, readers, factors)
-        if head is not None:
-            rotate_heads(weights[producer][rows], head, axis=0, in_place=True)
-            for weight in readers:
-                rotate_heads(weight, head, in_place=True)
-            if bias is not None:
-                rotate_heads(bias[rows], head, in_place=True)
-        if bias is not None:
-            result.folded[f"{producer}.bias"] = bias
-    result.folded[f"{group.key}{SMOOTHING_SUFFIX}"] = factors
-    return lambda x: turn(x / factors)
-
-
-def _factors(
-    readers: Sequence[Array],
-    inputs: Mapping[str, Inputs],
-    turn: Callable[[Array], Array],
-    recipe: Recipe,
-) -> Array:
-    if recipe.smooth is None:
-        return np.ones(readers[0].shape[1], np.float32)
-    samples = [np.array(one.sample.rows) for one in inputs.values()]
-    sample = output_error.sample_weights(readers)
-    if recipe.is_weight_only:
-        block = int4.block_of(sample.shape[1], recipe.block_size)
-        return int4.best_factors(samples, sample, turn, recipe.weights, block)
-    peaks = np.max([one.peaks for one in inputs.values() if one.peaks is not None], axis=0)
-    columns, alpha = smooth.column_absmax(readers), recipe.smooth
-    if alpha == "auto":
-        return output_error.best_factors(samples, peaks, columns, sample, turn, recipe.weights)
-    return smooth.smoothing_factors(peaks, columns, alpha)
-
-
-def _fold_products(
-    products: Mapping[str, Array],
-    activations: Sequence[Activation],
-    ranges: Mapping[str, ChosenRange],
-    recipe: Recipe,
-) -> None:
-    """Apply to each Xᵀ X what was folded into its activation, as the readers will see it."""
-    changes = {one.group.key: one.change for one in activations if is_changed(one.group, recipe)}
-    for key, h in products.items():
-        if key in changes:
-            change_rows(h, changes[key])
-        spread = ranges[key].spread if key in ranges else None
-        if spread is not None:
-            change_rows(h, partial(np.multiply, spread))
-
-
 def _round(
     groups: Sequence[Group],
     weights: Mapping[str, Array],
@@ -310,14 +206,6 @@ def _round(
             h = products.pop(group.key, None)  # None: no stream runs through this group
             quantized |= rounded(group.readers, None if h is None else Factor(h, group.key))
     result.weights.update((f"{name}.weight", quantized[name]) for name in weights)
-
-
-def _arrays(block: Block, path: str) -> tuple[Array, Array | None]:
-    """Return weight and bias of a submodule."""
-    module = block.module.get_submodule(path)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    return weight.detach().numpy(), bias.detach().numpy() if isinstance(bias, Tensor) else None
 
 
 def _correct_biases(

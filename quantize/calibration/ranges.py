@@ -15,7 +15,7 @@ Activations do not depend on each other here, so two threads can process two of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from internvl_edge.quantize.calibration.activations import Group, Inputs
 from internvl_edge.quantize.numerics import formats, output_error
 from internvl_edge.quantize.numerics.observers import RANGE_METHODS, RangeMethod, RangeObserver
 from internvl_edge.quantize.numerics.output_error import Range
-from internvl_edge.quantize.numerics.statistics import BEST_DB, input_sqnr_db
+from internvl_edge.quantize.numerics.statistics import BEST_DB, LayerStatistics, input_sqnr_db
 from internvl_edge.quantize.numerics.weights import QuantizedWeight
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.types import Array
@@ -196,3 +196,23 @@ def _product(error: Array, values: Array) -> Array:
             rows = slice(start, start + PRODUCT_ROWS)
             result[columns] += error[rows] @ values[rows, columns].astype(np.float32)
     return result
+
+
+def statistics_of(
+    activations: Sequence[Activation],
+    ranges: Sequence[ChosenRange],
+    weights: Mapping[str, QuantizedWeight],
+    recipe: Recipe,
+) -> Iterator[LayerStatistics]:
+    """Describe the quantization of every linear layer, one figure set per stream it runs in."""
+    for activation, chosen in zip(activations, ranges, strict=False):
+        for name in activation.group.readers:
+            yield LayerStatistics(
+                stream=activation.stream,
+                weight=f"{name}.weight",
+                absmax=chosen.absmax,
+                clip=chosen.scale * formats.as_format(recipe.weights).max_value,
+                scale=chosen.scale,
+                input_sqnr_db=chosen.sqnr_db,
+                weight_sqnr_db=weights[f"{name}.weight"].sqnr_db,
+            )

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from internvl_edge.compiler.forecast import forecast
 from support.checkpoints import write_internvl
 from torch import Tensor, nn
 
@@ -41,7 +40,7 @@ MADE_UP = Component(
 )
 TABLE, TABLE_OF_MODULES = "artifact/components.py", "export/components.py"
 # The vision tower's section of a checkpoint's configuration, which is no component.
-SECTIONS = {("export/config/checkpoint.py", "vision"), ("compiler/steps/engines.py", "vision")}
+SECTIONS = {("export/config/checkpoint.py", "vision"), ("compiler/steps/graph_files.py", "vision")}
 
 
 class VisionMean(nn.Module):
@@ -71,7 +70,7 @@ def test_a_new_component_is_a_row_and_a_module(
         calibration=pictures if "int8" in precision else None,
         verify="full",
     )
-    assert forecast(options).steps
+    assert compiler.forecast(options).steps
     compiler.export(options)
 
     manifest = open_artifact(options.out).manifest

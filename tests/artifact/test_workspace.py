@@ -25,8 +25,8 @@ from internvl_edge import compiler
 from internvl_edge.artifact import workspace as resume
 from internvl_edge.artifact.workspace import JOURNAL, KEY, Workspace, kept_nbytes, workspace
 from internvl_edge.compiler import ExportOptions, cost
-from internvl_edge.compiler.steps import calibrate as calibration_step
 from internvl_edge.compiler.steps import weights as weights_step
+from internvl_edge.compiler.steps.calibration import blocks as calibration_step
 from internvl_edge.errors import (
     CheckpointError,
     InternVLError,

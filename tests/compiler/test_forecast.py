@@ -13,7 +13,8 @@ from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.compiler import ExportOptions, export, forecast
 from internvl_edge.compiler.cost import Forecast
-from internvl_edge.compiler.steps import calibrate, verify
+from internvl_edge.compiler.steps import verify
+from internvl_edge.compiler.steps.calibration import cost as calibration_cost
 from internvl_edge.errors import ResourceError
 from internvl_edge.files.spool import Budget, Spool
 from internvl_edge.quantize.recipe import recipe_for
@@ -112,7 +113,7 @@ def test_spools_of_every_stream_are_counted(
         components=components,
         verify="none",
     )
-    monkeypatch.setattr(calibrate, "spool_budget", lambda _: Budget(0))  # all of it on disk
+    monkeypatch.setattr(calibration_cost, "spool_budget", lambda _: Budget(0))  # all of it on disk
     (step,) = (step for step in forecast(options).steps if step.name == "quantize")
     spools: list[Spool] = []
     most = 0

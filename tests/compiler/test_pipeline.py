@@ -424,7 +424,7 @@ def test_an_engine_is_hashed_while_it_is_written_and_never_read(
     trt = FakeTrt()
     trt.inputs = [tensor("pixel_values", DataType.FLOAT, -1, 3, 28, 28)]
     for module in (engines, build):
-        monkeypatch.setattr(module, "load_builder", lambda _: trt)
+        monkeypatch.setattr(module, "import_tensorrt", lambda _: trt)
     for name in ("sync", "sync_tree"):  # which open files too, and read nothing of them
         monkeypatch.setattr(publish, name, lambda _: None)
     monkeypatch.setattr(pipeline, "open_artifact", lambda _, hash_files: None)  # for their sizes

@@ -111,8 +111,8 @@ def test_shrinking_keeps_the_widths() -> None:
     [
         (["there"], "exists; choose a new directory"),
         (["file/new"], "cannot be written: Not a directory"),
-        (["new", "--layers", "0"], "expected a number from 1 up, found '0'"),
-        (["new", "--layers", "-3"], "expected a number from 1 up, found '-3'"),
+        (["new", "--layers", "0"], "expected a number of at least 1, found '0'"),
+        (["new", "--layers", "-3"], "expected a number of at least 1, found '-3'"),
     ],
 )
 def test_what_cannot_be_written(

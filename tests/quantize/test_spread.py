@@ -14,9 +14,9 @@ from support.checkpoints import TINY, write_vit
 
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions, export
-from internvl_edge.compiler.steps import calibrate
+from internvl_edge.compiler.steps import quantize
 from internvl_edge.compiler.steps.engines import build
-from internvl_edge.compiler.steps.weights import WEIGHTS_FILE
+from internvl_edge.compiler.weights.layout import WEIGHTS_FILE
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.config.checkpoint import CheckpointConfig
@@ -99,7 +99,7 @@ def test_where_nothing_stands_out_nothing_is_multiplied(tmp_path: Path) -> None:
 def test_factors_that_weights_do_not_have_are_found(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = calibrate.quantize_weights
+    run = quantize.quantize_weights
 
     def spoil(*args: Any) -> Any:
         result = run(*args)
@@ -111,7 +111,7 @@ def test_factors_that_weights_do_not_have_are_found(
         values.tofile(work.path / WEIGHTS_FILE)
         return result
 
-    monkeypatch.setattr(calibrate, "quantize_weights", spoil)
+    monkeypatch.setattr(quantize, "quantize_weights", spoil)
     with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.fc2\.weight: expected scales"):
         exported(checkpoint, tmp_path / "out")
 

@@ -1,5 +1,6 @@
 """How fast a compiled directory is, compared with what, and how far from what the machine can do.
 
+settings     what is measured, and compared with what
 run          from Settings to Measurements, contenders in turns; start here
 timing       warm-up until steady, raw samples, intervals;  load  many callers at once
 contenders   other ways to the same job: PyTorch, eager and compiled, and OpenVINO

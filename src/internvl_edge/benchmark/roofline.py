@@ -16,7 +16,7 @@ from typing import Any
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark.peaks import Peaks
 from internvl_edge.benchmark.workload import Workload, read_workload
-from internvl_edge.compiler.steps.engines import graph_file
+from internvl_edge.compiler.steps.graph_files import graph_file
 
 __all__ = ["Roofline", "component_workload", "locate"]
 

@@ -11,24 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_edge.artifact.components import embedder_of
-from internvl_edge.artifact.open import Artifact, open_artifact
-from internvl_edge.benchmark.contenders import Contender, contender_of
 from internvl_edge.benchmark.footprint import Footprint, measure_footprint
 from internvl_edge.benchmark.inputs import (
     as_taken,
     from_picture,
     seeded_feeds,
-    seeded_picture,
     takes_levels,
 )
 from internvl_edge.benchmark.load import run_scenario
 from internvl_edge.benchmark.machine import environment
+from internvl_edge.benchmark.settings import Settings
 from internvl_edge.benchmark.timing import Distribution, Ratio, Timing, measure_many, ratio_of
-from internvl_edge.errors import InputError, UsageError, did_you_mean
 from internvl_edge.files.packages import is_installed
 from internvl_edge.runtime.session import Session, open_component, require_backend
 from internvl_edge.types import Array
@@ -37,38 +33,9 @@ if TYPE_CHECKING:  # both need onnx
     from internvl_edge.benchmark.peaks import Peaks
     from internvl_edge.benchmark.roofline import Roofline
 
-__all__ = [
-    "Benchmark",
-    "Comparison",
-    "Measurement",
-    "Settings",
-    "choose_components",
-    "open_artifacts",
-    "read_picture",
-    "reference_of",
-    "run_benchmark",
-]
+__all__ = ["Benchmark", "Comparison", "Measurement", "run_benchmark"]
 
 Run = Callable[[Mapping[str, Any]], object]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Settings shared by all measurements."""
-
-    artifacts: Mapping[str, Artifact]  # by the path that was given
-    components: tuple[str, ...]  # of every artifact
-    batch_sizes: tuple[int, ...]
-    picture: bytes  # a file's, timed from there to its embedding
-    against: str | None  # another way to the same job
-    reference: Contender | None  # of that name
-    backend: str
-    scenario: str
-    streams: int
-    seconds: float
-    p99_ms: float | None
-    has_memory: bool  # measure the memory of each component too
-    has_roofline: bool  # and the peaks of this machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,78 +126,6 @@ def run_benchmark(settings: Settings) -> Benchmark:
         measurements=tuple(measurements),
         comparisons=tuple(comparisons),
     )
-
-
-# --- settings ------------------------------------------------------------------------------------
-
-
-def open_artifacts(outs: Sequence[Path]) -> dict[str, Artifact]:
-    """Open compiled directories, by the path that was given.
-
-    Raises:
-        UsageError: two are the same.
-    """
-    if len({out.resolve() for out in outs}) < len(outs):
-        raise UsageError(f"expected different directories, found {', '.join(map(str, outs))}")
-    return {str(out): open_artifact(out) for out in outs}
-
-
-def choose_components(
-    artifacts: Mapping[str, Artifact], names: tuple[str, ...] | None
-) -> tuple[str, ...]:
-    """Choose the components asked for; by default those that every directory has.
-
-    Raises:
-        UsageError: one is not in every directory, or they have none in common.
-    """
-    shared = [
-        name
-        for name in next(iter(artifacts.values())).manifest.components
-        if all(name in artifact.manifest.components for artifact in artifacts.values())
-    ]
-    unknown = [name for name in names or () if name not in shared]
-    if unknown or not shared:
-        hint = did_you_mean(unknown[0], shared) if unknown else ""
-        raise UsageError(
-            f"component {', '.join(unknown) or 'list'}: all of the directories have "
-            f"{', '.join(shared) or 'none in common'}{hint}"
-        )
-    return names or tuple(shared)
-
-
-def read_picture(path: Path | None, components: tuple[str, ...]) -> bytes:
-    """Read the picture that is timed; None makes one.
-
-    Raises:
-        UsageError: there is one, and no component embeds it.
-        InputError: it cannot be read.
-    """
-    if path is None:
-        return seeded_picture()
-    if embedder_of(components) is None:
-        raise UsageError(f"--image {path}: none of {', '.join(components)} embeds a picture")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"--image {path}: cannot be read: {error.strerror}") from error
-
-
-def reference_of(
-    against: str | None, checkpoint: Path | None, artifacts: Mapping[str, Artifact], backend: str
-) -> Contender | None:
-    """Open the other way to the same job, on the GPU where the directories run on one."""
-    if against is None:
-        return None
-    device = "cuda" if _runs_on_gpu(backend) else "cpu"
-    return contender_of(against, checkpoint, artifacts, device=device)
-
-
-def _runs_on_gpu(backend: str) -> bool:
-    if require_backend(backend) != "onnxruntime":
-        return True
-    from internvl_edge.runtime.ort.options import CPU, choose_providers
-
-    return choose_providers("auto") != [CPU]
 
 
 # --- timing --------------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ from internvl_edge.benchmark import table
 from internvl_edge.benchmark.contenders import AGAINST
 from internvl_edge.benchmark.load import SCENARIOS
 from internvl_edge.benchmark.machine import load_warning
-from internvl_edge.benchmark.run import (
-    Benchmark,
+from internvl_edge.benchmark.run import Benchmark, run_benchmark
+from internvl_edge.benchmark.settings import (
     Settings,
     choose_components,
     open_artifacts,
     read_picture,
     reference_of,
-    run_benchmark,
 )
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, NEW_FILE, answers, backend, names, one_of

@@ -18,15 +18,7 @@ from internvl_edge.cli.inspect import (
     engine_row,
     show_artifact,
 )
-from internvl_edge.cli.options import (
-    DIRECTORY,
-    answers,
-    memory,
-    names,
-    no_backend,
-    one_of,
-    targets,
-)
+from internvl_edge.cli.options import DIRECTORY, answers, memory, names, no_backend, one_of, targets
 from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 from internvl_edge.export import require_packages
 
@@ -226,7 +218,7 @@ def build(
 ) -> None:
     """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
     from internvl_edge.compiler.steps.engines import build as build_engines
-    from internvl_edge.compiler.steps.engines import ranges_from
+    from internvl_edge.compiler.steps.profiles import ranges_from
 
     profile = ranges_from(batch=batch, length=length, past=past)
     if dry_run:
@@ -277,8 +269,8 @@ def _samples(checkpoint: Path | None) -> Any:
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:
     """Show what an export will need, and refuse what it would refuse before it begins."""
     from internvl_edge.compiler.pipeline import forecast_plan, require_fit
+    from internvl_edge.compiler.steps.calibration.samples import load_samples
     from internvl_edge.compiler.steps.engines import require_targets
-    from internvl_edge.compiler.steps.samples import load_samples
 
     plan = compiler.make_plan(options)
     require_targets(plan.engine_targets, options.precision)

@@ -3,7 +3,7 @@
     plan        the options, refused before any work if they cannot be met; start here
     precision   the recipe that a precision stands for
     pipeline    export, forecast and verify: one list of steps
-    steps       each of them, with what it costs
+    steps       each of them, with what it costs;  weights  what is decided on a weights file
     cost        memory, disk and time, added up;  progress  how far an export has come
     oracle      second opinions on what a component computes
     search      which layers INT8 cannot afford, and a recipe that spares them
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
     from internvl_edge.compiler.search import export_auto
-    from internvl_edge.compiler.steps.engines import build, profile_from
+    from internvl_edge.compiler.steps.engines import build
+    from internvl_edge.compiler.steps.profiles import profile_from
 
 __all__ = [
     "ExportOptions",
@@ -47,7 +48,7 @@ _HOME = {
     "export_auto": "search",
     "forecast": "pipeline",
     "make_plan": "plan",
-    "profile_from": "steps.engines",
+    "profile_from": "steps.profiles",
     "verify": "pipeline",
 }
 

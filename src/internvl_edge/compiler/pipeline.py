@@ -17,13 +17,15 @@ from internvl_edge.artifact.workspace import drop_published, kept_nbytes, worksp
 from internvl_edge.compiler.cost import Forecast
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.compiler.steps.calibrate import Quantize, spool_budget
+from internvl_edge.compiler.steps.calibration.cost import spool_budget
+from internvl_edge.compiler.steps.calibration.samples import load_samples, samples_for
 from internvl_edge.compiler.steps.engines import BuildEngines, require_targets
 from internvl_edge.compiler.steps.graphs import WriteGraphs
+from internvl_edge.compiler.steps.meta_model import shallow_model
 from internvl_edge.compiler.steps.publish import ListFiles, Publish
-from internvl_edge.compiler.steps.samples import load_samples, samples_for
+from internvl_edge.compiler.steps.quantize import Quantize
 from internvl_edge.compiler.steps.step import Build, Step
-from internvl_edge.compiler.steps.trace import Trace, shallow_model
+from internvl_edge.compiler.steps.trace import Trace
 from internvl_edge.compiler.steps.verify import (
     Checker,
     Verify,
@@ -31,13 +33,9 @@ from internvl_edge.compiler.steps.verify import (
     open_source,
     quantization_of,
 )
-from internvl_edge.compiler.steps.weights import (
-    StoreWeights,
-    WeightsPlan,
-    block_sizes,
-    engine_nbytes,
-    plan_weights,
-)
+from internvl_edge.compiler.steps.weights import StoreWeights
+from internvl_edge.compiler.weights.layout import block_sizes, engine_nbytes
+from internvl_edge.compiler.weights.plan import WeightsPlan, plan_weights
 from internvl_edge.export.checkpoint.shards import header_fingerprint
 from internvl_edge.export.graph.uint8_input import preprocessing_inside
 from internvl_edge.files.packages import TRACED_WITH, versions

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -24,8 +23,7 @@ from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
 from internvl_edge.files.disk import nearest_existing
 from internvl_edge.quantize.calibration.images import CalibrationSet
-from internvl_edge.quantize.fold import folded
-from internvl_edge.quantize.numerics.rotation import rotation
+from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.recipe import Recipe, load_recipe
 from internvl_edge.runtime.images.transform import MAX_SIZE, Preprocessing
 
@@ -137,14 +135,6 @@ def make_plan(options: ExportOptions) -> Plan:
         is_demo=checkpoint.path.resolve() == demo_checkpoint().resolve(),
         source=source_of(checkpoint, recipe),
     )
-
-
-def source_of(checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
-    """Fold a checkpoint into the form that a recipe quantizes: the same function, other tensors."""
-    if recipe is None or not recipe.fold:
-        return checkpoint
-    turn = partial(rotation, seed=recipe.rotation_seed) if recipe.rotate else None
-    return folded(checkpoint, turn, has_shift=recipe.shift)
 
 
 def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoint) -> None:

@@ -35,7 +35,7 @@ from internvl_edge.compiler.pipeline import export
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan, require_choice
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.report.plots import SEARCH_FILE
-from internvl_edge.compiler.steps.samples import load_samples, samples_for
+from internvl_edge.compiler.steps.calibration.samples import load_samples, samples_for
 from internvl_edge.compiler.steps.verify import quantization_of
 from internvl_edge.errors import UsageError
 from internvl_edge.export.towers.blocks import Block

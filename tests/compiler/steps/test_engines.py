@@ -13,7 +13,8 @@ from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, read_engine_info
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.steps.engines import profile_for, profile_from, require_buildable
+from internvl_edge.compiler.steps.engines import require_buildable
+from internvl_edge.compiler.steps.profiles import profile_for, profile_from
 from internvl_edge.errors import ResourceError, UsageError
 from internvl_edge.export.engine import memory
 

@@ -13,9 +13,10 @@ from support.checkpoints import Written, write_internvl, write_vit
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions, Plan, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
-from internvl_edge.compiler.steps import trace, weights
+from internvl_edge.compiler.steps import meta_model, trace, weights
 from internvl_edge.compiler.steps.engines import BuildEngines
 from internvl_edge.compiler.steps.step import Build
+from internvl_edge.compiler.weights.plan import plan_weights
 from internvl_edge.errors import InternVLError
 
 
@@ -58,8 +59,8 @@ def test_one_model_without_weights(
 ) -> None:
     """For the forecast, what is read, and the graphs at both bases."""
     built = []
-    build_model = trace.build_model
-    monkeypatch.setattr(trace, "build_model", lambda c: built.append(c) or build_model(c))
+    build_model = meta_model.build_model
+    monkeypatch.setattr(meta_model, "build_model", lambda c: built.append(c) or build_model(c))
     path = write_vit(tmp_path / "checkpoint").path
     chosen = ExportOptions(
         checkpoint=path, out=tmp_path / "out", precision=precision, verify="none"
@@ -70,8 +71,8 @@ def test_one_model_without_weights(
 
 def test_weights_that_were_not_planned_are_a_mistake(written: Written, tmp_path: Path) -> None:
     plan = plan_of(written, tmp_path / "out", components=("image_pool",))
-    model = trace.shallow_model(plan)
-    planned = weights.plan_weights(plan, model)
+    model = meta_model.shallow_model(plan)
+    planned = plan_weights(plan, model)
     graphs = trace.trace_all(plan, model, plan.base, silent)
     build = Build(
         directory=tmp_path,
@@ -111,7 +112,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def traced(plan: Plan) -> dict[str, ir.Model]:
-    return trace.trace_all(plan, trace.shallow_model(plan), plan.base, silent)
+    return trace.trace_all(plan, meta_model.shallow_model(plan), plan.base, silent)
 
 
 def test_a_trace_is_made_once_and_changed_by_nobody(

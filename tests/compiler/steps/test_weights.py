@@ -26,7 +26,7 @@ from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.artifact.publish import verify_whole
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.steps import engines, graphs
+from internvl_edge.compiler.steps import graph_files, graphs
 from internvl_edge.errors import ArtifactError, CheckpointError, UsageError
 from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.checkpoint.shards import read_header
@@ -165,14 +165,14 @@ def test_the_command_line_says_what_hard_links_are(
 
 def test_an_engine_is_known_by_the_header_before_and_after(half: Written) -> None:
     artifact = exported(half.path, weights="link", verify="none")
-    fingerprint = engines._fingerprint(artifact.manifest, "image_pool.onnx")
+    fingerprint = graph_files.fingerprint(artifact.manifest, "image_pool.onnx")
     proved, _ = verify_whole(artifact.path)
     assert proved.manifest != artifact.manifest
-    assert engines._fingerprint(proved.manifest, "image_pool.onnx") == fingerprint
+    assert graph_files.fingerprint(proved.manifest, "image_pool.onnx") == fingerprint
     shard = artifact.manifest.files[SHARDS[0]]
     files = {**artifact.manifest.files, SHARDS[0]: replace(shard, header_sha256="0" * 64)}
     other = replace(artifact.manifest, files=files)
-    assert engines._fingerprint(other, "image_pool.onnx") != fingerprint
+    assert graph_files.fingerprint(other, "image_pool.onnx") != fingerprint
 
 
 # --- Hugging Face caches and read-only checkpoints -----------------------------------------------

@@ -16,7 +16,8 @@ from internvl_edge.artifact.components import LLAMA_PREFIX, VISION_PREFIX
 from internvl_edge.compiler import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace, verify
-from internvl_edge.compiler.steps.calibrate import Quantize
+from internvl_edge.compiler.steps.meta_model import meta_model, shallow_config, shallow_model
+from internvl_edge.compiler.steps.quantize import Quantize
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import StoreWeights
 from internvl_edge.errors import InternVLError, VerificationError
@@ -39,7 +40,7 @@ def plan_of(tmp_path: Path, config: Any, **more: Any) -> Plan:
 
 def in_full(plan: Plan, name: str, config: CheckpointConfig | None = None) -> ir.Model:
     config = config or plan.checkpoint.config
-    model = trace.meta_model(config, plan.image_size)
+    model = meta_model(config, plan.image_size)
     apply_policy(model, POLICIES[plan.base])
     return trace._trace(plan, name, config, model)
 
@@ -73,7 +74,7 @@ def test_stamped_is_traced(
     internvl = deep(depth, period, norm_type)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, precision)
-    shallow = trace.shallow_config(config)
+    shallow = shallow_config(config)
     assert shallow_depth(depth, period) < depth
     model = in_full(plan, name, shallow)
     assert trace.stamp_towers(model, config)
@@ -84,7 +85,7 @@ def test_a_cache_in_place_is_stamped() -> None:
     internvl = deep(5, 1)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp16", capacity=40)
-    model = in_full(plan, "decoder", trace.shallow_config(config))
+    model = in_full(plan, "decoder", shallow_config(config))
     assert trace.stamp_towers(model, config)
     assert serialized(model) == serialized(in_full(plan, "decoder"))
 
@@ -205,7 +206,7 @@ def traced() -> dict[str, ir.Model]:
     internvl = deep(6, 2)
     config = CheckpointConfig(kind="internvl", vision=internvl.vision, internvl=internvl)
     plan = plan_like(type("P", (), {"image_size": 28})(), config, "fp32")
-    shallow = trace.shallow_config(config)
+    shallow = shallow_config(config)
     names = "vision", "image_queries", "decoder"
     return {name: in_full(plan, name, shallow) for name in names}
 
@@ -274,7 +275,7 @@ def test_a_block_that_is_not_there_is_not_kept(traced: dict[str, ir.Model], inde
 def test_fallback_is_the_full_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path, deep(5, 1), components=("vision",))
     monkeypatch.setattr(trace, "stamp", lambda *_: False)
-    found = trace.trace_all(plan, trace.shallow_model(plan), plan.base, silent)["vision"]
+    found = trace.trace_all(plan, shallow_model(plan), plan.base, silent)["vision"]
     assert serialized(found) == serialized(in_full(plan, "vision"))
 
 

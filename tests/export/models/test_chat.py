@@ -16,7 +16,9 @@ from support.checkpoints import CHAT, write_chat, write_llava
 from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
-from internvl_edge.compiler.steps import trace, weights
+from internvl_edge.compiler.steps import trace
+from internvl_edge.compiler.steps.meta_model import meta_model, shallow_model
+from internvl_edge.compiler.weights import layout
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
 from internvl_edge.export.checkpoint.load import load_model, load_reference
@@ -219,7 +221,7 @@ def test_components_are_the_originals(
     expected = reference["chat.v2.sel-1.image_tokens"]
     np.testing.assert_allclose(tokens, expected, atol=1e-5, rtol=0)
     ids = reference["chat.v2.in.input_ids"]
-    table = open_checkpoint(golden / "tiny/chat_v2").read(weights.CHAT_TOKENS)
+    table = open_checkpoint(golden / "tiny/chat_v2").read(layout.CHAT_TOKENS)
     embeds = table[ids]
     embeds[ids == IMAGE_TOKEN] = tokens.reshape(-1, tokens.shape[-1])
     with open_session(out, "chat_decoder") as decoder:
@@ -255,9 +257,9 @@ def test_deep_towers_are_stamped_as_traced(tmp_path: Path) -> None:
     vision = replace(CHAT.vision, num_hidden_layers=4)
     written = write_chat(tmp_path / "c", replace(CHAT, llama=llama, vision=vision))
     plan = make_plan(ExportOptions(checkpoint=written.path, out=tmp_path / "out"))
-    stamped = trace.trace_all(plan, trace.shallow_model(plan), plan.base, silent)
+    stamped = trace.trace_all(plan, shallow_model(plan), plan.base, silent)
     config = plan.source.config
-    deep = trace.meta_model(config, plan.image_size)
+    deep = meta_model(config, plan.image_size)
     for name, model in stamped.items():
         full = trace._trace(plan, name, config, deep)
         assert [n.name for n in model.graph] == [n.name for n in full.graph]
@@ -286,12 +288,12 @@ def test_weights_hold_the_token_embedding_as_stored(tmp_path: Path) -> None:
     written = write_chat(tmp_path / "c", dtype=torch.bfloat16)
     out = tmp_path / "out"
     compiler.export(ExportOptions(checkpoint=written.path, out=out, precision="fp16"))
-    assert (out / weights.WEIGHTS_FILE).exists()
+    assert (out / layout.WEIGHTS_FILE).exists()
     from internvl_edge.export.checkpoint.shards import read_header
 
-    entry = read_header(out / weights.WEIGHTS_FILE)[weights.CHAT_TOKENS]
+    entry = read_header(out / layout.WEIGHTS_FILE)[layout.CHAT_TOKENS]
     stored = torch.from_numpy(entry.read().view(np.int16)).view(torch.bfloat16)
-    assert torch.equal(stored, written.state[weights.CHAT_TOKENS])
+    assert torch.equal(stored, written.state[layout.CHAT_TOKENS])
 
 
 # --- bad input -----------------------------------------------------------------------------------

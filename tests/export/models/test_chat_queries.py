@@ -19,7 +19,8 @@ from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler import ExportOptions, make_plan, pipeline
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace, verify
-from internvl_edge.compiler.steps.samples import load_samples, samples_for
+from internvl_edge.compiler.steps.calibration.samples import load_samples, samples_for
+from internvl_edge.compiler.steps.meta_model import meta_model, shallow_config, shallow_model
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import LLAVA_TOWER, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_reference
@@ -137,10 +138,10 @@ def test_one_block_at_a_time_is_verified(
 def test_a_deep_qllama_is_stamped_as_traced(tmp_path: Path) -> None:
     written = write_llava_queries(tmp_path / "c", depth=10)
     plan = make_plan(ExportOptions(checkpoint=written.path, out=tmp_path / "out"))
-    assert trace.shallow_config(plan.source.config).queries.qllama.num_hidden_layers == 6  # type: ignore[union-attr]
-    stamped = trace.trace_all(plan, trace.shallow_model(plan), plan.base, silent)["chat_queries"]
+    assert shallow_config(plan.source.config).queries.qllama.num_hidden_layers == 6  # type: ignore[union-attr]
+    stamped = trace.trace_all(plan, shallow_model(plan), plan.base, silent)["chat_queries"]
     config = plan.source.config
-    deep = trace.meta_model(config, plan.image_size)
+    deep = meta_model(config, plan.image_size)
     full = trace._trace(plan, "chat_queries", config, deep)
     assert [n.name for n in stamped.graph] == [n.name for n in full.graph]
     assert list(stamped.graph.initializers) == list(full.graph.initializers)

@@ -11,16 +11,14 @@ import torch
 from support.calibration import STREAMS, calibrate
 from support.checkpoints import TINY, write_internvl, write_vit
 
-from internvl_edge.compiler.plan import source_of
 from internvl_edge.errors import CalibrationError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_model, load_reference
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.towers.streams import Samples
-from internvl_edge.quantize.calibration.block import (
-    SMOOTHING_SUFFIX,
-    CalibratedBlock,
-)
+from internvl_edge.quantize.calibration.block import CalibratedBlock
+from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
+from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.recipe import Recipe, recipe_for
 

@@ -40,7 +40,7 @@ from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.compiler.oracle.reference_block import watching
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.compiler.steps.engines import engine_graph
+from internvl_edge.compiler.steps.graph_files import engine_graph
 from internvl_edge.compiler.steps.verify import (
     SAME_DB,
     graph_capacity,

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_edge.artifact.components import COMPONENTS, find_component
-from internvl_edge.artifact.open import EngineRecord, Manifest, TensorSpec
+from internvl_edge.artifact.open import EngineRecord, Manifest
 from internvl_edge.artifact.publish import record, update, write_manifest
-from internvl_edge.artifact.sidecar import Range
 from internvl_edge.compiler.cost import Cost, Forecast
 from internvl_edge.compiler.progress import Progress, Report, silent
+from internvl_edge.compiler.steps.graph_files import (
+    engine_inputs,
+    fingerprint,
+    graph_file,
+    num_blocks,
+    preparation,
+)
+from internvl_edge.compiler.steps.profiles import Asked, profile_for, require_dimensions
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.errors import BuildError, ResourceError, UsageError, did_you_mean
-from internvl_edge.export.engine.build import Prepare, ShapeRanges, build_engine
+from internvl_edge.export.engine.build import ShapeRanges, build_engine
 from internvl_edge.export.engine.memory import (
     builder_nbytes,
     joined_nbytes,
@@ -26,7 +29,6 @@ from internvl_edge.export.engine.memory import (
 )
 from internvl_edge.export.engine.targets import choose_capabilities, find_target
 from internvl_edge.files.disk import link_or_copy
-from internvl_edge.runtime.generation.fixed_cache import capacity_of
 from internvl_edge.runtime.trt.vendor import import_tensorrt
 
 if TYPE_CHECKING:  # it needs PyTorch, and building engines does not
@@ -39,8 +41,6 @@ JOINED_NBYTES_PER_SECOND = 800e6
 BUILD_SECONDS_PER_BLOCK = 0.7
 BUILD_SECONDS = 1.0
 ENGINE_NBYTES = 7_000_000  # of an engine in addition to its weights: the demo's have 5 to 9 MB
-IN_PLACE_BATCH = (1, 1, 4)
-COMPUTE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def require_targets(targets: Sequence[str], precision: str) -> None:
@@ -53,93 +53,6 @@ def require_targets(targets: Sequence[str], precision: str) -> None:
     for name in targets:
         target = find_target(name)
         choose_capabilities(import_tensorrt(target.name), target, precision, None)
-
-
-def engine_graph(component: str, base: str) -> str:
-    """Name the graph that engines are built from, where it is not the component's own."""
-    return f"{component}.{base}.onnx"
-
-
-# An image's tokens and a question are read at once; a picture of twelve tiles has 3328 tokens.
-CHAT_PROFILE = ShapeRanges(batch=(1, 1, 4), length=(1, 320, 3584), past=(0, 512, 4096))
-# One conversation: every position of a call has logits of its own, 3584 of 64000 take 0.9 GB.
-CHAT_DECODER_PROFILE = replace(CHAT_PROFILE, batch=(1, 1, 1))
-
-
-def profile_from(**sizes: str) -> ShapeRanges:
-    """Make a profile from texts such as ``batch="1,4,16"``: smallest, usual and largest size.
-
-    Raises:
-        UsageError: not three whole numbers in order.
-    """
-    return ShapeRanges(**ranges_from(**sizes))
-
-
-def ranges_from(**sizes: str | None) -> dict[str, Range]:
-    """Parse the ranges of those dimensions that are given; see :func:`profile_from`."""
-    ranges = {}
-    for name, text in sizes.items():
-        if text is None:
-            continue
-        parts = text.split(",")
-        if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-            raise UsageError(f"--{name}: expected three sizes such as 1,4,16, found {text!r}")
-        ranges[name] = (int(parts[0]), int(parts[1]), int(parts[2]))
-    return ranges
-
-
-def profile_for(
-    manifest: Manifest, component: str, asked: ShapeRanges | Mapping[str, Range] | None
-) -> ShapeRanges:
-    """Choose the profile of a component, no longer than the positions its model has.
-
-    Args:
-        manifest: of the directory.
-        component: its name.
-        asked: a profile, or ranges instead of the usual ones.
-
-    Raises:
-        UsageError: a profile that was asked for is longer.
-    """
-    usual, llama, known = ShapeRanges(), manifest.language_model, find_component(component)
-    if manifest.model.get("chat"):
-        usual = CHAT_DECODER_PROFILE if known.takes_cache else CHAT_PROFILE
-    ranges = asdict(asked) if isinstance(asked, ShapeRanges) else dict(asked or {})
-    if llama is None:
-        return replace(usual, **ranges)
-    internvl = manifest.model.get("internvl")
-    queries = internvl["num_query_token"] if internvl and known.has_queries else 0
-    longest = llama["max_position_embeddings"] - queries
-    capacity = capacity_of({spec.name: spec for spec in manifest.components[component].inputs})
-    if capacity is not None:  # a session takes memory for the whole cache of every row
-        batch = min(usual.batch, IN_PLACE_BATCH)
-        longest, usual = min(longest, capacity), replace(usual, batch=batch)
-    length = ranges.get("length", _capped(usual.length, longest))
-    if length[2] > longest:
-        raise UsageError(
-            f"--length: {component} has positions for {longest} tokens, asked for up to {length[2]}"
-        )
-    room = longest - length[0]  # a call adds one token at least
-    past = ranges.get("past", usual.past)
-    if past in (usual.past, ShapeRanges().past):  # not asked for
-        past = _capped(past, room)
-    if past[2] > room and "past" in _dimensions(manifest, [component]):
-        raise UsageError(
-            f"--past: {component} has {longest} positions, asked for up to {past[2]} before "
-            f"{length[0]} or more new ones"
-        )
-    return replace(usual, **ranges | {"length": length, "past": past})
-
-
-def _capped(sizes: Range, most: int) -> Range:
-    low, typical, high = sizes
-    return min(low, most), min(typical, most), min(high, most)
-
-
-def _dimensions(manifest: Manifest, components: Collection[str]) -> set[str]:
-    """Collect the dimensions of components' inputs that are decided at run time."""
-    specs = [spec for name in components for spec in manifest.components[name].inputs]
-    return {size for spec in specs for size in spec.shape if isinstance(size, str)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +76,7 @@ class BuildEngines:
         return cls(
             targets=tuple(targets),
             weights={name: manifest.components[name].nbytes for name in chosen},
-            depths={name: _num_blocks(manifest, name) for name in chosen},
+            depths={name: num_blocks(manifest, name) for name in chosen},
             precision=manifest.precision,
         )
 
@@ -215,7 +128,7 @@ def require_buildable(
     manifest: Manifest,
     targets: Sequence[str],
     components: Sequence[str] | None,
-    profile: ShapeRanges | Mapping[str, Range] | None,
+    profile: Asked,
 ) -> None:
     """Refuse, before any work, what cannot be built.
 
@@ -234,22 +147,9 @@ def require_buildable(
             )
     chosen = tuple(components or known)
     if not isinstance(profile, ShapeRanges):
-        _require_dimensions(manifest, chosen, profile or {})
+        require_dimensions(manifest, chosen, profile or {})
     for name in chosen:
         profile_for(manifest, name, profile)
-
-
-def _require_dimensions(
-    manifest: Manifest, components: Sequence[str], asked: Mapping[str, Range]
-) -> None:
-    """Refuse sizes of a dimension that no component has."""
-    for size in sorted({*asked} - _dimensions(manifest, components)):
-        is_fixed = size == "past" and any(find_component(name).takes_cache for name in components)
-        why = ", as --cache-capacity fixed it when OUT was exported" if is_fixed else ""
-        raise UsageError(
-            f"--{size}: expected a component with that dimension, found {', '.join(components)}"
-            f"{why}; leave --{size} out"
-        )
 
 
 def build(
@@ -257,7 +157,7 @@ def build(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: ShapeRanges | Mapping[str, Range] | None = None,
+    profile: Asked = None,
     report: Report = silent,
 ) -> list[EngineRecord]:
     """Build engines for a published directory and add them to it.
@@ -293,7 +193,7 @@ def add_engines(
     targets: Sequence[str],
     *,
     components: Sequence[str] | None = None,
-    profile: ShapeRanges | Mapping[str, Range] | None = None,
+    profile: Asked = None,
     keep: Path | None = None,
     report: Report = silent,
 ) -> Iterator[Manifest]:
@@ -336,7 +236,7 @@ def _add_engine(
     manifest: Manifest,
     target: str,
     name: str,
-    profile: ShapeRanges | Mapping[str, Range] | None,
+    profile: Asked,
     known: Collection[str],
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:
@@ -344,7 +244,7 @@ def _add_engine(
     require_memory_to_build(
         name,
         manifest.components[name].nbytes,
-        _num_blocks(manifest, name),
+        num_blocks(manifest, name),
         manifest.precision,
     )
     built = build_engine(
@@ -354,10 +254,10 @@ def _add_engine(
         target=target,
         profile=profile_for(manifest, name, profile),
         precision=manifest.precision,
-        inputs=_engine_inputs(manifest, name, source),
-        onnx_sha256=_fingerprint(manifest, source),
+        inputs=engine_inputs(manifest, name, source),
+        onnx_sha256=fingerprint(manifest, source),
         known={*manifest.files, *known},
-        prepared=_preparation(name),
+        prepared=preparation(name),
         progress=_phases(name, report),
     )
     engine, files = built.record, {**manifest.files, **built.files}
@@ -368,39 +268,6 @@ def _add_engine(
     return replace(manifest, engines=(*others, engine), files=files), engine
 
 
-def _preparation(component: str) -> Prepare:
-    """Choose what is done to a graph for its builder: a language model's pairs are joined.
-
-    That needs onnx-ir. Where only engines are built it may be missing, and the memory for what the
-    builder joins is there or not.
-    """
-    if not find_component(component).is_language or find_spec("onnx_ir") is None:
-        return nullcontext
-    from internvl_edge.export.graph.join_pairs import joined_graph
-
-    return joined_graph
-
-
-def _engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[TensorSpec, ...]:
-    """List the component's inputs; of a graph for engines, a cache has its compute type."""
-    record, base = manifest.components[component], source.split(".")[1]
-    if source == record.file:
-        return record.inputs
-    return tuple(
-        replace(spec, dtype=COMPUTE_DTYPES[base]) if spec.name.startswith("past_") else spec
-        for spec in record.inputs
-    )
-
-
-def _num_blocks(manifest: Manifest, component: str) -> int:
-    llama, known = manifest.language_model, find_component(component)
-    if component in COMPONENTS and known.tower is None:
-        return 0
-    if known.is_language and llama is not None:
-        return int(llama["num_hidden_layers"])
-    return int(manifest.model["vision"]["num_hidden_layers"])
-
-
 def _phases(name: str, report: Report) -> Callable[[str, int, int], None]:
     """Turn the builder's own progress into ours."""
 
@@ -408,21 +275,3 @@ def _phases(name: str, report: Report) -> Callable[[str, int, int], None]:
         report(Progress(step="build", detail=f"{name}: {phase}", done=done, total=total))
 
     return tell
-
-
-def _fingerprint(manifest: Manifest, graph: str) -> str:
-    """Identify a graph together with the weights files it may read.
-
-    A linked shard counts by its header, whether or not ``verify --full`` has hashed the rest.
-    """
-    names = [graph, *sorted(n for n in manifest.files if n.endswith(".safetensors"))]
-    files = [manifest.files[name] for name in names]
-    hashes = "".join(str(file.header_sha256 or file.sha256) for file in files)
-    return hashlib.sha256(hashes.encode()).hexdigest()
-
-
-def graph_file(manifest: Manifest, component: str) -> str:
-    """Find the graph that a component's engines are built from."""
-    base = (manifest.recipe or {}).get("engine_base")
-    other = engine_graph(component, str(base))
-    return other if other in manifest.files else manifest.components[component].file

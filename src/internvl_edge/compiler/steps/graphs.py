@@ -9,7 +9,7 @@ computes in 16 bits, which is what engines are built from. Where products are IN
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,12 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.artifact.components import COMPONENTS
-from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
-from internvl_edge.compiler.steps.engines import engine_graph
-from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.steps.trace import AnyModel, trace_all
+from internvl_edge.compiler.steps.graph_files import engine_graph, tensor_specs
+from internvl_edge.compiler.steps.meta_model import AnyModel
+from internvl_edge.compiler.steps.step import Build, Emitted
+from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
 from internvl_edge.export.weights.writer import StoredTensor
 from internvl_edge.quantize.calibration.attention import scales_by_attention
@@ -30,16 +30,6 @@ from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_q
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics.int4 import block_of
 from internvl_edge.runtime.ort.session import unsigned_graph
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Emitted:
-    """A component's graph on disk."""
-
-    file: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    nbytes: int  # of weights that it reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,16 +104,4 @@ def _linear(plan: Plan, weight: str, scale: float | None) -> QuantizedLinear:
         block = block_of(plan.source.tensors[weight].shape[1], recipe.block_size)
     return QuantizedLinear(
         weight=weight, activation_scale=scale, format=recipe.weights, block=block
-    )
-
-
-def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Describe a graph's inputs or outputs."""
-    return tuple(
-        TensorSpec(
-            name=str(value.name),
-            dtype=np.dtype(value.dtype.numpy()).name,  # type: ignore[union-attr]
-            shape=tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ()),
-        )
-        for value in values
     )

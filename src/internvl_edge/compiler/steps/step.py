@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from internvl_edge.artifact.manifest import Manifest
+from internvl_edge.artifact.manifest import Manifest, TensorSpec
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.progress import Report
 from internvl_edge.errors import InternVLError
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from internvl_edge.artifact.workspace import Workspace
     from internvl_edge.compiler.plan import Plan
-    from internvl_edge.compiler.steps.graphs import Emitted
     from internvl_edge.export.towers.streams import Samples
     from internvl_edge.export.weights.link import Brought
     from internvl_edge.export.weights.writer import StoredTensor
@@ -33,6 +32,16 @@ class Step(Protocol):
     def run(self, plan: Plan, build: Build) -> None:
         """Take what earlier steps left in ``build``, and leave there what later ones need."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emitted:
+    """A component's graph on disk."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    nbytes: int  # of weights that it reads
 
 
 @dataclass(slots=True, kw_only=True)

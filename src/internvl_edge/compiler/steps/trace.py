@@ -14,30 +14,30 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
-import torch
 
-from internvl_edge.artifact.components import COMPONENTS, QUERIES_PREFIX, VISION_PREFIX
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.compiler.cost import IMPORTS_NBYTES, Cost
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report
+from internvl_edge.compiler.steps.meta_model import (
+    AnyModel,
+    meta_model,
+    rotary_constants,
+    shallow_config,
+)
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.steps.weights import block_sizes, towers_of
-from internvl_edge.export.checkpoint.load import build_model
+from internvl_edge.compiler.weights.layout import block_sizes, towers_of
 from internvl_edge.export.components import (
     build_component,
     example_inputs,
     input_specs,
     output_names,
 )
-from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, with_depth
+from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig
 from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
-from internvl_edge.export.graph.repeat import blocks_of, shallow_depth, stamp
+from internvl_edge.export.graph.repeat import blocks_of, stamp
 from internvl_edge.export.graph.trace import name_values, set_constants, simplify, trace
 from internvl_edge.export.graph.uint8_input import take_levels
-from internvl_edge.export.models import Chat, InternViT, InternVL
-from internvl_edge.export.models.attention import rotary_tables
-from internvl_edge.export.models.llama import llama_tables
-from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,6 @@ MAX_KEPT_NBYTES = 100_000_000  # of traces
 NODE_NBYTES = 3_000  # of a node with its values
 START_SECONDS = 3.0
 TRACE_SECONDS_PER_COMPONENT = 3.0
-
-
-AnyModel = InternVL | Chat | InternViT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,14 +97,6 @@ def trace_all(plan: Plan, model: AnyModel, base: str, report: Report) -> dict[st
     return traced
 
 
-def shallow_config(config: CheckpointConfig) -> CheckpointConfig:
-    """Shorten a model to the blocks that stamping needs to see."""
-    depth = {prefix: shallow_depth(n, period) for prefix, (period, n) in towers_of(config).items()}
-    queries = depth.pop(QUERIES_PREFIX, None)
-    language = next((n for prefix, n in depth.items() if prefix != VISION_PREFIX), 0)
-    return with_depth(config, depth[VISION_PREFIX], language, queries)
-
-
 def stamp_towers(model: ir.Model, config: CheckpointConfig) -> bool:
     """Make the towers of a graph that was traced shallow as deep as they are; False if it fails."""
     for prefix, (period, depth) in towers_of(config).items():
@@ -115,24 +104,6 @@ def stamp_towers(model: ir.Model, config: CheckpointConfig) -> bool:
             return False
     name_values(model)
     return True
-
-
-def shallow_model(plan: Plan) -> AnyModel:
-    """Build the model that a plan's components are traced from, without weights."""
-    return meta_model(shallow_config(plan.source.config), plan.image_size)
-
-
-def meta_model(config: CheckpointConfig, image_size: int) -> AnyModel:
-    """Build a configuration's model on the meta device, for images of one size."""
-    with torch.device("meta"):
-        model = build_model(config)
-        vision = model if isinstance(model, InternViT) else model.vision_model
-        # Resampled once, not in every forward: one graph per resolution.
-        tokens = config.vision.num_tokens(image_size)
-        vision.embeddings.position_embedding = torch.nn.Parameter(
-            torch.empty(1, tokens, config.vision.hidden_size)
-        )
-    return model
 
 
 def _trace(plan: Plan, name: str, config: CheckpointConfig, model: AnyModel) -> ir.Model:
@@ -151,28 +122,12 @@ def _trace(plan: Plan, name: str, config: CheckpointConfig, model: AnyModel) -> 
             [spec.name for spec in specs],
             output_names(component, config),
         )
-        set_constants(graph, _rotary_constants(config))
+        set_constants(graph, rotary_constants(config))
         return simplify(graph)
 
     dtypes = tuple((key, value.dtype) for key, value in module.state_dict().items())
     read = config if hasattr(module, "vision_model") else _as_read_outside(config)
     return _kept.get((component, capacity, read, plan.image_size, compute, dtypes), traced)
-
-
-def _rotary_constants(config: CheckpointConfig) -> dict[str, Array]:
-    """Compute the language model's rotary tables, by the names of its buffers."""
-    tables = {}
-    if config.chat is not None and config.chat.llama is not None:
-        tables["language_model"] = llama_tables(config.chat.llama)
-    for name, internvl in (("qllama", config.internvl), ("queries.qllama", config.queries)):
-        if internvl is not None:
-            llama = internvl.qllama
-            tables[name] = rotary_tables(llama.max_position_embeddings, llama.head_dim)
-    return {
-        f"{name}.rope_{which}": table.numpy()
-        for name, pair in tables.items()
-        for which, table in zip(("cos", "sin"), pair, strict=True)
-    }
 
 
 # --- traces that are kept ------------------------------------------------------------------------

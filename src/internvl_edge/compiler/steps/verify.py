@@ -13,22 +13,16 @@ from torch import nn
 
 from internvl_edge.artifact.components import COMPONENTS, QUERIES_PREFIX
 from internvl_edge.artifact.open import Artifact
-from internvl_edge.compiler.cost import (
-    FLOAT32_NBYTES,
-    IMPORTS_NBYTES,
-    Cost,
-    require_within_budget,
-)
+from internvl_edge.compiler.cost import FLOAT32_NBYTES, IMPORTS_NBYTES, Cost, require_within_budget
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
-from internvl_edge.compiler.plan import Plan, source_of
+from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.plan import Verify as Which
 from internvl_edge.compiler.progress import Progress
-from internvl_edge.compiler.steps.engines import engine_graph
-from internvl_edge.compiler.steps.graphs import tensor_specs
+from internvl_edge.compiler.steps.graph_files import engine_graph, tensor_specs
 from internvl_edge.compiler.steps.publish import source_files
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.steps.weights import LLAMA_HEAD, block_sizes, towers_of
+from internvl_edge.compiler.weights.layout import LLAMA_HEAD, block_sizes, towers_of
 from internvl_edge.errors import UsageError, VerificationError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_model
@@ -52,6 +46,7 @@ from internvl_edge.export.graph.uint8_input import graph_feeds, on_levels
 from internvl_edge.export.precision import precision_of
 from internvl_edge.export.towers.blocks import component_of_one_block
 from internvl_edge.export.towers.streams import Samples
+from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.runtime.generation.fixed_cache import MASK, capacity_of, grown, in_place
