@@ -329,7 +329,7 @@ def test_other_language_models_are_named(golden: Path, tmp_path: Path) -> None:
         ({"template": "nope"}, "template must be one of Hermes-2, .* found 'nope'"),
         ({"min_dynamic_patch": 13}, "expected min_dynamic_patch up to max_dynamic_patch, found 13"),
         ({"llm_config": {"num_key_value_heads": 3}}, "not a multiple of 3 heads"),
-        ({"llm_config": {"head_dim": 20}}, "head_dim: expected 12"),
+        ({"llm_config": {"head_dim": 20}}, "head_dim: expected .* = 12, found 20"),
     ],
 )
 def test_impossible_configs_are_refused(
