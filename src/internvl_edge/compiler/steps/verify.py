@@ -1,4 +1,4 @@
-"""Every component of a directory is compared with PyTorch, before anyone may use it."""
+"""The comparison of every component with PyTorch, before anyone may use a directory."""
 
 from __future__ import annotations
 
