@@ -146,8 +146,7 @@ def in_turns(checkpoint: Path, work: Path, config: Any) -> dict[str, Any]:
             (ours(work / "int4-wo", config, past), ours(out, config, past)) for _ in range(ROUNDS)
         ]
         grows, in_place = (
-            statistics.median(found["token_ms"] for found in each)
-            for each in zip(*rounds, strict=True)
+            statistics.median(run["token_ms"] for run in each) for each in zip(*rounds, strict=True)
         )
         result[str(past + PROMPT)] = {
             "capacity": capacity,

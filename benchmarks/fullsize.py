@@ -277,13 +277,13 @@ def _cpu() -> str:
 
 def save(key: str, chosen: argparse.Namespace, row: Measured) -> None:
     """Put a step into the results file, in the place of an older one; others stay."""
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    part = found.setdefault(key, {"steps": {}})
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    part = results.setdefault(key, {"steps": {}})
     local = {str(chosen.modelopt_python): "PYTHON", str(chosen.directory): "DIRECTORY"}
     words = [local.get(word, word) for word in sys.argv[1:]]
     command = " ".join(["python", "benchmarks/fullsize.py", *words])
     part["steps"][row.step] = {**asdict(row), "command": command, "environment": environment()}
-    RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
+    RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=2) + "\n")
 
 
 def table() -> str:

@@ -115,16 +115,16 @@ class Bench:
         if not answer.exists():
             told = done.stderr.strip().splitlines() or [""]
             return {"failed": f"the process ended with code {done.returncode}: {told[-1]}"}
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        return found
+        figures: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return figures
 
     def peaks(self, kind: str, place: Place) -> dict[str, Any]:
         """Measure the peak of a type at a place, once; empty where it cannot be."""
         key = (kind, *place)
         if key not in self._peaks:
             job = {"job": "peak", "kind": kind, "backend": place[0], "device": place[1]}
-            found = self.answer(job)
-            self._peaks[key] = found if "bytes" in found else {}
+            peak = self.answer(job)
+            self._peaks[key] = peak if "bytes" in peak else {}
         return self._peaks[key]
 
     def below_roof(
@@ -133,11 +133,11 @@ class Bench:
         """Compute the share of the machine's peaks that was reached; None where none is known."""
         feeds = seeded_feeds(artifact, component, self.args.batch)
         work = component_workload(artifact, component, feeds, place[0])
-        each = [found for kind in work.operations if (found := self.peaks(kind, place))]
+        each = [peak for kind in work.operations if (peak := self.peaks(kind, place))]
         if not each:
             return None
-        operations = {kind: value for found in each for kind, value in found["operations"].items()}
-        merged = Peaks(operations=operations, bytes=max(found["bytes"] for found in each))
+        operations = {kind: value for peak in each for kind, value in peak["operations"].items()}
+        merged = Peaks(operations=operations, bytes=max(peak["bytes"] for peak in each))
         return locate(work, merged, latency_ms)
 
     def rows(self, model: Model, artifact: Artifact) -> Iterator[Row]:
@@ -212,31 +212,31 @@ def line(row: Row) -> str:
     if row.skipped or row.failed:
         word, reason = ("skipped", row.skipped) if row.skipped else ("FAILED", row.failed)
         return f"{place} {word}: {reason}"
-    found = ["no reference" if row.max_error is None else f"error {row.max_error:.1e}"]
+    words = ["no reference" if row.max_error is None else f"error {row.max_error:.1e}"]
     if row.backend == " ".join(CPU):
-        found = ["reference"]
+        words = ["reference"]
     if row.p50_ms is not None:
-        found += [f"p50 {row.p50_ms:.3f} ms p99 {row.p99_ms:.3f} ms {row.items_per_s:.1f}/s"]
+        words += [f"p50 {row.p50_ms:.3f} ms p99 {row.p99_ms:.3f} ms {row.items_per_s:.1f}/s"]
     if row.p50_ms_without_graphs is not None:
-        found.append(f"without graphs {row.p50_ms_without_graphs:.3f} ms")
+        words.append(f"without graphs {row.p50_ms_without_graphs:.3f} ms")
     if row.gpu_memory_nbytes is not None:
-        found.append(f"{row.gpu_memory_nbytes / 1e9:.2f} GB")
+        words.append(f"{row.gpu_memory_nbytes / 1e9:.2f} GB")
     if row.mbu is not None:
-        found.append(f"MFU {row.mfu or 0:.0%} MBU {row.mbu:.0%}")
-    return f"{place} {' '.join(found)}"
+        words.append(f"MFU {row.mfu or 0:.0%} MBU {row.mbu:.0%}")
+    return f"{place} {' '.join(words)}"
 
 
 def targets() -> list[str]:
     """List the engines that can be built and run here."""
-    found = []
+    usable = []
     for backend in ("tensorrt-rtx", "tensorrt"):
         try:
             require_backend(backend)
         except InternVLError as error:
             sys.stderr.write(f"no {backend} engines: {error}\n")
         else:
-            found.append(backend)
-    return found
+            usable.append(backend)
+    return usable
 
 
 def export(checkpoint: Path | None, out: Path, precision: str, built: list[str]) -> str | None:

@@ -51,9 +51,9 @@ def component(job: Job) -> dict[str, Any]:
     with open_component(artifact, name, backend, device) as session:
         feeds = as_taken(seeded_feeds(artifact, name, job["batch"]), session.inputs)
         for _ in range(CALLS):
-            found = session.run(feeds)
+            outputs = session.run(feeds)
         after = free_nbytes(device)
-        figures = compared(found, job)
+        figures = compared(outputs, job)
         if job["timed"]:
             figures |= latencies(session.run, feeds, job["seconds"])
         if job["timed"] and isinstance(session, TrtSession):
@@ -89,8 +89,8 @@ def answers(job: Job) -> dict[str, Any]:
     with load(artifact.path, backend=backend, device=device) as model:
         picture = Image.open(io.BytesIO(seeded_picture()))
         caption = model.caption([picture], num_beams=5, max_new_tokens=30)[0]
-        found = {mode: model.encode_image([picture], mode=mode) for mode in "cg"}
-        figures = compared(found, job) | said(caption, job)
+        outputs = {mode: model.encode_image([picture], mode=mode) for mode in "cg"}
+        figures = compared(outputs, job) | said(caption, job)
         if job["timed"]:
             seen = model.see([picture])
             one = {"image": np.zeros(1)}  # what is timed is a caption by five beams
@@ -123,8 +123,8 @@ def compiled_torch(job: Job) -> dict[str, Any]:
     outputs: Any = run(feeds)
     values = outputs if isinstance(outputs, list) else [outputs]
     names = [spec.name for spec in artifact.manifest.components[job["component"]].outputs]
-    found = {n: v.float().numpy() for n, v in zip(names, values, strict=True)}
-    figures = compared(found, job) | latencies(run, feeds, job["seconds"])
+    arrays = {n: v.float().numpy() for n, v in zip(names, values, strict=True)}
+    figures = compared(arrays, job) | latencies(run, feeds, job["seconds"])
     import torch
 
     return figures | {"gpu_memory_nbytes": torch.cuda.max_memory_allocated()}
@@ -151,21 +151,21 @@ def phases(session: Any, feeds: dict[str, Array]) -> dict[str, float]:
     return {name: phase.p50 for name, phase in measure_phases(session, feeds).items()}
 
 
-def compared(found: dict[str, Array], job: Job) -> dict[str, Any]:
+def compared(outputs: dict[str, Array], job: Job) -> dict[str, Any]:
     """Compute the error against the reference, where there is one; keep the outputs if asked."""
     if job["save"] is not None:
-        np.savez(job["save"], **{n: v.astype(np.float32) for n, v in found.items()})
+        np.savez(job["save"], **{n: v.astype(np.float32) for n, v in outputs.items()})
     if job["reference"] is None:
         return {}
     with np.load(job["reference"]) as right:
-        return {"max_error": largest_error(found, dict(right))}
+        return {"max_error": largest_error(outputs, dict(right))}
 
 
-def largest_error(found: dict[str, Array], right: dict[str, Array]) -> float:
+def largest_error(outputs: dict[str, Array], right: dict[str, Array]) -> float:
     """Find the largest difference of all outputs, relative to the output's largest value."""
     errors = []
     for name, array in right.items():
-        wanted, got = array.astype(np.float64), found[name].astype(np.float64)
+        wanted, got = array.astype(np.float64), outputs[name].astype(np.float64)
         scale = float(np.abs(wanted).max()) or 1.0
         errors.append(float(np.abs(got - wanted).max()) / scale)
     return max(errors)
@@ -194,12 +194,12 @@ JOBS = {"component": component, "answers": answers, "torch": compiled_torch, "pe
 def main() -> None:
     job, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     try:
-        found = JOBS[job["job"]](job)
+        figures = JOBS[job["job"]](job)
     except Exception as error:
         if not isinstance(error, InternVLError):
             traceback.print_exc()
-        found = refusal(error)
-    answer.write_text(json.dumps(found), encoding="utf-8")
+        figures = refusal(error)
+    answer.write_text(json.dumps(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def scenes_folder(folder: Path) -> Path:
 
 
 def measure(checkpoint: Path, work: Path) -> dict[str, dict[str, float]]:
-    found = {}
+    figures = {}
     for name, how in RECIPES.items():
         options = dict(how)
         if how["precision"] != "fp32":
@@ -75,9 +75,11 @@ def measure(checkpoint: Path, work: Path) -> dict[str, dict[str, float]]:
         artifact = compiler.export(
             compiler.ExportOptions(checkpoint=checkpoint, out=work / "out", force=True, **options)
         )
-        found[name] = quality(artifact)
-        print(f"{checkpoint.name:12} {name:12}", *(f"{k} {v:.4f}" for k, v in found[name].items()))
-    return found
+        figures[name] = quality(artifact)
+        print(
+            f"{checkpoint.name:12} {name:12}", *(f"{k} {v:.4f}" for k, v in figures[name].items())
+        )
+    return figures
 
 
 def main() -> None:

@@ -101,8 +101,8 @@ def outputs(work: str) -> None:
 
     session = onnxruntime.InferenceSession(str(Path(work) / "peer.onnx"))
     images = np.load(Path(work) / "held-out.npy")
-    found = [session.run(None, {"pixel_values": image[None]})[0] for image in images]
-    np.save(Path(work) / "outputs.npy", np.concatenate(found))
+    rows = [session.run(None, {"pixel_values": image[None]})[0] for image in images]
+    np.save(Path(work) / "outputs.npy", np.concatenate(rows))
 
 
 def _images(work: str) -> list[dict[str, Any]]:

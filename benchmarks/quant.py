@@ -156,11 +156,11 @@ def measure(
         def row(name: str, quantized: Callable[[], Array]) -> dict[str, Any]:
             started = time.perf_counter()
             try:
-                found: dict[str, Any] = dict(figures(reference, quantized()))
+                row: dict[str, Any] = dict(figures(reference, quantized()))
             except subprocess.CalledProcessError as error:  # a peer's process; it said why
-                found = {"error": f"exit status {error.returncode}"}
+                row = {"error": f"exit status {error.returncode}"}
             seconds = round(time.perf_counter() - started, 1)
-            return {"checkpoint": kind, "seed": seed, "recipe": name, **found, "seconds": seconds}
+            return {"checkpoint": kind, "seed": seed, "recipe": name, **row, "seconds": seconds}
 
         for recipe in recipes:
             yield row(recipe.name, lambda r=recipe: quantized_output(checkpoint, r, seen, held_out))
@@ -211,11 +211,11 @@ def peer_output(function: str, python: str, work: Path) -> Array:
     try:
         _run_peer(function, python, work)
         _run_peer("outputs", sys.executable, work)
-        found: Array = np.load(work / "outputs.npy")
+        output: Array = np.load(work / "outputs.npy")
     finally:
         for file in work.glob("peer.onnx*"):
             file.unlink()
-    return found
+    return output
 
 
 def _run_peer(function: str, python: str, work: Path) -> None:
@@ -224,16 +224,16 @@ def _run_peer(function: str, python: str, work: Path) -> None:
     subprocess.run([python, "-c", call], cwd=Path(__file__).parent, check=True)
 
 
-def figures(reference: Array, found: Array) -> dict[str, float]:
+def figures(reference: Array, output: Array) -> dict[str, float]:
     """Compute the SQNR of all and of ordinary values, the worst cosine of an image and a token."""
     magnitude = np.abs(reference)
     ordinary = magnitude < MASSIVE * np.median(magnitude)
     return {
-        "sqnr_db": round(sqnr_db(reference, found), 2),
-        "ordinary_db": round(sqnr_db(reference * ordinary, found * ordinary), 2),
-        "cosine": round(_worst_cosine(reference, found, lambda x: x.reshape(len(x), -1)), 6),
+        "sqnr_db": round(sqnr_db(reference, output), 2),
+        "ordinary_db": round(sqnr_db(reference * ordinary, output * ordinary), 2),
+        "cosine": round(_worst_cosine(reference, output, lambda x: x.reshape(len(x), -1)), 6),
         "token_cosine": round(
-            _worst_cosine(reference, found, lambda x: x.reshape(-1, x.shape[-1])), 6
+            _worst_cosine(reference, output, lambda x: x.reshape(-1, x.shape[-1])), 6
         ),
     }
 

@@ -190,20 +190,20 @@ def speedups(timings: dict[str, Timing]) -> dict[str, Any]:
     return {name: asdict(ratio_of(t, ours)) for name, t in timings.items() if name != OURS}
 
 
-def show(found: dict[str, Any]) -> None:
-    for result in found["results"]:
-        ratio = found["speedups"].get(result["name"])
+def show(figures: dict[str, Any]) -> None:
+    for result in figures["results"]:
+        ratio = figures["speedups"].get(result["name"])
         compared = ""
         if ratio is not None:
             interval = ratio["reason"] or f"{ratio['low']:.2f}-{ratio['high']:.2f}"
             compared = f"  our int8 is {ratio['median']:.2f} times as fast ({interval})"
         p50 = result["latency"]["p50"]
-        sys.stderr.write(f"{found['model']:14} {result['name']:20} p50 {p50:9.3f} ms{compared}\n")
-    for name, reason in found["skipped"].items():
-        sys.stderr.write(f"{found['model']:14} {name:20} skipped: {reason}\n")
-    peaks, roofline = found["peaks"]["operations"], found["roofline"]
+        sys.stderr.write(f"{figures['model']:14} {result['name']:20} p50 {p50:9.3f} ms{compared}\n")
+    for name, reason in figures["skipped"].items():
+        sys.stderr.write(f"{figures['model']:14} {name:20} skipped: {reason}\n")
+    peaks, roofline = figures["peaks"]["operations"], figures["roofline"]
     sys.stderr.write(
-        f"{found['model']:14} int8: {found['product_share']:.0%} of its time in products, MFU "
+        f"{figures['model']:14} int8: {figures['product_share']:.0%} of its time in products, MFU "
         f"{roofline['mfu']:.0%} of {peaks['int8'] / 1e12:.2f} TOPS\n"
     )
 

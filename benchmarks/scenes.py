@@ -48,15 +48,15 @@ def hits(out: Path, num_scenes: int) -> dict[str, evaluate.Hits]:
         }
 
 
-def compared(usual: evaluate.Hits, found: evaluate.Hits) -> dict[str, Any]:
+def compared(usual: evaluate.Hits, own: evaluate.Hits) -> dict[str, Any]:
     """Compute shares in percent, and the difference in points with its standard error."""
-    gained, lost = int((found & ~usual).sum()), int((usual & ~found).sum())
-    difference = found.astype(float) - usual
+    gained, lost = int((own & ~usual).sum()), int((usual & ~own).sum())
+    difference = own.astype(float) - usual
     return {
         "fp32": round(100 * float(usual.mean()), 3),
-        "right": round(100 * float(found.mean()), 3),
+        "right": round(100 * float(own.mean()), 3),
         "difference": round(100 * float(difference.mean()), 3),
-        "standard_error": round(100 * float(difference.std(ddof=1)) / len(found) ** 0.5, 3),
+        "standard_error": round(100 * float(difference.std(ddof=1)) / len(own) ** 0.5, 3),
         "gained": gained,
         "lost": lost,
     }
@@ -71,7 +71,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.scenes < AT_ONCE or chosen.scenes % AT_ONCE:
         parser.error(f"--scenes: expected a multiple of {AT_ONCE}, found {chosen.scenes}")
-    found: dict[str, dict[str, evaluate.Hits]] = {}
+    scored: dict[str, dict[str, evaluate.Hits]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", *chosen.precisions):
             out = (chosen.work or Path(folder)) / precision
@@ -84,10 +84,10 @@ def main() -> None:
                         verify="none",
                     )
                 )
-            found[precision] = hits(out, chosen.scenes)
+            scored[precision] = hits(out, chosen.scenes)
     quality = {
-        precision: {task: compared(found["fp32"][task], right) for task, right in tasks.items()}
-        for precision, tasks in found.items()
+        precision: {task: compared(scored["fp32"][task], right) for task, right in tasks.items()}
+        for precision, tasks in scored.items()
         if precision != "fp32"
     }
     print(json.dumps(quality, indent=1))

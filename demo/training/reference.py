@@ -1,4 +1,4 @@
-"""The PyTorch reference behind the methods of a loaded model, to evaluate a checkpoint itself.
+"""The PyTorch reference with the methods of a loaded model, to evaluate a checkpoint itself.
 
 ``python -m internvl_edge.demo.training.reference [CHECKPOINT]`` prints the demo's quality.
 """

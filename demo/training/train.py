@@ -264,7 +264,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def save_checkpoint(model: InternVL, out: Path) -> None:
-    """Weights in bfloat16 and the JSON files beside them, as Hugging Face lays them out."""
+    """Write weights in bfloat16 and their JSON files, as Hugging Face lays them out."""
     weights = {
         name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()

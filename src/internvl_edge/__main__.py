@@ -20,7 +20,7 @@ def main() -> None:
         if signal.getsignal(signal.SIGINT) is _leave:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
-    except KeyboardInterrupt:  # just before or behind what the command line catches itself
+    except KeyboardInterrupt:  # just before or after what the command line catches itself
         _leave()
 
 

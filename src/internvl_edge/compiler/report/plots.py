@@ -217,7 +217,7 @@ def frontier_plot(search: dict[str, Any]) -> FrontierPlot:
         )
 
     return FrontierPlot(
-        title=f"{search['metric']}: drop beside float32, over MB of quantized layers' weights",
+        title=f"{search['metric']}: drop compared with float32, over MB of quantized layers' weights",
         width=FRONTIER_WIDTH,
         height=FRONTIER_HEIGHT,
         left=FRONTIER_LEFT,

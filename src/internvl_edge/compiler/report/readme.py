@@ -18,7 +18,7 @@ def readme(manifest: Manifest) -> str:
 
 Compiled by internvl-edge {manifest.tool_version} for images of {manifest.image_size} px.
 
-| component | inputs | first output | weights read | beside PyTorch fp32 |
+| component | inputs | first output | weights read | compared with PyTorch fp32 |
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
