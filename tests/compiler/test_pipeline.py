@@ -24,7 +24,7 @@ from internvl_edge import compiler
 from internvl_edge.artifact import publish
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.cli import run
-from internvl_edge.compiler import ExportOptions, pipeline
+from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps.engines import ENGINE_NBYTES
 from internvl_edge.errors import (
     BuildError,
@@ -427,7 +427,8 @@ def test_an_engine_is_hashed_while_it_is_written_and_never_read(
         monkeypatch.setattr(module, "import_tensorrt", lambda _: trt)
     for name in ("sync", "sync_tree"):  # which open files too, and read nothing of them
         monkeypatch.setattr(publish, name, lambda _: None)
-    monkeypatch.setattr(pipeline, "open_artifact", lambda _, hash_files: None)  # for their sizes
+    opened = "internvl_edge.compiler.compile.open_artifact"
+    monkeypatch.setattr(opened, lambda _, hash_files: None)  # for their sizes
     OPENED.clear()
     chosen = options(tiny, tmp_path / "out", components=("vision",), verify="none")
     if later:

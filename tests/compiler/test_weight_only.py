@@ -106,7 +106,8 @@ def test_a_wrong_scale_is_caught(artifact: Artifact, tiny: Written, tmp_path: Pa
 
 
 def check_decoder(artifact: Artifact, tiny: Written) -> None:
-    from internvl_edge.compiler.steps.verify import Checker, quantization_of
+    from internvl_edge.compiler.oracle.checker import Checker
+    from internvl_edge.compiler.source import quantization_of
 
     opened = open_checkpoint(tiny.path)
     size = artifact.manifest.image_size

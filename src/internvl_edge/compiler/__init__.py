@@ -2,10 +2,13 @@
 
     plan        the options, refused before any work if they cannot be met; start here
     precision   the recipe that a precision stands for
-    pipeline    export, forecast and verify: one list of steps
-    steps       each of them, with what it costs;  weights  what is decided on a weights file
+    compile     export: the steps run, in a workspace that another run may take up
+    pipeline    the list of steps, and their forecast
+    steps       each of them, with what it costs
+    weights     the weights file: its plan, its layout, the tensors written
     cost        memory, disk and time, added up;  progress  how far an export has come
     oracle      second opinions on what a component computes
+    source      the checkpoint that a directory was made from
     search      which layers INT8 cannot afford, and a recipe that spares them
     report      the page and the README of a compiled directory
 
@@ -19,12 +22,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvl_edge.compiler.pipeline import export, forecast, verify
+    from internvl_edge.compiler.compile import export
+    from internvl_edge.compiler.pipeline import forecast
     from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
     from internvl_edge.compiler.search import export_auto
     from internvl_edge.compiler.steps.engines import build
     from internvl_edge.compiler.steps.profiles import profile_from
+    from internvl_edge.compiler.steps.verify import verify
 
 __all__ = [
     "ExportOptions",
@@ -44,12 +49,12 @@ _HOME = {
     "Plan": "plan",
     "Progress": "progress",
     "build": "steps.engines",
-    "export": "pipeline",
+    "export": "compile",
     "export_auto": "search",
     "forecast": "pipeline",
     "make_plan": "plan",
     "profile_from": "steps.profiles",
-    "verify": "pipeline",
+    "verify": "steps.verify",
 }
 
 

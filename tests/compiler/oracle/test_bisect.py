@@ -16,7 +16,8 @@ from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, export
-from internvl_edge.compiler.oracle.bisect import GraphReading, bisect, worst_channel_db
+from internvl_edge.compiler.oracle.bisect import bisect
+from internvl_edge.compiler.oracle.readings import GraphReading, worst_channel_db
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.types import Array

@@ -14,6 +14,7 @@ from support.checkpoints import TINY, write_internvl, write_vit
 from internvl_edge import compiler
 from internvl_edge.artifact.components import LLAMA_PREFIX, VISION_PREFIX
 from internvl_edge.compiler import ExportOptions, Plan, make_plan
+from internvl_edge.compiler.oracle import checker
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace, verify
 from internvl_edge.compiler.steps.meta_model import meta_model, shallow_config, shallow_model
@@ -352,7 +353,7 @@ def test_a_wrong_block_is_found(
 
     monkeypatch.setattr(step, "run", spoil)
     if not is_audited:
-        monkeypatch.setattr(verify, "require_as_calibrated", lambda *_: None)
+        monkeypatch.setattr(checker, "require_as_calibrated", lambda *_: None)
     checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
     options = ExportOptions(
         checkpoint=checkpoint, out=tmp_path / "out", precision=precision, components=("vision",)

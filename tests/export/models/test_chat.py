@@ -14,7 +14,7 @@ import torch
 from support.checkpoints import CHAT, write_chat, write_llava
 
 from internvl_edge import compiler, open_session
-from internvl_edge.compiler import ExportOptions, make_plan, pipeline
+from internvl_edge.compiler import ExportOptions, make_plan
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace
 from internvl_edge.compiler.steps.meta_model import meta_model, shallow_model
@@ -247,7 +247,7 @@ def test_every_precision_is_verified(tmp_path: Path, precision: str) -> None:
     for record in artifact.manifest.components.values():
         assert record.verification is not None
         assert record.verification["sqnr_db"] > (6 if precision == "int4-wo" else 12)
-    found = pipeline.verify(out, written.path)
+    found = compiler.verify(out, written.path)
     assert found.keys() == artifact.manifest.components.keys()
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import gelu
 
 from internvl_edge import compiler, load, open_session
 from internvl_edge.artifact.workspace import Workspace
-from internvl_edge.compiler import ExportOptions, make_plan, pipeline
+from internvl_edge.compiler import ExportOptions, make_plan
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace, verify
 from internvl_edge.compiler.steps.calibration.samples import load_samples, samples_for
@@ -119,7 +119,7 @@ def test_every_precision_is_verified(written: Written, tmp_path: Path, precision
     assert queries is not None
     if "int" in precision:  # queries are not quantized
         assert queries["sqnr_db"] > 70
-    pipeline.verify(artifact.path, written.path)
+    compiler.verify(artifact.path, written.path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -20,8 +20,9 @@ from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler.oracle.checker import Checker
 from internvl_edge.compiler.search import export_auto
-from internvl_edge.compiler.steps.verify import Checker, quantization_of
+from internvl_edge.compiler.source import quantization_of
 from internvl_edge.errors import CalibrationError, InputError, VerificationError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.shards import read_header

@@ -29,7 +29,7 @@ from internvl_edge.compiler.oracle.rounding import (
     rounded_weight,
     rounding_hook,
 )
-from internvl_edge.compiler.oracle.site_factors import move_factors, readers_behind
+from internvl_edge.compiler.oracle.site_factors import move_factors, readers_after
 from internvl_edge.compiler.weights.layout import WEIGHTS_FILE
 from internvl_edge.errors import ArtifactError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
@@ -127,7 +127,7 @@ class Quantization:
                     move_factors(parameters, reader, np.array(values, np.float32), recipe, config)
             for name in parameters.keys() & stored.keys():
                 if name.endswith(".spread"):
-                    for reader in readers_behind(name, config):
+                    for reader in readers_after(name, config):
                         parameters[f"{reader}.weight"].div_(parameters[name])
             for name, layer in module.named_modules():
                 weight = rename(f"{name}.weight")

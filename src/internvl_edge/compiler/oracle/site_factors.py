@@ -46,7 +46,7 @@ def move_factors(
         rows.copy_(turn.T @ rows)
 
 
-def readers_behind(spread: str, config: CheckpointConfig) -> list[str]:
+def readers_after(spread: str, config: CheckpointConfig) -> list[str]:
     """List the linear layers that read what factors after GELU were applied to."""
     block, path = _split(spread)
     sites = [site for site in sites_of(config, block) if site.spread == path]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
 
 from internvl_edge.artifact.components import find_component
 from internvl_edge.artifact.open import Manifest
@@ -13,8 +12,6 @@ from internvl_edge.errors import UsageError
 from internvl_edge.export.engine.build import ShapeRanges
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
 
-if TYPE_CHECKING:  # it needs PyTorch, and building engines does not
-    pass
 Asked = ShapeRanges | Mapping[str, Range] | None  # a profile, or ranges instead of the usual
 
 IN_PLACE_BATCH = (1, 1, 4)

@@ -14,6 +14,7 @@ import numpy as np
 
 from internvl_edge.artifact.components import (
     CHAT_PREFIX,
+    COMPONENTS,
     LLAMA_PREFIX,
     PREFIXES,
     QUERIES_PREFIX,
@@ -63,6 +64,15 @@ def block_sizes(plan: Plan) -> dict[str, int]:
                 block = name[: name.index(".", len(prefix) + 1)]
                 sizes[block] = sizes.get(block, 0) + math.prod(entry.shape)
     return sizes
+
+
+def tower_depths(plan: Plan) -> dict[str, int]:
+    """Count the blocks of each component's tower."""
+    blocks = list(block_sizes(plan))
+    return {
+        component: sum(name.startswith(f"{COMPONENTS[component].tower}.") for name in blocks)
+        for component in plan.components
+    }
 
 
 def shape_of(plan: Plan, name: str) -> tuple[int, ...]:
