@@ -10,9 +10,10 @@ laid out in a row or a column. Every scene follows from (split, seed, index) alo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -195,6 +196,14 @@ def calibration_set(count: int, seed: int) -> CalibrationSet:
         calibration_texts(count, seed),
         name="demo training scenes",
     )
+
+
+def samples_of(checkpoint: Path | None) -> Callable[[int, int], CalibrationSet] | None:
+    """Return ``calibration_set`` for the bundled model, which None is too; None for any other."""
+    from internvl_edge.compiler.plan import demo_checkpoint
+
+    is_demo = checkpoint is None or checkpoint.resolve() == demo_checkpoint().resolve()
+    return calibration_set if is_demo else None
 
 
 def calibration_images(n: int, seed: int = 6) -> list[Pixels]:

@@ -112,10 +112,12 @@ def export(
     with as few layers in 16 bits as --max-drop allows.
     """
     compiler = _compiler()
+    from internvl_edge.demo.scenes import samples_of
+
     _require_checkpoint(chosen["checkpoint"])
     _require_components(chosen["components"])
     is_auto = _is_searched(chosen["precision"], max_drop, metric)
-    chosen |= {"samples": _samples(chosen["checkpoint"])}
+    chosen |= {"samples": samples_of(chosen["checkpoint"])}
     options = compiler.ExportOptions(**chosen | ({"precision": "int8"} if is_auto else {}))
     if dry_run:
         _dry_run(output, compiler, options)
@@ -217,16 +219,17 @@ def build(
     backend: str,
 ) -> None:
     """Build engines for the exported directory OUT; needs no GPU for tensorrt-rtx."""
-    from internvl_edge.compiler.steps.engines import build as build_engines
-    from internvl_edge.compiler.steps.profiles import ranges_from
+    from internvl_edge import compiler
 
-    profile = ranges_from(batch=batch, length=length, past=past)
+    profile = compiler.ranges_from(batch=batch, length=length, past=past)
     if dry_run:
         _dry_build(output, out, targets, components, profile)
         return
     before = engine_files(out)
     with output.progress() as report:
-        engines = build_engines(out, targets, components=components, profile=profile, report=report)
+        engines = compiler.build(
+            out, targets, components=components, profile=profile, report=report
+        )
     facts = [engine_facts(out, engine, is_new=engine.file not in before) for engine in engines]
     output.table(ENGINE_COLUMNS, [engine_row(engine) for engine in facts])
     output.result({"out": out, "engines": facts})
@@ -253,17 +256,6 @@ def _compiler() -> Any:
     from internvl_edge import compiler
 
     return compiler
-
-
-def _samples(checkpoint: Path | None) -> Any:
-    """The scenes that the bundled demo is calibrated on; None for any other checkpoint."""
-    from internvl_edge.compiler.plan import demo_checkpoint
-
-    if checkpoint is not None and checkpoint.resolve() != demo_checkpoint().resolve():
-        return None
-    from internvl_edge.demo.scenes import calibration_set
-
-    return calibration_set
 
 
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from internvl_edge.compiler.progress import Progress
     from internvl_edge.compiler.search import export_auto
     from internvl_edge.compiler.steps.engines import build
-    from internvl_edge.compiler.steps.profiles import profile_from
+    from internvl_edge.compiler.steps.profiles import profile_from, ranges_from
     from internvl_edge.compiler.steps.verify import verify
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "forecast",
     "make_plan",
     "profile_from",
+    "ranges_from",
     "verify",
 ]
 
@@ -54,6 +55,7 @@ _HOME = {
     "forecast": "pipeline",
     "make_plan": "plan",
     "profile_from": "steps.profiles",
+    "ranges_from": "steps.profiles",
     "verify": "steps.verify",
 }
 
