@@ -2,8 +2,9 @@
 
     __main__  ``python -m internvl_edge.demo``: compile at every precision and compare; start here
     scenes    pictures composed from real handwritten digits;  language  what is said of them
+    picture   one picture, and the answers on it
     evaluate  the share of right answers in each task
     training  how the model was trained (not part of the wheel);  checkpoint  the model
 
-The product never imports this package: its calibration samples are handed in.
+Only the command line imports it, to hand in its calibration samples.
 """

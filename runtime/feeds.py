@@ -27,7 +27,7 @@ from internvl_edge.types import Array
 __all__ = ["check_feeds", "check_outputs", "numpy_dtype"]
 
 
-# Of a decoder whose cache is written in place (``inplace``).
+# Of a decoder whose cache is written in place (``generation.fixed_cache``).
 WRITE_INDICES, MASK, POSITIONS = "write_indices", "attention_mask", "position_ids"
 MAY_BE_EMPTY = frozenset({"past"})
 

@@ -2,6 +2,7 @@
 
 session      the session; start here
 options      how and where it computes
+cpu          the instruction sets that decide which INT8 graph is right
 values       NumPy's arrays as ONNX Runtime's values, and back
 cuda_graphs  calls replayed as CUDA graphs
 """

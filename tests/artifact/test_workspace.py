@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from support.checkpoints import write_internvl
 
 from internvl_edge import compiler
-from internvl_edge.artifact import workspace as resume
+from internvl_edge.artifact import workspace as workspace_module
 from internvl_edge.artifact.workspace import JOURNAL, KEY, Workspace, kept_nbytes, workspace
 from internvl_edge.compiler import ExportOptions, cost
 from internvl_edge.compiler.steps import weights as weights_step
@@ -333,7 +333,7 @@ def test_the_journal_is_the_first_to_go(out: Path, monkeypatch: pytest.MonkeyPat
         assert not (path / JOURNAL).exists()
         raise OSError("cut short")
 
-    monkeypatch.setattr(resume.shutil, "rmtree", cut_short)
+    monkeypatch.setattr(workspace_module.shutil, "rmtree", cut_short)
     with workspace(out, lambda: KEY_A, Budget(0)) as work:
         assert work.num_done == 1
     with workspace(out, lambda: KEY_A, Budget(0)) as work:
@@ -373,7 +373,6 @@ def test_where_a_file_has_one_name_only_it_is_moved(
 
 KILLED_BY_ITSELF = """
 import os, signal, sys
-from internvl_edge import compiler, resume
 from internvl_edge.artifact.workspace import Workspace
 finish = Workspace.finish
 def finish_and_die(self, *args):
@@ -473,7 +472,7 @@ def test_killed_between_publishing_and_cleaning_up(
 ) -> None:
     out, work = tmp_path / "out", tmp_path / ".out.work"
     with monkeypatch.context() as patch:
-        patch.setattr(resume.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(workspace_module.shutil, "rmtree", lambda *_, **__: None)
         compiler.export(options(checkpoint, out))
     assert (work / "weights.safetensors").exists()
     with pytest.raises(UsageError, match="exists"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def names_in(folder: Path) -> list[str]:
         elif path.is_dir() and not path.is_symlink() and any(path.rglob("*.py")):
             found.append(path.name)
     return sorted(found)
+
+
+@pytest.mark.parametrize("top", PRODUCT)
+def test_every_door_names_what_is_inside(top: str) -> None:
+    for door in (ROOT / top).rglob("__init__.py"):
+        if door.parent in (ROOT / "src" / "internvl_edge", ROOT / "export" / "models"):
+            continue  # the public names; models, which are re-exported
+        text = ast.get_docstring(ast.parse(door.read_text(encoding="utf-8"))) or ""
+        missing = [name for name in names_in(door.parent) if not re.search(rf"\b{name}\b", text)]
+        assert not missing, f"{door}: {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("top", [*PRODUCT, "tests"])

@@ -6,6 +6,7 @@ open         a directory that is checked before anything in it is used
 publish      a directory that appears whole or not at all
 workspace    what an interrupted compilation has finished, for the same command to go on
 onnx_gate    an ONNX file, judged before a native parser reads it;  onnx_wire  its bytes
+safetensors  headers of weights files, parsed and validated
 sidecar      what is written down about a built engine
 """
 

@@ -3,7 +3,7 @@
 Opening trusts the manifest alone, and checks everything else against it:
     every listed file is there, a regular file (no link, pipe or device) of its size and sha256;
         of the checkpoint's own shards, the header's sha256, so that opening never reads 12 GB;
-    every graph is sound and points only into listed files, within their bounds (``onnxfile``);
+    every graph is sound and points only into listed files, within their bounds (``onnx_gate``);
     every component's graph has the inputs and outputs that the manifest promises.
 
 Files are opened relative to the directory's descriptor, never through a link, so a name cannot

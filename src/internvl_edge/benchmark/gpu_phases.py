@@ -7,7 +7,7 @@
     Enqueue Time      the host's, until the engine was queued
 
 The first four are differences of events in the call's stream, so they leave out what the host does
-before and after; ``bench`` measures all of it. A GPU that computes for less time than the host
+before and after; ``timing`` measures all of it. A GPU that computes for less time than the host
 takes to queue waits for the host: a CUDA graph is what helps there.
 """
 

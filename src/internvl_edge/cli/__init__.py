@@ -3,6 +3,11 @@
 A command answers on stdout, with ``--json`` as one JSON object on the last line, and says
 everything else on stderr. Exit codes are those of ``internvl_edge.errors``; Ctrl-C exits with 130
 and SIGTERM with 143, both after cleaning up.
+
+    export     export, build, convert;  inspect  verify, inspect;  debug  lint, bisect
+    embed      embed, classify, retrieve, match;  text  caption, answer;  chat  chat
+    benchmark  benchmark;  doctor  doctor
+    console    answers, progress and errors on the terminal;  options  shared options
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import click
 
 from internvl_edge.cli.console import Output
+from internvl_edge.runtime.session import BACKENDS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "onnxruntime", "tensorrt-rtx", "tensorrt")
+CHOICES = ("auto", *BACKENDS)
 
 
 class Place(click.Path):
@@ -73,7 +74,7 @@ def one_of(*choices: str) -> click.Choice[str]:
 
 def _backend(text: str) -> Callable[[Function], Function]:
     return click.option(
-        "--backend", type=one_of(*BACKENDS), default="auto", show_default=True, help=text
+        "--backend", type=one_of(*CHOICES), default="auto", show_default=True, help=text
     )
 
 

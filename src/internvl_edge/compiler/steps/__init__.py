@@ -3,7 +3,7 @@
 step         the protocol: what a step states and does; start here
 trace        every component as a graph whose weights have no data yet;  meta_model  traced models
 weights      the weights file, written as the checkpoint has them, or
-quantize     with the towers' weights quantized, by calibration
+quantize     with the towers' weights quantized;  calibration  samples, and the pass over the blocks
 graphs       one ONNX graph per component, bound to the weights;  graph_files  their names
 verify       every component compared with PyTorch, of a directory that is published too
 engines      TensorRT engines, for a directory that is published already too;  profiles  shapes
