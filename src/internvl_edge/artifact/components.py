@@ -166,6 +166,7 @@ COMPONENTS: dict[str, Component] = {
             read_on=("hidden_state",),
             tower=VISION_PREFIX,
             stream="image",
+            unread=("mm_projector.mlp2.",),  # which queries go through
             kinds=("chat",),
         ),
         Component(
@@ -173,6 +174,7 @@ COMPONENTS: dict[str, Component] = {
             inputs=("hidden_state",),
             outputs=("image_tokens",),
             tower=QUERIES_PREFIX,
+            unread=("mm_projector.mlp1.",),  # which patches go through
             kinds=("chat",),
             needs="num_queries",
         ),

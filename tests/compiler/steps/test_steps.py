@@ -8,7 +8,14 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from support.checkpoints import Written, write_internvl, write_vit
+from support.checkpoints import (
+    Written,
+    write_chat,
+    write_internvl,
+    write_llava,
+    write_llava_queries,
+    write_vit,
+)
 
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions, Plan, make_plan, pipeline
@@ -18,6 +25,8 @@ from internvl_edge.compiler.steps.engines import BuildEngines
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.weights.plan import plan_weights
 from internvl_edge.errors import InternVLError
+from internvl_edge.export.config.checkpoint import available_components, load_config
+from internvl_edge.export.graph.bind import weights_without_data
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +76,20 @@ def test_one_model_without_weights(
     )
     compiler.export(chosen)
     assert len(built) == 1
+
+
+@pytest.mark.parametrize(
+    "write", [write_internvl, write_vit, write_chat, write_llava, write_llava_queries]
+)
+def test_a_component_alone_reads_what_was_planned(write: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoint").path
+    for name in available_components(load_config(path)):
+        options = ExportOptions(checkpoint=path, out=tmp_path / "out", components=(name,))
+        plan = make_plan(options)
+        model = meta_model.shallow_model(plan)
+        graphs = trace.trace_all(plan, model, plan.base, silent)
+        planned = plan_weights(plan, model)
+        assert set(weights_without_data(graphs.values())) == planned.reads[name], name
 
 
 def test_weights_that_were_not_planned_are_a_mistake(written: Written, tmp_path: Path) -> None:
