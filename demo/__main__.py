@@ -260,6 +260,6 @@ if __name__ == "__main__":
     try:
         main(standalone_mode=False)
     except (click.ClickException, InternVLError) as failure:
-        message = failure.message if isinstance(failure, click.ClickException) else str(failure)
+        message = failure.format_message() if isinstance(failure, click.ClickException) else failure
         human.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
         sys.exit(failure.exit_code)

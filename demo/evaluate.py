@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 24  # the longest caption has 16, and the end
 
 
 class Embeds(Protocol):
-    """What classification and retrieval need."""
+    """The methods that classification and retrieval need."""
 
     def encode_image(self, images: Any, mode: str = "c", normalize: bool = False) -> Any:
         """Embeddings of images, (B, E)."""
@@ -34,23 +34,23 @@ class Embeds(Protocol):
 
 
 class Matches(Protocol):
-    """What matching needs."""
+    """The method that matching needs."""
 
     def match(self, images: Any, texts: Any) -> Any:
         """The probability that text i is true of image i, (B,)."""
 
 
 class Sees(Protocol):
-    """What the perplexity of captions needs."""
+    """The methods that the perplexity of captions needs."""
 
     @property
     def tokenizer(self) -> Any: ...
     def see(self, images: Any) -> Any:
-        """What the decoder keeps of images."""
+        """Run the vision tower, and return what the decoder keeps of images."""
 
 
 class Speaks(Protocol):
-    """What captioning and answering need."""
+    """The methods that captioning and answering need."""
 
     def caption(self, images: Any, *, num_beams: int = 1, max_new_tokens: int = 30) -> Any:
         """A caption for each image."""
@@ -60,12 +60,12 @@ class Speaks(Protocol):
 
 
 def zero_shot_accuracy(model: Embeds, n: int = 500, mode: str = "c", seed: int = 1) -> float:
-    """Which of ten digits a scene shows: the class of the nearest mean over the templates."""
+    """Measure how often the digit's class has the nearest mean over the templates."""
     return float(np.mean(zero_shot_hits(model, n, mode, seed)))
 
 
 def zero_shot_hits(model: Embeds, n: int, mode: str, seed: int) -> Hits:
-    """The same, scene by scene."""
+    """Tell scene by scene which answer is right, (n,)."""
     images, labels = scenes.classification_scenes(n, seed)
     texts = [template.format(digit) for digit in DIGITS for template in TEMPLATES]
     embeds = np.asarray(model.encode_text(texts, normalize=True))
@@ -76,7 +76,7 @@ def zero_shot_hits(model: Embeds, n: int, mode: str, seed: int) -> Hits:
 
 
 def retrieval_recall_at_1(model: Embeds, n: int = 100, mode: str = "c", seed: int = 2) -> float:
-    """How often the nearest of ``n`` different captions is the image's own."""
+    """Measure how often the nearest of ``n`` different captions is the image's own."""
     images, captions = scenes.retrieval_scenes(n, seed)
     image = np.asarray(model.encode_image(images, mode=mode, normalize=True))
     text = np.asarray(model.encode_text(captions, normalize=True))
@@ -84,23 +84,23 @@ def retrieval_recall_at_1(model: Embeds, n: int = 100, mode: str = "c", seed: in
 
 
 def matching_accuracy(model: Matches, n: int = 500, seed: int = 4) -> float:
-    """How often a caption is told from a near miss, half the pairs being each."""
+    """Measure how often a caption is told from a near miss, half the pairs being each."""
     return float(np.mean(matching_hits(model, n, seed)))
 
 
 def matching_hits(model: Matches, n: int, seed: int) -> Hits:
-    """The same, pair by pair."""
+    """Tell pair by pair which answer is right, (n,)."""
     images, texts, is_match = scenes.matching_pairs(n, seed)
     return np.asarray((np.asarray(model.match(images, texts)) > 0.5) == is_match)
 
 
 def caption_exact_match(model: Speaks, n: int = 300, seed: int = 3) -> float:
-    """How often the greedy caption is the scene's, word for word."""
+    """Measure how often the greedy caption is the scene's, word for word."""
     return float(np.mean(caption_hits(model, n, seed)))
 
 
 def caption_hits(model: Speaks, n: int, seed: int) -> Hits:
-    """The same, scene by scene."""
+    """Tell scene by scene which answer is right, (n,)."""
     images, captions = scenes.caption_scenes(n, seed)
     return _exact(model.caption(images, num_beams=1, max_new_tokens=MAX_NEW_TOKENS), captions)
 
@@ -148,12 +148,12 @@ def caption_logs(
 
 
 def vqa_accuracy(model: Speaks, n: int = 300, seed: int = 5) -> float:
-    """How often the greedy answer to a question is the right one."""
+    """Measure how often the greedy answer to a question is the right one."""
     return float(np.mean(vqa_hits(model, n, seed)))
 
 
 def vqa_hits(model: Speaks, n: int, seed: int) -> Hits:
-    """The same, question by question."""
+    """Tell question by question which answer is right, (n,)."""
     images, questions = scenes.question_scenes(n, seed)
     prompts = [question.prompt for question in questions]
     answers = model.answer(images, prompts, max_new_tokens=MAX_NEW_TOKENS)

@@ -1,4 +1,4 @@
-"""What can be said of a scene: captions, near misses, questions and answers.
+"""The texts about a scene: captions, near misses, questions and answers.
 
 A scene holds one to three digits of different values and colours, side by side or one above the
 other. Its caption names them in reading order, so that every scene has exactly one:
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What a scene shows: its items in reading order, and how they lie."""
+    """The content of a scene: its items in reading order, and how they lie."""
 
     items: tuple[Item, ...]
     axis: Axis

@@ -142,7 +142,7 @@ def pixel_values(images: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 
 def _patch_labels(drawn: Sequence[scenes.Scene]) -> dict[str, Tensor]:
-    """What owns most ink of each patch, row by row: digit, colour and place, (B, h·w) each."""
+    """Find what owns most ink of each patch, row by row: digit, colour and place, (B, h·w) each."""
     owner = np.stack([s.owner for s in drawn])  # (B, H, W)
     side = scenes.CANVAS // PATCH
     tiles = owner.reshape(-1, side, PATCH, side, PATCH).swapaxes(2, 3)

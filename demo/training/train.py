@@ -97,7 +97,7 @@ class Plan:
 
 
 class PatchHeads(nn.Module):
-    """What lies under each patch; used in training only."""
+    """Heads that name what lies under each patch; used in training only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

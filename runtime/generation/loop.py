@@ -48,7 +48,10 @@ def generate(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
 
 def generate_all(batches: Iterable[tuple[Decoding, Prompt]], how: Generation) -> Array:
     """Continue the batches of a request one after the other: int64 [B,N] of all rows."""
-    parts = [generate(decoding, prompt, how) for decoding, prompt in batches]
+    parts = []
+    for decoding, prompt in batches:
+        parts.append(generate(decoding, prompt, how))
+        del decoding, prompt  # the cache goes before the next batch takes one
     width = max(ids.shape[1] for ids in parts)
     return np.concatenate(
         [

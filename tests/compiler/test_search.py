@@ -104,7 +104,7 @@ def test_budgets_and_metrics_that_cannot_be(tmp_path: Path, drop: float, metric:
 
 def test_the_plot_of_a_frontier_holds_every_point() -> None:
     found = fewest(lambda ks: [0.5 / (1 + k) for k in ks], layers(12), "cosine", 0.2, 4)
-    drawn = plots.plot(found.to_json())
+    drawn = plots.frontier_plot(found.to_json())
     assert len(drawn.points) == len(found.frontier)
     assert sum(chosen for _, _, chosen, _ in drawn.points) == 1
     xs, ys = zip(*[(x, y) for x, y, _, _ in drawn.points], strict=True)

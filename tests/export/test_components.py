@@ -182,9 +182,7 @@ def test_a_frozen_batch_is_refused() -> None:
             return x + torch.ones(len(x), 1, device=x.device)
 
     example = torch.empty(2, 3, device="meta")
-    with pytest.raises(
-        InternVLError, match="batch to stay dynamic, but the trace froze it"
-    ):
+    with pytest.raises(InternVLError, match="batch to stay dynamic, but the trace froze it"):
         graphs.trace(Frozen(), [example], [{0: "batch"}], ["x"], ["y"])
 
 

@@ -12,6 +12,7 @@ from support.paths import ROOT, TESTS
 PRODUCT = ("src/internvl_edge", "export", "quantize", "runtime", "demo")
 DOORS = {"__init__", "conftest"}
 MOST = 13
+MOST_IMPORTS = 14
 
 
 def names_in(folder: Path) -> list[str]:
@@ -33,6 +34,32 @@ def test_every_door_names_what_is_inside(top: str) -> None:
         text = ast.get_docstring(ast.parse(door.read_text(encoding="utf-8"))) or ""
         missing = [name for name in names_in(door.parent) if not re.search(rf"\b{name}\b", text)]
         assert not missing, f"{door}: {', '.join(missing)}"
+
+
+def module_of(path: Path) -> str:
+    name = path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__")
+    return (
+        name.removeprefix("src/").replace("/", ".")
+        if name.startswith("src/")
+        else (f"internvl_edge.{name.replace('/', '.')}")
+    )
+
+
+def test_no_module_leans_on_many_others() -> None:
+    """Names of modules of ours that a module's imports spell, at the top or inside functions."""
+    files = {
+        module_of(path): path
+        for top in PRODUCT
+        for path in (ROOT / top).rglob("*.py")
+        if not any(parent.is_symlink() for parent in path.parents)
+    }
+    for name, path in files.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("internvl_edge"):
+                spelled = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported |= {one if one in files else node.module for one in spelled}
+        assert len(imported) <= MOST_IMPORTS, f"{name} imports {len(imported)} modules"
 
 
 @pytest.mark.parametrize("top", [*PRODUCT, "tests"])

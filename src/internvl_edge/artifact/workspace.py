@@ -57,7 +57,7 @@ class Workspace:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether blocks are among what is finished, which take longer than converting weights."""
+        """True where finished blocks are among it, which take longer than converting weights."""
         return any("activations" in entry for entry in self.entries)
 
     @property
@@ -67,7 +67,7 @@ class Workspace:
 
     @property
     def is_worth_keeping(self) -> bool:
-        """Whether another run could save time with it."""
+        """True where another run could save time with it."""
         return bool(self.entries) or any(self.engines.iterdir())
 
     def hidden(self, stream: str) -> Spool:

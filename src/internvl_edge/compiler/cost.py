@@ -1,4 +1,4 @@
-"""What steps need: memory, disk and time; and whether this machine has them.
+"""The needs of steps: memory, disk and time; and whether this machine has them.
 
 Each step states its own cost next to the code that spends it. Here costs are only added up, and
 compared with what there is.

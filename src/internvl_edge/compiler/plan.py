@@ -1,4 +1,4 @@
-"""What to compile: the options as given, and the plan they become once everything is checked."""
+"""The plan of an export: its options, after everything about them is checked."""
 
 from __future__ import annotations
 

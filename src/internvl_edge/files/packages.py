@@ -45,7 +45,7 @@ PACKAGES = {
         ("onnx-ir", "onnx_ir", "export", "export"),
         ("onnxscript", "onnxscript", "export", "export"),
         ("safetensors", "safetensors", "export", "export"),
-        ("ml-dtypes", "ml_dtypes", "export", None),
+        ("ml-dtypes", "ml_dtypes", "ort", None),
         ("onnxruntime", "onnxruntime", "ort", "run on the CPU, verify"),
         ("onnxruntime-gpu", "onnxruntime", "ort-gpu", "run on an NVIDIA GPU"),
         ("tensorrt-rtx", "tensorrt_rtx", "rtx", "build RTX engines, without a GPU"),
@@ -75,7 +75,10 @@ MEASURED_WITH = (
 
 def is_installed(module: str) -> bool:
     """Tell whether there is a module of this name, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that a dotted name begins with
+        return False
 
 
 def require(*names: str) -> None:

@@ -100,7 +100,7 @@ class Spool(Sequence[Array]):
 
     @property
     def is_closed(self) -> bool:
-        """Whether ``close`` was called."""
+        """True once ``close`` was called."""
         return self._file.closed
 
     def sync(self) -> None:
