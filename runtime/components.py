@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Classifiers", "OpenComponents"]
 
-TOKENIZER_FILE = "tokenizer.model"
 MAX_CLASSIFIERS = 16
 Labels = tuple[tuple[str, ...], tuple[str, ...]]  # and their templates
 
@@ -201,7 +200,7 @@ class OpenComponents:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the directory; UsageError where its checkpoint had none."""
-        from internvl_edge.runtime.text.tokenizer import Tokenizer
+        from internvl_edge.runtime.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
         if TOKENIZER_FILE not in self.artifact.manifest.files:
             raise UsageError(

@@ -38,6 +38,7 @@ PadTo = Literal["longest", "max_length"]
 PAD_ID = 0
 PREFIX = "summarize:"
 CAPTION_PROMPT = "English caption:"  # of the published captioning results
+TOKENIZER_FILE = "tokenizer.model"  # in a checkpoint, and in a compiled directory
 MAX_TEXT_LENGTH = 80  # tokens that the text tower was trained on
 MAX_MODEL_NBYTES = 64 << 20
 MAX_SHOWN = 40  # characters of a text, in a warning

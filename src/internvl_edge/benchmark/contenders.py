@@ -82,7 +82,7 @@ def _reference(
     from internvl_edge.compiler.plan import demo_checkpoint
     from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
     from internvl_edge.export.checkpoint.load import load_reference
-    from internvl_edge.export.checkpoint.shards import header_fingerprint
+    from internvl_edge.export.checkpoint.shards import source_files
 
     if device == "cuda" and not torch.cuda.is_available():
         raise HardwareError(
@@ -90,7 +90,7 @@ def _reference(
             "build of it with CUDA, or time on the CPU"
         )
     source = checkpoint or demo_checkpoint()
-    shards = {path.name: header_fingerprint(path) for path in open_checkpoint(source).shards}
+    shards = source_files(open_checkpoint(source).shards)
     for label, artifact in artifacts.items():
         if artifact.manifest.source["files"] != shards:
             raise UsageError(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler.oracle.simulate import Quantization
-from internvl_edge.compiler.steps.publish import source_files
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.shards import source_files
 from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.recipe import Recipe
 

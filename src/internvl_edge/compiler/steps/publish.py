@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact.manifest import ComponentRecord, Manifest
@@ -17,7 +14,7 @@ from internvl_edge.compiler.progress import Progress
 from internvl_edge.compiler.report.readme import readme
 from internvl_edge.compiler.report.report import with_report
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.export.checkpoint.shards import header_fingerprint
+from internvl_edge.export.checkpoint.shards import source_files
 
 # Files of a checkpoint that a runtime reads; copied as they are.
 SIDE_FILES = (
@@ -90,11 +87,6 @@ def _described(plan: Plan, build: Build) -> Manifest:
         },
         files={},
     )
-
-
-def source_files(shards: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Take size and header hash of each shard, which tell a checkpoint without reading it."""
-    return {path.name: header_fingerprint(path) for path in shards}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

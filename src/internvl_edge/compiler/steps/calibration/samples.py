@@ -13,14 +13,17 @@ from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.quantize.calibration.images import CalibrationSet, load_calibration, sample_set
 from internvl_edge.runtime.images.transform import pixel_values
-from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT, Tokenizer
+from internvl_edge.runtime.text.tokenizer import (
+    CAPTION_PROMPT,
+    MAX_TEXT_LENGTH,
+    TOKENIZER_FILE,
+    Tokenizer,
+)
 from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
 
 BATCH = 8  # samples that flow through the blocks together
-MAX_TEXT_LENGTH = 80  # tokens (docs/model.md, section 8.2)
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def load_samples(plan: Plan) -> CalibrationSet:
