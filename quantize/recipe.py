@@ -8,13 +8,13 @@ refused by name.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from internvl_edge.errors import InputError, UsageError
+from internvl_edge.files.reading import read_json
 
 FormatName = Literal["int8", "fp8"]
 WeightFormat = Literal["int8", "fp8", "int4"]
@@ -211,21 +211,13 @@ def load_recipe(path: Path) -> Recipe:
         InputError: the file is absent, not JSON, or not a recipe; the message names it.
     """
     try:
-        if path.stat().st_size > MAX_FILE_NBYTES:
-            raise InputError(f"{path}: not a recipe: larger than {MAX_FILE_NBYTES} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected a recipe in JSON: {error}") from error
+        data = read_json(path, MAX_FILE_NBYTES, InputError, unique=True)
+    except InputError as error:
+        raise InputError(f"{error}; expected a recipe in JSON") from error
     try:
         return Recipe.from_json(data)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
 
 
 def _require(holds: bool, field: str, expected: str, value: object) -> None:

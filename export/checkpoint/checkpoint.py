@@ -31,6 +31,7 @@ from internvl_edge.export.checkpoint.shards import (
     find_shards,
     raise_problems,
 )
+from internvl_edge.export.checkpoint.side_files import sha256_of
 from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
 from internvl_edge.types import Array
@@ -72,6 +73,10 @@ class Checkpoint:
     def read(self, name: str) -> Array:
         """Read one tensor by canonical name, in its stored dtype."""
         return self.tensors[name].read()
+
+    def side_sha256(self, name: str) -> str | None:
+        """Hash a file besides the weights; None where there is none."""
+        return sha256_of(self.path, name)
 
     def content_sha256(self, done: Callable[[int], None] = lambda nbytes: None) -> str:
         """Hash every tensor's values; refuse NaN and infinities on the way.

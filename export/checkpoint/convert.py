@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 
 from internvl_edge.errors import CheckpointError, MissingDependency, ResourceError, UsageError
 from internvl_edge.export.checkpoint.shards import PICKLE_SUFFIXES
+from internvl_edge.export.checkpoint.side_files import MAX_NBYTES, refuse_foreign
 from internvl_edge.files.disk import os_errors
+from internvl_edge.files.reading import open_file, read_file
 
 OLDEST_TORCH = (2, 10)  # CVE-2026-24747
 DISK_FULL = 28  # exit code of the subprocess
@@ -77,7 +79,9 @@ def convert_pickles(source: Path, out: Path) -> int:
             )
             for side in source.glob("*"):
                 if side.suffix in (".json", ".model") and not side.name.endswith(".index.json"):
-                    shutil.copyfile(side, staged / side.name)
+                    refuse_foreign(side)
+                    data = read_file(side, MAX_NBYTES, CheckpointError)
+                    (staged / side.name).write_bytes(data)
             staged.rename(out)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
@@ -107,7 +111,11 @@ def _convert_in_subprocess(pickle: Path, target: Path) -> int:
 
 def convert_file(pickle: Path, target: Path) -> int:
     """Load one pickle with the restricted loader and write its tensors; how many there were."""
-    loaded = torch.load(pickle, map_location="cpu", weights_only=True, mmap=False)
+    with (
+        open_file(pickle, CheckpointError) as file,
+        open(file.fileno(), "rb", closefd=False) as opened,
+    ):
+        loaded = torch.load(opened, map_location="cpu", weights_only=True, mmap=False)
     state = loaded.get("module", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise CheckpointError(f"{pickle}: expected a dictionary of tensors")

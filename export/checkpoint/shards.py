@@ -9,9 +9,7 @@ while we read into a bus error that kills the process.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -26,11 +24,12 @@ from internvl_edge.artifact.safetensors import (
     fill,
     header_sha256,
     read_places,
-    unique_names,
 )
 from internvl_edge.errors import CheckpointError
+from internvl_edge.files.reading import is_there, open_file, read_json
 from internvl_edge.types import Array
 
+MAX_INDEX_NBYTES = 64 << 20
 CHECKED_AT_ONCE = 1 << 20  # elements; temporaries of this size stay in the cache
 REMEDY = "download the checkpoint again"
 MAX_LISTED = 20  # problems named one by one before the rest is counted
@@ -112,13 +111,9 @@ def open_shard(path: Path) -> FileIO:
         CheckpointError: it cannot be opened, or is not a regular file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; {REMEDY}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path}: not a regular file; {REMEDY}")
-    return FileIO(descriptor, "rb")
+        return open_file(path, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {REMEDY}") from error
 
 
 def file_state(path: Path) -> FileState | None:
@@ -133,7 +128,7 @@ def file_state(path: Path) -> FileState | None:
 def find_shards(path: Path) -> list[Path]:
     """List the safetensors files of a directory, by its index where it has one."""
     index = path / "model.safetensors.index.json"
-    if index.exists() or index.is_symlink():  # one that leads nowhere is a broken download
+    if is_there(index):  # one that leads nowhere is a broken download
         return [path / name for name in _indexed(index)]
     single = sorted(path.glob("*.safetensors"))
     if single:
@@ -149,10 +144,12 @@ def find_shards(path: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[str]:
     try:
-        text = index.read_text(encoding="utf-8")
-        weight_map = json.loads(text, object_pairs_hook=unique_names)["weight_map"]
+        raw = read_json(index, MAX_INDEX_NBYTES, CheckpointError, unique=True)
+        weight_map = raw["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {REMEDY}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a shard index: {_reason(error)}; {REMEDY}") from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -166,7 +163,7 @@ def _indexed(index: Path) -> list[str]:
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error.args[0]!r}"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return str(error)
 
 
 def _index_disagreements(index: Path, weight_map: dict[str, str]) -> list[str]:

@@ -13,7 +13,6 @@ The language model is a LLaMA with grouped-query attention and scaled rotary pos
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +20,14 @@ from typing import Any, Literal
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config.fields import (
     known_fields,
+    read_json,
     require_choice,
     require_divisible,
     require_positive,
     section,
     typed,
 )
+from internvl_edge.files.reading import is_there
 from internvl_edge.runtime.text.templates import TEMPLATES
 
 Layout = Literal["internvl_chat", "llava"]
@@ -264,14 +265,14 @@ def find_token_id(directory: Path, token: str) -> int | None:
     """Find the id of an added token in a checkpoint's tokenizer files; None if it is not there."""
     for name in ("added_tokens.json", "tokenizer_config.json"):
         path = directory / name
-        if not path.is_file():
+        if not is_there(path):
             continue
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             decoder = raw.get("added_tokens_decoder", {})
             ids = {entry["content"]: int(i) for i, entry in decoder.items()}
             token_id = ids.get(token, raw.get(token))
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise CheckpointError(f"{path}: not a list of added tokens: {error}") from error
         if token_id is not None:
             return typed(token_id, int, path, token)  # type: ignore[no-any-return]

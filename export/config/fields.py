@@ -7,12 +7,13 @@ that internvl-edge re-implements, and to no others.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.errors import CheckpointError
+from internvl_edge.files import reading
+from internvl_edge.files.reading import cache_hint, is_there
 
 MAX_CONFIG_NBYTES = 4 << 20
 # The modules that internvl-edge re-implements; a config that points to others is refused.
@@ -58,14 +59,16 @@ def section(raw: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_NBYTES:
-            raise CheckpointError(f"{path}: not a config: larger than {MAX_CONFIG_NBYTES} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not found; expected a Hugging Face directory") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    """Read a checkpoint's JSON file.
+
+    Raises:
+        CheckpointError: it is not there, not a regular file of this size, or not a JSON object.
+    """
+    if not is_there(path):
+        raise CheckpointError(
+            f"{path}: not found; expected a Hugging Face directory{cache_hint(path.parent)}"
+        )
+    raw = reading.read_json(path, MAX_CONFIG_NBYTES, CheckpointError)
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected one JSON object, found {type(raw).__name__}")
     return raw

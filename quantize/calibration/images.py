@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.errors import CalibrationError, MediaError, MissingDependency, UsageError
-from internvl_edge.runtime.images.transform import load_image
+from internvl_edge.files.reading import read_file
+from internvl_edge.runtime.images.decode import MAX_NBYTES, load_image
 
 Image = NDArray[np.uint8]  # (height, width, 3)
 T = TypeVar("T")
@@ -114,7 +115,7 @@ class CalibrationSet:
         if not isinstance(source, ImageFile):
             return source
         try:
-            data = source.path.read_bytes()
+            data = read_file(source.path, MAX_NBYTES, MediaError)
             if hashlib.sha256(data).hexdigest() != source.sha256:
                 raise CalibrationError(f"{source.path}: changed during calibration")
             return _decode(data)
@@ -239,7 +240,7 @@ def _readable(
         if len(chosen) >= num_samples and examined >= NUM_CHECKED:
             break
         try:
-            data = (folder / path).read_bytes()
+            data = read_file(folder / path, MAX_NBYTES, MediaError)
             _decode(data)
         except (OSError, MediaError):
             skipped.append(path.as_posix())
@@ -273,9 +274,7 @@ def _captions_of(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _caption_entries(path: Path) -> Any:
-    if path.stat().st_size > MAX_CAPTIONS_NBYTES:
-        raise ValueError(f"larger than {MAX_CAPTIONS_NBYTES} bytes")
-    text = path.read_text(encoding="utf-8")
+    text = read_file(path, MAX_CAPTIONS_NBYTES, CalibrationError).decode()
     if path.suffix == ".json":
         return json.loads(text)
     lines = [line.strip() for line in text.split("\n") if line.strip()]

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.errors import ArtifactError
+from internvl_edge.files.reading import is_there, read_json
 from internvl_edge.quantize.numerics.formats import as_format
 from internvl_edge.quantize.numerics.observers import RangeObserver, squared_error
 from internvl_edge.types import Array
 
+MAX_NBYTES = 64 << 20
 STATISTICS_FILE = "statistics.json"
 BEST_DB = 200.0  # stands for no error at all
 
@@ -83,13 +85,13 @@ def read_statistics(directory: Path) -> tuple[LayerStatistics, ...]:
         ArtifactError: the file holds something else.
     """
     path = directory / STATISTICS_FILE
-    if not path.exists():
+    if not is_there(path):
         return ()
     names = {field.name for field in fields(LayerStatistics)}
     try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        layers = read_json(path, MAX_NBYTES, ArtifactError)["layers"]
         return tuple(LayerStatistics(**{n: layer[n] for n in names}) for layer in layers)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ArtifactError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: expected figures of linear layers: {error!r}") from error
 
 

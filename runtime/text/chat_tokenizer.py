@@ -14,7 +14,6 @@ The places of image tokens are ``PLACE``, whatever id the checkpoint has for the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import ArtifactError
+from internvl_edge.files.reading import read_json
 from internvl_edge.runtime.text.templates import Piece, Template
 from internvl_edge.runtime.text.tokenizer import Tokenizer
 
@@ -29,6 +29,7 @@ __all__ = ["IMAGE", "PLACE", "ChatTokenizer", "open_chat_tokenizer"]
 
 IMAGE = "<image>"
 PLACE = -200  # the id of an image token's place, as in LLaVA
+MAX_TOKENS_NBYTES = 16 << 20
 ADDED_TOKENS, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
 
 
@@ -140,10 +141,7 @@ def open_chat_tokenizer(artifact: Artifact, tokenizer: Tokenizer) -> ChatTokeniz
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON: {error}") from error
+    read = read_json(path, MAX_TOKENS_NBYTES, ArtifactError)
     if not isinstance(read, dict):
         raise ArtifactError(f"{path}: expected one JSON object, found {type(read).__name__}")
     return read

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.errors import ArtifactError, MediaError, UsageError
+from internvl_edge.files.reading import read_file
 from internvl_edge.runtime.generation.batch import left_padded
 from internvl_edge.runtime.tasks.requests import text_problem
 from internvl_edge.types import Array
@@ -187,12 +188,9 @@ class Tokenizer:
 
 def _read(path: Path) -> bytes:
     try:
-        if not path.is_file():
-            raise ArtifactError(f"{path}: expected a SentencePiece model, found no such file")
-        with path.open("rb") as file:
-            return file.read(MAX_MODEL_NBYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: the tokenizer cannot be read: {error}") from error
+        return read_file(path, MAX_MODEL_NBYTES, ArtifactError)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; expected a SentencePiece model") from error
 
 
 def _load(data: bytes, name: str) -> Any:

@@ -33,6 +33,7 @@ from internvl_edge.files.disk import (
     exchange,
     is_abandoned,
     lock,
+    nearest_existing,
     open_regular,
     os_errors,
     rename_new,
@@ -46,6 +47,7 @@ from internvl_edge.files.disk import (
 
 __all__ = [
     "check_out",
+    "check_parent",
     "hold",
     "make_parents",
     "os_errors",
@@ -192,6 +194,19 @@ def placed(out: Path) -> Path:
     if not absolute.name:
         raise UsageError(f"{out} is the root of the file system; choose a folder in it")
     return absolute
+
+
+def check_parent(out: Path) -> None:
+    """Refuse, before any work, a place where ``out`` cannot be made.
+
+    Raises:
+        UsageError: the folder around it is none, or cannot be written.
+    """
+    place = nearest_existing(out.absolute().parent)
+    if not place.is_dir():
+        raise UsageError(f"{out}: {place} is not a folder; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{out}: {place} cannot be written; choose a folder that can")
 
 
 def make_parents(parent: Path, cleanup: ExitStack) -> None:

@@ -16,11 +16,11 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from typing import Any
 
+from internvl_edge.files.reading import unique_names
 from internvl_edge.types import Shape
 
 __all__ = [
@@ -31,11 +31,9 @@ __all__ = [
     "fill",
     "header_sha256",
     "read_places",
-    "unique_names",
 ]
 
 MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
-MAX_LISTED = 20  # names that stand twice
 ITEM_NBYTES = {
     "F64": 8,
     "F32": 4,
@@ -104,18 +102,6 @@ def fill(file: FileIO, offset: int, buffer: memoryview) -> int:
             break
         done += count
     return done
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object of its pairs (``json``'s ``object_pairs_hook``).
-
-    Raises:
-        ValueError: a name stands twice.
-    """
-    counts = Counter(name for name, _ in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{len(twice)} name(s) stand twice: {', '.join(twice[:MAX_LISTED])}")
-    return dict(pairs)
 
 
 def _parsed(raw: bytes, start: int, size: int) -> dict[str, TensorPlace]:

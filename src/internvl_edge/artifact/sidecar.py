@@ -16,7 +16,6 @@ Between them, on data centers' Hopper and Blackwell, it does not run: on an H100
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +24,7 @@ from typing import Any
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import ArtifactError, HardwareError, UsageError
+from internvl_edge.files.reading import read_json
 
 SCHEMA = 1
 RTX, RTX_SMS, RTX_SMS_FROM = "tensorrt-rtx", (80, 86, 89), 120  # where a portable engine runs
@@ -131,12 +131,7 @@ def read_engine_info(path: Path) -> EngineInfo:
     Raises:
         ArtifactError: it is not there, not JSON, or not an engine's sidecar.
     """
-    try:
-        if path.stat().st_size > MAX_SIDECAR_NBYTES:
-            raise ArtifactError(f"{path}: over {MAX_SIDECAR_NBYTES} bytes, not an engine's sidecar")
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not a readable engine sidecar: {error}") from error
+    raw = read_json(path, MAX_SIDECAR_NBYTES, ArtifactError)
     try:
         return EngineInfo.from_json(raw)
     except ArtifactError as error:

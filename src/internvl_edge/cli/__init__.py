@@ -25,7 +25,7 @@ import click
 
 from internvl_edge._version import __version__
 from internvl_edge.cli import benchmark, chat, debug, doctor, embed, export, inspect, text
-from internvl_edge.cli.console import Output, error_line, flush
+from internvl_edge.cli.console import Output, PrintableFormatter, error_line, flush
 from internvl_edge.errors import InternVLError, ResourceError
 from internvl_edge.files.disk import EXHAUSTED, translated
 
@@ -82,7 +82,9 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run the command line; its exit code."""
     output = Output(as_json="--json" in arguments)
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("warning: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         code = app.main(arguments, prog_name="internvl-edge", standalone_mode=False)
         flush()

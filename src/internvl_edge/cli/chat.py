@@ -104,7 +104,7 @@ def _answer(
         text = show(output, model.chat_stream(seen, question, history, **options))
         return text, remembered(model.components, seen, question, history, text)
     reply = model.chat(seen, question, history, **options)
-    output.lines([reply.text])
+    output.text(reply.text)
     return reply.text, reply.history
 
 

@@ -6,7 +6,7 @@ Paths, labels and extras such as ``[trt]`` are printed as they are: rich's marku
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import sys
@@ -23,6 +23,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from internvl_edge.files.terminal import json_bytes, printable
+
 human = Console(stderr=True, highlight=False)
 SECONDS_BETWEEN_LINES = 10.0  # of progress in one step
 UNLIMITED = 100_000  # columns: what is read by a program or a file is never cut
@@ -38,13 +40,18 @@ class Output:
     def result(self, data: Mapping[str, Any]) -> None:
         """Print the answer for programs: one JSON object, the last line of stdout."""
         if self.as_json:
-            click.echo(json.dumps(_plain(data), ensure_ascii=False, allow_nan=False))
+            click.echo(json_bytes(_plain(data)))
 
     def lines(self, values: Sequence[str]) -> None:
         """Print the answer for people, in lines."""
         if not self.as_json:
             for value in values:
-                click.echo(value)
+                click.echo(printable(value))
+
+    def text(self, value: str) -> None:
+        """Print an answer for people that may have several lines, such as a model's reply."""
+        if not self.as_json:
+            click.echo(printable(value, lines=True))
 
     def piece(self, shown: str, **fields: Any) -> None:
         """Print a part of the answer at once: as text for people, as a JSON object for programs.
@@ -54,9 +61,9 @@ class Output:
             fields: the same for programs, where it is more than text.
         """
         if self.as_json:
-            click.echo(json.dumps({"piece": fields or shown}, ensure_ascii=False))
+            click.echo(json_bytes({"piece": _plain(fields) or shown}))
         else:
-            click.echo(shown, nl=False)
+            click.echo(printable(shown, lines=True), nl=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print the answer for people, as a table."""
@@ -66,7 +73,7 @@ class Output:
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
+            table.add_row(*(Text(printable(str(cell))) for cell in row))
         answers = Console(highlight=False)
         if not answers.is_terminal:
             answers.width = UNLIMITED
@@ -75,7 +82,7 @@ class Output:
     def say(self, text: str) -> None:
         """Print a line that is not the answer: on stderr, unless quiet."""
         if not self.quiet:
-            human.print(text, markup=False, soft_wrap=True)
+            human.print(printable(text, lines=True), markup=False, soft_wrap=True)
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
@@ -107,7 +114,7 @@ class Output:
                     tasks[progress.step],
                     completed=progress.done,
                     total=progress.total,
-                    detail=progress.detail,
+                    detail=printable(progress.detail),
                 )
 
             yield report
@@ -132,9 +139,16 @@ class _Lines:
             self._output.say(f"{progress.step}{count}: {progress.detail}")
 
 
+class PrintableFormatter(logging.Formatter):
+    """A log record's line, which may quote names and texts of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
 def error_line(message: str) -> None:
     """Print an error in one red line on stderr."""
-    line = f"error: {' '.join(message.split())}"
+    line = f"error: {printable(' '.join(message.split()))}"
     try:
         human.print(line, style="red", markup=False, soft_wrap=True)
     except (MemoryError, OSError):  # rich imports what it needs only here, and may find no room

@@ -160,6 +160,8 @@ def _require_checkpoint(path: Path | None) -> None:
             f"{path} is a compiled directory ({MANIFEST}); expected a checkpoint, the folder "
             f"with {CHECKPOINT_FILE} and the weights it was made from"
         )
+    if "snapshots" in {path.name, *(file.name for file in path.iterdir())}:
+        return  # of a Hugging Face cache: opening it says which snapshot to name
     is_pictures = any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
     raise CheckpointError(
         f"{path}: expected a checkpoint, a folder with {CHECKPOINT_FILE} and weights; found no "

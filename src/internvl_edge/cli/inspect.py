@@ -19,6 +19,7 @@ from internvl_edge.cli.options import DIRECTORY, answers, no_backend
 from internvl_edge.errors import InputError
 from internvl_edge.export import require_packages
 from internvl_edge.files.packages import require
+from internvl_edge.files.reading import cache_hint
 
 ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
@@ -114,7 +115,7 @@ def _neither(path: Path) -> str:
     )
     return (
         f"{path}: expected a folder, a checkpoint with {CHECKPOINT_FILE} or a compiled directory "
-        f"with {MANIFEST}; {reason}"
+        f"with {MANIFEST}; {reason}{cache_hint(path)}"
     )
 
 

@@ -139,7 +139,8 @@ def answer(
             texts = [show(output, model.stream(image, prompts[0], **how))]
         else:
             texts = model.answer([image], list(prompts), **how)
-            output.lines(texts)
+            for text in texts:
+                output.text(text)
     pairs = zip(prompts, texts, strict=True)
     output.result({"file": image, "results": [{"prompt": p, "answer": t} for p, t in pairs]})
 

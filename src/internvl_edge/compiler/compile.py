@@ -9,7 +9,7 @@ import torch
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact.open import Artifact, open_artifact
-from internvl_edge.artifact.publish import record, staging
+from internvl_edge.artifact.publish import staging
 from internvl_edge.artifact.workspace import drop_published, workspace
 from internvl_edge.compiler.pipeline import require_fit, steps, total
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
@@ -83,14 +83,13 @@ def _content(plan: Plan, report: Report) -> str:
 
 def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict[str, Any]:
     """List all that decides the bytes of a compilation; other work must not be taken up."""
-    tokenizer = plan.checkpoint.path / "tokenizer.model"
     return {
         "versions": {"internvl-edge": __version__, "torch": torch.__version__}
         | versions(TRACED_WITH),
         "threads": torch.get_num_threads(),  # float sums are split by them
         "checkpoint": _content(plan, report),
         "config": plan.checkpoint.config.to_json(),
-        "tokenizer": record(tokenizer).sha256 if tokenizer.is_file() else None,
+        "tokenizer": plan.checkpoint.side_sha256("tokenizer.model"),
         "precision": plan.options.precision,
         "components": list(plan.components),
         "image_size": plan.image_size,

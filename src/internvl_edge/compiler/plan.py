@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from internvl_edge.artifact.components import COMPONENTS
-from internvl_edge.artifact.publish import check_out
+from internvl_edge.artifact.publish import check_out, check_parent
 from internvl_edge.compiler.precision import recipe_of
-from internvl_edge.errors import CalibrationError, CheckpointError, InputError, UsageError
+from internvl_edge.errors import CalibrationError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.side_files import (
+    SIDE_FILES,
+    read_preprocessing,
+    read_side_file,
+    say_foreign,
+)
 from internvl_edge.export.components import choose_components, language_config
 from internvl_edge.export.config.checkpoint import check_image_size
 from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
-from internvl_edge.files.disk import nearest_existing
 from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.recipe import Recipe, load_recipe
@@ -104,7 +108,7 @@ def make_plan(options: ExportOptions) -> Plan:
     default = recipe_of(options.precision)
     for target in options.targets:
         require_choice("target", target, TARGETS)
-    _check_parent(options.out)
+    check_parent(options.out)
     check_out(options.out, force=options.force)
     recipe = _recipe(options, default)
     if options.calibration is not None and not options.calibration.is_dir():
@@ -121,6 +125,9 @@ def make_plan(options: ExportOptions) -> Plan:
     image_size = check_image_size(checkpoint.config, options.image_size)
     components = choose_components(checkpoint.config, options.components)
     _check_capacity(options.cache_capacity, checkpoint, components)
+    for name in SIDE_FILES:
+        read_side_file(checkpoint.path, name)  # refused now, and not when all is done
+    say_foreign(checkpoint.path)
     _warn_without_tokenizer(checkpoint.path, components)
     _require_layers(options.precision, recipe, checkpoint)
     if options.recipe is not None and recipe is not None:
@@ -170,18 +177,9 @@ def _warn_of_patterns(recipe: Recipe, checkpoint: Checkpoint) -> None:
                 )
 
 
-def _check_parent(out: Path) -> None:
-    """Refuse, before any work, a place where OUT cannot be made."""
-    place = nearest_existing(out.absolute().parent)
-    if not place.is_dir():
-        raise UsageError(f"{out}: {place} is not a folder; choose another place")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"{out}: {place} cannot be written; choose a folder that can")
-
-
 def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> None:
     readers = [name for name in components if COMPONENTS[name].reads_text]
-    if readers and not (checkpoint / TOKENIZER_FILE).is_file():
+    if readers and not os.path.lexists(checkpoint / TOKENIZER_FILE):
         logger.warning(
             "%s has no %s: %s will take token ids only, and no strings; put the model's "
             "%s there and export again to embed, match or write texts",
@@ -236,25 +234,6 @@ def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 def demo_checkpoint() -> Path:
     """Locate the trained demo model that comes with the package."""
     return Path(str(resources.files("internvl_edge.demo") / "checkpoint"))
-
-
-def read_preprocessing(checkpoint: Path, image_size: int) -> Preprocessing:
-    """Read mean and standard deviation of ``preprocessor_config.json``, for a resolution.
-
-    The file is optional: the published models all use ImageNet's figures.
-    """
-    path = checkpoint / "preprocessor_config.json"
-    default = Preprocessing(size=image_size)
-    if not path.exists():
-        return default
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        red, green, blue = (float(v) for v in raw.get("image_mean", default.mean))
-        mean = red, green, blue
-        red, green, blue = (float(v) for v in raw.get("image_std", default.std))
-        return replace(default, mean=mean, std=(red, green, blue))
-    except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
-        raise CheckpointError(f"{path}: not a preprocessor configuration: {error}") from error
 
 
 def _recipe(options: ExportOptions, default: Recipe | None) -> Recipe | None:

@@ -1,6 +1,8 @@
 """Files and the machine: the lowest room, which knows nothing of models.
 
 disk     whole files, durable names, locks, and the disk's errors as ours; start here
+reading  files that others wrote: regular, bounded, and where their links lead
+terminal texts that others wrote, as a terminal may show them
 spool    arrays that are too many for memory, read again from a file
 memory   what the machine has free, and what a process takes;  cores  how many it may use
 packages what is installed, what it is for, and the extra that brings it

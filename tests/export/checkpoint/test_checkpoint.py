@@ -229,7 +229,7 @@ def test_pickle_under_a_safetensors_name(tiny: Written) -> None:
 def test_fifo_does_not_hang(tiny: Written) -> None:
     (tiny.path / "model.safetensors").unlink()
     os.mkfifo(tiny.path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(CheckpointError, match="expected a regular file, found a pipe; download"):
         open_checkpoint(tiny.path)
 
 
@@ -244,20 +244,22 @@ def test_truncated_file(tiny: Written, keep: int) -> None:
 def test_a_shard_that_has_gone(tiny: Written) -> None:
     checkpoint = open_checkpoint(tiny.path)
     (tiny.path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="No such file or directory; download"):
+    with pytest.raises(CheckpointError, match="not found; download"):
         checkpoint.read("text_projection")
 
 
 def test_a_shard_that_is_a_folder(tiny: Written) -> None:
     (tiny.path / "model.safetensors").unlink()
     (tiny.path / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a regular file"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: expected a regular file, found a folder"
+    ):
         open_checkpoint(tiny.path)
 
 
 def test_an_index_that_leads_nowhere(tiny: Written) -> None:
     (tiny.path / "model.safetensors.index.json").symlink_to(tiny.path / "gone")
-    with pytest.raises(CheckpointError, match="No such file or directory; download"):
+    with pytest.raises(CheckpointError, match=r"the link leads nowhere .*gone\); download"):
         open_checkpoint(tiny.path)
 
 
@@ -348,7 +350,7 @@ def test_index_names_a_tensor_twice(tmp_path: Path, shard: int) -> None:
     again = f'"text_projection": "model-{shard:05}-of-00002.safetensors"'
     file.write_text(file.read_text().replace('"weight_map": {', f'"weight_map": {{{again}, '))
     with pytest.raises(
-        CheckpointError, match=r"index: 1 name\(s\) stand twice: text_projection; download"
+        CheckpointError, match=r"JSON: 1 name\(s\) stand twice: 'text_projection'; download"
     ):
         open_checkpoint(written.path)
 

@@ -222,7 +222,7 @@ def test_captions_of_other_images_are_refused(folder: Path) -> None:
 def test_captions_file_has_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "MAX_CAPTIONS_NBYTES", 10)
     (folder / "captions.txt").write_text("a caption of some length")
-    with pytest.raises(CalibrationError, match="larger than 10 bytes"):
+    with pytest.raises(CalibrationError, match="at most 10 bytes, found 24"):
         load_calibration(folder, 4)
 
 

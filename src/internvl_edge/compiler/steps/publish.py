@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 
 from internvl_edge._version import __version__
@@ -15,16 +14,7 @@ from internvl_edge.compiler.report.readme import readme
 from internvl_edge.compiler.report.report import with_report
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.export.checkpoint.shards import source_files
-
-# Files of a checkpoint that a runtime reads; copied as they are.
-SIDE_FILES = (
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
+from internvl_edge.export.checkpoint.side_files import SIDE_FILES, read_side_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +26,8 @@ class ListFiles:
 
     def run(self, plan: Plan, build: Build) -> None:
         for name in SIDE_FILES:
-            if (plan.checkpoint.path / name).is_file():
-                shutil.copyfile(plan.checkpoint.path / name, build.directory / name)
+            if (data := read_side_file(plan.checkpoint.path, name)) is not None:
+                (build.directory / name).write_bytes(data)
         manifest = _described(plan, build)
         for name, text in plan.options.notes.items():
             (build.directory / name).write_text(text, encoding="utf-8")

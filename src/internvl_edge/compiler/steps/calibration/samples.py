@@ -11,6 +11,7 @@ from torch import Tensor
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.streams import Samples
+from internvl_edge.files.reading import is_there
 from internvl_edge.quantize.calibration.images import CalibrationSet, load_calibration, sample_set
 from internvl_edge.runtime.images.transform import pixel_values
 from internvl_edge.runtime.text.tokenizer import (
@@ -60,7 +61,7 @@ def load_samples(plan: Plan) -> CalibrationSet:
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
     """Make ids for text embedding, matching and captioning, right-padded; None: no tokenizer."""
     path = plan.checkpoint.path / TOKENIZER_FILE
-    if language_config(plan.checkpoint.config) is None or not path.exists():
+    if language_config(plan.checkpoint.config) is None or not is_there(path):
         return None
     tokenizer = Tokenizer(path)
     return (

@@ -1,0 +1,111 @@
+"""What a checkpoint has besides its weights: tokenizer and settings, which a runtime reads too.
+
+They are passed on as they are, so a stranger's checkpoint must not name a file of the reader by a
+link. A link that stays in the checkpoint's folder, or in the blobs of the Hugging Face cache that
+it lies in, is as good as the file (``files.reading``). One that leads elsewhere is followed where
+the file is what its name says, and said aloud; ``convert``, which is for strangers' files, refuses
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.errors import CheckpointError, InputError
+from internvl_edge.files.reading import foreign_target, is_there, parse_json, read_file
+from internvl_edge.runtime.images.transform import Preprocessing
+
+__all__ = ["SIDE_FILES", "read_preprocessing", "read_side_file", "refuse_foreign", "sha256_of"]
+
+logger = logging.getLogger(__name__)
+
+# Files of a checkpoint that a runtime reads; copied as they are.
+SIDE_FILES = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+MAX_NBYTES = 64 << 20
+
+
+def read_side_file(folder: Path, name: str) -> bytes | None:
+    """Read a file that is passed on as it is; None where the checkpoint has none.
+
+    Raises:
+        CheckpointError: it is not a regular file of a plausible size, or ``*.json`` and no object.
+    """
+    path = folder / name
+    if not is_there(path):
+        return None
+    data = read_file(path, MAX_NBYTES, CheckpointError)
+    if path.suffix == ".json":
+        _parsed(path, data)
+    return data
+
+
+def say_foreign(folder: Path) -> None:
+    """Warn of side files that are links out of the checkpoint: their contents are published."""
+    for name in SIDE_FILES:
+        if (target := foreign_target(folder / name)) is not None:
+            logger.warning(
+                "%s is a link out of the checkpoint, to %s, whose content is copied",
+                folder / name,
+                target,
+            )
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a file that is a link out of its folder and out of a cache's blobs around it.
+
+    Raises:
+        CheckpointError: it says where the link leads.
+    """
+    if (target := foreign_target(path)) is not None:
+        raise CheckpointError(
+            f"{path}: is a link out of the folder, to {target}, which would be copied; put a copy "
+            f"of the file in its place if that is meant: cp --remove-destination {target} {path}"
+        )
+
+
+def sha256_of(folder: Path, name: str) -> str | None:
+    """Hash a file that is passed on; None where the checkpoint has none."""
+    data = read_side_file(folder, name)
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def read_preprocessing(folder: Path, image_size: int) -> Preprocessing:
+    """Read mean and standard deviation of ``preprocessor_config.json``, for a resolution.
+
+    The file is optional: the published models all use ImageNet's figures.
+    """
+    name, default = "preprocessor_config.json", Preprocessing(size=image_size)
+    data = read_side_file(folder, name)
+    if data is None:
+        return default
+    raw = _parsed(folder / name, data)
+    try:
+        red, green, blue = (float(v) for v in raw.get("image_mean", default.mean))
+        mean = red, green, blue
+        red, green, blue = (float(v) for v in raw.get("image_std", default.std))
+        return replace(default, mean=mean, std=(red, green, blue))
+    except (ValueError, TypeError, InputError) as error:
+        raise CheckpointError(
+            f"{folder / name}: not a preprocessor configuration: {error}"
+        ) from error
+
+
+def _parsed(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected one JSON object, found {type(value).__name__}")
+    return value
