@@ -6,6 +6,7 @@ another tool wrote it; a finding names the node, what was found there and what t
 
 rules      the rules in words; start here
 placement  checks that look at a node's neighbours;  scales  checks of a node and its constants
+specification  operators, types and attributes as ONNX has them
 view       the graph's products, operands and attentions, which the checks read
 
 ``artifact.onnx_wire`` validates the file before an ONNX parser sees it. Weights are not loaded:

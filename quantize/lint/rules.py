@@ -68,15 +68,36 @@ RULES: dict[str, Rule] = {
     # --- scales and types ---
     "opset": Rule(
         severity="error",
-        says="Scales per channel came with opset 13, float8 with 19, float32 scales in 16-bit "
-        "graphs (output_dtype) with 23.",
+        says="Scales per channel came with opset 13, float8 and 16-bit scales with 19, INT4, "
+        "blocks and QuantizeLinear's output_dtype with 21, FP4, DequantizeLinear's output_dtype "
+        "and float32 scales of 16-bit values with 23.",
         fix="Export with opset 23 or newer.",
+    ),
+    "specification": Rule(
+        severity="error",
+        says="Attributes and types are those that ONNX's specification has; this combination is in "
+        "no opset, so that ONNX Runtime and builders refuse it.",
+        fix="Give zero points the type of the quantized values, and scales a type of the table in "
+        "the specification of the operator.",
     ),
     "operator-form": Rule(
         severity="error",
         says="8-bit kernels are asked for by QuantizeLinear and DequantizeLinear around ordinary "
         "operators; integer operators are not parsed.",
         fix="Quantize in the QDQ format (ONNX Runtime: quant_format=QuantFormat.QDQ).",
+    ),
+    "not-judged": Rule(
+        severity="warning",
+        says="This operator quantizes in a tool's own way. No rule here judges it; runtimes other "
+        "than that tool's refuse it or need a plugin.",
+        fix="Convert to the QDQ format (QuantizeLinear, DequantizeLinear) where it shall run "
+        "elsewhere; else judge it with its tool.",
+    ),
+    "not-quantized": Rule(
+        severity="note",
+        says="Only quantized graphs can be judged; this one has no QuantizeLinear and no "
+        "DequantizeLinear.",
+        fix="Nothing, if it is meant to compute in 16 or 32 bits; else name the quantized file.",
     ),
     "unpaired": Rule(
         severity="error",
@@ -92,7 +113,8 @@ RULES: dict[str, Rule] = {
     ),
     "scale-constant": Rule(
         severity="error",
-        says="Scales are constants of the graph; there are no kernels for computed ones.",
+        says="Scales are constants of the graph, or follow from constants alone; there are no "
+        "kernels for those that depend on the inputs.",
         fix="Calibrate to static scales and store them as initializers.",
     ),
     "scale-value": Rule(
@@ -108,8 +130,9 @@ RULES: dict[str, Rule] = {
     ),
     "scale-shape": Rule(
         severity="error",
-        says="There is one scale per tensor, or one for each index of the axis.",
-        fix="Store as many scales as the axis is long.",
+        says="There is one scale per tensor, one for each index of the axis, or one for each block "
+        "along the axis and index of the others.",
+        fix="Store as many scales as the axis is long, or has blocks.",
     ),
     "scale-rank": Rule(
         severity="error",

@@ -8,7 +8,15 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.quantize.lint.rules import Finding, finding
+from internvl_edge.quantize.lint.specification import (
+    first_opset,
+    is_about_quantization,
+    is_integer_operator,
+    is_unknown,
+    violation,
+)
 from internvl_edge.quantize.lint.view import (
+    KEEPS,
     Operand,
     View,
     constant,
@@ -19,8 +27,6 @@ from internvl_edge.quantize.lint.view import (
 )
 from internvl_edge.types import Array
 
-INTEGER_OPERATORS = {"QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger"}
-INTEGER_OPERATORS |= {"DynamicQuantizeLinear", "QGemm", "QAttention", "QLinearAdd", "QLinearMul"}
 FP8 = ir.DataType.FLOAT8E4M3FN
 ACTIVATION_TYPES = {ir.DataType.INT8, FP8}
 WEIGHT_TYPES = ACTIVATION_TYPES | {ir.DataType.INT4, ir.DataType.FLOAT4E2M1}
@@ -29,21 +35,32 @@ FP8_SM = 89
 DEFAULT_AXIS = 1  # of QuantizeLinear and DequantizeLinear
 
 
-def check_opset(view: View) -> Iterator[Finding]:
-    pairs = [*view.quantizers, *view.dequantizers]
-    needed = 13 if pairs else 0
-    if any(_quantized_type(node) == FP8 for node in pairs):
-        needed = 19
-    if any("output_dtype" in node.attributes for node in pairs):
-        needed = 23
-    if view.opset < needed:
-        yield finding("opset", "the model", f"opset {view.opset}; it needs {needed}")
+def check_specification(view: View) -> Iterator[Finding]:
+    """Report nodes that the specification has in a later opset only, or in none."""
+    for node in (*view.quantizers, *view.dequantizers):
+        wrong = violation(node, view.opset)
+        if wrong is None:
+            continue
+        needed = first_opset(node, view.opset)
+        if needed is None:
+            yield finding("specification", node, wrong)
+        else:
+            yield finding("opset", node, f"{wrong} in opset {view.opset}; it needs {needed}")
 
 
 def check_operator_form(view: View) -> Iterator[Finding]:
     for node in view.nodes:
-        if node.op_type in INTEGER_OPERATORS:
-            yield finding("operator-form", node, f"{node.domain or 'ai.onnx'}.{node.op_type}")
+        name = f"{node.domain or 'ai.onnx'}.{node.op_type}"
+        if is_integer_operator(node):
+            yield finding("operator-form", node, name)
+        elif is_unknown(node, view.functions) and is_about_quantization(node):
+            yield finding("not-judged", node, name)
+
+
+def check_quantized(view: View) -> Iterator[Finding]:
+    """Report a graph in which there is nothing to judge."""
+    if not (view.quantizers or view.dequantizers) and not any(check_operator_form(view)):
+        yield finding("not-quantized", "the model", f"none in {len(view.nodes)} nodes")
 
 
 def check_pairing(view: View) -> Iterator[Finding]:
@@ -79,19 +96,23 @@ def check_scales(view: View) -> Iterator[Finding]:
         scale = _input(node, 1)
         if scale is not None and scale not in seen:  # a pair shares its scale
             seen.add(scale)
-            yield from _check_scale(node, origin(scale, {"Cast"}))
+            yield from _check_scale(node, scale)
             if scale.shape is not None and len(scale.shape) > 1 and not _is_blocked(node):
                 yield finding("scale-rank", node, f"{scale.name!r} is of shape {scale.shape}")
         yield from _check_scale_shape(node, scale)
 
 
-def _check_scale(node: ir.Node, scale: ir.Value) -> Iterator[Finding]:
+def _check_scale(node: ir.Node, given: ir.Value) -> Iterator[Finding]:
+    scale = origin(given, KEEPS)  # what is stored: a cast to 16 bits is folded or fused
     if not is_constant(scale):
-        yield finding("scale-constant", node, f"{scale.name!r} is computed or a graph input")
+        inner = scale.producer()  # scales of NVFP4 blocks are stored quantized
+        if inner is None or inner.op_type != "DequantizeLinear" or not is_constant(inner.inputs[0]):
+            found = f"{given.name!r} is computed from the inputs, or one of them"
+            yield finding("scale-constant", node, found)
         return
     dtype = dtype_of(scale)
     if dtype == ir.DataType.FLOAT16:
-        yield finding("scale-type", node, f"{scale.name!r} is float16", "warning")
+        yield finding("scale-type", node, f"{scale.name!r} is float16", "note")
     elif dtype is not None and dtype not in SCALE_TYPES and not _is_block_scale(dtype):
         yield finding("scale-type", node, f"{scale.name!r} is {dtype.name}")
     values = constant(scale)
@@ -116,13 +137,32 @@ def _is_block_scale(dtype: ir.DataType) -> bool:
 
 
 def _check_scale_shape(node: ir.Node, scale: ir.Value | None) -> Iterator[Finding]:
-    if scale is None or scale.shape is None or "block_size" in node.attributes:
+    if scale is None or scale.shape is None:
         return
-    count = int(np.prod([d for d in scale.shape if isinstance(d, int)]))
+    if _is_blocked(node):
+        yield from _check_block_scales(node, scale)
+        return
+    count = _count(scale.shape)
     length = size_of(_input(node, 0), axis_of(node))
     if count > 1 and length is not None and count != length:
         counts = f"{count} scales for axis {axis_of(node)}, which is {length} long"
         yield finding("scale-shape", node, counts)
+
+
+def _check_block_scales(node: ir.Node, scale: ir.Value) -> Iterator[Finding]:
+    """Check that there is one scale for each block along the axis, and index of the other axes."""
+    source, block = _input(node, 0), node.attributes["block_size"].as_int()
+    if source is None or source.shape is None or scale.shape is None:
+        return
+    if any(not isinstance(d, int) for d in (*source.shape, *scale.shape)):
+        return
+    wanted = [int(d) for d in source.shape]  # type: ignore[arg-type]
+    axis = axis_of(node)
+    if -len(wanted) <= axis < len(wanted):
+        wanted[axis] = -(-wanted[axis] // block)
+    if list(scale.shape) != wanted:
+        shapes = f"{scale.name!r} is of shape {scale.shape}; blocks of {block} along axis {axis}"
+        yield finding("scale-shape", node, f"{shapes} need {wanted}")
 
 
 def check_zero_points(view: View) -> Iterator[Finding]:
@@ -134,7 +174,8 @@ def check_zero_points(view: View) -> Iterator[Finding]:
         seen.add(zero)
         values = constant(zero)
         if not is_constant(zero):
-            yield finding("zero-point", node, f"{zero.name!r} is computed or a graph input")
+            found = f"{zero.name!r} is computed from the inputs, or one of them"
+            yield finding("zero-point", node, found)
         elif values is not None and np.any(values.astype(np.float64) != 0):
             yield finding("zero-point", node, f"{zero.name!r} is {_first(values)}")
 
@@ -237,8 +278,9 @@ def _first(values: Array) -> str:
 
 
 CHECKS = (
-    check_opset,
+    check_specification,
     check_operator_form,
+    check_quantized,
     check_pairing,
     check_scales,
     check_zero_points,

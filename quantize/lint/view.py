@@ -22,10 +22,23 @@ from internvl_edge.types import Array
 
 MAX_SCORE_STEPS = 16  # between q kᵀ and its softmax
 MAX_CONSTANT = 1 << 20  # elements of a constant that is read
+MAX_CONSTANT_STEPS = 64  # nodes between stored values and a constant that follows from them
+STANDARD_DOMAINS = ("", "ai.onnx")
 
 MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast"}
 MOVES |= {"Slice", "Split", "Gather", "Expand"}  # they move their first input
 JOINS = {"Concat"}
+KEEPS = {
+    "Identity",
+    "Cast",
+    "Reshape",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+}  # all values
+RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"}
+RANDOM |= {"Multinomial", "Dropout"}
 PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
 ATTENTIONS = {"Attention", "MultiHeadAttention"}
 SCORE_STEPS = {"Mul", "Div", "Add", "Where", "Cast", "Identity", "QuantizeLinear"}
@@ -86,6 +99,7 @@ class View:
         self.model = model
         self.sm = sm  # compute capability of the GPU it will run on, 86 for 8.6; None: any
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+        self.functions = {(domain, name) for domain, name, _ in model.functions}
         graphs = [model.graph, *(function.graph for function in model.functions.values())]
         self.nodes = [node for g in graphs for node in ir.traversal.RecursiveGraphIterator(g)]
 
@@ -116,17 +130,59 @@ def name_of(node: ir.Node) -> str:
     return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
 
 
-def is_constant(value: ir.Value | None) -> bool:
-    """Tell whether a value is stored in the model."""
-    if value is None:
-        return False
+def is_stored(value: ir.Value) -> bool:
+    """Tell whether a value is an initializer or a Constant."""
     producer = value.producer()
     return value.is_initializer() or (producer is not None and producer.op_type == "Constant")
 
 
+def is_constant(value: ir.Value | None) -> bool:
+    """Tell whether a value is stored in the model, or follows from stored ones alone.
+
+    Builders and ONNX Runtime compute such values once. Values of a pair are not among them: what
+    is rounded is the rules' matter.
+    """
+    if value is None:
+        return False
+    pending, seen = [value], {value}
+    while pending:
+        current = pending.pop()
+        if is_stored(current):
+            continue
+        node = current.producer()
+        if node is None or len(seen) > MAX_CONSTANT_STEPS or not _is_pure(node):
+            return False
+        fresh = [source for source in node.inputs if source is not None and source not in seen]
+        seen.update(fresh)
+        pending += fresh
+    return True
+
+
+def _is_pure(node: ir.Node) -> bool:
+    """Tell whether a node's outputs follow from its inputs alone, and no pair is made by it."""
+    has_graph = any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for attribute in node.attributes.values()
+    )
+    pairs = {"QuantizeLinear", "DequantizeLinear"}
+    is_standard = node.domain in STANDARD_DOMAINS
+    return is_standard and not has_graph and node.op_type not in RANDOM | pairs
+
+
 def constant(value: ir.Value | None) -> Array | None:
-    """Read a small constant; None if it is computed, large, or in a file that is absent."""
-    if value is None or not is_constant(value):
+    """Read a small constant, through nodes that keep its values and their number.
+
+    Returns:
+        None if it is computed in another way, large, or in a file that is absent.
+    """
+    keeps: list[ir.Node] = []
+    while value is not None and not is_stored(value):
+        node = value.producer()
+        if node is None or node.op_type not in KEEPS or len(keeps) == MAX_CONSTANT_STEPS:
+            return None
+        keeps.append(node)
+        value = node.inputs[0] if node.inputs else None
+    if value is None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None or tensor.size > MAX_CONSTANT:
@@ -134,9 +190,23 @@ def constant(value: ir.Value | None) -> Array | None:
     if isinstance(tensor, ir.ExternalTensor) and not _is_file_in_folder(tensor):
         return None
     try:
-        return np.asarray(tensor.numpy())
-    except (OSError, ValueError, TypeError):
+        values = np.asarray(tensor.numpy())
+        for node in reversed(keeps):
+            values = _kept(node, values)
+    except (OSError, ValueError, TypeError, KeyError):
         return None
+    return values
+
+
+def _kept(node: ir.Node, values: Array) -> Array:
+    """Compute a node of ``KEEPS``; of shapes only the order of the values matters."""
+    if node.op_type == "Cast":
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
+    if node.op_type == "Transpose" and values.ndim > 1:
+        order = node.attributes.get("perm")
+        return values.transpose(None if order is None else order.as_ints())
+    return values
 
 
 def _is_file_in_folder(tensor: ir.ExternalTensor) -> bool:

@@ -49,6 +49,8 @@ def lint(output: Output, backend: str, file: Path, gpu: str | None) -> None:
 
 
 def _verdict(counts: dict[str, int], clean: bool) -> str:
+    if "not-quantized" in counts:
+        return "nothing was judged: no QuantizeLinear or DequantizeLinear"
     if not counts:
         return "every rule of Q/DQ placement is kept"
     kinds = f"{sum(counts.values())} finding(s) of {len(counts)} rule(s)"

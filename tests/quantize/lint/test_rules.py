@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from support.checkpoints import write_vit
 
@@ -79,7 +83,9 @@ class Graph:
             [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
             [numpy_helper.from_array(values, name) for name, values in self.constants.items()],
         )
-        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
+        domains = {"com.microsoft", *(node.domain for node in self.nodes)} - {""}
+        opsets = [helper.make_opsetid(domain, 1) for domain in sorted(domains)]
+        opsets.append(helper.make_opsetid("", self.opset))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         options = {"save_as_external_data": True, "location": "w.bin", "size_threshold": 0}
         onnx.save(model, path, **(options if external else {}))
@@ -135,6 +141,24 @@ def breaks(rule: str) -> Callable[[Callable[[Graph], str]], Callable[[Graph], st
 def _(g: Graph) -> str:
     g.opset = 17
     return g.linear(g.pair("x", dtype=FP8), dtype=FP8)
+
+
+@breaks("specification")
+def _(g: Graph) -> str:
+    dequantized = g.pair("x")
+    g.nodes[0].attribute.append(helper.make_attribute("output_dtype", TensorProto.INT16))
+    return g.linear(dequantized)
+
+
+@breaks("not-judged")
+def _(g: Graph) -> str:
+    numbers = [g.constant(n, np.float32(v)) for n, v in (("s", 0.1), ("z", 0), ("bits", 4))]
+    return g.node("Quant", block(g), *numbers, domain="qonnx.custom_op.general")
+
+
+@breaks("not-quantized")
+def _(g: Graph) -> str:
+    return g.node("MatMul", "x", g.constant("w", np.ones((WIDTH, WIDTH), "f4")))
 
 
 @breaks("operator-form")
@@ -500,6 +524,258 @@ def test_more_than_two_gigabytes_of_weights(tmp_path: Path) -> None:
         file.truncate(WIDTH * 2**27)  # 4 GiB of a hole
     onnx.save(model, path)
     assert {f.rule for f in lint(path)} == {"scale-shape"}
+
+
+# --- the specification ---------------------------------------------------------------------------
+
+FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+QUANTIZED = {n: np.dtype(getattr(ml_dtypes, n, n)) for n in ("int8", "uint8", "int16", "int4")}
+QUANTIZED |= {n: np.dtype(getattr(ml_dtypes, n)) for n in ("uint4", "float8_e4m3fn")}
+FORMS = [
+    {
+        "opset": opset,
+        "x": FLOATS[x],
+        "scale": FLOATS[scale],
+        "dtype": QUANTIZED[dtype],
+        "form": form,
+    }
+    for opset in (13, 17, 19, 21, 23)
+    for x in FLOATS
+    for scale in FLOATS
+    for dtype in QUANTIZED
+    for form in ("zero point", "output_dtype", "blocks")
+]
+
+
+def quantizer(
+    g: Graph, opset: int, x: np.dtype[Any], scale: np.dtype[Any], dtype: np.dtype[Any], form: str
+) -> str:
+    """Round x once in a form that opsets have or have not; back in float32."""
+    g.opset = opset
+    source = g.node("Cast", "x", to=helper.np_dtype_to_tensor_dtype(x))
+    shape = (1, 5, WIDTH // 8) if form == "blocks" else ()
+    names = [g.constant("scale", np.full(shape, 0.1).astype(scale))]
+    attributes: dict[str, Any] = {}
+    if form == "output_dtype":
+        attributes["output_dtype"] = helper.np_dtype_to_tensor_dtype(dtype)
+    else:
+        names.append(g.constant("zero", np.zeros(shape).astype(dtype)))
+    if form == "blocks":
+        g.inputs["x"] = [1, 5, WIDTH]
+        attributes |= {"axis": 2, "block_size": 8}
+    quantized = g.node("QuantizeLinear", source, *names, **attributes)
+    attributes.pop("output_dtype", None)
+    back = g.node("DequantizeLinear", quantized, *names, **attributes)
+    return g.node("Cast", back, to=TensorProto.FLOAT)
+
+
+def is_taken(path: Path) -> bool:
+    """Ask ONNX Runtime whether a graph is valid; a kernel that is missing is another matter."""
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except states.NotImplemented:
+        return True
+    except (states.InvalidGraph, states.Fail, states.InvalidArgument):
+        return False
+    return True
+
+
+@settings(max_examples=60, deadline=None)
+@given(form=st.sampled_from(FORMS))
+def test_what_an_opset_has_is_what_onnx_runtime_takes(form: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        g = Graph()
+        path = g.save(Path(folder) / "m.onnx", quantizer(g, **form))
+        rules = {f.rule for f in lint(path)}
+        assert ("opset" in rules) is not is_taken(path), form
+        assert "specification" not in rules
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        (
+            {"opset": 19, "form": "output_dtype"},
+            "no attribute output_dtype in opset 19; it needs 21",
+        ),
+        ({"opset": 19, "form": "blocks"}, "no attribute block_size in opset 19; it needs 21"),
+        ({"opset": 19, "dtype": QUANTIZED["int4"]}, "in INT4 in opset 19; it needs 21"),
+        ({"opset": 17, "dtype": FP8}, "in FLOAT8E4M3FN in opset 17; it needs 19"),
+        ({"opset": 21, "x": np.dtype("f2")}, "x in FLOAT16 with y_scale in FLOAT .*needs 23"),
+        ({"opset": 17, "x": np.dtype("f2"), "scale": np.dtype("f2")}, "in FLOAT16 .*needs 19"),
+    ],
+)
+def test_what_came_later_is_named(form: dict[str, Any], says: str, tmp_path: Path) -> None:
+    defaults = {"x": FLOATS["float32"], "scale": FLOATS["float32"], "dtype": INT8}
+    g = Graph()
+    y = quantizer(g, **{**defaults, "form": "zero point", **form})
+    found = [f.found for f in lint(g.save(tmp_path / "m.onnx", y)) if f.rule == "opset"]
+    assert any(re.search(says, text) for text in found), found
+
+
+@pytest.mark.parametrize(("opset", "clean"), [(19, False), (21, True), (23, True)])
+def test_output_dtype_of_a_quantizer(opset: int, clean: bool, tmp_path: Path) -> None:
+    g = Graph()
+    g.opset = opset
+    names = [g.constant("s", SCALE)]
+    quantized = g.node("QuantizeLinear", "x", *names, output_dtype=TensorProto.INT8)
+    y = g.linear(g.node("DequantizeLinear", quantized, *names))
+    assert (lint(g.save(tmp_path / "m.onnx", y)) == []) is clean
+
+
+@pytest.mark.parametrize(("rows", "clean"), [(2, True), (3, False), (1, False)])
+def test_scales_of_blocks(rows: int, clean: bool, tmp_path: Path) -> None:
+    g = Graph()
+    scale = np.full((rows, WIDTH), 0.01, np.float32)
+    weight = g.weight("w", WIDTH, WIDTH, axis=0, scale=scale, block_size=16)
+    findings = lint(g.save(tmp_path / "m.onnx", g.node("MatMul", "x", weight)))
+    assert {f.rule for f in findings} == {"weight-only"} | (set() if clean else {"scale-shape"})
+
+
+# --- operators of other tools --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("domain", "op"),
+    [
+        ("com.microsoft", "MatMulNBits"),
+        ("com.microsoft", "MatMulBnb4"),
+        ("com.microsoft", "GatherBlockQuantized"),
+        ("com.microsoft", "QMoE"),
+        ("com.microsoft", "QOrderedMatMul"),
+        ("trt", "TRT_FP8QuantizeLinear"),
+        ("trt", "TRT_INT4DequantizeLinear"),
+        ("trt", "TRT_FP4DynamicQuantize"),
+        ("qonnx.custom_op.general", "BipolarQuant"),
+        ("qonnx.custom_op.general", "Trunc"),
+        ("onnx.brevitas", "Quant"),
+        ("com.amd.quark", "BFPQuantizeDequantize"),
+        ("quantized", "linear"),
+        ("", "FakeQuantize"),
+        ("some.tool", "LinearW8A16"),  # by its weight of 8 bits
+    ],
+)
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_operators_that_no_rule_judges(
+    domain: str, op: str, is_alone: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    g = Graph()
+    weight = g.constant("packed", np.zeros((WIDTH, WIDTH), np.uint8))
+    y = g.node(op, "x" if is_alone else block(g), weight, domain=domain)
+    path = g.save(tmp_path / "m.onnx", y)
+    (found,) = lint(path)
+    assert (found.rule, found.found) == ("not-judged", f"{domain or 'ai.onnx'}.{op}")
+    assert run(["lint", str(path)]) == 6
+    assert "kept" not in capsys.readouterr().out
+
+
+def test_operators_of_other_domains_that_do_not_quantize(tmp_path: Path) -> None:
+    g = Graph()
+    y = g.node("QuickGelu", g.linear(g.pair("x")), domain="com.microsoft")
+    assert lint(g.save(tmp_path / "m.onnx", g.linear(g.pair(y), "second"))) == []
+
+
+def test_operators_on_integers_of_every_name(tmp_path: Path) -> None:
+    g = Graph()
+    names = [g.constant(n, v) for n, v in (("s", SCALE), ("z", np.uint8(0)))]
+    y = g.node("Cast", g.node("QLinearSigmoid", "x", *names, *names), to=TensorProto.FLOAT)
+    g.nodes[0].domain = "com.microsoft"
+    assert {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))} == {"operator-form"}
+
+
+def test_a_graph_in_float_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    g = Graph()
+    y = g.node("MatMul", g.norm(), g.constant("w", np.ones((WIDTH, WIDTH), "f4")))
+    assert run(["lint", str(g.save(tmp_path / "m.onnx", y))]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing was judged" in shown
+    assert "kept" not in shown
+
+
+# --- constants -----------------------------------------------------------------------------------
+
+STEPS: dict[str, Callable[[Graph, str], str]] = {
+    "Identity": lambda g, name: g.node("Identity", name),
+    "Reshape": lambda g, name: g.node("Reshape", name, g.constant("no_axes", np.array([], "i8"))),
+    "Cast": lambda g, name: g.node("Cast", name, to=TensorProto.FLOAT),
+    "Squeeze": lambda g, name: g.node("Squeeze", name),
+    "Constant": lambda g, name: g.node(
+        "Constant", value=numpy_helper.from_array(g.constants.pop(name))
+    ),
+    "Div": lambda g, name: g.node("Div", name, g.constant("two", np.float32(2))),
+    "Sqrt": lambda g, name: g.node("Sqrt", g.node("Mul", name, name)),
+}
+
+
+@pytest.mark.parametrize("steps", [*([step] for step in STEPS), ["Identity", "Reshape", "Cast"]])
+def test_constants_behind_steps(steps: list[str], tmp_path: Path) -> None:
+    """What follows from stored values alone is a constant: scales, and zero points."""
+    g = Graph()
+    scale, zero = g.constant("s", SCALE), g.node("Identity", g.constant("z", np.int8(0)))
+    for step in steps:
+        scale = STEPS[step](g, scale)
+    y = g.linear(
+        g.node("DequantizeLinear", g.node("QuantizeLinear", "x", scale, zero), scale, zero)
+    )
+    assert lint(g.save(tmp_path / "m.onnx", y)) == []
+
+
+@pytest.mark.parametrize("step", ["Identity", "Reshape", "Cast", "Squeeze", "Constant"])
+def test_values_behind_steps_are_judged(step: str, tmp_path: Path) -> None:
+    g = Graph()
+    scales = [STEPS[step](g, g.constant(name, v)) for name, v in (("s", SCALE), ("t", 2 * SCALE))]
+    zero = g.node("Identity", g.constant("z", np.int8(3)))
+    quantized = g.node("QuantizeLinear", "x", scales[0], zero)
+    y = g.linear(g.node("DequantizeLinear", quantized, scales[1], zero))
+    rules = {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))}
+    assert rules == {"scale-mismatch", "zero-point"}
+    g = Graph()
+    bad = STEPS[step](g, g.constant("s", np.float32(-1)))
+    zero = g.constant("z", np.int8(0))
+    y = g.linear(g.node("DequantizeLinear", g.node("QuantizeLinear", "x", bad, zero), bad, zero))
+    assert {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))} == {"scale-value"}
+
+
+@pytest.mark.parametrize("source", ["x", "RandomNormal", "pair"])
+def test_scales_that_do_not_follow_from_constants(source: str, tmp_path: Path) -> None:
+    g = Graph()
+    if source == "x":
+        scale = g.node("ReduceMax", "x", keepdims=0)
+    elif source == "pair":
+        scale = g.node("ReduceMax", g.pair("x"), keepdims=0)
+    else:
+        scale = g.node("RandomNormal", shape=[1])
+    zero = g.constant("z", np.int8(0))
+    scale = g.node("Identity", scale)
+    y = g.linear(
+        g.node("DequantizeLinear", g.node("QuantizeLinear", "x", scale, zero), scale, zero)
+    )
+    assert "scale-constant" in {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))}
+
+
+def test_a_weight_behind_steps_is_a_weight(tmp_path: Path) -> None:
+    g = Graph()
+    weight = g.constant("w", np.ones((WIDTH, WIDTH), np.int8))
+    names = [g.node("Identity", weight), g.constant("s", np.full(WIDTH, 0.01, np.float32))]
+    y = g.node("MatMul", g.pair("x"), g.node("DequantizeLinear", *names, axis=0))
+    assert {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))} == {"weight-axis"}
+
+
+def test_scales_of_blocks_that_are_stored_quantized(tmp_path: Path) -> None:
+    """As in NVFP4: the scales of the blocks are in E4M3, with a scale of their own."""
+    g = Graph()
+    scale = np.ones((2, WIDTH)).astype(FP8)
+    scales = g.weight("ws", *scale.shape, dtype=FP8, scale=np.float32(0.1))
+    values = g.constant("w", np.ones((WIDTH, WIDTH)).astype(ml_dtypes.float4_e2m1fn))
+    weight = g.node("DequantizeLinear", values, scales, axis=0, block_size=16)
+    found = {f.rule for f in lint(g.save(tmp_path / "m.onnx", g.node("MatMul", "x", weight)))}
+    assert "scale-constant" not in found
 
 
 # --- whole models --------------------------------------------------------------------------------
