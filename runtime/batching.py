@@ -40,8 +40,8 @@ class _Request:
     feeds: dict[str, Array]
     rows: int
     key: Key  # what requests of one batch have in common
+    due: float  # when its batch begins, full or not
     future: Future[dict[str, Array]] = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
@@ -84,8 +84,13 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, feeds: Mapping[str, Array]) -> Future[dict[str, Array]]:
+    def submit(self, feeds: Mapping[str, Array], *, wait: bool = True) -> Future[dict[str, Array]]:
         """Queue a request of one or more rows; its outputs come through the future.
+
+        Args:
+            feeds: as the session takes them.
+            wait: for others; False where the caller knows that nobody else comes, so that whatever
+                is queued like this runs as soon as a worker is free.
 
         Raises:
             FeedError: arrays without a common first dimension, or more rows than a batch has.
@@ -97,7 +102,8 @@ class Batcher:
                 "the batcher was opened before a fork, and its threads stayed behind; open one in "
                 "the process that runs it"
             )
-        request = _request(feeds, self._max_batch)
+        delay_s = self._max_delay_s if wait else 0.0
+        request = _request(feeds, self._max_batch, time.monotonic() + delay_s)
         with self._changed:
             if self._closed:
                 raise UsageError("the batcher is closed; open another")
@@ -106,6 +112,10 @@ class Batcher:
             if len(self._queue) >= self._max_queued:
                 raise ResourceError(f"{len(self._queue)} requests are waiting; try again later")
             self._queue.append(request)
+            if not wait:
+                for other in self._queue:
+                    if other.key == request.key:
+                        other.due = min(other.due, request.due)
             self._changed.notify()
         return request.future
 
@@ -155,8 +165,9 @@ class Batcher:
         """Choose the batch to run now: one that has waited long enough, then one that is full."""
         if not self._queue:
             return []
-        if self._closed or self._patience_s() <= 0:
-            return self._alike(self._queue[0])[0]
+        first = self._soonest()
+        if self._closed or first.due <= time.monotonic():
+            return self._alike(first)[0]
         firsts: dict[Key, _Request] = {}
         for request in self._queue:
             firsts.setdefault(request.key, request)
@@ -164,8 +175,12 @@ class Batcher:
         return next((batch for batch, is_full in batches if is_full), [])
 
     def _patience_s(self) -> float:
-        """Return how long the oldest request may still wait."""
-        return self._queue[0].arrived + self._max_delay_s - time.monotonic()
+        """Return how long the first request that is due may still wait."""
+        return self._soonest().due - time.monotonic()
+
+    def _soonest(self) -> _Request:
+        """Find the request that is due first; of several, the oldest."""
+        return min(self._queue, key=lambda request: request.due)
 
     def _alike(self, first: _Request) -> tuple[list[_Request], bool]:
         """Collect requests that share a batch with the first one, and tell whether it is full."""
@@ -220,7 +235,7 @@ def _has_rows(spec: TensorSpec) -> bool:
     return bool(spec.shape) and isinstance(spec.shape[0], str)
 
 
-def _request(feeds: Mapping[str, Array], max_batch: int) -> _Request:
+def _request(feeds: Mapping[str, Array], max_batch: int, due: float) -> _Request:
     arrays = {name: np.asarray(array) for name, array in feeds.items()}
     rows = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
     if len(rows) != 1 or not 1 <= max(rows) <= max_batch:
@@ -229,4 +244,4 @@ def _request(feeds: Mapping[str, Array], max_batch: int) -> _Request:
             f"a request has 1 to {max_batch} rows, the same in each array; found {shapes}"
         )
     key = tuple((name, array.shape[1:], array.dtype.str) for name, array in sorted(arrays.items()))
-    return _Request(feeds=arrays, rows=rows.pop(), key=key)
+    return _Request(feeds=arrays, rows=rows.pop(), key=key, due=due)

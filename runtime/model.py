@@ -26,6 +26,7 @@ from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
+    from internvl_edge.runtime.generation.text import TextStream
     from internvl_edge.runtime.images.transform import Preprocessing, Transform
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.text.tokenizer import Tokenizer
@@ -308,7 +309,7 @@ class Model:
 
     def stream(
         self, image: Any, prompt: Any = CAPTION_PROMPT, *, max_new_tokens: int = 30, **how: Any
-    ) -> Iterator[str]:
+    ) -> TextStream:
         """Answer one prompt on one image, in pieces as they come."""
         chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         return captions.pieces(self.components, image, prompt, chosen)
@@ -363,8 +364,8 @@ class Model:
         system: str | None = None,
         max_new_tokens: int = CHAT_TOKENS,
         **how: Any,
-    ) -> Iterator[str]:
-        """Answer as ``chat``, in pieces as they come."""
+    ) -> TextStream:
+        """Answer as ``chat``, in pieces as they come; ``close`` ends it between two tokens."""
         chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         options = {"template": template, "system": system}
         return chats.reply_pieces(self.components, images, question, history, chosen, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import ContextLengthError, UsageError
 from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.runtime.session import Session
 
@@ -26,7 +26,7 @@ def require_room(session: Session, component: str, length: int, past: int, how: 
         how: the options.
 
     Raises:
-        UsageError: which limit, and what is needed.
+        UsageError, ContextLengthError: which limit, and what is needed.
     """
     largest = session.largest
     last = past if how.max_new_tokens == 1 else past + length + how.max_new_tokens - 2
@@ -37,7 +37,8 @@ def require_room(session: Session, component: str, length: int, past: int, how: 
     }
     for name, (need, why) in reasons.items():
         if need > largest.get(name, need):
-            raise UsageError(
+            kind = UsageError if name == "batch" else ContextLengthError
+            raise kind(
                 f"the engine of {component} takes {name} up to {largest[name]}, {need} are needed "
                 f"for {why}; ask for less, or build the engine for a larger {name}"
             )

@@ -2,39 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from typing import Literal, Self
 
 from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.types import Array
 
-__all__ = ["streamed", "until_end"]
+__all__ = ["TextStream", "until_end"]
 
 REPLACEMENT = "\ufffd"  # half a character, decoded
 
 
-def streamed(
-    tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
-) -> Iterator[str]:
-    """Yield the text of one row's tokens in pieces, as they come; none is empty.
+class TextStream:
+    """The text of one row's tokens in pieces, as they come; none is empty.
 
-    Only the tokens of the last piece are decoded again, which the next one may change: spaces are
-    the text's own between two words, and not around it.
+    After its end it says why it ended, and how many tokens there were. Only the tokens of the last
+    piece are decoded again, which the next one may change: spaces are the text's own between two
+    words, and not around it.
+
+    Attributes:
+        finish_reason: ``"stop"`` after a stop id, ``"length"`` after the most tokens; None before
+            the end, and where it was closed.
+        prompt_tokens: positions that the decoder read before, those of images included.
+        completion_tokens: tokens so far, a stop id included.
     """
-    ids: list[int] = []  # of the last piece, and since
-    count, told = 0, ""  # of the last piece: its tokens, and their text
-    for token in tokens:
-        if int(token[0]) in how.stop_ids:
-            break
-        ids.append(int(token[0]))
+
+    def __init__(
+        self,
+        tokens: Iterator[Array],
+        how: Generation,
+        decode: Callable[[list[int]], str],
+        prompt_tokens: int,
+    ) -> None:
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
+        self._is_closed = False
+        self._pieces = self._decoded(tokens, how, decode)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End it after the token that is being computed; from any thread, and more than once."""
+        self._is_closed = True
+        with suppress(ValueError):  # it runs in another thread, which looks at the flag
+            self._pieces.close()
+
+    def _decoded(
+        self, tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
+    ) -> Generator[str, None, None]:
+        ids: list[int] = []  # of the last piece, and since
+        count, told = 0, ""  # of the last piece: its tokens, and their text
+        reason: Literal["stop", "length"] = "length"
+        for token in tokens:
+            if self._is_closed:
+                return
+            self.completion_tokens += 1
+            if int(token[0]) in how.stop_ids:
+                reason = "stop"
+                break
+            ids.append(int(token[0]))
+            text = decode(ids)
+            is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
+            if is_whole and text != told and text.startswith(told):
+                yield text[len(told) :]
+                del ids[:count]
+                count, told = len(ids), decode(ids)
         text = decode(ids)
-        is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
-        if is_whole and text != told and text.startswith(told):
+        if text != told:
             yield text[len(told) :]
-            del ids[:count]
-            count, told = len(ids), decode(ids)
-    text = decode(ids)
-    if text != told:
-        yield text[len(told) :]
+        self.finish_reason = reason
 
 
 def until_end(ids: list[int], how: Generation) -> list[int]:

@@ -85,6 +85,19 @@ def load_image(source: ImageSource, label: str | None = None) -> Image.Image:
     return _decoding(_upright_rgb, source, label)
 
 
+def image_size(data: bytes, label: str | None = None) -> tuple[int, int]:
+    """Read the width and height of a JPEG, PNG or WebP file; no pixel is decompressed.
+
+    Args:
+        data: the file.
+        label: how messages name it.
+
+    Raises:
+        MediaError: it is none of these, or broken as far as was read.
+    """
+    return _open(data, image_label(data) if label is None else label).size
+
+
 def image_label(source: object, index: int = 0, count: int = 1) -> str:
     """Name an image for messages: what it is, and which of several."""
     if isinstance(source, str | os.PathLike):

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.artifact.components import DECODER, IMAGE_QUERIES, VISION
-from internvl_edge.errors import MediaError, UsageError, did_you_mean
+from internvl_edge.errors import ContextLengthError, MediaError, UsageError, did_you_mean
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.limits import require_room, rows_at_once
 from internvl_edge.runtime.generation.loop import generate_all, stream
-from internvl_edge.runtime.generation.text import streamed, until_end
+from internvl_edge.runtime.generation.text import TextStream, until_end
 from internvl_edge.runtime.images.sources import image_list
 from internvl_edge.runtime.tasks.requests import require_vocabulary, slices, text_list
 from internvl_edge.types import Array
@@ -139,7 +139,7 @@ def texts_of(components: OpenComponents, ids: Array, how: Generation) -> list[st
     return [components.tokenizer.decode(until_end(row, how)) for row in ids.tolist()]
 
 
-def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> Iterator[str]:
+def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> TextStream:
     """Yield the text after one prompt on one image, as it comes; the pieces are all of it.
 
     Raises:
@@ -152,9 +152,9 @@ def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation)
             f"only one image and one prompt can be streamed, found {len(seen)} and {len(rows)}"
         )
     _require_room(components, rows, how)
-    decoding = start(components.session(DECODER), seen.cache)
-    tokens = stream(decoding, _prompt(rows, dict(seen.cache)), how)
-    return streamed(tokens, how, components.tokenizer.decode)
+    decoding, given = start(components.session(DECODER), seen.cache), _prompt(rows, seen.cache)
+    count = given.past + len(rows[0])
+    return TextStream(stream(decoding, given, how), how, components.tokenizer.decode, count)
 
 
 def _caches(
@@ -203,7 +203,7 @@ def _require_room(components: OpenComponents, rows: list[list[int]], how: Genera
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read
     if need > room:
-        raise UsageError(
+        raise ContextLengthError(
             f"prompt {longest + 1} of {len(rows)}: the cache has {room} positions, {need} are "
             f"needed: {image} for the image, {len(rows[longest])} for the prompt and "
             f"{how.max_new_tokens} new tokens; shorten the prompt or lower max_new_tokens"

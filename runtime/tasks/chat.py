@@ -7,7 +7,7 @@ single questions about one image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.loop import generate, stream
-from internvl_edge.runtime.generation.text import streamed, until_end
+from internvl_edge.runtime.generation.text import TextStream, until_end
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import Seen
 from internvl_edge.runtime.tasks.chat_decoder import joined, require_chat_room, started
@@ -88,14 +88,15 @@ def reply_pieces(
     *,
     template: str | None = None,
     system: str | None = None,
-) -> Iterator[str]:
+) -> TextStream:
     """Answer as :func:`reply`, in pieces as they come; refuse at once what cannot be."""
     if not is_chat(components):
         seen, prompt = _single(components, images, question, template, system)
         return caption.pieces(components, seen, prompt, how)
     request = _request(components, images, question, history, how, template, system)
     tokens = stream(*request.started(components), request.how)
-    return streamed(tokens, request.how, components.chat_tokenizer.decode)
+    decode = components.chat_tokenizer.decode
+    return TextStream(tokens, request.how, decode, len(request.ids))
 
 
 def remembered(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.artifact.components import CHAT_DECODER
-from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.errors import ContextLengthError, MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
@@ -104,7 +104,7 @@ def require_chat_room(components: OpenComponents, lengths: Sequence[int], how: G
     room, longest = components.positions(CHAT_DECODER), max(lengths)
     need = longest + how.max_new_tokens - 1  # the last token is not read
     if need > room:
-        raise UsageError(
+        raise ContextLengthError(
             f"the cache has {room} positions, {need} are needed: {longest} for the conversation "
             f"with its images and {how.max_new_tokens} new tokens; clear the history, or lower "
             "max_new_tokens"

@@ -2,6 +2,7 @@
 
     InternVLError                7  the root; on its own, a fault inside internvl-edge
     ├── UsageError               2  an invalid option, name or combination
+    │   └── ContextLengthError   2  more positions than a decoder has
     ├── InputError               3  an input that cannot be accepted
     │   ├── CheckpointError      3  a checkpoint's config, tensors or tokenizer
     │   ├── ArtifactError        3  a compiled directory: manifest, hashes, ONNX, engines
@@ -29,6 +30,7 @@ __all__ = [
     "BuildError",
     "CalibrationError",
     "CheckpointError",
+    "ContextLengthError",
     "FeedError",
     "HardwareError",
     "InputError",
@@ -55,6 +57,10 @@ class UsageError(InternVLError):
     """An invalid option or name, or an invalid combination of them."""
 
     exit_code = 2
+
+
+class ContextLengthError(UsageError):
+    """A prompt and its answer that need more positions than a decoder has."""
 
 
 class InputError(InternVLError):

@@ -59,6 +59,18 @@ def test_a_request_waits_no_longer_than_the_delay() -> None:
         assert 0.02 < time.monotonic() - start < 5
 
 
+def test_who_waits_for_nobody_takes_along_who_does() -> None:
+    """The others of its kind run with it at once; another kind waits on."""
+    session = FakeSession()
+    with batcher(session, max_delay_ms=10_000) as batches:
+        waiting = [batches.submit(x(1)), batches.submit(x(2))]
+        other = batches.submit(x(3, width=2))
+        assert float(batches.submit(x(4), wait=False).result(5)["y"][0, 0]) == 8
+        assert [float(f.result(5)["y"][0, 0]) for f in waiting] == [2, 4]
+        assert session.batches == [(3, 1)]
+        assert not other.done()
+
+
 def test_batches_hold_no_more_than_they_may() -> None:
     session = FakeSession()
     with batcher(session, max_batch=4, max_delay_ms=50) as batches:

@@ -537,3 +537,15 @@ def test_preprocessing_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
 def test_json_of_another_shape_is_refused(raw: object) -> None:
     with pytest.raises(ArtifactError, match="preprocessing must be an object"):
         Preprocessing.from_json(raw)
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG", "WEBP"])
+def test_the_size_of_a_file(suffix: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(buffer, suffix)
+    assert decode.image_size(buffer.getvalue()) == (30, 20)
+
+
+def test_the_size_of_no_picture_is_refused() -> None:
+    with pytest.raises(MediaError, match=r"the one: expected a JPEG, PNG or WebP image"):
+        decode.image_size(b"GIF89a", "the one")

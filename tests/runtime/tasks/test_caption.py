@@ -19,7 +19,7 @@ from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import InternVLError, MediaError, UsageError
 from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.runtime.generation.batch import Generation
-from internvl_edge.runtime.generation.text import streamed, until_end
+from internvl_edge.runtime.generation.text import TextStream, until_end
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT, Tokenizer
 from internvl_edge.types import Array
@@ -145,7 +145,7 @@ def test_streamed_pieces_are_the_decoded_whole(place: Path) -> None:
             decoded.append(len(window))
             return tokenizer.decode(window)
 
-        pieces = list(streamed((np.array([i]) for i in ids), how, decode))
+        pieces = list(TextStream((np.array([i]) for i in ids), how, decode, 0))
         assert "".join(pieces) == tokenizer.decode(until_end(ids, how))
         assert all(pieces)
 
@@ -158,7 +158,7 @@ def test_a_stream_decodes_a_token_twice(place: Path) -> None:
         return tokenizer.decode(window)
 
     ids = tokenizer.pieces("a red seven left of a blue three") * 50
-    assert "".join(streamed((np.array([i]) for i in ids), Generation(), decode))
+    assert "".join(TextStream((np.array([i]) for i in ids), Generation(), decode, 0))
     assert max(decoded) < 8
     assert sum(decoded) < 5 * len(ids)
 
