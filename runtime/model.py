@@ -26,9 +26,9 @@ from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
-    from internvl_edge.runtime.generation.text import TextStream
     from internvl_edge.runtime.images.transform import Preprocessing, Transform
     from internvl_edge.runtime.ort.options import OrtOptions
+    from internvl_edge.runtime.tasks.caption import TextStream
     from internvl_edge.runtime.text.tokenizer import Tokenizer
     from internvl_edge.runtime.trt.options import TrtOptions
 

@@ -32,6 +32,7 @@ from internvl_edge.types import Array
 
 __all__ = [
     "Seen",
+    "TextStream",
     "continued",
     "generation",
     "pieces",
