@@ -129,6 +129,7 @@ class Piece:
     text: str
     is_template: bool
     has_images: bool = False  # where ``<image>`` is the place of one: in questions
+    has_thoughts: bool = False  # where <think> is a token: in answers and system sentences
 
 
 def find_template(name: str) -> Template:
@@ -158,7 +159,7 @@ def conversation(
     sentence = template.system if system is None else system
     pieces = [
         Piece(text=template.start, is_template=True),
-        Piece(text=sentence, is_template=system is None),
+        Piece(text=sentence, is_template=system is None, has_thoughts=True),
         Piece(text=template.after_system, is_template=True),
     ]
     space = " " if template.name in SPACED else ""
@@ -170,7 +171,7 @@ def conversation(
         ]
         if turn.answer is not None:
             pieces += [
-                Piece(text=space + turn.answer, is_template=False),
+                Piece(text=space + turn.answer, is_template=False, has_thoughts=True),
                 Piece(text=template.after_assistant, is_template=True),
             ]
     return [piece for piece in pieces if piece.text]
