@@ -54,6 +54,7 @@ class Pieces(Protocol):
 
     controls: dict[str, int]  # text → id of its own control tokens, which no text is turned into
     begin: list[int]  # ids of its own that a prompt begins with
+    size: int  # above every id that a text becomes
 
     def id_of(self, text: str) -> int | None:
         """Find the id of a piece; None: there is none."""
@@ -148,6 +149,11 @@ class ChatTokenizer:
                 text += self._pieces.decode(run) + token.text
                 run = []
         return (text + self._pieces.decode(run)).strip()
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of a text's pieces; control tokens may have larger ones."""
+        return self._pieces.size - 1
 
     def id_of(self, text: str) -> int | None:
         """Find the id of a control token or a piece; None: there is none."""

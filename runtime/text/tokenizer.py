@@ -123,6 +123,11 @@ class Tokenizer:
         """Encode a text alone, with SentencePiece's own space in front."""
         return self._encode(text)
 
+    def id_of(self, piece: str) -> int | None:
+        """Find the id of a piece; None: there is none."""
+        i: int = self._pieces.piece_to_id(piece)
+        return i if self._pieces.id_to_piece(i) == piece else None
+
     def decode(self, ids: Sequence[int] | Array, skip_special: bool = True) -> str:
         """Decode one row of ids, without spaces around the text.
 

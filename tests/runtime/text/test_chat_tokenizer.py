@@ -19,7 +19,7 @@ from support.chat.tokenizers import IMAGE_TOKENS, WRITERS, open_tokenizer, write
 from internvl_edge.errors import ArtifactError, MissingDependency
 from internvl_edge.files import packages
 from internvl_edge.runtime.generation.batch import Generation
-from internvl_edge.runtime.generation.text import streamed
+from internvl_edge.runtime.generation.text import TextStream
 from internvl_edge.runtime.text.chat_tokenizer import PLACE, ChatTokenizer, spelled
 from internvl_edge.runtime.text.templates import Piece, Turn, conversation, find_template
 from internvl_edge.runtime.text.token_files import read_token_files
@@ -216,7 +216,7 @@ def test_streaming_gives_the_whole_text(tokenizer: ChatTokenizer, text: str) -> 
     """A character whose bytes are several tokens comes when it is whole."""
     ids = typed(tokenizer, text)
     tokens = (np.array([i]) for i in [*ids, 10_000])
-    parts = list(streamed(tokens, Generation(stop_ids=(10_000,)), tokenizer.decode))
+    parts = list(TextStream(tokens, Generation(stop_ids=(10_000,)), tokenizer.decode, 0))
     assert "".join(parts) == tokenizer.decode(ids) == text.strip()
     assert "\ufffd" not in "".join(parts)
     assert all(parts)
