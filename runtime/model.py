@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from internvl_edge.artifact.open import Artifact, open_artifact
-from internvl_edge.errors import UsageError
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.session import Session, open_component, require_backend
 from internvl_edge.runtime.tasks import caption as captions
 from internvl_edge.runtime.tasks import chat as chats
-from internvl_edge.runtime.tasks import chat_decoder, chat_images, compare, embed
+from internvl_edge.runtime.tasks import chat_decoder, compare, embed
 from internvl_edge.runtime.tasks.chat_images import ChatSeen
 from internvl_edge.runtime.tasks.compare import Retrieval
 from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, TEXT_BATCH
@@ -27,7 +26,6 @@ from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
-    from internvl_edge.runtime.generation.batch import Generation
     from internvl_edge.runtime.images.transform import Preprocessing, Transform
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.tasks.caption import TextStream
@@ -35,9 +33,6 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = ["Model", "Retrieval", "load"]
-
-CHAT_TOKENS = 128  # of an answer of an InternVL-G
-IMAGES_AT_ONCE = 8
 
 
 def load(
@@ -238,11 +233,7 @@ class Model:
                 where memory has less room.
             max_tiles: as for ``chat``.
         """
-        if chats.is_chat(self.components):
-            return chat_images.see(self.components, images, batch_size, max_tiles)
-        if max_tiles is not None:
-            raise UsageError(f"max_tiles {max_tiles}: this model looks at whole images")
-        return captions.see(self.components, images, batch_size or IMAGES_AT_ONCE)
+        return chats.see_images(self.components, images, batch_size, max_tiles)
 
     def caption(
         self,
@@ -380,7 +371,7 @@ class Model:
             max_tiles=max_tiles,
             fits=max_new_tokens is None,
         )
-        chosen = self._generation(options, max_new_tokens, how)
+        chosen = chats.generation(self.components, options, max_new_tokens, how)
         return chats.reply(self.components, images, question, history, chosen, options)
 
     def chat_stream(
@@ -407,7 +398,7 @@ class Model:
             max_tiles=max_tiles,
             fits=max_new_tokens is None,
         )
-        chosen = self._generation(options, max_new_tokens, how)
+        chosen = chats.generation(self.components, options, max_new_tokens, how)
         return chats.reply_pieces(self.components, images, question, history, chosen, options)
 
     def chat_prompt(
@@ -440,20 +431,7 @@ class Model:
             video: a video file (with PyAV, extra ``video``), or a folder of frames.
             num_frames: how many; 8 to 32 in training.
         """
-        from internvl_edge.runtime.images.video import load_chat_frames
-
-        chat = self.artifact.manifest.model.get("chat") or {}
-        is_native = chat.get("layout") == "internvl_hf"
-        return [*load_chat_frames(video, num_frames, native=is_native)]
-
-    def _generation(
-        self, options: chats.ChatOptions, max_new_tokens: int | None, how: dict[str, Any]
-    ) -> Generation:
-        """Choose the options of an answer; a thought is drawn where nobody says otherwise."""
-        is_free = not how.keys() & {"temperature", "top_k", "top_p"} and "num_beams" not in how
-        drawn = chats.THINKING_DRAW if options.think and is_free else {}
-        count = CHAT_TOKENS if max_new_tokens is None else max_new_tokens
-        return captions.generation(self.components, **{"max_new_tokens": count, **drawn, **how})
+        return chats.frames_of(self.components, video, num_frames)
 
     # --- sessions --------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ A model that was asked to think writes ``<think>``, its thought, ``</think>``, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,14 +40,20 @@ __all__ = [
     "ChatOptions",
     "Reply",
     "Turn",
+    "frames_of",
+    "generation",
     "is_chat",
     "prompt_of",
     "remembered",
     "reply",
     "reply_pieces",
+    "see_images",
 ]
 
 THINKING_DRAW = {"temperature": 0.6, "top_p": 0.95}  # as InternVL3.5 is recommended to think
+ANSWER_TOKENS = 128  # of an InternVL-G, where nobody says
+IMAGES_AT_ONCE = 8
+NATIVE_LAYOUT = "internvl_hf"
 QUESTION = "Question: {} Answer:"  # of an InternVL-G, which was trained on single questions
 
 
@@ -65,6 +72,55 @@ class Reply:
 def is_chat(components: OpenComponents) -> bool:
     """Tell whether a directory is of an InternVL-Chat."""
     return bool(components.artifact.manifest.model.get("chat"))
+
+
+def see_images(
+    components: OpenComponents, images: Any, batch_size: int | None, max_tiles: int | None
+) -> Seen | ChatSeen:
+    """Look at images, for an InternVL-Chat or an InternVL-G.
+
+    Raises:
+        UsageError: the directory lacks a component, or an option cannot be.
+        MediaError: an image cannot be read.
+    """
+    if is_chat(components):
+        return see(components, images, batch_size, max_tiles)
+    if max_tiles is not None:
+        raise UsageError(f"max_tiles {max_tiles}: this model looks at whole images")
+    return caption.see(components, images, IMAGES_AT_ONCE if batch_size is None else batch_size)
+
+
+def frames_of(
+    components: OpenComponents, video: str | os.PathLike[str], num_frames: int
+) -> list[Any]:
+    """Read the frames of a video, chosen as the checkpoint's layout does.
+
+    Raises:
+        MissingDependency: PyAV is not installed, and it is a video file.
+        MediaError: it is no video.
+        UsageError: no frame is wanted.
+    """
+    from internvl_edge.runtime.images.video import load_chat_frames
+
+    chat = components.artifact.manifest.model.get("chat") or {}
+    return [*load_chat_frames(video, num_frames, native=chat.get("layout") == NATIVE_LAYOUT)]
+
+
+def generation(
+    components: OpenComponents,
+    options: ChatOptions,
+    max_new_tokens: int | None,
+    how: dict[str, Any],
+) -> Generation:
+    """Make the options of an answer; a thought is drawn where nobody says otherwise.
+
+    Raises:
+        UsageError: an unknown option, or a value that cannot be.
+    """
+    is_free = not how.keys() & {"temperature", "top_k", "top_p", "num_beams"}
+    drawn = THINKING_DRAW if options.think and is_free else {}
+    count = ANSWER_TOKENS if max_new_tokens is None else max_new_tokens
+    return caption.generation(components, **{"max_new_tokens": count, **drawn, **how})
 
 
 def reply(

@@ -196,7 +196,7 @@ def conversation(
     """
     sentence = template.system if system is None else system
     pieces = []
-    if sentence is not None:
+    if sentence or (sentence is not None and template.system is not None):
         pieces += [
             Piece(text=template.start, is_template=True),
             Piece(text=sentence, is_template=system is None, has_thoughts=True),

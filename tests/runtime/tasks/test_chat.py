@@ -572,7 +572,7 @@ def test_the_bundled_demo_chats(demo_model: Model) -> None:
     with pytest.raises(UsageError, match="expected one <image> at most, found 2"):
         demo_model.chat(scene, "<image> <image> how many digits?")
     for option in ({"template": "nope"}, {"system": "be brief"}):
-        with pytest.raises(UsageError, match="are for an InternVL-Chat: this model is asked"):
+        with pytest.raises(UsageError, match="for an InternVL-Chat, but this model is asked"):
             demo_model.chat(scene, "how many digits?", **option)
     placed = demo_model.chat(scene, "<image>\nhow many digits?", max_new_tokens=8)
     assert placed.text == first.text
