@@ -60,24 +60,18 @@ class TextStream:
         """Yield what follows a thought; hold back only what may yet become one."""
         with closing(pieces):
             text = ""
-            for piece in pieces:
-                text += piece
-                if not (text.startswith(THINK) or THINK.startswith(text)):
-                    break
-                if THOUGHT_END in text:
+            for piece in pieces:  # until an answer begins
+                text = (text + piece) if self.thought is None else piece.lstrip()
+                if THOUGHT_END in text and text.startswith(THINK):
                     self.thought, text = split_thought(text)
-                    if text:
-                        break
+                may_be_thought = text.startswith(THINK) or THINK.startswith(text)
+                if text and (self.thought is not None or not may_be_thought):
+                    break
             if self.thought is None:
                 self.thought, text = split_thought(text)
             if text:
                 yield text
-            is_begun = bool(text)
-            for piece in pieces:
-                rest = piece if is_begun else piece.lstrip()
-                is_begun = is_begun or bool(rest)
-                if rest:
-                    yield rest
+            yield from pieces
 
     def _decoded(
         self, tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
