@@ -78,7 +78,9 @@ def ask(driver: Any, text: str) -> str:
     before = len(every(driver, ".said .note"))
     find(driver, "#question").send_keys(text + "\n")
     wait_for(driver, lambda d: len(every(d, ".said .note")) == before + 1)
-    script = "return [...document.querySelectorAll('.assistant')].at(-1).lastChild.previousSibling.data"
+    script = (
+        "return [...document.querySelectorAll('.assistant')].at(-1).lastChild.previousSibling.data"
+    )
     said: str = driver.execute_script(script)
     return said
 
@@ -96,7 +98,7 @@ def hosts(driver: Any) -> set[str]:
     return {url.split("/")[2] for url in network}
 
 
-# --- what it is ------------------------------------------------------------------------------------
+# --- what it is ----------------------------------------------------------------------------------
 
 
 def test_it_is_small_and_needs_nobody() -> None:
@@ -122,7 +124,7 @@ def test_its_policy_is_strict(shown: Served) -> None:
         assert shown.ask(path).headers["content-type"].startswith(kind)
 
 
-# --- as a person uses it ---------------------------------------------------------------------------
+# --- as a person uses it -------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -30,9 +30,20 @@ URL = data_url(png())
 CHAT = {"messages": question("what?", URL)}
 
 
+CLIENTS: list[openai.OpenAI] = []
+
+
 def client(served: Served, **options: Any) -> openai.OpenAI:
     given = {"api_key": KEY, "max_retries": 0, "timeout": 60} | options
-    return openai.OpenAI(base_url=f"{served.url}/v1", **given)
+    CLIENTS.append(openai.OpenAI(base_url=f"{served.url}/v1", **given))
+    return CLIENTS[-1]
+
+
+@pytest.fixture(autouse=True)
+def _close_clients() -> Iterator[None]:
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()
 
 
 # --- the openai package --------------------------------------------------------------------------

@@ -59,19 +59,19 @@ class Bodies:
         try:
             try:
                 async with asyncio.timeout(self._patience_s):
-                    is_whole = await self._read(receive, chunks)
+                    refused = await self._read(receive, chunks)
             except TimeoutError:
                 text = f"the body did not come within {self._patience_s:g} s"
                 raise Problem(408, "request_timeout", text) from None
-            if not is_whole:
+            if refused is not None:
                 await self._drop(receive, self._most * DRAINED)
-                raise self._too_large()
+                raise refused
             yield b"".join(chunks)
         finally:
             self.nbytes -= sum(map(len, chunks))
 
-    async def _read(self, receive: Receive, chunks: list[bytes]) -> bool:
-        """Read all chunks, or as many as may be; each counts as soon as it is in the list."""
+    async def _read(self, receive: Receive, chunks: list[bytes]) -> Problem | None:
+        """Read all chunks, or say why not; each counts as soon as it is in the list."""
         held = 0
         while True:
             message = await receive()
@@ -80,14 +80,14 @@ class Bodies:
             chunk = message.get("body", b"")
             held += len(chunk)
             if held > self._most:
-                return False
+                return self._too_large()
             if self.nbytes + len(chunk) > self._most_together:
-                raise overloaded("too many bodies are in memory; try again later")
+                return overloaded("too many bodies are in memory; try again later")
             if chunk:
                 self.nbytes += len(chunk)
                 chunks.append(chunk)
             if not message.get("more_body", False):
-                return True
+                return None
 
     async def _drop(self, receive: Receive, most: int) -> None:
         with suppress(TimeoutError):
