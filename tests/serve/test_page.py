@@ -143,7 +143,7 @@ def test_a_visit(opened: Any, shown: Served, pictures: Path, model: Model) -> No
             assert f"{100 * one['score']:.1f} %" in bar.text
         assert "image embed" in panel.text
         assert "round trip" in panel.text
-    assert ask(opened, "what is it?") == model.chat(png(0), "what is it?").text
+    assert ask(opened, "what is it?") == model.chat(png(0), "what is it?", max_new_tokens=64).text
     fill(opened, "#query", "a red seven\n")
     wait_for(opened, lambda d: len(every(d, "#hits li")) == COUNT)
     find(opened, "#alike").click()
@@ -268,7 +268,9 @@ def test_a_key_is_asked_for_and_kept_for_the_session(
         wait_for(opened, lambda d: find(d, "body").get_attribute("data-ready"))
         assert not find(opened, "#key-form").is_displayed()
         upload(opened, pictures / "0.png")
-        assert ask(opened, "what is it?") == model.chat(png(0), "what is it?").text
+        assert (
+            ask(opened, "what is it?") == model.chat(png(0), "what is it?", max_new_tokens=64).text
+        )
         opened.refresh()
         wait_for(opened, lambda d: find(d, "body").get_attribute("data-ready"))
         assert opened.execute_script("return localStorage.length") == 0
