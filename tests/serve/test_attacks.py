@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.serving import Reply, Served, data_url, inside, png, question
+from serve.support.serving import Reply, Served, data_url, inside, png, question
 
 from internvl_edge.serve import server
 from internvl_edge.serve.http import body
@@ -86,7 +86,7 @@ def talk(served: Served, *parts: bytes) -> bytes:
                 connection.sendall(part)
             except (BrokenPipeError, ConnectionResetError):
                 break
-        connection.settimeout(8)
+        connection.settimeout(3)
         said = b""
         try:
             while chunk := connection.recv(1 << 16):

@@ -148,7 +148,11 @@ class _Server(uvicorn.Server):
         yield  # the loop has them
 
     def drain(self, after_s: float) -> None:
-        """Say that no requests should be sent here, and end in a while; at once when told twice."""
+        """Say that no requests should be sent here, and end in a while; at once when told twice.
+
+        Told again, it waits for nothing that is under way.
+        """
+        self.force_exit = self.should_exit
         if self._ending is not None or self._service.state == "opening":
             after_s = 0
         if self._service.state != "dead":

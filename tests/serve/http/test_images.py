@@ -4,7 +4,7 @@ import struct
 import zlib
 
 import pytest
-from support.serving import data_url, png
+from serve.support.serving import data_url, png
 
 from internvl_edge.serve.http.images import decoded, image_url
 from internvl_edge.serve.http.problems import Problem

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.serving import Reply, Served, data_url, image_part, inside, png, question
+from serve.support.serving import Reply, Served, data_url, image_part, inside, png, question
 
 import internvl_edge
 from internvl_edge.runtime.model import Model

@@ -74,8 +74,10 @@ class ServedModel:
 
     def __init__(self, name: str, out: Path, options: ServeOptions, pool: Executor) -> None:
         self.name, self._options, self._pool = name, options, pool
-        threads = options.num_threads
-        given = None if threads is None else OrtOptions(num_threads=threads)
+        # Threads that wait in a loop would take the cores of those that decode and answer.
+        given: OrtOptions | None = OrtOptions(num_threads=options.num_threads, spin=False)
+        if options.backend not in ("auto", "onnxruntime") and options.num_threads is None:
+            given = None
         self.model: Model = load(out, options.backend, options.device, options=given)
         self._batched: dict[str, Batched] = {}
         self.chats: Chats | None = None

@@ -173,14 +173,13 @@ function panel(model, result, first) {
   const labels = result.json.data[0].labels;
   const before = first && new Map(first.map(({ label, score }) => [label, score]));
   for (const { label, score } of labels) {
-    const item = make("li"), track = make("div", "track"), fill = make("div", "fill"), number = make("span", "num", (100 * score).toFixed(1) + " %"), name = make("b", "", label);
+    const item = make("li"), fill = make("div", "fill"), number = make("span", "num", (100 * score).toFixed(1) + " %"), name = make("b", "", label);
     fill.style.width = 100 * score + "%";
-    track.append(fill);
     item.dataset.label = label;
     item.dataset.score = score;
     const change = before ? 100 * (score - before.get(label)) : 0;
     if (Math.abs(change) >= 0.1) name.append(" ", make("span", "diff", (change > 0 ? "+" : "−") + Math.abs(change).toFixed(1)));
-    item.append(name, track, number);
+    item.append(fill, name, number);
     bars.append(item);
   }
   box.append(title);
