@@ -118,8 +118,11 @@ def _is_known(node: fx.Node, has_form: Callable[[Any], bool]) -> bool:
 def _is_decomposed(target: torch._ops.OpOverload) -> bool:
     """Tell whether the exporter decomposes an operator although it has an ONNX form.
 
-    It does so where the result may or may not be a view of the input.
+    It does so where the result may or may not be a view of the input. A reshape is the same in
+    ONNX in any case.
     """
+    if target is aten.reshape.default:
+        return False
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     may_alias = any(argument.alias_info is not None for argument in target._schema.arguments)
     return may_alias and target.has_kernel_for_dispatch_key(composite)

@@ -78,6 +78,7 @@ def test_one_model_without_weights(
     assert len(built) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write", [write_internvl, write_vit, write_chat, write_llava, write_llava_queries]
 )
@@ -156,6 +157,7 @@ def test_a_trace_is_made_once_and_changed_by_nobody(
     assert len(kept) == 2, "of another dtype"
 
 
+@pytest.mark.slow
 def test_folding_a_tower_is_not_seen_from_outside(
     written: Written, tmp_path: Path, kept: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
