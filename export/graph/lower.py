@@ -58,12 +58,13 @@ def quick_lowering() -> Iterator[None]:
         yield
         return
 
-    def lowered(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
-        return program if lower(program, registry.is_registered) else decompose(program, registry)
+    def lowered(exported_program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
+        is_done = lower(exported_program, registry.is_registered)
+        return exported_program if is_done else decompose(exported_program, registry)
 
     with _replacing:
         passes.decompose_with_registry = lowered
-        ONNXRegistry.from_torchlib = staticmethod(functools.partial(_once, set_up))  # type: ignore[assignment]
+        ONNXRegistry.from_torchlib = staticmethod(functools.partial(_once, set_up))  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -138,7 +139,8 @@ def _replace_cast(node: fx.Node) -> None:
 
 
 def _replace_reshape(node: fx.Node) -> None:
-    x, graph, shape = node.args[0], node.graph, []
+    x, graph = node.args[0], node.graph
+    shape: list[Any] = []
     for size, axis in zip(node.meta["val"].shape, _sizes(node), strict=True):
         if isinstance(size, int):
             shape.append(size)
@@ -155,7 +157,9 @@ def _sizes(node: fx.Node) -> list[int | None]:
 
     It is -1 for a size that is a number, and None where no axis of the input has the size.
     """
-    before = [str(size) for size in node.args[0].meta["val"].shape]
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    before = [str(size) for size in x.meta["val"].shape]
     after = node.meta["val"].shape
     return [
         -1 if isinstance(size, int) else before.index(str(size)) if str(size) in before else None
