@@ -6,7 +6,7 @@
     graph       traces and rewrites ONNX graphs;  weights  writes or links their tensors
     towers      loads one block at a time, for calibration
     precision   reads the text of ``--precision``
-    compare     compares a compiled component with the reference
+    compare     compares a compiled component with the reference;  advice  what would help
     engine      builds TensorRT engines
     synthetic   writes checkpoints of the real shapes with made-up weights
 

@@ -70,6 +70,34 @@ def widen(model: ir.Model) -> bool:
     return True
 
 
+def compute_in_float32(model: ir.Model) -> None:
+    """Let a 16-bit graph compute in float32, in place; what is stored in 16 bits stays rounded.
+
+    Such a graph differs from the model by the rounding of its weights alone, however far 16 bits
+    are from enough to compute it.
+    """
+    graph = model.graph
+    infer_dtypes(graph)
+    narrow = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    for node in list(graph):
+        for name in ("to", "output_dtype"):
+            attribute = node.attributes.get(name)
+            if attribute is not None and attribute.as_int() in narrow:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+        is_made = any(a.type == ir.AttributeType.TENSOR for a in node.attributes.values())
+        for output in node.outputs:
+            if output.dtype in narrow and is_made:
+                _insert_casts(graph, output, [ir.DataType.FLOAT])
+            elif output.dtype in narrow:
+                output.type = ir.TensorType(ir.DataType.FLOAT)
+    for value in [*graph.initializers.values()]:
+        if value.dtype in narrow and value.uses():
+            _insert_casts(graph, value, [ir.DataType.FLOAT])
+    for value in graph.inputs:
+        if value.dtype in narrow:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
 def _insert_casts(graph: ir.Graph, value: ir.Value, dtypes: list[ir.DataType]) -> None:
     """Cast ``value`` through ``dtypes`` and let all its readers read the result."""
     uses, producer, name = list(value.uses()), value.producer(), value.name

@@ -40,6 +40,11 @@ class LayerStatistics:
     input_sqnr_db: float
     weight_sqnr_db: float
 
+    @property
+    def noise(self) -> float:
+        """The squared error of a product by its rounding, relative: the errors of both add up."""
+        return float(10 ** (-self.input_sqnr_db / 10) + 10 ** (-self.weight_sqnr_db / 10))
+
 
 def input_sqnr_db(observer: RangeObserver, scale: float, fmt: str) -> float:
     """Return the SQNR in dB of everything that an observer saw, rounded at a scale."""

@@ -80,9 +80,15 @@ METRICS = ("cosine", "zero-shot", "recall@1")
 )
 @click.option("--recipe", type=DIRECTORY, help="Quantization recipe (JSON).")
 @click.option(
+    "--min-sqnr",
+    type=click.FloatRange(0.0),
+    help="Refuse a component below so many dB compared with PyTorch; default: say how many.",
+)
+@click.option(
     "--max-drop",
     type=click.FloatRange(0.0, 1.0),
-    help="With --precision auto: how much the metric may lose against float32, 0 to 1.",
+    help="Refuse a component whose worst cosine drops by more, 0 to 1. With --precision auto: how "
+    "much the metric may lose against float32.",
 )
 @click.option(
     "--metric",
@@ -118,12 +124,13 @@ def export(
     _require_components(chosen["components"])
     is_auto = _is_searched(chosen["precision"], max_drop, metric)
     chosen |= {"samples": samples_of(chosen["checkpoint"])}
+    chosen |= {} if is_auto else {"max_drop": max_drop}
     options = compiler.ExportOptions(**chosen | ({"precision": "int8"} if is_auto else {}))
     if dry_run:
         _dry_run(output, compiler, options)
         return
     with output.progress() as report:
-        if max_drop is None:
+        if not is_auto:
             artifact = compiler.export(options, report)
         else:
             artifact, search = compiler.export_auto(options, max_drop, metric or METRICS[0], report)
@@ -143,11 +150,8 @@ def _is_searched(precision: str, max_drop: float | None, metric: str | None) -> 
         raise UsageError(
             "--precision auto requires --max-drop, how much may be lost, such as --max-drop 1e-4"
         )
-    for name, value in (("--max-drop", max_drop), ("--metric", metric)):
-        if value is not None and not is_auto:
-            raise UsageError(
-                f"{name} only applies to --precision auto (got --precision {precision})"
-            )
+    if metric is not None and not is_auto:
+        raise UsageError(f"--metric only applies to --precision auto (got --precision {precision})")
     return is_auto
 
 

@@ -16,22 +16,45 @@ from internvl_edge.artifact.open import (
 )
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, no_backend
-from internvl_edge.errors import InputError
+from internvl_edge.errors import InputError, UsageError
 from internvl_edge.export import require_packages
+from internvl_edge.export.advice import advice
+from internvl_edge.export.precision import precision_of
 from internvl_edge.files.packages import require
 from internvl_edge.files.reading import cache_hint
 
+FIGURES = ("cosine", "SQNR", "max |Δ|", "for engines")
 ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
 @click.option("--checkpoint", type=DIRECTORY, help="Compare with this checkpoint in PyTorch too.")
+@click.option("--calib", "calibration", type=DIRECTORY, help="The folder it was calibrated on.")
+@click.option(
+    "--min-sqnr", type=click.FloatRange(0.0), help="As at an export; default: what OUT's had."
+)
+@click.option(
+    "--max-drop", type=click.FloatRange(0.0, 1.0), help="As at an export; default: what OUT's had."
+)
 @click.option("--full", is_flag=True, help="Hash the checkpoint's own linked files whole, too.")
 @no_backend
 @answers
-def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backend: str) -> None:
+def verify(
+    output: Output,
+    out: Path,
+    checkpoint: Path | None,
+    calibration: Path | None,
+    min_sqnr: float | None,
+    max_drop: float | None,
+    full: bool,
+    backend: str,
+) -> None:
     """Check that OUT is what its manifest says, and with --checkpoint that it computes it.
+
+    A quantized OUT is compared on the samples that it was calibrated on, and its export's bounds
+    are held again: a bundled set is found again, a folder is named with --calib. Without them it
+    is compared on noise.
 
     Weights that were linked are checked by size and header. --full reads them whole: it compares
     their sha256 where it is known, and records it in the manifest where it is not.
@@ -44,14 +67,26 @@ def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backe
     else:
         artifact = open_artifact(out, hash_files=checkpoint is None)
     figures: dict[str, Any] = {name: {} for name in artifact.manifest.components}
+    if checkpoint is None and (calibration or min_sqnr is not None or max_drop is not None):
+        raise UsageError("--calib, --min-sqnr and --max-drop are of a comparison; add --checkpoint")
     if checkpoint is not None:
         require_packages()
         from internvl_edge import compiler
+        from internvl_edge.demo.scenes import samples_of
 
         with output.progress() as report:
-            figures = compiler.verify(out, checkpoint, report)
+            figures = compiler.verify(
+                out,
+                checkpoint,
+                report,
+                min_sqnr=min_sqnr,
+                max_drop=max_drop,
+                calibration=calibration,
+                samples=samples_of(checkpoint),
+            )
         rows = [(name, *figures_row(f)) for name, f in figures.items()]
-        output.table(("component", "cosine", "SQNR", "max |Δ|"), rows)
+        output.table(("component", *FIGURES), rows)
+        output.lines(cost_lines(artifact.manifest.precision, figures))
     linked = [n for n, record in artifact.manifest.files.items() if record.header_sha256]
     if recorded:
         names = ", ".join(recorded)
@@ -161,7 +196,9 @@ def show_artifact(output: Output, artifact: Artifact) -> None:
         for name, record in manifest.components.items()
     ]
     output.lines([f"{artifact.path}: {manifest.precision}, {manifest.image_size} px"])
-    output.table(("component", "weights", "cosine", "SQNR", "max |Δ|"), rows)
+    output.table(("component", "weights", *FIGURES), rows)
+    figures = {name: record.verification or {} for name, record in manifest.components.items()}
+    output.lines(cost_lines(manifest.precision, figures))
     for reason in {(r.verification or {}).get("skipped") for r in manifest.components.values()}:
         if reason:
             output.lines([reason])
@@ -180,12 +217,44 @@ def show_artifact(output: Output, artifact: Artifact) -> None:
     output.result({"out": artifact.path, **manifest.to_json()})
 
 
-def figures_row(verification: dict[str, Any]) -> tuple[str, str, str]:
-    """Format the cosine, SQNR and largest difference of a component."""
+def figures_row(verification: dict[str, Any]) -> tuple[str, ...]:
+    """Format a component's figures under ``FIGURES``."""
     if "cosine" not in verification:
-        return ("not verified", "", "")
+        return ("not verified", "", "", "")
+    engines = verification.get("engine_graph") or {}
     return (
         f"{verification['cosine']:.6f}",
         f"{verification['sqnr_db']:.1f} dB",
         f"{verification['max_abs']:.2g}",
+        f"{engines['sqnr_db']:.1f} dB" if "sqnr_db" in engines else "",
     )
+
+
+def cost_lines(precision: str, components: dict[str, dict[str, Any]]) -> list[str]:
+    """Say in words what a precision costs: on what it was measured, where most, what would help."""
+    known = {name: figures for name, figures in components.items() if "cosine" in figures}
+    rounded = {name: f for name, f in known.items() if "simulated_sqnr_db" in f}
+    if any(f.get("blocks") for f in known.values()):
+        return [
+            "compared block by block with the simulation of the quantization, which says that the "
+            "graphs are right; what the whole loses was not measured, --verify full measures it"
+        ] * any(f.get("against") == "simulated quantization" for f in known.values())
+    if not rounded:
+        return []
+    first = next(iter(rounded.values()))
+    count, inputs = first.get("samples"), first.get("inputs")
+    on = f"{count} samples of the calibration set" if inputs == "calibration" else "noise"
+    lines = [
+        f"SQNR is what {precision} costs compared with PyTorch in float32, on {on}: 20 dB are an "
+        "error of a tenth, each 6 dB halve it"
+    ]
+    if inputs == "noise":
+        lines[0] += "; noise is wider than what the ranges were measured on"
+    lowest = min(rounded, key=lambda name: float(rounded[name]["sqnr_db"]))
+    figures = rounded[lowest]
+    words = advice(precision_of(precision, lowest), figures.get("costly_layers") or [])
+    lines.append(f"lowest: {lowest}, {figures['sqnr_db']:.1f} dB; {words}")
+    for bound, value in (first.get("bounds") or {}).items():
+        option = {"min_sqnr_db": "--min-sqnr", "max_drop": "--max-drop"}.get(bound, bound)
+        lines.append(f"{option} {value:g} is kept by every component")
+    return lines

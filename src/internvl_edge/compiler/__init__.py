@@ -8,6 +8,7 @@
     weights     the weights file: its plan, its layout, the tensors written
     cost        memory, disk and time, added up;  progress  how far an export has come
     oracle      second opinions on what a component computes
+    published   a directory that was published, compared again
     source      the checkpoint that a directory was made from
     search      which layers INT8 cannot afford, and a recipe that spares them
     report      the page and the README of a compiled directory
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from internvl_edge.compiler.pipeline import forecast
     from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
+    from internvl_edge.compiler.published import verify
     from internvl_edge.compiler.search import export_auto
     from internvl_edge.compiler.steps.engines import build
     from internvl_edge.compiler.steps.profiles import profile_from, ranges_from
-    from internvl_edge.compiler.steps.verify import verify
 
 __all__ = [
     "ExportOptions",
@@ -56,7 +57,7 @@ _HOME = {
     "make_plan": "plan",
     "profile_from": "steps.profiles",
     "ranges_from": "steps.profiles",
-    "verify": "steps.verify",
+    "verify": "published",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class ExportOptions:
     weights: Transfer = "auto"
     align: int | None = None  # of every weight in its file; None: to its item size
     verify: Verify = "auto"
+    min_sqnr: float | None = None  # dB that every component must keep; None: any
+    max_drop: float | None = None  # of the worst row's cosine; None: any
     recipe: Path | Recipe | None = None
     memory_budget: int | None = None  # bytes resident; None: what the machine has
     force: bool = False
@@ -104,6 +107,7 @@ def make_plan(options: ExportOptions) -> Plan:
     check_parent(options.out)
     check_out(options.out, force=options.force)
     recipe = _recipe(options, default)
+    _check_bounds(options)
     if options.calibration is not None and not options.calibration.is_dir():
         raise CalibrationError(f"{options.calibration}: expected a folder of images")
     _check_weights(options)
@@ -133,6 +137,27 @@ def make_plan(options: ExportOptions) -> Plan:
         is_demo=checkpoint.path.resolve() == demo_checkpoint().resolve(),
         source=source_of(checkpoint, recipe),
     )
+
+
+def _check_bounds(options: ExportOptions) -> None:
+    require_bounds(options.min_sqnr, options.max_drop)
+    is_bound = options.min_sqnr is not None or options.max_drop is not None
+    if is_bound and options.verify == "none":
+        raise UsageError(
+            "--min-sqnr and --max-drop bound what --verify measures; leave --verify none out"
+        )
+
+
+def require_bounds(min_sqnr: float | None, max_drop: float | None) -> None:
+    """Refuse bounds on what a precision may cost that cannot be.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if min_sqnr is not None and not 0.0 <= min_sqnr < math.inf:
+        raise UsageError(f"--min-sqnr {min_sqnr:g}: expected a number of dB from 0 up")
+    if max_drop is not None and not 0.0 <= max_drop <= 1.0:
+        raise UsageError(f"--max-drop: expected a number from 0 to 1, found {max_drop}")
 
 
 def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoint) -> None:

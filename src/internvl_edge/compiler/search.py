@@ -77,7 +77,8 @@ def search(plan: Plan, max_drop: float, metric: str, report: Report = silent) ->
     folder = out.with_name(f".{out.name}.search")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        trial = replace(plan.options, targets=("onnx",), verify="none", force=True)
+        bare = replace(plan.options, verify="none", min_sqnr=None, max_drop=None)
+        trial = replace(bare, targets=("onnx",), force=True)
         first = export(replace(trial, out=folder / "int8"), report)
         towers = RoundedTowers(plan, first, report)
         ranking = towers.rank()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from torch import nn
 
@@ -35,6 +36,7 @@ class Expected:
     feeds: dict[str, Array]
     reference: dict[str, Array]  # of PyTorch
     simulated: dict[str, Array] | None  # with its quantization; None: nothing is quantized
+    unrounded: Callable[[], dict[str, Array]]  # with rounded weights, and activations as they are
 
 
 class Reference:
@@ -80,10 +82,27 @@ class Reference:
         reference, simulated = self._outputs(component, part, feeds), None
         stream = COMPONENTS[component].stream
         if self.quantization is not None and stream is not None:
-            twin = self._simulated(component, part)
-            with self.quantization.applied_to(twin.module, stream, twin.rename):
-                simulated = self._outputs(component, twin, feeds)
-        return Expected(feeds=feeds, reference=reference, simulated=simulated)
+            simulated = self._rounded(component, part, feeds, self.quantization)
+
+        def unrounded() -> dict[str, Array]:
+            if self.quantization is None or stream is None:
+                return reference
+            bare = {stream: dict.fromkeys(self.quantization.scales[stream])}
+            return self._rounded(component, part, feeds, replace(self.quantization, scales=bare))
+
+        return Expected(
+            feeds=feeds, reference=reference, simulated=simulated, unrounded=cache(unrounded)
+        )
+
+    def _rounded(
+        self, component: str, part: Part, feeds: Mapping[str, Array], quantization: Quantization
+    ) -> dict[str, Array]:
+        """Compute the outputs of a part with a quantization."""
+        stream = COMPONENTS[component].stream
+        assert stream is not None
+        twin = self._simulated(component, part)
+        with quantization.applied_to(twin.module, stream, twin.rename):
+            return self._outputs(component, twin, feeds)
 
     def _simulated(self, component: str, part: Part) -> Part:
         """Build the same part of the model in the form that the recipe quantizes."""

@@ -8,9 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from internvl_edge.compiler.steps.graph_files import tensor_specs
-from internvl_edge.export.graph.bf16_twin import widen
+from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
 from internvl_edge.export.graph.repeat import keep_block
 from internvl_edge.export.graph.uint8_input import graph_feeds
+from internvl_edge.quantize.graph.qdq import bypass_activations
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.runtime.generation.fixed_cache import MASK, capacity_of, grown, in_place
 from internvl_edge.runtime.images.transform import Preprocessing
@@ -26,11 +27,27 @@ def run_part(
     block: int | None,
     feeds: Mapping[str, Array],
     preprocessing: Preprocessing | None,
+    *,
+    unrounded: bool = False,
 ) -> dict[str, Array]:
-    """Run the graph at ``path``, of its tower's blocks only one if it is given."""
+    """Run the graph at ``path``, of its tower's blocks only one if it is given.
+
+    Args:
+        path: the graph.
+        tower: its tower; None: it has none.
+        block: the only one to keep; None: all.
+        feeds: the reference's.
+        preprocessing: of graphs that take levels.
+        unrounded: compute in float32, and round no activation; weights stay as they are stored.
+    """
     model = ir.load(path)
     if block is not None and tower is not None:
         keep_block(model, tower, block)
+    if unrounded:
+        if any(node.op_type == "QuantizeLinear" for node in model.graph):
+            infer_dtypes(model.graph)
+            bypass_activations(model)
+        compute_in_float32(model)
     graph, options = runnable(model), OrtOptions(exact=True)
     with OrtSession(path, graph=graph, options=options) as session:
         # a cache has the graph's dtype, and one block's is one layer's

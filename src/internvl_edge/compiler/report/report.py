@@ -205,6 +205,7 @@ class ComponentRow:
     sqnr: str
     max_abs: str
     against: str
+    costly: str  # the layers that lose most to rounding
 
 
 def _components(manifest: Manifest) -> list[ComponentRow]:
@@ -220,17 +221,27 @@ def _components(manifest: Manifest) -> list[ComponentRow]:
 def _component(name: str, graph: str, figures: Mapping[str, Any]) -> ComponentRow:
     if "cosine" not in figures:
         reason = str(figures.get("skipped", "not verified"))
-        return ComponentRow(name=name, graph=graph, cosine="", sqnr="", max_abs="", against=reason)
+        return ComponentRow(
+            name=name, graph=graph, cosine="", sqnr="", max_abs="", against=reason, costly=""
+        )
     blocks = figures.get("blocks")
     where = f", blocks {', '.join(map(str, blocks))}" if blocks else ""
+    on = {"calibration": " of the calibration set", "noise": " of noise"}.get(
+        str(figures.get("inputs")), ""
+    )
     return ComponentRow(
         name=name,
         graph=graph,
         cosine=f"{figures['cosine']:.6f}",
         sqnr=f"{figures['sqnr_db']:.1f}",
         max_abs=f"{figures['max_abs']:.2g}",
-        against=f"{figures['against']}, {figures['samples']} samples{where}",
+        against=f"{figures['against']}, {figures['samples']} samples{on}{where}",
+        costly=_costly(figures.get("costly_layers") or ()),
     )
+
+
+def _costly(layers: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(str(layer.get("layer")) for layer in layers)
 
 
 def _sizes(manifest: Manifest) -> list[tuple[str, str, float]]:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler.cost import FLOAT32_NBYTES, IMPORTS_NBYTES, Cost, require_within_budget
 from internvl_edge.compiler.oracle.checker import Checker
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.plan import Verify as Which
-from internvl_edge.compiler.progress import Progress, Report, silent
-from internvl_edge.compiler.source import open_source, quantization_of
+from internvl_edge.compiler.progress import Progress
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.weights.layout import LLAMA_HEAD, block_sizes
+from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.compare import CostBounds
 from internvl_edge.export.components import language_config
-from internvl_edge.export.graph.uint8_input import preprocessing_inside
 
 VERIFY_NBYTES_PER_SECOND = 200e6
 # What is compared, in float32: reference and graph, constants that are widened, and the simulation.
@@ -34,6 +31,8 @@ class Verify:
     """Compare every component with PyTorch."""
 
     def costs(self, plan: Plan) -> tuple[Cost, ...]:
+        if not is_compared_whole(plan.checkpoint, plan.options.verify):
+            require_no_bounds(_bounds(plan), "add --verify full")
         return (_cost(plan),)
 
     def run(self, plan: Plan, build: Build) -> None:
@@ -47,6 +46,7 @@ class Verify:
             quantization,
             whole=is_compared_whole(plan.checkpoint, plan.options.verify),
             preprocessing=plan.preprocessing if plan.options.input == "uint8" else None,
+            bounds=_bounds(plan),
         )
         precision, budget = plan.options.precision, plan.options.memory_budget
         remedy = "raise the budget, or choose --verify none"
@@ -107,44 +107,14 @@ def _cache_nbytes(plan: Plan, *, whole: bool) -> int:
     return FLOAT32_NBYTES * CACHE_COPIES * VERIFIED_TEXTS * layers * position * capacity
 
 
-def verify(
-    out: Path, checkpoint: Path | None = None, report: Report = silent
-) -> dict[str, dict[str, Any]]:
-    """Check a published directory again, and with a checkpoint, compare it with PyTorch.
+def _bounds(plan: Plan) -> CostBounds:
+    return CostBounds(min_sqnr_db=plan.options.min_sqnr, max_drop=plan.options.max_drop)
 
-    Args:
-        out: the directory; its hashes and structure are always checked.
-        checkpoint: the one it was made from; None leaves the comparison out.
-        report: told before each component.
 
-    Returns:
-        Component → figures; empty dictionaries without a checkpoint.
-
-    Raises:
-        ArtifactError: the directory is not what its manifest says.
-        UsageError: another checkpoint than the one it was made from.
-        VerificationError: a component disagrees.
-    """
-    artifact = open_artifact(out)
-    if checkpoint is None:
-        return {name: {} for name in artifact.manifest.components}
-    opened = open_source(artifact, checkpoint)
-    quantization = quantization_of(artifact, opened)
-    base = engine_base = artifact.manifest.precision
-    if quantization is not None:
-        base, engine_base = quantization.recipe.base or "fp32", quantization.recipe.engine_base
-    checker = Checker(
-        opened,
-        artifact.manifest.image_size,
-        quantization=quantization,
-        whole=is_compared_whole(opened, "auto"),
-        preprocessing=preprocessing_inside(artifact.manifest),
-    )
-    figures: dict[str, dict[str, Any]] = {}
-    for done, name in enumerate(artifact.manifest.components):
-        total = len(artifact.manifest.components)
-        report(Progress(step="verify", detail=name, done=done, total=total))
-        figures[name] = checker.check_both(
-            name, artifact.onnx_path(name), artifact.manifest.precision, base, engine_base
+def require_no_bounds(bounds: CostBounds, remedy: str) -> None:
+    """Refuse bounds on a whole component where blocks are compared one at a time."""
+    if bounds:
+        raise UsageError(
+            f"--min-sqnr and --max-drop bound what whole components lose; this model is compared "
+            f"one block at a time, {remedy}"
         )
-    return figures
