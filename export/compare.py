@@ -53,10 +53,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "fp16": (0.999, 40.0),
     "bf16": (0.99, 20.0),
 }
-FLOOR_DB = 10.0  # an error of a third of the signal: no embedding is of use
-# Four bits cost this much on weights that follow no pattern, such as random ones: here nothing but
-# an error larger than the signal is refused.
-INT4_FLOOR_DB = 0.0
+FLOOR_DB = 10.0  # an error of a third of the signal: little is left that is of use
+# Fewer digits cost that much on sound graphs too, of deep models whose weights follow no pattern:
+# FP8 has three bits of mantissa, and with four bits only an error larger than the signal is refused
+FLOORS_DB = {"fp8": 3.0, "int4-wo": 0.0}
+
+
+def floor_db(precision: str) -> float:
+    """Return the SQNR below which a component of a precision is refused."""
+    return FLOORS_DB.get(precision, FLOOR_DB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +233,7 @@ def require_cost(
     figures: Mapping[str, Agreement],
     component: str,
     bounds: CostBounds,
-    floor_db: float,
+    least_db: float,
     advice: str,
 ) -> None:
     """Check what a precision costs against the user's bounds, and that a signal is left.
@@ -250,9 +255,9 @@ def require_cost(
                 f"{where}: expected the worst cosine to drop by at most {bounds.max_drop:g} "
                 f"(--max-drop), found {drop:.2g}; {advice}"
             )
-        if figure.sqnr_db < floor_db and not figure.is_narrow:
+        if figure.sqnr_db < least_db and not figure.is_narrow:
             raise VerificationError(
-                f"{where}: expected at least {floor_db:g} dB, below which the output is of no "
+                f"{where}: expected at least {least_db:g} dB, below which the output is of no "
                 f"use, {found}"
             )
 

@@ -24,6 +24,7 @@ from internvl_edge.files.packages import require
 from internvl_edge.files.reading import cache_hint
 
 FIGURES = ("cosine", "SQNR", "max |Δ|", "for engines")
+LITTLE_DB = 10.0
 ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
 
@@ -254,6 +255,8 @@ def cost_lines(precision: str, components: dict[str, dict[str, Any]]) -> list[st
     figures = rounded[lowest]
     words = advice(precision_of(precision, lowest), figures.get("costly_layers") or [])
     lines.append(f"lowest: {lowest}, {figures['sqnr_db']:.1f} dB; {words}")
+    if figures["sqnr_db"] < LITTLE_DB:
+        lines.append(f"below {LITTLE_DB:g} dB little is left of an output: measure it on a task")
     for bound, value in (first.get("bounds") or {}).items():
         option = {"min_sqnr_db": "--min-sqnr", "max_drop": "--max-drop"}.get(bound, bound)
         lines.append(f"{option} {value:g} is kept by every component")

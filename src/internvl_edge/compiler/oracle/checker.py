@@ -34,13 +34,12 @@ from internvl_edge.compiler.steps.graph_files import engine_graph
 from internvl_edge.export.advice import advice
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
-    FLOOR_DB,
-    INT4_FLOOR_DB,
     Agreement,
     CostBounds,
     agreements,
     agrees,
     component_feeds,
+    floor_db,
     require_agreement,
     require_cost,
     sample_feeds,
@@ -206,7 +205,7 @@ class Checker:
             self._require_same(component, part, path, base, expected, rounded)
         if part.block is None:
             own = precision_of(precision, component)
-            floor = INT4_FLOOR_DB if own == "int4-wo" else FLOOR_DB
+            floor = floor_db(own)
             words = advice(own if simulated is not None else base, self._costly(component))
             require_cost(
                 measured, where, self.bounds, floor if self.has_floor else -math.inf, words
