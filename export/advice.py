@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from internvl_edge.export.precision import precision_of
+
 EXACT_DB = 150.0  # of what is not rounded
 SPARING = "a recipe that excludes them keeps them in 16 bits (docs/howto/accuracy.md)"
 CALIBRATING = "--calib with images as it will see calibrates on those"
@@ -28,6 +30,11 @@ def advice(precision: str, costly: Sequence[Mapping[str, Any]]) -> str:
     """
     remedy = REMEDIES.get(precision, "try fp32")
     return f"{costly_words(costly)}; {remedy}" if costly else remedy
+
+
+def advice_of(precision: str, component: str, costly: Sequence[Mapping[str, Any]]) -> str:
+    """Say the same of a component of a directory, whose towers may differ in precision."""
+    return advice(precision_of(precision, component), costly)
 
 
 def costly_words(costly: Sequence[Mapping[str, Any]]) -> str:

@@ -18,8 +18,7 @@ from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import DIRECTORY, answers, no_backend
 from internvl_edge.errors import InputError, UsageError
 from internvl_edge.export import require_packages
-from internvl_edge.export.advice import advice
-from internvl_edge.export.precision import precision_of
+from internvl_edge.export.advice import advice_of
 from internvl_edge.files.packages import require
 from internvl_edge.files.reading import cache_hint
 
@@ -253,7 +252,7 @@ def cost_lines(precision: str, components: dict[str, dict[str, Any]]) -> list[st
         lines[0] += "; noise is wider than what the ranges were measured on"
     lowest = min(rounded, key=lambda name: float(rounded[name]["sqnr_db"]))
     figures = rounded[lowest]
-    words = advice(precision_of(precision, lowest), figures.get("costly_layers") or [])
+    words = advice_of(precision, lowest, figures.get("costly_layers") or [])
     lines.append(f"lowest: {lowest}, {figures['sqnr_db']:.1f} dB; {words}")
     if figures["sqnr_db"] < LITTLE_DB:
         lines.append(f"below {LITTLE_DB:g} dB little is left of an output: measure it on a task")
