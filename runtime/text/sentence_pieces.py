@@ -100,7 +100,7 @@ class SentencePieces:
     def _ids(self, text: str, *, is_inside: bool = False) -> list[int]:
         ids = self._inside(text) if is_inside else self._pieces.encode(text)
         if self._barred.isdisjoint(ids):
-            return ids  # type: ignore[no-any-return]
+            return ids
         # one character after the other
         first = self._inside(text[0]) if is_inside else self._pieces.encode(text[0])
         return [*first, *(i for one in text[1:] for i in self._inside(one))]
