@@ -67,6 +67,13 @@ def continued(model: Model, images: Any, ids: list[int], count: int) -> str:
     return model.components.chat_tokenizer.decode(new[: new.index(stop)] if stop in new else new)
 
 
+def test_what_a_directory_has_of_a_tokenizer(out: Path) -> None:
+    names = {path.name for path in out.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= names
+    assert not {"tokenizer.model", "vocab.json", "merges.txt"} & names
+    assert "print(model.chat(" in (out / "README.md").read_text(encoding="utf-8")
+
+
 # --- prompts -------------------------------------------------------------------------------------
 
 
