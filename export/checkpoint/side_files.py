@@ -91,6 +91,12 @@ def check_side_files(folder: Path, config: CheckpointConfig, readers: Sequence[s
         read_side_file(folder, name)
     say_foreign(folder)
     check_tokenizer(folder, config)
+    if readers and config.chat is not None and not config.chat.template:
+        logger.warning(
+            "%s: its chat template is not the published one, and is never run: a conversation will "
+            "ask for a template of ours by name",
+            folder,
+        )
     if readers and not has_vocabulary(folder, config):
         wanted = "tokenizer.model" if config.chat is None else "tokenizer files"
         logger.warning(

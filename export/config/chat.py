@@ -35,6 +35,7 @@ from internvl_edge.export.config.language import (
     read_language,
 )
 from internvl_edge.export.config.prompts import find_token_id
+from internvl_edge.runtime.images.sources import MAX_TILES
 from internvl_edge.runtime.text.templates import TEMPLATES
 
 Layout = Literal["internvl_chat", "internvl_hf", "llava"]
@@ -89,6 +90,11 @@ class ChatConfig:
         require_choice("ps_version", self.ps_version, ("v1", "v2"))
         if self.llama is not None and self.layout != "internvl_hf":
             require_choice("template", self.template, tuple(TEMPLATES))
+        if self.max_dynamic_patch > MAX_TILES:
+            raise CheckpointError(
+                f"config: max_dynamic_patch: expected at most {MAX_TILES} tiles of an image, found "
+                f"{self.max_dynamic_patch}"
+            )
         if self.min_dynamic_patch > self.max_dynamic_patch:
             raise CheckpointError(
                 "config: expected min_dynamic_patch up to max_dynamic_patch, found "

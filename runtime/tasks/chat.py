@@ -36,6 +36,7 @@ from internvl_edge.runtime.text.chat_tokenizer import IMAGE
 from internvl_edge.runtime.text.templates import Turn
 
 __all__ = [
+    "ANSWER_TOKENS",
     "THINKING_DRAW",
     "ChatOptions",
     "Reply",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 THINKING_DRAW = {"temperature": 0.6, "top_p": 0.95}  # as InternVL3.5 is recommended to think
-ANSWER_TOKENS = 128  # of an InternVL-G, where nobody says
+ANSWER_TOKENS = 128  # of an InternVL-G, and of a server's answers, where nobody says
 IMAGES_AT_ONCE = 8
 NATIVE_LAYOUT = "internvl_hf"
 QUESTION = "Question: {} Answer:"  # of an InternVL-G, which was trained on single questions

@@ -135,10 +135,9 @@ def fitting(components: OpenComponents, length: int) -> int:
     largest = components.session(CHAT_DECODER).largest
     if "past" in largest:
         rooms.append(largest["past"] - length + 2)
-    llama = components.artifact.manifest.language_model or {}
-    if llama.get("rope_type") == "longrope":
-        short = llama["original_max_position_embeddings"] - length + 1
-        rooms += [short] if short >= FEW_TOKENS else []
+    short = _long_positions(components) - length + 1
+    if short >= FEW_TOKENS:
+        rooms.append(short)
     return max(1, min(rooms))
 
 

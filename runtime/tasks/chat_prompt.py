@@ -2,7 +2,8 @@
 
 ``<image>`` in a question is the place of the next image, ``<video>`` that of all images that no
 ``<image>`` of the conversation takes, each after ``Frame1:``, ``Frame2:`` and so on, as the models
-were trained. Without any place all images stand in front of the first question.
+were trained; where no image is left, it is text. Without any place all images stand in front of
+the first question.
 
 The system sentence is the first there is of: the caller's, the one that asks for a thought
 (``think``), the checkpoint's own, the template's.
@@ -171,18 +172,13 @@ def placed(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
         UsageError: more or fewer places than images, or frames for two videos.
     """
     own = sum(turn.question.count(IMAGE) for turn in turns)
-    videos = sum(turn.question.count(VIDEO) for turn in turns)
+    videos = sum(turn.question.count(VIDEO) for turn in turns) if count > own else 0
     if videos > 1:
         raise UsageError(
             f"the conversation has {videos} {VIDEO}, expected one at most: say which frames are "
             f"whose by {IMAGE} for each of them"
         )
     if videos:
-        if count <= own:
-            raise UsageError(
-                f"the conversation has {own} {IMAGE} and a {VIDEO}, expected more than {own} "
-                f"image(s), the others being its frames, found {count}"
-            )
         frames = "\n".join(f"Frame{i + 1}: {IMAGE}" for i in range(count - own))
         turns = [replace(turn, question=turn.question.replace(VIDEO, frames)) for turn in turns]
         return tuple(turns)

@@ -75,7 +75,7 @@ class BpePieces:
             "padding": None,
         }
         self._all = _load(self._raw, str(files.vocabulary))
-        self.size: int = 1 + max(self._all.get_vocab(with_added_tokens=False).values(), default=-1)
+        self.size: int = 1 + max(raw["model"]["vocab"].values(), default=-1)
         self.controls: dict[str, int] = {}  # the files list them all
         self._barred = frozenset(token.id for token in files.added if token.text.strip())
 

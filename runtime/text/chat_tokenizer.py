@@ -220,6 +220,7 @@ def load_chat_tokenizer(files: TokenFiles) -> ChatTokenizer:
             legacy=config.get("legacy", True) is not False,
             add_space=config.get("add_prefix_space", True) is not False,
             roles=files.named,
+            barred=frozenset(token.id for token in files.added if token.text.strip()),
         )
     else:
         pieces = BpePieces(files)

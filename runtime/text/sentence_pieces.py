@@ -41,6 +41,7 @@ class SentencePieces:
         legacy: whether every run gets a space in front, or only the first.
         add_space: whether the first does, of a tokenizer that is not legacy.
         roles: control tokens that a prompt may begin with without this space.
+        barred: more ids that no text becomes, of added tokens that are ordinary pieces here.
 
     Raises:
         ArtifactError: it is no SentencePiece model with ``<s>``, ``</s>`` and ``<unk>``.
@@ -53,6 +54,7 @@ class SentencePieces:
         legacy: bool = True,
         add_space: bool = True,
         roles: frozenset[str] = frozenset(),
+        barred: frozenset[int] = frozenset(),
     ) -> None:
         data = bytearray(read_model(model))
         self.controls: dict[str, int] = {}  # text → id of what no text is turned into
@@ -67,6 +69,7 @@ class SentencePieces:
         for i in range(self.size):
             if self._pieces.is_control(i) or self._pieces.is_unknown(i):
                 self.controls[self._pieces.id_to_piece(i)] = i
+        self._barred = barred - {self._pieces.unk_id()}
         self.begin: list[int] = [self._pieces.bos_id()]  # of a prompt, unless the files say no
 
     def id_of(self, text: str) -> int | None:
@@ -81,9 +84,7 @@ class SentencePieces:
         text = text.replace(SPACE, " ")
         if is_first and self._add_space:
             text = SPACE + text
-        if not text.startswith((SPACE, " ")):
-            return self._ids(text)
-        return self._ids(GUARD + text)[self._guard :]
+        return self._ids(text, is_inside=text.startswith((SPACE, " ")))
 
     def opening(self, token: str) -> list[int]:
         """Return the ids in front of a control token that a prompt begins with."""
@@ -96,9 +97,18 @@ class SentencePieces:
         text: str = self._pieces.decode([i for i in ids if 0 <= i < self.size])
         return text
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._pieces.encode(text)
-        return ids
+    def _ids(self, text: str, *, is_inside: bool = False) -> list[int]:
+        ids = self._inside(text) if is_inside else self._pieces.encode(text)
+        if self._barred.isdisjoint(ids):
+            return ids
+        # one character after the other
+        first = self._inside(text[0]) if is_inside else self._pieces.encode(text[0])
+        return [*first, *(i for one in text[1:] for i in self._inside(one))]
+
+    def _inside(self, text: str) -> list[int]:
+        """Encode a text that continues another, white space at its start included."""
+        ids: list[int] = self._pieces.encode(GUARD + text)
+        return ids[self._guard :]
 
 
 def _user_defined(data: bytearray, name: str) -> Iterator[tuple[str, int | None]]:

@@ -43,6 +43,7 @@ TOKENIZER_FILE = "tokenizer.model"  # in a checkpoint, and in a compiled directo
 MAX_TEXT_LENGTH = 80  # tokens that the text tower was trained on
 MAX_MODEL_NBYTES = 64 << 20
 MAX_SHOWN = 40  # characters of a text, in a warning
+QUIET = 2  # SentencePiece writes errors alone on stderr, no remarks, as on InternLM2's NUL piece
 GUARD = "<unk>"
 SPACE = "▁"  # how a piece spells a space
 
@@ -195,7 +196,7 @@ def read_model(path: Path) -> bytes:
 
 def load_pieces(data: bytes, name: str) -> Any:
     """Load the SentencePiece processor; its parser never sees an empty or absurdly large file."""
-    from sentencepiece import SentencePieceProcessor
+    import sentencepiece
 
     if not 0 < len(data) <= MAX_MODEL_NBYTES:
         raise ArtifactError(
@@ -203,7 +204,8 @@ def load_pieces(data: bytes, name: str) -> Any:
             f"found {len(data) if len(data) <= MAX_MODEL_NBYTES else 'more'}"
         )
     try:
-        pieces = SentencePieceProcessor(model_proto=data)
+        sentencepiece.set_min_log_level(QUIET)
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ArtifactError(f"{name}: not a SentencePiece model: {error}") from error
     if min(pieces.bos_id(), pieces.eos_id(), pieces.unk_id()) < 0:

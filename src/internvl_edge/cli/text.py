@@ -28,7 +28,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "seed": (int, "Draw the same tokens again."),
 }
 DRAWN = {"temperature", "top_k", "top_p"}  # of one beam
-NAMES = re.compile(rf"(?<![\w./-])(?:{'|'.join(OPTIONS)})(?![\w/])")
+NAMES = re.compile(rf"(?<![\w./-])(?:{'|'.join([*OPTIONS, 'max_tiles'])})(?![\w/])")
 stream_option = click.option("--stream", is_flag=True, help="Print text as it comes; greedy.")
 
 

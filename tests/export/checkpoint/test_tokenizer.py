@@ -88,6 +88,15 @@ def test_a_checkpoint_without_a_tokenizer_is_told(
     assert "has no tokenizer files: chat_decoder will take token ids only" in caplog.text
 
 
+def test_a_chat_template_that_is_unknown_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_for(WRITERS["qwen"](tmp_path), layout="internvl_hf", template="")
+    with caplog.at_level(logging.WARNING):
+        check_side_files(tmp_path, config, ["chat_decoder"])
+    assert "its chat template is not the published one, and is never run" in caplog.text
+
+
 # --- of another model ----------------------------------------------------------------------------
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.chat.tokenizers import WRITERS, write_json
+from support.checkpoints.family import chat_config, native_config
 from support.golden import FAMILY
 
 from internvl_edge.errors import CheckpointError
+from internvl_edge.export.config.chat import ChatConfig
+from internvl_edge.export.config.checkpoint import load_config
 from internvl_edge.export.config.prompts import (
     KNOWN,
     find_pad_id,
@@ -96,6 +100,39 @@ def test_a_system_sentence_that_is_null_is_none(tmp_path: Path) -> None:
     assert find_system({"system_message": ""}, path) == ""
     with pytest.raises(CheckpointError, match="system_message must be str, found 7"):
         find_system({"system_message": 7}, path)
+
+
+def load(path: Path, raw: dict[str, Any]) -> ChatConfig:
+    path.mkdir(exist_ok=True)
+    write_json(path / "config.json", raw)
+    chat = load_config(path).chat
+    assert chat is not None
+    return chat
+
+
+def test_a_configuration_says_how_it_is_talked_to(tmp_path: Path) -> None:
+    raw = chat_config("qwen2", {}, {})
+    plain = load(tmp_path / "plain", raw)
+    assert (plain.template, plain.system, plain.padding_id) == ("internvl2_5", None, None)
+    WRITERS["qwen"](tmp_path / "own")
+    own = load(tmp_path / "own", {**raw, "system_message": "Be brief."})
+    assert own.system == "Be brief."
+    assert own.padding_id == find_token_id(tmp_path / "own", "<|endoftext|>")
+    assert ChatConfig.from_json(dataclasses.asdict(own)) == own
+
+
+def test_a_native_configuration_has_the_template_of_its_file(tmp_path: Path) -> None:
+    raw = native_config(chat_config("qwen2", {}, {}), "qwen2")
+    assert load(tmp_path, raw).template == ""
+    (tmp_path / "chat_template.jinja").write_text(KNOWN, encoding="utf-8")
+    assert load(tmp_path, raw).template == NATIVE
+
+
+@pytest.mark.parametrize("tiles", [0, 41])
+def test_tiles_that_no_model_has(tmp_path: Path, tiles: int) -> None:
+    raw = {**chat_config("qwen2", {}, {}), "max_dynamic_patch": tiles}
+    with pytest.raises(CheckpointError, match="max_dynamic_patch"):
+        load(tmp_path, raw)
 
 
 # --- chat templates ------------------------------------------------------------------------------

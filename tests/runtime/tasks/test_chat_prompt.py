@@ -110,8 +110,8 @@ def test_places_of_a_videos_frames() -> None:
     assert questions(3, "like <image>: <video>?") == [f"like <image>: {frames}?"]
     typed = "Frame-1: <image>\nFrame-2: <image>\nwhy"
     assert questions(2, typed) == [typed]
-    with pytest.raises(UsageError, match="expected more than 1 image"):
-        questions(1, "<image> <video>")
+    assert questions(1, "<image> <video>") == ["<image> <video>"]
+    assert questions(0, "what is <video> in HTML?") == ["what is <video> in HTML?"]
     with pytest.raises(UsageError, match="has 2 <video>, expected one at most"):
         questions(4, "<video>", "<video>")
 

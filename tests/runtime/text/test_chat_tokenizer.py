@@ -80,6 +80,23 @@ def test_user_defined_pieces_are_control_tokens(folder: Path) -> None:
     assert pieces.encode("[UNUSED_TOKEN_145]") == [internlm2.ids["<|im_end|>"]]
 
 
+@pytest.mark.parametrize("config", [{}, {"legacy": False}])
+def test_added_tokens_that_are_ordinary_pieces(tmp_path: Path, config: dict[str, Any]) -> None:
+    data = tokenizers.sentencepiece_model()
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
+    (piece,) = pieces.encode("the")
+    assert pieces.id_to_piece(piece) == "▁the"
+    write_json(tmp_path / "added_tokens.json", {"▁the": piece, "<img>": 500})
+    write_json(tmp_path / "tokenizer_config.json", config)
+    tokenizer = open_tokenizer(tmp_path)
+    for text in ("the dog is on the grass", "the", " the"):
+        ids = typed(tokenizer, text)
+        assert piece not in ids
+        assert tokenizer.decode(ids) == text.strip()
+    assert written(tokenizer, "a▁the")[-1] == piece
+
+
 def test_user_defined_white_space_stays_text(tmp_path: Path) -> None:
     data = tokenizers.sentencepiece_model(user_defined_symbols=["▁▁", "\n\n", "<x>"])
     (tmp_path / "tokenizer.model").write_bytes(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from internvl_edge.artifact.components import IMAGE_EMBED
+from internvl_edge.artifact.components import CHAT_DECODER, IMAGE_EMBED
 from internvl_edge.artifact.open import Manifest
 
 
@@ -51,6 +51,11 @@ def _example(manifest: Manifest) -> str:
         return (
             'with internvl_edge.load("this directory") as model:\n'
             '    embeddings = model.encode_image(["photo.jpg"])'
+        )
+    if CHAT_DECODER in manifest.components:
+        return (
+            'with internvl_edge.load("this directory") as model:\n'
+            '    print(model.chat("photo.jpg", "What is in the picture?").text)'
         )
     name, record = next(iter(manifest.components.items()))
     feeds = ", ".join(f'"{spec.name}": {spec.name}' for spec in record.inputs)

@@ -12,7 +12,7 @@ from typing import Any
 
 from internvl_edge.artifact.components import CHAT_DECODER, DECODER, IMAGE_QUERIES, VISION
 from internvl_edge.runtime.generation.batch import Generation
-from internvl_edge.runtime.model import CHAT_TOKENS
+from internvl_edge.runtime.tasks.chat import ANSWER_TOKENS
 from internvl_edge.serve.http.events import EventStream
 from internvl_edge.serve.http.exchange import Call
 from internvl_edge.serve.http.fields import Fields, require_text
@@ -147,8 +147,8 @@ def _usual_length(served: ServedModel) -> int:
     """Choose the most tokens of an answer whose length was not asked for."""
     component = CHAT_DECODER if served.is_chat else DECODER
     if not served.components.has(component):
-        return CHAT_TOKENS  # it is refused for that
-    return min(CHAT_TOKENS, served.components.positions(component) // 2)
+        return ANSWER_TOKENS  # it is refused for that
+    return min(ANSWER_TOKENS, served.components.positions(component) // 2)
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from internvl_edge.compiler.plan import Plan
+from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.streams import Samples
+from internvl_edge.files.packages import is_installed
 from internvl_edge.files.reading import is_there
 from internvl_edge.quantize.calibration.images import CalibrationSet, load_calibration, sample_set
 from internvl_edge.runtime.images.transform import pixel_values
+from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
+from internvl_edge.runtime.text.templates import TEMPLATES, Piece
 from internvl_edge.runtime.text.tokenizer import (
     CAPTION_PROMPT,
     MAX_TEXT_LENGTH,
@@ -61,14 +65,34 @@ def load_samples(plan: Plan) -> CalibrationSet:
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
     """Make ids for text embedding, matching and captioning, right-padded; None: no tokenizer."""
     path = plan.checkpoint.path / TOKENIZER_FILE
-    if language_config(plan.checkpoint.config) is None or not is_there(path):
+    if language_config(plan.checkpoint.config) is None:
         return None
+    if not is_there(path):
+        ids = _chat_ids(plan, captions)
+        return None if ids is None else (ids, ids, ids)
     tokenizer = Tokenizer(path)
     return (
         tokenizer.contrastive(captions, MAX_TEXT_LENGTH, pad_to="longest"),
         tokenizer.match(captions, MAX_TEXT_LENGTH),
         tokenizer.match([f"{CAPTION_PROMPT} {c}" for c in captions], MAX_TEXT_LENGTH),
     )
+
+
+def _chat_ids(plan: Plan, captions: list[str]) -> Array | None:
+    """Make ids of a chat model with a byte-level vocabulary; None: it has none, or no library."""
+    config = plan.checkpoint.config
+    files = None if config.chat is None else token_files(plan.checkpoint.path, config)
+    if files is None or not is_installed("tokenizers"):
+        return None
+    tokenizer, template = load_chat_tokenizer(files), next(iter(TEMPLATES.values()))
+    rows = [
+        tokenizer.encode([Piece(text=caption, is_template=False)], [], template)[:MAX_TEXT_LENGTH]
+        for caption in captions
+    ]
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids
 
 
 def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
