@@ -24,7 +24,7 @@ from internvl_edge.serve.service import Service
 
 __all__ = ["completions"]
 
-MAX_STOPS = 4
+MAX_STOPS, LONGEST_STOP = 4, 256
 HOTTEST = 2.0
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # asked for nothing, they are accepted
     "n": (1,),
@@ -139,16 +139,17 @@ def _generation(served: ServedModel, fields: Fields) -> dict[str, Any]:
         how["top_p"] = None
     if heat == 0 or how["top_k"] == 1:
         how |= {"temperature": None, "top_p": None, "top_k": None}
-    most = asked or older or _usual_length(served)
-    return {"max_new_tokens": most} | {k: v for k, v in how.items() if v is not None}
+    most = asked or older
+    if most is None and not served.is_chat:  # a chat model fills what room there is
+        most = _usual_length(served)
+    return {k: v for k, v in {**how, "max_new_tokens": most}.items() if v is not None}
 
 
 def _usual_length(served: ServedModel) -> int:
-    """Choose the most tokens of an answer whose length was not asked for."""
-    component = CHAT_DECODER if served.is_chat else DECODER
-    if not served.components.has(component):
+    """Choose the most tokens of an InternVL-G's answer whose length was not asked for."""
+    if not served.components.has(DECODER):
         return ANSWER_TOKENS  # it is refused for that
-    return min(ANSWER_TOKENS, served.components.positions(component) // 2)
+    return min(ANSWER_TOKENS, served.components.positions(DECODER) // 2)
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:
@@ -157,6 +158,8 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if not isinstance(given, list) or len(given) > MAX_STOPS:
         raise fields.wrong("stop", f"expected a text or at most {MAX_STOPS} of them")
     for i, one in enumerate(given):
+        if isinstance(one, str) and len(one) > LONGEST_STOP:
+            raise fields.wrong(f"stop[{i}]", f"expected at most {LONGEST_STOP} characters")
         if one in ("\n", " ", "\n\n", "\t"):
             continue  # white space ends an answer as well as a word does
         require_text(one, f"stop[{i}]")

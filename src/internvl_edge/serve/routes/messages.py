@@ -1,7 +1,7 @@
 """Conversations as OpenAI spells them: messages with a role, of texts and pictures.
 
 A picture is put where its part stands. ``<image>`` stands for a picture in the prompt of an
-InternVL-Chat, so that a text which has it is refused.
+InternVL-Chat, and ``<video>`` for all of them, so that a text which has one is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from internvl_edge.runtime.tasks.chat_prompt import VIDEO
 from internvl_edge.runtime.tasks.requests import text_problem
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE
 from internvl_edge.runtime.text.templates import Turn
@@ -20,6 +21,8 @@ from internvl_edge.serve.http.problems import Problem, bad_request
 __all__ = ["Conversation", "one_item", "read_messages"]
 
 MAX_MESSAGES = 1024
+MAX_PARTS = 256  # of a message
+MAX_CHARACTERS = 1 << 20  # of a conversation
 ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -68,7 +71,7 @@ def read_messages(raw: Any, max_images: int, *, has_places: bool) -> Conversatio
     if not isinstance(raw, list) or not 1 <= len(raw) <= MAX_MESSAGES:
         text = f"messages: expected a list of 1 to {MAX_MESSAGES} messages"
         raise bad_request("invalid_value", text, "messages")
-    read = Conversation()
+    read, count = Conversation(), 0
     for i, message in enumerate(raw):
         at = f"messages[{i}]"
         fields = Fields(message, at)
@@ -79,6 +82,10 @@ def read_messages(raw: Any, max_images: int, *, has_places: bool) -> Conversatio
         fields.neutral("audio")
         parts = _parts(fields, role)
         fields.end()
+        count += sum(len(part) for part in parts if isinstance(part, str))
+        if count > MAX_CHARACTERS:
+            text = f"messages: expected at most {MAX_CHARACTERS} characters, found more"
+            raise bad_request("context_length_exceeded", text, "messages")
         _add(read, role, parts, at, has_places)
     if not read.turns or read.turns[-1].answer is not None:
         text = "messages: expected the last one to be of the user"
@@ -94,6 +101,8 @@ def _parts(fields: Fields, role: str = "user") -> list[ImageUrl | str]:
     content, name = fields.need("content"), fields.name("content")
     if not isinstance(content, list):
         return [_said(content, name)]
+    if len(content) > MAX_PARTS:
+        raise fields.wrong("content", f"expected at most {MAX_PARTS} parts, found {len(content)}")
     parts: list[ImageUrl | str] = []
     for i, raw in enumerate(content):
         part = Fields(raw, f"{name}[{i}]")
@@ -149,8 +158,8 @@ def _add(
             raise bad_request("invalid_value", text, at)
         read.turns[-1] = Turn(question=read.turns[-1].question, answer="\n".join(texts))
     elif role == "user":
-        if has_places and any(IMAGE in text for text in texts):
-            text = f"{at}.content: {IMAGE} stands for a picture; give the picture as a part"
+        if has_places and any(place in text for text in texts for place in (IMAGE, VIDEO)):
+            text = f"{at}.content: {IMAGE} and {VIDEO} stand for pictures; give these as parts"
             raise bad_request("invalid_value", text, f"{at}.content")
         read.urls += [part for part in parts if isinstance(part, ImageUrl)]
         asked = _question(parts, has_places)
