@@ -38,9 +38,11 @@ def exported(path: Path, out: Path, precision: str, pictures: Path | None = None
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
-        *((kind, precision) for kind in KINDS for precision in ("int8", "int4-wo")),
-        *(("qwen3", precision) for precision in ("fp16", "bf16", "fp8", "int8-wo", MIXED)),
-        *(("qwen2", precision) for precision in ("fp16", "fp8", "int8-wo", MIXED)),
+        # the others compute what a LLaMA does
+        *((kind, "int8") for kind in ("internlm2", "qwen2", "qwen3", "phi3")),
+        *((kind, "int4-wo") for kind in ("internlm2", "qwen2", "qwen3", "phi3")),
+        *(("qwen3", precision) for precision in ("bf16", "fp8", MIXED)),
+        *(("qwen2", precision) for precision in ("fp16", "int8-wo")),
     ],
 )
 def test_every_kind_compiles_and_agrees(
@@ -117,9 +119,8 @@ def test_tokens_are_the_originals(kind: str, layout: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_engines_are_built(kind: str, precision: str, pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    path = write_family(tmp_path / "c", kind, vision=DEEP, language=DEEP).path
     options = ExportOptions(
-        checkpoint=path,
+        checkpoint=write_family(tmp_path / "c", kind).path,
         out=tmp_path / "out",
         precision=precision,
         calibration=None if precision == "fp16" else pictures,
