@@ -39,6 +39,7 @@ from internvl_edge.export.weights.writer import WeightsWriter
 
 __all__ = ["convert_layout", "write_layout"]
 
+LAYOUTS: dict[str, Layout] = {"internvl_chat": "internvl_chat", "internvl_hf": "internvl_hf"}
 MAX_SHARD_NBYTES = 5_000_000_000
 PROCESSOR = "preprocessor_config.json"
 # Language models that transformers has under another name in this layout.
@@ -60,7 +61,7 @@ class _Source:
     raw: dict[str, Any]  # config.json
 
 
-def convert_layout(source: Path, out: Path, layout: Layout) -> int:
+def convert_layout(source: Path, out: Path, layout: str) -> int:
     """Write the chat checkpoint of a directory in a layout; return the number of tensors.
 
     Args:
@@ -70,12 +71,14 @@ def convert_layout(source: Path, out: Path, layout: Layout) -> int:
 
     Raises:
         CheckpointError: ``source`` is not a checkpoint.
-        UsageError: as ``write_layout``, or ``out`` exists.
+        UsageError: as ``write_layout``, ``out`` exists, or no such layout.
         ResourceError: the disk is full.
     """
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout {layout}: expected one of {', '.join(LAYOUTS)}")
     checkpoint = open_checkpoint(source)
     with staging(out, force=False, check=_check) as directory:
-        return write_layout(checkpoint, directory, layout)
+        return write_layout(checkpoint, directory, LAYOUTS[layout])
 
 
 def _check(directory: Path) -> None:

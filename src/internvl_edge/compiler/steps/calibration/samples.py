@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from internvl_edge.compiler.plan import Plan
+from internvl_edge.errors import MissingDependency
+from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.files.reading import is_there
 from internvl_edge.quantize.calibration.images import CalibrationSet, load_calibration, sample_set
 from internvl_edge.runtime.images.transform import pixel_values
+from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
+from internvl_edge.runtime.text.templates import TEMPLATES, Piece
 from internvl_edge.runtime.text.tokenizer import (
     CAPTION_PROMPT,
     MAX_TEXT_LENGTH,
@@ -24,6 +28,7 @@ from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
 
+TEXT_TEMPLATE = "internvl2_5"  # where a checkpoint names none; it spells nothing here
 BATCH = 8  # samples that flow through the blocks together
 
 
@@ -60,8 +65,11 @@ def load_samples(plan: Plan) -> CalibrationSet:
 
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
     """Make ids for text embedding, matching and captioning, right-padded; None: no tokenizer."""
-    path = plan.checkpoint.path / TOKENIZER_FILE
-    if language_config(plan.checkpoint.config) is None or not is_there(path):
+    path, config = plan.checkpoint.path / TOKENIZER_FILE, plan.checkpoint.config
+    if config.chat is not None:
+        ids = chat_ids(plan, captions)
+        return None if ids is None else (ids,) * 3
+    if language_config(config) is None or not is_there(path):
         return None
     tokenizer = Tokenizer(path)
     return (
@@ -69,6 +77,26 @@ def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | No
         tokenizer.match(captions, MAX_TEXT_LENGTH),
         tokenizer.match([f"{CAPTION_PROMPT} {c}" for c in captions], MAX_TEXT_LENGTH),
     )
+
+
+def chat_ids(plan: Plan, captions: list[str]) -> Array | None:
+    """Make ids of texts after an image, by a chat model's own tokenizer; None: it has none."""
+    folder, config = plan.checkpoint.path, plan.checkpoint.config
+    files = None if language_config(config) is None else token_files(folder, config)
+    if files is None or config.chat is None:
+        return None
+    try:
+        tokenizer = load_chat_tokenizer(files)
+    except MissingDependency as error:
+        logger.warning("calibration sees random ids and no texts: %s", error)
+        return None
+    template = TEMPLATES.get(config.chat.template, TEMPLATES[TEXT_TEMPLATE])
+    pieces = ([Piece(text=f"\n{caption}", is_template=False)] for caption in captions)
+    rows = [tokenizer.encode(some, (), template)[:MAX_TEXT_LENGTH] for some in pieces]
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids
 
 
 def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
