@@ -133,9 +133,12 @@ def run_steps(
     preset: str, layers: int, steps: list[str], work: Path, keep: Callable[[Measured], None]
 ) -> None:
     """Run the steps asked for, in order, on one synthetic checkpoint."""
+    from internvl_edge.export.synthetic import PRESETS
+
     python, checkpoint = sys.executable, work / "checkpoint"
     worker = [python, __file__, "--worker"]
-    component = "vision" if preset.startswith("internvit") else "image_queries"
+    of_kind = {"vit": "vision", "internvl": "image_queries", "chat": "chat_decoder"}
+    component = of_kind[PRESETS[preset].kind]
     commands = {
         "synthetic": [python, "-m", "internvl_edge.export.synthetic", preset, str(checkpoint),
                       "--layers", str(layers)],

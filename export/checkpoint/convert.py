@@ -22,10 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from internvl_edge.errors import CheckpointError, MissingDependency, ResourceError, UsageError
+from internvl_edge.export.checkpoint.relayout import convert_layout
 from internvl_edge.export.checkpoint.shards import PICKLE_SUFFIXES
 from internvl_edge.export.checkpoint.side_files import MAX_NBYTES, refuse_foreign
 from internvl_edge.files.disk import os_errors
 from internvl_edge.files.reading import open_file, read_file
+
+__all__ = ["convert_layout", "convert_pickles"]
 
 OLDEST_TORCH = (2, 10)  # CVE-2026-24747
 DISK_FULL = 28  # exit code of the subprocess

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.artifact.publish import staging
 from internvl_edge.errors import UsageError
-from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.published import Published, published_tensors
 from internvl_edge.export.checkpoint.side_files import (
     SIDE_FILES,
@@ -36,8 +37,9 @@ from internvl_edge.export.config.language import FAMILIES, LLAMA, LanguageConfig
 from internvl_edge.export.config.native import QK_NORM_EPS
 from internvl_edge.export.weights.writer import WeightsWriter
 
-__all__ = ["write_layout"]
+__all__ = ["convert_layout", "write_layout"]
 
+LAYOUTS: dict[str, Layout] = {"internvl_chat": "internvl_chat", "internvl_hf": "internvl_hf"}
 MAX_SHARD_NBYTES = 5_000_000_000
 PROCESSOR = "preprocessor_config.json"
 # Language models that transformers has under another name in this layout.
@@ -57,6 +59,30 @@ class _Source:
     llama: LanguageConfig
     vision: VisionConfig
     raw: dict[str, Any]  # config.json
+
+
+def convert_layout(source: Path, out: Path, layout: str) -> int:
+    """Write the chat checkpoint of a directory in a layout; return the number of tensors.
+
+    Args:
+        source: a directory of either layout, with safetensors.
+        out: the new directory; it must not exist, and appears when it is complete.
+        layout: ``internvl_chat`` or ``internvl_hf``.
+
+    Raises:
+        CheckpointError: ``source`` is not a checkpoint.
+        UsageError: as ``write_layout``, ``out`` exists, or no such layout.
+        ResourceError: the disk is full.
+    """
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout {layout}: expected one of {', '.join(LAYOUTS)}")
+    checkpoint = open_checkpoint(source)
+    with staging(out, force=False, check=_check) as directory:
+        return write_layout(checkpoint, directory, LAYOUTS[layout])
+
+
+def _check(directory: Path) -> None:
+    open_checkpoint(directory)
 
 
 def write_layout(checkpoint: Checkpoint, directory: Path, layout: Layout) -> int:

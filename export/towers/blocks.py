@@ -249,6 +249,9 @@ def component_of_one_block(
             model.qllama.model.layers[0] = _layer(config, index)
             if not chosen.reads("qllama.lm_head.weight"):
                 model.qllama.lm_head = nn.Identity()  # type: ignore[assignment]
+    language = model.language_model if isinstance(model, Chat) else None
+    if language is not None and language.lm_head is not None:  # then nothing reads the table
+        language.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
     module = build_component(chosen, model)
 
     def stored(name: str) -> str:

@@ -23,6 +23,7 @@ from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 from internvl_edge.export import require_packages
 
 AUTO = "auto"
+LAYOUTS = ("internvl_chat", "internvl_hf")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-wo", "int4-wo", AUTO)
 METRICS = ("cosine", "zero-shot", "recall@1")
 
@@ -244,13 +245,25 @@ def build(
 @click.command()
 @click.argument("source", type=DIRECTORY)
 @click.argument("out", type=DIRECTORY)
+@click.option(
+    "--layout",
+    type=one_of(*LAYOUTS),
+    help="Instead, write a chat checkpoint of safetensors in this layout: the original's, or that "
+    "of transformers' own classes.",
+)
 @no_backend
 @answers
-def convert(output: Output, source: Path, out: Path, backend: str) -> None:
+def convert(output: Output, source: Path, out: Path, layout: str | None, backend: str) -> None:
     """Turn a checkpoint of pickle files (.bin, .pth) into safetensors, in a subprocess."""
     require_packages()
-    from internvl_edge.export.checkpoint.convert import convert_pickles
+    from internvl_edge.export.checkpoint.convert import convert_layout, convert_pickles
 
+    if layout is not None:
+        with output.progress():
+            written = convert_layout(source, out, layout)
+        output.lines([f"{out}: {written} tensors in the layout {layout}"])
+        output.result({"out": out, "tensors": written})
+        return
     with output.progress():
         count = convert_pickles(source, out)
     output.lines([f"{out}: {count} tensors"])

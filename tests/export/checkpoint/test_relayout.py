@@ -10,11 +10,12 @@ import pytest
 import torch
 from support.checkpoints.family import IMAGE_TOKEN_ID, KINDS, write_family
 
+from internvl_edge import cli
 from internvl_edge.errors import UsageError
 from internvl_edge.export import load_reference
 from internvl_edge.export.checkpoint import relayout
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
-from internvl_edge.export.checkpoint.relayout import write_layout
+from internvl_edge.export.checkpoint.relayout import convert_layout, write_layout
 from internvl_edge.export.config.chat import Layout
 
 
@@ -33,6 +34,24 @@ def test_the_model_is_the_same(kind: str, name: str, target: Layout, tmp_path: P
     (tmp_path / "c").mkdir()
     write_layout(there, tmp_path / "c", "internvl_chat")
     assert open_checkpoint(tmp_path / "c").content_sha256() == source.content_sha256()
+
+
+def test_the_command_writes_all_or_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_family(tmp_path / "a", "qwen2").path
+    out = tmp_path / "b"
+    command = ["convert", str(path), str(out), "--layout", "internvl_hf", "--json"]
+    assert cli.run(command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tensors"] > 20
+    assert open_checkpoint(out).content_sha256() == open_checkpoint(path).content_sha256()
+    assert cli.run(command) == 2
+    raw = json.loads((path / "config.json").read_text()) | {"ps_version": "v1"}
+    (path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match="no place for"):
+        convert_layout(path, tmp_path / "c", "internvl_hf")
+    assert not (tmp_path / "c").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 def _header(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.plan import Verify as Which
 from internvl_edge.compiler.progress import Progress
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.weights.layout import LLAMA_HEAD, block_sizes
+from internvl_edge.compiler.weights.layout import CHAT_TOKENS, LLAMA_HEAD, block_sizes
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import CostBounds
@@ -77,8 +77,7 @@ def _cost(plan: Plan) -> Cost:
         # one block, and what comes before and after its tower
         blocks = block_sizes(plan)
         other = compared // FLOAT32_NBYTES - sum(blocks.values())
-        head = plan.source.tensors.get(LLAMA_HEAD)
-        other -= 0 if head is None else math.prod(head.shape)
+        other -= sum(math.prod(plan.source.tensors[n].shape) for n in _unread(plan.checkpoint))
         compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
         seconds = 3.0
     graphs = 1 if plan.base == plan.engine_base else 2
@@ -95,6 +94,13 @@ def _cost(plan: Plan) -> Cost:
         * seconds
         * (1.0 + compared / VERIFY_NBYTES_PER_SECOND),
     )
+
+
+def _unread(checkpoint: Checkpoint) -> list[str]:
+    """Name the tables that a comparison of one block leaves on disk."""
+    tables = [LLAMA_HEAD] * (LLAMA_HEAD in checkpoint.tensors)
+    has_output_layer = "language_model.lm_head.weight" in checkpoint.tensors
+    return tables + [CHAT_TOKENS] * has_output_layer  # else it is the output layer
 
 
 def _cache_nbytes(plan: Plan, *, whole: bool) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from internvl_edge.compiler.plan import Plan
+from internvl_edge.errors import MissingDependency
 from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.streams import Samples
@@ -28,6 +29,7 @@ from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
 
+TEXT_TEMPLATE = "internvl2_5"  # where a checkpoint names none; it spells nothing here
 BATCH = 8  # samples that flow through the blocks together
 
 
@@ -64,8 +66,11 @@ def load_samples(plan: Plan) -> CalibrationSet:
 
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
     """Make ids for text embedding, matching and captioning, right-padded; None: no tokenizer."""
-    path = plan.checkpoint.path / TOKENIZER_FILE
-    if language_config(plan.checkpoint.config) is None:
+    path, config = plan.checkpoint.path / TOKENIZER_FILE, plan.checkpoint.config
+    if config.chat is not None:
+        ids = chat_ids(plan, captions)
+        return None if ids is None else (ids,) * 3
+    if language_config(config) is None or not is_there(path):
         return None
     if not is_there(path):
         ids = _chat_ids(plan, captions)
@@ -78,17 +83,20 @@ def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | No
     )
 
 
-def _chat_ids(plan: Plan, captions: list[str]) -> Array | None:
-    """Make ids of a chat model with a byte-level vocabulary; None: it has none, or no library."""
-    config = plan.checkpoint.config
-    files = None if config.chat is None else token_files(plan.checkpoint.path, config)
-    if files is None or not is_installed("tokenizers"):
+def chat_ids(plan: Plan, captions: list[str]) -> Array | None:
+    """Make ids of texts after an image, by a chat model's own tokenizer; None: it has none."""
+    folder, config = plan.checkpoint.path, plan.checkpoint.config
+    files = None if language_config(config) is None else token_files(folder, config)
+    if files is None or config.chat is None:
         return None
-    tokenizer, template = load_chat_tokenizer(files), next(iter(TEMPLATES.values()))
-    rows = [
-        tokenizer.encode([Piece(text=caption, is_template=False)], [], template)[:MAX_TEXT_LENGTH]
-        for caption in captions
-    ]
+    try:
+        tokenizer = load_chat_tokenizer(files)
+    except MissingDependency as error:
+        logger.warning("calibration sees random ids and no texts: %s", error)
+        return None
+    template = TEMPLATES.get(config.chat.template, TEMPLATES[TEXT_TEMPLATE])
+    pieces = ([Piece(text=f"\n{caption}", is_template=False)] for caption in captions)
+    rows = [tokenizer.encode(some, (), template)[:MAX_TEXT_LENGTH] for some in pieces]
     ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
