@@ -81,7 +81,7 @@ class TrainingBatches(Dataset[Batch]):
         generated, labels = self._generation(drawn, rng)
         return Batch(
             pixels=pixel_values([s.image for s in drawn]),
-            **_patch_labels(drawn),
+            **patch_labels(drawn),
             text_ids=pad([self._ids(CONTRASTIVE_PREFIX + text) for text in texts]),
             positives=positives,
             match_ids=pad([self._ids(text) for text in statements]),
@@ -141,7 +141,7 @@ def pixel_values(images: Sequence[NDArray[np.uint8]]) -> Tensor:
     return (pixels.float() / 255 - MEAN) / STD
 
 
-def _patch_labels(drawn: Sequence[scenes.Scene]) -> dict[str, Tensor]:
+def patch_labels(drawn: Sequence[scenes.Scene]) -> dict[str, Tensor]:
     """Find what owns most ink of each patch, row by row: digit, colour and place, (B, h·w) each."""
     owner = np.stack([s.owner for s in drawn])  # (B, H, W)
     side = scenes.CANVAS // PATCH

@@ -108,12 +108,20 @@ class PatchHeads(nn.Module):
 
     def forward(self, vision: Tensor, batch: Batch) -> Tensor:
         patches = self.norm(vision[:, 1:])  # (B, h·w, C)
-        digits = _cross_entropy(self.digits(patches), batch.patch_digits)
-        colours = _cross_entropy(self.colours(patches), batch.patch_colours)
-        return digits + colours + _cross_entropy(self.places(patches), batch.patch_places)
+        digits = cross_entropy(self.digits(patches), batch.patch_digits)
+        colours = cross_entropy(self.colours(patches), batch.patch_colours)
+        return digits + colours + cross_entropy(self.places(patches), batch.patch_places)
 
 
 def initialise(model: InternVL) -> None:
+    """Set an untrained InternVL's weights."""
+    initialise_layers(model)
+    nn.init.normal_(model.query_tokens, std=0.5)
+    nn.init.normal_(model.text_projection, std=model.text_projection.shape[0] ** -0.5)
+    look_nearby(model.vision_model)
+
+
+def initialise_layers(model: nn.Module) -> None:
     """Normal weights of deviation 1/√inputs; smaller where a branch joins the residual stream."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -123,14 +131,10 @@ def initialise(model: InternVL) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
-    for tensor in (model.vision_model.embeddings.class_embedding, model.query_tokens):
-        nn.init.normal_(tensor, std=0.5)
-    nn.init.normal_(model.text_projection, std=model.text_projection.shape[0] ** -0.5)
-    _look_nearby(model.vision_model)
 
 
 @torch.no_grad()
-def _look_nearby(vision: InternViT) -> None:
+def look_nearby(vision: InternViT) -> None:
     """Let every patch attend to its neighbours from the start.
 
     Digits lie anywhere, and a random tower takes long to find out which patches touch. Waves as
@@ -144,6 +148,7 @@ def _look_nearby(vision: InternViT) -> None:
     grid = torch.cat(
         (wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)), dim=-1
     )  # (side, side, C)
+    nn.init.normal_(vision.embeddings.class_embedding, std=0.5)
     table = vision.embeddings.position_embedding
     table.copy_(F.pad(grid.flatten(0, 1), (0, 0, 1, 0))[None])
     for name, weight in vision.named_parameters():
@@ -165,8 +170,8 @@ def losses(
     return {
         "contrast_c": contrast(model, model.clip_projector(vision), text, batch.positives),
         "contrast_g": contrast(model, model.clip_projector2(queries), text, batch.positives),
-        "match": _cross_entropy(match, batch.is_match),
-        "generate": _cross_entropy(logits[:, :-1], batch.generated_labels[:, 1:]),
+        "match": cross_entropy(match, batch.is_match),
+        "generate": cross_entropy(logits[:, :-1], batch.generated_labels[:, 1:]),
         "patches": heads(vision, batch),
     }
 
@@ -206,7 +211,8 @@ def train(plan: Plan, out: Path) -> None:
 
 
 def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[Batch]) -> None:
-    optimizers = _optimizers(model, heads, plan)
+    named = [*model.named_parameters(), *heads.named_parameters()]
+    optimizers = optimizers_of(named, plan)
     schedules = [LambdaLR(optimizer, lambda step: rate(step, plan)) for optimizer in optimizers]
     parameters = [*model.parameters(), *heads.parameters()]
     began = time.perf_counter()
@@ -228,12 +234,11 @@ def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[
             print(f"{step:5d}  {time.perf_counter() - began:5.0f} s  {figures}", flush=True)
 
 
-def _optimizers(model: InternVL, heads: PatchHeads, plan: Plan) -> list[torch.optim.Optimizer]:
+def optimizers_of(named: list[tuple[str, nn.Parameter]], plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon, which orthogonalises the momentum, for the matrices of the blocks; AdamW for the rest.
 
     AdamW alone had not begun to tell the digits apart after the steps that Muon needs to do so.
     """
-    named = [*model.named_parameters(), *heads.named_parameters()]
     blocks = {name for name, p in named if p.ndim == 2 and (".layers." in name or "_attn." in name)}
     muon = torch.optim.Muon(
         [p for name, p in named if name in blocks],
@@ -256,7 +261,7 @@ def rate(step: int, plan: Plan) -> float:
     return min(1.0, (step + 1) / plan.warmup_steps, max(plan.steps - step, 0) / decay_steps)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
