@@ -37,8 +37,8 @@ from internvl_edge.export.components import (
     language_config,
     output_names,
 )
-from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
 from internvl_edge.types import Array
@@ -264,7 +264,7 @@ def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, Array]:
 
 
 def _random_ids(
-    llama: QLlamaConfig | LlamaConfig, batch: int, length: int = 12, seed: int = 2
+    llama: QLlamaConfig | LanguageConfig, batch: int, length: int = 12, seed: int = 2
 ) -> Array:
     rng = np.random.default_rng(seed)
     return rng.integers(min(3, llama.vocab_size - 1), llama.vocab_size, (batch, length))

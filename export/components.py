@@ -27,12 +27,12 @@ from internvl_edge.artifact.components import (
 )
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import UsageError
-from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,
     QLlamaConfig,
     available_components,
 )
+from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
 from internvl_edge.export.models.qllama import InPlace, KeyValue
@@ -212,7 +212,7 @@ def cache_names(config: CheckpointConfig, prefix: str) -> Iterator[str]:
     return (f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))
 
 
-def language_config(config: CheckpointConfig) -> QLlamaConfig | LlamaConfig | None:
+def language_config(config: CheckpointConfig) -> QLlamaConfig | LanguageConfig | None:
     """The configuration of the checkpoint's language model; None where it has none of ours."""
     if config.internvl is not None:
         return config.internvl.qllama

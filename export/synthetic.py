@@ -39,7 +39,7 @@ import numpy as np
 
 from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.components import language_config
-from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
+from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,
     InternVLConfig,
@@ -47,6 +47,7 @@ from internvl_edge.export.config.checkpoint import (
     published_fields,
     with_depth,
 )
+from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.towers.blocks import LLAMA_NORMS, VISION_NORMS
 from internvl_edge.export.weights.writer import WeightsWriter
 from internvl_edge.types import Array
@@ -60,7 +61,7 @@ OUTLIER_CHANNELS = 6  # of every norm, and of every v
 MASSIVE_TOKENS, MASSIVE_CHANNELS, MASSIVE_VALUE = 3, 4, 2000.0
 
 _VIT_6B = VisionConfig()
-_YI_34B = LlamaConfig(
+_YI_34B = LanguageConfig(
     hidden_size=7168,
     num_attention_heads=56,
     num_key_value_heads=8,

@@ -38,8 +38,8 @@ from internvl_edge.export.checkpoint.load import read_torch
 from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.checkpoint.shards import TensorEntry
 from internvl_edge.export.components import language_config
-from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfig
+from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.towers.blocks import (
     LLAMA_NORMS,
     LLAMA_WRITERS,
@@ -152,7 +152,9 @@ def _vision(checkpoint: Checkpoint, q: Rotation | None, *, has_shift: bool) -> M
     return makers | {"vision_model.unrotation": q.matrix}
 
 
-def _llama(checkpoint: Checkpoint, llama: QLlamaConfig | LlamaConfig, q: Rotation | None) -> Makers:
+def _llama(
+    checkpoint: Checkpoint, llama: QLlamaConfig | LanguageConfig, q: Rotation | None
+) -> Makers:
     config, makers = checkpoint.config, dict[str, Callable[[], Array]]()
     for i in range(llama.num_hidden_layers):
         block = f"{language_prefix(config)}.{i}"

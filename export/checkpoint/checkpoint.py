@@ -16,10 +16,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from internvl_edge.errors import CheckpointError
+from internvl_edge.export.checkpoint.names import chat_entries
 from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.checkpoint.shards import (
     DTYPES,
@@ -55,6 +56,7 @@ LLAVA_QUERY_NAMES = {
     f"{LLAVA_TOWER}query_tokens": "queries.query_tokens",
     **LLAVA_NAMES,
 }
+OUTPUT_LAYER = "language_model.lm_head.weight"
 UNREAD = ("lm_head.", "model.embed_tokens.")  # of QLLaMA, by its queries
 UNREAD_HEADS = ("clip_projector", "text_projection", "logit_scale", "itm_head")
 FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
@@ -131,6 +133,7 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     shards = tuple(find_shards(path))
     states = tuple(file_state(shard) for shard in shards)
     entries = _canonical(config, all_entries(shards))
+    config = _with_output_layer(config, entries)
     tensors, problems = _match(config, entries)
     raise_problems(path, problems)
     return Checkpoint(path=path, config=config, tensors=tensors, shards=shards, states=states)
@@ -162,10 +165,10 @@ def _of_chat(
         dropped += [f"vision_model.{name}" for name in UNREAD_HEADS]
     elif chat.layout == "llava":
         kept = {_renamed(name, LLAVA_NAMES): entry for name, entry in kept.items()}
+    else:
+        kept = chat_entries(kept, chat.llama)
     if chat.llama is None:
         dropped.append("language_model.")
-    elif chat.llama.tie_word_embeddings:
-        dropped.append("language_model.lm_head.")
     return {n: e for n, e in kept.items() if not n.startswith(tuple(dropped))}
 
 
@@ -175,6 +178,22 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+def _with_output_layer(
+    config: CheckpointConfig, entries: dict[str, TensorEntry]
+) -> CheckpointConfig:
+    """Take the output layer that the files hold, whatever the config says of tied embeddings.
+
+    Files of transformers 5 say that they are tied where they are not. The flag decides only where
+    there is no such tensor: with it the token embedding is the output layer, without it the
+    tensor is missing.
+    """
+    chat = config.chat
+    if chat is None or chat.llama is None or OUTPUT_LAYER not in entries:
+        return config
+    llama = replace(chat.llama, tie_word_embeddings=False)
+    return replace(config, chat=replace(chat, llama=llama))
 
 
 def _match(

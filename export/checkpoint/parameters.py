@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
+from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,
     InternVLConfig,
     QLlamaConfig,
     VisionConfig,
 )
+from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.types import Shape
 
 __all__ = ["expected_shapes"]
@@ -161,14 +162,14 @@ def _qllama(config: InternVLConfig, *, has_tokens: bool = True) -> Parameters:
         yield from _linear("lm_head", llama.hidden_size, llama.vocab_size, bias=False)
 
 
-def _llama(config: LlamaConfig) -> Parameters:
+def _llama(config: LanguageConfig) -> Parameters:
     yield from _within("model", _layers(config))
     if not config.tie_word_embeddings:
         yield from _linear("lm_head", config.hidden_size, config.vocab_size, bias=False)
 
 
 def _layers(
-    config: QLlamaConfig | LlamaConfig,
+    config: QLlamaConfig | LanguageConfig,
     crossed: Collection[int] = (),
     vision_width: int = 0,
     *,
@@ -185,11 +186,15 @@ def _layers(
     yield from _norm("norm", width)
 
 
-def _layer(config: QLlamaConfig | LlamaConfig) -> Parameters:
-    width, inner = config.hidden_size, config.intermediate_size
-    kv_width = config.num_key_value_heads * config.head_dim
-    for name, outputs in (("q", width), ("k", kv_width), ("v", kv_width), ("o", width)):
-        yield from _linear(f"self_attn.{name}_proj", width, outputs, bias=False)
+def _layer(config: QLlamaConfig | LanguageConfig) -> Parameters:
+    width, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
+    q_width, kv_width = config.num_attention_heads * size, config.num_key_value_heads * size
+    for name, outputs in (("q", q_width), ("k", kv_width), ("v", kv_width)):
+        yield from _linear(f"self_attn.{name}_proj", width, outputs, bias=config.has_qkv_bias)
+    yield from _linear("self_attn.o_proj", q_width, width, bias=False)
+    if config.has_qk_norm:
+        yield from _norm("self_attn.q_norm", size)
+        yield from _norm("self_attn.k_norm", size)
     yield from _linear("mlp.gate_proj", width, inner, bias=False)
     yield from _linear("mlp.up_proj", width, inner, bias=False)
     yield from _linear("mlp.down_proj", inner, width, bias=False)

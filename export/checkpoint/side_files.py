@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.errors import CheckpointError, InputError
+from internvl_edge.export.config.native import PROCESSOR_FILES, processor_settings
 from internvl_edge.files.reading import foreign_target, is_there, parse_json, read_file
 from internvl_edge.runtime.images.transform import Preprocessing
 
@@ -81,15 +82,11 @@ def sha256_of(folder: Path, name: str) -> str | None:
 
 
 def read_preprocessing(folder: Path, image_size: int) -> Preprocessing:
-    """Read mean and standard deviation of ``preprocessor_config.json``, for a resolution.
+    """Read mean and standard deviation of the processor's file, for a resolution.
 
     The file is optional: the published models all use ImageNet's figures.
     """
-    name, default = "preprocessor_config.json", Preprocessing(size=image_size)
-    data = read_side_file(folder, name)
-    if data is None:
-        return default
-    raw = _parsed(folder / name, data)
+    default, raw = Preprocessing(size=image_size), processor_settings(folder)
     try:
         red, green, blue = (float(v) for v in raw.get("image_mean", default.mean))
         mean = red, green, blue
@@ -97,7 +94,7 @@ def read_preprocessing(folder: Path, image_size: int) -> Preprocessing:
         return replace(default, mean=mean, std=(red, green, blue))
     except (ValueError, TypeError, InputError) as error:
         raise CheckpointError(
-            f"{folder / name}: not a preprocessor configuration: {error}"
+            f"{folder / PROCESSOR_FILES[0]}: not a preprocessor configuration: {error}"
         ) from error
 
 

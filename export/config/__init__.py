@@ -2,5 +2,7 @@
 
 checkpoint  the kind of a checkpoint, and its towers; start here
 chat        language model, projector and prompts of a chat checkpoint
+native      the same in the layout of transformers' own classes
+language    the language model, of any of the families
 fields      reads each key without trust, and checks its type
 """

@@ -8,7 +8,8 @@ A checkpoint is one of three kinds, recognised by the config's keys rather than 
 (which transformers' own, different InternVL shares):
 
     internvl   ``vision_config`` and ``qllama_config``          InternVL-14B: ViT, QLLaMA, heads
-    chat       ``vision_config`` and ``llm_config``, or LLaVA's  InternVL-Chat: ViT, projector, LLM
+    chat       ``vision_config`` and ``llm_config``, or       InternVL-Chat: ViT, projector, LLM
+               ``text_config``, or LLaVA's
     vit        ``model_type`` intern_vit_6b, or a bare ViT      InternViT
 """
 
@@ -24,7 +25,6 @@ from internvl_edge.artifact.components import components_of
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.config.chat import (
     ChatConfig,
-    LlamaConfig,
     has_queries,
     is_llava,
     read_chat,
@@ -41,11 +41,15 @@ from internvl_edge.export.config.fields import (
     section,
     typed,
 )
+from internvl_edge.export.config.language import OURS as OURS_OF_LANGUAGE
+from internvl_edge.export.config.language import LanguageConfig
+from internvl_edge.export.config.native import is_native, native_vision, read_native
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["internvl", "chat", "vit"]
-OURS = ("has_layer_scale", "is_rotated", "has_shift")  # fields that no config.json decides
+# Fields that no config.json decides.
+OURS = ("has_layer_scale", "has_shift", *OURS_OF_LANGUAGE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +133,15 @@ class QLlamaConfig:
         return self.num_attention_heads
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """False: like the next one, something that other families have (``language``)."""
+        return False
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return False
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
@@ -207,6 +220,9 @@ def load_config(directory: Path) -> CheckpointConfig:
         if has_queries(raw):
             return _chat_with_queries(raw, vision, chat, select_layer, path)
         return _chat(vision, chat, select_layer, path)
+    if is_native(raw):
+        native = native_vision(raw, path)
+        return _chat(_vision_config(native, path, {}), *read_native(raw, native, path), path)
     if isinstance(raw.get("qllama_config"), dict):
         if raw.get("tie_word_embeddings"):
             logger.warning(
@@ -300,6 +316,11 @@ def _internvl(raw: dict[str, Any], vision: VisionConfig, path: Path) -> InternVL
 
 
 def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> VisionConfig:
+    if section.get("use_moe"):
+        raise CheckpointError(
+            f"{path}: vision_config.use_moe: expected false, as in every published tower; mixtures "
+            "of experts are not implemented"
+        )
     config = _from_raw(VisionConfig, section, path, "vision_config.")
     # A checkpoint made with force_image_size stores a position embedding that is already resized.
     forced = top.get("force_image_size")
@@ -310,7 +331,7 @@ def _vision_config(section: dict[str, Any], path: Path, top: dict[str, Any]) -> 
     )
 
 
-def published_fields(config: VisionConfig | QLlamaConfig | LlamaConfig) -> dict[str, Any]:
+def published_fields(config: VisionConfig | QLlamaConfig | LanguageConfig) -> dict[str, Any]:
     """Return the fields that a ``config.json`` has, without those that folding sets."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in OURS}
 

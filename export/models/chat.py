@@ -1,4 +1,4 @@
-"""InternVL-Chat: the vision tower's patches are projected to tokens of a LLaMA.
+"""A chat model: the vision tower's patches are projected to tokens of a language model.
 
     patches        = ViT(pixels) without its class token                      (B, g², C)
     image_tokens   = projector(pixel_shuffle(patches))                        (B, g²/s², D)
@@ -167,9 +167,8 @@ class Chat(nn.Module):
         placeholder = self._placeholder(image_token_id)
         embeds = self.embed(input_ids, self.encode_image(pixel_values), placeholder)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
         llama = require_llama(self)
-        logits, _ = llama(embeds, mask, positions, llama.empty_cache(len(input_ids)))
+        logits, _ = llama(embeds, mask, llama.positions_of(mask), llama.empty_cache(len(input_ids)))
         return logits
 
     @torch.inference_mode()
@@ -186,7 +185,7 @@ class Chat(nn.Module):
         placeholder = self._placeholder(image_token_id)
         x = self.embed(input_ids, self.encode_image(pixel_values), placeholder)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+        positions = llama.positions_of(mask, max_new_tokens - 1)  # the last is not read
         cache, tokens = llama.empty_cache(len(input_ids)), list[Tensor]()
         is_over = torch.zeros(len(input_ids), dtype=torch.bool)
         for _ in range(max_new_tokens):
@@ -198,7 +197,7 @@ class Chat(nn.Module):
                 break
             x = llama.model.embed_tokens(token)[:, None]
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
-            positions = mask.sum(-1, keepdim=True) - 1
+            positions = positions[:, -1:] + 1
         return torch.stack(tokens, dim=1)
 
     def _placeholder(self, image_token_id: int | None) -> int:
@@ -215,7 +214,7 @@ def require_llama(model: Chat) -> Llama:
     """Return the language model.
 
     Raises:
-        CheckpointError: its architecture is not a LLaMA.
+        CheckpointError: it is of no known family.
     """
     if model.language_model is None:
         raise CheckpointError(f"the language model is {model.config.unsupported}")

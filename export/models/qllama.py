@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import InternVLConfig, QLlamaConfig
+from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models.attention import (
     attention,
     cached_attention,
@@ -114,14 +114,29 @@ def generation_positions(attention_mask: Tensor) -> Tensor:
 # --- layers ----------------------------------------------------------------------------------
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head by itself, (B, T, heads·d); all heads have one gain (d)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(-1, (-1, len(self.weight)))).flatten(2)
+
+
 class SelfAttention(nn.Module):
-    def __init__(self, config: QLlamaConfig | LlamaConfig) -> None:
+    def __init__(self, config: QLlamaConfig | LanguageConfig) -> None:
         super().__init__()
-        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        width, size = config.hidden_size, config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(width, outputs, bias=False) for outputs in (width, kv_width, kv_width, width)
+        q_width, kv_width = self.num_heads * size, self.num_kv_heads * size
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, outputs, bias=config.has_qkv_bias)
+            for outputs in (q_width, kv_width, kv_width)
         )
+        self.o_proj = nn.Linear(q_width, width, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.has_qk_norm:
+            self.q_norm = HeadNorm(size, config.rms_norm_eps)
+            self.k_norm = HeadNorm(size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -130,8 +145,8 @@ class SelfAttention(nn.Module):
         mask: Tensor | None,
         past: KeyValue | InPlace | None,
     ) -> tuple[Tensor, KeyValue]:
-        q = rotate(self.q_proj(x), *rope, self.num_heads)
-        k = rotate(self.k_proj(x), *rope, self.num_kv_heads)
+        q = rotate(self.q_norm(self.q_proj(x)), *rope, self.num_heads)
+        k = rotate(self.k_norm(self.k_proj(x)), *rope, self.num_kv_heads)
         v = self.v_proj(x)
         present = split_heads(k, self.num_kv_heads), split_heads(v, self.num_kv_heads)
         if past is None:
@@ -164,7 +179,7 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: QLlamaConfig | LlamaConfig) -> None:
+    def __init__(self, config: QLlamaConfig | LanguageConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -178,7 +193,11 @@ class Layer(nn.Module):
     """A LLaMA layer; with cross-attention, one of QLLaMA's that attend to the image."""
 
     def __init__(
-        self, config: QLlamaConfig | LlamaConfig, vision_width: int = 0, *, has_cross: bool = False
+        self,
+        config: QLlamaConfig | LanguageConfig,
+        vision_width: int = 0,
+        *,
+        has_cross: bool = False,
     ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config)

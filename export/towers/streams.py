@@ -13,7 +13,7 @@ stream with its own ranges:
     text      causal text                            text_embed
     match     queries and text, all seeing all       matcher
     caption   text after the queries, causal         decoder
-    chat      image tokens, then text, causal        chat_decoder, of InternVL-Chat's LLaMA
+    chat      image tokens, then text, causal        chat_decoder, of a chat model's LLaMA
 
 A batch's hidden states change from block to block; they are kept in a spool, in memory or on disk.
 The other inputs of its blocks (masks, rotary tables, the image) are its context.
@@ -219,8 +219,8 @@ def _chat_streams(
         x = llama.entered(torch.cat((tokens, llama.model.embed_tokens(ids)), dim=1))
         rows = F.pad(ids > 0, (tokens.shape[1], 0), value=True)
         mask = causal_mask(x.shape[1], x.device) & padding_mask(rows)
-        rope = tuple(t[None, : x.shape[1]] for t in (llama.rope_cos, llama.rope_sin))
-        return x, Context(mask=mask, rope=rope, rows=rows)  # type: ignore[arg-type]
+        positions = llama.positions_of(torch.ones(1, x.shape[1], dtype=torch.long))
+        return x, Context(mask=mask, rope=llama.rope(positions), rows=rows)
 
     config = checkpoint.config.queries
     queries = [None] * len(image) if config is None else _query_states(checkpoint, config, image)

@@ -9,6 +9,7 @@ cumsum(mask) − 1, and 1 on padding (docs/model.md, section 2.5).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ import numpy as np
 
 from internvl_edge.errors import InternVLError, UsageError
 from internvl_edge.types import Array
+
+logger = logging.getLogger(__name__)
 
 
 class Decoding(Protocol):
@@ -99,6 +102,9 @@ class Prompt:
     rows: Sequence[Sequence[int]]  # B, at least one id each
     past: int = 0  # P
     first: int = 0  # which row of a request its first one is, for what is drawn
+    # Where the positions of long texts begin, and so the length of the longest short one; 0: all
+    # texts have the same. See ``export.models.llama``.
+    long_positions: int = 0
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
@@ -139,11 +145,13 @@ class Batch:
         self.used = prompt.past + length
         self.mask = np.ones((rows, self.used + room), np.int64)
         self.mask[:, prompt.past : self.used] = mask
-        self.next = self.mask[:, : self.used].sum(axis=1, keepdims=True)  # (B, 1): position
+        count = self.mask[:, : self.used].sum(axis=1, keepdims=True)
+        self._offset = _offsets(count + room - 1, prompt.long_positions)  # the last is not read
+        self.next = count + self._offset  # (B, 1): position
 
     def read_prompt(self) -> Array:
         mask = np.ascontiguousarray(self.mask[:, : self.used])
-        positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, self._past :]
+        positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, self._past :] + self._offset
         return self._run(self._ids, mask, np.ascontiguousarray(positions))
 
     def read(self, tokens: Array) -> Array:
@@ -168,6 +176,24 @@ class Batch:
                 "finite logits; run internvl-edge verify, or export at another precision"
             )
         return logits
+
+
+def _offsets(lengths: Array, long_positions: int) -> Array:
+    """Choose the positions of each row, by the number (B, 1) that it may come to; see ``Prompt``.
+
+    A row keeps its choice to the end: what is cached was rotated by it.
+    """
+    is_long = (lengths > long_positions) & (long_positions > 0)
+    if is_long.any():
+        logger.warning(
+            "%d of %d texts may have more than %d positions with their new tokens: they have the "
+            "rotary positions of long texts (LongRoPE) from the beginning; ask for fewer new "
+            "tokens to keep those of short ones",
+            is_long.sum(),
+            len(lengths),
+            long_positions,
+        )
+    return is_long * np.int64(long_positions)
 
 
 def without(logits: Array, ids: Array) -> Array:

@@ -92,7 +92,16 @@ def started(
     session = components.session(CHAT_DECODER)
     embed = Embedding(components.token_table, tokens)
     decoding = start(session, empty_cache(session, len(rows)), embed)
-    return decoding, Prompt(rows=rows, first=first)
+    return decoding, Prompt(rows=rows, first=first, long_positions=_long_positions(components))
+
+
+def _long_positions(components: OpenComponents) -> int:
+    """Say where the positions of long texts begin; 0 where the model has no others for them."""
+    llama = components.artifact.manifest.language_model or {}
+    if llama.get("rope_type") != "longrope":
+        return 0
+    original: int = llama["original_max_position_embeddings"]
+    return original if original < llama["max_position_embeddings"] else 0
 
 
 def require_chat_room(components: OpenComponents, lengths: Sequence[int], how: Generation) -> None:

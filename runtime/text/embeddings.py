@@ -19,7 +19,13 @@ from internvl_edge.types import Array
 
 __all__ = ["Embedding", "TokenTable", "open_table"]
 
-NAME = "model.embed_tokens.weight"
+# What a weights file calls the table: one of ours as the first, a checkpoint's own in its layout.
+NAMES = (
+    "language_model.model.embed_tokens.weight",
+    "language_model.model.tok_embeddings.weight",  # InternLM2
+    "model.language_model.embed_tokens.weight",  # transformers 5
+    "model.embed_tokens.weight",  # InternVL-Chat V1.0
+)
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -94,9 +100,9 @@ def open_table(artifact: Artifact) -> TokenTable:
                 except MalformedFile as error:
                     raise ArtifactError(f"{path}: {error}") from error
             for tensor, place in places.items():
-                if tensor.endswith(NAME):
+                if tensor in NAMES:
                     return TokenTable(_mapped(path, place))
-    raise ArtifactError(f"{artifact.path}: expected a tensor *{NAME} in its weights, found none")
+    raise ArtifactError(f"{artifact.path}: expected a tensor {NAMES[0]} in its weights, found none")
 
 
 def _mapped(path: Path, place: TensorPlace) -> Array:

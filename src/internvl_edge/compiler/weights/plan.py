@@ -19,6 +19,7 @@ from internvl_edge.compiler.weights.layout import (
     shape_of,
 )
 from internvl_edge.errors import UsageError
+from internvl_edge.export.checkpoint.names import Joined
 from internvl_edge.export.checkpoint.shards import DTYPES, TensorEntry
 from internvl_edge.export.components import build_component
 from internvl_edge.export.graph.dtypes import POLICIES
@@ -84,9 +85,13 @@ def _read_by(plan: Plan, name: str, model: InternVL | Chat | InternViT) -> froze
 
 
 def held_weights(plan: Plan, needed: Iterable[str]) -> dict[str, TensorEntry]:
-    """Select the needed parameters that the checkpoint has as they are."""
+    """Select the needed parameters that the checkpoint's files have as they are, in one run."""
     resized = plan.image_size != plan.source.config.vision.image_size
-    return {n: plan.source.tensors[n] for n in needed if n != POSITIONS or not resized}
+    return {
+        name: plan.source.tensors[name]
+        for name in needed
+        if (name != POSITIONS or not resized) and not isinstance(plan.source.tensors[name], Joined)
+    }
 
 
 def can_bring(

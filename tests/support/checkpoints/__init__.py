@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from internvl_edge.export.checkpoint.checkpoint import LLAVA_TOWER
-from internvl_edge.export.config.chat import LlamaConfig
 from internvl_edge.export.config.checkpoint import (
     InternVLConfig,
     QLlamaConfig,
@@ -20,9 +19,10 @@ from internvl_edge.export.config.checkpoint import (
     load_config,
     published_fields,
 )
+from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 
-LLM_KEYS = (  # those of LlamaConfig that transformers has too
+LLM_KEYS = (  # those of LanguageConfig that transformers has too
     "hidden_size",
     "num_attention_heads",
     "num_key_value_heads",
@@ -64,12 +64,12 @@ class ChatShapes:
     """The two towers of a chat checkpoint."""
 
     vision: VisionConfig
-    llama: LlamaConfig
+    llama: LanguageConfig
 
 
 CHAT = ChatShapes(
     vision=replace(TINY.vision, num_hidden_layers=3, image_size=56),
-    llama=LlamaConfig(
+    llama=LanguageConfig(
         hidden_size=64,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -99,7 +99,7 @@ def write_internvl(
 ) -> Written:
     """Write an InternVL checkpoint."""
     torch.manual_seed(seed)
-    state = _randomised(InternVL(config))
+    state = randomised(InternVL(config))
     raw = {
         "model_type": "internvl",
         "architectures": ["InternVLModel"],
@@ -118,7 +118,7 @@ def write_vit(path: Path, config: VisionConfig = TINY.vision, *, seed: int = 0) 
     """Write a bare InternViT checkpoint."""
     torch.manual_seed(seed)
     raw = {"model_type": "intern_vit_6b", **asdict(config)}
-    return write_raw(path, raw, _randomised(InternViT(config)))
+    return write_raw(path, raw, randomised(InternViT(config)))
 
 
 def write_chat(
@@ -145,7 +145,7 @@ def write_chat(
     }
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(raw))
-    return write_raw(path, raw, _randomised(Chat(load_config(path))), dtype=dtype)
+    return write_raw(path, raw, randomised(Chat(load_config(path))), dtype=dtype)
 
 
 def write_llava(path: Path, shapes: ChatShapes = CHAT, *, seed: int = 0) -> Written:
@@ -168,7 +168,7 @@ def write_llava(path: Path, shapes: ChatShapes = CHAT, *, seed: int = 0) -> Writ
     path.mkdir(parents=True, exist_ok=True)
     whole = raw | {"mm_vision_select_layer": -1}
     (path / "config.json").write_text(json.dumps(whole))
-    state = _randomised(Chat(load_config(path)))
+    state = randomised(Chat(load_config(path)))
     names = {
         "vision_model.": "model.vision_tower.vision_tower.",
         "mm_projector.": "model.mm_projector.",
@@ -197,7 +197,7 @@ def write_llava_queries(path: Path, *, seed: int = 0, depth: int = 3) -> Written
     vision = VisionConfig(**raw["vision_config"])
     tower = replace(TINY, vision=vision, qllama=replace(TINY.qllama, num_hidden_layers=depth))
     torch.manual_seed(seed + 1)
-    state = {f"{LLAVA_TOWER}{n}": t for n, t in _randomised(InternVL(tower)).items()}
+    state = {f"{LLAVA_TOWER}{n}": t for n, t in randomised(InternVL(tower)).items()}
     state |= {n: t for n, t in plain.state.items() if not n.startswith("model.vision_tower")}
     width, language = TINY.qllama.hidden_size, raw["hidden_size"]
     for part in ("0.weight", "0.bias", "2.weight", "2.bias"):
@@ -259,7 +259,7 @@ def as_snapshot(path: Path, cache: Path) -> Path:
     return snapshot
 
 
-def _randomised(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def randomised(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights that leave every part of the computation visible in the output."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
