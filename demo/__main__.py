@@ -172,7 +172,7 @@ def write_report(
 
 
 def row(artifact: Artifact, figures: dict[str, float], timing: Timing) -> tuple[str, ...]:
-    """One precision as a row of the table."""
+    """Show one precision as a row of the table."""
     percent = {name: f"{100 * share:.1f}" for name, share in figures.items()}
     return (
         artifact.path.name,

@@ -27,17 +27,17 @@ class Embeds(Protocol):
     """The methods that classification and retrieval need."""
 
     def encode_image(self, images: Any, mode: str = "c", normalize: bool = False) -> Any:
-        """Embeddings of images, (B, E)."""
+        """Embed images, (B, E)."""
 
     def encode_text(self, texts: Any, normalize: bool = False) -> Any:
-        """Embeddings of texts, (B, E)."""
+        """Embed texts, (B, E)."""
 
 
 class Matches(Protocol):
     """The method that matching needs."""
 
     def match(self, images: Any, texts: Any) -> Any:
-        """The probability that text i is true of image i, (B,)."""
+        """Return the probability that text i is true of image i, (B,)."""
 
 
 class Sees(Protocol):
@@ -53,10 +53,10 @@ class Speaks(Protocol):
     """The methods that captioning and answering need."""
 
     def caption(self, images: Any, *, num_beams: int = 1, max_new_tokens: int = 30) -> Any:
-        """A caption for each image."""
+        """Caption each image."""
 
     def answer(self, images: Any, prompts: Any, *, max_new_tokens: int = 30) -> Any:
-        """The continuation of prompt i on image i."""
+        """Continue prompt i on image i."""
 
 
 def zero_shot_accuracy(model: Embeds, n: int = 500, mode: str = "c", seed: int = 1) -> float:

@@ -1,7 +1,7 @@
 """Training batches of conversations: scenes, prompts as the runtime spells them, and answers.
 
-Batch ``i`` of a seed is always the same. Half of its dialogues are about one picture, half about two.
-Questions are varied as people type them, with a capital letter and without the last sign.
+Batch ``i`` of a seed is always the same. Dialogues are about one picture or about two. Questions
+are varied as people type them, with a capital letter and without the last sign.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from internvl_edge.demo.training.batches import IGNORED, pad, patch_labels, pixe
 from internvl_edge.demo.training.vocabulary import TEMPLATE
 from internvl_edge.runtime.text.templates import Turn, conversation, find_template
 
-ONE_PICTURE_SHARE = 0.55
-TURNS = 4
+ONE_PICTURE_SHARE = 0.65
+TURNS = 6
 PLACE = "<image>"
 
 

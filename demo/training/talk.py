@@ -1,10 +1,10 @@
 """Train the chat demo from nothing: ``python -m internvl_edge.demo.training.talk OUT``.
 
-The structure is InternVL3's, small: a LayerNorm tower, pixel shuffle, a projector, and a decoder of the
-Qwen2 kind that reads nine tokens a picture. One seeded run on the CPU: first the tower alone, by three
-linear heads that name what lies under each patch and are thrown away afterwards; then all of it, by the
-answers of conversations. The result is rounded to bfloat16 and written in the layout of the published
-checkpoints.
+The structure is InternVL3's, small: a LayerNorm tower, pixel shuffle, a projector, and a decoder
+of the Qwen2 kind that reads nine tokens a picture. One seeded run on the CPU: first the tower
+alone, by three linear heads that name what lies under each patch and are thrown away afterwards;
+then all of it, by the answers of conversations. The result is rounded to bfloat16 and written in
+the layout of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from internvl_edge.demo.training.train import (
     rate,
 )
 from internvl_edge.demo.training.vocabulary import TEMPLATE, train_vocabulary
-from internvl_edge.export.config.chat import ChatConfig, LlamaConfig
+from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, published_fields
+from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models.chat import Chat, require_llama
 
-PLAN = Plan(vision_steps=450, steps=1300, batch_size=64)
+PLAN = Plan(vision_steps=400, steps=2000, batch_size=64)
 WIDTH = 128
 IMAGE_SCALE = 0.5  # of the projector's output at first, as token embeddings have
 
@@ -62,7 +63,8 @@ def configuration(vocab_size: int, image_token_id: int) -> CheckpointConfig:
             initializer_factor=0.5,
         ),
         chat=ChatConfig(
-            llama=LlamaConfig(
+            llama=LanguageConfig(
+                has_qkv_bias=True,
                 hidden_size=WIDTH,
                 num_attention_heads=4,
                 num_key_value_heads=2,
@@ -71,6 +73,7 @@ def configuration(vocab_size: int, image_token_id: int) -> CheckpointConfig:
                 vocab_size=vocab_size,
                 max_position_embeddings=1024,
             ),
+            architecture="Qwen2ForCausalLM",
             language_width=WIDTH,
             image_size=CANVAS,
             ps_version="v2",
@@ -108,6 +111,7 @@ def train(plan: Plan, out: Path) -> None:
     config = configuration(tokenizer.get_vocab_size(), tokenizer.token_to_id("<IMG_CONTEXT>"))
     model = Chat(config)
     initialise_layers(model)
+    nn.init.normal_(model.vision_model.embeddings.class_embedding, std=0.5)
     look_nearby(model.vision_model)
     heads = PatchHeads(WIDTH)
     side = CANVAS // PATCH // 2

@@ -116,13 +116,14 @@ class PatchHeads(nn.Module):
 def initialise(model: InternVL) -> None:
     """Set an untrained InternVL's weights."""
     initialise_layers(model)
-    nn.init.normal_(model.query_tokens, std=0.5)
+    for tensor in (model.vision_model.embeddings.class_embedding, model.query_tokens):
+        nn.init.normal_(tensor, std=0.5)
     nn.init.normal_(model.text_projection, std=model.text_projection.shape[0] ** -0.5)
     look_nearby(model.vision_model)
 
 
 def initialise_layers(model: nn.Module) -> None:
-    """Normal weights of deviation 1/√inputs; smaller where a branch joins the residual stream."""
+    """Draw weights of deviation 1/√inputs, smaller where a branch joins the residual stream."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             depth = 4 if name.endswith(("o_proj", "down_proj", "attn.proj", "fc2")) else 1
@@ -148,7 +149,6 @@ def look_nearby(vision: InternViT) -> None:
     grid = torch.cat(
         (wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)), dim=-1
     )  # (side, side, C)
-    nn.init.normal_(vision.embeddings.class_embedding, std=0.5)
     table = vision.embeddings.position_embedding
     table.copy_(F.pad(grid.flatten(0, 1), (0, 0, 1, 0))[None])
     for name, weight in vision.named_parameters():
@@ -160,7 +160,7 @@ def look_nearby(vision: InternViT) -> None:
 def losses(
     model: InternVL, heads: PatchHeads, batch: Batch, *, vision_only: bool = False
 ) -> dict[str, Tensor]:
-    """The mean loss of each task on one batch; with ``vision_only`` that of the patches alone."""
+    """Compute each task's mean loss on one batch; with ``vision_only`` the patches' alone."""
     vision = model.vision_model(batch.pixels)  # (B, N, C)
     if vision_only:
         return {"patches": heads(vision, batch)}
@@ -177,7 +177,7 @@ def losses(
 
 
 def generation(model: InternVL, vision: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) of the text after the queries, and the query states (B, nq, D)."""
+    """Compute logits (B, T, V) of the text after the queries, and query states (B, nq, D)."""
     count = model.query_tokens.shape[1]
     queries = model.query_tokens.expand(len(ids), -1, -1)
     embeds = torch.cat((queries, model.qllama.embed(ids)), dim=1)
@@ -187,7 +187,7 @@ def generation(model: InternVL, vision: Tensor, ids: Tensor) -> tuple[Tensor, Te
 
 
 def contrast(model: InternVL, image: Tensor, text: Tensor, positives: Tensor) -> Tensor:
-    """Cross-entropy both ways; a row's target is spread over all that is true of it."""
+    """Compute cross-entropy both ways; a row's target is spread over all that is true of it."""
     image = F.normalize(image.float(), dim=-1)
     logits = model.logit_scale.exp() * image @ text.T  # (images, texts)
     target = positives.float()
@@ -239,7 +239,8 @@ def optimizers_of(named: list[tuple[str, nn.Parameter]], plan: Plan) -> list[tor
 
     AdamW alone had not begun to tell the digits apart after the steps that Muon needs to do so.
     """
-    blocks = {name for name, p in named if p.ndim == 2 and (".layers." in name or "_attn." in name)}
+    inside = (".layers.", "_attn.", "mlp1.")
+    blocks = {name for name, p in named if p.ndim == 2 and any(part in name for part in inside)}
     muon = torch.optim.Muon(
         [p for name, p in named if name in blocks],
         lr=plan.matrix_rate,
@@ -256,7 +257,7 @@ def optimizers_of(named: list[tuple[str, nn.Parameter]], plan: Plan) -> list[tor
 
 
 def rate(step: int, plan: Plan) -> float:
-    """The share of the learning rates at a step: up, constant, then linearly down to 0."""
+    """Return the share of the learning rates at a step: up, constant, then linearly down to 0."""
     decay_steps = round(plan.steps * (1 - plan.constant_share))
     return min(1.0, (step + 1) / plan.warmup_steps, max(plan.steps - step, 0) / decay_steps)
 
@@ -324,7 +325,7 @@ def _documents(config: InternVLConfig) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the demo's InternVL on handwritten digits.")
     parser.add_argument("out", type=Path, help="directory for the checkpoint")
     options = parser.parse_args()

@@ -1,7 +1,8 @@
-"""The chat demo's byte-level BPE, laid out as that of InternVL3: Qwen2.5's control tokens, then nine.
+"""The chat demo's byte-level BPE, laid out as that of InternVL3.
 
-Every text has ids, since all 256 bytes have. The words of the demo, its control tokens' names and the
-published system sentence are few pieces each. Source: docs/model.md, tokenizers of the family.
+After the pieces come Qwen2.5's control tokens, and then the nine that InternVL adds. Every text has
+ids, since all 256 bytes have; the words of the demo and the published system sentence are few
+pieces each. Source: docs/model.md, tokenizers of the family.
 """
 
 from __future__ import annotations
@@ -38,8 +39,16 @@ def train_vocabulary(out: Path) -> Any:
     Returns:
         the ``tokenizers.Tokenizer``.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
-    from tokenizers import normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
