@@ -2,7 +2,8 @@
 
     python benchmarks/quant.py [--layers 4] [--seeds 0 1] [--peers] [--json FILE]
 
-Recipes are compared on towers of InternViT-6B's widths with made-up weights (``synthetic``): plain;
+Recipes are compared on towers of InternViT-6B's or -300M's widths with made-up weights
+(``synthetic``): plain;
 with function-preserving outlier channels; with massive activations and outliers between v and its
 projection as well; and with outlier channels after GELU on top. Each is calibrated on a few
 photographs; what it computes is simulated in PyTorch (``oracle.simulate``, which every export
@@ -37,7 +38,8 @@ from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_model
 from internvl_edge.export.components import build_component
-from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
+from internvl_edge.export.config.checkpoint import CheckpointConfig
+from internvl_edge.export.synthetic import PRESETS, Synthesis, write_checkpoint
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
 from internvl_edge.quantize.calibration.block import calibrate_block
@@ -54,6 +56,7 @@ CHECKPOINTS = {
     "massive": {"outliers": True, "massive": True},
     "gelu": {"outliers": True, "massive": True, "gelu": True},
 }
+TOWERS = {"6b": "internvit-6b-224", "300m": "internvl3-1b"}
 INT8, FP8 = recipe_for("int8"), recipe_for("fp8")
 _NAIVE = Recipe(name="naive, max", range_method="max")
 _FOLDED = replace(_NAIVE, name="+ gains and LayerScale folded, mse", range_method="mse", fold=True)
@@ -92,7 +95,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
-        "--width", type=int, default=3200, help="channels; heads are 64 or 128 wide"
+        "--tower", choices=TOWERS, default="6b", help="6b: RMSNorm and QK norm; 300m: LayerNorm"
+    )
+    parser.add_argument(
+        "--width", type=int, help="channels, the tower's own by default; heads are 64 or 128 wide"
     )
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--layer-scale", type=float, default=1.0, help="mean of made-up LayerScale")
@@ -122,17 +128,21 @@ def main() -> None:
 
 
 def synthesis(kind: str, seed: int, chosen: argparse.Namespace) -> Synthesis:
-    """Make InternViT-6B of the depth, width and image size asked for."""
-    config = shrink(PRESETS["internvit-6b-224"], chosen.layers)
+    """Make a tower of the depth, width and image size asked for."""
     vision = replace(
-        config.vision,
-        hidden_size=chosen.width,
-        intermediate_size=4 * chosen.width,
-        num_attention_heads=chosen.width // (128 if chosen.width % 128 == 0 else 64),
+        PRESETS[TOWERS[chosen.tower]].vision,
+        num_hidden_layers=chosen.layers,
         image_size=chosen.image_size,
     )
+    if chosen.width is not None:
+        vision = replace(
+            vision,
+            hidden_size=chosen.width,
+            intermediate_size=4 * chosen.width,
+            num_attention_heads=chosen.width // (128 if chosen.width % 128 == 0 else 64),
+        )
     return Synthesis(
-        config=replace(config, vision=vision),
+        config=CheckpointConfig(kind="vit", vision=vision),
         seed=seed,
         layer_scale=chosen.layer_scale,
         **CHECKPOINTS[kind],

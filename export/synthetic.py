@@ -38,6 +38,7 @@ import ml_dtypes
 import numpy as np
 
 from internvl_edge.export.checkpoint.parameters import expected_shapes
+from internvl_edge.export.checkpoint.published import published_tensors
 from internvl_edge.export.components import language_config
 from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import (
@@ -47,7 +48,7 @@ from internvl_edge.export.config.checkpoint import (
     published_fields,
     with_depth,
 )
-from internvl_edge.export.config.language import LanguageConfig
+from internvl_edge.export.config.language import FAMILIES, LanguageConfig
 from internvl_edge.export.towers.blocks import LLAMA_NORMS, VISION_NORMS
 from internvl_edge.export.weights.writer import WeightsWriter
 from internvl_edge.types import Array
@@ -61,6 +62,74 @@ OUTLIER_CHANNELS = 6  # of every norm, and of every v
 MASSIVE_TOKENS, MASSIVE_CHANNELS, MASSIVE_VALUE = 3, 4, 2000.0
 
 _VIT_6B = VisionConfig()
+_VIT_6B_V2_5 = replace(_VIT_6B, image_size=448, num_hidden_layers=45)
+_VIT_300M = VisionConfig(
+    hidden_size=1024,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    image_size=448,
+    qkv_bias=True,
+    qk_normalization=False,
+    norm_type="layer_norm",
+)
+_DYNAMIC = {"rope_theta": 1_000_000.0, "rope_type": "dynamic", "rope_factor": 2.0}
+_QWEN2 = LanguageConfig(
+    hidden_size=896,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    vocab_size=151674,
+    max_position_embeddings=32768,
+    has_qkv_bias=True,
+    **_DYNAMIC,  # type: ignore[arg-type]
+)
+_INTERNLM2 = LanguageConfig(
+    hidden_size=2048,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    intermediate_size=8192,
+    num_hidden_layers=24,
+    vocab_size=92553,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-5,
+    **_DYNAMIC,  # type: ignore[arg-type]
+)
+_QWEN2_7B = replace(
+    _QWEN2,
+    hidden_size=3584,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    head_dim=0,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+)
+_INTERNLM2_20B = replace(
+    _INTERNLM2,
+    hidden_size=6144,
+    num_attention_heads=48,
+    head_dim=0,
+    intermediate_size=16384,
+    num_hidden_layers=48,
+)
+
+
+def _chat(vision: VisionConfig, llama: LanguageConfig, architecture: str) -> CheckpointConfig:
+    """Make the configuration of a model from InternVL2.5 on."""
+    chat = ChatConfig(
+        llama=llama,
+        architecture=architecture,
+        language_width=llama.hidden_size,
+        ps_version="v2",
+        template="internvl2_5",
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        max_dynamic_patch=12,
+    )
+    return CheckpointConfig(kind="chat", vision=vision, chat=chat)
+
+
 _YI_34B = LanguageConfig(
     hidden_size=7168,
     num_attention_heads=56,
@@ -92,6 +161,10 @@ PRESETS: dict[str, CheckpointConfig] = {
         vision=replace(_VIT_6B, image_size=448, num_hidden_layers=45),
         chat=ChatConfig(llama=_YI_34B, language_width=_YI_34B.hidden_size),
     ),
+    "internvl3-1b": _chat(_VIT_300M, _QWEN2, "Qwen2ForCausalLM"),
+    "internvl3-8b": _chat(_VIT_300M, _QWEN2_7B, "Qwen2ForCausalLM"),
+    "internvl2_5-2b": _chat(_VIT_300M, _INTERNLM2, "InternLM2ForCausalLM"),
+    "internvl2_5-26b": _chat(_VIT_6B_V2_5, _INTERNLM2_20B, "InternLM2ForCausalLM"),
 }
 
 
@@ -119,11 +192,7 @@ def shrink(config: CheckpointConfig, layers: int | None) -> CheckpointConfig:
 def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:
     """Write a checkpoint into a new directory; return its size in bytes."""
     directory.mkdir(parents=True)
-    prefix = "vision_model." if synthesis.config.kind == "vit" else ""
-    shapes = {
-        name.removeprefix(prefix): shape
-        for name, shape in expected_shapes(synthesis.config).items()
-    }
+    shapes = _published_shapes(synthesis.config)
     shards = list(_shards(shapes))
     weight_map: dict[str, str] = {}
     pool = np.random.default_rng(synthesis.seed).standard_normal(POOL_SIZE, dtype=np.float32)
@@ -142,6 +211,15 @@ def write_checkpoint(synthesis: Synthesis, directory: Path) -> int:
     return total
 
 
+def _published_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
+    """Map the names that published files have to shapes."""
+    if config.chat is not None and config.chat.llama is not None:
+        tensors = published_tensors(config, config.chat.layout, config.chat.architecture)
+        return {name: tensor.shape for name, tensor in tensors.items()}
+    prefix = "vision_model." if config.kind == "vit" else ""
+    return {n.removeprefix(prefix): shape for n, shape in expected_shapes(config).items()}
+
+
 def published_config(config: CheckpointConfig) -> dict[str, Any]:
     """Make a ``config.json`` like the published ones, without keys that decide nothing."""
     vision = {"model_type": "intern_vit_6b", **published_fields(config.vision)}
@@ -151,15 +229,15 @@ def published_config(config: CheckpointConfig) -> dict[str, Any]:
             "architectures": ["InternVLChatModel"],
             "torch_dtype": "bfloat16",
             "vision_config": vision,
-            "llm_config": {
-                "architectures": [config.chat.architecture],
-                "model_type": "llama",
-                **published_fields(config.chat.llama),
-            },
+            "llm_config": _published_language(config.chat.llama, config.chat.architecture),
             "force_image_size": config.chat.image_size,
             "select_layer": -1,
             "ps_version": config.chat.ps_version,
             "template": config.chat.template,
+            "downsample_ratio": config.chat.downsample_ratio,
+            "dynamic_image_size": config.chat.dynamic_image_size,
+            "use_thumbnail": config.chat.use_thumbnail,
+            "max_dynamic_patch": config.chat.max_dynamic_patch,
         }
     if config.internvl is None:
         return vision | {"architectures": ["InternVisionModel"], "torch_dtype": "bfloat16"}
@@ -174,6 +252,18 @@ def published_config(config: CheckpointConfig) -> dict[str, Any]:
         "attn_pool_num_heads": config.internvl.attn_pool_num_heads,
         "num_query_token": config.internvl.num_query_token,
         "cross_attention_frequency": config.internvl.cross_attention_frequency,
+    }
+
+
+def _published_language(llama: LanguageConfig, architecture: str) -> dict[str, Any]:
+    scaling = None
+    if llama.rope_type != "default":
+        scaling = {"type": llama.rope_type, "factor": llama.rope_factor}
+    return {
+        "architectures": [architecture],
+        "model_type": FAMILIES[architecture].model_type,
+        **published_fields(llama),
+        "rope_scaling": scaling,
     }
 
 

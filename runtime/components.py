@@ -215,7 +215,7 @@ class OpenComponents:
         """The tokenizer of an InternVL-Chat's directory."""
         from internvl_edge.runtime.text.chat_tokenizer import open_chat_tokenizer
 
-        return open_chat_tokenizer(self.artifact, self.tokenizer)
+        return open_chat_tokenizer(self.artifact)
 
     @cached_property
     def token_table(self) -> TokenTable:

@@ -18,7 +18,7 @@ from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.session import Session, open_component, require_backend
 from internvl_edge.runtime.tasks import caption as captions
 from internvl_edge.runtime.tasks import chat as chats
-from internvl_edge.runtime.tasks import chat_decoder, chat_images, compare, embed
+from internvl_edge.runtime.tasks import chat_decoder, compare, embed
 from internvl_edge.runtime.tasks.chat_images import ChatSeen
 from internvl_edge.runtime.tasks.compare import Retrieval
 from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, TEXT_BATCH
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = ["Model", "Retrieval", "load"]
-
-CHAT_TOKENS = 128  # of an answer
 
 
 def load(
@@ -69,7 +67,8 @@ class Model:
 
     Images are paths, bytes, PIL images, HWC uint8 arrays, one or a sequence of them, or float32
     ``pixel_values`` [B,3,H,W] that are normalised already. Texts are strings, one or a sequence,
-    or token ids, int [B,T] as an array or as lists of equal length, 0 where padded.
+    or token ids, int [B,T] as an array or as lists of equal length, 0 where padded (of an
+    InternVL-Chat: the tokenizer's own padding).
 
     Every method raises ``UsageError`` when the directory lacks a component it needs or the model
     is closed, ``MediaError`` when an image or text cannot be read, ``FeedError`` when an array
@@ -223,11 +222,18 @@ class Model:
 
     # --- text ------------------------------------------------------------------------------------
 
-    def see(self, images: Any, batch_size: int = 8) -> captions.Seen | ChatSeen:
-        """Look at images once for many captions, answers and chats, which take the result."""
-        if chats.is_chat(self.components):
-            return chat_images.see(self.components, images, batch_size)
-        return captions.see(self.components, images, batch_size)
+    def see(
+        self, images: Any, batch_size: int | None = None, max_tiles: int | None = None
+    ) -> captions.Seen | ChatSeen:
+        """Look at images once for many captions, answers and chats, which take the result.
+
+        Args:
+            images: see ``Model``.
+            batch_size: images, or tiles of an InternVL-Chat, at a time; None: 8, or fewer tiles
+                where memory has less room.
+            max_tiles: as for ``chat``.
+        """
+        return chats.see_images(self.components, images, batch_size, max_tiles)
 
     def caption(
         self,
@@ -322,7 +328,9 @@ class Model:
         *,
         template: str | None = None,
         system: str | None = None,
-        max_new_tokens: int = CHAT_TOKENS,
+        think: bool = False,
+        max_tiles: int | None = None,
+        max_new_tokens: int | None = None,
         **how: Any,
     ) -> chats.Reply:
         """Answer a question in a conversation about images.
@@ -335,24 +343,36 @@ class Model:
 
         Args:
             images: all images of the conversation, see ``Model``, or what ``see`` gave; None: none.
-            question: what is asked now.
+                Of an InternVL-Chat, one of several may be a list: images that share a place.
+            question: what is asked now. ``<video>`` in it is the place of all images that have
+                none of their own, as frames: ``Frame1: <image>``, ``Frame2: <image>``, ….
             history: of the ``Reply`` before; also pairs of question and answer.
             template: how the prompt is spelled; the checkpoint's own by default.
-            system: instead of the template's own sentence.
-            max_new_tokens: the most.
+            system: instead of the checkpoint's own sentence, or the template's.
+            think: ask for a thought before the answer, by the sentence that InternVL3.5 knows. It
+                is drawn at temperature 0.6, top_p 0.95, unless options say otherwise.
+            max_tiles: the most tiles of an image, without its thumbnail; the model's own by
+                default. 1 for the frames of a video.
+            max_new_tokens: the most; None: 1024, or as many as there is room for.
             how: as for ``caption``.
 
         Returns:
-            The answer, and the history to go on with, every image in its place.
+            The answer, and the history to go on with, every image in its place; the thought apart.
 
         Raises:
             UsageError: places for images that are not as many as images, an unknown template, or
                 more positions than the cache has.
             MediaError: an empty question, or an image that cannot be read.
         """
-        chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
-        options = {"template": template, "system": system}
-        return chats.reply(self.components, images, question, history, chosen, **options)
+        options = chats.ChatOptions(
+            template=template,
+            system=system,
+            think=think,
+            max_tiles=max_tiles,
+            fits=max_new_tokens is None,
+        )
+        chosen = chats.generation(self.components, options, max_new_tokens, how)
+        return chats.reply(self.components, images, question, history, chosen, options)
 
     def chat_stream(
         self,
@@ -362,13 +382,56 @@ class Model:
         *,
         template: str | None = None,
         system: str | None = None,
-        max_new_tokens: int = CHAT_TOKENS,
+        think: bool = False,
+        max_tiles: int | None = None,
+        max_new_tokens: int | None = None,
         **how: Any,
     ) -> TextStream:
-        """Answer as ``chat``, in pieces as they come; ``close`` ends it between two tokens."""
-        chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
-        options = {"template": template, "system": system}
-        return chats.reply_pieces(self.components, images, question, history, chosen, **options)
+        """Answer as ``chat``, in pieces as they come; ``close`` ends it between two tokens.
+
+        A thought is not among the pieces: it is the stream's ``thought`` once they begin.
+        """
+        options = chats.ChatOptions(
+            template=template,
+            system=system,
+            think=think,
+            max_tiles=max_tiles,
+            fits=max_new_tokens is None,
+        )
+        chosen = chats.generation(self.components, options, max_new_tokens, how)
+        return chats.reply_pieces(self.components, images, question, history, chosen, options)
+
+    def chat_prompt(
+        self,
+        images: Any,
+        question: str,
+        history: Sequence[chats.Turn] = (),
+        system: str | None = None,
+        template: str | None = None,
+        max_tiles: int | None = None,
+        *,
+        think: bool = False,
+    ) -> tuple[str, list[int]]:
+        """Spell what ``chat`` would put to the model: the text, and its ids.
+
+        ``<IMG_CONTEXT>`` stands in the text, and its id among the ids, for every token of an image.
+        Images are cut into tiles and not computed.
+        """
+        options = chats.ChatOptions(
+            template=template, system=system, think=think, max_tiles=max_tiles
+        )
+        return chats.prompt_of(self.components, images, question, history, options)
+
+    def chat_frames(self, video: str | os.PathLike[str], num_frames: int = 8) -> list[Any]:
+        """Read the frames of a video that a conversation looks at, as this model was used.
+
+        They go into ``chat`` as images, with ``<video>`` in the question and ``max_tiles=1``.
+
+        Args:
+            video: a video file (with PyAV, extra ``video``), or a folder of frames.
+            num_frames: how many; 8 to 32 in training.
+        """
+        return chats.frames_of(self.components, video, num_frames)
 
     # --- sessions --------------------------------------------------------------------------------
 

@@ -11,22 +11,41 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.errors import CheckpointError, InputError
+from internvl_edge.export.checkpoint.tokenizer import (
+    check_tokenizer,
+    has_vocabulary,
+    unread_vocabularies,
+)
+from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.config.native import PROCESSOR_FILES, processor_settings
 from internvl_edge.files.reading import foreign_target, is_there, parse_json, read_file
 from internvl_edge.runtime.images.transform import Preprocessing
 
-__all__ = ["SIDE_FILES", "read_preprocessing", "read_side_file", "refuse_foreign", "sha256_of"]
+__all__ = [
+    "SIDE_FILES",
+    "check_side_files",
+    "passed_on",
+    "read_preprocessing",
+    "read_side_file",
+    "refuse_foreign",
+    "sha256_of",
+]
 
 logger = logging.getLogger(__name__)
 
-# Files of a checkpoint that a runtime reads; copied as they are.
+# Files of a checkpoint that a runtime may read; copied as they are. Of several vocabularies one is
+# (``passed_on``).
 SIDE_FILES = (
     "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -49,6 +68,39 @@ def read_side_file(folder: Path, name: str) -> bytes | None:
     if path.suffix == ".json":
         _parsed(path, data)
     return data
+
+
+def passed_on(folder: Path, config: CheckpointConfig) -> tuple[str, ...]:
+    """Name the files that a runtime of this model reads: of several vocabularies, one."""
+    unread = unread_vocabularies(folder, config)
+    return tuple(name for name in SIDE_FILES if name not in unread)
+
+
+def check_side_files(folder: Path, config: CheckpointConfig, readers: Sequence[str]) -> None:
+    """Refuse, before any work, what cannot be passed on; say what is missing or comes from afar.
+
+    Args:
+        folder: of the checkpoint.
+        config: of the checkpoint.
+        readers: components that read texts.
+
+    Raises:
+        CheckpointError: a file that is not what its name says, or is of another model.
+    """
+    for name in passed_on(folder, config):
+        read_side_file(folder, name)
+    say_foreign(folder)
+    check_tokenizer(folder, config)
+    if readers and not has_vocabulary(folder, config):
+        wanted = "tokenizer.model" if config.chat is None else "tokenizer files"
+        logger.warning(
+            "%s has no %s: %s will take token ids only, and no strings; put the model's "
+            "%s there and export again to embed, match or write texts",
+            folder,
+            wanted,
+            " and ".join(readers),
+            wanted,
+        )
 
 
 def say_foreign(folder: Path) -> None:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config.fields import (
     known_fields,
-    read_json,
     require_choice,
     require_positive,
     section,
@@ -35,7 +34,7 @@ from internvl_edge.export.config.language import (
     family_name,
     read_language,
 )
-from internvl_edge.files.reading import is_there
+from internvl_edge.export.config.prompts import find_token_id
 from internvl_edge.runtime.text.templates import TEMPLATES
 
 Layout = Literal["internvl_chat", "internvl_hf", "llava"]
@@ -54,6 +53,8 @@ NOT_IN_CONFIG = (  # fields of ChatConfig that no key of an internvl_chat config
     "image_token_id",
     "num_queries",
     "num_blocks_behind",
+    "system",
+    "padding_id",
 )
 
 
@@ -79,9 +80,11 @@ class ChatConfig:
     # select_layer, whose output they attend to
     num_queries: int = 0
     num_blocks_behind: int = 0
+    system: str | None = None  # the checkpoint's own system sentence; None: the template's
+    padding_id: int | None = None  # what rows of ids are padded with; None: not known
 
     def __post_init__(self) -> None:
-        may_be_none = ("image_token_id", "num_queries", "num_blocks_behind")
+        may_be_none = ("image_token_id", "num_queries", "num_blocks_behind", "padding_id")
         require_positive(self, "config", but=may_be_none)
         require_choice("ps_version", self.ps_version, ("v1", "v2"))
         if self.llama is not None and self.layout != "internvl_hf":
@@ -227,21 +230,3 @@ def read_llava(raw: dict[str, Any], path: Path) -> tuple[ChatConfig, int]:
         image_token_id=LLAVA_IMAGE_TOKEN_ID,
     )
     return config, typed(raw.get("mm_vision_select_layer", -4), int, path, "mm_vision_select_layer")
-
-
-def find_token_id(directory: Path, token: str) -> int | None:
-    """Find the id of an added token in a checkpoint's tokenizer files; None if it is not there."""
-    for name in ("added_tokens.json", "tokenizer_config.json"):
-        path = directory / name
-        if not is_there(path):
-            continue
-        try:
-            raw = read_json(path)
-            decoder = raw.get("added_tokens_decoder", {})
-            ids = {entry["content"]: int(i) for i, entry in decoder.items()}
-            token_id = ids.get(token, raw.get(token))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise CheckpointError(f"{path}: not a list of added tokens: {error}") from error
-        if token_id is not None:
-            return typed(token_id, int, path, token)  # type: ignore[no-any-return]
-    return None

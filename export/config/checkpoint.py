@@ -44,6 +44,7 @@ from internvl_edge.export.config.fields import (
 from internvl_edge.export.config.language import OURS as OURS_OF_LANGUAGE
 from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.config.native import is_native, native_vision, read_native
+from internvl_edge.export.config.prompts import find_pad_id, find_system, find_template_name
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +215,23 @@ def load_config(directory: Path) -> CheckpointConfig:
     path = directory / "config.json"
     raw = read_json(path)
     refuse_remote_code(raw, path)
+    config = _read_config(raw, path)
+    if config.chat is None:
+        return config
+    return replace(config, chat=_with_prompts(config.chat, raw, path))
+
+
+def _with_prompts(chat: ChatConfig, raw: dict[str, Any], path: Path) -> ChatConfig:
+    """Add what the files say of prompts; the layout ``internvl_hf`` has its template in one."""
+    return replace(
+        chat,
+        template=chat.template or find_template_name(path.parent),
+        system=find_system(raw, path),
+        padding_id=find_pad_id(path.parent),
+    )
+
+
+def _read_config(raw: dict[str, Any], path: Path) -> CheckpointConfig:
     nested_vision = raw.get("vision_config")
     if is_llava(raw):  # first, since it may have the config of its tower
         vision, (chat, select_layer) = _llava_vision(raw, path), read_llava(raw, path)

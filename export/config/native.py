@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.errors import CheckpointError
-from internvl_edge.export.config.chat import IMAGE_TOKEN, ChatConfig, find_token_id, read_tied
+from internvl_edge.export.config.chat import IMAGE_TOKEN, ChatConfig, read_tied
 from internvl_edge.export.config.fields import read_json, section, typed
 from internvl_edge.export.config.language import FAMILIES
+from internvl_edge.export.config.prompts import find_token_id
 from internvl_edge.files.reading import is_there
 
 __all__ = ["PROCESSOR_FILES", "is_native", "native_vision", "processor_settings", "read_native"]

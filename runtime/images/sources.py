@@ -14,7 +14,9 @@ import numpy as np
 
 from internvl_edge.errors import MediaError
 
-__all__ = ["image_list", "is_normalised"]
+__all__ = ["MAX_TILES", "image_list", "is_normalised"]
+
+MAX_TILES = 40  # of an image, its thumbnail not counted: the most that any published model reads
 
 
 def is_normalised(images: Any) -> bool:

@@ -40,7 +40,7 @@ from internvl_edge.runtime.images.decode import (
     image_label,
     load_image,
 )
-from internvl_edge.runtime.images.sources import image_list
+from internvl_edge.runtime.images.sources import MAX_TILES, image_list
 from internvl_edge.types import Array
 
 __all__ = [
@@ -61,7 +61,6 @@ Transform = Literal["retrieval", "classification", "clip"]
 
 TRANSFORMS = get_args(Transform)
 MAX_SIZE = 4096  # S
-MAX_TILES = 64
 MIN_STD = 1e-6
 
 

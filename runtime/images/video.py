@@ -42,6 +42,59 @@ def sample_frames(length: int, num_frames: int) -> list[int]:
     return [min(start + interval // 2, length - 1) for start in range(0, length, interval)]
 
 
+def chat_frames(length: int, num_frames: int, *, native: bool = False) -> list[int]:
+    """Choose ``num_frames`` frames of a video for a conversation; of a short one, some twice.
+
+    Args:
+        length: frames of the video.
+        num_frames: how many are wanted.
+        native: as transformers' own classes choose (``*-hf``), and not the original.
+
+    Raises:
+        MediaError: the video has no frames.
+        UsageError: no frame is wanted.
+    """
+    if num_frames < 1:
+        raise UsageError(f"num_frames must be 1 or more, found {num_frames}")
+    if length < 1:
+        raise MediaError("expected a video, found no frames")
+    if native:
+        step = length / num_frames
+        chosen = [int(step / 2 + i * step) for i in range(num_frames)]
+    else:
+        segment = (length - 1) / num_frames
+        chosen = [int(segment / 2 + round(segment * i)) for i in range(num_frames)]
+    return [min(i, length - 1) for i in chosen]
+
+
+def load_chat_frames(
+    video: Any, num_frames: int = 8, *, native: bool = False
+) -> list[NDArray[np.uint8] | Path]:
+    """Read the frames of a video that a conversation looks at, in the order they are shown.
+
+    Args:
+        video: a folder of frames, or a video file.
+        num_frames: how many; see ``chat_frames``.
+        native: as for ``chat_frames``.
+
+    Raises:
+        MissingDependency: PyAV is not installed, and it is a video file.
+        MediaError: it is no video.
+        UsageError: no frame is wanted.
+    """
+    if Path(video).is_dir():
+        files = read_frames(video)
+        return [files[i] for i in chat_frames(len(files), num_frames, native=native)]
+    count = sum(1 for _ in _decoded(video))
+    wanted = chat_frames(count, num_frames, native=native)
+    frames = {
+        i: np.asarray(frame.to_ndarray(format="rgb24"))
+        for i, frame in enumerate(_decoded(video))
+        if i in set(wanted)
+    }
+    return [frames[i] for i in wanted]
+
+
 def read_frames(folder: str | os.PathLike[str], num_frames: int | None = None) -> list[Path]:
     """List a folder's image files in natural order (frame 2 before frame 10), but hidden ones.
 

@@ -3,7 +3,7 @@
 embed     images, texts and videos to vectors; start here
 compare   classification, retrieval and matching
 caption   text about images;  chat  conversations;  chat_images  their images;
-          chat_decoder  ids after ids
+          chat_prompt  how they are spelled;  chat_decoder  ids after ids
 requests  what callers hand over, as lists and arrays
 vectors   unit length, softmax, order
 """

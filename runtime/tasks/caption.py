@@ -90,6 +90,9 @@ def generation(components: OpenComponents, **how: Any) -> Generation:
                 f"option {name!r}: expected some of {', '.join(known)}{did_you_mean(name, known)}"
             )
     eos, pad = llama.get("eos_token_id", 2), llama.get("pad_token_id", 0)
+    chat = components.artifact.manifest.model.get("chat") or {}
+    if chat.get("padding_id") is not None:
+        pad = chat["padding_id"]
     own = {
         "stop_ids": (eos, *llama.get("more_eos_ids", ())),
         "pad_id": max(pad, 0),  # LLaMA's configs say −1 where there is none

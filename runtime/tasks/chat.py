@@ -1,53 +1,126 @@
 """Conversations about images.
 
 A template spells the conversation as a prompt, with places for the tokens of every image
-(``chat_images``), and an InternVL-Chat goes on from there (``chat_decoder``). An InternVL-G answers
-single questions about one image.
+(``chat_prompt``, ``chat_images``), and an InternVL-Chat goes on from there (``chat_decoder``). An
+InternVL-G answers single questions about one image.
+
+A model that was asked to think writes ``<think>``, its thought, ``</think>``, and the answer.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from internvl_edge.artifact.components import CHAT_DECODER
-from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.errors import UsageError
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.loop import generate, stream
-from internvl_edge.runtime.generation.text import TextStream, until_end
+from internvl_edge.runtime.generation.text import TextStream, split_thought, until_end
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import Seen
-from internvl_edge.runtime.tasks.chat_decoder import joined, require_chat_room, started
-from internvl_edge.runtime.tasks.chat_images import ChatSeen, as_images, see
-from internvl_edge.runtime.tasks.requests import text_problem
+from internvl_edge.runtime.tasks.chat_decoder import fitting, joined, require_chat_room, started
+from internvl_edge.runtime.tasks.chat_images import ChatSeen, ChatTiles, as_images, see
+from internvl_edge.runtime.tasks.chat_prompt import (
+    ChatOptions,
+    ChatPrompt,
+    as_turns,
+    make_prompt,
+    placed,
+    require_question,
+)
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE
-from internvl_edge.runtime.text.templates import Turn, conversation, find_template
+from internvl_edge.runtime.text.templates import Turn
 
 __all__ = [
+    "THINKING_DRAW",
+    "ChatOptions",
     "Reply",
     "Turn",
+    "frames_of",
+    "generation",
     "is_chat",
+    "prompt_of",
     "remembered",
     "reply",
     "reply_pieces",
+    "see_images",
 ]
 
+THINKING_DRAW = {"temperature": 0.6, "top_p": 0.95}  # as InternVL3.5 is recommended to think
+ANSWER_TOKENS = 128  # of an InternVL-G, where nobody says
+IMAGES_AT_ONCE = 8
+NATIVE_LAYOUT = "internvl_hf"
 QUESTION = "Question: {} Answer:"  # of an InternVL-G, which was trained on single questions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """An answer, and the conversation that it ends."""
+    """An answer, and the conversation that it ends.
+
+    A thought is not part of the history: models are asked on without their earlier ones.
+    """
 
     text: str
     history: tuple[Turn, ...]
+    thought: str | None = None  # what the model wrote between <think> and </think>; None: nothing
 
 
 def is_chat(components: OpenComponents) -> bool:
     """Tell whether a directory is of an InternVL-Chat."""
     return bool(components.artifact.manifest.model.get("chat"))
+
+
+def see_images(
+    components: OpenComponents, images: Any, batch_size: int | None, max_tiles: int | None
+) -> Seen | ChatSeen:
+    """Look at images, for an InternVL-Chat or an InternVL-G.
+
+    Raises:
+        UsageError: the directory lacks a component, or an option cannot be.
+        MediaError: an image cannot be read.
+    """
+    if is_chat(components):
+        return see(components, images, batch_size, max_tiles)
+    if max_tiles is not None:
+        raise UsageError(f"max_tiles {max_tiles}: this model looks at whole images")
+    return caption.see(components, images, IMAGES_AT_ONCE if batch_size is None else batch_size)
+
+
+def frames_of(
+    components: OpenComponents, video: str | os.PathLike[str], num_frames: int
+) -> list[Any]:
+    """Read the frames of a video, chosen as the checkpoint's layout does.
+
+    Raises:
+        MissingDependency: PyAV is not installed, and it is a video file.
+        MediaError: it is no video.
+        UsageError: no frame is wanted.
+    """
+    from internvl_edge.runtime.images.video import load_chat_frames
+
+    chat = components.artifact.manifest.model.get("chat") or {}
+    return [*load_chat_frames(video, num_frames, native=chat.get("layout") == NATIVE_LAYOUT)]
+
+
+def generation(
+    components: OpenComponents,
+    options: ChatOptions,
+    max_new_tokens: int | None,
+    how: dict[str, Any],
+) -> Generation:
+    """Make the options of an answer; a thought is drawn where nobody says otherwise.
+
+    Raises:
+        UsageError: an unknown option, or a value that cannot be.
+    """
+    is_free = not how.keys() & {"temperature", "top_k", "top_p", "num_beams"}
+    drawn = THINKING_DRAW if options.think and is_free else {}
+    count = ANSWER_TOKENS if max_new_tokens is None else max_new_tokens
+    return caption.generation(components, **{"max_new_tokens": count, **drawn, **how})
 
 
 def reply(
@@ -56,9 +129,7 @@ def reply(
     question: str,
     history: Sequence[Turn],
     how: Generation,
-    *,
-    template: str | None = None,
-    system: str | None = None,
+    options: ChatOptions,
 ) -> Reply:
     """Answer a question in a conversation about images.
 
@@ -68,15 +139,16 @@ def reply(
         MediaError: an empty question, or an image that cannot be read.
     """
     if not is_chat(components):
-        seen, prompt = _single(components, images, question, template, system)
-        given = _as_turns(history)
+        seen, prompt = _single(components, images, question, options)
+        given = as_turns(history)
         ids = caption.continued(components, seen, [prompt], how)
         (text,) = caption.texts_of(components, ids, how)
         return Reply(text=text, history=(*given, Turn(question=question, answer=text)))
-    request = _request(components, images, question, history, how, template, system)
+    request = _request(components, images, question, history, how, options)
     new = generate(*request.started(components), request.how)
-    text = components.chat_tokenizer.decode(until_end(new[0].tolist(), request.how))
-    return Reply(text=text, history=_answered(request.turns, text))
+    told = components.chat_tokenizer.decode(until_end(new[0].tolist(), request.how))
+    thought, text = split_thought(told)
+    return Reply(text=text, thought=thought, history=_answered(request.prompt.turns, text))
 
 
 def reply_pieces(
@@ -85,18 +157,40 @@ def reply_pieces(
     question: str,
     history: Sequence[Turn],
     how: Generation,
-    *,
-    template: str | None = None,
-    system: str | None = None,
+    options: ChatOptions,
 ) -> TextStream:
     """Answer as :func:`reply`, in pieces as they come; refuse at once what cannot be."""
     if not is_chat(components):
-        seen, prompt = _single(components, images, question, template, system)
+        seen, prompt = _single(components, images, question, options)
         return caption.pieces(components, seen, prompt, how)
-    request = _request(components, images, question, history, how, template, system)
+    request = _request(components, images, question, history, how, options)
     tokens = stream(*request.started(components), request.how)
     decode = components.chat_tokenizer.decode
-    return TextStream(tokens, request.how, decode, len(request.ids))
+    return TextStream(tokens, request.how, decode, len(request.prompt.ids))
+
+
+def prompt_of(
+    components: OpenComponents,
+    images: Any,
+    question: str,
+    history: Sequence[Turn],
+    options: ChatOptions,
+) -> tuple[str, list[int]]:
+    """Spell a conversation, and give its ids, exactly as the model reads them.
+
+    Raises:
+        UsageError: as for :func:`reply`.
+        MediaError: as for :func:`reply`.
+    """
+    if not is_chat(components):
+        raise UsageError(
+            f"{components.artifact.path}: expected an InternVL-Chat, whose conversations are "
+            f"prompts; this model is asked {QUESTION!r}"
+        )
+    given = as_images(components, images, options.max_tiles)
+    prompt = make_prompt(components, given.places, question, history, options)
+    place = components.artifact.manifest.model["chat"]["image_token_id"]
+    return prompt.text, prompt.ids_with(place)
 
 
 def remembered(
@@ -107,25 +201,28 @@ def remembered(
     answer: str,
 ) -> tuple[Turn, ...]:
     """Return the history of a :class:`Reply` for an answer that came in pieces."""
-    turns = [*_as_turns(history), Turn(question=question)]
+    turns = [*as_turns(history), Turn(question=question)]
     count = len(seen) if isinstance(seen, ChatSeen) else 0
-    return _answered(_with_places(turns, count) if is_chat(components) else turns, answer)
+    return _answered(placed(turns, count) if is_chat(components) else turns, answer)
 
 
-# --- prompts -------------------------------------------------------------------------------------
+# --- requests ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
     """A question that can be asked."""
 
-    seen: ChatSeen
-    turns: tuple[Turn, ...]  # every image in its place
-    ids: list[int]
+    images: ChatSeen | ChatTiles
+    prompt: ChatPrompt
     how: Generation  # its stop ids are the template's too
 
     def started(self, components: OpenComponents) -> tuple[Decoding, Prompt]:
-        return started(components, [self.ids], joined(components, self.seen))
+        seen = self.images
+        if len(seen) and isinstance(seen, ChatTiles):
+            seen = see(components, seen)
+        tokens = seen.tokens if isinstance(seen, ChatSeen) else ()
+        return started(components, [self.prompt.ids], joined(components, ChatSeen(tokens=tokens)))
 
 
 def _request(
@@ -134,71 +231,19 @@ def _request(
     question: str,
     history: Sequence[Turn],
     how: Generation,
-    template: str | None,
-    system: str | None,
+    options: ChatOptions,
 ) -> _Request:
     """Check a question and everything that its answer needs."""
     components.require(CHAT_DECODER)
-    _require_question(question)
-    chosen = find_template(template or components.artifact.manifest.model["chat"]["template"])
-    if system is not None and (problem := text_problem(system)) is not None:
-        raise MediaError(f"system: {problem}")
-    tokenizer = components.chat_tokenizer
-    given = as_images(images)
-    turns = _with_places([*_as_turns(history), Turn(question=question)], len(given))
-    seen = see(components, given) if len(given) else ChatSeen(tokens=())
-    pieces = conversation(chosen, turns, system)
-    ids = tokenizer.encode(pieces, [len(tokens) for tokens in seen.tokens], chosen)
-    require_chat_room(components, [len(ids)], how)
-    stop = tokenizer.ids.get(chosen.stop)
-    if stop is not None and stop not in how.stop_ids:
-        how = replace(how, stop_ids=(stop, *how.stop_ids))
-    return _Request(seen=seen, turns=turns, ids=ids, how=how)
-
-
-def _require_question(question: str) -> None:
-    problem = text_problem(question)
-    if problem is not None or not question.replace(IMAGE, "").strip():
-        raise MediaError(f"question: {problem or 'expected text, found none'}")
-
-
-# --- history -------------------------------------------------------------------------------------
-
-
-def _as_turns(history: Sequence[Any]) -> list[Turn]:
-    """Read a history of turns; a pair of question and answer is one too, as in the original.
-
-    Raises:
-        UsageError: something else.
-    """
-    turns = []
-    for i, given in enumerate(history):
-        is_pair = isinstance(given, tuple | list) and len(given) == 2
-        turn = Turn(question=given[0], answer=given[1]) if is_pair else given
-        if not isinstance(turn, Turn) or text_problem(turn.question) or text_problem(turn.answer):
-            raise UsageError(
-                f"history, turn {i + 1} of {len(history)}: expected a Turn with question and "
-                f"answer, or a pair of these, found {given!r:.80}"
-            )
-        turns.append(turn)
-    return turns
-
-
-def _with_places(turns: list[Turn], count: int) -> tuple[Turn, ...]:
-    """Give every image its place; without any, all stand before the first question.
-
-    Raises:
-        UsageError: more or fewer places than images.
-    """
-    places = sum(turn.question.count(IMAGE) for turn in turns)
-    if places == 0 and count:
-        first = replace(turns[0], question=f"{IMAGE}\n" * count + turns[0].question)
-        return (first, *turns[1:])
-    if places != count:
-        raise UsageError(
-            f"the conversation has {places} {IMAGE}, expected one for each of {count} image(s)"
-        )
-    return tuple(turns)
+    given = as_images(components, images, options.max_tiles)
+    prompt = make_prompt(components, given.places, question, history, options)
+    if options.fits:
+        fits = fitting(components, len(prompt.ids))
+        how = replace(how, max_new_tokens=max(fits, how.min_new_tokens))
+    require_chat_room(components, [len(prompt.ids)], how)
+    if prompt.stop_id is not None and prompt.stop_id not in how.stop_ids:
+        how = replace(how, stop_ids=(prompt.stop_id, *how.stop_ids))
+    return _Request(images=given, prompt=prompt, how=how)
 
 
 def _answered(turns: Sequence[Turn], answer: str) -> tuple[Turn, ...]:
@@ -210,13 +255,14 @@ def _answered(turns: Sequence[Turn], answer: str) -> tuple[Turn, ...]:
 
 
 def _single(
-    components: OpenComponents, images: Any, question: str, template: str | None, system: str | None
+    components: OpenComponents, images: Any, question: str, options: ChatOptions
 ) -> tuple[Seen, str]:
     """Look at the one image of an InternVL-G, and make its prompt; ``<image>`` says nothing."""
-    _require_question(question)
-    if template is not None or system is not None:
+    require_question(question)
+    if options.given:
         raise UsageError(
-            f"template and system are for an InternVL-Chat: this model is asked {QUESTION!r}"
+            f"{' and '.join(options.given)}: for an InternVL-Chat, but this model is asked "
+            f"{QUESTION!r}"
         )
     if (count := question.count(IMAGE)) > 1:
         raise UsageError(f"expected one {IMAGE} at most, found {count}: this model looks at one")

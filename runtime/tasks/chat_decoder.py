@@ -24,7 +24,10 @@ from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.runtime.text.embeddings import Embedding
 from internvl_edge.types import Array
 
-__all__ = ["continued", "joined", "require_chat_room", "started"]
+__all__ = ["continued", "fitting", "joined", "padding_of", "require_chat_room", "started"]
+
+CHAT_TOKENS = 1024  # of an answer, as the published quick starts ask for
+FEW_TOKENS = 128  # fewer are not worth keeping the rotary positions of short texts
 
 
 def continued(
@@ -40,7 +43,7 @@ def continued(
     Args:
         components: of a directory.
         images: see ``Model``; their tokens fill the places row by row, in order. None: no places.
-        prompts: int [B,T], 0 where padded on the left.
+        prompts: int [B,T], the tokenizer's padding id where padded on the left.
         how: the options.
         batch_size: rows at a time.
         image_token_id: the id of a place; None: what the checkpoint's tokenizer says.
@@ -58,7 +61,8 @@ def continued(
             "expected image_token_id, the id of places for image tokens: the checkpoint had no "
             "tokenizer files that say it"
         )
-    rows = [_unpadded(row, place) for row in id_rows(prompts)]
+    padding = padding_of(components)
+    rows = [_unpadded(row, place, padding) for row in id_rows(prompts)]
     for i, row in enumerate(rows):
         ids = (token for token in row if token != PLACE)
         require_vocabulary(ids, components.token_table.shape[0], f"prompt {i + 1} of {len(rows)}")
@@ -121,15 +125,47 @@ def require_chat_room(components: OpenComponents, lengths: Sequence[int], how: G
     require_room(components.session(CHAT_DECODER), CHAT_DECODER, longest, 0, how)
 
 
+def fitting(components: OpenComponents, length: int) -> int:
+    """Choose the most new tokens after a prompt, where nobody says: as many as there is room for.
+
+    Of a model with other rotary positions for long texts (LongRoPE), an answer keeps to those of
+    short ones where it is not cut short by that.
+    """
+    rooms = [CHAT_TOKENS, components.positions(CHAT_DECODER) - length + 1]
+    largest = components.session(CHAT_DECODER).largest
+    if "past" in largest:
+        rooms.append(largest["past"] - length + 2)
+    llama = components.artifact.manifest.language_model or {}
+    if llama.get("rope_type") == "longrope":
+        short = llama["original_max_position_embeddings"] - length + 1
+        rooms += [short] if short >= FEW_TOKENS else []
+    return max(1, min(rooms))
+
+
 def joined(components: OpenComponents, seen: ChatSeen) -> Array:
     """Join the tokens of all images [M,D]."""
     none = np.zeros((0, components.token_table.shape[1]), np.float32)
     return np.concatenate((none, *seen.tokens))
 
 
-def _unpadded(row: Array, place: int | None) -> list[int]:
+def padding_of(components: OpenComponents) -> int | None:
+    """Return the id that rows are padded with; None where nothing says one.
+
+    Where the tokenizer's files name none, it is id 0 of a SentencePiece vocabulary, an unknown
+    piece that no prompt begins with. In a byte-level one it is a letter.
+    """
+    manifest = components.artifact.manifest
+    own = manifest.model["chat"].get("padding_id")
+    is_bytes = any(name in manifest.files for name in ("tokenizer.json", "vocab.json"))
+    if own is not None or is_bytes:
+        return None if own is None else int(own)
+    return 0
+
+
+def _unpadded(row: Array, place: int | None, padding: int | None) -> list[int]:
     """Strip a row of ids of its padding, and mark places."""
-    first = int((row != 0).argmax())
-    if not row.any():
-        raise MediaError("a prompt: expected ids after zeros as padding, found only zeros")
+    is_token = np.ones(len(row), bool) if padding is None else row != padding
+    if not is_token.any():
+        raise MediaError(f"a prompt: expected ids after {padding} as padding, found only {padding}")
+    first = int(is_token.argmax())
     return [PLACE if i == place else i for i in row[first:].tolist()]

@@ -1,7 +1,10 @@
 """Texts to token ids and back.
 
-tokenizer       InternVL's LLaMA tokenizer; start here
-chat_tokenizer  the ids of a chat's prompt
-templates       how each published chat model spells a conversation
-embeddings      rows of a chat model's token embedding
+tokenizer        InternVL's LLaMA tokenizer; start here
+chat_tokenizer   the ids of a chat's prompt
+sentence_pieces  a chat model's vocabulary in SentencePiece
+bpe_pieces       the same in byte-level BPE, by Hugging Face's tokenizers
+token_files      which files of a checkpoint say what about its tokens
+templates        how each published chat model spells a conversation
+embeddings       rows of a chat model's token embedding
 """

@@ -1,62 +1,105 @@
 """Ids of a chat's prompt: control tokens of the template, plain pieces of what a user types.
 
-A chat model's tokenizer is a SentencePiece model and a list of added tokens, such as
-``<|im_start|>``, each with an id of its own. In the text that a template wrote they are these ids.
-In what a user typed they are not: ``<|im_end|>`` in a question is spelled in ordinary pieces, so
-that a question cannot end itself and speak as somebody else. The one thing that a user writes and
-that is more than text is ``<image>`` in a question, the place of an image; in an answer or a system
-sentence it is text too.
+A chat model's tokenizer is a vocabulary, SentencePiece (``sentence_pieces``) or BPE
+(``bpe_pieces``), and a list of control tokens, such as ``<|im_start|>``, each with an id of its
+own. In the text that a template wrote they are these ids. In what a user typed they are not:
+``<|im_end|>`` in a question is spelled in ordinary pieces, so that a question cannot end itself and
+speak as somebody else. The one thing that a user writes and that is more than text is ``<image>``
+in a question, the place of an image; in an answer or a system sentence it is text too. There
+``<think>`` and ``</think>`` are the tokens they look like, which end nothing.
 
-Between two control tokens a run of text is encoded as one, by the rules of the original's slow
-tokenizer: each run gets SentencePiece's own space in front (``legacy``), or only the first one.
-The places of image tokens are ``PLACE``, whatever id the checkpoint has for them.
+Between two control tokens a run of text is encoded as one. Some control tokens eat the white space
+after them (Phi-3's roles, and the line break that the template writes there). The places of image
+tokens are ``PLACE``, whatever id the checkpoint has for them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeAlias
 
 from internvl_edge.artifact.open import Artifact
-from internvl_edge.errors import ArtifactError
-from internvl_edge.files.reading import read_json
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime.text.bpe_pieces import BpePieces
+from internvl_edge.runtime.text.sentence_pieces import SentencePieces
 from internvl_edge.runtime.text.templates import Piece, Template
-from internvl_edge.runtime.text.tokenizer import Tokenizer
+from internvl_edge.runtime.text.token_files import (
+    SENTENCEPIECE,
+    AddedToken,
+    TokenFiles,
+    read_token_files,
+)
 
-__all__ = ["IMAGE", "PLACE", "ChatTokenizer", "open_chat_tokenizer"]
+__all__ = [
+    "IMAGE",
+    "IMAGE_TOKEN",
+    "PLACE",
+    "ChatTokenizer",
+    "Pieces",
+    "load_chat_tokenizer",
+    "open_chat_tokenizer",
+    "spelled",
+]
 
 IMAGE = "<image>"
+IMAGE_TOKEN = "<IMG_CONTEXT>"  # how a place is spelled
 PLACE = -200  # the id of an image token's place, as in LLaVA
-MAX_TOKENS_NBYTES = 16 << 20
-ADDED_TOKENS, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
+THOUGHT = re.compile("</?think>")
+
+
+class Pieces(Protocol):
+    """A vocabulary of ordinary pieces: runs of text to ids and back."""
+
+    controls: dict[str, int]  # text → id of its own control tokens, which no text is turned into
+    begin: list[int]  # ids of its own that a prompt begins with
+    size: int  # above every id that a text becomes
+
+    def id_of(self, text: str) -> int | None:
+        """Find the id of a piece; None: there is none."""
+
+    def encode(self, text: str, *, is_first: bool) -> list[int]:
+        """Encode a run of text; ``is_first``: nothing stands before it."""
+
+    def opening(self, token: str) -> list[int]:
+        """Return the ids in front of a control token that a prompt begins with."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode ids of pieces; others decode to nothing."""
+
+
+Part: TypeAlias = str | AddedToken | int  # text, a control token, or image tokens in their places
 
 
 class ChatTokenizer:
-    """A tokenizer with added tokens.
+    """A vocabulary with control tokens.
 
     Args:
-        tokenizer: the SentencePiece model.
-        added: token → id.
-        add_bos: whether a prompt starts with ``<s>``.
-        legacy: whether every run of text gets a space in front, or only the first.
+        pieces: the vocabulary.
+        added: tokens added to it.
+        add_bos: whether a prompt starts with the vocabulary's own beginning.
+        pad_id: what rows are padded with; None: the tokenizer's files name none.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        added: dict[str, int],
+        pieces: Pieces,
+        added: Iterable[AddedToken],
         *,
         add_bos: bool = True,
-        legacy: bool = True,
+        pad_id: int | None = None,
     ) -> None:
-        self._tokenizer, self._add_bos, self._legacy = tokenizer, add_bos, legacy
-        own = {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id, "<unk>": tokenizer.unk_id}
-        self.ids = own | added
-        longest_first = sorted(self.ids, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)))
-        self._text = {i: token for token, i in self.ids.items()}
+        self._pieces, self.pad_id = pieces, pad_id
+        self._begin = pieces.begin if add_bos else []
+        own = (AddedToken(text=text, id=i) for text, i in pieces.controls.items())
+        tokens = {token.text: token for token in (*own, *added) if token.text.strip()}
+        self.ids = {text: token.id for text, token in tokens.items()}
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self._tokens = tokens
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # An id with two names, as InternLM2's, is that of the added one.
+        self._named = {token.id: token for token in tokens.values()}
 
     def encode(
         self, pieces: Iterable[Piece], places: Sequence[int], template: Template
@@ -68,80 +111,144 @@ class ChatTokenizer:
             places: image tokens of each ``<image>`` in the pieces, in order.
             template: says what stands around an image's places.
         """
-        ids = [self.ids["<s>"]] if self._add_bos else []
-        run, counts, is_first = "", iter(places), True
-        for piece in pieces:
-            for text, special in self._parts(piece):
-                if special is None:
-                    run += text
+        ids, run, eats, is_first = list(self._begin), "", False, True
+        parts = [*self._parts(pieces, iter(places), template)]
+        for at, part in enumerate(parts):
+            if isinstance(part, str):
+                run += part
+                if at + 1 < len(parts):
                     continue
-                ids += self._encode(run, is_first=is_first)
-                run, is_first = "", False
-                ids += self._image(next(counts), template) if special == PLACE else [special]
-        return ids + self._encode(run, is_first=is_first)
+            if eats:
+                run = run.lstrip()
+            if isinstance(part, AddedToken) and part.eats_before:
+                run = run.rstrip()
+            if run:
+                ids += self._pieces.encode(run, is_first=is_first)
+            elif is_first and isinstance(part, AddedToken):
+                ids += self._pieces.opening(part.text)
+            run, is_first = "", False
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+                eats = part.eats_after
+            elif isinstance(part, int):
+                ids += [PLACE] * part
+                eats = False
+        return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode new ids, without control tokens."""
-        size = self._tokenizer.vocab_size
-        return self._tokenizer.decode([i for i in ids if i not in self._text and i < size])
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode new ids, without control tokens; ids that have no token say nothing.
 
-    def _parts(self, piece: Piece) -> Iterable[tuple[str, int | None]]:
-        """Yield text, and special ids, of a piece; ``PLACE`` stands for an ``<image>``."""
-        if not piece.is_template and not piece.has_images:
-            yield piece.text, None
-            return
-        pattern = self._special if piece.is_template else re.compile(re.escape(IMAGE))
+        Tokens that are listed as not special, such as ``<think>``, are spelled out.
+        """
+        text, run = "", list[int]()
+        for i in ids:
+            token = self._named.get(i)
+            if token is None:
+                run.append(i)
+            elif not token.is_special:
+                text += self._pieces.decode(run) + token.text
+                run = []
+        return (text + self._pieces.decode(run)).strip()
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of a text's pieces; control tokens may have larger ones."""
+        return self._pieces.size - 1
+
+    def id_of(self, text: str) -> int | None:
+        """Find the id of a control token or a piece; None: there is none."""
+        own = self.ids.get(text)
+        return self._pieces.id_of(text) if own is None else own
+
+    def _parts(
+        self, pieces: Iterable[Piece], places: Iterator[int], template: Template
+    ) -> Iterator[Part]:
+        for piece in pieces:
+            if piece.is_template:
+                yield from self._controls(piece.text, self._special)
+            elif piece.has_thoughts:
+                yield from self._controls(piece.text, THOUGHT)
+            elif not piece.has_images:
+                yield piece.text
+            else:
+                first, *others = piece.text.split(IMAGE)
+                yield first
+                for text in others:
+                    yield from self._controls(template.image_start, self._special)
+                    yield next(places)
+                    yield from self._controls(template.image_end, self._special)
+                    yield text
+
+    def _controls(self, text: str, pattern: re.Pattern[str]) -> Iterator[Part]:
+        """Yield a text and the control tokens in it."""
         end = 0
-        for match in pattern.finditer(piece.text):
-            yield piece.text[end : match.start()], None
-            yield "", self.ids[match[0]] if piece.is_template else PLACE
+        for match in pattern.finditer(text):
+            yield text[end : match.start()]
+            yield self._tokens.get(match[0], match[0])  # not every model has <think>
             end = match.end()
-        yield piece.text[end:], None
-
-    def _image(self, count: int, template: Template) -> list[int]:
-        around = (template.image_start, template.image_end)
-        before, after = (
-            [self.ids[text]] if text in self.ids else self._encode(text, is_first=False)
-            for text in around
-        )
-        return [*before, *[PLACE] * count, *after]
-
-    def _encode(self, text: str, *, is_first: bool) -> list[int]:
-        if not text:
-            return []
-        if self._legacy or is_first:
-            return self._tokenizer.pieces(text)
-        return self._tokenizer.pieces_inside(text)
+        yield text[end:]
 
 
-def open_chat_tokenizer(artifact: Artifact, tokenizer: Tokenizer) -> ChatTokenizer:
-    """Open the tokenizer of a compiled chat model.
+def spelled(pieces: Iterable[Piece], places: Sequence[int], template: Template) -> str:
+    """Spell a prompt as text, with ``<IMG_CONTEXT>`` for every image token."""
+    counts = iter(places)
+    text = ""
+    for piece in pieces:
+        if not piece.has_images:
+            text += piece.text
+            continue
+        first, *others = piece.text.split(IMAGE)
+        text += first
+        for other in others:
+            tokens = IMAGE_TOKEN * next(counts)
+            text += template.image_start + tokens + template.image_end + other
+    return text
+
+
+def load_chat_tokenizer(files: TokenFiles) -> ChatTokenizer:
+    """Load the tokenizer of a directory.
 
     Raises:
-        ArtifactError: a file of added tokens is not one.
+        ArtifactError: its vocabulary is not one.
+        MissingDependency: ``tokenizers``, for a BPE vocabulary.
     """
-    files = artifact.manifest.files
-    config = _read(artifact.file(TOKENIZER_CONFIG)) if TOKENIZER_CONFIG in files else {}
-    listed = _read(artifact.file(ADDED_TOKENS)) if ADDED_TOKENS in files else {}
-    try:
-        decoder = config.get("added_tokens_decoder", {})
-        added = {str(entry["content"]): int(i) for i, entry in decoder.items()}
-        added |= {str(token): int(i) for token, i in listed.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{artifact.path}: expected tokens and their ids in {TOKENIZER_CONFIG} and "
-            f"{ADDED_TOKENS}: {error!r}"
-        ) from error
+    config = files.config
+    pieces: Pieces
+    if files.kind == SENTENCEPIECE:
+        pieces = SentencePieces(
+            files.vocabulary,
+            legacy=config.get("legacy", True) is not False,
+            add_space=config.get("add_prefix_space", True) is not False,
+            roles=files.named,
+        )
+    else:
+        pieces = BpePieces(files)
+    pad = files.pad_token
+    pad_id = None if pad is None else files.id_of(pad)
     return ChatTokenizer(
-        tokenizer,
-        {token: i for token, i in added.items() if token},
+        pieces,
+        files.added,
         add_bos=config.get("add_bos_token", True) is not False,
-        legacy=config.get("legacy", True) is not False,
+        pad_id=pieces.id_of(pad) if pad is not None and pad_id is None else pad_id,
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    read = read_json(path, MAX_TOKENS_NBYTES, ArtifactError)
-    if not isinstance(read, dict):
-        raise ArtifactError(f"{path}: expected one JSON object, found {type(read).__name__}")
-    return read
+def open_chat_tokenizer(artifact: Artifact) -> ChatTokenizer:
+    """Open the tokenizer of a compiled chat model.
+
+    Raises:
+        UsageError: the directory has none, as its checkpoint had none.
+        ArtifactError: a file of it is not what its name says.
+    """
+    files = read_token_files(_finder(artifact))
+    if files is None:
+        raise UsageError(
+            f"{artifact.path} has no tokenizer, as its checkpoint had none: texts must be token "
+            "ids, int [B,T]; for strings, put the model's tokenizer files beside the checkpoint's "
+            "config.json and export again"
+        )
+    return load_chat_tokenizer(files)
+
+
+def _finder(artifact: Artifact) -> Callable[[str], Path | None]:
+    return lambda name: artifact.file(name) if name in artifact.manifest.files else None

@@ -4,6 +4,7 @@
     Hermes-2         V1-2          <|im_start|>user ⏎ Q <|im_end|><|im_start|>assistant ⏎ A
     internlm2-chat   V1-5          the same
     internvl2_5      2.5           the same, a line break after every <|im_end|>
+    internvl-hf      *-hf          the same, without a system sentence of its own
     phi3-chat        Mini 4B       <|user|> ⏎ Q <|end|><|assistant|> ⏎ A
     internvl_zh      V1-1          <human>: Q <bot>: A</s>
     vicuna_v1        V1.0          USER: Q ASSISTANT: A</s>
@@ -18,7 +19,18 @@ from dataclasses import dataclass
 
 from internvl_edge.errors import UsageError, did_you_mean
 
-__all__ = ["TEMPLATES", "Piece", "Template", "Turn", "conversation", "find_template"]
+__all__ = [
+    "NATIVE",
+    "TEMPLATES",
+    "THINKING",
+    "Piece",
+    "Template",
+    "Turn",
+    "conversation",
+    "find_template",
+]
+
+NATIVE = "internvl-hf"  # of the layout that transformers' own classes read
 
 CHINESE_SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
@@ -28,6 +40,19 @@ CHINESE_SYSTEM_2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
     "多模态大语言模型。"
 )
+# Of InternVL3.5: the system sentence that makes a model think before it answers.
+THINKING = """\
+You are an AI assistant that rigorously follows this response protocol:
+
+1. First, conduct a detailed analysis of the question. Consider different angles, potential \
+solutions, and reason through the problem step-by-step. Enclose this entire thinking process \
+within <think> and </think> tags.
+
+2. After the thinking section, provide a clear, concise, and direct answer to the user's question. \
+Separate the answer from the think section with a newline.
+
+Ensure that the thinking process is thorough but remains focused on the query. The final answer \
+should be standalone and not reference the thinking section."""
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
@@ -45,7 +70,7 @@ class Template:
 
     name: str
     start: str = ""
-    system: str = ""
+    system: str | None = ""  # None: a conversation begins with the first question
     after_system: str = ""
     user: str
     after_user: str
@@ -56,7 +81,7 @@ class Template:
     image_end: str = "</img>"
 
 
-def _chatml(name: str, system: str = CHINESE_SYSTEM, end: str = "<|im_end|>") -> Template:
+def _chatml(name: str, system: str | None = CHINESE_SYSTEM, end: str = "<|im_end|>") -> Template:
     return Template(
         name=name,
         start="<|im_start|>system\n",
@@ -76,6 +101,7 @@ TEMPLATES = {
         _chatml("Hermes-2"),
         _chatml("internlm2-chat"),
         _chatml("internvl2_5", CHINESE_SYSTEM_2_5, "<|im_end|>\n"),
+        _chatml(NATIVE, None, "<|im_end|>\n"),
         Template(
             name="phi3-chat",
             start="<|system|>\n",
@@ -116,10 +142,22 @@ SPACED = ("internvl_zh", "vicuna_v1")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A question, and its answer once there is one."""
+    """A question, and its answer once there is one.
+
+    A thought is what the model wrote before the answer. It is no part of the prompts to come unless
+    a turn has it.
+    """
 
     question: str
     answer: str | None = None
+    thought: str | None = None
+
+    @property
+    def spelled_answer(self) -> str | None:
+        """The answer as a prompt has it."""
+        if self.thought is None:
+            return self.answer
+        return f"<think>\n{self.thought}\n</think>\n\n{self.answer or ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +167,7 @@ class Piece:
     text: str
     is_template: bool
     has_images: bool = False  # where ``<image>`` is the place of one: in questions
+    has_thoughts: bool = False  # where <think> is a token: in answers and system sentences
 
 
 def find_template(name: str) -> Template:
@@ -156,21 +195,25 @@ def conversation(
         system: instead of the template's own sentence.
     """
     sentence = template.system if system is None else system
-    pieces = [
-        Piece(text=template.start, is_template=True),
-        Piece(text=sentence, is_template=system is None),
-        Piece(text=template.after_system, is_template=True),
-    ]
+    pieces = []
+    if sentence or (sentence is not None and template.system is not None):
+        pieces += [
+            Piece(text=template.start, is_template=True),
+            Piece(text=sentence, is_template=system is None, has_thoughts=True),
+            Piece(text=template.after_system, is_template=True),
+        ]
     space = " " if template.name in SPACED else ""
     for turn in turns:
+        # What is empty is written like what is yet to come: without an end.
         pieces += [
             Piece(text=template.user, is_template=True),
             Piece(text=turn.question, is_template=False, has_images=True),
-            Piece(text=template.after_user + template.assistant, is_template=True),
+            Piece(text=template.after_user if turn.question else "", is_template=True),
+            Piece(text=template.assistant, is_template=True),
         ]
-        if turn.answer is not None:
+        if answer := turn.spelled_answer:
             pieces += [
-                Piece(text=space + turn.answer, is_template=False),
+                Piece(text=space + answer, is_template=False, has_thoughts=True),
                 Piece(text=template.after_assistant, is_template=True),
             ]
     return [piece for piece in pieces if piece.text]

@@ -61,7 +61,9 @@ class Tokenizer:
 
     def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
         name = "the tokenizer model given" if isinstance(model, bytes) else os.fspath(model)
-        self._pieces = _load(model if isinstance(model, bytes) else _read(Path(model)), name)
+        self._pieces = load_pieces(
+            model if isinstance(model, bytes) else read_model(Path(model)), name
+        )
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
@@ -121,13 +123,10 @@ class Tokenizer:
         """Encode a text alone, with SentencePiece's own space in front."""
         return self._encode(text)
 
-    def pieces_inside(self, text: str) -> list[int]:
-        """Encode a text that continues another: without a space in front.
-
-        SentencePiece always puts one there, so that it goes in front of a guard, which is cut off;
-        ``<unk>`` is the guard of the original's tokenizer.
-        """
-        return self._encode(GUARD + text)[len(self._encode(GUARD)) :]
+    def id_of(self, piece: str) -> int | None:
+        """Find the id of a piece; None: there is none."""
+        i: int = self._pieces.piece_to_id(piece)
+        return i if self._pieces.id_to_piece(i) == piece else None
 
     def decode(self, ids: Sequence[int] | Array, skip_special: bool = True) -> str:
         """Decode one row of ids, without spaces around the text.
@@ -186,14 +185,15 @@ class Tokenizer:
         return ids
 
 
-def _read(path: Path) -> bytes:
+def read_model(path: Path) -> bytes:
+    """Read the bytes of a SentencePiece model."""
     try:
         return read_file(path, MAX_MODEL_NBYTES, ArtifactError)
     except ArtifactError as error:
         raise ArtifactError(f"{error}; expected a SentencePiece model") from error
 
 
-def _load(data: bytes, name: str) -> Any:
+def load_pieces(data: bytes, name: str) -> Any:
     """Load the SentencePiece processor; its parser never sees an empty or absurdly large file."""
     from sentencepiece import SentencePieceProcessor
 

@@ -41,6 +41,34 @@ def test_parameter_counts_are_the_published_ones() -> None:
     assert sum(math.prod(shape) for shape in language.values()) == 34_388_917_248
 
 
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("internvl3-1b", 938_193_024),
+        ("internvl2_5-2b", 2_205_754_368),
+        ("internvl3-8b", 7_944_373_760),
+        ("internvl2_5-26b", 25_514_186_112),
+    ],
+)
+def test_parameter_counts_of_the_family(preset: str, parameters: int) -> None:
+    assert count(PRESETS[preset]) == parameters
+
+
+@pytest.mark.parametrize("preset", ["internvl3-1b", "internvl2_5-2b"])
+def test_a_chat_model_is_packed_as_published(preset: str, tmp_path: Path) -> None:
+    config = shrink(PRESETS[preset], 1)
+    assert config.chat is not None and config.chat.llama is not None
+    thin = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 50, "head_dim": 4}
+    llama = replace(config.chat.llama, max_position_embeddings=64, **thin)
+    vision = replace(TINY.vision, qkv_bias=True, norm_type="layer_norm", qk_normalization=False)
+    chat = replace(config.chat, llama=llama, language_width=32, image_size=28)
+    config = replace(config, vision=vision, chat=chat)
+    write_checkpoint(Synthesis(config=config), tmp_path / "c")
+    checkpoint = open_checkpoint(tmp_path / "c")
+    assert checkpoint.config == config
+    assert expected_shapes(config).keys() == checkpoint.tensors.keys()
+
+
 def test_it_is_a_checkpoint(tmp_path: Path) -> None:
     total = write_checkpoint(Synthesis(config=SMALL), tmp_path / "c")
     checkpoint = open_checkpoint(tmp_path / "c")

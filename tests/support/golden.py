@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
 
 from support.paths import ROOT, TESTS
 
 PACKED = TESTS / "golden" / "tiny.tar.xz"
-WHOLE = ROOT.parent / "shared" / "golden"  # larger; an extra for who has it
+SHARED = Path(os.environ.get("INTERNVL_EDGE_SHARED", ROOT.parent / "shared"))
+WHOLE = SHARED / "golden"  # larger; an extra for who has it
+FAMILY = SHARED / "golden_family"  # tiny models of every kind of the chat family; the same
+REAL_TOKENIZERS = SHARED / "data" / "real_tokenizers"
 SETS = ["small", *(["whole"] if WHOLE.is_dir() else [])]
 
 

@@ -14,8 +14,9 @@ from internvl_edge.cli.embed import expand, open_model
 from internvl_edge.cli.options import DIRECTORY, answers, backend
 from internvl_edge.cli.text import as_typed, generation, show, stream_option
 from internvl_edge.errors import InternVLError, SessionDead, UsageError
-from internvl_edge.runtime.model import CHAT_TOKENS, Model
+from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.tasks.chat import remembered
+from internvl_edge.runtime.tasks.chat_prompt import VIDEO, has_place
 from internvl_edge.runtime.text.templates import Turn
 
 QUIT, CLEAR = "/quit", "/clear"
@@ -33,7 +34,24 @@ HELP = f"Ask; {CLEAR} forgets the conversation, {QUIT} or Ctrl-D ends it."
 )
 @click.option("--template", help="How the prompt is spelled; the checkpoint's own by default.")
 @click.option("--system", help="Instead of the template's own sentence.")
-@generation(CHAT_TOKENS)
+@click.option(
+    "--think",
+    is_flag=True,
+    help="Ask for a thought first, as InternVL3.5 knows it; shown apart from the answer.",
+)
+@click.option(
+    "--max-tiles", type=int, help="Tiles of an image, 1 to 40; the model's own by default."
+)
+@click.option("--combined", is_flag=True, help="All IMAGES stand in one place of the question.")
+@click.option(
+    "--video",
+    type=DIRECTORY,
+    help="Talk about this video, a file or a folder of frames, in place of IMAGES.",
+)
+@click.option(
+    "--frames", type=click.IntRange(min=1), default=8, show_default=True, help="Of the video."
+)
+@generation("1024, or as many as there is room for,")
 @stream_option
 @backend
 @answers
@@ -44,6 +62,11 @@ def chat(
     questions: tuple[str, ...],
     template: str | None,
     system: str | None,
+    think: bool,
+    max_tiles: int | None,
+    combined: bool,
+    video: Path | None,
+    frames: int,
     how: dict[str, Any],
     stream: bool,
     backend: str,
@@ -51,24 +74,35 @@ def chat(
     """Talk about IMAGES, which are looked at once; the conversation is remembered.
 
     Of questions on stdin, one that fails is told and the next one asked; the exit code is that of
-    the first failure. An InternVL-G, as the bundled demo, answers single questions about one image:
-    what was said before is shown again with --json and not read by the model.
+    the first failure. In a question, <image> is the place of an image, and <video> that of a
+    video's frames; without, they stand in front of the first one. An InternVL-G, as the bundled
+    demo, answers single questions about one image: what was said before is shown again with --json
+    and not read by the model.
     """
     if stream and how.get("num_beams", 1) > 1:
         raise UsageError("--stream: only one beam can be streamed; leave --num-beams out")
+    if video is not None and (images or combined or max_tiles is not None):
+        raise UsageError(
+            f"--video {video}: expected neither IMAGES nor --combined nor --max-tiles with it: a "
+            "conversation is about a video, of which every frame is one tile, or about images"
+        )
     options = {"template": template, "system": system, **how}
+    if think:
+        options["think"] = True
     paths = expand(images) if images else []
     turns: list[dict[str, Any]] = []
     failed: list[InternVLError] = []
     with open_model(out, backend) as model:
-        seen = model.see(paths) if paths else None
+        seen = _seen(model, paths, max_tiles, video, frames, combined=combined)
         history: tuple[Turn, ...] = ()
         for question in questions or _typed(output):
             if question.strip() == CLEAR and not questions:
                 history = ()
                 continue
+            if video is not None and not history and not has_place(question):
+                question = f"{VIDEO}\n{question}"
             try:
-                text, history = _answer(
+                turn, history = _answer(
                     output, model, seen, question, history, options, stream=stream
                 )
             except InternVLError as error:
@@ -77,8 +111,8 @@ def chat(
                 failed.append(error)
                 turns.append({"question": question, "error": _told(error)})
                 continue
-            turns.append({"question": question, "answer": text})
-    output.result({"images": paths, "turns": turns})
+            turns.append({"question": question, **turn})
+    output.result({"images": paths, "video": video, "turns": turns})
     if failed and not sys.stdin.isatty():
         raise click.exceptions.Exit(failed[0].exit_code)
 
@@ -90,6 +124,23 @@ def _told(error: InternVLError) -> dict[str, Any]:
     return {"type": type(error).__name__, "message": message, "exit_code": error.exit_code}
 
 
+def _seen(
+    model: Model,
+    paths: list[Path],
+    max_tiles: int | None,
+    video: Path | None,
+    frames: int,
+    *,
+    combined: bool,
+) -> Any:
+    """Look at what the conversation is about; None: at nothing."""
+    if video is not None:
+        return model.see(model.chat_frames(video, frames), max_tiles=1)
+    if not paths:
+        return None
+    return model.see([paths] if combined else paths, max_tiles=max_tiles)
+
+
 def _answer(
     output: Output,
     model: Model,
@@ -99,13 +150,21 @@ def _answer(
     options: dict[str, Any],
     *,
     stream: bool,
-) -> tuple[str, tuple[Turn, ...]]:
+) -> tuple[dict[str, Any], tuple[Turn, ...]]:
+    """Answer one question: what is told of it, and the history after it."""
     if stream:
-        text = show(output, model.chat_stream(seen, question, history, **options))
-        return text, remembered(model.components, seen, question, history, text)
-    reply = model.chat(seen, question, history, **options)
-    output.text(reply.text)
-    return reply.text, reply.history
+        pieces = model.chat_stream(seen, question, history, **options)
+        text = show(output, pieces)
+        thought = pieces.thought
+        history = remembered(model.components, seen, question, history, text)
+    else:
+        reply = model.chat(seen, question, history, **options)
+        text, thought, history = reply.text, reply.thought, reply.history
+        output.text(text)
+    if thought is None:
+        return {"answer": text}, history
+    output.say(f"thought: {thought}")
+    return {"answer": text, "thought": thought}, history
 
 
 def _typed(output: Output) -> Iterator[str]:

@@ -32,7 +32,7 @@ NAMES = re.compile(rf"(?<![\w./-])(?:{'|'.join(OPTIONS)})(?![\w/])")
 stream_option = click.option("--stream", is_flag=True, help="Print text as it comes; greedy.")
 
 
-def generation(max_new_tokens: int) -> Callable[[Function], Function]:
+def generation(max_new_tokens: int | str) -> Callable[[Function], Function]:
     """Add the options of generation; the command gets those given as ``how``.
 
     Args:

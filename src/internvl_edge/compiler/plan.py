@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +15,7 @@ from internvl_edge.artifact.publish import check_out, check_parent
 from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.errors import CalibrationError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from internvl_edge.export.checkpoint.side_files import (
-    SIDE_FILES,
-    read_preprocessing,
-    read_side_file,
-    say_foreign,
-)
+from internvl_edge.export.checkpoint.side_files import check_side_files, read_preprocessing
 from internvl_edge.export.components import choose_components, language_config
 from internvl_edge.export.config.checkpoint import check_image_size
 from internvl_edge.export.precision import QUANTIZED
@@ -37,7 +31,6 @@ TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 Verify = Literal["auto", "full", "none"]
 Input = Literal["float32", "uint8"]
 DrawSamples = Callable[[int, int], CalibrationSet]  # how many, seed → samples to calibrate on
-TOKENIZER_FILE = "tokenizer.model"
 MAX_ALIGN = 65536  # the coarsest granularity that any system maps files with
 
 
@@ -125,10 +118,8 @@ def make_plan(options: ExportOptions) -> Plan:
     image_size = check_image_size(checkpoint.config, options.image_size)
     components = choose_components(checkpoint.config, options.components)
     _check_capacity(options.cache_capacity, checkpoint, components)
-    for name in SIDE_FILES:
-        read_side_file(checkpoint.path, name)  # refused now, and not when all is done
-    say_foreign(checkpoint.path)
-    _warn_without_tokenizer(checkpoint.path, components)
+    readers = [name for name in components if COMPONENTS[name].reads_text]
+    check_side_files(checkpoint.path, checkpoint.config, readers)
     _require_layers(options.precision, recipe, checkpoint)
     if options.recipe is not None and recipe is not None:
         _warn_of_patterns(recipe, checkpoint)
@@ -175,19 +166,6 @@ def _warn_of_patterns(recipe: Recipe, checkpoint: Checkpoint) -> None:
                     checkpoint.path,
                     own[0] if own else "none",
                 )
-
-
-def _warn_without_tokenizer(checkpoint: Path, components: tuple[str, ...]) -> None:
-    readers = [name for name in components if COMPONENTS[name].reads_text]
-    if readers and not os.path.lexists(checkpoint / TOKENIZER_FILE):
-        logger.warning(
-            "%s has no %s: %s will take token ids only, and no strings; put the model's "
-            "%s there and export again to embed, match or write texts",
-            checkpoint,
-            TOKENIZER_FILE,
-            " and ".join(readers),
-            TOKENIZER_FILE,
-        )
 
 
 def _check_weights(options: ExportOptions) -> None:

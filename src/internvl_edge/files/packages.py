@@ -51,6 +51,7 @@ PACKAGES = {
         ("tensorrt-rtx", "tensorrt_rtx", "rtx", "build RTX engines, without a GPU"),
         ("tensorrt", "tensorrt", "trt", "build TensorRT engines, on a GPU"),
         ("cuda-core", "cuda.core", "rtx", "run engines"),
+        ("tokenizers", "tokenizers", "chat", "texts of Qwen, Llama-3 and *-hf models"),
         ("scikit-image", "skimage", "quantize", "the default calibration photographs"),
         ("scikit-learn", "sklearn", "demo", "the demo's digits"),
     )

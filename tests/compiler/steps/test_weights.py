@@ -109,7 +109,7 @@ def test_another_resolution_writes_its_positions(half: Written) -> None:
 def test_a_shard_with_the_name_of_our_own_file(tmp_path: Path, weights: str) -> None:
     path = write_internvl(tmp_path / "checkpoint").path
     (path / "model.safetensors").rename(path / "weights.safetensors")
-    with pytest.raises(UsageError, match="--image-size 42 writes a file of that name"):
+    with pytest.raises(UsageError, match="is written to a file of that name"):
         exported(path, components=("vision",), image_size=42, weights=weights)
 
 

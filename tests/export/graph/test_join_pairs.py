@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from support.chat.generation import noise
 from support.checkpoints import write_internvl
-from support.generation import noise
 
 from internvl_edge import compiler, open_session
 from internvl_edge.compiler import ExportOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support.checkpoints import TINY, write_internvl, write_vit
+from support.checkpoints.family import chat_config
 
 from internvl_edge import compiler
 from internvl_edge.artifact.components import LLAMA_PREFIX, VISION_PREFIX
@@ -22,7 +24,7 @@ from internvl_edge.compiler.steps.quantize import Quantize
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import StoreWeights
 from internvl_edge.errors import InternVLError, VerificationError
-from internvl_edge.export.config.checkpoint import CheckpointConfig, with_depth
+from internvl_edge.export.config.checkpoint import CheckpointConfig, load_config, with_depth
 from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
 from internvl_edge.export.graph.repeat import blocks_of, keep_block, shallow_depth, stamp
 from internvl_edge.export.synthetic import PRESETS
@@ -89,6 +91,17 @@ def test_a_cache_in_place_is_stamped() -> None:
     model = in_full(plan, "decoder", shallow_config(config))
     assert trace.stamp_towers(model, config)
     assert serialized(model) == serialized(in_full(plan, "decoder"))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "phi3"])
+def test_every_language_model_is_stamped(kind: str, tmp_path: Path) -> None:
+    raw = chat_config(kind, {}, {"num_hidden_layers": 5})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = load_config(tmp_path)
+    plan = plan_like(type("P", (), {"image_size": 56})(), config, "fp16")
+    model = in_full(plan, "chat_decoder", shallow_config(config))
+    assert trace.stamp_towers(model, config)
+    assert serialized(model) == serialized(in_full(plan, "chat_decoder"))
 
 
 def test_real_widths_are_stamped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat.generation import COMPONENTS, Compiled, noise, on_host
 from support.checkpoints import TINY, write_chat, write_internvl, write_tokenizer
-from support.generation import COMPONENTS, Compiled, noise, on_host
 from support.gpu.fake_engine import CAPACITY, IN_PLACE, KEY, PRESENT, Engine
 from support.gpu.trt_bench import TARGETS, Bench, on_gpu_and_on_host
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat.generation import COMPONENTS, Compiled, on_host
 from support.checkpoints import TINY, write_internvl
-from support.generation import COMPONENTS, Compiled, on_host
 
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from internvl_edge.runtime.generation.batch import Generation
-from internvl_edge.runtime.generation.text import TextStream
+from internvl_edge.runtime.generation.text import TextStream, split_thought
 from internvl_edge.types import Array
 
 HOW = Generation(stop_ids=(2,), max_new_tokens=9)
@@ -80,3 +80,38 @@ def test_another_thread_closes_a_stream_that_computes() -> None:
     reader.join(10)
     assert not reader.is_alive()
     assert (told, computed, stream.finish_reason) == ([], 1, None)
+
+
+# --- thoughts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("yes", None, "yes"),
+        ("<think>\nhm\n</think>\n\nyes", "hm", "yes"),
+        ("<think>hm", "hm", ""),
+        ("<think></think>yes", "", "yes"),
+        ("<think>", "", ""),
+        ("<thin", None, "<thin"),
+        ("no <think>hm</think>", None, "no <think>hm</think>"),
+        ("<think>a</think>b</think>c", "a", "b</think>c"),
+        ("<think>a</think>\n<b> <think>c", "a", "<b> <think>c"),
+        ("", None, ""),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_thought_comes_apart_from_the_answer(
+    text: str, thought: str | None, answer: str, size: int
+) -> None:
+    assert split_thought(text) == (thought, answer)
+    parts = [text[at : at + size] for at in range(0, len(text), size)]
+    ids = range(10, 10 + len(parts))
+
+    def decode(ids: list[int]) -> str:
+        return "".join(parts[i - 10] for i in ids).strip()
+
+    stream = TextStream(rows(*ids), Generation(stop_ids=(2,)), decode, 0)
+    assert "".join(stream) == answer
+    assert stream.thought == thought
+    assert stream.finish_reason == "length"

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from support.golden import FAMILY
 
 from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
 from internvl_edge.runtime.images import decode
@@ -480,11 +481,20 @@ def test_an_unknown_transform_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "least", "most"), [(0, 1, 2), (4097, 1, 2), (16, 0, 2), (16, 3, 2), (16, 1, 65)]
+    ("size", "least", "most"), [(0, 1, 2), (4097, 1, 2), (16, 0, 2), (16, 3, 2), (16, 1, 41)]
 )
 def test_tiles_that_cannot_be_are_refused(size: int, least: int, most: int) -> None:
     with pytest.raises(UsageError, match="min_num <= max_num"):
         tile(noise(4, 4), size, least, most)
+
+
+@pytest.mark.skipif(not FAMILY.is_dir(), reason="needs golden_family")
+def test_grids_equal_the_originals() -> None:
+    cases = json.loads((FAMILY / "tiling_cases.json").read_text(encoding="utf-8"))["cases"]
+    assert len(cases) > 400
+    for case in cases:
+        width, height = case["size"]
+        assert list(tile_grid((width, height), 448, 1, case["max"])) == case["grid"], case
 
 
 def test_tiles_too_large_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.golden import FAMILY
 
 from internvl_edge.errors import MediaError, MissingDependency, UsageError
 from internvl_edge.runtime.images.video import (
+    chat_frames,
     decode_frames,
     dual_softmax,
+    load_chat_frames,
     pool_frames,
     read_frames,
     sample_frames,
@@ -172,3 +176,40 @@ def test_without_pyav_the_extra_is_named(film: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingDependency, match=r"internvl-edge\[video\]"):
         decode_frames(film)
+
+
+# --- of conversations ----------------------------------------------------------------------------
+
+
+@given(length=st.integers(1, 400), count=st.integers(1, 40), native=st.booleans())
+def test_a_conversations_frames_are_of_the_video(length: int, count: int, native: bool) -> None:
+    frames = chat_frames(length, count, native=native)
+    assert len(frames) == count
+    assert frames == sorted(frames)
+    assert frames[0] >= 0
+    assert frames[-1] < length
+
+
+@pytest.mark.skipif(not FAMILY.is_dir(), reason="needs golden_family")
+def test_a_conversations_frames_equal_the_originals() -> None:
+    cases = json.loads((FAMILY / "frame_cases.json").read_text(encoding="utf-8"))["cases"]
+    assert len(cases) > 10
+    for case in cases:
+        length, count = case["length"], case["frames"]
+        assert chat_frames(length, count) == case["original"], case
+        if "hf" in case:
+            assert chat_frames(length, count, native=True) == case["hf"], case
+
+
+def test_frames_of_no_video_or_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="found no frames"):
+        chat_frames(0, 8)
+    with pytest.raises(UsageError, match="num_frames must be 1 or more, found 0"):
+        chat_frames(8, 0)
+
+
+def test_a_folder_of_frames_for_a_conversation(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.png").touch()
+    names = [Path(str(path)).name for path in load_chat_frames(tmp_path, 8)]
+    assert names == [f"{i}.png" for i in chat_frames(4, 8)]

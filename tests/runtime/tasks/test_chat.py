@@ -28,7 +28,7 @@ from internvl_edge.runtime.images.transform import squared, tile
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.tasks.chat import remembered
 from internvl_edge.runtime.tasks.chat_images import ChatSeen
-from internvl_edge.runtime.text.chat_tokenizer import PLACE, ChatTokenizer
+from internvl_edge.runtime.text.chat_tokenizer import PLACE, ChatTokenizer, load_chat_tokenizer
 from internvl_edge.runtime.text.embeddings import Embedding, TokenTable, open_table
 from internvl_edge.runtime.text.templates import (
     TEMPLATES,
@@ -37,7 +37,7 @@ from internvl_edge.runtime.text.templates import (
     conversation,
     find_template,
 )
-from internvl_edge.runtime.text.tokenizer import Tokenizer
+from internvl_edge.runtime.text.token_files import read_token_files
 
 BOS = 1
 
@@ -70,8 +70,13 @@ def pieces(checkpoint: Path) -> Any:
 
 @pytest.fixture
 def tokenizer(checkpoint: Path) -> ChatTokenizer:
-    added = json.loads((checkpoint / "added_tokens.json").read_text())
-    return ChatTokenizer(Tokenizer(checkpoint / "tokenizer.model"), added)
+    return opened(checkpoint)
+
+
+def opened(checkpoint: Path) -> ChatTokenizer:
+    files = read_token_files(lambda name: path if (path := checkpoint / name).is_file() else None)
+    assert files is not None
+    return load_chat_tokenizer(files)
 
 
 # --- templates -----------------------------------------------------------------------------------
@@ -169,17 +174,6 @@ def test_image_tags_outside_of_questions_are_text(tokenizer: ChatTokenizer, piec
     assert tokenizer.decode([i for i in found if i != PLACE]).count("<image>") == 2
 
 
-def test_only_the_first_run_gets_a_space_without_legacy(checkpoint: Path, pieces: Any) -> None:
-    plain = Tokenizer(checkpoint / "tokenizer.model")
-    tokenizer = ChatTokenizer(plain, {"<|im_end|>": 301}, add_bos=False, legacy=False)
-    prompt = [Piece(text="red<|im_end|>red", is_template=True)]
-    first, rest = pieces.encode("red"), tokenizer.encode(prompt, [], TEMPLATES["Hermes-2"])
-    assert rest[: len(first) + 1] == [*first, 301]
-    inside = rest[len(first) + 1 :]
-    assert inside != first
-    assert "".join(pieces.id_to_piece(i) for i in inside) == "red"
-
-
 def test_control_tokens_are_not_decoded(tokenizer: ChatTokenizer, pieces: Any) -> None:
     ids = pieces.encode("a red seven")
     assert tokenizer.decode([300, *ids, 301, 2]) == "a red seven"
@@ -190,12 +184,11 @@ def test_broken_token_lists_are_refused(out: Path, tmp_path: Path) -> None:
     from internvl_edge.runtime.text.chat_tokenizer import open_chat_tokenizer
 
     artifact = open_artifact(out)
-    tokenizer = Tokenizer(out / "tokenizer.model")
     for text in ("[1]", "{", '{"a": "b"}'):
         (tmp_path / "added_tokens.json").write_text(text)
         elsewhere = replace(artifact, path=tmp_path)
         with pytest.raises(ArtifactError, match=r"added_tokens\.json"):
-            open_chat_tokenizer(elsewhere, tokenizer)
+            open_chat_tokenizer(elsewhere)
 
 
 # --- embeddings ----------------------------------------------------------------------------------
@@ -579,7 +572,7 @@ def test_the_bundled_demo_chats(demo_model: Model) -> None:
     with pytest.raises(UsageError, match="expected one <image> at most, found 2"):
         demo_model.chat(scene, "<image> <image> how many digits?")
     for option in ({"template": "nope"}, {"system": "be brief"}):
-        with pytest.raises(UsageError, match="are for an InternVL-Chat: this model is asked"):
+        with pytest.raises(UsageError, match="for an InternVL-Chat, but this model is asked"):
             demo_model.chat(scene, "how many digits?", **option)
     placed = demo_model.chat(scene, "<image>\nhow many digits?", max_new_tokens=8)
     assert placed.text == first.text

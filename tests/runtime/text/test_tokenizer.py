@@ -87,6 +87,10 @@ if PUBLISHED.is_file():  # another's work, which the repository does not hold
         ids = published.prompt("a red panda")[0][0].tolist()
         assert published.decode([49953, *ids, 2, 49953, 0]) == "a red panda"
 
+    def test_special_tokens_are_text_to_the_published_model_too(published: Tokenizer) -> None:
+        ids = published.match(" ".join(SPECIALS))[0].tolist()
+        assert not {0, 1, 2, 49953} & set(ids[1:-1])
+
 
 # --- what ids are made of ------------------------------------------------------------------------
 
@@ -160,11 +164,6 @@ def test_special_tokens_in_a_text_are_text(tokenizer: Tokenizer, special: str) -
     assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
     assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id} & set(ids[1:-1])
     assert tokenizer.decode(ids) == text
-
-
-def test_special_tokens_are_text_to_the_published_model_too(published: Tokenizer) -> None:
-    ids = published.match(" ".join(SPECIALS))[0].tolist()
-    assert not {0, 1, 2, 49953} & set(ids[1:-1])
 
 
 # --- decoding ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from internvl_edge.compiler.report.readme import readme
 from internvl_edge.compiler.report.report import with_report
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.export.checkpoint.shards import source_files
-from internvl_edge.export.checkpoint.side_files import SIDE_FILES, read_side_file
+from internvl_edge.export.checkpoint.side_files import passed_on, read_side_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class ListFiles:
         return ()
 
     def run(self, plan: Plan, build: Build) -> None:
-        for name in SIDE_FILES:
+        for name in passed_on(plan.checkpoint.path, plan.checkpoint.config):
             if (data := read_side_file(plan.checkpoint.path, name)) is not None:
                 (build.directory / name).write_bytes(data)
         manifest = _described(plan, build)

@@ -28,6 +28,7 @@ from internvl_edge.compiler.weights.layout import TOWERS, WEIGHTS_FILE
 from internvl_edge.compiler.weights.plan import WeightsPlan
 from internvl_edge.compiler.weights.tensors import convert, read_tensor
 from internvl_edge.errors import InternVLError
+from internvl_edge.export.checkpoint.names import Joined
 from internvl_edge.export.graph.bind import weights_without_data
 from internvl_edge.export.weights.link import bring_shards, way_of
 from internvl_edge.export.weights.writer import Layout, StoredTensor, WeightsWriter
@@ -57,8 +58,23 @@ class StoreWeights:
                 plan.options.weights,
                 _copied(build.report),
             )
+            _say_joined(plan, self.weights)
         if self.weights.layout:
             build.stored = build.stored | _written(plan, self.weights.layout, build)
+
+
+def _say_joined(plan: Plan, weights: WeightsPlan) -> None:
+    """Say which tensors could not stay in the shards that are brought."""
+    tensors = plan.source.tensors
+    joined = [name for name in weights.layout if isinstance(tensors[name], Joined)]
+    if joined:
+        logger.warning(
+            "%d tensors of %.0f MB, such as %s, have their rows in several places of the "
+            "checkpoint's files and are written anew; all others stay where they are",
+            len(joined),
+            sum(tensors[name].nbytes for name in joined) / 1e6,
+            tensors[joined[0]].name,
+        )
 
 
 def cost_of_writing(plan: Plan, weights: WeightsPlan) -> Cost:

@@ -67,8 +67,8 @@ def plan_weights(plan: Plan, model: InternVL | Chat | InternViT) -> WeightsPlan:
     layout = {n: (dtype, shape_of(plan, n)) for n, dtype in needed.items() if n not in brought}
     if layout and WEIGHTS_FILE in {held[name].file.name for name in brought}:
         raise UsageError(
-            f"{plan.checkpoint.path / WEIGHTS_FILE}: --image-size {plan.image_size} writes a file "
-            "of that name beside the checkpoint's own; give the shard another name"
+            f"{plan.checkpoint.path / WEIGHTS_FILE}: what its shards do not hold as graphs need it "
+            "is written to a file of that name beside them; give the shard another name"
         )
     return WeightsPlan(reads=reads, brought=brought, layout=layout)
 

@@ -1,0 +1,140 @@
+"""Every kind of chat model compiled: at every precision, and from ONNX to the original's tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints.family import IMAGE_TOKEN_ID, KINDS, write_family
+from support.paths import ROOT
+
+import internvl_edge
+from internvl_edge import compiler
+from internvl_edge.artifact.open import Artifact
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.compiler.weights.layout import WEIGHTS_FILE
+from internvl_edge.export import load_reference
+from internvl_edge.export.checkpoint.shards import read_header
+from internvl_edge.export.models import Chat
+
+GOLDEN = ROOT.parent / "shared" / "golden_family"
+MIXED = "chat_vision=int8,chat_decoder=int4-wo"
+DEEP = {"num_hidden_layers": 4}  # enough for a tower to be traced in part
+NEVER = 1 << 30  # an id that ends nothing
+
+
+def exported(path: Path, out: Path, precision: str, pictures: Path | None = None) -> Artifact:
+    is_quantized = precision not in ("fp32", "fp16", "bf16")
+    calibration = pictures if is_quantized else None
+    options = ExportOptions(checkpoint=path, out=out, precision=precision, calibration=calibration)
+    return compiler.export(options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *((kind, precision) for kind in KINDS for precision in ("int8", "int4-wo")),
+        *(("qwen3", precision) for precision in ("fp16", "bf16", "fp8", "int8-wo", MIXED)),
+        *(("qwen2", precision) for precision in ("fp16", "fp8", "int8-wo", MIXED)),
+    ],
+)
+def test_every_kind_compiles_and_agrees(
+    kind: str, precision: str, pictures: Path, tmp_path: Path
+) -> None:
+    """An export holds every graph against PyTorch, and quantized ones against their simulation."""
+    path = write_family(tmp_path / "c", kind, vision=DEEP, language=DEEP).path
+    artifact = exported(path, tmp_path / "out", precision, pictures)
+    figures = {name: c.verification for name, c in artifact.manifest.components.items()}
+    least = {"int8": 20.0, "fp16": 50.0}.get(precision, 8.0)
+    assert set(figures) == {"chat_vision", "chat_decoder"}
+    assert min(figure["sqnr_db"] for figure in figures.values()) > least, figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["chat", "hf"])
+@pytest.mark.parametrize("kind", ["internlm2", "phi3", "qwen3"])
+def test_weights_stay_in_the_checkpoints_files(kind: str, layout: str, tmp_path: Path) -> None:
+    """At the stored precision only what lies in several places is written, and it all works."""
+    written = write_family(tmp_path / "c", kind, layout, is_new=True, seed=5)
+    artifact = exported(written.path, tmp_path / "out", "fp32")
+    files = artifact.manifest.files
+    assert "model.safetensors" in files
+    new = set(read_header(tmp_path / "out" / WEIGHTS_FILE)) if WEIGHTS_FILE in files else set()
+    parts = {name.rpartition(".")[0].rpartition(".")[2] for name in new}
+    qkv = {"q_proj", "k_proj", "v_proj"} if (kind, layout) == ("internlm2", "chat") else set()
+    assert parts == (qkv if layout == "chat" else {"qkv"})
+    reference = load_reference(written.path)
+    assert isinstance(reference, Chat)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, 56, 56, generator=generator)
+    ids = torch.randint(3, 100, (1, 14), generator=generator)
+    ids[0, 3:7] = IMAGE_TOKEN_ID
+    object.__setattr__(reference.language_model.config, "eos_token_id", -1)  # type: ignore[union-attr]
+    expected = reference.generate(pixels, ids, max_new_tokens=12)
+    with internvl_edge.load(tmp_path / "out") as model:
+        how: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": ()}
+        found = model.generate(pixels.numpy(), ids.numpy(), **how)
+    np.testing.assert_array_equal(found, expected.numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the family's golden data is not here")
+@pytest.mark.parametrize("kind", ["llama", "llama3", "internlm2", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("layout", ["chat", "hf"])
+def test_tokens_are_the_originals(kind: str, layout: str, tmp_path: Path) -> None:
+    wanted = np.load(GOLDEN / kind / "reference.npz")
+    exported(GOLDEN / kind / layout, tmp_path / "out", "fp32")
+    pixels, ids = wanted["pixel_values"], wanted["input_ids"]
+    end = (int(wanted["ended.eos"]),)
+    rows = wanted["batch.pixel_values"], wanted["batch.input_ids"] * wanted["batch.attention_mask"]
+    with internvl_edge.load(tmp_path / "out") as model:
+
+        def tokens(name: str, images: Any, prompts: Any, **how: Any) -> None:
+            width = wanted[name].shape[1]
+            how = {"max_new_tokens": width, "stop_ids": (), **how}
+            found = model.generate(images, prompts, **how)
+            np.testing.assert_array_equal(found, wanted[name][:, : found.shape[1]], err_msg=name)
+
+        tokens("greedy_ids", pixels, ids)
+        tokens("batch.greedy_ids", *rows)
+        beams = {"num_beams": 3, "max_new_tokens": 24}
+        tokens("ended.greedy_ids", pixels, ids, stop_ids=end, max_new_tokens=24)
+        tokens("ended.beam3_ids", pixels, ids, stop_ids=end, **beams)
+        tokens("ended.beam3.penalty0_ids", pixels, ids, stop_ids=end, length_penalty=0.0, **beams)
+        tokens("ended.beam3.early_ids", pixels, ids, stop_ids=end, early_stopping=True, **beams)
+        if kind == "phi3":
+            tokens("long.greedy_ids", None, wanted["long.input_ids"])
+
+
+@pytest.mark.slow
+@pytest.mark.rtx
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-wo"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_engines_are_built(kind: str, precision: str, pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    path = write_family(tmp_path / "c", kind, vision=DEEP, language=DEEP).path
+    options = ExportOptions(
+        checkpoint=path,
+        out=tmp_path / "out",
+        precision=precision,
+        calibration=None if precision == "fp16" else pictures,
+        targets=("onnx", "tensorrt-rtx"),
+        verify="none",
+    )
+    engines = compiler.export(options).manifest.engines
+    assert {engine.component for engine in engines} == {"chat_vision", "chat_decoder"}
+
+
+def test_a_mixture_of_experts_is_refused_before_any_work(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "c", "qwen3").path
+    raw = json.loads((path / "config.json").read_text())
+    raw["llm_config"] |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    (path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(internvl_edge.InternVLError, match=r"Qwen3MoeForCausalLM, a mixture"):
+        compiler.export(ExportOptions(checkpoint=path, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
