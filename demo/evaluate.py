@@ -59,6 +59,15 @@ class Speaks(Protocol):
         """Continue prompt i on image i."""
 
 
+class Talks(Protocol):
+    """The method that conversations need."""
+
+    def chat(
+        self, images: Any, question: str, history: Any = (), *, max_new_tokens: int | None = None
+    ) -> Any:
+        """Answer a question in a conversation about images; text and history."""
+
+
 def zero_shot_accuracy(model: Embeds, n: int = 500, mode: str = "c", seed: int = 1) -> float:
     """Measure how often the digit's class has the nearest mean over the templates."""
     return float(np.mean(zero_shot_hits(model, n, mode, seed)))
@@ -158,6 +167,23 @@ def vqa_hits(model: Speaks, n: int, seed: int) -> Hits:
     prompts = [question.prompt for question in questions]
     answers = model.answer(images, prompts, max_new_tokens=MAX_NEW_TOKENS)
     return _exact(answers, [question.answer for question in questions])
+
+
+def dialogue_accuracy(model: Talks, n: int = 100, seed: int = 7) -> float:
+    """Measure how often an answer in a conversation is the right one, the model's own before it."""
+    return float(np.mean(dialogue_hits(model, n, seed)))
+
+
+def dialogue_hits(model: Talks, n: int, seed: int) -> Hits:
+    """Tell which answers are right, (all turns of n conversations,)."""
+    hits: list[bool] = []
+    for images, dialogue in zip(*scenes.dialogue_scenes(n, seed), strict=True):
+        history: Any = ()
+        for turn in dialogue.turns:
+            reply = model.chat(images, turn.question, history, max_new_tokens=MAX_NEW_TOKENS)
+            hits.append(reply.text.strip() == turn.answer)
+            history = reply.history
+    return np.array(hits)
 
 
 def _exact(found: Sequence[str], expected: Sequence[str]) -> Hits:

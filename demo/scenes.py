@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl_edge.demo import MODELS, bundled
+from internvl_edge.demo.dialogues import Dialogue, about_one, about_two
 from internvl_edge.demo.language import (
     COLOURS,
     DIGITS,
@@ -189,6 +191,23 @@ def question_scenes(n: int, seed: int = 5) -> tuple[list[Pixels], list[Question]
     return [s.image for s in chosen], [random_question(s.truth, rng) for s in chosen]
 
 
+def dialogue_scenes(
+    n: int, seed: int = 7, turns: int = 3
+) -> tuple[list[list[Pixels]], list[Dialogue]]:
+    """Draw dialogues on held-out digits: the images of each, every other time two, and its turns."""
+    rng = np.random.default_rng((seed, n))
+    images, dialogues = [], []
+    for i in range(n):
+        drawn = [scene("held-out", seed, 2 * i + j) for j in range(1 + i % 2)]
+        truths = [s.truth for s in drawn]
+        is_pair = len(drawn) == 2
+        dialogues.append(
+            about_two(*truths, turns, rng) if is_pair else about_one(*truths, turns, rng)
+        )
+        images.append([s.image for s in drawn])
+    return images, dialogues
+
+
 def calibration_set(count: int, seed: int) -> CalibrationSet:
     """Draw what the demo is calibrated on: for ``ExportOptions.samples``."""
     return CalibrationSet.from_arrays(
@@ -199,11 +218,10 @@ def calibration_set(count: int, seed: int) -> CalibrationSet:
 
 
 def samples_of(checkpoint: Path | None) -> Callable[[int, int], CalibrationSet] | None:
-    """Return ``calibration_set`` for the bundled model, which None is too; None for any other."""
-    from internvl_edge.compiler.plan import demo_checkpoint
-
-    is_demo = checkpoint is None or checkpoint.resolve() == demo_checkpoint().resolve()
-    return calibration_set if is_demo else None
+    """Return ``calibration_set`` for a bundled model, which None is too; None for any other."""
+    models = [path.resolve() for path in map(bundled, MODELS) if path is not None]
+    is_ours = checkpoint is None or checkpoint.resolve() in models
+    return calibration_set if is_ours else None
 
 
 def calibration_images(n: int, seed: int = 6) -> list[Pixels]:

@@ -88,7 +88,7 @@ def configuration(vocab_size: int, image_token_id: int) -> CheckpointConfig:
 def losses(
     model: Chat, heads: PatchHeads, batch: TalkBatch, *, vision_only: bool = False
 ) -> dict[str, Tensor]:
-    """Compute the mean loss of each task on one batch; with ``vision_only`` of the patches alone."""
+    """Compute each task's mean loss on one batch; with ``vision_only`` the patches' alone."""
     vision = model.vision_model(batch.pixels)  # (M, N, C)
     parts = {"patches": heads(vision, batch)}
     if not vision_only:

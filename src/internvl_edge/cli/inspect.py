@@ -15,7 +15,7 @@ from internvl_edge.artifact.open import (
     open_artifact,
 )
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, no_backend
+from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend
 from internvl_edge.errors import InputError
 from internvl_edge.export import require_packages
 from internvl_edge.files.packages import require
@@ -26,7 +26,7 @@ ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
-@click.option("--checkpoint", type=DIRECTORY, help="Compare with this checkpoint in PyTorch too.")
+@click.option("--checkpoint", type=CHECKPOINT, help="Compare with this checkpoint in PyTorch too.")
 @click.option("--full", is_flag=True, help="Hash the checkpoint's own linked files whole, too.")
 @no_backend
 @answers
@@ -66,7 +66,7 @@ def verify(output: Output, out: Path, checkpoint: Path | None, full: bool, backe
 
 
 @click.command()
-@click.argument("path", type=DIRECTORY)
+@click.argument("path", type=CHECKPOINT)
 @no_backend
 @answers
 def inspect(output: Output, path: Path, backend: str) -> None:
