@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-faults check format bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime docs gpu-check clean
+.PHONY: install demo test test-fast test-faults check format bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-check serve clean
 
 install: $(VENV)/.installed
 
@@ -14,6 +14,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python -m internvl_edge.demo --out out/demo --force
+
+# The demo over HTTP, and its page: http://127.0.0.1:8000. FLAGS="--port 8080" and other options
+serve: install
+	$(BIN)/python examples/serve_demo.py out/serve $(FLAGS)
 
 # On every core, at most four. One file, or with a debugger: python -m pytest tests/runtime/trt
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
@@ -66,6 +70,10 @@ bench-decode: install
 # On a quiet machine; OpenVINO joins where openvino and nncf are installed
 bench-runtime: install
 	$(BIN)/python benchmarks/runtime.py $(FLAGS)
+
+# What HTTP costs and does under load, on what `make serve` compiled
+bench-serve: install
+	$(BIN)/python benchmarks/serve.py out/serve/int8 --json benchmarks/results/serve.json $(FLAGS)
 
 # On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4" for less
 # `make gpu-check PYTHON=python3` takes that interpreter and its packages as they are: no pip, no network

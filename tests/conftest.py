@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,20 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(8):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traces_are_shared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Trace each graph once in a run, whichever worker needs it; where tests import the tracer."""
+    if "internvl_edge.compiler.steps.trace" in sys.modules:
+        from support.runs.traces import SharedTraces
+
+        from internvl_edge.compiler.steps import trace
+
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if worker else base) / "traces"
+        folder.mkdir(exist_ok=True)
+        trace._kept = SharedTraces(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ checkpoint  a Hugging Face directory: its configuration and tensors; start here
 parameters  names and shapes that a configuration calls for
 names       the names that the files have, and what is packed in them
 published   the same the other way: a file's tensors made of ours
+relayout    a chat checkpoint written in the other published layout
 shards      its safetensors files
 side_files  tokenizer and settings besides the weights, and which links are followed
 tokenizer   which of the tokenizer's files are passed on, and that they are this model's

@@ -1,6 +1,7 @@
 """ONNX graphs of components, and the rewrites of them that do not quantize.
 
 trace        traces one graph per component on the meta device; start here
+lower        exchanges operators without an ONNX form, in place of PyTorch's exporter
 repeat       copies blocks, so that a tower is traced only a few blocks deep
 bind         points initializers at their stored tensors
 dtypes       decides the type of each parameter at each precision

@@ -28,6 +28,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from internvl_edge.errors import InternVLError
+from internvl_edge.export.graph.lower import quick_lowering
 from internvl_edge.files.signals import interrupts_held
 from internvl_edge.types import Array
 
@@ -68,7 +69,7 @@ def trace(
         for name in sorted(names)
     }
     shapes = [{axis: symbols[name] for axis, name in dims.items()} for dims in dynamic]
-    with _quiet_libraries(), interrupts_held(), _rare_collection():
+    with _quiet_libraries(), interrupts_held(), _rare_collection(), quick_lowering():
         program = torch.onnx.export(
             module,
             tuple(example),

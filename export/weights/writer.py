@@ -60,6 +60,7 @@ class WeightsWriter:
             multiple of its item size.
         done: names that an earlier writer of the same tensors has written to ``path``, which may
             then exist; None: it must not exist.
+        metadata: strings for the header; transformers wants ``format`` there.
 
     Raises:
         InternVLError: some tensors are done, but the file is absent or has another size.
@@ -72,9 +73,10 @@ class WeightsWriter:
         *,
         align: int | None = None,
         done: Collection[str] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        raw, self.stored, size = _layout(path.name, tensors, align or 1)
+        raw, self.stored, size = _layout(path.name, tensors, align or 1, metadata)
         self._pending = set(tensors) - set(done or ())
         if done and (not path.is_file() or path.stat().st_size != size):
             raise InternVLError(
@@ -149,12 +151,12 @@ class WeightsWriter:
 
 
 def _layout(
-    location: str, tensors: Layout, align: int
+    location: str, tensors: Layout, align: int, metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, StoredTensor], int]:
     """Lay out the file: the header's bytes, each tensor's location, and the file's size."""
     # wide types first, so that every tensor is aligned to its own item size
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         dtype, shape = tensors[name]

@@ -54,6 +54,7 @@ class VisionMean(nn.Module):
         return self.vision_model(pixel_values).mean(dim=1).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "vision_mean=int8"])
 def test_a_new_component_is_a_row_and_a_module(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, precision: str

@@ -245,6 +245,7 @@ def dying_after(steps: int) -> Iterator[list[tuple[Any, ...]]]:
         yield noted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3])  # inside the vision tower, and inside QLLaMA
 def test_interrupted_runs_end_byte_identical(
     checkpoint: Path,
@@ -385,6 +386,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_kill_9(checkpoint: Path, tmp_path: Path) -> None:
     def command(out: str) -> list[str]:
         return ["export", str(checkpoint), "-o", str(tmp_path / out), "-p", "int8",

@@ -43,6 +43,7 @@ COMMANDS = [
     "caption",
     "answer",
     "chat",
+    "serve",
     "benchmark",
     "doctor",
 ]

@@ -22,6 +22,7 @@ from internvl_edge.quantize.recipe import recipe_for
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "precision", "weights"),
     [
@@ -57,6 +58,7 @@ def test_what_is_written_was_foretold(
     assert written - headers <= step.disk_nbytes <= written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int8-wo"])
 def test_quantized_weights_are_counted(tmp_path: Path, precision: str) -> None:
     checkpoint = write_internvl(tmp_path / "checkpoint").path

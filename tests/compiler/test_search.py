@@ -67,6 +67,7 @@ def test_the_recipe_excludes_these_layers_and_no_others() -> None:
     assert exactly("a.b") == r"^a\.b$"
 
 
+@pytest.mark.slow
 def test_auto_leaves_the_worst_layer_in_16_bits(tmp_path: Path) -> None:
     written = write_vit(tmp_path / "checkpoint")
     options = ExportOptions(checkpoint=written.path, out=tmp_path / "out", precision="int8")

@@ -15,6 +15,8 @@ from internvl_edge.quantize.recipe import recipe_for
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fullsize
 
+pytestmark = pytest.mark.slow
+
 DEPTHS = (2, 4)
 
 

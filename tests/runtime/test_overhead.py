@@ -80,7 +80,7 @@ def test_the_runtime_adds_little_to_the_import_of_numpy() -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_nothing_grows(tmp_path: Path) -> None:
     """In a process of its own: what other tests left must not be collected meanwhile."""
-    command = [sys.executable, "-m", "support.repeat_runs", str(tmp_path)]
+    command = [sys.executable, "-m", "support.runs.repeat_runs", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS)
     assert done.returncode == 0, done.stderr
 

@@ -6,7 +6,7 @@ and SIGTERM with 143, both after cleaning up.
 
     export     export, build, convert;  inspect  verify, inspect;  debug  lint, bisect
     embed      embed, classify, retrieve, match;  text  caption, answer;  chat  chat
-    benchmark  benchmark;  doctor  doctor
+    serve      serve;  benchmark  benchmark;  doctor  doctor
     console    answers, progress and errors on the terminal;  options  shared options
 """
 
@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import click
 
 from internvl_edge._version import __version__
-from internvl_edge.cli import benchmark, chat, debug, doctor, embed, export, inspect, text
+from internvl_edge.cli import benchmark, chat, debug, doctor, embed, export, inspect, serve, text
 from internvl_edge.cli.console import Output, PrintableFormatter, error_line, flush
 from internvl_edge.errors import InternVLError, ResourceError
 from internvl_edge.files.disk import EXHAUSTED, translated
@@ -54,6 +54,7 @@ for command in (
     text.caption,
     text.answer,
     chat.chat,
+    serve.serve,
     benchmark.benchmark,
     doctor.doctor,
 ):

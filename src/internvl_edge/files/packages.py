@@ -54,6 +54,9 @@ PACKAGES = {
         ("tokenizers", "tokenizers", "chat", "texts of Qwen, Llama-3 and *-hf models"),
         ("scikit-image", "skimage", "quantize", "the default calibration photographs"),
         ("scikit-learn", "sklearn", "demo", "the demo's digits"),
+        ("starlette", "starlette", "serve", "serve over HTTP"),
+        ("uvicorn", "uvicorn", "serve", None),
+        ("prometheus-client", "prometheus_client", "serve", None),
     )
 }
 

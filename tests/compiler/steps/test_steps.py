@@ -16,6 +16,7 @@ from support.checkpoints import (
     write_llava_queries,
     write_vit,
 )
+from support.runs.traces import SharedTraces
 
 from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions, Plan, make_plan, pipeline
@@ -78,6 +79,7 @@ def test_one_model_without_weights(
     assert len(built) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write", [write_internvl, write_vit, write_chat, write_llava, write_llava_queries]
 )
@@ -156,6 +158,7 @@ def test_a_trace_is_made_once_and_changed_by_nobody(
     assert len(kept) == 2, "of another dtype"
 
 
+@pytest.mark.slow
 def test_folding_a_tower_is_not_seen_from_outside(
     written: Written, tmp_path: Path, kept: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +174,20 @@ def test_folding_a_tower_is_not_seen_from_outside(
     assert {n: serialized(m) for n, m in shared.items()} == {
         n: serialized(m) for n, m in alone.items()
     }
+
+
+def test_a_trace_that_workers_share_is_the_trace(
+    written: Written, tmp_path: Path, kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(written, tmp_path / "out", components=("image_pool", "decoder"))
+    alone = traced(plan)
+    assert len(kept) == 2
+    for made in (4, 4):  # by the first worker; by none, as the second one reads them
+        monkeypatch.setattr(trace, "_kept", SharedTraces(tmp_path))
+        shared = traced(plan)
+        assert len(kept) == made
+        for name, graph in alone.items():
+            assert serialized(shared[name]) == serialized(graph)
 
 
 def test_traces_are_bounded(written: Written, tmp_path: Path, kept: list[str]) -> None:

@@ -87,6 +87,7 @@ def test_a_joined_graph_gives_the_same(out: Path, component: str) -> None:
     assert names(out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int8-wo"])
 def test_pairs_in_8_bits_are_joined_by_column(
     out: Path,

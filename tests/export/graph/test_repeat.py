@@ -53,6 +53,7 @@ def serialized(model: ir.Model) -> bytes:
     return data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "depth", "period", "precision", "norm_type"),
     [
@@ -304,6 +305,7 @@ def test_blocks_that_are_not_joined(tmp_path: Path) -> None:
 # --- comparison block by block -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "fp8"])
 def test_compared_block_by_block(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch

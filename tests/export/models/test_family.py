@@ -118,3 +118,16 @@ def test_golden(kind: str, layout: str) -> None:
             close(model(pixels[:0], long), "long.logits", logits_bound)
         new = model.generate(pixels[:0], long, max_new_tokens=8)
         assert torch.equal(new, arrays["long.greedy_ids"])
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the family's golden data is not here")
+@pytest.mark.parametrize("kind", GOLDEN_KINDS)
+def test_golden_configs_of_transformers_5(kind: str, tmp_path: Path) -> None:
+    """Its tie flag at the top is wrong; nothing else may change the model."""
+    native = GOLDEN / kind / "hf"
+    for file in native.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_bytes((native / "config_v5.json").read_bytes())
+    (tmp_path / "config_v5.json").unlink()
+    assert open_checkpoint(tmp_path).config == open_checkpoint(native).config

@@ -277,6 +277,19 @@ def test_positions_count_what_is_not_padding() -> None:
     assert [p.ravel().tolist() for p in toy.positions[1:]] == [[7, 5], [8, 6]]
 
 
+def test_a_long_row_has_its_own_positions(caplog: pytest.LogCaptureFixture) -> None:
+    """Five of the first and four of the second are read: with 4 the first alone is long."""
+    toy = Toy(2, eos=-99)
+    prompt = replace(toy_prompt([[3, 4, 5], [6, 7]]), long_positions=4)
+    generate(toy, prompt, Generation(max_new_tokens=3))
+    assert toy.positions[0].tolist() == [[4, 5, 6], [1, 0, 1]]
+    assert [p.ravel().tolist() for p in toy.positions[1:]] == [[7, 2], [8, 3]]
+    assert "1 of 2 texts may have more than 4 positions" in caplog.text
+    beams = Toy(2, eos=-99)
+    generate(beams, prompt, Generation(max_new_tokens=3, num_beams=2))
+    assert [p.ravel().tolist() for p in beams.positions[1:]] == [[7, 7, 2, 2], [8, 8, 3, 3]]
+
+
 def test_min_and_stop_and_never_ending() -> None:
     prompt = toy_prompt([[3]])
     ends = generate(Toy(1, eos=99), prompt, Generation())

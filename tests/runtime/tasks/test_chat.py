@@ -194,6 +194,7 @@ def test_broken_token_lists_are_refused(out: Path, tmp_path: Path) -> None:
 # --- embeddings ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_of_every_dtype_are_found(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -251,6 +252,7 @@ def test_greedy_ids_are_the_references(out: Path, checkpoint: Path, batch_size: 
     np.testing.assert_array_equal(found, expected.numpy())
 
 
+@pytest.mark.slow
 def test_golden_ids(golden: Path, tmp_path: Path) -> None:
     directory = tmp_path / "out"
     compiler.export(ExportOptions(checkpoint=golden / "tiny/chat_v2", out=directory))
@@ -552,6 +554,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         yield model
 
 
+@pytest.mark.slow
 def test_the_bundled_demo_chats(demo_model: Model) -> None:
     """An InternVL-G answers single questions about one image."""
     from internvl_edge.demo import scenes

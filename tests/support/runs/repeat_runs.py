@@ -1,6 +1,6 @@
 """Opens sessions and runs them many times, and asserts that its memory stays; run by test_overhead.
 
-Usage: python -m support.repeat_runs DIRECTORY.
+Usage: python -m support.runs.repeat_runs DIRECTORY.
 """
 
 from __future__ import annotations

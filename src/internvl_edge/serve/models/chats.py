@@ -1,0 +1,208 @@
+"""One conversation after the other, in a thread of its own; a bounded number of others wait.
+
+An answer comes to the event loop in pieces. Nobody waits for a client that does not read: the
+pieces of an answer are kept until they are sent, and there are no more than its tokens. Who leaves
+frees the place, at once where it waited, else after the token under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from internvl_edge.runtime.model import Model
+from internvl_edge.runtime.text.templates import Turn
+from internvl_edge.serve.http.meters import Stages
+from internvl_edge.serve.http.problems import Problem, overloaded
+
+__all__ = ["Answer", "Chats", "Question", "StopCutter"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What ``Model.chat_stream`` is asked."""
+
+    images: Sequence[bytes]
+    text: str
+    history: Sequence[Turn] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    stops: Sequence[str] = ()  # the answer ends before the first of these
+
+
+class StopCutter:
+    """Text in pieces, up to the first of some strings; what may begin one is held back.
+
+    Args:
+        stops: the strings, none of them empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held = stops, ""
+        self.is_over = False
+
+    def feed(self, piece: str) -> str:
+        """Take a piece, and give what cannot be part of a stop any more."""
+        text = self._held + piece
+        found = [at for at in map(text.find, self._stops) if at >= 0]
+        if found:
+            self.is_over, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """Give what was held back; no more comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Count the characters at the end of a text with which a stop begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Answer:
+    """An answer under way: an asynchronous iterator of its pieces.
+
+    Attributes:
+        finish_reason: ``"stop"`` or ``"length"`` after its end.
+        prompt_tokens: that were read; completion_tokens: made so far.
+    """
+
+    def __init__(self, question: Question, stages: Stages) -> None:
+        self.question, self.stages = question, stages
+        self.finish_reason: str | None = None
+        self.prompt_tokens = self.completion_tokens = 0
+        self.is_closed = False
+        self.queued_at = time.perf_counter()
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        self._stream: Any = None  # of the runtime, once it began
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> str:
+        piece = await self._pieces.get()
+        if isinstance(piece, str):
+            return piece
+        self._pieces.put_nowait(piece)  # whoever asks again is told again
+        if piece is None:
+            raise StopAsyncIteration
+        raise piece
+
+    def close(self) -> None:
+        """End it; what is left of it is not told."""
+        self.is_closed = True
+        if self._stream is not None:
+            self._stream.close()
+
+    # --- in the worker's thread ------------------------------------------------------------------
+
+    def run(self, model: Model) -> None:
+        """Compute it, to its end or until it is closed."""
+        try:
+            self._run(model)
+        except Exception as error:
+            self._put(error)
+        else:
+            self._put(None)
+
+    def _run(self, model: Model) -> None:
+        asked, stages = self.question, self.stages
+        stages.add("queue", time.perf_counter() - self.queued_at)
+        seen = None
+        if asked.images:
+            with stages.stage("image_embed"):
+                seen = model.see(list(asked.images))
+        with stages.stage("decoder"):
+            stream = model.chat_stream(seen, asked.text, asked.history, **asked.options)
+            self._stream, self.prompt_tokens = stream, stream.prompt_tokens
+            cutter = StopCutter(asked.stops)
+            try:
+                for piece in stream:
+                    self._put(cutter.feed(piece))
+                    if cutter.is_over or self.is_closed:
+                        break
+                self.completion_tokens = stream.completion_tokens
+                self.finish_reason = "stop" if cutter.is_over else stream.finish_reason
+                self._put(cutter.rest())
+            finally:
+                stream.close()
+
+    def _put(self, piece: str | Exception | None) -> None:
+        if piece != "":
+            with suppress(RuntimeError):  # the loop has ended, and nobody listens
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+
+class Chats:
+    """The conversations of a model.
+
+    Args:
+        model: that answers.
+        places: of those under way and those that wait.
+    """
+
+    def __init__(self, model: Model, places: int) -> None:
+        self._model, self._places = model, places
+        self._queue: deque[Answer] = deque()
+        self._changed = threading.Condition()
+        self._running: Answer | None = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="internvl-edge-chats", daemon=True)
+        self._thread.start()
+
+    def ask(self, question: Question, stages: Stages) -> Answer:
+        """Queue a question.
+
+        Raises:
+            Problem: there is no place left, or the server ends.
+        """
+        answer = Answer(question, stages)
+        with self._changed:
+            if self._is_closed:
+                raise Problem(503, "draining", "the server ends")
+            self._forget_closed()
+            if len(self._queue) + (self._running is not None) >= self._places:
+                raise overloaded(f"{self._places} chats are under way; try again later")
+            self._queue.append(answer)
+            self._changed.notify()
+        return answer
+
+    @property
+    def waiting(self) -> int:
+        """The questions that wait."""
+        with self._changed:
+            self._forget_closed()
+            return len(self._queue)
+
+    def close(self) -> None:
+        """Answer what is queued, then stop; may be called again."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _forget_closed(self) -> None:
+        for answer in [answer for answer in self._queue if answer.is_closed]:
+            self._queue.remove(answer)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._running = None
+                self._changed.wait_for(lambda: self._queue or self._is_closed)
+                if not self._queue:
+                    return
+                self._running = self._queue.popleft()
+            if not self._running.is_closed:
+                self._running.run(self._model)
