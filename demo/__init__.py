@@ -1,14 +1,14 @@
-"""The bundled models: a small trained InternVL and InternVL-Chat, and the main job shown on them.
+"""The bundled model: a small trained InternVL, its data, and the main job shown on it.
 
     __main__   ``python -m internvl_edge.demo``: compile at every precision and compare; start here
+    compare    one precision, compiled and measured in a process of its own
     scenes     pictures composed from real handwritten digits;  language  what is said of them
     dialogues  conversations about them
     picture    one picture, and the answers on it
     evaluate   the share of right answers in each task
-    training   how the models were trained (not part of the wheel)
-    checkpoint, chat_checkpoint  the models
+    training   how the model was trained (not part of the wheel);  checkpoint  the model
 
-Only the command line imports it, to find the models by name and to hand in calibration samples.
+Only the command line imports it, to find the model by name and to hand in calibration samples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 __all__ = ["MODELS", "bundled"]
 
 # What a command takes in place of a checkpoint's folder, and where it lies in this package.
-MODELS = {"demo": "checkpoint", "demo-chat": "chat_checkpoint"}
+MODELS = {"demo": "checkpoint"}
 
 
 def bundled(name: str) -> Path | None:

@@ -27,6 +27,7 @@ from internvl_edge.demo.language import COLOURS, DIGITS, Description, Item
 __all__ = ["Dialogue", "Exchange", "about_one", "about_two", "corpus"]
 
 T = TypeVar("T")
+Pair = tuple[Description, Description]
 
 COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
 PLACES = {
@@ -69,11 +70,8 @@ def about_one(truth: Description, turns: int, rng: np.random.Generator) -> Dialo
     return Dialogue(pictures=(truth,), turns=tuple(asked))
 
 
-def about_two(
-    first: Description, second: Description, turns: int, rng: np.random.Generator
-) -> Dialogue:
+def about_two(pictures: Pair, turns: int, rng: np.random.Generator) -> Dialogue:
     """Ask ``turns`` questions that compare two pictures."""
-    pictures = (first, second)
     chosen = rng.integers(len(ASKS_ABOUT_TWO), size=turns)
     asked = tuple(ASKS_ABOUT_TWO[int(kind)](pictures, rng) for kind in chosen)
     return Dialogue(pictures=pictures, turns=asked)
@@ -122,8 +120,6 @@ ASKS_ABOUT_ONE: tuple[Ask, ...] = (_describe, _colour, _digit, _place, _place, _
 
 # --- two pictures ----------------------------------------------------------------------------
 
-Pair = tuple[Description, Description]
-
 
 def _describe_either(pictures: Pair, rng: np.random.Generator) -> Exchange:
     which = int(rng.integers(2))
@@ -146,8 +142,8 @@ def _shows(pictures: Pair, rng: np.random.Generator) -> Exchange:
     digit = _one_of(_one_of(pictures, rng).items, rng).digit
     if rng.random() < 0.2:
         digit = int(rng.integers(len(DIGITS)))
-    here = tuple(digit in digits for digits in shown)
-    return Exchange(f"which picture shows a {DIGITS[digit]}?", WHICH[here])
+    here = WHICH[digit in shown[0], digit in shown[1]]
+    return Exchange(f"which picture shows a {DIGITS[digit]}?", here)
 
 
 def _same_colour(pictures: Pair, rng: np.random.Generator) -> Exchange:
@@ -177,7 +173,7 @@ def corpus() -> list[str]:
     sentences = []
     for number in range(3000):
         one, two = (random_description(rng, int(rng.integers(1, 4))) for _ in range(2))
-        dialogue = about_two(one, two, 2, rng) if number % 3 == 0 else about_one(one, 3, rng)
+        dialogue = about_two((one, two), 2, rng) if number % 3 == 0 else about_one(one, 3, rng)
         for turn in dialogue.turns:
             sentences += [turn.question, turn.answer]
     return sentences

@@ -194,17 +194,17 @@ def question_scenes(n: int, seed: int = 5) -> tuple[list[Pixels], list[Question]
 def dialogue_scenes(
     n: int, seed: int = 7, turns: int = 3
 ) -> tuple[list[list[Pixels]], list[Dialogue]]:
-    """Draw dialogues on held-out digits: the images of each, every other time two, and its turns."""
+    """Draw dialogues on held-out digits, about one image and two in turns; images and dialogues."""
     rng = np.random.default_rng((seed, n))
     images, dialogues = [], []
     for i in range(n):
-        drawn = [scene("held-out", seed, 2 * i + j) for j in range(1 + i % 2)]
-        truths = [s.truth for s in drawn]
-        is_pair = len(drawn) == 2
-        dialogues.append(
-            about_two(*truths, turns, rng) if is_pair else about_one(*truths, turns, rng)
-        )
-        images.append([s.image for s in drawn])
+        one, two = (scene("held-out", seed, 2 * i + j) for j in range(2))
+        if i % 2:
+            dialogues.append(about_two((one.truth, two.truth), turns, rng))
+            images.append([one.image, two.image])
+        else:
+            dialogues.append(about_one(one.truth, turns, rng))
+            images.append([one.image])
     return images, dialogues
 
 

@@ -54,14 +54,15 @@ class TalkBatches(Dataset[TalkBatch]):
     def __getitem__(self, number: int) -> TalkBatch:
         rng = np.random.default_rng((self.seed, number))
         drawn: list[scenes.Scene] = []
-        rows, labels = [], []
+        rows: list[list[int]] = []
+        labels: list[list[int]] = []
         for _ in range(self.size):
             count = 1 if rng.random() < ONE_PICTURE_SHARE else 2
             index = 2 * number * self.size + len(drawn)
             shown = [scenes.scene("train", self.seed, index + i) for i in range(count)]
             drawn += shown
-            ids, learnt = self.spelled(_dialogue(shown, rng), rng)
-            rows.append(ids)
+            spelled, learnt = self.spelled(_dialogue(shown, rng), rng)
+            rows.append(spelled)
             labels.append(learnt)
         ids = pad(rows, self.pad_id)
         lengths = torch.tensor([len(row) for row in rows])
@@ -91,7 +92,9 @@ class TalkBatches(Dataset[TalkBatch]):
             for i, (question, turn) in enumerate(zip(asked, dialogue.turns, strict=True))
         ]
         image = f"<img>{'<IMG_CONTEXT>' * self.tokens_per_image}</img>"
-        ids, labels, run, is_answer = [], [], "", False
+        ids: list[int] = []
+        labels: list[int] = []
+        run, is_answer = "", False
         template = find_template(TEMPLATE)
         answers = {turn.answer for turn in turns}
         for piece in conversation(template, turns):
@@ -116,7 +119,7 @@ class TalkBatches(Dataset[TalkBatch]):
 def _dialogue(shown: list[scenes.Scene], rng: np.random.Generator) -> Dialogue:
     if len(shown) == 1:
         return about_one(shown[0].truth, TURNS, rng)
-    return about_two(shown[0].truth, shown[1].truth, TURNS, rng)
+    return about_two((shown[0].truth, shown[1].truth), TURNS, rng)
 
 
 def _typed(question: str, rng: np.random.Generator) -> str:

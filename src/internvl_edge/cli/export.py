@@ -114,7 +114,7 @@ def export(
     metric: str | None,
     **chosen: Any,
 ) -> None:
-    """Compile CHECKPOINT into OUT: a folder, or a bundled model, demo (the default) or demo-chat.
+    """Compile CHECKPOINT into OUT: a folder, or demo, the bundled model, which is the default.
 
     Traces every component to ONNX, quantizes it if the precision says so, verifies it against
     PyTorch, builds the engines asked for and publishes OUT in one step. --precision auto is int8
