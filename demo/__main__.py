@@ -1,20 +1,17 @@
 """``python -m internvl_edge.demo``: the main job on the bundled model, end to end.
 
 First it compiles the trained model to INT8 and lets it classify, caption and answer on a picture
-that it was never trained on. Then it compiles the other precisions, builds TensorRT-RTX engines of
-the INT8 directory where the package is installed, and prints what each precision costs and keeps:
-accuracy on held-out scans, agreement with PyTorch, size, and latency on this machine's CPU, all
-contenders in turns.
+that it was never trained on. Then it compiles the other precisions, two at a time, builds
+TensorRT-RTX engines of the INT8 directory where the package is installed, and prints what each
+precision costs and keeps: accuracy on held-out scans, agreement with PyTorch, size, and latency on
+this machine's CPU, all contenders in turns.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +20,27 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 import internvl_edge
-from internvl_edge import compiler
 from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.artifact.components import COMPONENTS, IMAGE_EMBED
+from internvl_edge.artifact.publish import check_out
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.timing import Timing, measure_many
 from internvl_edge.compiler.plan import demo_checkpoint
-from internvl_edge.demo import evaluate, scenes
+from internvl_edge.demo.compare import (
+    NUM_PAIRS,
+    NUM_SCENES,
+    NUM_TEXTS,
+    compare,
+    export,
+)
 from internvl_edge.demo.picture import ask, drawn
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.disk import write_atomically
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8", "int4-wo")
 FIRST = "int8"  # compiled before the others, asked about a picture, and built into engines
-NUM_SCENES = 300  # held-out single digits to classify
-NUM_CAPTIONS = 100  # distinct captions to retrieve among
-NUM_TEXTS = 300  # captions, and as many answers, that must be right word for word
-NUM_PAIRS = 300  # of image and text to match, half of them near misses
 SECONDS = 2.0  # of latency measurement
 UNLIMITED = 100_000  # columns: what a program or a file reads is never cut
 TASKS = {  # of the report, by what ``quality`` calls them
@@ -55,36 +53,6 @@ TASKS = {  # of the report, by what ``quality`` calls them
 }
 
 human = Console(stderr=True, highlight=False)
-
-
-def export(out: Path, precision: str, *, force: bool) -> Artifact:
-    """Compile the bundled model at one precision into ``out/precision``."""
-    started = time.perf_counter()
-    options = compiler.ExportOptions(
-        out=out / precision, precision=precision, samples=scenes.calibration_set, force=force
-    )
-    with progress(precision) as report:
-        artifact = compiler.export(options, report)
-    say(
-        f"{artifact.path}: {len(artifact.manifest.components)} components in "
-        f"{time.perf_counter() - started:.0f} s"
-    )
-    return artifact
-
-
-def build_engines(artifact: Artifact) -> Artifact:
-    """Build TensorRT-RTX engines into a directory, where the package is installed; open it anew."""
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        say('no engines: tensorrt-rtx is missing; pip install "internvl-edge[rtx]"')
-        return artifact
-    started = time.perf_counter()
-    with progress(artifact.path.name) as report:
-        engines = compiler.build(artifact.path, ["tensorrt-rtx"], report=report)
-    say(
-        f"{artifact.path}: {len(engines)} TensorRT-RTX engines in "
-        f"{time.perf_counter() - started:.0f} s"
-    )
-    return open_artifact(artifact.path)
 
 
 def show_picture(artifact: Artifact, out: Path) -> dict[str, Any]:
@@ -105,21 +73,6 @@ def show_picture(artifact: Artifact, out: Path) -> dict[str, Any]:
         "question": answers.question,
         "answer": answers.answer,
     }
-
-
-def quality(artifact: Artifact) -> dict[str, float]:
-    """Measure accuracy on held-out scans; add the image embedding's agreement with PyTorch."""
-    verification = artifact.manifest.components[IMAGE_EMBED].verification or {}
-    with internvl_edge.load(artifact.path) as model:
-        return {
-            "zero_shot": evaluate.zero_shot_accuracy(model, NUM_SCENES),
-            "recall_at_1_c": evaluate.retrieval_recall_at_1(model, NUM_CAPTIONS, mode="c"),
-            "recall_at_1_g": evaluate.retrieval_recall_at_1(model, NUM_CAPTIONS, mode="g"),
-            "matching": evaluate.matching_accuracy(model, NUM_PAIRS),
-            "captions": evaluate.caption_exact_match(model, NUM_TEXTS),
-            "answers": evaluate.vqa_accuracy(model, NUM_TEXTS),
-            "cosine": float(verification["cosine"]),
-        }
 
 
 def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
@@ -172,7 +125,7 @@ def write_report(
 
 
 def row(artifact: Artifact, figures: dict[str, float], timing: Timing) -> tuple[str, ...]:
-    """One precision as a row of the table."""
+    """Show one precision as a row of the table."""
     percent = {name: f"{100 * share:.1f}" for name, share in figures.items()}
     return (
         artifact.path.name,
@@ -198,14 +151,11 @@ COLUMNS = (
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def main(out: Path, force: bool, as_json: bool) -> None:
     """Compile the bundled model at every precision and compare."""
-    compiled = {FIRST: export(out, FIRST, force=force)}
-    picture = show_picture(compiled[FIRST], out)
     for precision in PRECISIONS:
-        if precision != FIRST:
-            compiled[precision] = export(out, precision, force=force)
-    compiled[FIRST] = build_engines(compiled[FIRST])
-    artifacts = {precision: compiled[precision] for precision in PRECISIONS}
-    figures = {precision: quality(artifact) for precision, artifact in artifacts.items()}
+        check_out(out / precision, force=force)
+    picture = show_picture(export(out, FIRST, say, force=force), out)
+    figures = compare(out, PRECISIONS, FIRST, force=force)
+    artifacts = {precision: open_artifact(out / precision) for precision in PRECISIONS}
     timings = latencies(artifacts)
     write_report(out, artifacts, figures)
     if not as_json:
@@ -237,23 +187,6 @@ def main(out: Path, force: bool, as_json: bool) -> None:
 def say(text: str) -> None:
     """Print a line for people on stderr, without markup."""
     human.print(text, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def progress(precision: str) -> Iterator[Callable[[compiler.Progress], None]]:
-    """Show how far an export has come: a status line on a terminal, else a line for each step."""
-    with ExitStack() as stack:
-        status = stack.enter_context(human.status(precision)) if human.is_terminal else None
-        steps: set[str] = set()
-
-        def report(now: compiler.Progress) -> None:
-            if status is not None:
-                status.update(Text(f"{precision}: {now.step} {now.done}/{now.total} {now.detail}"))
-            elif now.step not in steps:
-                steps.add(now.step)
-                say(f"{precision}: {now.step}")
-
-        yield report
 
 
 if __name__ == "__main__":

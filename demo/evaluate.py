@@ -27,17 +27,17 @@ class Embeds(Protocol):
     """The methods that classification and retrieval need."""
 
     def encode_image(self, images: Any, mode: str = "c", normalize: bool = False) -> Any:
-        """Embeddings of images, (B, E)."""
+        """Embed images, (B, E)."""
 
     def encode_text(self, texts: Any, normalize: bool = False) -> Any:
-        """Embeddings of texts, (B, E)."""
+        """Embed texts, (B, E)."""
 
 
 class Matches(Protocol):
     """The method that matching needs."""
 
     def match(self, images: Any, texts: Any) -> Any:
-        """The probability that text i is true of image i, (B,)."""
+        """Return the probability that text i is true of image i, (B,)."""
 
 
 class Sees(Protocol):
@@ -53,10 +53,19 @@ class Speaks(Protocol):
     """The methods that captioning and answering need."""
 
     def caption(self, images: Any, *, num_beams: int = 1, max_new_tokens: int = 30) -> Any:
-        """A caption for each image."""
+        """Caption each image."""
 
     def answer(self, images: Any, prompts: Any, *, max_new_tokens: int = 30) -> Any:
-        """The continuation of prompt i on image i."""
+        """Continue prompt i on image i."""
+
+
+class Talks(Protocol):
+    """The method that conversations need."""
+
+    def chat(
+        self, images: Any, question: str, history: Any = (), *, max_new_tokens: int | None = None
+    ) -> Any:
+        """Answer a question in a conversation about images; text and history."""
 
 
 def zero_shot_accuracy(model: Embeds, n: int = 500, mode: str = "c", seed: int = 1) -> float:
@@ -158,6 +167,23 @@ def vqa_hits(model: Speaks, n: int, seed: int) -> Hits:
     prompts = [question.prompt for question in questions]
     answers = model.answer(images, prompts, max_new_tokens=MAX_NEW_TOKENS)
     return _exact(answers, [question.answer for question in questions])
+
+
+def dialogue_accuracy(model: Talks, n: int = 100, seed: int = 7) -> float:
+    """Measure how often an answer in a conversation is the right one, the model's own before it."""
+    return float(np.mean(dialogue_hits(model, n, seed)))
+
+
+def dialogue_hits(model: Talks, n: int, seed: int) -> Hits:
+    """Tell which answers are right, (all turns of n conversations,)."""
+    hits: list[bool] = []
+    for images, dialogue in zip(*scenes.dialogue_scenes(n, seed), strict=True):
+        history: Any = ()
+        for turn in dialogue.turns:
+            reply = model.chat(images, turn.question, history, max_new_tokens=MAX_NEW_TOKENS)
+            hits.append(reply.text.strip() == turn.answer)
+            history = reply.history
+    return np.array(hits)
 
 
 def _exact(found: Sequence[str], expected: Sequence[str]) -> Hits:

@@ -61,7 +61,7 @@ class Question(NamedTuple):
 
 
 def random_description(rng: np.random.Generator, count: int) -> Description:
-    """``count`` items of different digits and colours along a random axis."""
+    """Draw ``count`` items of different digits and colours along a random axis."""
     digits = rng.permutation(len(DIGITS))[:count]
     colours = rng.permutation(len(COLOURS))[:count]
     items = tuple(Item(digit=int(d), colour=int(c)) for d, c in zip(digits, colours, strict=True))
@@ -69,7 +69,7 @@ def random_description(rng: np.random.Generator, count: int) -> Description:
 
 
 def near_miss(truth: Description, rng: np.random.Generator) -> Description:
-    """A false description with one thing changed: a colour, a digit, or the relation.
+    """Describe falsely, with one thing changed: a colour, a digit, or the relation.
 
     The relation is changed by turning the axis or by reversing the order; a scene of one digit
     has none.
@@ -88,7 +88,7 @@ def near_miss(truth: Description, rng: np.random.Generator) -> Description:
 
 
 def random_question(truth: Description, rng: np.random.Generator) -> Question:
-    """A question about colour, digit, place or number, with its answer."""
+    """Ask about colour, digit, place or number; the question and its answer."""
     kind = rng.integers(4 if len(truth.items) > 1 else 3)
     item = truth.items[int(rng.integers(len(truth.items)))]
     colour, digit = COLOURS[item.colour], DIGITS[item.digit]
@@ -104,7 +104,7 @@ def random_question(truth: Description, rng: np.random.Generator) -> Question:
 
 
 def corpus() -> list[str]:
-    """The sentences that the tokenizer is trained on: every word, in every role."""
+    """List the sentences that the tokenizer is trained on: every word, in every role."""
     pairs = [
         Description(
             items=(Item(digit=a, colour=a % 6), Item(digit=b, colour=(a + b) % 6)), axis=axis

@@ -33,7 +33,7 @@ class Answers:
     seconds: float  # for the three answers, images and texts encoded
 
     def lines(self) -> Iterator[str]:
-        """The answers for people, one a line."""
+        """Spell the answers for people, one a line."""
         shares = ", ".join(f"{digit} {100 * share:.1f} %" for digit, share in self.classes)
         yield f"shown      {self.truth}"
         yield f"classified {shares}"
@@ -63,7 +63,7 @@ def ask(out: Path, seed: int = SEED) -> Answers:
 
 
 def drawn(image: scenes.Pixels) -> Text:
-    """A picture for a colour terminal: two rows of pixels to a line, as upper half blocks."""
+    """Draw a picture for a colour terminal: two rows of pixels to a line, as upper half blocks."""
     text = Text()
     for upper, lower in zip(image[::2], image[1::2], strict=True):  # (W, 3) each
         for above, below in zip(upper.tolist(), lower.tolist(), strict=True):

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl_edge.demo import MODELS, bundled
+from internvl_edge.demo.dialogues import Dialogue, about_one, about_two
 from internvl_edge.demo.language import (
     COLOURS,
     DIGITS,
@@ -66,7 +68,7 @@ class Scene:
 
 @lru_cache
 def scans(split: Split) -> tuple[Pixels, ...]:
-    """The scans of one split, by digit: ten arrays (n, 8, 8), 0 paper, 255 ink."""
+    """Load the scans of one split, by digit: ten arrays (n, 8, 8), 0 paper, 255 ink."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -83,7 +85,7 @@ def _part(ink: Pixels, split: Split) -> Pixels:
 
 
 def scene(split: Split, seed: int, index: int, count: int | None = None) -> Scene:
-    """The scene number ``index`` of a seed, with ``count`` digits or, by default, one to three."""
+    """Draw scene number ``index`` of a seed, with ``count`` digits or, by default, one to three."""
     rng = np.random.default_rng((seed, index, len(split), count or 0))
     number = int(rng.choice(3, p=COUNT_SHARES)) + 1 if count is None else count
     return draw(random_description(rng, number), split, rng)
@@ -108,7 +110,7 @@ def draw(truth: Description, split: Split, rng: np.random.Generator) -> Scene:
 
 
 def _background(rng: np.random.Generator) -> Floats:
-    """A dark canvas with a slow change of shade, (CANVAS, CANVAS, 3)."""
+    """Shade a dark canvas slowly from side to side, (CANVAS, CANVAS, 3)."""
     ramp = np.linspace(-1, 1, CANVAS)
     slope = rng.uniform(-15, 15, (2, 3))
     shade = rng.uniform(15, 65) + rng.normal(0, 6, 3)
@@ -148,13 +150,13 @@ def _stamp(scan: Pixels, size: int, strength: float, rng: np.random.Generator) -
 
 
 def classification_scenes(n: int, seed: int = 1) -> tuple[list[Pixels], NDArray[np.int64]]:
-    """Images of one held-out digit each, and the digits (n,); names in ``DIGITS``."""
+    """Draw one held-out digit an image; the digits too, (n,), with names in ``DIGITS``."""
     chosen = [scene("held-out", seed, i, count=1) for i in range(n)]
     return [s.image for s in chosen], np.array([s.truth.items[0].digit for s in chosen])
 
 
 def retrieval_scenes(n: int = 100, seed: int = 2) -> tuple[list[Pixels], list[str]]:
-    """Images of two held-out digits and their captions, all captions different."""
+    """Draw images of two held-out digits; their captions are all different."""
     chosen: dict[str, Pixels] = {}
     index = 0
     while len(chosen) < n:
@@ -165,13 +167,13 @@ def retrieval_scenes(n: int = 100, seed: int = 2) -> tuple[list[Pixels], list[st
 
 
 def caption_scenes(n: int, seed: int = 3) -> tuple[list[Pixels], list[str]]:
-    """Images of one to three held-out digits, and their captions."""
+    """Draw images of one to three held-out digits, with their captions."""
     chosen = [scene("held-out", seed, i) for i in range(n)]
     return [s.image for s in chosen], [s.caption for s in chosen]
 
 
 def matching_pairs(n: int, seed: int = 4) -> tuple[list[Pixels], list[str], NDArray[np.bool_]]:
-    """Images, a text for each, and whether it is true (n,): half are, half are near misses."""
+    """Draw images, a text for each, and whether it is true (n,): half are, half are near misses."""
     chosen = [scene("held-out", seed, i) for i in range(n)]
     rng = np.random.default_rng((seed, n))
     is_match = rng.permutation(np.arange(n) % 2 == 0)
@@ -183,10 +185,27 @@ def matching_pairs(n: int, seed: int = 4) -> tuple[list[Pixels], list[str], NDAr
 
 
 def question_scenes(n: int, seed: int = 5) -> tuple[list[Pixels], list[Question]]:
-    """Images of one to three held-out digits, and one question with its answer on each."""
+    """Draw images of one to three held-out digits, with a question and its answer on each."""
     chosen = [scene("held-out", seed, i) for i in range(n)]
     rng = np.random.default_rng((seed, n))
     return [s.image for s in chosen], [random_question(s.truth, rng) for s in chosen]
+
+
+def dialogue_scenes(
+    n: int, seed: int = 7, turns: int = 3
+) -> tuple[list[list[Pixels]], list[Dialogue]]:
+    """Draw dialogues on held-out digits, about one image and two in turns; images and dialogues."""
+    rng = np.random.default_rng((seed, n))
+    images, dialogues = [], []
+    for i in range(n):
+        one, two = (scene("held-out", seed, 2 * i + j) for j in range(2))
+        if i % 2:
+            dialogues.append(about_two((one.truth, two.truth), turns, rng))
+            images.append([one.image, two.image])
+        else:
+            dialogues.append(about_one(one.truth, turns, rng))
+            images.append([one.image])
+    return images, dialogues
 
 
 def calibration_set(count: int, seed: int) -> CalibrationSet:
@@ -199,20 +218,19 @@ def calibration_set(count: int, seed: int) -> CalibrationSet:
 
 
 def samples_of(checkpoint: Path | None) -> Callable[[int, int], CalibrationSet] | None:
-    """Return ``calibration_set`` for the bundled model, which None is too; None for any other."""
-    from internvl_edge.compiler.plan import demo_checkpoint
-
-    is_demo = checkpoint is None or checkpoint.resolve() == demo_checkpoint().resolve()
-    return calibration_set if is_demo else None
+    """Return ``calibration_set`` for a bundled model, which None is too; None for any other."""
+    models = [path.resolve() for path in map(bundled, MODELS) if path is not None]
+    is_ours = checkpoint is None or checkpoint.resolve() in models
+    return calibration_set if is_ours else None
 
 
 def calibration_images(n: int, seed: int = 6) -> list[Pixels]:
-    """Images from training scans, for calibration."""
+    """Draw images from training scans, for calibration."""
     return [scene("train", seed, i).image for i in range(n)]
 
 
 def calibration_texts(n: int, seed: int = 6) -> list[str]:
-    """Texts as the model meets them, without prefix: captions and, one in four, templates."""
+    """Write texts as the model meets them, without prefix: captions and, one in four, templates."""
     rng = np.random.default_rng((seed, n))
     captions = [str(random_description(rng, int(rng.integers(1, 4)))) for _ in range(n)]
     named: list[Any] = [

@@ -61,7 +61,7 @@ with is in [errors](errors.md#exit-codes).
 
 
 def commands_page() -> str:
-    """Every command with its arguments and options."""
+    """Write every command with its arguments and options."""
     context = click.Context(app, info_name="internvl-edge")
     return "\n".join([COMMANDS, *(_command(context, name) for name in app.list_commands(context))])
 
@@ -86,7 +86,7 @@ def _options(command: click.Command, context: click.Context) -> Iterator[tuple[s
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Paragraphs of a docstring, each on one line."""
+    """Join each paragraph of a docstring to one line."""
     joined = [" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n")]
     return "\n\n".join(joined).splitlines()
 
@@ -112,7 +112,7 @@ COMPILER: tuple[Any, ...] = (
 
 
 def python_page() -> str:
-    """Classes and functions that applications import."""
+    """Write the classes and functions that applications import."""
     lines = [PYTHON, "## Run a compiled directory", "", *_members(RUNTIME)]
     lines += ["## Compile", "", 'With `pip install ".[export,quantize]"`.', "", *_members(COMPILER)]
     return "\n".join(lines)
@@ -124,7 +124,7 @@ def _members(members: tuple[Any, ...]) -> Iterator[str]:
 
 
 def _home(member: Any) -> str:
-    """The shortest module that a name is imported from."""
+    """Find the shortest module that a name is imported from."""
     for door in (internvl_edge, compiler, export, artifact, runtime):
         if member.__name__ in door.__all__ and getattr(door, member.__name__) is member:
             return door.__name__
@@ -154,7 +154,7 @@ def _public(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def _fields(cls: type) -> list[str]:
-    """The lines of a dataclass that declare fields, with their comments."""
+    """List the lines of a dataclass that declare fields, with their comments."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     fields = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
@@ -175,7 +175,7 @@ def _function(function: Callable[..., Any], heading: str) -> Iterator[str]:
 
 
 def _signature(function: Callable[..., Any]) -> list[str]:
-    """A function's signature as it stands in the source."""
+    """Copy a function's signature as it stands in the source."""
     source = textwrap.dedent(inspect.getsource(function))
     definition = ast.parse(source).body[0]
     assert isinstance(definition, ast.FunctionDef)
@@ -185,7 +185,7 @@ def _signature(function: Callable[..., Any]) -> list[str]:
 
 
 def _docstring(member: Any) -> list[str]:
-    """A docstring in Markdown: Google's sections become lists."""
+    """Turn a docstring into Markdown: Google's sections become lists."""
     lines: list[str] = []
     section = ""
     for line in inspect.cleandoc(member.__doc__ or "").splitlines():

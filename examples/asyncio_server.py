@@ -32,7 +32,7 @@ Prepare = Callable[[str], Any]
 async def embed(
     path: str, batcher: Batcher, prepare: Prepare, pool: ThreadPoolExecutor
 ) -> list[float]:
-    """The embedding of a picture."""
+    """Embed a picture."""
     loop = asyncio.get_running_loop()
     pixels = await loop.run_in_executor(pool, prepare, path)
     found = await asyncio.wrap_future(batcher.submit({"pixel_values": pixels}))
@@ -41,7 +41,7 @@ async def embed(
 
 
 async def next_line(reader: asyncio.StreamReader) -> tuple[bytes, bool]:
-    """The end of the next line, and whether it is all of it: what is too long is passed over."""
+    """Read to the end of the next line, and tell whether it fitted: what is too long is skipped."""
     is_whole = True
     while True:
         try:
@@ -61,7 +61,7 @@ async def converse(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """A connection: a path on each line, a JSON object for each."""
+    """Serve a connection: a path on each line, a JSON object for each."""
     try:
         while (found := await next_line(reader)) != (b"", True):
             line, is_whole = found

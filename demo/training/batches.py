@@ -81,7 +81,7 @@ class TrainingBatches(Dataset[Batch]):
         generated, labels = self._generation(drawn, rng)
         return Batch(
             pixels=pixel_values([s.image for s in drawn]),
-            **_patch_labels(drawn),
+            **patch_labels(drawn),
             text_ids=pad([self._ids(CONTRASTIVE_PREFIX + text) for text in texts]),
             positives=positives,
             match_ids=pad([self._ids(text) for text in statements]),
@@ -96,7 +96,7 @@ class TrainingBatches(Dataset[Batch]):
     def _contrastive(
         self, drawn: Sequence[scenes.Scene], rng: np.random.Generator
     ) -> tuple[list[str], Tensor]:
-        """A text for each scene, and (B, B) whether text j is true of scene i."""
+        """Write a text for each scene, and tell whether text j is true of scene i, (B, B)."""
         captions = np.array([s.caption for s in drawn])
         digits = np.array(
             [s.truth.items[0].digit if len(s.truth.items) == 1 else -1 for s in drawn]
@@ -130,18 +130,18 @@ class TrainingBatches(Dataset[Batch]):
 
 
 def pad(rows: Sequence[Sequence[int]], value: int = PAD) -> Tensor:
-    """Rows of ids as int64 (B, T), padded on the right to the longest."""
+    """Pad rows of ids on the right to the longest, int64 (B, T)."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
 def pixel_values(images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Pictures of the canvas's size → float32 (B, 3, H, W), normalised as ImageNet's."""
+    """Turn pictures of the canvas's size → float32 (B, 3, H, W), normalised as ImageNet's."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return (pixels.float() / 255 - MEAN) / STD
 
 
-def _patch_labels(drawn: Sequence[scenes.Scene]) -> dict[str, Tensor]:
+def patch_labels(drawn: Sequence[scenes.Scene]) -> dict[str, Tensor]:
     """Find what owns most ink of each patch, row by row: digit, colour and place, (B, h·w) each."""
     owner = np.stack([s.owner for s in drawn])  # (B, H, W)
     side = scenes.CANVAS // PATCH
@@ -162,7 +162,7 @@ def _patch_labels(drawn: Sequence[scenes.Scene]) -> dict[str, Tensor]:
 
 
 def _place(truth: Description, number: int) -> int:
-    """A class for every position of every layout."""
+    """Number every position of every layout."""
     count = len(truth.items)
     first = (0, 1, 5)[count - 1]
     return first + number + (count if count > 1 and truth.axis == AXES[1] else 0)

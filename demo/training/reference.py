@@ -62,7 +62,7 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def match(self, images: Sequence[Any], texts: Sequence[str]) -> Floats:
-        """The probability that text i is true of image i, (B,)."""
+        """Return the probability that text i is true of image i, (B,)."""
         chances = []
         for part, of in zip(_parts(images), _parts(texts), strict=True):
             ids = self._complete(of)
@@ -73,7 +73,7 @@ class ReferenceModel:
     def caption(
         self, images: Sequence[Any], *, num_beams: int = 1, max_new_tokens: int = 30
     ) -> list[str]:
-        """Greedy captions; ``num_beams`` must be 1."""
+        """Caption greedily; ``num_beams`` must be 1."""
         if num_beams != 1:
             raise ValueError(f"the reference is greedy: num_beams must be 1, found {num_beams}")
         return self.answer(images, [CAPTION_PROMPT] * len(images), max_new_tokens=max_new_tokens)
@@ -81,7 +81,7 @@ class ReferenceModel:
     def answer(
         self, images: Sequence[Any], prompts: Sequence[str], *, max_new_tokens: int = 30
     ) -> list[str]:
-        """The greedy continuation of prompt i on image i."""
+        """Continue prompt i on image i greedily."""
         answers: list[str] = []
         for part, asked in zip(_parts(images), _parts(prompts), strict=True):
             ids, mask = _left_padded([[BOS, *self.tokenizer.encode(text)] for text in asked])
@@ -98,7 +98,7 @@ class ReferenceModel:
 
 
 def quality(model: Any) -> dict[str, float]:
-    """Every figure of the demo, by name."""
+    """Measure every figure of the demo, by name."""
     measures: dict[str, Callable[[Any], float]] = {
         "zero-shot C": evaluate.zero_shot_accuracy,
         "zero-shot G": lambda m: evaluate.zero_shot_accuracy(m, mode="g"),
@@ -116,7 +116,7 @@ def _embeddings(embeds: Tensor, normalize: bool) -> Floats:
 
 
 def _left_padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Prompts as ids and mask (B, T), padded on the left as generation wants them."""
+    """Pad prompts on the left as generation wants them; ids and mask (B, T)."""
     ids = pad([row[::-1] for row in rows]).flip(1)
     return ids, (ids > 0).long()
 

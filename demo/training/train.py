@@ -108,13 +108,22 @@ class PatchHeads(nn.Module):
 
     def forward(self, vision: Tensor, batch: Batch) -> Tensor:
         patches = self.norm(vision[:, 1:])  # (B, h·w, C)
-        digits = _cross_entropy(self.digits(patches), batch.patch_digits)
-        colours = _cross_entropy(self.colours(patches), batch.patch_colours)
-        return digits + colours + _cross_entropy(self.places(patches), batch.patch_places)
+        digits = cross_entropy(self.digits(patches), batch.patch_digits)
+        colours = cross_entropy(self.colours(patches), batch.patch_colours)
+        return digits + colours + cross_entropy(self.places(patches), batch.patch_places)
 
 
 def initialise(model: InternVL) -> None:
-    """Normal weights of deviation 1/√inputs; smaller where a branch joins the residual stream."""
+    """Set an untrained InternVL's weights."""
+    initialise_layers(model)
+    for tensor in (model.vision_model.embeddings.class_embedding, model.query_tokens):
+        nn.init.normal_(tensor, std=0.5)
+    nn.init.normal_(model.text_projection, std=model.text_projection.shape[0] ** -0.5)
+    look_nearby(model.vision_model)
+
+
+def initialise_layers(model: nn.Module) -> None:
+    """Draw weights of deviation 1/√inputs, smaller where a branch joins the residual stream."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             depth = 4 if name.endswith(("o_proj", "down_proj", "attn.proj", "fc2")) else 1
@@ -123,14 +132,10 @@ def initialise(model: InternVL) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
-    for tensor in (model.vision_model.embeddings.class_embedding, model.query_tokens):
-        nn.init.normal_(tensor, std=0.5)
-    nn.init.normal_(model.text_projection, std=model.text_projection.shape[0] ** -0.5)
-    _look_nearby(model.vision_model)
 
 
 @torch.no_grad()
-def _look_nearby(vision: InternViT) -> None:
+def look_nearby(vision: InternViT) -> None:
     """Let every patch attend to its neighbours from the start.
 
     Digits lie anywhere, and a random tower takes long to find out which patches touch. Waves as
@@ -155,7 +160,7 @@ def _look_nearby(vision: InternViT) -> None:
 def losses(
     model: InternVL, heads: PatchHeads, batch: Batch, *, vision_only: bool = False
 ) -> dict[str, Tensor]:
-    """The mean loss of each task on one batch; with ``vision_only`` that of the patches alone."""
+    """Compute each task's mean loss on one batch; with ``vision_only`` the patches' alone."""
     vision = model.vision_model(batch.pixels)  # (B, N, C)
     if vision_only:
         return {"patches": heads(vision, batch)}
@@ -165,14 +170,14 @@ def losses(
     return {
         "contrast_c": contrast(model, model.clip_projector(vision), text, batch.positives),
         "contrast_g": contrast(model, model.clip_projector2(queries), text, batch.positives),
-        "match": _cross_entropy(match, batch.is_match),
-        "generate": _cross_entropy(logits[:, :-1], batch.generated_labels[:, 1:]),
+        "match": cross_entropy(match, batch.is_match),
+        "generate": cross_entropy(logits[:, :-1], batch.generated_labels[:, 1:]),
         "patches": heads(vision, batch),
     }
 
 
 def generation(model: InternVL, vision: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) of the text after the queries, and the query states (B, nq, D)."""
+    """Compute logits (B, T, V) of the text after the queries, and query states (B, nq, D)."""
     count = model.query_tokens.shape[1]
     queries = model.query_tokens.expand(len(ids), -1, -1)
     embeds = torch.cat((queries, model.qllama.embed(ids)), dim=1)
@@ -182,7 +187,7 @@ def generation(model: InternVL, vision: Tensor, ids: Tensor) -> tuple[Tensor, Te
 
 
 def contrast(model: InternVL, image: Tensor, text: Tensor, positives: Tensor) -> Tensor:
-    """Cross-entropy both ways; a row's target is spread over all that is true of it."""
+    """Compute cross-entropy both ways; a row's target is spread over all that is true of it."""
     image = F.normalize(image.float(), dim=-1)
     logits = model.logit_scale.exp() * image @ text.T  # (images, texts)
     target = positives.float()
@@ -206,7 +211,8 @@ def train(plan: Plan, out: Path) -> None:
 
 
 def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[Batch]) -> None:
-    optimizers = _optimizers(model, heads, plan)
+    named = [*model.named_parameters(), *heads.named_parameters()]
+    optimizers = optimizers_of(named, plan)
     schedules = [LambdaLR(optimizer, lambda step: rate(step, plan)) for optimizer in optimizers]
     parameters = [*model.parameters(), *heads.parameters()]
     began = time.perf_counter()
@@ -228,13 +234,13 @@ def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[
             print(f"{step:5d}  {time.perf_counter() - began:5.0f} s  {figures}", flush=True)
 
 
-def _optimizers(model: InternVL, heads: PatchHeads, plan: Plan) -> list[torch.optim.Optimizer]:
+def optimizers_of(named: list[tuple[str, nn.Parameter]], plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon, which orthogonalises the momentum, for the matrices of the blocks; AdamW for the rest.
 
     AdamW alone had not begun to tell the digits apart after the steps that Muon needs to do so.
     """
-    named = [*model.named_parameters(), *heads.named_parameters()]
-    blocks = {name for name, p in named if p.ndim == 2 and (".layers." in name or "_attn." in name)}
+    inside = (".layers.", "_attn.", "mlp1.")
+    blocks = {name for name, p in named if p.ndim == 2 and any(part in name for part in inside)}
     muon = torch.optim.Muon(
         [p for name, p in named if name in blocks],
         lr=plan.matrix_rate,
@@ -251,12 +257,12 @@ def _optimizers(model: InternVL, heads: PatchHeads, plan: Plan) -> list[torch.op
 
 
 def rate(step: int, plan: Plan) -> float:
-    """The share of the learning rates at a step: up, constant, then linearly down to 0."""
+    """Return the share of the learning rates at a step: up, constant, then linearly down to 0."""
     decay_steps = round(plan.steps * (1 - plan.constant_share))
     return min(1.0, (step + 1) / plan.warmup_steps, max(plan.steps - step, 0) / decay_steps)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
@@ -319,7 +325,7 @@ def _documents(config: InternVLConfig) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the demo's InternVL on handwritten digits.")
     parser.add_argument("out", type=Path, help="directory for the checkpoint")
     options = parser.parse_args()

@@ -37,7 +37,7 @@ PORTABLE_SM = 80
 
 
 def first_sm(precision: str) -> int:
-    """The first compute capability of a precision, or of several towers' precisions."""
+    """Return the first compute capability of a precision, or of several towers' precisions."""
     names = (part.rpartition("=")[2].removesuffix("-wo") for part in precision.split(","))
     return max(MINIMUM_SM.get(name, 0) for name in names)
 
@@ -51,7 +51,7 @@ def find_target(name: str) -> Target:
 def choose_capabilities(
     trt: Any, target: Target, precision: str, asked: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """The compute capabilities to build for; empty is the target's portable engine."""
+    """Choose the compute capabilities to build for; empty is the target's portable engine."""
     if not target.portable:
         if asked:
             raise UsageError(

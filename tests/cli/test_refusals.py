@@ -201,3 +201,14 @@ def test_a_benchmark_beside_other_work(
     command = ["benchmark", str(place / "out"), "--components", "image_pool", "--seconds", "0"]
     assert run([*command, "--no-roofline", "--no-memory"]) == 0
     assert "warning: other work is under way, a load of 999.0 on" in capsys.readouterr().err
+
+
+def test_the_bundled_model_has_a_name_which_a_folder_of_that_name_takes(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["inspect", "demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "internvl"
+    (tmp_path / "demo").symlink_to(vit / "checkpoint")
+    assert run(["inspect", "demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "vit"

@@ -20,7 +20,15 @@ from internvl_edge.benchmark.settings import (
     reference_of,
 )
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, NEW_FILE, answers, backend, names, one_of
+from internvl_edge.cli.options import (
+    CHECKPOINT,
+    DIRECTORY,
+    NEW_FILE,
+    answers,
+    backend,
+    names,
+    one_of,
+)
 from internvl_edge.errors import UsageError, did_you_mean
 
 STREAMS = 2  # calls at once, unless asked otherwise
@@ -35,7 +43,7 @@ STREAMS = 2  # calls at once, unless asked otherwise
 )
 @click.option(
     "--checkpoint",
-    type=DIRECTORY,
+    type=CHECKPOINT,
     help="The checkpoint that PyTorch runs; default: the bundled demo.",
 )
 @click.option(

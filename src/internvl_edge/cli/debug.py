@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, no_backend
+from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend
 from internvl_edge.errors import VerificationError
 from internvl_edge.export import require_packages
 
@@ -59,7 +59,7 @@ def _verdict(counts: dict[str, int], clean: bool) -> str:
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
-@click.option("--checkpoint", type=DIRECTORY, help="What OUT was made from; default: the demo's.")
+@click.option("--checkpoint", type=CHECKPOINT, help="What OUT was made from; default: the demo's.")
 @click.option("--component", help="One of OUT's; default: all that run through a tower.")
 @click.option("--min-sqnr", type=float, help="In dB, of every tensor; default: by precision.")
 @no_backend

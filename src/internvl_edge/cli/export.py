@@ -18,7 +18,16 @@ from internvl_edge.cli.inspect import (
     engine_row,
     show_artifact,
 )
-from internvl_edge.cli.options import DIRECTORY, answers, memory, names, no_backend, one_of, targets
+from internvl_edge.cli.options import (
+    CHECKPOINT,
+    DIRECTORY,
+    answers,
+    memory,
+    names,
+    no_backend,
+    one_of,
+    targets,
+)
 from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 from internvl_edge.export import require_packages
 
@@ -29,7 +38,7 @@ METRICS = ("cosine", "zero-shot", "recall@1")
 
 
 @click.command()
-@click.argument("checkpoint", type=DIRECTORY, required=False)
+@click.argument("checkpoint", type=CHECKPOINT, required=False)
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Directory to write.")
 @click.option(
     "-p",
@@ -112,7 +121,7 @@ def export(
     metric: str | None,
     **chosen: Any,
 ) -> None:
-    """Compile CHECKPOINT (default: the bundled demo model) into OUT.
+    """Compile CHECKPOINT into OUT: a folder, or demo, the bundled model, which is the default.
 
     Traces every component to ONNX, quantizes it if the precision says so, verifies it against
     PyTorch, builds the engines asked for and publishes OUT in one step. --precision auto is int8

@@ -15,7 +15,7 @@ from internvl_edge.artifact.open import (
     open_artifact,
 )
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, no_backend
+from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend
 from internvl_edge.errors import InputError, UsageError
 from internvl_edge.export import require_packages
 from internvl_edge.export.advice import advice_of
@@ -29,7 +29,7 @@ ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
-@click.option("--checkpoint", type=DIRECTORY, help="Compare with this checkpoint in PyTorch too.")
+@click.option("--checkpoint", type=CHECKPOINT, help="Compare with this checkpoint in PyTorch too.")
 @click.option("--calib", "calibration", type=DIRECTORY, help="The folder it was calibrated on.")
 @click.option(
     "--min-sqnr", type=click.FloatRange(0.0), help="As at an export; default: what OUT's had."
@@ -101,7 +101,7 @@ def verify(
 
 
 @click.command()
-@click.argument("path", type=DIRECTORY)
+@click.argument("path", type=CHECKPOINT)
 @no_backend
 @answers
 def inspect(output: Output, path: Path, backend: str) -> None:

@@ -12,12 +12,15 @@ from typing import Any, TypeVar
 
 import click
 
+from internvl_edge.artifact.open import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
+from internvl_edge.demo import bundled
 from internvl_edge.runtime.session import BACKENDS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 CHOICES = ("auto", *BACKENDS)
+OURS = (CHECKPOINT_FILE, MANIFEST)  # either is in a folder that a command takes
 
 
 class Place(click.Path):
@@ -32,6 +35,18 @@ class Place(click.Path):
         if value == "":
             self.fail("expected a path, found an empty text; the current folder is '.'", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class CheckpointPlace(Place):
+    """A checkpoint's folder, or the name of a bundled model; a folder of that name wins."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | Any:
+        path = super().convert(value, param, ctx)
+        if isinstance(value, str) and not any((path / name).exists() for name in OURS):
+            return bundled(value) or path
+        return path
 
 
 class NewFile(Place):
@@ -51,7 +66,7 @@ class NewFile(Place):
         return path
 
 
-DIRECTORY, NEW_FILE = Place(), NewFile()
+DIRECTORY, CHECKPOINT, NEW_FILE = Place(), CheckpointPlace(), NewFile()
 
 
 def answers(function: Function) -> Function:

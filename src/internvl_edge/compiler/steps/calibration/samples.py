@@ -13,7 +13,6 @@ from internvl_edge.errors import MissingDependency
 from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.streams import Samples
-from internvl_edge.files.packages import is_installed
 from internvl_edge.files.reading import is_there
 from internvl_edge.quantize.calibration.images import CalibrationSet, load_calibration, sample_set
 from internvl_edge.runtime.images.transform import pixel_values
@@ -72,9 +71,6 @@ def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | No
         return None if ids is None else (ids,) * 3
     if language_config(config) is None or not is_there(path):
         return None
-    if not is_there(path):
-        ids = _chat_ids(plan, captions)
-        return None if ids is None else (ids, ids, ids)
     tokenizer = Tokenizer(path)
     return (
         tokenizer.contrastive(captions, MAX_TEXT_LENGTH, pad_to="longest"),

@@ -1,0 +1,166 @@
+"""One precision of the bundled model, compiled and measured in a process of its own.
+
+An export keeps one core busy, so the demo compiles as many precisions at a time as there are cores
+(two at most: each process holds PyTorch). ``main`` is what such a process runs: it writes
+``OUT/PRECISION``, says on stderr how far it is, and prints its accuracy as one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import internvl_edge
+from internvl_edge import compiler
+from internvl_edge.artifact import Artifact, open_artifact
+from internvl_edge.artifact.components import IMAGE_EMBED
+from internvl_edge.demo import evaluate, scenes
+from internvl_edge.errors import InternVLError
+from internvl_edge.files.cores import usable_cores
+
+__all__ = ["compare", "export", "main"]
+
+NUM_SCENES = 300  # held-out single digits to classify
+NUM_CAPTIONS = 100  # distinct captions to retrieve among
+NUM_TEXTS = 300  # captions, and as many answers, that must be right word for word
+NUM_PAIRS = 300  # of image and text to match, half of them near misses
+MAX_PROCESSES = 2
+
+Say = Callable[[str], None]
+
+
+def compare(
+    out: Path, precisions: Sequence[str], compiled: str, *, force: bool
+) -> dict[str, dict[str, float]]:
+    """Compile and measure every precision, several at a time.
+
+    Args:
+        out: the folder of the demo.
+        precisions: of the model.
+        compiled: the one that lies there already. TensorRT-RTX engines are built for it, where the
+            package is installed.
+        force: replace the others.
+
+    Returns:
+        The accuracy of each, by its name.
+
+    Raises:
+        InternVLError: one failed; the others are stopped.
+    """
+    processes = min(MAX_PROCESSES, usable_cores())
+    threads = str(max(1, usable_cores() // processes))
+    running: list[subprocess.Popen[str]] = []
+
+    def measured(precision: str) -> dict[str, float]:
+        command = [sys.executable, "-P", "-m", "internvl_edge.demo.compare", str(out), precision]
+        child = subprocess.Popen(
+            [*command, *(["--compiled"] if precision == compiled else ["--force"] * force)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        )
+        running.append(child)
+        answer, _ = child.communicate()
+        if child.returncode:
+            raise InternVLError(f"{precision}: the process that compiled it failed, see above")
+        figures: dict[str, float] = json.loads(answer)
+        return figures
+
+    with ThreadPoolExecutor(processes) as pool:
+        try:
+            return dict(zip(precisions, pool.map(measured, precisions), strict=True))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in running:
+                child.terminate()  # nothing happens to those that have ended
+
+
+def export(out: Path, precision: str, say: Say, *, force: bool = False) -> Artifact:
+    """Compile the bundled model at one precision into ``out/precision``."""
+    started = time.perf_counter()
+    options = compiler.ExportOptions(
+        out=out / precision, precision=precision, samples=scenes.calibration_set, force=force
+    )
+    artifact = compiler.export(options, _by_step(precision, say))
+    say(
+        f"{artifact.path}: {len(artifact.manifest.components)} components in "
+        f"{time.perf_counter() - started:.0f} s"
+    )
+    return artifact
+
+
+def build_engines(artifact: Artifact, say: Say) -> None:
+    """Build TensorRT-RTX engines into a directory, where the package is installed."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        say('no engines: tensorrt-rtx is missing; pip install "internvl-edge[rtx]"')
+        return
+    started = time.perf_counter()
+    report = _by_step(artifact.path.name, say)
+    engines = compiler.build(artifact.path, ["tensorrt-rtx"], report=report)
+    say(
+        f"{artifact.path}: {len(engines)} TensorRT-RTX engines in "
+        f"{time.perf_counter() - started:.0f} s"
+    )
+
+
+def quality(artifact: Artifact) -> dict[str, float]:
+    """Measure accuracy on held-out scans; add the image embedding's agreement with PyTorch."""
+    verification = artifact.manifest.components[IMAGE_EMBED].verification or {}
+    with internvl_edge.load(artifact.path) as model:
+        return {
+            "zero_shot": evaluate.zero_shot_accuracy(model, NUM_SCENES),
+            "recall_at_1_c": evaluate.retrieval_recall_at_1(model, NUM_CAPTIONS, mode="c"),
+            "recall_at_1_g": evaluate.retrieval_recall_at_1(model, NUM_CAPTIONS, mode="g"),
+            "matching": evaluate.matching_accuracy(model, NUM_PAIRS),
+            "captions": evaluate.caption_exact_match(model, NUM_TEXTS),
+            "answers": evaluate.vqa_accuracy(model, NUM_TEXTS),
+            "cosine": float(verification["cosine"]),
+        }
+
+
+def _by_step(name: str, say: Say) -> Callable[[compiler.Progress], None]:
+    """Say each step of an export or a build once."""
+    told: set[str] = set()
+
+    def report(now: compiler.Progress) -> None:
+        if now.step not in told:
+            told.add(now.step)
+            say(f"{name}: {now.step}")
+
+    return report
+
+
+def main() -> None:
+    """Compile one precision, or build its engines; measure it, and print its accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("precision")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--compiled", action="store_true", help="it is there; build its engines")
+    given = parser.parse_args()
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        if given.compiled:
+            artifact = open_artifact(given.out / given.precision)
+            build_engines(artifact, say)
+        else:
+            artifact = export(given.out, given.precision, say, force=given.force)
+        print(json.dumps(quality(artifact)))
+    except InternVLError as error:
+        say(f"error: {given.precision}: {error}")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
