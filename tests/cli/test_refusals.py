@@ -116,9 +116,11 @@ def test_options_are_called_as_they_are_typed(
     assert message in refused(capsys, 2, *command, *arguments)
 
 
-@pytest.mark.parametrize(("command", "default"), [("caption", 30), ("chat", 128)])
+@pytest.mark.parametrize(
+    ("command", "default"), [("caption", "30"), ("chat", "1024, or as many as there is room for,")]
+)
 def test_the_help_has_the_commands_own_default(
-    capsys: pytest.CaptureFixture[str], command: str, default: int
+    capsys: pytest.CaptureFixture[str], command: str, default: str
 ) -> None:
     assert run([command, "--help"]) == 0
     assert f"of a text; {default} by default" in " ".join(capsys.readouterr().out.split())

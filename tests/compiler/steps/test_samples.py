@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,9 +40,10 @@ def test_captions_of_a_byte_level_vocabulary(tmp_path: Path) -> None:
 
 
 def test_without_a_tokenizer_there_are_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert samples.tokenize(plan_of(tmp_path), CAPTIONS) is None
     write_qwen(tmp_path)
-    monkeypatch.setattr(samples, "is_installed", lambda module: False)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert samples.tokenize(plan_of(tmp_path), CAPTIONS) is None
+    assert "calibration sees random ids and no texts" in caplog.text
