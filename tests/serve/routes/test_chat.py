@@ -237,8 +237,9 @@ def test_what_cannot_be_answered(
     assert served.ask(PATH, given).error == (400, code, param)
 
 
-def test_a_place_of_a_picture_is_no_text(talking: Served) -> None:
-    content = {"messages": question("what is <image> here?", URLS[0])}
+@pytest.mark.parametrize("place", ["<image>", "<video>"])
+def test_a_place_of_a_picture_is_no_text(talking: Served, place: str) -> None:
+    content = {"messages": question(f"what is {place} here?", URLS[0])}
     assert talking.ask(PATH, content).error == (400, "invalid_value", "messages[0].content")
 
 

@@ -59,6 +59,9 @@ def look(opened: Any, width: int, *, dark: bool) -> None:
 
 
 def wait_for(opened: Any, condition: Callable[[Any], Any]) -> Any:
+    from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(opened, PATIENCE_S, poll_frequency=0.05).until(condition)
+    changing = (NoSuchElementException, StaleElementReferenceException)  # while the page is redrawn
+    waiting = WebDriverWait(opened, PATIENCE_S, poll_frequency=0.05, ignored_exceptions=changing)
+    return waiting.until(condition)

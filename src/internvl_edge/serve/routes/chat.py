@@ -12,7 +12,7 @@ from typing import Any
 
 from internvl_edge.artifact.components import CHAT_DECODER, DECODER, IMAGE_QUERIES, VISION
 from internvl_edge.runtime.generation.batch import Generation
-from internvl_edge.runtime.model import CHAT_TOKENS
+from internvl_edge.runtime.tasks.chat import ANSWER_TOKENS
 from internvl_edge.serve.http.events import EventStream
 from internvl_edge.serve.http.exchange import Call
 from internvl_edge.serve.http.fields import Fields, require_text
@@ -139,16 +139,17 @@ def _generation(served: ServedModel, fields: Fields) -> dict[str, Any]:
         how["top_p"] = None
     if heat == 0 or how["top_k"] == 1:
         how |= {"temperature": None, "top_p": None, "top_k": None}
-    most = asked or older or _usual_length(served)
-    return {"max_new_tokens": most} | {k: v for k, v in how.items() if v is not None}
+    most = asked or older
+    if most is None and not served.is_chat:  # a chat model fills what room there is
+        most = _usual_length(served)
+    return {k: v for k, v in {**how, "max_new_tokens": most}.items() if v is not None}
 
 
 def _usual_length(served: ServedModel) -> int:
-    """Choose the most tokens of an answer whose length was not asked for."""
-    component = CHAT_DECODER if served.is_chat else DECODER
-    if not served.components.has(component):
-        return CHAT_TOKENS  # it is refused for that
-    return min(CHAT_TOKENS, served.components.positions(component) // 2)
+    """Choose the most tokens of an InternVL-G's answer whose length was not asked for."""
+    if not served.components.has(DECODER):
+        return ANSWER_TOKENS  # it is refused for that
+    return min(ANSWER_TOKENS, served.components.positions(DECODER) // 2)
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

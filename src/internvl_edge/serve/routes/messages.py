@@ -1,7 +1,7 @@
 """Conversations as OpenAI spells them: messages with a role, of texts and pictures.
 
 A picture is put where its part stands. ``<image>`` stands for a picture in the prompt of an
-InternVL-Chat, so that a text which has it is refused.
+InternVL-Chat, and ``<video>`` for all of them, so that a text which has one is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from internvl_edge.runtime.tasks.chat_prompt import VIDEO
 from internvl_edge.runtime.tasks.requests import text_problem
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE
 from internvl_edge.runtime.text.templates import Turn
@@ -149,8 +150,8 @@ def _add(
             raise bad_request("invalid_value", text, at)
         read.turns[-1] = Turn(question=read.turns[-1].question, answer="\n".join(texts))
     elif role == "user":
-        if has_places and any(IMAGE in text for text in texts):
-            text = f"{at}.content: {IMAGE} stands for a picture; give the picture as a part"
+        if has_places and any(place in text for text in texts for place in (IMAGE, VIDEO)):
+            text = f"{at}.content: {IMAGE} and {VIDEO} stand for pictures; give these as parts"
             raise bad_request("invalid_value", text, f"{at}.content")
         read.urls += [part for part in parts if isinstance(part, ImageUrl)]
         asked = _question(parts, has_places)
