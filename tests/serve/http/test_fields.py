@@ -49,6 +49,11 @@ def test_anything_else_is_told(body: bytes) -> None:
         b"\xff\xfe",
         b"",
         b"{} x",
+        b"[" + b"{}," * 300_000 + b"{}]",
+        b"[" + b"[]," * 300_000 + b"[]]",
+        b"[" + b'"ab",' * 300_000 + b'""]',
+        b"[" + b'"\\\\",' * 300_000 + b'""]',
+        b"[" + b"1," * 2_000_001 + b"1]",
     ],
 )
 def test_json_that_cannot_be(body: bytes) -> None:
@@ -90,6 +95,17 @@ def refused(take: Any, raw: dict[str, Any], at: str = "") -> tuple[str, str | No
 def test_each_rule_refuses(take: Any, raw: dict[str, Any]) -> None:
     assert refused(take, raw) == ("invalid_value", "a")
     assert refused(take, raw, "b[0]") == ("invalid_value", "b[0].a")
+
+
+def test_texts_may_have_any_number_of_quotes_and_commas_within_reason() -> None:
+    text = '<a href="b">, ' * 100_000
+    assert parsed(json.dumps([text]).encode()) == [text]
+
+
+def test_a_name_without_end_is_refused_at_once() -> None:
+    with pytest.raises(Problem) as caught:
+        Fields({"x" * 20_000_000: 1}).end()
+    assert len(caught.value.body) < 400
 
 
 def test_what_is_left_is_refused_and_null_is_nothing() -> None:

@@ -224,6 +224,18 @@ def said(role: str, content: Any) -> dict[str, Any]:
         ({**ASKED, "top_p": 2}, "invalid_value", "top_p"),
         ({**ASKED, "stop": ["a"] * 5}, "invalid_value", "stop"),
         ({**ASKED, "stop": [""]}, "invalid_value", "stop[0]"),
+        ({**ASKED, "stop": ["x" * 257]}, "invalid_value", "stop[0]"),
+        (
+            {"messages": [said("user", [{"type": "text", "text": "a"}] * 257)]},
+            "invalid_value",
+            "messages[0].content",
+        ),
+        (
+            {"messages": [said("user", "x" * 8192)] * 129},
+            "context_length_exceeded",
+            "messages",
+        ),
+        ({"messages": [said("user", "x")] * 1025}, "invalid_value", "messages"),
         ({**ASKED, "stream": "yes"}, "invalid_value", "stream"),
         ({**ASKED, "stream_options": {"x": 1}}, "unsupported_parameter", "stream_options.x"),
     ],

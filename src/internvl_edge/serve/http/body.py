@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
+from internvl_edge.files.memory import trim
 from internvl_edge.serve.http.problems import ClientGone, Problem, overloaded
 
 __all__ = ["Bodies", "has_body"]
@@ -21,6 +22,7 @@ __all__ = ["Bodies", "has_body"]
 BODY_S = 30.0  # for a whole body
 DRAIN_S = 5.0  # for what is dropped
 DRAINED = 4  # times the limit
+HUGE, TRIM_S = 8 << 20, 1.0  # bytes of bodies after which memory is given back, and how soon
 
 
 def has_body(headers: Headers) -> bool:
@@ -40,6 +42,8 @@ class Bodies:
     def __init__(self, most: int, most_together: int, patience_s: float = BODY_S) -> None:
         self._most, self._most_together, self._patience_s = most, most_together, patience_s
         self.nbytes = 0
+        self._since = 0  # bytes of bodies since memory was given back
+        self._later: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
     async def reading(self, headers: Headers, receive: Receive) -> AsyncIterator[bytes]:
@@ -55,20 +59,42 @@ class Bodies:
             if "expect" not in headers:
                 await self._drop(receive, self._most * DRAINED)
             raise self._too_large()
+        whole = [await self._whole(receive)]
+        held = len(whole[0])
+        try:
+            yield whole.pop()  # nothing here keeps it
+        finally:
+            self._give(held)
+
+    async def _whole(self, receive: Receive) -> bytes:
+        """Read a body, which counts from here on; one that is refused does not."""
         chunks: list[bytes] = []
         try:
-            try:
-                async with asyncio.timeout(self._patience_s):
-                    refused = await self._read(receive, chunks)
-            except TimeoutError:
+            async with asyncio.timeout(self._patience_s):
+                refused = await self._read(receive, chunks)
+        except BaseException as error:
+            self._give(sum(map(len, chunks)))
+            if isinstance(error, TimeoutError):
                 text = f"the body did not come within {self._patience_s:g} s"
                 raise Problem(408, "request_timeout", text) from None
-            if refused is not None:
-                await self._drop(receive, self._most * DRAINED)
-                raise refused
-            yield b"".join(chunks)
-        finally:
-            self.nbytes -= sum(map(len, chunks))
+            raise
+        if refused is None:
+            return b"".join(chunks)
+        self._give(sum(map(len, chunks)))
+        chunks.clear()
+        await self._drop(receive, self._most * DRAINED)
+        raise refused
+
+    def _give(self, nbytes: int) -> None:
+        """Count a body no more; after large ones, let the system have their memory soon."""
+        self.nbytes -= nbytes
+        self._since += nbytes
+        if self._since > HUGE and self._later is None:
+            self._later = asyncio.get_running_loop().call_later(TRIM_S, self._trim)
+
+    def _trim(self) -> None:
+        self._later, self._since = None, 0
+        asyncio.get_running_loop().run_in_executor(None, trim)
 
     async def _read(self, receive: Receive, chunks: list[bytes]) -> Problem | None:
         """Read all chunks, or say why not; each counts as soon as it is in the list."""

@@ -78,10 +78,12 @@ class JsonRoute:
             is_large = len(body) > LARGE_BODY
             call.content = await asyncio.to_thread(parsed, body) if is_large else parsed(body)
             del body
-            answer = await self._while_there(call, receive)
+            try:
+                answer = await self._while_there(call, receive)
+            finally:
+                call.content = None  # the connection keeps the call until its next request
             if not isinstance(answer, Response):
                 answer = json_response(answer)
-        call.content = None
         await answer(scope, receive, send)
 
     async def _while_there(self, call: Call, receive: Receive) -> Any:
@@ -98,6 +100,9 @@ class JsonRoute:
             if not answering.done():
                 answering.cancel()
                 await asyncio.gather(answering, return_exceptions=True)
+            # An error's traceback has this frame: with the task in it, both would stay for a while,
+            # and with them whatever the request held.
+            del answering, leaving
 
     async def _in_time(self, call: Call) -> Any:
         try:

@@ -18,14 +18,19 @@ __all__ = ["MAX_TEXT", "Fields", "parsed", "require_text"]
 
 MAX_TEXT = 8192  # characters
 MAX_INTEGER = (1 << 63) - 1
+MAX_VALUES = 250_000  # strings, objects and lists of a request
+MAX_NUMBERS = 2_000_000
+LONGEST_NAME = 64  # of a field that may have been meant
 
 
 def parsed(body: bytes) -> Any:
     """Read JSON.
 
     Raises:
-        Problem: it is none, or nested without end.
+        Problem: it is none, nested without end, or of so many values that it would take many times
+            its own size in memory.
     """
+    _require_few(body)
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except RecursionError:
@@ -39,6 +44,14 @@ def parsed(body: bytes) -> Any:
     except ValueError:  # an integer of thousands of digits, NaN
         text = "expected JSON with numbers of the usual size, found NaN, infinity or more digits"
         raise bad_request("invalid_json", text) from None
+
+
+def _require_few(body: bytes) -> None:
+    """Count what JSON is made of, without reading it: at most as many values as this."""
+    quotes = body.count(b'"') - body.count(b'\\"')  # a string has two, one at least is not escaped
+    if quotes + body.count(b"{") + body.count(b"[") > MAX_VALUES or body.count(b",") > MAX_NUMBERS:
+        text = f"expected at most {MAX_VALUES} strings, lists and objects, found more"
+        raise bad_request("invalid_json", text)
 
 
 def _no_constant(name: str) -> float:
@@ -155,7 +168,8 @@ class Fields:
         """Refuse whatever was not taken."""
         for key in self._left:
             name = self.name(key)
-            text = f"{shown(name)} is not supported{did_you_mean(key, self._known)}"
+            meant = did_you_mean(key, self._known) if len(key) <= LONGEST_NAME else ""
+            text = f"{shown(name)} is not supported{meant}"
             raise bad_request("unsupported_parameter", text, shown(name).strip("'\""))
 
     def wrong(self, key: str, message: str) -> Problem:

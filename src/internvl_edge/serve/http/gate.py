@@ -69,18 +69,20 @@ class Gate:
         except ClientGone:
             passage.status = GONE
         except Exception as error:
-            if isinstance(error, HTTPException):
-                error = _of_starlette(error)
-            problem = self._told(error, call.id, call.route)
+            refusal = self._refusal(error, call)  # not the error itself, which has this frame
             if passage.status:
                 raise  # an answer has begun: the connection ends
-            response = Response(
-                problem.body, problem.status, problem.headers, media_type="application/json"
-            )
-            await response(scope, passage.receive, passage.send)
+            await refusal(scope, passage.receive, passage.send)
         finally:
             status = passage.status or GONE
             self._meters.answered(call.route, call.model, status, call.stages)
+
+    def _refusal(self, error: Exception, call: Call) -> Response:
+        """Make the answer that tells an error."""
+        if isinstance(error, HTTPException):
+            error = _of_starlette(error)
+        told = self._told(error, call.id, call.route)
+        return Response(told.body, told.status, told.headers, media_type="application/json")
 
     def _check(self, call: Call, headers: Headers) -> None:
         """Refuse who may not ask.

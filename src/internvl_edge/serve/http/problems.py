@@ -100,8 +100,13 @@ def overloaded(message: str) -> Problem:
 
 def shown(value: object) -> str:
     """Quote what a client sent, shortened and without control characters."""
-    text = ascii(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+    if isinstance(value, str):
+        text = ascii(value[: LONGEST_SHOWN + 1])
+    elif isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    else:
+        text = ascii(value)
+    return text if len(text) <= LONGEST_SHOWN + 2 else f"{text[:LONGEST_SHOWN]}..."
 
 
 def as_problem(error: BaseException) -> Problem:

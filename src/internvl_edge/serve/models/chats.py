@@ -35,6 +35,9 @@ class Question:
     stops: Sequence[str] = ()  # the answer ends before the first of these
 
 
+NOTHING = Question(images=(), text="")
+
+
 class StopCutter:
     """Text in pieces, up to the first of some strings; what may begin one is held back.
 
@@ -94,14 +97,17 @@ class Answer:
         piece = await self._pieces.get()
         if isinstance(piece, str):
             return piece
-        self._pieces.put_nowait(piece)  # whoever asks again is told again
+        self._pieces.put_nowait(None)  # for whoever asks again
         if piece is None:
             raise StopAsyncIteration
-        raise piece
+        try:
+            raise piece
+        finally:
+            del piece  # its traceback has this frame
 
     def close(self) -> None:
         """End it; what is left of it is not told."""
-        self.is_closed = True
+        self.is_closed, self.question = True, NOTHING
         if self._stream is not None:
             self._stream.close()
 
@@ -115,6 +121,7 @@ class Answer:
             self._put(error)
         else:
             self._put(None)
+        self.question = NOTHING  # an answer that nobody read yet needs no pictures
 
     def _run(self, model: Model) -> None:
         asked, stages = self.question, self.stages

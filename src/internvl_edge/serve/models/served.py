@@ -56,6 +56,7 @@ EMBEDDING = {  # what embeds: its output, what its time is called
     TEXT_EMBED: ("text_embeds", "text_embed"),
     MATCHER: ("match_logits", "match"),
 }
+REMEMBERED_CHARACTERS = 1 << 17  # of a set of labels
 FEW_CHARACTERS = 4096  # tokenized at once; more by the pool
 
 
@@ -188,8 +189,9 @@ class ServedModel:
         embeds, _ = await self.embed_texts(prompts, stages)
         shape = (len(labels), len(templates), -1)
         weights = unit(unit(embeds).reshape(shape).mean(axis=1))  # (K, E)
-        weights.flags.writeable = False  # it is shared from here on
-        self.components.classifiers.keep((labels, templates), weights)
+        if sum(map(len, labels)) <= REMEMBERED_CHARACTERS:
+            weights.flags.writeable = False  # it is shared from here on
+            self.components.classifiers.keep((labels, templates), weights)
         return weights
 
     async def match(
@@ -299,7 +301,10 @@ async def gathered(jobs: Sequence[Awaitable[Answer]]) -> list[Answer]:
     if len(jobs) == 1:
         return [await jobs[0]]
     done = await asyncio.gather(*jobs, return_exceptions=True)
-    for one in done:
-        if isinstance(one, BaseException):
-            raise one
-    return done  # type: ignore[return-value]
+    failed = next((one for one in done if isinstance(one, BaseException)), None)
+    if failed is None:
+        return done  # type: ignore[return-value]
+    try:
+        raise failed
+    finally:
+        del done, failed  # its traceback has this frame

@@ -24,7 +24,7 @@ from internvl_edge.serve.service import Service
 
 __all__ = ["completions"]
 
-MAX_STOPS = 4
+MAX_STOPS, LONGEST_STOP = 4, 256
 HOTTEST = 2.0
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # asked for nothing, they are accepted
     "n": (1,),
@@ -158,6 +158,8 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if not isinstance(given, list) or len(given) > MAX_STOPS:
         raise fields.wrong("stop", f"expected a text or at most {MAX_STOPS} of them")
     for i, one in enumerate(given):
+        if isinstance(one, str) and len(one) > LONGEST_STOP:
+            raise fields.wrong(f"stop[{i}]", f"expected at most {LONGEST_STOP} characters")
         if one in ("\n", " ", "\n\n", "\t"):
             continue  # white space ends an answer as well as a word does
         require_text(one, f"stop[{i}]")

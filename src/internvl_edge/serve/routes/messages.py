@@ -21,6 +21,8 @@ from internvl_edge.serve.http.problems import Problem, bad_request
 __all__ = ["Conversation", "one_item", "read_messages"]
 
 MAX_MESSAGES = 1024
+MAX_PARTS = 256  # of a message
+MAX_CHARACTERS = 1 << 20  # of a conversation
 ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -69,7 +71,7 @@ def read_messages(raw: Any, max_images: int, *, has_places: bool) -> Conversatio
     if not isinstance(raw, list) or not 1 <= len(raw) <= MAX_MESSAGES:
         text = f"messages: expected a list of 1 to {MAX_MESSAGES} messages"
         raise bad_request("invalid_value", text, "messages")
-    read = Conversation()
+    read, count = Conversation(), 0
     for i, message in enumerate(raw):
         at = f"messages[{i}]"
         fields = Fields(message, at)
@@ -80,6 +82,10 @@ def read_messages(raw: Any, max_images: int, *, has_places: bool) -> Conversatio
         fields.neutral("audio")
         parts = _parts(fields, role)
         fields.end()
+        count += sum(len(part) for part in parts if isinstance(part, str))
+        if count > MAX_CHARACTERS:
+            text = f"messages: expected at most {MAX_CHARACTERS} characters, found more"
+            raise bad_request("context_length_exceeded", text, "messages")
         _add(read, role, parts, at, has_places)
     if not read.turns or read.turns[-1].answer is not None:
         text = "messages: expected the last one to be of the user"
@@ -95,6 +101,8 @@ def _parts(fields: Fields, role: str = "user") -> list[ImageUrl | str]:
     content, name = fields.need("content"), fields.name("content")
     if not isinstance(content, list):
         return [_said(content, name)]
+    if len(content) > MAX_PARTS:
+        raise fields.wrong("content", f"expected at most {MAX_PARTS} parts, found {len(content)}")
     parts: list[ImageUrl | str] = []
     for i, raw in enumerate(content):
         part = Fields(raw, f"{name}[{i}]")
