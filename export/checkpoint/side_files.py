@@ -90,7 +90,8 @@ def check_side_files(folder: Path, config: CheckpointConfig, readers: Sequence[s
     for name in passed_on(folder, config):
         read_side_file(folder, name)
     say_foreign(folder)
-    check_tokenizer(folder, config)
+    if readers:
+        check_tokenizer(folder, config)
     if readers and not has_vocabulary(folder, config):
         wanted = "tokenizer.model" if config.chat is None else "tokenizer files"
         logger.warning(

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,12 +65,15 @@ ATTEMPTS = 16
 
 
 @contextmanager
-def staging(out: Path, *, force: bool) -> Iterator[Path]:
+def staging(
+    out: Path, *, force: bool, check: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Give a directory to write into, which becomes ``out`` if the block succeeds.
 
     Args:
         out: what to publish; its parents are created.
         force: replace a compiled directory of that name, with all that is in it.
+        check: makes sure that it is complete; None: that it is what its manifest lists.
 
     Raises:
         UsageError: before the block: ``out`` exists or cannot be written. After it: another run
@@ -90,7 +93,7 @@ def staging(out: Path, *, force: bool) -> Iterator[Path]:
         with work_errors(out, directory):
             yield directory
         with os_errors(out):
-            _check_complete(directory)
+            (check or _check_complete)(directory)
             sync_tree(directory)
             _publish(directory, out, force, held, cleanup)
             sync(out.parent)

@@ -22,7 +22,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvl_edge.compiler.compile import export
+    from internvl_edge.compiler.compile import export, rehearse
     from internvl_edge.compiler.pipeline import forecast
     from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
@@ -42,6 +42,7 @@ __all__ = [
     "make_plan",
     "profile_from",
     "ranges_from",
+    "rehearse",
     "verify",
 ]
 
@@ -56,6 +57,7 @@ _HOME = {
     "make_plan": "plan",
     "profile_from": "steps.profiles",
     "ranges_from": "steps.profiles",
+    "rehearse": "compile",
     "verify": "steps.verify",
 }
 

@@ -20,6 +20,7 @@ from internvl_edge.export.components import choose_components, language_config
 from internvl_edge.export.config.checkpoint import check_image_size
 from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
+from internvl_edge.files.reading import require_unicode
 from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.recipe import Recipe, load_recipe
@@ -101,6 +102,8 @@ def make_plan(options: ExportOptions) -> Plan:
     default = recipe_of(options.precision)
     for target in options.targets:
         require_choice("target", target, TARGETS)
+    for path in (options.out, options.checkpoint, options.calibration):
+        require_unicode(path)
     check_parent(options.out)
     check_out(options.out, force=options.force)
     recipe = _recipe(options, default)
@@ -114,7 +117,11 @@ def make_plan(options: ExportOptions) -> Plan:
         )
     if options.image_size is not None and options.image_size > MAX_SIZE:
         raise UsageError(f"--image-size: expected at most {MAX_SIZE}, found {options.image_size}")
-    checkpoint = open_checkpoint(options.checkpoint or demo_checkpoint())
+    checkpoint = open_checkpoint(
+        options.checkpoint or demo_checkpoint(),
+        options.components,
+        is_quantized=recipe is not None,
+    )
     image_size = check_image_size(checkpoint.config, options.image_size)
     components = choose_components(checkpoint.config, options.components)
     _check_capacity(options.cache_capacity, checkpoint, components)
