@@ -42,6 +42,7 @@ from internvl_edge.export.checkpoint.shards import (
 from internvl_edge.export.checkpoint.side_files import sha256_of
 from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
+from internvl_edge.files.reading import require_unicode
 from internvl_edge.types import Array, Shape
 
 __all__ = ["FLOATS", "Checkpoint", "named_entries", "open_checkpoint"]
@@ -174,6 +175,7 @@ def open_checkpoint(
             missing, unexpected, of a wrong shape or type: all of them named in one message.
     """
     path = Path(directory)
+    require_unicode(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; expected a Hugging Face checkpoint directory")

@@ -40,7 +40,7 @@ from internvl_edge.export.config.checkpoint import (
     load_config,
 )
 from internvl_edge.files.disk import link_or_copy, os_errors, sync
-from internvl_edge.files.reading import is_there, read_file
+from internvl_edge.files.reading import is_there, read_file, require_unicode
 from internvl_edge.files.spool import Budget
 
 __all__ = ["Conversion", "convert_pickles"]
@@ -108,6 +108,7 @@ def convert_pickles(source: Path, out: Path) -> Conversion:
 
 
 def _config_of(source: Path) -> CheckpointConfig:
+    require_unicode(source)
     if not source.is_dir():
         reason = "it is a file" if source.exists() else "it does not exist"
         raise CheckpointError(

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config.fields import (
     known_fields,
+    listed,
     require_choice,
     require_positive,
     section,
@@ -120,11 +121,6 @@ class ChatConfig:
         """Invert ``dataclasses.asdict``; unknown keys are refused."""
         llama = raw["llama"]
         return cls(**{**raw, "llama": None if llama is None else LanguageConfig.from_json(llama)})
-
-
-def listed(given: object) -> list[Any]:
-    """Return a list of a config; nothing where there is something else."""
-    return given if isinstance(given, list) else []
 
 
 def is_llava(raw: dict[str, Any]) -> bool:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.errors import CalibrationError, MediaError, MissingDependency, UsageError
 from internvl_edge.files.content import content_of
-from internvl_edge.files.reading import read_file
+from internvl_edge.files.reading import read_file, require_unicode
 from internvl_edge.files.terminal import printable
 from internvl_edge.quantize.calibration.captions import find_captions, paired
 from internvl_edge.runtime.images.decode import MAX_NBYTES, load_image
@@ -159,6 +159,7 @@ def load_calibration(folder: Path, num_samples: int, seed: int = 0) -> Calibrati
         CalibrationError: there is no such folder, no images in it, more than 5 % of them are
             corrupt, or the captions file is malformed.
     """
+    require_unicode(folder)
     if not folder.is_dir():
         raise CalibrationError(f"{folder}: expected a folder of calibration images")
     listed = list_images(folder)

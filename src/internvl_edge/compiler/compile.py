@@ -12,20 +12,16 @@ from internvl_edge._version import __version__
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.artifact.publish import staging
 from internvl_edge.artifact.workspace import drop_published, workspace
-from internvl_edge.compiler.cost import Forecast
 from internvl_edge.compiler.pipeline import require_fit, steps, total
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
-from internvl_edge.compiler.progress import Progress, Report, silent
+from internvl_edge.compiler.progress import Report, silent
 from internvl_edge.compiler.steps.calibration.cost import spool_budget
 from internvl_edge.compiler.steps.calibration.samples import load_samples, samples_for
 from internvl_edge.compiler.steps.engines import require_targets
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.weights.tensors import narrowed
-from internvl_edge.export.checkpoint.shards import header_fingerprint
+from internvl_edge.compiler.weights.tensors import read_content
 from internvl_edge.files.packages import TRACED_WITH, versions
 from internvl_edge.quantize.calibration.images import CalibrationSet
-
-MB = 10**6
 
 
 def export(options: ExportOptions, report: Report = silent) -> Artifact:
@@ -68,9 +64,7 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
     return open_artifact(options.out, hash_files=False)  # they were hashed for the manifest
 
 
-def rehearse(
-    options: ExportOptions, show: Callable[[Forecast], None], report: Report = silent
-) -> None:
+def rehearse(options: ExportOptions, show: Callable[[Any], None], report: Report = silent) -> None:
     """Refuse all that an export would refuse before its first step, and write nothing.
 
     Args:
@@ -89,31 +83,6 @@ def rehearse(
     if plan.recipe is not None:
         load_samples(plan)
     read_content(plan, report)
-
-
-def read_content(plan: Plan, report: Report = silent) -> str:
-    """Identify a checkpoint's contents, and refuse values that cannot be compiled.
-
-    Linked shards are not read, the point of linking, but for what graphs turn into another type.
-
-    Raises:
-        CheckpointError: names every tensor with NaN, infinities, or values beyond the range of the
-            type that it is compiled in.
-    """
-    targets, entries = narrowed(plan), plan.checkpoint.tensors
-    is_linked = plan.options.weights == "link" and plan.options.verify == "none"
-    total = sum(e.nbytes for n, e in entries.items() if n in targets or not is_linked)
-    done = 0
-
-    def read(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        report(Progress(step="check", detail="MB of weights", done=done // MB, total=total // MB))
-
-    if not is_linked:
-        return plan.checkpoint.content_sha256(read, targets)
-    plan.checkpoint.content_sha256(read, targets, only=targets)
-    return repr([header_fingerprint(p) for p in plan.checkpoint.shards] + [*plan.checkpoint.states])
 
 
 def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict[str, Any]:

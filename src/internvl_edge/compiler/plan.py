@@ -20,7 +20,6 @@ from internvl_edge.export.components import choose_components, language_config
 from internvl_edge.export.config.checkpoint import check_image_size
 from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
-from internvl_edge.files.reading import require_unicode
 from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.recipe import Recipe, load_recipe
@@ -102,8 +101,6 @@ def make_plan(options: ExportOptions) -> Plan:
     default = recipe_of(options.precision)
     for target in options.targets:
         require_choice("target", target, TARGETS)
-    for path in (options.out, options.checkpoint, options.calibration):
-        require_unicode(path)
     check_parent(options.out)
     check_out(options.out, force=options.force)
     recipe = _recipe(options, default)

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 
 from internvl_edge.compiler.plan import Plan
+from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.weights.layout import CHAT_TOKENS, FLOAT32, POSITIONS, TOWERS
 from internvl_edge.export.checkpoint.load import torch_from_numpy
 from internvl_edge.export.checkpoint.scope import parameters_read
-from internvl_edge.export.checkpoint.shards import DTYPES
+from internvl_edge.export.checkpoint.shards import DTYPES, header_fingerprint
 from internvl_edge.export.graph.dtypes import POLICIES
 from internvl_edge.export.models.vit import resize_position_embedding
 from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.types import Array
 
+MB = 10**6
 STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -59,6 +61,31 @@ def narrowed(plan: Plan) -> dict[str, np.dtype[Any]]:
 
 def _largest(dtype: np.dtype[Any]) -> float:
     return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+
+
+def read_content(plan: Plan, report: Report = silent) -> str:
+    """Identify a checkpoint's contents, and refuse values that cannot be compiled.
+
+    Linked shards are not read, the point of linking, but for what graphs turn into another type.
+
+    Raises:
+        CheckpointError: names every tensor with NaN, infinities, or values beyond the range of the
+            type that it is compiled in.
+    """
+    targets, entries = narrowed(plan), plan.checkpoint.tensors
+    is_linked = plan.options.weights == "link" and plan.options.verify == "none"
+    total = sum(e.nbytes for n, e in entries.items() if n in targets or not is_linked)
+    done = 0
+
+    def read(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        report(Progress(step="check", detail="MB of weights", done=done // MB, total=total // MB))
+
+    if not is_linked:
+        return plan.checkpoint.content_sha256(read, targets)
+    plan.checkpoint.content_sha256(read, targets, only=targets)
+    return repr([header_fingerprint(p) for p in plan.checkpoint.shards] + [*plan.checkpoint.states])
 
 
 def convert(values: Array, dtype: np.dtype[Any]) -> Array:
