@@ -16,17 +16,27 @@ from internvl_edge._version import __version__
 from internvl_edge.errors import InternVLError
 
 if TYPE_CHECKING:
+    from internvl_edge.runtime.images.options import ImageOptions
     from internvl_edge.runtime.model import load
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.session import open_session
     from internvl_edge.runtime.trt.options import TrtOptions
 
-__all__ = ["InternVLError", "OrtOptions", "TrtOptions", "__version__", "load", "open_session"]
+__all__ = [
+    "ImageOptions",
+    "InternVLError",
+    "OrtOptions",
+    "TrtOptions",
+    "__version__",
+    "load",
+    "open_session",
+]
 
 # A library leaves it to its user where messages go.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY = {
+    "ImageOptions": "internvl_edge.runtime.images.options",
     "load": "internvl_edge.runtime.model",
     "open_session": "internvl_edge.runtime.session",
     "OrtOptions": "internvl_edge.runtime.ort.options",
