@@ -103,7 +103,8 @@ What an application imports.
 """
 RUNTIME: tuple[Any, ...] = (
     *(runtime.load, runtime.Model, runtime.Retrieval, Reply, runtime.open_session),
-    *(runtime.Session, runtime.Batcher, internvl_edge.OrtOptions, internvl_edge.TrtOptions),
+    *(runtime.Session, runtime.Batcher, internvl_edge.ImageOptions),
+    *(internvl_edge.OrtOptions, internvl_edge.TrtOptions),
     internvl_edge.share_threads,
 )
 COMPILER: tuple[Any, ...] = (

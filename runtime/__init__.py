@@ -20,6 +20,7 @@ if __name__ != "internvl_edge.runtime":
 
 from internvl_edge.runtime.batching import Batcher
 from internvl_edge.runtime.feeds import check_feeds
+from internvl_edge.runtime.images.options import ImageOptions
 from internvl_edge.runtime.model import Model, Retrieval, load
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.session import DecoderSession, Session, open_session
@@ -28,6 +29,7 @@ from internvl_edge.runtime.trt.options import TrtOptions
 __all__ = [
     "Batcher",
     "DecoderSession",
+    "ImageOptions",
     "Model",
     "OrtOptions",
     "Retrieval",

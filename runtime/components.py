@@ -19,9 +19,14 @@ from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.files.forks import in_children
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
-from internvl_edge.runtime.images.sources import is_normalised
+from internvl_edge.runtime.images.options import MEAN, STD, ImageOptions, image_options
+from internvl_edge.runtime.images.sources import (
+    batches_of_images,
+    check_normalised,
+    is_normalised,
+)
 from internvl_edge.runtime.session import Session
-from internvl_edge.runtime.tasks.requests import batches_of, slices
+from internvl_edge.runtime.tasks.requests import batches_of, require_whole, slices
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
@@ -30,10 +35,10 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.text.embeddings import TokenTable
     from internvl_edge.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["Classifiers", "OpenComponents"]
+__all__ = ["Classifiers", "ImageOptions", "OpenComponents"]
 
 MAX_CLASSIFIERS = 16
-Labels = tuple[tuple[str, ...], tuple[str, ...]]  # and their templates
+Labels = tuple[tuple[str, ...], tuple[str, ...]]  # and their templates, or prompts
 
 
 def _why_impossible(model: Mapping[str, Any], components: Sequence[str]) -> str | None:
@@ -81,16 +86,22 @@ class OpenComponents:
     Args:
         artifact: the open directory.
         open_one: opens the session of a component.
+        images: how pictures are read; None: the defaults.
         opened_by: how to open the same in another process; None: it cannot be.
+
+    Raises:
+        UsageError: ``images`` is something else.
     """
 
     def __init__(
         self,
         artifact: Artifact,
         open_one: Callable[[str], Session],
+        images: ImageOptions | None = None,
         opened_by: tuple[Any, str] | None = None,
     ) -> None:
         self.artifact = artifact
+        self.images = image_options(images)
         self._opened_by = opened_by
         self._open_one = open_one
         self.classifiers = Classifiers()
@@ -171,39 +182,66 @@ class OpenComponents:
         return self.run(VISION, "last_hidden_state", pixel_values=pixels)
 
     def hidden_batches(
-        self, images: Any, count: int, batch_size: int
-    ) -> Iterator[tuple[slice, Array]]:
-        """Yield vision tokens of ``count`` pairs: of every image, or of the only one each time."""
+        self, images: Any, count: int | None, batch_size: int
+    ) -> Iterator[tuple[int, Array]]:
+        """Yield vision tokens of ``count`` pairs: of every image, or of the only one each time.
+
+        Each batch comes with the number of pairs before it; a count of None is that of a stream.
+        """
         hiddens = map(self.hidden, self.pixel_batches(images, "retrieval", batch_size))
-        if len(images) == count:
-            yield from zip(slices(count, batch_size), hiddens, strict=True)
+        if count is None or len(images) == count:
+            done = 0
+            for hidden in hiddens:
+                yield done, hidden
+                done += len(hidden)
             return
         only = next(hiddens)
         for rows in slices(count, batch_size):
-            yield rows, np.broadcast_to(only, (rows.stop - rows.start, *only.shape[1:]))
+            yield rows.start, np.broadcast_to(only, (rows.stop - rows.start, *only.shape[1:]))
 
     def pixel_batches(
-        self, images: Any, transform: Transform | None, batch_size: int
+        self,
+        images: Any,
+        transform: Transform | None,
+        batch_size: int,
+        before: int = 0,
+        total: int | None = None,
     ) -> Iterator[Array]:
         """Prepare a few images at a time, so that memory does not grow with their number.
 
+        Args:
+            images: what ``image_stream`` gave.
+            transform: instead of the directory's own.
+            batch_size: images at a time.
+            before: images of the same request that came before these, for messages.
+            total: images of the whole request, for messages; 0 where nobody knows.
+
         Raises:
             UsageError: the images are normalised, and the graphs do that themselves.
+            MediaError: an image is not accepted; the message says which and why.
         """
-        from internvl_edge.runtime.images.transform import pixel_levels, pixel_values
-
+        require_whole("batch_size", batch_size, 1)
         if is_normalised(images):
             if self.takes_levels:
                 raise UsageError(
                     f"{self.artifact.path} normalises inside its graphs (--input uint8): expected "
                     f"pictures, found an array {images.dtype} {list(images.shape)}"
                 )
+            told = self.artifact.manifest.preprocessing
+            check_normalised(images, told.get("mean", MEAN), told.get("std", STD))
             yield from batches_of(images, batch_size)
             return
+        from internvl_edge.runtime.images.transform import pixel_levels, pixel_values
+
         prepare = pixel_levels if self.takes_levels else pixel_values
-        for rows in slices(len(images), batch_size):
+        for some, start, count in batches_of_images(images, batch_size):
             yield prepare(
-                images[rows], self.preprocessing, transform, before=rows.start, total=len(images)
+                some,
+                self.preprocessing,
+                transform,
+                before=before + start,
+                total=(count or 0) if total is None else total,
+                options=self.images,
             )
 
     @cached_property

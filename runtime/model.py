@@ -7,21 +7,26 @@ embeddings are, ``compare`` how they are ranked, ``caption`` and ``chat`` how te
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from internvl_edge.artifact.open import Artifact, open_artifact
-from internvl_edge.runtime.components import OpenComponents
-from internvl_edge.runtime.session import Session, open_component, require_backend
+from internvl_edge.runtime.components import ImageOptions, OpenComponents
+from internvl_edge.runtime.session import (
+    Session,
+    open_component,
+    require_backend,
+    require_device,
+)
 from internvl_edge.runtime.tasks import caption as captions
 from internvl_edge.runtime.tasks import chat as chats
-from internvl_edge.runtime.tasks import chat_decoder, compare, embed
-from internvl_edge.runtime.tasks.chat_images import ChatSeen
+from internvl_edge.runtime.tasks import compare, embed
 from internvl_edge.runtime.tasks.compare import Retrieval
-from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, TEXT_BATCH
+from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES, TEXT_BATCH, Template
+from internvl_edge.runtime.tasks.keywords import named
 from internvl_edge.runtime.text.tokenizer import CAPTION_PROMPT
 from internvl_edge.types import Array
 
@@ -29,18 +34,22 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.images.transform import Preprocessing, Transform
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.tasks.caption import TextStream
-    from internvl_edge.runtime.text.tokenizer import Tokenizer
+    from internvl_edge.runtime.text.tokenizer import OnLong, Tokenizer
     from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = ["Model", "Retrieval", "load"]
 
+CAPTION_BEAMS = 5  # of published captions
 
+
+@named
 def load(
     out: str | os.PathLike[str],
     backend: str = "auto",
     device: str = "auto",
     *,
     options: OrtOptions | TrtOptions | None = None,
+    images: ImageOptions | None = None,
 ) -> Model:
     """Open a compiled directory; components open when they are first used.
 
@@ -49,28 +58,33 @@ def load(
         backend: ``"auto"``, ``"onnxruntime"``, ``"tensorrt-rtx"`` or ``"tensorrt"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         options: of every session, see ``open_session``; None: the backend's defaults.
+        images: how pictures are read: what stands under transparency, and how large they may be.
 
     Raises:
         ArtifactError: the directory is not what its manifest says.
         UsageError, MissingDependency, HardwareError: the backend, unknown or not to be had here.
     """
     require_backend(backend)
+    device = require_device(device)
     artifact = open_artifact(out)
     return Model(
         artifact,
         partial(open_component, artifact, backend=backend, device=device, options=options),
-        ((os.path.abspath(out), backend, device, options), artifact.digest),
+        images,
+        ((os.path.abspath(out), backend, device, options, images), artifact.digest),
     )
 
 
-def _load_again(how: tuple[str, str, str, OrtOptions | TrtOptions | None], digest: str) -> Model:
+def _load_again(
+    how: tuple[str, str, str, OrtOptions | TrtOptions | None, ImageOptions | None], digest: str
+) -> Model:
     """Open a model in the process that it was sent to, if the directory is still the same.
 
     Raises:
         ArtifactError: another one has its place; and what ``load`` raises.
     """
-    path, backend, device, options = how
-    model = load(path, backend, device, options=options)
+    path, backend, device, options, images = how
+    model = load(path, backend, device, options=options, images=images)
     model.artifact.require_digest(digest)
     return model
 
@@ -78,10 +92,12 @@ def _load_again(how: tuple[str, str, str, OrtOptions | TrtOptions | None], diges
 class Model:
     """The components of a directory, as one model. Thread-safe; a context manager.
 
-    Images are paths, bytes, PIL images, HWC uint8 arrays, one or a sequence of them, or float32
-    ``pixel_values`` [B,3,H,W] that are normalised already. Texts are strings, one or a sequence,
-    or token ids, int [B,T] as an array or as lists of equal length, 0 where padded (of an
-    InternVL-Chat: the tokenizer's own padding).
+    Images are paths, ``data:`` URLs, bytes, open files, PIL images, arrays or tensors, one or
+    several; those that come from a generator are read a batch at a time. A float32 array
+    [B,3,S,S] is ``pixel_values``, normalised already. Which arrays, files and texts are taken
+    stands in docs/reference/inputs.md. Texts are strings, one or a sequence, or token ids, int
+    [B,T] as an array or as lists of equal length, 0 where padded (of an InternVL-Chat: the
+    tokenizer's own padding).
 
     Every method raises ``UsageError`` when the directory lacks a component it needs or the model
     is closed, ``MediaError`` when an image or text cannot be read, ``FeedError`` when an array
@@ -92,6 +108,7 @@ class Model:
     Args:
         artifact: the open directory.
         open_one: opens the session of a component.
+        images: how pictures are read; None: the defaults.
         opened_by: the arguments of ``load``, and the directory's digest; None: it cannot be
             pickled.
     """
@@ -100,15 +117,17 @@ class Model:
         self,
         artifact: Artifact,
         open_one: Callable[[str], Session],
+        images: ImageOptions | None = None,
         opened_by: tuple[Any, str] | None = None,
     ) -> None:
-        self.components = OpenComponents(artifact, open_one, opened_by)
+        self.components = OpenComponents(artifact, open_one, images, opened_by)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_again, self.components.opened_by()
 
     # --- encode ----------------------------------------------------------------------------------
 
+    @named
     def encode_image(
         self,
         images: Any,
@@ -129,12 +148,26 @@ class Model:
         """
         return embed.encode_image(self.components, images, mode, normalize, batch_size, transform)
 
+    @named
     def encode_text(
-        self, texts: Any, normalize: bool = False, batch_size: int = TEXT_BATCH
+        self,
+        texts: Any,
+        normalize: bool = False,
+        batch_size: int = TEXT_BATCH,
+        on_long: OnLong = "truncate",
     ) -> Array:
-        """Embed texts, float32 [B,E]; strings get the prefix the model was trained with."""
-        return embed.encode_text(self.components, texts, normalize, batch_size)
+        """Embed texts, float32 [B,E]; strings get the prefix the model was trained with.
 
+        Args:
+            texts: see ``Model``.
+            normalize: give them unit length.
+            batch_size: texts that are computed at a time.
+            on_long: what becomes of a text of more than 80 tokens, as wherever texts are taken:
+                ``"truncate"`` cuts its end off, and warns of the first one; ``"error"`` refuses.
+        """
+        return embed.encode_text(self.components, texts, normalize, batch_size, on_long)
+
+    @named
     def encode_video(
         self,
         frames: Any,
@@ -154,8 +187,12 @@ class Model:
         """
         return embed.encode_video(self.components, frames, num_frames, mode, normalize, batch_size)
 
+    @named
     def text_classifier(
-        self, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+        self,
+        labels: Sequence[str],
+        templates: Sequence[Template] = DEFAULT_TEMPLATES,
+        on_long: OnLong = "truncate",
     ) -> Array:
         """Embed labels, float32 [K,E]: unit vectors, each the mean over the templates' own.
 
@@ -165,58 +202,88 @@ class Model:
             UsageError: a label twice, a template without one ``{}`` or ``{c}``.
             MediaError: no labels, or an empty one.
         """
-        return embed.text_classifier(self.components, labels, templates)
+        return embed.text_classifier(self.components, labels, templates, on_long)
 
     # --- compare ---------------------------------------------------------------------------------
 
+    @named
     def classify(
         self,
         images: Any,
         labels: Sequence[str],
-        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        templates: Sequence[Template] = DEFAULT_TEMPLATES,
         mode: str = "c",
         batch_size: int = 8,
+        top_k: int | None = None,
+        on_long: OnLong = "truncate",
     ) -> list[list[dict[str, Any]]]:
         """Classify images zero-shot, by softmax over 100 · cosine (docs/model.md, section 10).
 
         Args:
             images: see ``Model``.
             labels: the classes.
-            templates: each with ``{}`` or ``{c}`` where the label goes.
+            templates: each with ``{}`` or ``{c}`` where the label goes, or a function of it.
             mode: ``"c"`` or ``"g"``.
             batch_size: images that are computed at a time.
+            top_k: of the labels, the best so many; None is all.
+            on_long: see ``encode_text``.
 
         Returns:
-            For every image its labels, best first: ``{"label": str, "score": float}``.
+            For every image its labels, best first: ``{"label": str, "score": float, "cosine":
+            float}``. Scores compare the labels given, so that a single one always has 1; its
+            cosine says how near it is.
         """
-        return compare.classify(self.components, images, labels, templates, mode, batch_size)
+        return compare.classify(
+            self.components, images, labels, templates, mode, batch_size, top_k, on_long
+        )
 
-    def retrieve(self, images: Any, texts: Any, mode: str = "c", batch_size: int = 8) -> Retrieval:
+    @named
+    def retrieve(
+        self,
+        images: Any,
+        texts: Any,
+        mode: str = "c",
+        batch_size: int = 8,
+        on_long: OnLong = "truncate",
+    ) -> Retrieval:
         """Rank texts for every image and images for every text by cosine similarity."""
-        return compare.retrieve(self.components, images, texts, mode, batch_size)
+        return compare.retrieve(self.components, images, texts, mode, batch_size, on_long)
 
+    @named
     def classify_videos(
         self,
-        videos: Sequence[Any],
+        videos: Iterable[Any],
         labels: Sequence[str],
-        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        templates: Sequence[Template] = DEFAULT_TEMPLATES,
         mode: str = "c",
         num_frames: int | None = 8,
         batch_size: int = 8,
+        top_k: int | None = None,
+        on_long: OnLong = "truncate",
     ) -> list[list[dict[str, Any]]]:
         """Classify videos as ``encode_video`` takes them; see ``classify``."""
         return compare.classify_videos(
-            self.components, videos, labels, templates, mode, num_frames, batch_size
+            self.components,
+            videos,
+            labels,
+            templates,
+            mode,
+            num_frames,
+            batch_size,
+            top_k,
+            on_long,
         )
 
+    @named
     def retrieve_videos(
         self,
-        videos: Sequence[Any],
+        videos: Iterable[Any],
         texts: Any,
         mode: str = "c",
         num_frames: int | None = 8,
         batch_size: int = 8,
         dual: bool = True,
+        on_long: OnLong = "truncate",
     ) -> Retrieval:
         """Rank videos as ``encode_video`` takes them and texts; see ``retrieve``.
 
@@ -228,28 +295,36 @@ class Model:
             batch_size: frames that are computed at a time.
             dual: rank by ``video.dual_softmax`` over all that ask, as MSR-VTT's published results;
                 ``similarity`` is the cosine in any case.
+            on_long: see ``encode_text``.
         """
         return compare.retrieve_videos(
-            self.components, videos, texts, mode, num_frames, batch_size, dual
+            self.components, videos, texts, mode, num_frames, batch_size, dual, on_long
         )
 
-    def match(self, images: Any, texts: Any, batch_size: int = 8) -> Array:
+    @named
+    def match(
+        self, images: Any, texts: Any, batch_size: int = 8, on_long: OnLong = "truncate"
+    ) -> Array:
         """Compute how likely each text describes its image, float32 [B] in 0..1 (ITM head).
 
         Image i goes with text i; one image or one text goes with all of the other. Slower and more
         precise than ``retrieve``: QLLaMA reads the text and the image together.
         """
-        return np.concatenate(list(self.match_stream(images, texts, batch_size)))
+        return np.concatenate(list(self.match_stream(images, texts, batch_size, on_long)))
 
-    def match_stream(self, images: Any, texts: Any, batch_size: int = 8) -> Iterator[Array]:
+    @named
+    def match_stream(
+        self, images: Any, texts: Any, batch_size: int = 8, on_long: OnLong = "truncate"
+    ) -> Iterator[Array]:
         """Match as ``match``, a few pairs as soon as they are known: float32 [batch_size]."""
-        return compare.match_stream(self.components, images, texts, batch_size)
+        return compare.match_stream(self.components, images, texts, batch_size, on_long)
 
     # --- text ------------------------------------------------------------------------------------
 
+    @named
     def see(
         self, images: Any, batch_size: int | None = None, max_tiles: int | None = None
-    ) -> captions.Seen | ChatSeen:
+    ) -> captions.Seen | chats.ChatSeen:
         """Look at images once for many captions, answers and chats, which take the result.
 
         Args:
@@ -265,7 +340,7 @@ class Model:
         images: Any,
         prompt: Any = CAPTION_PROMPT,
         *,
-        num_beams: int = 5,
+        num_beams: int | None = None,
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
         batch_size: int = 8,
@@ -276,16 +351,21 @@ class Model:
         Args:
             images: see ``Model``, or what ``see`` gave.
             prompt: what the caption continues.
-            num_beams: sentences kept under way; 1 is greedy.
+            num_beams: sentences kept under way; 1 is greedy. None: 5, and 1 where tokens are drawn
+                or ``temperature`` is 0.
             max_new_tokens: the most.
             min_new_tokens: the fewest.
             batch_size: images that are decoded and computed at a time.
-            how: more fields of ``runtime.generation.batch.Generation``: ``length_penalty``, and
-                of one beam ``temperature``, ``top_k``, ``top_p`` and ``seed``.
+            how: more fields of ``runtime.generation.batch.Generation``: ``length_penalty``,
+                ``repetition_penalty``, and of one beam ``temperature`` (0: the likeliest
+                token), ``top_k``, ``top_p``, ``seed`` and ``do_sample``.
 
         Raises:
             UsageError: an option that cannot be, or more positions than the cache has.
         """
+        if num_beams is None:
+            chosen = captions.generation(self.components, **how)
+            num_beams = 1 if chosen.is_sampled or chosen.temperature == 0 else CAPTION_BEAMS
         how |= {"num_beams": num_beams, "min_new_tokens": min_new_tokens}
         options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, **how}
         return self.answer(images, prompt, **options)
@@ -333,9 +413,7 @@ class Model:
         place = how.pop("image_token_id", None)
         chosen = captions.generation(self.components, max_new_tokens=max_new_tokens, **how)
         if chats.is_chat(self.components):
-            return chat_decoder.continued(
-                self.components, images, prompts, chosen, batch_size, place
-            )
+            return chats.continued(self.components, images, prompts, chosen, batch_size, place)
         return captions.continued(self.components, images, prompts, chosen, batch_size)
 
     def stream(
@@ -349,7 +427,7 @@ class Model:
         self,
         images: Any,
         question: str,
-        history: Sequence[chats.Turn] = (),
+        history: Sequence[chats.Turn] | None = (),
         *,
         template: str | None = None,
         system: str | None = None,
@@ -403,7 +481,7 @@ class Model:
         self,
         images: Any,
         question: str,
-        history: Sequence[chats.Turn] = (),
+        history: Sequence[chats.Turn] | None = (),
         *,
         template: str | None = None,
         system: str | None = None,
@@ -430,7 +508,7 @@ class Model:
         self,
         images: Any,
         question: str,
-        history: Sequence[chats.Turn] = (),
+        history: Sequence[chats.Turn] | None = (),
         system: str | None = None,
         template: str | None = None,
         max_tiles: int | None = None,

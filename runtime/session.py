@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from internvl_edge.artifact.open import Artifact, TensorSpec, open_artifact
-from internvl_edge.errors import HardwareError, UsageError, did_you_mean
+from internvl_edge.errors import HardwareError, UsageError, did_you_mean, shortened
 from internvl_edge.files.packages import require
 from internvl_edge.runtime.gpu.probe import gpu_count
 from internvl_edge.types import Array
@@ -27,6 +28,7 @@ __all__ = [
     "open_component",
     "open_session",
     "require_backend",
+    "require_device",
 ]
 
 # Backend, as its package is named → the module whose ``open_component`` opens a session of it.
@@ -35,6 +37,7 @@ BACKENDS = {
     "tensorrt-rtx": "internvl_edge.runtime.trt.session",
     "tensorrt": "internvl_edge.runtime.trt.session",
 }
+DEVICES = ("auto", "cpu", "cuda")
 
 
 class Session(Protocol):
@@ -162,11 +165,28 @@ def open_component(
             f"component {component!r}: {artifact.path} has {', '.join(present)}"
             f"{did_you_mean(component, present)}"
         )
-    chosen = require_backend(backend)
+    chosen, device = require_backend(backend), require_device(device)
     module = importlib.import_module(BACKENDS[chosen])
     given = {} if options is None else {"options": options}
     session: Session = module.open_component(artifact, component, device, chosen, **given)
     return session
+
+
+def require_device(device: object) -> str:
+    """Return the name of a device, of PyTorch's object too; None is ``"auto"``.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if device is None:
+        return "auto"
+    name = str(device) if type(device).__name__ == "device" else device  # torch.device
+    if not isinstance(name, str) or re.fullmatch(r"auto|cpu|cuda(?::\d{1,3})?", name) is None:
+        hint = "; a GPU is 'cuda'" if name in ("gpu", "GPU") else did_you_mean(name, DEVICES)
+        raise UsageError(
+            f"device {shortened(device)}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'{hint}"
+        )
+    return name
 
 
 def require_backend(backend: str) -> str:
@@ -177,9 +197,9 @@ def require_backend(backend: str) -> str:
         MissingDependency: its package is not installed.
         HardwareError: it needs a GPU and there is none.
     """
-    if backend not in (*BACKENDS, "auto"):
+    if not isinstance(backend, str) or backend not in (*BACKENDS, "auto"):
         raise UsageError(
-            f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}"
+            f"backend {shortened(backend)}: expected auto, {', '.join(BACKENDS)}"
             f"{did_you_mean(backend, BACKENDS)}"
         )
     chosen = "onnxruntime" if backend == "auto" else backend

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from internvl_edge.errors import InternVLError, UsageError
+from internvl_edge.errors import InternVLError, UsageError, shortened
 from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Decoding(Protocol):
 
 MAX_BEAMS = 128  # of a row, each with a cache of its own
 MAX_PENALTY = 50.0  # a length to this power is a number still
+TOP_K = 50  # of do_sample=True, transformers' default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +56,13 @@ class Generation:
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams: above 0 longer sentences gain
     early_stopping: bool = False  # of beams
-    temperature: float | None = None  # None: the largest logit
-    top_k: int | None = None
+    temperature: float | None = None  # None: the largest logit, and so is 0
+    top_k: int | None = None  # 0: of all
     top_p: float | None = None
+    # As transformers has it. False: nothing is drawn, whatever the three above say. True: drawn,
+    # among the TOP_K most likely unless top_k says otherwise. None: drawn where one is given.
+    do_sample: bool | None = None
+    repetition_penalty: float = 1.0  # above 1 what stands in the prompt or came before loses
     seed: int | None = None  # of what is drawn; None: another one each time
     stop_ids: tuple[int, ...] = (2,)
     pad_id: int = 0
@@ -72,12 +77,17 @@ class Generation:
         is_flag = isinstance(self.early_stopping, bool)
         _require("early_stopping", self.early_stopping, is_flag, "True or False")
         heat, share = self.temperature, self.top_p
-        is_warm = heat is None or (_is_number(heat) and 0 < heat < np.inf)
-        _require("temperature", heat, is_warm, "a finite number above 0")
+        is_warm = heat is None or (_is_number(heat) and 0 <= heat < np.inf)
+        _require("temperature", heat, is_warm, "a finite number of at least 0")
         is_share = share is None or (_is_number(share) and 0 < share <= 1)
         _require("top_p", share, is_share, "more than 0, up to 1")
         if self.top_k is not None:
-            _require_integer("top_k", self.top_k, 1)
+            _require_integer("top_k", self.top_k, 0)
+        is_choice = self.do_sample is None or isinstance(self.do_sample, bool)
+        _require("do_sample", self.do_sample, is_choice, "True, False or None")
+        again = self.repetition_penalty
+        is_factor = _is_number(again) and 0 < again < np.inf
+        _require("repetition_penalty", again, is_factor, "a finite number above 0")
         if self.seed is not None:
             _require_integer("seed", self.seed, 0)
         _require("stop_ids", self.stop_ids, isinstance(self.stop_ids, tuple | list), "a tuple")
@@ -89,10 +99,24 @@ class Generation:
                 f"num_beams {self.num_beams}: beams are not drawn; leave temperature, top_k and "
                 "top_p out, or take one beam"
             )
+        if self.do_sample and heat == 0:
+            raise UsageError("temperature 0: nothing is drawn then; leave do_sample out")
 
     @property
     def is_sampled(self) -> bool:
+        """Whether tokens are drawn."""
+        if self.do_sample is not None:
+            return self.do_sample
+        if self.temperature == 0:
+            return False
         return (self.temperature, self.top_k, self.top_p) != (None, None, None)
+
+    @property
+    def candidates(self) -> int | None:
+        """How many of the most likely tokens are drawn from; None: all."""
+        if self.top_k is None and self.do_sample:
+            return TOP_K
+        return self.top_k or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,12 +144,13 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:
-        raise UsageError(f"{name} {value}: expected {expected}")
+        told = shortened(value, quoted=not isinstance(value, str))
+        raise UsageError(f"{name} {told}: expected {expected}")
 
 
 def _require_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    _require(name, repr(value), is_integer, f"an integer, found {type(value).__name__}")
+    _require(name, shortened(value), is_integer, f"an integer, found {type(value).__name__}")
     within = low <= value and (high is None or value <= high)
     _require(name, value, within, f"at least {low}" if high is None else f"{low} to {high}")
 
@@ -201,3 +226,39 @@ def without(logits: Array, ids: Array) -> Array:
     logits = logits.copy()
     logits[:, ids[ids < logits.shape[1]]] = -np.inf
     return logits
+
+
+class Repetition:
+    """The tokens of each row so far, prompt and all, whose repetition is penalised.
+
+    A score above 0 is divided by the penalty, one below multiplied, once however often the token
+    stands there, as transformers' ``RepetitionPenaltyLogitsProcessor`` does; padding and places for
+    image tokens are none.
+    """
+
+    def __init__(self, prompt: Prompt, penalty: float) -> None:
+        self._penalty = np.float32(penalty)
+        self._seen = [set(row) for row in prompt.rows]
+
+    def penalised(self, scores: Array) -> Array:
+        """Return scores (B, V), logits or log probabilities, with the penalty."""
+        scores = scores.copy()
+        for row, seen in zip(scores, self._seen, strict=True):
+            ids = np.fromiter((token for token in seen if 0 <= token < len(row)), np.int64)
+            some = row[ids]
+            row[ids] = np.where(some < 0, some * self._penalty, some / self._penalty)
+        return scores
+
+    def add(self, tokens: Array) -> None:
+        """Note the new token of every row, (B,)."""
+        for seen, token in zip(self._seen, tokens.tolist(), strict=True):
+            seen.add(token)
+
+    def select(self, rows: Array) -> None:
+        """Keep these rows, in this order; a row may be taken several times."""
+        self._seen = [set(self._seen[row]) for row in rows.tolist()]
+
+
+def repetition_of(prompt: Prompt, how: Generation) -> Repetition | None:
+    """Return what penalises repetition, None where nothing does."""
+    return None if how.repetition_penalty == 1 else Repetition(prompt, how.repetition_penalty)

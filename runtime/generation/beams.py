@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from internvl_edge.runtime.generation.batch import Batch, Decoding, Generation, Prompt, without
+from internvl_edge.runtime.generation.batch import (
+    Batch,
+    Decoding,
+    Generation,
+    Prompt,
+    repetition_of,
+    without,
+)
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
@@ -64,13 +71,23 @@ def beam_search(decoding: Decoding, prompt: Prompt, how: Generation) -> Array:
     totals[:, 0] = 0
     ids: list[list[int]] = [[] for _ in expanded]
     finished = [_Finished(beams, how.length_penalty) for _ in range(rows)]
+    repetition = repetition_of(prompt, how)
+    if repetition is not None:
+        repetition.select(expanded)
     for length in range(1, how.max_new_tokens + 1):
         barred = stop if length <= how.min_new_tokens else stop[:0]
-        origin, tokens, totals = _advance(logits, totals, barred, ids, finished, how)
+        scores = logits if repetition is None else repetition.penalised(_log_softmax(logits))
+        is_scored = repetition is not None
+        origin, tokens, totals = _advance(
+            scores, totals, barred, ids, finished, how, is_scored=is_scored
+        )
         ids = [[*ids[row], int(token)] for row, token in zip(origin, tokens, strict=True)]
         if length == how.max_new_tokens or all(row.done for row in finished):
             break
         batch.select(origin)
+        if repetition is not None:
+            repetition.select(origin)
+            repetition.add(tokens)
         logits = batch.read(tokens)
     return _best_sentences(finished, ids, totals, how)
 
@@ -82,6 +99,8 @@ def _advance(
     ids: list[list[int]],
     finished: list[_Finished],
     how: Generation,
+    *,
+    is_scored: bool,
 ) -> tuple[Array, Array, Array]:
     """Take one step with every row.
 
@@ -92,6 +111,7 @@ def _advance(
         ids: of the sentences under way.
         finished: of every row; grows.
         how: the options.
+        is_scored: the logits are log probabilities already, penalised.
 
     Returns:
         Of every sentence that goes on: the beam it came from, its token (both (rows · beams,)),
@@ -106,7 +126,9 @@ def _advance(
         if done.done:
             continue
         first = row * beams
-        options = _best_next(logits[first : first + beams], totals[row], barred, count)
+        options = _best_next(
+            logits[first : first + beams], totals[row], barred, count, is_scored=is_scored
+        )
         going = 0
         for rank, (beam, token, total) in enumerate(options):
             if token in how.stop_ids:
@@ -123,7 +145,7 @@ def _advance(
 
 
 def _best_next(
-    logits: Array, totals: Array, barred: Array, count: int
+    logits: Array, totals: Array, barred: Array, count: int, *, is_scored: bool = False
 ) -> list[tuple[int, int, float]]:
     """Find the best continuations of one row's sentences: beam, token and sum, best first.
 
@@ -132,6 +154,8 @@ def _best_next(
     """
     peak = logits.max(axis=1)  # (beams,)
     spread = np.log(np.exp(logits - peak[:, None]).sum(axis=1))
+    if is_scored:  # log probabilities, whose sum is 1 no longer
+        peak, spread = np.zeros_like(peak), np.zeros_like(spread)
     if len(barred):
         logits = without(logits, barred)
     candidates = [largest(row, min(count, len(row))) for row in logits]
@@ -140,6 +164,12 @@ def _best_next(
     sums = logits[beam, token] - peak[beam] - spread[beam] + totals[beam]
     best = np.argsort(-sums, kind="stable")[:count]
     return list(zip(beam[best].tolist(), token[best].tolist(), sums[best].tolist(), strict=True))
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
 
 
 def _best_sentences(

@@ -7,10 +7,11 @@ Greedy decoding takes the largest logit; sampling draws one from
 
     softmax(top_p(top_k(logits / temperature)))
 
-where top-k keeps the k largest logits, and top-p the most likely tokens until their probabilities
-reach p. Every row draws from a stream of its own, by the seed and its number in the request, so
-that nothing depends on how many rows run together. A row that has met a stop id is filled with the
-padding id. Until ``min_new_tokens`` are there, stop ids have no chance.
+in transformers' order, after its penalty on repetition (``batch.Repetition``). Top-k keeps the k
+largest logits, and top-p the most likely tokens until their probabilities reach p. Every row draws
+from a stream of its own, by the seed and its number in the request, so that nothing depends on how
+many rows run together. A row that has met a stop id is filled with the padding id. Until
+``min_new_tokens`` are there, stop ids have no chance.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime.generation.batch import Batch, Decoding, Generation, Prompt, without
+from internvl_edge.runtime.generation.batch import (
+    Batch,
+    Decoding,
+    Generation,
+    Prompt,
+    repetition_of,
+    without,
+)
 from internvl_edge.runtime.generation.beams import beam_search
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
@@ -75,12 +83,17 @@ def stream(decoding: Decoding, prompt: Prompt, how: Generation) -> Iterator[Arra
     logits = batch.read_prompt()
     rngs = [_rng(how.seed, prompt.first + row) for row in range(len(logits))]
     alive = np.ones(len(logits), bool)
+    repetition = repetition_of(prompt, how)
     for count in range(1, how.max_new_tokens + 1):
+        if repetition is not None:
+            logits = repetition.penalised(logits)
         if count <= how.min_new_tokens:
             logits = without(logits, stop)
         best = _drawn(logits, how, rngs) if how.is_sampled else logits.argmax(axis=1)
         tokens = np.where(alive, best, how.pad_id)
         alive &= ~(tokens[:, None] == stop).any(axis=1)
+        if repetition is not None:
+            repetition.add(tokens)
         yield tokens
         if count == how.max_new_tokens or not alive.any():
             return
@@ -103,8 +116,8 @@ def _drawn(logits: Array, how: Generation, rngs: Sequence[np.random.Generator]) 
 def _draw(logits: Array, how: Generation, point: float) -> int:
     """Find the token of logits (V,) at a point from 0 to 1."""
     ids = None  # all of them
-    if how.top_k is not None and how.top_k < len(logits):
-        ids = largest(logits, how.top_k)
+    if how.candidates is not None and how.candidates < len(logits):
+        ids = largest(logits, how.candidates)
     scores = logits if ids is None else logits[ids]
     heat = max(how.temperature or 1.0, COLDEST)
     with np.errstate(over="ignore"):  # in the cold all but the best are infinitely far below it

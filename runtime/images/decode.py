@@ -3,19 +3,26 @@
 What arrives here comes from strangers. Only JPEG, PNG and WebP are decoded, chosen by their first
 bytes, and by Pillow's own classes for them: `Image.open`, also where it is given these formats, has
 a guard against decompression bombs that warns of some sizes where ours is an error. Sizes are
-checked before anything is decompressed. No decoder ever warns: silencing warnings is not safe in
-threads, so what could make Pillow warn does not reach it.
+checked before anything is decompressed, and how often a JPEG's scans go through its pixels. No
+decoder ever warns: silencing warnings is not safe in threads, so what could make Pillow warn does
+not reach it.
 
-Two deviations from the original, which opens files with Pillow's defaults: the EXIF orientation is
-applied (a phone's photograph is otherwise seen lying on its side), and 16-bit greyscale is refused
-(it would be clipped to white).
+Deviations from the original, which opens files with Pillow's defaults:
+
+    orientation    that of EXIF is applied: a phone's photograph is otherwise seen lying on its side
+    transparency   a colour stands under it (``ImageOptions.background``); the original shows
+                   whatever colour is stored there, mostly black
+    grey, 16 bits  v / 257; the original clips all but the darkest levels to white
+    large JPEGs    beyond what is decoded whole (``ImageOptions.max_megapixels``), libjpeg decodes
+                   them at a half, a quarter or an eighth: memory stays bounded, and the pixels are
+                   near those of the whole picture, not equal to them
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
-import stat
 import struct
 from typing import Any, TypeAlias
 
@@ -26,22 +33,33 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from internvl_edge.errors import MediaError, ResourceError
+from internvl_edge.runtime.images.arrays import as_array, is_array_like, picture_levels
+from internvl_edge.runtime.images.formats import (
+    FORMATS,
+    JPEG,
+    PNG,
+    PNG_MAGIC,
+    FileFormat,
+    count_scans,
+    format_of,
+    other_format,
+)
+from internvl_edge.runtime.images.options import ImageOptions
+from internvl_edge.runtime.images.reading import MAX_NBYTES, contents
+from internvl_edge.runtime.images.sources import ACCEPTED, image_label, is_readable, kind_problem
 from internvl_edge.types import Array
 
-ImageSource: TypeAlias = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | Array
-)
+__all__ = ["MAX_NBYTES", "ImageSource", "image_size", "load_image"]
 
-MAX_NBYTES = 64 << 20  # of a file
-MAX_PIXELS = 50_000_000  # of a picture
-# Where a flag does not exist, nothing needs it.
-READ_FLAGS = os.O_RDONLY | sum(
-    getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
-)
-ACCEPTED = "a path, bytes, a PIL image or an array uint8 [H, W, 3]"
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf")
+ImageSource: TypeAlias = Any  # what ``load_image`` takes; other libraries' types among them
+
+MAX_SIDE = 65_535  # of a picture, the longest that JPEG has
+MAX_SCANS = 64  # of a JPEG; the most thorough encoders write 20
+SCALES = (1, 2, 4, 8)  # at which libjpeg decodes: 1/s of each side
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", *TRANSPARENT)
+DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits of grey
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {  # EXIF orientation → what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,37 +70,45 @@ UPRIGHT = {  # EXIF orientation → what undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+DEFAULTS = ImageOptions()
+
+logger = logging.getLogger(__name__)
 
 
-def load_image(source: ImageSource, label: str | None = None) -> Image.Image:
+def load_image(
+    source: ImageSource, label: str | None = None, options: ImageOptions = DEFAULTS
+) -> Image.Image:
     """Decode one image: upright, RGB, at its own size.
 
     Args:
-        source: the path of a JPEG, PNG or WebP file, its bytes, a PIL image of any format, or an
-            array uint8 [H, W, 3]. Greyscale, palette, CMYK and 16-bit colour become RGB;
-            transparency is dropped, not composited, as the original does; of an animation
-            the first frame counts.
+        source: a JPEG, PNG or WebP file as a path, a ``data:`` URL, bytes or an open file; a PIL
+            image of any format; or an array or tensor (``arrays`` says of which kinds). Greyscale,
+            palette, CMYK and 16 bits become RGB; of an animation the first frame counts.
         label: how messages name it.
+        options: what stands under transparency, and how large the picture may be.
 
     Raises:
         MediaError: it is none of these, too large, truncated or corrupt.
         ResourceError: it does not fit into memory.
     """
     label = image_label(source) if label is None else label
-    if isinstance(source, np.ndarray):
-        return _image_from_array(source, label)
-    if isinstance(source, str | os.PathLike):
-        source = _read(source, label)
-    if isinstance(source, bytes | bytearray | memoryview):
-        source = _open(bytes(source), label)
+    if is_array_like(source):
+        array = _array_of(source, label)
+        return _decoding(lambda _: _from_array(array, label, options), source, label)
+    if not isinstance(source, bytes | bytearray | memoryview | Image.Image):
+        is_path = isinstance(source, str | os.PathLike)
+        if not is_path and not is_readable(source):
+            raise MediaError(f"{label}: expected {ACCEPTED}, found {kind_problem(source)}")
+        source = contents(source, label)
     if not isinstance(source, Image.Image):
-        raise MediaError(f"{label}: expected {ACCEPTED}")
-    _check_shape(source.width, source.height, label)
-    if source.mode not in MODES:
+        source = _open(bytes(source), label, options)
+    _check_shape(source.width, source.height, options.largest_pixels, "", label)
+    if source.mode not in (*MODES, *DEEP):
         raise MediaError(
-            f"{label}: expected 8-bit pixels, found mode {source.mode}; convert it to RGB first"
+            f"{label}: expected grey, RGB, CMYK or YCbCr pixels, found mode {source.mode}; pass "
+            "image.convert('RGB') if Pillow has that conversion"
         )
-    return _decoding(_upright_rgb, source, label)
+    return _decoding(lambda image: _upright_rgb(image, label, options), source, label)
 
 
 def image_size(data: bytes, label: str | None = None) -> tuple[int, int]:
@@ -95,52 +121,50 @@ def image_size(data: bytes, label: str | None = None) -> tuple[int, int]:
     Raises:
         MediaError: it is none of these, or broken as far as was read.
     """
-    return _open(data, image_label(data) if label is None else label).size
+    return _header(data, image_label(data) if label is None else label)[1].size
 
 
-def image_label(source: object, index: int = 0, count: int = 1) -> str:
-    """Name an image for messages: what it is, and which of several."""
-    if isinstance(source, str | os.PathLike):
-        what = str(os.fspath(source))
-    elif isinstance(source, bytes | bytearray | memoryview):
-        what = f"bytes, {len(source)} bytes"
-    elif isinstance(source, np.ndarray):
-        what = f"array, {source.dtype} {list(source.shape)}"
-    elif isinstance(source, Image.Image):
-        what = f"PIL image, {source.mode} {source.width}x{source.height}"
-    else:
-        what = type(source).__name__
-    return f"image {index + 1} of {count} ({what})" if count > 1 else f"image ({what})"
-
-
-def _read(path: str | os.PathLike[str], label: str) -> bytes:
-    """Read a regular file; a FIFO or a device is refused without waiting for it."""
-    try:
-        handle = os.open(path, READ_FLAGS)
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise MediaError(f"{label}: expected an image file, found something else")
-            with open(handle, "rb", closefd=False) as file:
-                return file.read(MAX_NBYTES + 1)
-        finally:
-            os.close(handle)
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise MediaError(f"{label}: the image cannot be read: {reason}") from error
-
-
-def _open(data: bytes, label: str) -> Image.Image:
+def _header(data: bytes, label: str) -> tuple[FileFormat, Image.Image]:
     """Parse the header; nothing is decompressed yet."""
-    if len(data) > MAX_NBYTES:
-        raise MediaError(f"{label}: at most {MAX_NBYTES} bytes are accepted, found more")
-    if data.startswith(b"\xff\xd8\xff"):
-        return _decoding(_Jpeg, io.BytesIO(data), label)
-    if data.startswith(PNG_MAGIC):
-        return _decoding(PngImageFile, io.BytesIO(_png_picture(data, label)), label)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _decoding(WebPImageFile, io.BytesIO(data), label)
-    told = f"a file that starts with {data[:12]!r}" if data else "an empty file"
-    raise MediaError(f"{label}: expected a JPEG, PNG or WebP image, found {told}")
+    kind = format_of(data)
+    if kind is None:
+        names = ", ".join(known.name for known in FORMATS[:-1])
+        raise MediaError(
+            f"{label}: expected a {names} or {FORMATS[-1].name} image, found {other_format(data)}"
+        )
+    if kind is PNG:
+        return kind, _decoding(PngImageFile, io.BytesIO(_png_picture(data, label)), label)
+    decoder: Any = _Jpeg if kind is JPEG else WebPImageFile
+    return kind, _decoding(decoder, io.BytesIO(data), label)
+
+
+def _open(data: bytes, label: str, options: ImageOptions) -> Image.Image:
+    """Parse the header, and refuse what would cost too much; nothing is decompressed yet."""
+    kind, image = _header(data, label)
+    if isinstance(image, JpegImageFile):
+        return _scaled_jpeg(data, image, label, options)
+    _check_shape(*image.size, options.whole_pixels, kind.name, label)
+    return image
+
+
+def _scaled_jpeg(
+    data: bytes, image: JpegImageFile, label: str, options: ImageOptions
+) -> Image.Image:
+    """Set the scale at which a JPEG will be decoded."""
+    if (scans := count_scans(data)) > MAX_SCANS:
+        raise MediaError(
+            f"{label}: expected a JPEG of at most {MAX_SCANS} scans, found {scans}; save it anew"
+        )
+    width, height = image.size
+    if "progressive" in image.info:  # whose coefficients are all in memory, whatever the scale
+        _check_shape(width, height, options.whole_pixels, "progressive JPEG", label)
+        return image
+    _check_shape(width, height, options.largest_pixels, "JPEG", label)
+    scale = next((s for s in SCALES if width * height <= s * s * options.whole_pixels), SCALES[-1])
+    if scale > 1:
+        image.draft(None, (max(width // scale, 1), max(height // scale, 1)))
+        logger.info("%s: %dx%d is decoded at 1/%d of each side", label, width, height, scale)
+    return image
 
 
 def _decoding(step: Any, source: Any, label: str) -> Image.Image:
@@ -148,6 +172,8 @@ def _decoding(step: Any, source: Any, label: str) -> Image.Image:
         image: Image.Image = step(source)
     except MemoryError as error:
         raise ResourceError(f"{label}: not enough memory to decode it") from error
+    except MediaError:
+        raise
     except Exception as error:  # on corrupt data Pillow raises whatever its parsers run into
         reason = str(error) or type(error).__name__
         raise MediaError(f"{label}: the image is truncated or corrupt: {reason}") from error
@@ -159,7 +185,7 @@ class _Jpeg(JpegImageFile):
         """Decides no pixel, and warns of every oddity in the EXIF block."""
 
 
-def _png_picture(data: bytes, label: str) -> bytearray:
+def _png_picture(data: bytes, label: str) -> bytes:
     """Keep the chunks that make the picture, and its orientation.
 
     The others are text and profiles to unpack, and animation, of which Pillow warns when broken.
@@ -171,19 +197,44 @@ def _png_picture(data: bytes, label: str) -> bytearray:
         if end <= len(data) and kind in PNG_CHUNKS:
             kept += data[at:end]
         if kind == b"IEND":
-            return kept
+            return bytes(kept)
         at = end
     raise MediaError(f"{label}: the image is truncated: a PNG that ends before its last chunk")
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image, label: str, options: ImageOptions) -> Image.Image:
     image.load()
     orientation = _orientation(image.info.get("exif"))
-    if image.mode in ("P", "PA"):  # straight to RGB, Pillow warns of some kinds of transparency
+    if image.mode in DEEP:
+        image = Image.fromarray(picture_levels(np.asarray(image), label)[:, :, 0])
+    rgb = _flattened(image, options.colour)
+    return rgb if orientation == 1 else rgb.transpose(UPRIGHT[orientation])
+
+
+def _flattened(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
+    """Make a picture RGB, with a colour under what is transparent."""
+    if image.mode == "P" or _is_transparent(image):  # Pillow warns of some palettes otherwise
         image = image.convert("RGBA")
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return image if orientation == 1 else image.transpose(UPRIGHT[orientation])
+        alpha = image.getchannel("A")
+        if colour is not None and alpha.getextrema() != (255, 255):
+            canvas = Image.new("RGB", image.size, colour)
+            canvas.paste(image, mask=alpha)
+            return canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Tell whether a picture has an alpha channel, or one level that is transparent."""
+    if image.mode in TRANSPARENT:
+        return True
+    level = image.info.get("transparency")
+    if image.mode == "RGB":
+        return (
+            isinstance(level, tuple)
+            and len(level) == 3
+            and all(type(value) is int and 0 <= value <= 255 for value in level)
+        )
+    return image.mode in ("1", "L") and type(level) is int and 0 <= level <= 255
 
 
 def _orientation(exif: object) -> int:
@@ -208,13 +259,29 @@ def _orientation(exif: object) -> int:
     return 1
 
 
-def _image_from_array(array: Array, label: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise MediaError(f"{label}: expected uint8 [H, W, 3] in RGB; repeat a grey channel thrice")
-    _check_shape(array.shape[1], array.shape[0], label)
-    return Image.fromarray(np.ascontiguousarray(array))
+def _array_of(source: Any, label: str) -> Array:
+    try:
+        return as_array(source)
+    except MediaError as error:
+        raise MediaError(f"{label}: {error}") from error
 
 
-def _check_shape(width: int, height: int, label: str) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise MediaError(f"{label}: expected 1 to {MAX_PIXELS} pixels, found {width}x{height}")
+def _from_array(array: Array, label: str, options: ImageOptions) -> Image.Image:
+    if array.ndim in (2, 3):  # whichever dimension the channels are
+        height, width = sorted(array.shape, reverse=True)[:2]
+        _check_shape(width, height, options.largest_pixels, "", label)
+    levels = picture_levels(array, label)
+    picture = levels[:, :, 0] if levels.shape[2] == 1 else levels
+    return _flattened(Image.fromarray(np.ascontiguousarray(picture)), options.colour)
+
+
+def _check_shape(width: int, height: int, most: int, kind: str, label: str) -> None:
+    if not 0 < width * height <= most:
+        raise MediaError(
+            f"{label}: expected 1 to {most} pixels{f' of a {kind}' if kind else ''}, found "
+            f"{width}x{height}; shrink it, or raise max_megapixels (ImageOptions, --max-megapixels)"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise MediaError(
+            f"{label}: expected sides of at most {MAX_SIDE} pixels, found {width}x{height}; crop it"
+        )

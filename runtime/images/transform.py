@@ -17,12 +17,14 @@ offset is worth up to 1.0 in normalised units. Each is what some published numbe
 is torchvision's arithmetic (ToTensor, Normalize). The processor multiplies by 1/255 in float64
 before it rounds to float32; for the 256 values that exist, both give the same float32.
 
-How pictures are read, and what is refused, stands in `internvl_edge.runtime.images.decode`.
+How pictures are read, and what is refused, stands in `internvl_edge.runtime.images.decode`; how
+they are resized where most of the result would be cropped away, in `resize`.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -32,15 +34,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
+from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError, shortened
 from internvl_edge.files.cores import usable_cores
-from internvl_edge.runtime.images.decode import (
-    MAX_PIXELS,
-    ImageSource,
+from internvl_edge.runtime.images.decode import DEFAULTS, ImageSource, load_image
+from internvl_edge.runtime.images.options import MEAN, STD, WHOLE_PIXELS, ImageOptions
+from internvl_edge.runtime.images.reading import contents
+from internvl_edge.runtime.images.resize import cropped, resized
+from internvl_edge.runtime.images.sources import (
+    MAX_TILES,
+    check_normalised,
     image_label,
-    load_image,
+    image_list,
+    is_normalised,
+    is_readable,
 )
-from internvl_edge.runtime.images.sources import MAX_TILES, image_list
 from internvl_edge.types import Array
 
 __all__ = [
@@ -73,8 +80,8 @@ class Preprocessing:
     """
 
     size: int  # S, of the square that goes in
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of R, G, B in 0..1: ImageNet's
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = MEAN  # of R, G, B in 0..1
+    std: tuple[float, float, float] = STD
     transform: Transform = "retrieval"
 
     def __post_init__(self) -> None:
@@ -120,30 +127,34 @@ def pixel_values(
     *,
     before: int = 0,
     total: int | None = None,
+    options: ImageOptions = DEFAULTS,
 ) -> NDArray[np.float32]:
     """Prepare images as a vision graph takes them: float32 [B, 3, S, S], contiguous.
 
     Args:
-        images: one image or several (`load_image` says of which kinds), an array uint8
-            [B, H, W, 3], or an already normalised array float32 [B, 3, S, S], which is
-            checked and passed through.
+        images: one image or several (`load_image` says of which kinds), an array of several,
+            such as uint8 [B, H, W, 3], or an already normalised array float32 [B, 3, S, S],
+            which is checked and passed through.
         preprocessing: of the model.
         transform: instead of the model's own.
         before: images of the same request that came before these, for messages.
-        total: images of the whole request, for messages.
+        total: images of the whole request, for messages; 0 where nobody knows.
+        options: how pictures are read.
 
     Raises:
         MediaError: an image is not accepted; the message says which and why.
         UsageError: there is no such transform.
     """
     transform = preprocessing.transform if transform is None else transform
-    if transform not in TRANSFORMS:
+    if not isinstance(transform, str) or transform not in TRANSFORMS:
         raise UsageError(_not_a_transform(transform))
-    if isinstance(images, np.ndarray) and images.dtype != np.uint8:
-        return _checked(images, preprocessing.size)
-    return normalised(
-        pixel_levels(images, preprocessing, transform, before=before, total=total), preprocessing
+    given = image_list(images)
+    if is_normalised(given):
+        return _checked(given, preprocessing)
+    levels = pixel_levels(
+        given, preprocessing, transform, before=before, total=total, options=options
     )
+    return normalised(levels, preprocessing)
 
 
 def pixel_levels(
@@ -153,6 +164,7 @@ def pixel_levels(
     *,
     before: int = 0,
     total: int | None = None,
+    options: ImageOptions = DEFAULTS,
 ) -> NDArray[np.uint8]:
     """Prepare images at the model's size, not normalised: uint8 [B, 3, S, S], contiguous.
 
@@ -164,22 +176,34 @@ def pixel_levels(
         preprocessing: of the model.
         transform: instead of the model's own.
         before: images of the same request that came before these, for messages.
-        total: images of the whole request, for messages.
+        total: images of the whole request, for messages; 0 where nobody knows.
+        options: how pictures are read.
 
     Raises:
         MediaError: an image is not accepted; the message says which and why.
         UsageError: there is no such transform.
     """
     transform = preprocessing.transform if transform is None else transform
-    if transform not in TRANSFORMS:
+    if not isinstance(transform, str) or transform not in TRANSFORMS:
         raise UsageError(_not_a_transform(transform))
     sources = image_list(images)
+    if is_normalised(sources):
+        raise MediaError(
+            f"expected pictures, found an array {sources.dtype} {list(sources.shape)}, which is "
+            "taken for normalised pixel_values; pass list(array) if these are pictures"
+        )
     size = preprocessing.size
+    count = (len(sources) if total is None else total) or None
+    labels = [image_label(source, before + i, count) for i, source in enumerate(sources)]
+    # an open file may stand there twice, and be no file that threads can share
+    sources = [
+        contents(source, label) if _is_open_file(source) else source
+        for source, label in zip(sources, labels, strict=True)
+    ]
     out = np.empty((len(sources), 3, size, size), np.uint8)
 
     def prepare(i: int) -> None:
-        label = image_label(sources[i], before + i, total or len(sources))
-        picture = _fit(load_image(sources[i], label), size, transform, label)
+        picture = _fit(load_image(sources[i], labels[i], options), size, transform)
         out[i] = np.asarray(picture).transpose(2, 0, 1)  # (3, S, S)
 
     if len(sources) == 1:
@@ -220,6 +244,7 @@ def tile(
     min_num: int = 1,
     max_num: int = 12,
     use_thumbnail: bool = True,
+    options: ImageOptions = DEFAULTS,
 ) -> list[Image.Image]:
     """Cut an image into tiles of S×S, for chat models that look closely.
 
@@ -232,6 +257,7 @@ def tile(
         min_num: the fewest tiles, without the thumbnail.
         max_num: the most.
         use_thumbnail: whether the whole image comes last.
+        options: how the image is read.
 
     Raises:
         UsageError: the number of tiles or their size cannot be.
@@ -243,16 +269,22 @@ def tile(
             f"found min_num {min_num}, max_num {max_num}, size {size}"
         )
     label = image_label(image)
-    picture = load_image(image, label)
+    picture = load_image(image, label, options)
     columns, rows = tile_grid(picture.size, size, min_num, max_num)
-    stretched = _resize(picture, (size * columns, size * rows), label)
+    shape = size * columns, size * rows
+    if math.prod(shape) > WHOLE_PIXELS:
+        raise MediaError(
+            f"{label}: {picture.width}x{picture.height} would be resized to {shape[0]}x{shape[1]}, "
+            f"at most {WHOLE_PIXELS} pixels are accepted; crop it"
+        )
+    stretched = resized(picture, shape)
     tiles = [
         stretched.crop((x, y, x + size, y + size))
         for y in range(0, size * rows, size)
         for x in range(0, size * columns, size)
     ]
     if use_thumbnail and len(tiles) > 1:
-        tiles.append(_resize(picture, (size, size), label))
+        tiles.append(resized(picture, (size, size)))
     return tiles
 
 
@@ -261,9 +293,9 @@ def squared(picture: Image.Image, mean: tuple[float, float, float]) -> Image.Ima
     side = max(picture.size)
     if picture.size == (side, side):
         return picture
-    if side * side > MAX_PIXELS:
+    if side * side > WHOLE_PIXELS:
         raise MediaError(
-            f"{image_label(picture)}: padded to a square it has more than {MAX_PIXELS} pixels; "
+            f"{image_label(picture)}: padded to a square it has more than {WHOLE_PIXELS} pixels; "
             "crop it"
         )
     colour = tuple(int(255 * value) for value in mean)
@@ -295,35 +327,31 @@ def tile_grid(shape: tuple[int, int], size: int, min_num: int, max_num: int) -> 
     return best
 
 
-def _fit(image: Image.Image, size: int, transform: Transform, label: str) -> Image.Image:
-    if transform == "retrieval":
-        return _resize(image, (size, size), label)
-    short = min(image.size)
-    width, height = (int(size * side / short) for side in image.size)
-    resized = _resize(image, (width, height), label)
-    halve = round if transform == "classification" else math.floor  # round: half to even
-    left, top = halve((width - size) / 2), halve((height - size) / 2)
-    return resized.crop((left, top, left + size, top + size))
-
-
-def _resize(image: Image.Image, shape: tuple[int, int], label: str) -> Image.Image:
-    if math.prod(shape) > MAX_PIXELS:
-        raise MediaError(
-            f"{label}: {image.width}x{image.height} would be resized to {shape[0]}x{shape[1]}, at "
-            f"most {MAX_PIXELS} pixels are accepted; crop it"
-        )
-    return image.resize(shape, Image.Resampling.BICUBIC)
-
-
-def _checked(array: Array, size: int) -> NDArray[np.float32]:
+def _checked(array: Array, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Check ``pixel_values`` of a caller; return them, contiguous."""
+    size = preprocessing.size
     if array.dtype != np.float32 or array.shape[1:] != (3, size, size) or not len(array):
         raise MediaError(
             f"expected images as uint8 [H, W, 3] or normalised float32 [B, 3, {size}, {size}], "
-            f"found an array {array.dtype} {list(array.shape)}"
+            f"found an array {array.dtype} {list(array.shape)}; pass list(array) if these are "
+            "pictures with levels from 0 to 1, .astype(np.float32) if they are normalised"
         )
-    if not np.isfinite(array).all():
-        raise MediaError("normalised images must be finite, found NaN or infinity")
+    check_normalised(array, preprocessing.mean, preprocessing.std)
     return np.ascontiguousarray(array)
+
+
+def _fit(image: Image.Image, size: int, transform: Transform) -> Image.Image:
+    if transform == "retrieval":
+        return resized(image, (size, size))
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    halve = round if transform == "classification" else math.floor  # round: half to even
+    left, top = halve((width - size) / 2), halve((height - size) / 2)
+    return cropped(image, (width, height), (left, top, left + size, top + size))
+
+
+def _is_open_file(source: object) -> bool:
+    return is_readable(source) and not isinstance(source, str | os.PathLike | Image.Image)
 
 
 def _three(values: object, lowest: float) -> bool:
@@ -335,4 +363,4 @@ def _three(values: object, lowest: float) -> bool:
 
 
 def _not_a_transform(name: object) -> str:
-    return f"transform must be one of {', '.join(TRANSFORMS)}, found {name!r}"
+    return f"transform must be one of {', '.join(TRANSFORMS)}, found {shortened(name)}"

@@ -4,6 +4,7 @@ embed     images, texts and videos to vectors; start here
 compare   classification, retrieval and matching
 caption   text about images;  chat  conversations;  chat_images  their images;
           chat_prompt  how they are spelled;  chat_decoder  ids after ids
+keywords  names of arguments that other libraries have
 requests  what callers hand over, as lists and arrays
 vectors   unit length, softmax, order
 """

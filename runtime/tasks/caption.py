@@ -19,14 +19,20 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.artifact.components import DECODER, IMAGE_QUERIES, VISION
-from internvl_edge.errors import ContextLengthError, MediaError, UsageError, did_you_mean
+from internvl_edge.errors import ContextLengthError, MediaError, UsageError, shortened
 from internvl_edge.runtime.components import OpenComponents
-from internvl_edge.runtime.generation.batch import Generation, Prompt
+from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.limits import require_room, rows_at_once
 from internvl_edge.runtime.generation.loop import generate_all, stream
 from internvl_edge.runtime.generation.text import TextStream, until_end
-from internvl_edge.runtime.images.sources import image_list
+from internvl_edge.runtime.images.sources import (
+    Stream,
+    batches_of_images,
+    image_list,
+    image_stream,
+)
+from internvl_edge.runtime.tasks.keywords import unknown_keyword
 from internvl_edge.runtime.tasks.requests import require_vocabulary, slices, text_list
 from internvl_edge.types import Array
 
@@ -55,8 +61,22 @@ class Seen:
         return {name: values[rows] for name, values in self.cache.items()}
 
 
-def see(components: OpenComponents, images: Any, batch_size: int = 8) -> Seen:
+def see(
+    components: OpenComponents,
+    images: Any,
+    batch_size: int = 8,
+    *,
+    before: int = 0,
+    total: int | None = None,
+) -> Seen:
     """Run the ViT and the queries on images, once for all that will be asked.
+
+    Args:
+        components: of a directory.
+        images: see ``Model``.
+        batch_size: images at a time.
+        before: images of the same request that came before these, for messages.
+        total: images of the whole request, for messages; 0 where nobody knows.
 
     Raises:
         UsageError: the directory lacks a component.
@@ -65,11 +85,11 @@ def see(components: OpenComponents, images: Any, batch_size: int = 8) -> Seen:
     if isinstance(images, Seen):
         return images
     components.require(VISION, IMAGE_QUERIES, DECODER)
-    given = image_list(images)
+    given = image_stream(images)
     cache: dict[str, list[Array]] = {}
     session = components.session(IMAGE_QUERIES)
     names = [name for name in session.outputs if name.startswith("present.")]
-    for pixels in components.pixel_batches(given, "retrieval", batch_size):
+    for pixels in components.pixel_batches(given, "retrieval", batch_size, before, total):
         feeds = {"last_hidden_state": components.hidden(pixels)}
         for name, values in session.run(feeds, outputs=names).items():
             cache.setdefault(name, []).append(values)
@@ -86,9 +106,7 @@ def generation(components: OpenComponents, **how: Any) -> Generation:
     llama = components.artifact.manifest.language_model or {}
     for name in how:
         if name not in known:
-            raise UsageError(
-                f"option {name!r}: expected some of {', '.join(known)}{did_you_mean(name, known)}"
-            )
+            raise unknown_keyword(name, known, "option")
     eos, pad = llama.get("eos_token_id", 2), llama.get("pad_token_id", 0)
     chat = components.artifact.manifest.model.get("chat") or {}
     if chat.get("padding_id") is not None:
@@ -120,8 +138,12 @@ def continued(
         MediaError: an image or a prompt cannot be used.
     """
     components.require(VISION, IMAGE_QUERIES, DECODER)
-    given = images if isinstance(images, Seen) else image_list(images)
+    given = images if isinstance(images, Seen) else image_stream(images)
     rows = _prompt_rows(components, prompts)
+    if isinstance(given, Stream) and len(rows) == 1:  # it may never end
+        _require_room(components, rows, how)
+        return generate_all(_streamed(components, given, rows, how, batch_size), how)
+    given = given if isinstance(given, Seen) else image_list(given)
     count = max(len(given), len(rows))
     if {len(given), len(rows)} - {1, count}:
         raise UsageError(
@@ -136,6 +158,22 @@ def continued(
         (start(decoder, cache), _prompt(rows[part], cache, part.start)) for part, cache in caches
     )
     return generate_all(batches, how)
+
+
+def _streamed(
+    components: OpenComponents,
+    images: Stream,
+    rows: list[list[int]],
+    how: Generation,
+    batch_size: int,
+) -> Iterator[tuple[Decoding, Prompt]]:
+    """Yield the batches of images that come one by one, each with the same prompt."""
+    decoder = components.session(DECODER)
+    size = rows_at_once(decoder, batch_size, how)
+    for some, start_at, total in batches_of_images(images, size):
+        seen = see(components, some, size, before=start_at, total=total or 0)
+        cache = dict(seen.cache)
+        yield start(decoder, cache), _prompt(rows * len(seen), cache, start_at)
 
 
 def texts_of(components: OpenComponents, ids: Array, how: Generation) -> list[str]:
@@ -174,7 +212,8 @@ def _caches(
         if isinstance(images, Seen):
             yield rows, images.rows(rows)
         else:
-            yield rows, dict(see(components, images[rows], batch_size).cache)
+            some = see(components, images[rows], batch_size, before=rows.start, total=count)
+            yield rows, dict(some.cache)
 
 
 def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
@@ -190,7 +229,7 @@ def _prompt_rows(components: OpenComponents, prompts: Any) -> list[list[int]]:
         if not row.any() or (row[first:] == 0).any():
             raise MediaError(
                 f"prompt {i + 1} of {len(given)}: expected ids after zeros as padding, found "
-                f"{row.tolist()}"
+                f"{shortened(row.tolist())}"
             )
         rows.append(row[first:].tolist())
     return rows

@@ -22,7 +22,13 @@ from internvl_edge.runtime.generation.loop import generate, stream
 from internvl_edge.runtime.generation.text import TextStream, split_thought, until_end
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import Seen
-from internvl_edge.runtime.tasks.chat_decoder import fitting, joined, require_chat_room, started
+from internvl_edge.runtime.tasks.chat_decoder import (
+    continued,
+    fitting,
+    joined,
+    require_chat_room,
+    started,
+)
 from internvl_edge.runtime.tasks.chat_images import ChatSeen, ChatTiles, as_images, see
 from internvl_edge.runtime.tasks.chat_prompt import (
     ChatOptions,
@@ -39,8 +45,10 @@ __all__ = [
     "ANSWER_TOKENS",
     "THINKING_DRAW",
     "ChatOptions",
+    "ChatSeen",
     "Reply",
     "Turn",
+    "continued",
     "frames_of",
     "generation",
     "is_chat",
@@ -118,7 +126,7 @@ def generation(
     Raises:
         UsageError: an unknown option, or a value that cannot be.
     """
-    is_free = not how.keys() & {"temperature", "top_k", "top_p", "num_beams"}
+    is_free = not how.keys() & {"temperature", "top_k", "top_p", "num_beams", "do_sample"}
     drawn = THINKING_DRAW if options.think and is_free else {}
     count = ANSWER_TOKENS if max_new_tokens is None else max_new_tokens
     return caption.generation(components, **{"max_new_tokens": count, **drawn, **how})
@@ -128,7 +136,7 @@ def reply(
     components: OpenComponents,
     images: Any,
     question: str,
-    history: Sequence[Turn],
+    history: Sequence[Turn] | None,
     how: Generation,
     options: ChatOptions,
 ) -> Reply:
@@ -156,7 +164,7 @@ def reply_pieces(
     components: OpenComponents,
     images: Any,
     question: str,
-    history: Sequence[Turn],
+    history: Sequence[Turn] | None,
     how: Generation,
     options: ChatOptions,
 ) -> TextStream:
@@ -174,7 +182,7 @@ def prompt_of(
     components: OpenComponents,
     images: Any,
     question: str,
-    history: Sequence[Turn],
+    history: Sequence[Turn] | None,
     options: ChatOptions,
 ) -> tuple[str, list[int]]:
     """Spell a conversation, and give its ids, exactly as the model reads them.
@@ -198,7 +206,7 @@ def remembered(
     components: OpenComponents,
     seen: Seen | ChatSeen | None,
     question: str,
-    history: Sequence[Turn],
+    history: Sequence[Turn] | None,
     answer: str,
 ) -> tuple[Turn, ...]:
     """Return the history of a :class:`Reply` for an answer that came in pieces."""
@@ -230,7 +238,7 @@ def _request(
     components: OpenComponents,
     images: Any,
     question: str,
-    history: Sequence[Turn],
+    history: Sequence[Turn] | None,
     how: Generation,
     options: ChatOptions,
 ) -> _Request:

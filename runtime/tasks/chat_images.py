@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from internvl_edge.artifact.components import CHAT_QUERIES, CHAT_VISION
-from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.errors import MediaError, UsageError, shortened
 from internvl_edge.files.memory import available_memory
 from internvl_edge.runtime.components import OpenComponents
-from internvl_edge.runtime.images.sources import MAX_TILES, image_list, is_normalised
+from internvl_edge.runtime.images.sources import MAX_TILES, image_label, image_list, is_normalised
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
@@ -91,7 +91,11 @@ def cut(components: OpenComponents, images: Any, max_tiles: int | None = None) -
     if is_normalised(given):
         tiles: list[Tiles] = [given[i : i + 1] for i in range(len(given))]
     else:
-        tiles = [_tiles_of(components, image, most) for image in given]
+        labels = [image_label(image, i, len(given)) for i, image in enumerate(given)]
+        tiles = [
+            _tiles_of(components, image, most, label)
+            for image, label in zip(given, labels, strict=True)
+        ]
     return ChatTiles(tiles=tuple(tiles), per_tile=_tokens_per_tile(components))
 
 
@@ -140,7 +144,9 @@ def _max_tiles(components: OpenComponents, asked: int | None) -> int:
     if asked is None:
         return int(chat["max_dynamic_patch"])
     if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= MAX_TILES:
-        raise UsageError(f"max_tiles {asked!r}: expected 1 to {MAX_TILES} tiles of an image")
+        raise UsageError(
+            f"max_tiles {shortened(asked)}: expected 1 to {MAX_TILES} tiles of an image"
+        )
     if not chat["dynamic_image_size"] and asked > 1:
         raise UsageError(
             f"max_tiles {asked}: this model reads one square of an image, and cuts no tiles"
@@ -150,8 +156,6 @@ def _max_tiles(components: OpenComponents, asked: int | None) -> int:
 
 def _pixels(components: OpenComponents, images: Sequence[Tiles], size: int) -> Iterator[Array]:
     """Yield ``pixel_values`` of a few tiles at a time, in order, across images."""
-    if size < 1:
-        raise UsageError(f"batch_size {size}: expected at least 1")
     if isinstance(images[0], np.ndarray):
         flat: Any = np.concatenate([np.asarray(tiles) for tiles in images])
     else:
@@ -168,23 +172,27 @@ def _image_tokens(components: OpenComponents, pixels: Array) -> Array:
     return np.concatenate((queries, seen["image_tokens"]), axis=1)
 
 
-def _tiles_of(components: OpenComponents, image: Any, most: int) -> Tiles:
+def _tiles_of(components: OpenComponents, image: Any, most: int, label: str) -> Tiles:
     """Cut what stands in one place."""
     if is_normalised(image):
         return np.asarray(image)
     if not isinstance(image, list | tuple):
-        return _tiles(components, image, most)
+        return _tiles(components, image, most, label)
     if not image:
         raise MediaError("expected images in a list that shares a place, found none")
-    return [tile for one in image for tile in _tiles(components, one, most)]
+    return [
+        tile
+        for i, one in enumerate(image)
+        for tile in _tiles(components, one, most, image_label(one, i, len(image)))
+    ]
 
 
-def _tiles(components: OpenComponents, image: Any, most: int) -> list[Image.Image]:
+def _tiles(components: OpenComponents, image: Any, most: int, label: str) -> list[Image.Image]:
     """Cut an image into the squares that the vision tower reads."""
     from internvl_edge.runtime.images.transform import load_image, squared, tile
 
     chat, size = components.artifact.manifest.model["chat"], components.preprocessing.size
-    picture = load_image(image)
+    picture = load_image(image, label, components.images)
     if chat["pad2square"]:
         picture = squared(picture, components.preprocessing.mean)
     if not chat["dynamic_image_size"]:

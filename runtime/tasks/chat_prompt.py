@@ -11,7 +11,7 @@ The system sentence is the first there is of: the caller's, the one that asks fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,7 @@ def make_prompt(
     components: OpenComponents,
     places: Sequence[int],
     question: str,
-    history: Sequence[Any],
+    history: Sequence[Any] | None,
     options: ChatOptions,
 ) -> ChatPrompt:
     """Spell a question in its conversation.
@@ -143,13 +143,20 @@ def has_place(question: str) -> bool:
     return IMAGE in question or VIDEO in question
 
 
-def as_turns(history: Sequence[Any]) -> list[Turn]:
+def as_turns(history: Iterable[Any] | None) -> list[Turn]:
     """Read a history of turns; a pair of question and answer is one too, as in the original.
 
     Raises:
         UsageError: something else.
     """
-    turns = []
+    if history is None:  # as the original has it
+        return []
+    if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
+        raise UsageError(
+            "history: expected a list of turns, or of pairs of question and answer, found "
+            f"{type(history).__name__}"
+        )
+    turns, history = [], list(history)
     for i, given in enumerate(history):
         is_pair = isinstance(given, tuple | list) and len(given) == 2
         turn = Turn(question=given[0], answer=given[1]) if is_pair else given

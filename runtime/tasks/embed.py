@@ -26,21 +26,25 @@ from internvl_edge.artifact.components import (
     TEXT_EMBED,
     VISION,
 )
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, shortened
 from internvl_edge.runtime.components import OpenComponents
-from internvl_edge.runtime.images.sources import image_list
+from internvl_edge.runtime.images.reading import path_of
+from internvl_edge.runtime.images.sources import image_list, image_stream
 from internvl_edge.runtime.images.video import (
-    decode_frames,
     pool_frames,
     read_frames,
     sample_frames,
+    stream_frames,
 )
 from internvl_edge.runtime.tasks.requests import (
+    Template,
     batches_of,
     distinct_labels,
     fill_template,
     masked,
     one_place_templates,
+    require_choice,
+    require_whole,
     text_list,
 )
 from internvl_edge.runtime.tasks.vectors import unit
@@ -48,13 +52,16 @@ from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.images.transform import Transform
+    from internvl_edge.runtime.text.tokenizer import OnLong
 
 __all__ = [
     "DEFAULT_TEMPLATES",
     "TEXT_BATCH",
+    "Template",
     "encode_image",
     "encode_text",
     "encode_video",
+    "frames_of",
     "image_embedder",
     "text_classifier",
 ]
@@ -74,20 +81,28 @@ def encode_image(
 ) -> Array:
     """Embed images, float32 [B,E]; see ``Model.encode_image``."""
     embed = image_embedder(components, mode)
-    batches = components.pixel_batches(image_list(images), transform, batch_size)
+    batches = components.pixel_batches(image_stream(images), transform, batch_size)
     embeds = np.concatenate([embed(pixels) for pixels in batches])
     return unit(embeds) if normalize else embeds
 
 
 def encode_text(
-    components: OpenComponents, texts: Any, normalize: bool = False, batch_size: int = TEXT_BATCH
+    components: OpenComponents,
+    texts: Any,
+    normalize: bool = False,
+    batch_size: int = TEXT_BATCH,
+    on_long: OnLong = "truncate",
 ) -> Array:
     """Embed texts, float32 [B,E]; see ``Model.encode_text``."""
     components.require(TEXT_EMBED)
+    given = text_list(texts)
+    require_choice("on_long", on_long, ("truncate", "error"))
+    if on_long != "truncate" and not isinstance(given, np.ndarray):
+        components.tokenizer.contrastive(given, on_long=on_long)  # of all, before any work
     embeds = np.concatenate(
         [
             components.run(TEXT_EMBED, "text_embeds", **masked(_text_ids(components, batch)))
-            for batch in batches_of(text_list(texts), batch_size)
+            for batch in batches_of(given, batch_size)
         ]
     )
     return unit(embeds) if normalize else embeds
@@ -102,7 +117,8 @@ def encode_video(
     batch_size: int = 8,
 ) -> Array:
     """Embed one video, float32 [E]; see ``Model.encode_video``."""
-    chosen = _frames(frames, num_frames)
+    image_embedder(components, mode)
+    chosen = frames_of(frames, num_frames)
     mean = pool_frames(encode_image(components, chosen, mode, False, batch_size, "clip"))
     return unit(mean) if normalize else mean
 
@@ -110,16 +126,24 @@ def encode_video(
 def text_classifier(
     components: OpenComponents,
     labels: Sequence[str],
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    templates: Sequence[Template] = DEFAULT_TEMPLATES,
+    on_long: OnLong = "truncate",
 ) -> Array:
     """Embed labels, one unit vector each, float32 [K,E]; see ``Model.text_classifier``."""
-    key = (distinct_labels(labels), one_place_templates(templates))
+    names, chosen = distinct_labels(labels), one_place_templates(templates)
+    texts = tuple(template for template in chosen if isinstance(template, str))
+    prompts: tuple[str, ...] = ()
+    if len(texts) < len(chosen):  # what a function gives is known by its texts alone
+        prompts = tuple(fill_template(template, label) for label in names for template in chosen)
+    key = names, prompts or texts
     remembered = components.classifiers.get(key)
     if remembered is not None:
         return remembered
-    prompts = [fill_template(template, label) for label in key[0] for template in key[1]]
-    embeds = encode_text(components, prompts, normalize=True)
-    weights = unit(embeds.reshape(len(key[0]), len(key[1]), -1).mean(axis=1))  # (K, E)
+    prompts = prompts or tuple(
+        fill_template(template, label) for label in names for template in chosen
+    )
+    embeds = encode_text(components, prompts, normalize=True, on_long=on_long)
+    weights = unit(embeds.reshape(len(names), len(chosen), -1).mean(axis=1))  # (K, E)
     weights.flags.writeable = False  # it is shared from here on
     components.classifiers.keep(key, weights)
     return weights
@@ -131,8 +155,8 @@ def image_embedder(components: OpenComponents, mode: str) -> Callable[[Array], A
     Raises:
         UsageError: an unknown mode, or one for which components are missing.
     """
-    if mode not in MODES:
-        raise UsageError(f"mode {mode!r}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise UsageError(f"mode {shortened(mode)}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
     if mode == "g":
         components.require(VISION, IMAGE_POOL, IMAGE_QUERIES)
         return lambda pixels: _embed_g(components, pixels)
@@ -160,13 +184,15 @@ def _text_ids(components: OpenComponents, texts: list[str] | Array) -> Array:
     return components.tokenizer.contrastive(texts, pad_to="longest")
 
 
-def _frames(frames: Any, num_frames: int | None) -> Any:
+def frames_of(frames: Any, num_frames: int | None) -> Any:
     """Choose the frames of a video that are encoded."""
+    require_whole("num_frames", num_frames, 1, none=True)
     if isinstance(frames, (str, os.PathLike)):
-        read = decode_frames if os.path.isfile(frames) else read_frames
-        return read(frames, num_frames)
-    given = image_list(frames)
+        path = path_of(frames, "video")
+        return (stream_frames if os.path.isfile(path) else read_frames)(path, num_frames)
+    given = image_stream(frames)
     if num_frames is None:
         return given
+    given = image_list(given)
     chosen = sample_frames(len(given), num_frames)
     return given[chosen] if isinstance(given, np.ndarray) else [given[i] for i in chosen]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -27,14 +28,15 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.errors import ArtifactError, MediaError, UsageError
+from internvl_edge.errors import ArtifactError, MediaError, UsageError, shortened
 from internvl_edge.files.reading import read_file
 from internvl_edge.runtime.generation.batch import left_padded
-from internvl_edge.runtime.tasks.requests import text_problem
+from internvl_edge.runtime.tasks.requests import require_choice, text_problem
 from internvl_edge.types import Array
 
 Ids: TypeAlias = NDArray[np.int64]
 PadTo = Literal["longest", "max_length"]
+OnLong = Literal["truncate", "error"]
 
 PAD_ID = 0
 PREFIX = "summarize:"
@@ -75,6 +77,7 @@ class Tokenizer:
         # "[PAD]" is an ordinary piece to SentencePiece; unk_id where the model has none.
         pad_piece = self._pieces.piece_to_id("[PAD]")
         self._special_ids = {self.unk_id, self.bos_id, self.eos_id, pad_piece}
+        self._has_warned = False  # of a text whose end is cut off
 
     def contrastive(
         self,
@@ -82,20 +85,23 @@ class Tokenizer:
         max_length: int = MAX_TEXT_LENGTH,
         prefix: str = PREFIX,
         pad_to: PadTo = "max_length",
+        on_long: OnLong = "truncate",
     ) -> Ids:
         """Encode texts for an embedding: int64 [B, T], right-padded with 0.
 
         Args:
-            texts: one text or several; longer ones are cut, with a warning in the log.
+            texts: one text or several.
             max_length: the most tokens, ``<s>`` and ``</s>`` included.
             prefix: glued to the front of every text.
             pad_to: T is ``max_length``, or that of the longest text. The embedding is the same.
+            on_long: ``"truncate"`` cuts off the end of what is longer, and warns of the first
+                (``UserWarning``); ``"error"`` refuses it.
 
         Raises:
-            MediaError: a text is not one that can be encoded.
-            UsageError: ``max_length`` or ``pad_to`` cannot be.
+            MediaError: a text is not one that can be encoded, or too long.
+            UsageError: ``max_length``, ``pad_to`` or ``on_long`` cannot be.
         """
-        rows = self._closed(_checked(texts), max_length, prefix)
+        rows = self._closed(_checked(texts), max_length, prefix, on_long)
         return _right_padded(rows, _width(rows, max_length, pad_to))
 
     def match(
@@ -103,9 +109,10 @@ class Tokenizer:
         texts: str | Iterable[str],
         max_length: int = MAX_TEXT_LENGTH,
         pad_to: PadTo = "longest",
+        on_long: OnLong = "truncate",
     ) -> Ids:
         """Encode texts for image-text matching: as `contrastive`, without a prefix."""
-        rows = self._closed(_checked(texts), max_length, "")
+        rows = self._closed(_checked(texts), max_length, "", on_long)
         return _right_padded(rows, _width(rows, max_length, pad_to))
 
     def prompt(self, texts: str | Iterable[str]) -> tuple[Ids, Ids]:
@@ -168,21 +175,38 @@ class Tokenizer:
                 run.append(piece.removeprefix(SPACE) if at == 0 else piece)
         return text + str(self._pieces.decode(run))
 
-    def _closed(self, texts: list[str], max_length: int, prefix: str) -> list[list[int]]:
+    def _closed(
+        self, texts: list[str], max_length: int, prefix: str, on_long: str
+    ) -> list[list[int]]:
         """Return <s> text </s>, of at most ``max_length`` ids."""
         if max_length < 2:
             raise UsageError(f"max_length must be 2 or more (<s> and </s>), found {max_length}")
+        require_choice("on_long", on_long, ("truncate", "error"))
         rows = [self._encode(prefix + text) for text in texts]
         body = max_length - 2
-        for text, row in zip(texts, rows, strict=True):
+        for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
             if len(row) > body:
-                logger.warning(
-                    "the text %r has %d tokens, the last %d are cut off",
-                    text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…",
-                    len(row) + 2,
-                    len(row) - body,
-                )
+                self._too_long(text, len(row) + 2, max_length, (i, len(texts)), on_long)
         return [[self.bos_id, *row[:body], self.eos_id] for row in rows]
+
+    def _too_long(
+        self, text: str, length: int, limit: int, place: tuple[int, int], on_long: str
+    ) -> None:
+        """Refuse a text, or warn that its end is cut off: once, however many there are."""
+        told = f"{length} tokens, at most {limit} are read"
+        if on_long == "error":
+            raise MediaError(
+                f"text {place[0] + 1} of {place[1]} ({shortened(text, MAX_SHOWN)}) has {told}; "
+                "shorten it, or pass on_long='truncate'"
+            )
+        logger.info("the text %s has %s, the end is cut off", shortened(text, MAX_SHOWN), told)
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the text {shortened(text, MAX_SHOWN)} has {told}: the end of this and of every "
+                "other text as long is cut off; on_long='error' refuses them",
+                stacklevel=4,
+            )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._pieces.encode(text)

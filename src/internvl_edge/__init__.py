@@ -17,12 +17,14 @@ from internvl_edge.errors import InternVLError
 from internvl_edge.files import telemetry
 
 if TYPE_CHECKING:
+    from internvl_edge.runtime.images.options import ImageOptions
     from internvl_edge.runtime.model import load
     from internvl_edge.runtime.ort.options import OrtOptions, share_threads
     from internvl_edge.runtime.session import open_session
     from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = [
+    "ImageOptions",
     "InternVLError",
     "OrtOptions",
     "TrtOptions",
@@ -38,6 +40,7 @@ telemetry.turn_off()  # before anything imports ONNX Runtime
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY = {
+    "ImageOptions": "internvl_edge.runtime.images.options",
     "load": "internvl_edge.runtime.model",
     "open_session": "internvl_edge.runtime.session",
     "OrtOptions": "internvl_edge.runtime.ort.options",

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -25,10 +26,12 @@ def main() -> None:
 
 
 def _leave(*_: object) -> NoReturn:
-    os.write(sys.stderr.fileno(), b"error: interrupted\n")
+    with suppress(OSError):  # either may be closed
+        os.write(2, b"error: interrupted\n")
     if "--json" in sys.argv:
         error = {"type": "Interrupted", "message": "interrupted", "exit_code": 130}
-        os.write(sys.stdout.fileno(), f"{json.dumps({'error': error})}\n".encode())
+        with suppress(OSError):
+            os.write(1, f"{json.dumps({'error': error})}\n".encode())
     os._exit(130)
 
 

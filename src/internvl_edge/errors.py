@@ -42,9 +42,12 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "did_you_mean",
+    "shortened",
 ]
 
 SIMILAR = 0.75  # of difflib's ratio, 0 to 1: a typo, not another name of the same family
+MAX_NAME = 100  # characters of what may be a typo
+MAX_SHOWN = 80  # characters of a value in a message
 
 
 class InternVLError(Exception):
@@ -126,7 +129,28 @@ class BuildError(InternVLError):
     """A graph that TensorRT refused to build."""
 
 
-def did_you_mean(name: str, options: Iterable[str]) -> str:
+def did_you_mean(name: object, options: Iterable[str]) -> str:
     """Return a hint to append to an error, "" where no option is similar."""
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        return ""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=SIMILAR)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shortened(value: object, most: int = MAX_SHOWN, *, quoted: bool = True) -> str:
+    """Write a value for a message: of a long one the beginning, and how long it is.
+
+    Args:
+        value: whatever was handed over; a text alone is cut before it is copied.
+        most: characters that are shown.
+        quoted: as in code, as ``repr`` writes it; else as text.
+    """
+    if isinstance(value, str | bytes | bytearray):
+        text = value[:most] if isinstance(value, str) else bytes(value[:most])
+        shown = repr(text) if quoted or not isinstance(text, str) else text
+        unit = "characters" if isinstance(value, str) else "bytes"
+        return shown if len(value) <= most else f"{shown}… ({len(value)} {unit})"
+    if isinstance(value, list | tuple) and len(value) > most:
+        return f"{shortened(value[:8], most)}… ({len(value)} items)"
+    text = repr(value) if quoted else str(value)
+    return text if len(text) <= most else f"{text[:most]}…"

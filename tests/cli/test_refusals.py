@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,11 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from support.checkpoints import write_internvl, write_tokenizer, write_vit
 
 from internvl_edge.cli import run
+from internvl_edge.cli.inputs import read_labels, read_texts
+from internvl_edge.errors import MediaError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,17 @@ def test_a_folder_in_place_of_a_file(
         (["--max-new-tokens", "999"], "shorten the prompt or lower --max-new-tokens"),
         (["--top-p", "2"], "--top-p 2.0: expected more than 0, up to 1"),
         (["--num-beams", "2", "--top-k", "3"], "--num-beams 2: beams are not drawn; leave --temp"),
+        (["--seed", "3", "--temperature", "0"], "--seed 3: nothing is drawn"),
+        (["--temperature", "inf"], "expected a finite number"),
+        (["--repetition-penalty", "0"], "--repetition-penalty 0.0: expected a finite number above"),
+        (["--device", "gpu"], "device 'gpu': expected 'auto', 'cpu', 'cuda' or 'cuda:1'; a GPU is"),
+        (["--threads", "0"], "0 is not in the range"),
+        (
+            ["--threads", "2", "--backend", "tensorrt"],
+            "tensorrt computes on a GPU; leave --threads",
+        ),
+        (["--background", "red-ish"], "background 'red-ish': expected white, black, #rrggbb"),
+        (["--max-megapixels", "nan"], "expected a finite number"),
         (["--num-beams", "2", "--stream"], "--num-beams 2: only one beam can be streamed"),
     ],
 )
@@ -149,6 +165,217 @@ def test_an_empty_text_is_a_broken_input(
 ) -> None:
     names = {"OUT": str(place / "out"), "IMAGE": str(place / "photos" / "0.png")}
     refused(capsys, 3, *(names.get(word, word) for word in arguments))
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Two pictures in three places, one that is broken, and what else stands in folders."""
+    folder = tmp_path / "album"
+    (folder / "sub" / ".hidden").mkdir(parents=True)
+    for name in ("a.png", "c.jfif", "sub/b.PNG", "sub/.hidden/x.png"):
+        kind = "JPEG" if name.endswith("jfif") else "PNG"
+        Image.new("RGB", (40, 30), "red").save(folder / name, kind)
+    (folder / "z.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "._a.png").write_bytes(b"\0\5\26\7")
+    for name in ("one.heic", "two.HEIC", "notes"):
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+FOLDER_COMMANDS = {
+    "embed": lambda found: [*zip(found["image_files"], found["images"], strict=True)],
+    "classify": lambda found: [(one["file"], one["labels"]) for one in found["results"]],
+    "retrieve": lambda found: [(one["file"], one["texts"]) for one in found["by_image"]],
+    "caption": lambda found: [(one["file"], one["caption"]) for one in found["results"]],
+}
+MORE = {"classify": ["--labels", "a,b"], "retrieve": ["--text", "a"]}
+
+
+@pytest.mark.parametrize("command", FOLDER_COMMANDS)
+@pytest.mark.parametrize("skip", [[], ["--skip-errors"]])
+def test_one_bad_file_ends_no_folder(
+    place: Path, album: Path, capsys: pytest.CaptureFixture[str], command: str, skip: list[str]
+) -> None:
+    words = [command, str(place / "out"), str(album), *MORE.get(command, []), *skip, "--json"]
+    assert run([*words, "--recursive"]) == (0 if skip else 3)
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    answers = FOLDER_COMMANDS[command](found)
+    assert [file for file, _ in answers] == [
+        str(album / n) for n in ("a.png", "c.jfif", "sub/b.PNG")
+    ]
+    (error,) = found["errors"]
+    assert error["file"] == str(album / "z.png")
+    assert error["exit_code"] == 3 and error["type"] == "MediaError"
+    assert f"image 4 of 4 ({album / 'z.png'}): the image is truncated" in error["message"]
+    assert found["left_out"] == {".heic": 2, "without a suffix": 1}
+    assert "left out: .heic 2, without a suffix 1\n" in captured.err
+    assert captured.err.count("error: ") == 1
+    assert run([command, str(place / "out"), answers[0][0], *MORE.get(command, []), "--json"]) == 0
+    alone = FOLDER_COMMANDS[command](json.loads(capsys.readouterr().out))
+    if command == "embed":
+        np.testing.assert_allclose(alone[0][1], answers[0][1], atol=1e-5)
+    elif command == "caption":
+        assert alone[0][1] == answers[0][1]
+
+
+def test_subfolders_are_counted(
+    place: Path, album: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["embed", str(place / "out"), str(album), "--json", "--skip-errors"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["left_out"]["subfolders"] == 1
+    assert "subfolders 1, without a suffix 1; --recursive looks into subfolders" in captured.err
+    message = refused(capsys, 3, "embed", place / "out", album.parent)
+    assert (
+        "expected images (.jpg, .jpeg, .jpe, .jfif, .png, .webp) in it, found subfolders 1; add"
+        in (message)
+    )
+
+
+def test_where_nothing_can_be_read_that_is_the_error(
+    place: Path, album: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = [str(album / "z.png")] * 2
+    assert run(["caption", str(place / "out"), *broken, "--json", "--skip-errors"]) == 3
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "MediaError"
+
+
+# --- texts and labels ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_texts_are_read_as_they_were_saved(tmp_path: Path, encoding: str, end: str) -> None:
+    lines = ["a yellow one", "größer, 一 🙂", "two\u2028parts\x85of one"]
+    (tmp_path / "texts").write_bytes(end.join(["", *lines, " "]).encode(encoding))
+    assert read_texts(("first",), tmp_path / "texts") == ["first", *lines]
+    assert read_labels("x, y", tmp_path / "texts") == ["x", "y", *lines]
+    for order in ("utf-16-be", "utf-32-be"):
+        mark = "\ufeff".encode(order)
+        (tmp_path / "texts").write_bytes(mark + end.join(lines).encode(order))
+        assert read_texts((), tmp_path / "texts") == lines
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "expected texts, one a line, found none"),
+        (b" \r\n\n", "expected texts, one a line, found none"),
+        ("größer".encode("cp1252"), "expected text in UTF-8, or UTF-16 with its mark.*0xf6 at 2"),
+        ("a cat".encode("utf-16-le"), "expected text, found a NUL at 1: UTF-16 without"),
+        (b"\xff\xfea", "expected text in UTF-16, found byte"),
+    ],
+)
+def test_texts_that_cannot_be_read(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "texts").write_bytes(data)
+    with pytest.raises(MediaError, match=f"--texts .*texts: {message}"):
+        read_texts((), tmp_path / "texts")
+
+
+def test_labels_that_are_a_file(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text("a\nb\n")
+    for given in (str(tmp_path / "labels"), f"@{tmp_path / 'labels'}"):
+        with pytest.raises(UsageError, match="it is a file; pass it as --labels-file"):
+            read_labels(given, None)
+    with pytest.raises(UsageError, match="expected --labels, or a file of them as --labels-file"):
+        read_labels(None, None)
+
+
+def test_stdin_is_a_picture_or_texts(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def typed(data: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    picture, out = (place / "photos" / "0.png").read_bytes(), str(place / "out")
+    typed(picture)
+    assert run(["embed", out, "-", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert run(["embed", out, str(place / "photos" / "0.png"), "--json"]) == 0
+    assert found["images"] == json.loads(capsys.readouterr().out)["images"]
+    assert found["image_files"] == ["-"]
+    typed(b"\xef\xbb\xbfa\r\nb\r\n")
+    command = ["classify", out, str(place / "photos"), "--labels-file", "-", "--json"]
+    assert run(command) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert {item["label"] for item in result["labels"]} == {"a", "b"}
+    typed(b"")
+    assert "expected an image on stdin, found nothing" in refused(capsys, 3, "embed", out, "-")
+    assert "stdin is read for questions" in refused(capsys, 2, "chat", out, "-")
+    monkeypatch.setattr("sys.stdin", None)
+    assert "found nothing" in refused(capsys, 3, "embed", out, "-")
+    assert run(["chat", out, str(place / "photos" / "0.png"), "--json"]) == 0
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "-1", "1e9"])
+def test_seconds_of_a_benchmark_are_a_time(
+    vit: Path, capsys: pytest.CaptureFixture[str], seconds: str
+) -> None:
+    assert "--seconds" in refused(capsys, 2, "benchmark", vit / "out", "--seconds", seconds)
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+def in_a_shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run ``$IE`` in bash, the exit code of every part of a pipe on the last line."""
+    program = f"{shlex.quote(sys.executable)} -m internvl_edge"
+    path = os.pathsep.join(sys.path)
+    return subprocess.run(
+        ["bash", "-c", command.replace("$IE", program) + "; echo codes ${PIPESTATUS[@]} >&2"],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        check=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        ("$IE doctor >&-", 5, b"error: stdout is closed"),
+        ("$IE doctor --json >&-", 5, b"error: stdout is closed"),
+        ("$IE doctor >/dev/full", 5, b"error: stdout: the answer cannot be written: No space"),
+        ("$IE doctor --json >/dev/full", 5, b"error: stdout: the answer cannot be written"),
+        ("$IE inspect nowhere --json >/dev/full", 3, b"error: nowhere: expected a folder"),
+        ("$IE doctor --json 2>&- >/dev/null", 0, b""),
+        ("$IE inspect nowhere 2>/dev/full", 3, b""),
+        ("$IE doctor --json <&- >/dev/null", 0, b""),
+        ("$IE doctor | head -c 1", 141, b""),
+        ("$IE doctor --json | true", 141, b""),
+    ],
+)
+def test_streams_that_cannot_be_used(command: str, code: int, told: bytes) -> None:
+    done = in_a_shell(command)
+    *said, codes = done.stderr.strip().splitlines()
+    assert codes.split()[1] == str(code).encode()
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+    assert said[0].startswith(told) if told else not said, done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "cp1252"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "utf-8:strict"},
+    ],
+    ids=str,
+)
+def test_names_of_every_kind_are_printed(tmp_path: Path, environment: dict[str, str]) -> None:
+    name = os.fsencode(tmp_path) + "/一 🙂 caf".encode() + b"\xe9"
+    os.mkdir(name)
+    for flags in ("", " --json"):
+        done = in_a_shell(f"$IE inspect {shlex.quote(os.fsdecode(name))}{flags}", **environment)
+        assert b"Traceback" not in done.stderr and done.stderr.endswith(b"codes 3\n")
+        assert b"expected a folder, a checkpoint" in done.stderr
+        if flags:
+            shown = json.loads(done.stdout)["error"]["message"]
+            assert ("caf\\xe9" if "LC_ALL" in environment else "一 🙂 caf\\xe9") in shown
 
 
 # --- signals and faults --------------------------------------------------------------------------

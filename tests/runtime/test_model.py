@@ -6,6 +6,7 @@ import importlib.util
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from internvl_edge.errors import (
     ArtifactError,
     HardwareError,
     InputError,
+    InternVLError,
     MediaError,
     UsageError,
 )
@@ -150,6 +152,7 @@ def test_golden_text_embeddings(model: Model, ref: Any) -> None:
     np.testing.assert_allclose(found32, ref["text.embed"], atol=ATOL)
 
 
+@pytest.mark.filterwarnings("ignore:the text")
 def test_golden_strings(model: Model, ref: Any, golden: Path) -> None:
     import json
 
@@ -371,13 +374,13 @@ def test_closing_closes_every_session(counting: Counting) -> None:
 
 
 def test_threads_share_one_session(counting: Counting) -> None:
-    expected = [counting.model.encode_image(PIXELS + i, "g") for i in range(8)]
+    expected = [counting.model.encode_image(PIXELS * (i + 1) / 8, "g") for i in range(8)]
     fresh = Counting(ALL, counting.model.artifact.path)
     barrier = threading.Barrier(8)
 
     def encode(i: int) -> Array:
         barrier.wait(10)
-        return fresh.model.encode_image(PIXELS + i, "g")
+        return fresh.model.encode_image(PIXELS * (i + 1) / 8, "g")
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(encode, range(8)))
@@ -605,3 +608,164 @@ def test_unit_keeps_zeros_and_dtype() -> None:
 def test_softmax_of_large_logits() -> None:
     found = softmax(np.array([[1e4, 1e4 - 1], [-1e4, 0]], np.float32))
     np.testing.assert_allclose(found, np.array([[0.7310586, 0.2689414], [0, 1]]), atol=1e-6)
+
+
+# --- what people hand over -----------------------------------------------------------------------
+
+ODD: dict[str, Any] = {
+    "None": None,
+    "float": 3.5,
+    "nan": float("nan"),
+    "flag": True,
+    "mapping": {},
+    "set": {1},
+    "object": object(),
+    "function": lambda: 1,
+    "bytes": b"x",
+    "nested": [[]],
+    "nones": [None],
+    "empty": "",
+    "half": "\ud800",
+    "ids": [[1.5]],
+    "array": np.zeros((2, 2)),
+    "scalar": np.array(3),
+    "type": int,
+    "endless": -(10**9),
+}
+CALLS: dict[str, dict[str, Any]] = {
+    "encode_image": {"images": 0, "mode": "c", "batch_size": 2, "transform": "clip"},
+    "encode_text": {"texts": "a", "batch_size": 2, "on_long": "error"},
+    "encode_video": {"frames": 0, "num_frames": 1, "mode": "c", "batch_size": 2},
+    "text_classifier": {"labels": ["a", "b"], "templates": ["a {}"], "on_long": "error"},
+    "classify": {"images": 0, "labels": ["a", "b"], "templates": "a {}", "top_k": 1, "mode": "c"},
+    "retrieve": {"images": 0, "texts": "a", "mode": "c", "batch_size": 2, "on_long": "error"},
+    "classify_videos": {"videos": 1, "labels": ["a"], "num_frames": 1, "top_k": 1},
+    "retrieve_videos": {"videos": 1, "texts": "a", "num_frames": 1, "batch_size": 2},
+    "match": {"images": 0, "texts": "a", "batch_size": 2, "on_long": "error"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:float32")
+@pytest.mark.parametrize("method", CALLS)
+def test_odd_arguments_work_or_are_refused_by_an_error_of_ours(model: Model, method: str) -> None:
+    picture = pictures(1)[0]
+    given = {"images": picture, "frames": [picture], "videos": [[picture]]}
+    usual = {name: given.get(name, value) for name, value in CALLS[method].items()}
+    getattr(model, method)(**usual)
+    for argument in usual:
+        for odd in ODD.values():
+            with suppress(InternVLError):
+                getattr(model, method)(**usual | {argument: odd})
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "ours"),
+    [
+        ("classify", "candidate_labels", "labels"),
+        ("classify", "template", "templates"),
+        ("classify", "hypothesis_template", "templates"),
+        ("classify", "top", "top_k"),
+        ("encode_text", "normalize_embeddings", "normalize"),
+        ("encode_text", "sentences", "texts"),
+        ("encode_image", "pixel_values", "images"),
+        ("encode_video", "n_frames", "num_frames"),
+    ],
+)
+def test_names_of_other_libraries_are_told_ours(
+    model: Model, method: str, name: str, ours: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{method}: argument '{name}'.*called '{ours}' here"):
+        getattr(model, method)(**{name: 1})
+    with pytest.raises(UsageError, match="did you mean"):
+        model.encode_image(pictures(1), normalise_it=True, batchsize=3)  # type: ignore[call-arg]
+
+
+def test_templates_may_be_functions(model: Model) -> None:
+    functions = [lambda c: f"a {c}", lambda c: f"one {c.upper()}"]
+    found = model.text_classifier(["cat", "dog"], functions)
+    texts = [["a cat", "one CAT"], ["a dog", "one DOG"]]
+    means = [unit(model.encode_text(some, normalize=True).mean(axis=0)) for some in texts]
+    np.testing.assert_allclose(found, means, atol=ATOL)
+    assert model.text_classifier(["cat", "dog"], list(functions)) is found
+    with pytest.raises(UsageError, match=r"it failed for the label 'cat': .*argument"):
+        model.text_classifier(["cat"], [lambda: "a"])  # type: ignore[list-item, misc]
+    with pytest.raises(UsageError, match="expected a string for the label 'cat', found NoneType"):
+        model.text_classifier(["cat"], [lambda c: None])  # type: ignore[list-item, return-value]
+
+
+def test_one_label_has_its_cosine(model: Model) -> None:
+    picture = pictures(1)[0]
+    embeds = model.encode_image(picture, normalize=True, transform="classification")
+    cosines = (embeds @ model.text_classifier(["a", "b"]).T)[0]
+    ((only,),) = model.classify(picture, ["b"])
+    assert only["score"] == 1 and only["cosine"] == pytest.approx(float(cosines[1]), abs=1e-5)
+    (best,) = model.classify(picture, ["a", "b"], top_k=1)
+    assert len(best) == 1 and best[0]["cosine"] == pytest.approx(float(cosines.max()), abs=1e-5)
+
+
+def test_generators_are_read_a_batch_at_a_time(model: Model) -> None:
+    given, alive, most = pictures(7), 0, 0
+
+    def frames() -> Any:
+        nonlocal alive, most
+        for picture in given:
+            alive += 1
+            most = max(most, alive)
+            yield picture
+
+    def counted(function: Any) -> Any:
+        def counting(feeds: Any, **more: Any) -> Any:
+            nonlocal alive
+            alive -= len(next(iter(feeds.values())))
+            return function(feeds, **more)
+
+        return counting
+
+    session = model.session("image_embed")
+    session.run = counted(session.run)  # type: ignore[method-assign]
+    found = model.encode_image(frames(), batch_size=2)
+    assert most <= 3  # the first one is looked at to see that there is any
+    np.testing.assert_allclose(found, model.encode_image(given), atol=ATOL)
+    scores = model.match((p for p in given), "a", batch_size=3)
+    np.testing.assert_allclose(scores, model.match(given, "a"), atol=ATOL)
+    with pytest.raises(MediaError, match=r"image 3 \(bytes, 1 bytes\)"):
+        model.encode_image(iter([*given[:2], b"x"]), batch_size=2)
+
+
+def test_pixel_values_that_are_none_are_refused(model: Model) -> None:
+    with pytest.raises(MediaError, match="these are not normalised"):
+        model.encode_image(np.full((1, 3, 56, 56), 200, np.float32))
+
+
+def test_long_texts_are_refused_where_that_is_asked_for(model: Model) -> None:
+    long, picture = "a b c " * 200, pictures(1)[0]
+    for call in (
+        lambda: model.encode_text([*["a"] * 70, long], on_long="error"),
+        lambda: model.match(picture, long, on_long="error"),
+        lambda: model.retrieve(picture, long, on_long="error"),
+        lambda: model.classify(picture, [long], on_long="error"),
+        lambda: model.classify_videos([[picture]], [long], on_long="error"),
+        lambda: model.retrieve_videos([[picture]], [long], on_long="error"),
+    ):
+        with pytest.raises(MediaError, match="at most 80 are read; shorten it"):
+            call()
+
+
+def as_torch_has_it(name: str) -> Any:
+    """What stands for ``torch.device``, which needs no PyTorch."""
+    return type("device", (), {"__str__": lambda _: name})()
+
+
+def test_devices_are_known_at_once() -> None:
+    assert sessions.require_device(as_torch_has_it("cuda:1")) == "cuda:1"
+    assert sessions.require_device(None) == "auto"
+    for wrong in ("gpu", "CUDA", "cuda:", "cpu:0", 0, b"cpu", "x" * 999, as_torch_has_it("mps")):
+        with pytest.raises(
+            UsageError, match="expected 'auto', 'cpu', 'cuda' or 'cuda:1'"
+        ) as caught:
+            load("nowhere", device=wrong)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 250
+    with pytest.raises(UsageError, match="images: expected ImageOptions, found dict"):
+        Model(None, lambda _: None, {})  # type: ignore[arg-type, return-value]
+    with pytest.raises(UsageError, match=r"load: argument 'device_map'.*called 'device' here"):
+        load("nowhere", device_map="auto")  # type: ignore[call-arg]

@@ -14,6 +14,7 @@ from internvl_edge.files.helper import run_helper
 from internvl_edge.files.memory import peak_rss_nbytes, rss_nbytes
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.probe import gpu_count
+from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.session import open_component
 
 __all__ = ["Footprint", "measure_footprint"]
@@ -38,7 +39,15 @@ class Footprint:
         return fields if failed is None else {"failed": failed}
 
 
-def measure_footprint(out: str, component: str, backend: str, batch: int) -> Footprint:
+def measure_footprint(
+    out: str,
+    component: str,
+    backend: str,
+    batch: int,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Footprint:
     """Measure the memory of opening a component and running it once, in a new process.
 
     Args:
@@ -46,8 +55,11 @@ def measure_footprint(out: str, component: str, backend: str, batch: int) -> Foo
         component: a name in its manifest.
         backend: what runs it.
         batch: of the call.
+        device: where it runs.
+        threads: of ONNX Runtime; None: its default.
     """
-    done = run_helper("internvl_edge.benchmark.footprint", [out, component, backend, str(batch)])
+    arguments = [out, component, backend, str(batch), device, str(threads or 0)]
+    done = run_helper("internvl_edge.benchmark.footprint", arguments)
     if done.returncode:
         told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return Footprint(failed=told[-1])
@@ -56,12 +68,13 @@ def measure_footprint(out: str, component: str, backend: str, batch: int) -> Foo
 
 def main() -> None:
     """Measure in the new process: its arguments are a command's, its figures go to stdout."""
-    out, component, backend, batch = sys.argv[1:]
+    out, component, backend, batch, device, threads = sys.argv[1:]
+    options = OrtOptions(num_threads=int(threads)) if int(threads) else None
     artifact = open_artifact(out)
     feeds = seeded_feeds(artifact, component, int(batch))
     gpu = _gpu()
     before_rss, before_gpu = rss_nbytes(), _free_nbytes(gpu)
-    with open_component(artifact, component, backend) as session:
+    with open_component(artifact, component, backend, device, options=options) as session:
         session.run(as_taken(feeds, session.inputs))
         after_gpu = _free_nbytes(gpu)
     gpu_bytes = None if before_gpu is None or after_gpu is None else before_gpu - after_gpu

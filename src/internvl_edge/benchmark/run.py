@@ -138,7 +138,11 @@ def _measure_component(
     comparisons: list[Comparison] = []
     with ExitStack() as stack:
         sessions = {
-            name: stack.enter_context(open_component(artifact, component, backend=settings.backend))
+            name: stack.enter_context(
+                open_component(
+                    artifact, component, settings.backend, settings.device, options=settings.options
+                )
+            )
             for name, artifact in settings.artifacts.items()
         }
         runs: dict[str, Run] = {name: session.run for name, session in sessions.items()}
@@ -245,8 +249,14 @@ def _is_ours(settings: Settings, measurement: Measurement) -> bool:
 def _with_memory(settings: Settings, measurement: Measurement) -> Measurement:
     if not _is_ours(settings, measurement):
         return measurement
+    options = settings.options
     memory = measure_footprint(
-        measurement.out, measurement.component, settings.backend, measurement.timing.items
+        measurement.out,
+        measurement.component,
+        settings.backend,
+        measurement.timing.items,
+        device=settings.device,
+        threads=None if options is None else options.num_threads,
     )
     return replace(measurement, memory=memory)
 
@@ -266,7 +276,7 @@ def _with_rooflines(
             feeds = seeded_feeds(artifact, each.component, each.timing.items)
             workloads[i] = component_workload(artifact, each.component, feeds, backend)
     kinds = {kind for workload in workloads.values() for kind in workload.operations}
-    peaks = measure_backend(sorted(kinds), backend)
+    peaks = measure_backend(sorted(kinds), backend, settings.device)
     placed = list(measurements)
     for i, workload in workloads.items():
         roofline = locate(workload, peaks, _call_ms(measurements[i]))

@@ -11,6 +11,7 @@ from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.contenders import Contender, contender_of
 from internvl_edge.benchmark.inputs import seeded_picture
 from internvl_edge.errors import InputError, UsageError, did_you_mean
+from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.session import require_backend
 
 __all__ = ["Settings", "choose_components", "open_artifacts", "read_picture", "reference_of"]
@@ -27,6 +28,8 @@ class Settings:
     against: str | None  # another way to the same job
     reference: Contender | None  # of that name
     backend: str
+    device: str
+    options: OrtOptions | None  # of every session; None: the backend's defaults
     scenario: str
     streams: int
     seconds: float
@@ -87,18 +90,22 @@ def read_picture(path: Path | None, components: tuple[str, ...]) -> bytes:
 
 
 def reference_of(
-    against: str | None, checkpoint: Path | None, artifacts: Mapping[str, Artifact], backend: str
+    against: str | None,
+    checkpoint: Path | None,
+    artifacts: Mapping[str, Artifact],
+    backend: str,
+    device: str = "auto",
 ) -> Contender | None:
     """Open the other way to the same job, on the GPU where the directories run on one."""
     if against is None:
         return None
-    device = "cuda" if _runs_on_gpu(backend) else "cpu"
-    return contender_of(against, checkpoint, artifacts, device=device)
+    place = "cuda" if _runs_on_gpu(backend, device) else "cpu"
+    return contender_of(against, checkpoint, artifacts, device=place)
 
 
-def _runs_on_gpu(backend: str) -> bool:
+def _runs_on_gpu(backend: str, device: str) -> bool:
     if require_backend(backend) != "onnxruntime":
         return True
     from internvl_edge.runtime.ort.options import CPU, choose_providers
 
-    return choose_providers("auto") != [CPU]
+    return choose_providers(device) != [CPU]

@@ -8,16 +8,19 @@ and SIGTERM with 143, both after cleaning up.
     embed      embed, classify, retrieve, match;  text  caption, answer;  chat  chat
     serve      serve;  benchmark  benchmark;  doctor  doctor
     console    answers, progress and errors on the terminal;  options  shared options
+    inputs     pictures, texts and labels that a command line names
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +28,14 @@ import click
 
 from internvl_edge._version import __version__
 from internvl_edge.cli import benchmark, chat, debug, doctor, embed, export, inspect, serve, text
-from internvl_edge.cli.console import Output, PrintableFormatter, error_line, flush
+from internvl_edge.cli.console import (
+    Output,
+    PrintableFormatter,
+    ReaderGone,
+    error_line,
+    flush,
+    prepare_streams,
+)
 from internvl_edge.errors import InternVLError, ResourceError
 from internvl_edge.files.disk import EXHAUSTED, translated
 from internvl_edge.runtime.ort.options import share_threads
@@ -66,15 +76,21 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: what cleans up after Ctrl-C cleans up after this."""
 
 
+READER_GONE = 141  # as a shell tells of SIGPIPE
 OUT_OF_MEMORY = ("allocate memory", "failed to map segment")  # of torch, and of the dynamic linker
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
+    prepare_streams()
     signal.signal(signal.SIGTERM, _terminate)
     share_threads()
-    sys.exit(run(given))
+    code = run(given)
+    if code == READER_GONE and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it
+        os.kill(os.getpid(), signal.SIGPIPE)
+    sys.exit(code)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -93,6 +109,8 @@ def run(arguments: list[str]) -> int:
         flush()
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except ReaderGone:
+        return READER_GONE
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help())
         return 0
@@ -127,5 +145,6 @@ def as_ours(error: Exception, arguments: Sequence[str]) -> InternVLError:
 def _fail(output: Output, message: str, code: int, kind: str) -> int:
     error_line(message)
     details: dict[str, Any] = {"type": kind, "message": message, "exit_code": code}
-    output.result({"error": details})
+    with suppress(ReaderGone, ResourceError):  # where stdout is what failed
+        output.result({"error": details})
     return code

@@ -24,14 +24,20 @@ from internvl_edge.cli.options import (
     CHECKPOINT,
     DIRECTORY,
     NEW_FILE,
+    Finite,
     answers,
     backend,
+    device,
     names,
     one_of,
+    session_options,
+    threads,
 )
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.files.disk import write_atomically
+from internvl_edge.runtime.session import require_device
 
+MAX_SECONDS = 86_400.0  # of one measurement
 STREAMS = 2  # calls at once, unless asked otherwise
 
 
@@ -62,7 +68,7 @@ STREAMS = 2  # calls at once, unless asked otherwise
 @click.option(
     "--p99",
     "p99_ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="Of the server, in ms: the bound that its rate keeps; default: 5 times a single call.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
@@ -75,7 +81,7 @@ STREAMS = 2  # calls at once, unless asked otherwise
 @click.option("--batch", default="1", show_default=True, help="Batch sizes, comma-separated.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0, max=MAX_SECONDS),
     default=3.0,
     show_default=True,
     help="Least time for each measurement; of the server, the time of each rate.",
@@ -97,6 +103,8 @@ STREAMS = 2  # calls at once, unless asked otherwise
     help="Write the first OUT's report to this file, with plots of speed.",
 )
 @backend
+@device
+@threads
 @answers
 def benchmark(
     output: Output,
@@ -108,6 +116,8 @@ def benchmark(
     batch: str,
     seconds: float,
     backend: str,
+    device: str,
+    threads: int | None,
     scenario: str,
     streams: int | None,
     p99_ms: float | None,
@@ -136,6 +146,7 @@ def benchmark(
             f"--streams {streams}: --scenario {scenario} makes one call at a time; choose "
             f"{', '.join(SCENARIOS[1:])}, or leave --streams out"
         )
+    device = require_device(device)
     artifacts = open_artifacts(outs)
     chosen = choose_components(artifacts, components)
     settings = Settings(
@@ -144,8 +155,10 @@ def benchmark(
         batch_sizes=_batch_sizes(batch),
         picture=read_picture(image, chosen),
         against=against,
-        reference=reference_of(against, checkpoint, artifacts, backend),
+        reference=reference_of(against, checkpoint, artifacts, backend, device),
         backend=backend,
+        device=device,
+        options=session_options(backend, threads),
         scenario=scenario,
         streams=streams or STREAMS,
         seconds=seconds,

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output, error_line
-from internvl_edge.cli.embed import expand, open_model
-from internvl_edge.cli.options import DIRECTORY, answers, backend
+from internvl_edge.cli.inputs import STDIN, expand, source_of
+from internvl_edge.cli.options import DIRECTORY, Running, answers, runs_model
 from internvl_edge.cli.text import as_typed, generation, show, stream_option
 from internvl_edge.errors import InternVLError, SessionDead, UsageError
 from internvl_edge.runtime.model import Model
@@ -53,7 +53,7 @@ HELP = f"Ask; {CLEAR} forgets the conversation, {QUIT} or Ctrl-D ends it."
 )
 @generation("1024, or as many as there is room for,")
 @stream_option
-@backend
+@runs_model
 @answers
 def chat(
     output: Output,
@@ -69,7 +69,7 @@ def chat(
     frames: int,
     how: dict[str, Any],
     stream: bool,
-    backend: str,
+    running: Running,
 ) -> None:
     """Talk about IMAGES, which are looked at once; the conversation is remembered.
 
@@ -89,10 +89,12 @@ def chat(
     options = {"template": template, "system": system, **how}
     if think:
         options["think"] = True
-    paths = expand(images) if images else []
+    paths = expand(output, images).paths
+    if STDIN in paths and not questions:
+        raise UsageError("-: stdin is read for questions; add --question, or name a file")
     turns: list[dict[str, Any]] = []
     failed: list[InternVLError] = []
-    with open_model(out, backend) as model:
+    with running.open(out) as model:
         seen = _seen(model, paths, max_tiles, video, frames, combined=combined)
         history: tuple[Turn, ...] = ()
         for question in questions or _typed(output):
@@ -113,7 +115,7 @@ def chat(
                 continue
             turns.append({"question": question, **turn})
     output.result({"images": paths, "video": video, "turns": turns})
-    if failed and not sys.stdin.isatty():
+    if failed and not _is_terminal():
         raise click.exceptions.Exit(failed[0].exit_code)
 
 
@@ -138,7 +140,8 @@ def _seen(
         return model.see(model.chat_frames(video, frames), max_tiles=1)
     if not paths:
         return None
-    return model.see([paths] if combined else paths, max_tiles=max_tiles)
+    images = [source_of(path) for path in paths]
+    return model.see([images] if combined else images, max_tiles=max_tiles)
 
 
 def _answer(
@@ -169,7 +172,9 @@ def _answer(
 
 def _typed(output: Output) -> Iterator[str]:
     """Read questions from stdin, line by line; on a terminal, ask for them."""
-    is_terminal = sys.stdin.isatty()
+    if sys.stdin is None:  # closed: there are none
+        return
+    is_terminal = _is_terminal()
     if is_terminal:
         output.say(HELP)
     while True:
@@ -180,3 +185,7 @@ def _typed(output: Output) -> Iterator[str]:
             return
         if line.strip():
             yield line.strip()
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()

@@ -6,15 +6,17 @@ Paths, labels and extras such as ``[trt]`` are printed as they are: rich's marku
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -23,9 +25,22 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from internvl_edge.errors import ResourceError
 from internvl_edge.files.terminal import json_bytes, printable
 
-human = Console(stderr=True, highlight=False)
+
+class ReaderGone(Exception):
+    """What read the answer has closed its end of the pipe, as ``head`` does."""
+
+
+class _Stderr(Console):
+    """The terminal of people; a reader of it that has gone ends no work."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+human = _Stderr(stderr=True, highlight=False)
 SECONDS_BETWEEN_LINES = 10.0  # of progress in one step
 UNLIMITED = 100_000  # columns: what is read by a program or a file is never cut
 
@@ -40,18 +55,18 @@ class Output:
     def result(self, data: Mapping[str, Any]) -> None:
         """Print the answer for programs: one JSON object, the last line of stdout."""
         if self.as_json:
-            click.echo(json_bytes(_plain(data)))
+            _echo(json_bytes(_plain(data)))
 
     def lines(self, values: Sequence[str]) -> None:
         """Print the answer for people, in lines."""
         if not self.as_json:
             for value in values:
-                click.echo(printable(value))
+                _echo(printable(value))
 
     def text(self, value: str) -> None:
         """Print an answer for people that may have several lines, such as a model's reply."""
         if not self.as_json:
-            click.echo(printable(value, lines=True))
+            _echo(printable(value, lines=True))
 
     def piece(self, shown: str, **fields: Any) -> None:
         """Print a part of the answer at once: as text for people, as a JSON object for programs.
@@ -61,9 +76,9 @@ class Output:
             fields: the same for programs, where it is more than text.
         """
         if self.as_json:
-            click.echo(json_bytes({"piece": _plain(fields) or shown}))
+            _echo(json_bytes({"piece": _plain(fields) or shown}))
         else:
-            click.echo(printable(shown, lines=True), nl=False)
+            _echo(printable(shown, lines=True), end=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print the answer for people, as a table."""
@@ -74,15 +89,18 @@ class Output:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable(str(cell))) for cell in row))
-        answers = Console(highlight=False)
-        if not answers.is_terminal:
-            answers.width = UNLIMITED
-        answers.print(table)
+        stdout, drawn = Console(highlight=False), io.StringIO()
+        width = stdout.width if stdout.is_terminal else UNLIMITED
+        Console(file=drawn, highlight=False, force_terminal=stdout.is_terminal, width=width).print(
+            table
+        )
+        _echo(drawn.getvalue(), end=False)
 
     def say(self, text: str) -> None:
         """Print a line that is not the answer: on stderr, unless quiet."""
         if not self.quiet:
-            human.print(printable(text, lines=True), markup=False, soft_wrap=True)
+            with suppress(OSError):  # nothing depends on what is said here
+                human.print(printable(text, lines=True), markup=False, soft_wrap=True)
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
@@ -152,7 +170,9 @@ def error_line(message: str) -> None:
     try:
         human.print(line, style="red", markup=False, soft_wrap=True)
     except (MemoryError, OSError):  # rich imports what it needs only here, and may find no room
-        sys.stderr.write(f"{line}\n")
+        with suppress(OSError, ValueError):
+            if sys.stderr is not None:
+                sys.stderr.write(f"{line}\n")
 
 
 def _plain(value: Any) -> Any:
@@ -168,9 +188,68 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | type(None)) else str(value)
 
 
+def _echo(value: str | bytes, *, end: bool = True) -> None:
+    """Write to stdout at once.
+
+    Raises:
+        ReaderGone: nobody reads it any more.
+        ResourceError: it cannot be written.
+    """
+    if sys.stdout is None:
+        raise ResourceError("stdout is closed: the answer cannot be printed")
+    try:
+        click.echo(value, nl=end)
+    except OSError as error:
+        raise _lost(error) from error
+
+
 def flush() -> None:
-    """Let a closed pipe fail here, where it is expected, and not at interpreter exit."""
+    """Let what cannot be written fail here, where it is expected, and not at interpreter exit."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        raise _lost(error) from error
+
+
+def _lost(error: OSError) -> Exception:
+    """Make the error for an answer that is not written; what is left of it goes nowhere."""
+    with suppress(OSError, ValueError):  # stdout may be no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return ReaderGone()
+    return ResourceError(f"stdout: the answer cannot be written: {error.strerror or error}")
+
+
+def prepare_streams() -> None:
+    """Make stdin, stdout and stderr such that no name and no text ends in an error.
+
+    What a stream's encoding lacks is spelled out. Where one was closed its descriptor is taken, as
+    the next file that is opened would else stand there, and be written to.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Say a warning as people read it, without the line of code that gave it."""
+    Output().say(f"warning: {message}")

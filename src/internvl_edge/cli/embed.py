@@ -11,12 +11,20 @@ import click
 import numpy as np
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, backend, one_of
-from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.cli.inputs import (
+    Pictures,
+    Readable,
+    expand,
+    one_picture,
+    read_labels,
+    read_texts,
+    recursive_option,
+    skip_option,
+)
+from internvl_edge.cli.options import DIRECTORY, Running, answers, one_of, runs_model
+from internvl_edge.errors import UsageError
 from internvl_edge.files.disk import write_atomically
 from internvl_edge.types import Array
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 mode = click.option(
     "--mode",
@@ -35,7 +43,16 @@ frames_option = click.option(
     "--frames", type=click.IntRange(min=1), default=8, show_default=True, help="Sampled of a video."
 )
 texts_option = click.option("--text", "texts", multiple=True, help="A text; repeat for several.")
-texts_file = click.option("--texts", "file", type=DIRECTORY, help="A file of texts, one a line.")
+texts_file = click.option(
+    "--texts", "file", type=DIRECTORY, help="A file of texts, one a line; - is stdin."
+)
+long_option = click.option(
+    "--on-long",
+    type=one_of("truncate", "error"),
+    default="truncate",
+    show_default=True,
+    help="Texts of too many tokens: cut off, with a warning, or refused.",
+)
 
 
 @click.command()
@@ -50,7 +67,10 @@ texts_file = click.option("--texts", "file", type=DIRECTORY, help="A file of tex
     help="Write the embeddings, image_names and texts_given to this new .npz file.",
 )
 @click.option("--force", is_flag=True, help="Replace the file of --save.")
-@backend
+@long_option
+@recursive_option
+@skip_option
+@runs_model
 @answers
 def embed(
     output: Output,
@@ -61,24 +81,34 @@ def embed(
     normalize: bool,
     save: Path | None,
     force: bool,
-    backend: str,
+    on_long: Any,
+    recursive: bool,
+    skip_errors: bool,
+    running: Running,
 ) -> None:
-    """Embed IMAGES (files or folders) and texts with the model in OUT."""
-    paths = expand(images)
-    if not paths and not texts:
+    """Embed IMAGES (files, folders, or - for stdin) and texts with the model in OUT.
+
+    A picture that cannot be read ends no folder: its error is told, and is among the "errors" of
+    --json; the exit code is that of the first one.
+    """
+    found = expand(output, images, recursive=recursive)
+    read = Readable(found.paths, skip=skip_errors)
+    if not found.paths and not texts:
         raise UsageError("embed: expected an image or a --text")
     if save is not None:
         _check_save(save, force)
     results: dict[str, Array] = {}
-    with open_model(out, backend) as model:
-        if paths:
-            results["images"] = model.encode_image(paths, mode=mode, normalize=normalize)
+    with running.open(out) as model:
+        if found.paths:
+            pictures = read.pictures(model, None)
+            results["images"] = model.encode_image(pictures, mode=mode, normalize=normalize)
         if texts:
-            results["texts"] = model.encode_text(list(texts), normalize=normalize)
+            results["texts"] = model.encode_text(list(texts), normalize=normalize, on_long=on_long)
+    paths = read.paths
     if save is not None:
         buffer = io.BytesIO()
-        told = {"image_names": [*map(str, paths)], "texts_given": [*texts]}
-        labels = {name: np.array(some) for name, some in told.items() if some}
+        names = {"image_names": [*map(str, paths)], "texts_given": [*texts]}
+        labels = {name: np.array(some) for name, some in names.items() if some}
         np.savez(buffer, **cast(dict[str, Any], results | labels))
         write_atomically(save, buffer.getvalue())
         output.lines([f"{save}: {', '.join(f'{k} {v.shape}' for k, v in results.items())}"])
@@ -86,13 +116,16 @@ def embed(
         rows = [row for array in results.values() for row in array]
         for label, row in zip([*map(str, paths), *texts], rows, strict=True):
             output.lines([f"{label}: {' '.join(f'{value:.6g}' for value in row)}"])
-    output.result({"image_files": paths, "text": texts, **results})
+    told = {"errors": read.to_json(), "left_out": found.left_out}
+    output.result({"image_files": paths, "text": texts, **results, **told})
+    read.finish()
 
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
 @click.argument("images", type=DIRECTORY, nargs=-1, required=True)
-@click.option("--labels", required=True, help="Comma-separated labels.")
+@click.option("--labels", help="Comma-separated labels.")
+@click.option("--labels-file", type=DIRECTORY, help="A file of labels, one a line; - is stdin.")
 @click.option(
     "--template",
     "templates",
@@ -105,36 +138,54 @@ def embed(
 @mode
 @video_option
 @frames_option
-@backend
+@long_option
+@recursive_option
+@skip_option
+@runs_model
 @answers
 def classify(
     output: Output,
     out: Path,
     images: tuple[Path, ...],
-    labels: str,
+    labels: str | None,
+    labels_file: Path | None,
     templates: tuple[str, ...],
     top: int,
     mode: str,
     video: bool,
     frames: int,
-    backend: str,
+    on_long: Any,
+    recursive: bool,
+    skip_errors: bool,
+    running: Running,
 ) -> None:
-    """Classify IMAGES (files or folders) by the labels given."""
-    paths = list(images) if video else expand(images)
-    names = [label.strip() for label in labels.split(",") if label.strip()]
-    with open_model(out, backend) as model:
+    """Classify IMAGES (files, folders, or - for stdin) by the labels given.
+
+    Scores compare the labels with each other: of a single one it is always 1, and its cosine is
+    shown instead. A picture that cannot be read ends no folder, as for embed.
+    """
+    names = read_labels(labels, labels_file)
+    found = _named(output, images, video=video, recursive=recursive)
+    read = Readable(found.paths, skip=skip_errors)
+    how: dict[str, Any] = {"mode": mode, "top_k": top, "on_long": on_long}
+    with running.open(out) as model:
         if video:
-            ranked = model.classify_videos(paths, names, templates, mode=mode, num_frames=frames)
+            given = read.videos(frames)
+            ranked = model.classify_videos(given, names, templates, num_frames=frames, **how)
         else:
-            ranked = model.classify(paths, names, templates, mode=mode)
+            given = read.pictures(model, "classification")
+            ranked = model.classify(given, names, templates, **how)
     results = [
-        {"file": str(path), "labels": scores[:top]}
-        for path, scores in zip(paths, ranked, strict=True)
+        {"file": path, "labels": scores} for path, scores in zip(read.paths, ranked, strict=True)
     ]
-    for result in results:
-        scores = ", ".join(f"{item['label']} {item['score']:.3f}" for item in result["labels"])
-        output.lines([f"{result['file']}: {scores}"])
-    output.result({"results": results})
+    shown = "cosine" if len(names) == 1 else "score"
+    if len(names) == 1:
+        output.say(f"one label: its score is 1 whatever the image shows; read its {shown}")
+    for path, scores in zip(read.paths, ranked, strict=True):
+        figures = ", ".join(f"{item['label']} {item[shown]:.3f}" for item in scores)
+        output.lines([f"{path}: {figures}"])
+    output.result({"results": results, "errors": read.to_json(), "left_out": found.left_out})
+    read.finish()
 
 
 @click.command()
@@ -146,7 +197,10 @@ def classify(
 @mode
 @video_option
 @frames_option
-@backend
+@long_option
+@recursive_option
+@skip_option
+@runs_model
 @answers
 def retrieve(
     output: Output,
@@ -158,15 +212,26 @@ def retrieve(
     mode: str,
     video: bool,
     frames: int,
-    backend: str,
+    on_long: Any,
+    recursive: bool,
+    skip_errors: bool,
+    running: Running,
 ) -> None:
-    """Rank texts for every image, and IMAGES (files or folders) for every text."""
-    paths, queries = list(images) if video else expand(images), read_texts(texts, file)
-    with open_model(out, backend) as model:
+    """Rank texts for every image, and IMAGES (files, folders, or - for stdin) for every text.
+
+    A picture that cannot be read ends no folder, as for embed.
+    """
+    queries = read_texts(texts, file)
+    found = _named(output, images, video=video, recursive=recursive)
+    read = Readable(found.paths, skip=skip_errors)
+    how: dict[str, Any] = {"mode": mode, "on_long": on_long}
+    with running.open(out) as model:
         if video:
-            matches = model.retrieve_videos(paths, queries, mode=mode, num_frames=frames)
+            given = read.videos(frames)
+            matches = model.retrieve_videos(given, queries, num_frames=frames, **how)
         else:
-            matches = model.retrieve(paths, queries, mode=mode)
+            matches = model.retrieve(read.pictures(model, "retrieval"), queries, **how)
+    paths = read.paths
     by_text: list[dict[str, Any]] = [
         {
             "text": text,
@@ -193,7 +258,9 @@ def retrieve(
         + ["texts of each image:"]
         + [_ranking(item["file"], "text", item["texts"]) for item in by_image]
     )
-    output.result({"by_text": by_text, "by_image": by_image})
+    told = {"errors": read.to_json(), "left_out": found.left_out}
+    output.result({"by_text": by_text, "by_image": by_image, **told})
+    read.finish()
 
 
 @click.command()
@@ -204,7 +271,8 @@ def retrieve(
 @click.option(
     "--stream", is_flag=True, help="Print every text as it is scored, in the order given."
 )
-@backend
+@long_option
+@runs_model
 @answers
 def match(
     output: Output,
@@ -213,14 +281,16 @@ def match(
     texts: tuple[str, ...],
     file: Path | None,
     stream: bool,
-    backend: str,
+    on_long: Any,
+    running: Running,
 ) -> None:
-    """Say how well each text describes IMAGE, by the image-text matching head."""
-    one_image(image)
+    """Say how well each text describes IMAGE (or - for stdin), by the matching head."""
     queries = read_texts(texts, file)
+    picture = one_picture(image)
     scored: list[tuple[float, str]] = []
-    with open_model(out, backend) as model:
-        for some in model.match_stream([image], queries, batch_size=1 if stream else 8):
+    with running.open(out) as model:
+        size = 1 if stream else 8
+        for some in model.match_stream([picture], queries, batch_size=size, on_long=on_long):
             new = zip(some.tolist(), queries[len(scored) :], strict=False)
             for probability, text in list(new):
                 scored.append((probability, text))
@@ -234,43 +304,11 @@ def match(
     )
 
 
-def expand(paths: tuple[Path, ...]) -> list[Path]:
-    """Expand folders to their images, in order of name; files stay as given."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise MediaError(f"{path}: expected images ({', '.join(IMAGE_SUFFIXES)}) in it")
-            files += inside
-        else:
-            files.append(path)
-    return files
-
-
-def one_image(path: Path) -> None:
-    """Refuse a folder where a command looks at one image."""
-    if path.is_dir():
-        raise MediaError(f"{path}: expected one image, found a folder; name a file in it")
-
-
-def read_texts(texts: tuple[str, ...], file: Path | None) -> list[str]:
-    """Read the texts of ``--text`` and ``--texts``."""
-    given = list(texts)
-    if file is not None and file.is_dir():
-        raise MediaError(f"--texts {file}: expected a UTF-8 file, one text a line; it is a folder")
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MediaError(f"--texts {file}: expected a UTF-8 text file: {error}") from error
-        kept = [line.strip() for line in lines if line.strip()]
-        if not kept:
-            raise MediaError(f"--texts {file}: expected texts, one a line, found none")
-        given += kept
-    if not given:
-        raise UsageError("expected at least one --text, or a file of them as --texts")
-    return given
+def _named(output: Output, paths: tuple[Path, ...], *, video: bool, recursive: bool) -> Pictures:
+    """Return the pictures that are named; of videos, a folder is one."""
+    if video and recursive:
+        raise UsageError("--recursive: a folder is a video with --video; leave one of them out")
+    return Pictures(list(paths)) if video else expand(output, paths, recursive=recursive)
 
 
 def _ranking(query: str, kind: str, hits: list[dict[str, Any]]) -> str:
@@ -286,10 +324,3 @@ def _check_save(save: Path, force: bool) -> None:
         raise UsageError(f"--save {save} exists; pass --force to replace it, or choose another")
     if not os.access(save.absolute().parent, os.W_OK | os.X_OK):
         raise UsageError(f"--save {save}: {save.absolute().parent} cannot be written or is missing")
-
-
-def open_model(out: Path, backend: str) -> Any:
-    """Open the model of a compiled directory."""
-    from internvl_edge.runtime.model import load
-
-    return load(out, backend=backend)

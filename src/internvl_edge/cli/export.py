@@ -10,7 +10,6 @@ import click
 from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.open import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.embed import IMAGE_SUFFIXES
 from internvl_edge.cli.inspect import (
     ENGINE_COLUMNS,
     engine_facts,
@@ -31,6 +30,7 @@ from internvl_edge.cli.options import (
 from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 from internvl_edge.export import require_packages
 from internvl_edge.export.precision import precision_hint
+from internvl_edge.runtime.images.formats import SUFFIXES
 
 AUTO = "auto"
 LAYOUTS = ("internvl_chat", "internvl_hf")
@@ -177,7 +177,7 @@ def _require_checkpoint(path: Path | None) -> None:
         )
     if "snapshots" in {path.name, *(file.name for file in path.iterdir())}:
         return  # of a Hugging Face cache: opening it says which snapshot to name
-    is_pictures = any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+    is_pictures = any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
     raise CheckpointError(
         f"{path}: expected a checkpoint, a folder with {CHECKPOINT_FILE} and weights; found no "
         f"{CHECKPOINT_FILE} in it{'; pictures to calibrate on go to --calib' * is_pictures}"

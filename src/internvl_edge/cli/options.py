@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from internvl_edge.artifact.open import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
 from internvl_edge.demo import bundled
-from internvl_edge.runtime.session import BACKENDS
+from internvl_edge.errors import UsageError
+from internvl_edge.runtime.images.options import ImageOptions
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.session import BACKENDS, require_device
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.model import Model
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 CHOICES = ("auto", *BACKENDS)
 OURS = (CHECKPOINT_FILE, MANIFEST)  # either is in a folder that a command takes
+MAX_THREADS = 1024
 
 
 class Place(click.Path):
@@ -80,7 +90,10 @@ def answers(function: Function) -> Function:
     @functools.wraps(function)
     def wrapped(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
         logging.getLogger("internvl_edge").setLevel(logging.ERROR if quiet else logging.NOTSET)
-        return function(*args, output=Output(as_json=as_json, quiet=quiet), **kwargs)
+        with warnings.catch_warnings():
+            if quiet:
+                warnings.simplefilter("ignore", UserWarning)
+            return function(*args, output=Output(as_json=as_json, quiet=quiet), **kwargs)
 
     return wrapped  # type: ignore[return-value]
 
@@ -94,6 +107,97 @@ def _backend(text: str) -> Callable[[Function], Function]:
     return click.option(
         "--backend", type=one_of(*CHOICES), default="auto", show_default=True, help=text
     )
+
+
+class Finite(click.FloatRange):
+    """A number within a range; infinity and NaN, which compare as no number, are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, found {value}", param, ctx)
+        return number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """How a command runs its model, and reads its pictures."""
+
+    backend: str
+    device: str
+    threads: int | None
+    images: ImageOptions
+
+    def open(self, out: Path) -> Model:
+        """Open the model of a compiled directory."""
+        from internvl_edge.runtime.model import load
+
+        options = session_options(self.backend, self.threads)
+        return load(out, self.backend, self.device, options=options, images=self.images)
+
+
+def session_options(backend: str, threads: int | None) -> OrtOptions | None:
+    """Make the options of every session; None: the backend's defaults.
+
+    Raises:
+        UsageError: threads of a backend that has none of its own.
+    """
+    if threads is None:
+        return None
+    if backend not in ("auto", "onnxruntime"):
+        raise UsageError(f"--threads {threads}: {backend} computes on a GPU; leave --threads out")
+    return OrtOptions(num_threads=threads)
+
+
+device = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:1 of several."
+)
+threads = click.option(
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    help="On the processor, at once; default: the cores that this process may use.",
+)
+
+
+def runs_model(function: Function) -> Function:
+    """Add the options of a command that runs a model; it gets a ``Running`` as ``running``."""
+
+    @backend
+    @device
+    @threads
+    @click.option(
+        "--background",
+        default="white",
+        show_default=True,
+        help="The colour under what is transparent: white, black or #rrggbb; none: leave it out.",
+    )
+    @click.option(
+        "--max-megapixels",
+        type=Finite(min=0, min_open=True),
+        help="The largest picture, and decoded whole up to there; default: 50 are decoded whole, "
+        "larger JPEGs, up to 256, at a fraction.",
+    )
+    @functools.wraps(function)
+    def wrapped(
+        *args: Any,
+        backend: str,
+        device: str,
+        threads: int | None,
+        background: str,
+        max_megapixels: float | None,
+        **kwargs: Any,
+    ) -> Any:
+        images = ImageOptions(
+            background=None if background.lower() == "none" else background,
+            max_megapixels=max_megapixels,
+        )
+        running = Running(
+            backend=backend, device=require_device(device), threads=threads, images=images
+        )
+        session_options(backend, threads)  # refused before any work
+        return function(*args, running=running, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 backend = _backend("What runs the components.")

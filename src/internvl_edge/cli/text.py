@@ -11,20 +11,29 @@ from typing import Any, TypeVar
 import click
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.embed import expand, one_image, open_model
-from internvl_edge.cli.options import DIRECTORY, answers, backend
+from internvl_edge.cli.inputs import (
+    Readable,
+    expand,
+    one_picture,
+    recursive_option,
+    skip_option,
+    source_of,
+)
+from internvl_edge.cli.options import DIRECTORY, Finite, Running, answers, runs_model
 from internvl_edge.errors import UsageError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-OPTIONS: dict[str, tuple[type, str]] = {
+NUMBER = Finite()
+OPTIONS: dict[str, tuple[Any, str]] = {
     "num_beams": (int, "Sentences kept under way, up to 128; 1 is greedy."),
     "max_new_tokens": (int, "The most tokens of a text; {tokens} by default."),
     "min_new_tokens": (int, "The fewest; 0 by default."),
-    "length_penalty": (float, "Of beams: above 0, longer sentences gain; 1 by default."),
-    "temperature": (float, "Draw tokens; 1: as likely as the model has them."),
-    "top_k": (int, "Draw from so many of the most likely."),
-    "top_p": (float, "Draw from the most likely, until they have this share."),
+    "length_penalty": (NUMBER, "Of beams: above 0, longer sentences gain; 1 by default."),
+    "repetition_penalty": (NUMBER, "Above 1, what was there before is less likely; 1 by default."),
+    "temperature": (NUMBER, "Draw tokens; 1: as likely as the model has them; 0: the likeliest."),
+    "top_k": (int, "Draw from so many of the most likely; 0: from all."),
+    "top_p": (NUMBER, "Draw from the most likely, until they have this share."),
     "seed": (int, "Draw the same tokens again."),
 }
 DRAWN = {"temperature", "top_k", "top_p"}  # of one beam
@@ -44,7 +53,7 @@ def generation(max_new_tokens: int | str) -> Callable[[Function], Function]:
         def wrapped(**given: Any) -> Any:
             asked = {name: given.pop(name) for name in OPTIONS}
             how = {name: value for name, value in asked.items() if value is not None}
-            if "seed" in how and not how.keys() & DRAWN:
+            if "seed" in how and (not how.keys() & DRAWN or how.get("temperature") == 0):
                 raise UsageError(
                     f"--seed {how['seed']}: nothing is drawn; add --temperature, --top-k or "
                     "--top-p, or leave --seed out"
@@ -75,7 +84,9 @@ def as_typed(message: str) -> str:
 @click.option("--prompt", help="What the caption continues; 'English caption:' by default.")
 @generation(30)
 @stream_option
-@backend
+@recursive_option
+@skip_option
+@runs_model
 @answers
 def caption(
     output: Output,
@@ -84,28 +95,31 @@ def caption(
     prompt: str | None,
     how: dict[str, Any],
     stream: bool,
-    backend: str,
+    recursive: bool,
+    skip_errors: bool,
+    running: Running,
 ) -> None:
-    """Describe IMAGES (files or folders), by five beams, or drawn where an option says so."""
-    paths = expand(images)
-    if how.keys() & DRAWN:
-        how.setdefault("num_beams", 1)
-    asked = {} if prompt is None else {"prompt": prompt}
-    with open_model(out, backend) as model:
+    """Describe IMAGES (files, folders, or - for stdin), by five beams or as an option says.
+
+    A picture that cannot be read ends no folder, as for embed.
+    """
+    found = expand(output, images, recursive=recursive)
+    read = Readable(found.paths, skip=skip_errors)
+    asked: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+    with running.open(out) as model:
         if stream:
-            _require_one("images", len(paths))
-            captions = [show(output, model.stream(paths[0], **asked, **how))]
+            _require_one("images", len(found.paths))
+            picture, read.paths = source_of(found.paths[0]), found.paths
+            captions = [show(output, model.stream(picture, **asked, **how))]
         else:
-            captions = model.caption(paths, **asked, **how)
-            pairs = zip(paths, captions, strict=True)
+            captions = model.caption(read.pictures(model, "retrieval"), **asked, **how)
+            pairs = zip(read.paths, captions, strict=True)
             output.lines([f"{path}: {text}" for path, text in pairs])
-    output.result(
-        {
-            "results": [
-                {"file": path, "caption": text} for path, text in zip(paths, captions, strict=True)
-            ]
-        }
-    )
+    results = [
+        {"file": path, "caption": text} for path, text in zip(read.paths, captions, strict=True)
+    ]
+    output.result({"results": results, "errors": read.to_json(), "left_out": found.left_out})
+    read.finish()
 
 
 @click.command()
@@ -120,7 +134,7 @@ def caption(
 )
 @generation(30)
 @stream_option
-@backend
+@runs_model
 @answers
 def answer(
     output: Output,
@@ -129,16 +143,16 @@ def answer(
     prompts: tuple[str, ...],
     how: dict[str, Any],
     stream: bool,
-    backend: str,
+    running: Running,
 ) -> None:
-    """Continue prompts about IMAGE; the image is looked at once for all of them."""
-    one_image(image)
-    with open_model(out, backend) as model:
+    """Continue prompts about IMAGE (or - for stdin), which is looked at once for all of them."""
+    picture = one_picture(image)
+    with running.open(out) as model:
         if stream:
             _require_one("prompts", len(prompts))
-            texts = [show(output, model.stream(image, prompts[0], **how))]
+            texts = [show(output, model.stream(picture, prompts[0], **how))]
         else:
-            texts = model.answer([image], list(prompts), **how)
+            texts = model.answer([picture], list(prompts), **how)
             for text in texts:
                 output.text(text)
     pairs = zip(prompts, texts, strict=True)

@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from support.golden import FAMILY
 
 from internvl_edge.errors import ArtifactError, InputError, MediaError, UsageError
-from internvl_edge.runtime.images import decode
+from internvl_edge.runtime.images import decode, formats, reading
+from internvl_edge.runtime.images.options import ImageOptions
 from internvl_edge.runtime.images.transform import (
     Preprocessing,
     load_image,
@@ -63,7 +64,7 @@ def png_bomb(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = zlib.compress(bytes(10_000))
     chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
-    return decode.PNG_MAGIC + chunks
+    return formats.PNG_MAGIC + chunks
 
 
 # --- the original's numbers ----------------------------------------------------------------------
@@ -238,11 +239,9 @@ def test_normalised_pixels_pass_through() -> None:
     np.testing.assert_array_equal(strided, pixels[:, ::-1])
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_other_modes_become_rgb_as_the_original_does(mode: str) -> None:
     image = picture().convert(mode)
-    if mode.endswith("A"):
-        image.putalpha(Image.linear_gradient("L").resize(image.size))
     found = load_image(encoded(image, "PNG"))
     assert found.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
@@ -258,9 +257,10 @@ def test_a_transparent_palette_does_not_warn() -> None:
     image = picture().quantize(16)
     data = encoded(image, "PNG", transparency=bytes(range(16)))
     given_image = Image.open(io.BytesIO(data))  # which warns when converted straight to RGB
+    dropped = ImageOptions(background=None)
     for source in (data, given_image):
         np.testing.assert_array_equal(
-            np.asarray(load_image(source)), np.asarray(image.convert("RGB"))
+            np.asarray(load_image(source, options=dropped)), np.asarray(image.convert("RGB"))
         )
 
 
@@ -346,7 +346,7 @@ def test_damaged_files_decode_or_are_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("shape", [(10_000, 10_000), (2**31 - 1, 2**31 - 1), (50_000_001, 1)])
 def test_a_decompression_bomb_is_refused_by_its_header(shape: tuple[int, int]) -> None:
-    with pytest.raises(MediaError, match="expected 1 to 50000000 pixels"):
+    with pytest.raises(MediaError, match="expected 1 to 50000000 pixels of a PNG"):
         load_image(png_bomb(*shape))
 
 
@@ -367,13 +367,13 @@ def test_a_jpeg_bomb_is_refused() -> None:
 def test_a_flood_of_chunks_is_refused_within_the_limits() -> None:
     chunks = png_chunk(b"tEXt", b"") * 100_000 + png_chunk(b"IDAT", b"") * 100_000
     with pytest.raises(MediaError, match="truncated or corrupt"):
-        load_image(decode.PNG_MAGIC + chunks + png_chunk(b"IEND", b""))
+        load_image(formats.PNG_MAGIC + chunks + png_chunk(b"IEND", b""))
 
 
 def test_a_file_above_the_limit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     with path.open("wb") as file:
-        file.truncate(decode.MAX_NBYTES + 1)  # sparse
+        file.truncate(reading.MAX_NBYTES + 1)  # sparse
     with pytest.raises(MediaError, match=r"large\.png.*at most 67108864 bytes"):
         load_image(path)
 
@@ -388,17 +388,6 @@ def test_other_formats_are_refused(kind: str) -> None:
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(MediaError, match="expected a JPEG, PNG or WebP"):
         load_image(data)
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_more_than_8_bits_are_refused(mode: str) -> None:
-    with pytest.raises(MediaError, match=f"found mode {mode}"):
-        load_image(Image.new(mode, (4, 4)))
-
-
-def test_a_16_bit_png_is_refused() -> None:
-    with pytest.raises(MediaError, match="expected 8-bit pixels"):
-        load_image(encoded(Image.new("I;16", (4, 4)), "PNG"))
 
 
 def test_a_fifo_does_not_block(tmp_path: Path) -> None:
@@ -433,12 +422,8 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((4, 4), np.uint8),
-        np.zeros((3, 4, 4), np.uint8),
-        np.zeros((4, 4, 4), np.uint8),
         np.zeros((0, 4, 3), np.uint8),
         np.zeros((), np.uint8),
-        np.zeros((4, 4, 3), np.float32),
         np.zeros((1, 3, 28, 28), np.float64),
         np.zeros((1, 3, 28, 28), ">f4"),
         np.zeros((1, 3, 28, 27), np.float32),
@@ -447,7 +432,6 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
         np.full((1, 3, 28, 28), np.nan, np.float32),
         np.full((1, 3, 28, 28), np.inf, np.float32),
         np.array(None),
-        np.array(["photo.png"]),
     ],
     ids=lambda array: f"{array.dtype}{list(array.shape)}",
 )
@@ -466,13 +450,6 @@ def test_the_message_says_which_of_several() -> None:
     data = encoded(picture(), "JPEG")
     with pytest.raises(MediaError, match=r"image 3 of 4 \(bytes, 5 bytes\)"):
         pixel_values([data, data, b"hello", data], PLAIN)
-
-
-def test_an_extreme_aspect_is_refused_before_it_fills_the_memory() -> None:
-    thin = np.zeros((20_000, 1, 3), np.uint8)
-    assert pixel_values(thin, Preprocessing(size=224)).shape == (1, 3, 224, 224)
-    with pytest.raises(MediaError, match="would be resized to 224x4480000"):
-        pixel_values(thin, Preprocessing(size=224), "classification")
 
 
 def test_an_unknown_transform_is_refused() -> None:

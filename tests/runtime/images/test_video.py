@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from support.golden import FAMILY
 
 from internvl_edge.errors import MediaError, MissingDependency, UsageError
+from internvl_edge.runtime.images import video
 from internvl_edge.runtime.images.video import (
     chat_frames,
     decode_frames,
@@ -22,6 +25,8 @@ from internvl_edge.runtime.images.video import (
     pool_frames,
     read_frames,
     sample_frames,
+    stream_frames,
+    turned,
 )
 
 
@@ -160,6 +165,85 @@ def test_a_video_file_gives_its_frames_in_order(film: Path) -> None:
 def test_a_video_file_is_sampled_as_a_folder_is(film: Path) -> None:
     levels = [frame.mean() for frame in decode_frames(film, 4)]
     np.testing.assert_allclose(levels, 20.0 * np.array(sample_frames(12, 4)), atol=6.0)
+
+
+TURNS = {  # of a display matrix → what a player shows
+    (1, 0, 0, 1): lambda p: p,
+    (0, 1, -1, 0): lambda p: np.rot90(p, -1),  # as phones write it: clockwise
+    (0, -1, 1, 0): lambda p: np.rot90(p, 1),
+    (-1, 0, 0, -1): lambda p: np.rot90(p, 2),
+    (-1, 0, 0, 1): np.fliplr,
+    (1, 0, 0, -1): np.flipud,
+    (0, 1, 1, 0): lambda p: p.transpose(1, 0, 2),
+    (0, -1, -1, 0): lambda p: np.rot90(p, 2).transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize(("matrix", "shown"), TURNS.items(), ids=str)
+def test_frames_are_turned_as_the_display_matrix_says(matrix: Any, shown: Any) -> None:
+    a, b, c, d = (value * 65536 for value in matrix)
+    picture = np.arange(4 * 3 * 3, dtype=np.uint8).reshape(4, 3, 3)
+    found = turned(picture, (a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    np.testing.assert_array_equal(found, shown(picture))
+
+
+def test_a_phones_video_is_seen_upright(film: Path, tmp_path: Path) -> None:
+    """The matrix as it stands in an MP4's track header."""
+    data = film.read_bytes()
+    upright = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    at = data.index(upright, data.index(b"tkhd"))
+    quarter = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 48 << 16, 0, 1 << 30)
+    (tmp_path / "phone.mp4").write_bytes(data[:at] + quarter + data[at + 36 :])
+    turned_frames, frames = decode_frames(tmp_path / "phone.mp4"), decode_frames(film)
+    assert turned_frames[0].shape == (64, 48, 3)
+    np.testing.assert_array_equal(turned_frames[3], np.rot90(frames[3], -1))
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "a playlist; download what it names"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "a file that starts with"),
+        (b"just some text\n" * 99, "a file that starts with"),
+        (b"GIF89a", "a GIF"),
+        (b"\x89PNG\r\n\x1a\n", "a file that starts with"),
+        (b"\0\0\0\x1cftypavif", "an AVIF picture"),
+        (b"<?xml version='1.0'?><MPD/>", "SVG or other XML"),
+        (b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", "a file that starts with"),
+    ],
+)
+@pytest.mark.parametrize("name", ["film.mp4", "film.m3u8"])
+def test_only_containers_are_parsed(tmp_path: Path, name: str, data: bytes, found: str) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(MediaError, match=f"{name}: expected a video file .*MP4.*, found {found}"):
+        decode_frames(tmp_path / name)
+
+
+def test_a_container_is_told_by_its_contents(film: Path, tmp_path: Path) -> None:
+    (tmp_path / "film.txt").write_bytes(film.read_bytes())
+    assert len(decode_frames(tmp_path / "film.txt")) == 12
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [
+        ("MAX_FRAME_PIXELS", 3000, "frames of at most 3000 pixels, found 64x48"),
+        ("FREE_PIXELS", -(10**12), "bytes decode to more than 20000 pixels each"),
+    ],
+)
+def test_a_video_that_decodes_to_too_much_is_refused(
+    film: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, message: str
+) -> None:
+    monkeypatch.setattr(video, limit, value)
+    with pytest.raises(MediaError, match=message):
+        decode_frames(film)
+
+
+def test_frames_are_decoded_as_they_are_taken(film: Path) -> None:
+    frames = stream_frames(film)
+    assert next(frames).shape == (48, 64, 3)
+    frames.close()  # type: ignore[attr-defined]
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path) -> None:

@@ -239,7 +239,8 @@ def test_the_cache_may_be_filled_to_the_brim(model: Model, pixels: Array) -> Non
         (lambda m, p: m.answer(p, "a" * 999), UsageError, "the cache has 128 positions"),
         (lambda m, p: m.caption(p, max_new_tokens=0), UsageError, "max_new_tokens 0"),
         (lambda m, p: m.caption(p, num_beam=2), UsageError, "did you mean 'num_beams'"),
-        (lambda m, p: m.caption(p, temperature=1.0), UsageError, "beams are not drawn"),
+        (lambda m, p: m.caption(p, temperature=1.0, num_beams=2), UsageError, "are not drawn"),
+        (lambda m, p: m.caption(p, max_length=9), UsageError, "called 'max_new_tokens' here"),
         (lambda m, p: m.generate(p, np.array([[1, 5, 0]])), MediaError, "zeros as padding"),
         (lambda m, p: m.generate(p, np.array([[0, 0]])), MediaError, "zeros as padding"),
         (lambda m, p: m.generate(p, [[1, 999]]), UsageError, "1 of 1: token id 999: .* 0 to 299"),
@@ -254,6 +255,29 @@ def test_the_cache_may_be_filled_to_the_brim(model: Model, pixels: Array) -> Non
 def test_refusals(model: Model, pixels: Array, call: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         call(model, pixels)
+
+
+def test_captions_are_drawn_as_transformers_users_ask(model: Model, pixels: Array) -> None:
+    greedy, beams = model.caption(pixels, num_beams=1, **SHORT), model.caption(pixels, **SHORT)
+    assert model.caption(pixels, temperature=0, **SHORT) == greedy
+    assert model.caption(pixels, do_sample=False, temperature=9.0, **SHORT) == beams
+    one = model.caption(pixels, temperature=0.7, seed=1, num_beams=1, **SHORT)
+    assert model.caption(pixels, temperature=0.7, seed=1, **SHORT) == one
+    fifty = model.caption(pixels, do_sample=True, top_k=50, seed=2, **SHORT)
+    assert model.caption(pixels, do_sample=True, seed=2, **SHORT) == fifty
+    repeated = model.generate(pixels, [[1, 5, 9]], repetition_penalty=1e6, **SHORT)
+    for row in repeated.tolist():  # a token that was there has no chance
+        new = [token for token in row if token not in (0, 2)]
+        assert len({*new, 1, 5, 9}) == len(new) + 3
+
+
+def test_a_stream_of_images_is_captioned_a_batch_at_a_time(model: Model, place: Path) -> None:
+    pictures = (place / f"{i}.png" for i in (0, 1, 0, 1, 1))
+    rows = counted(model, "vision")
+    captions = model.caption(pictures, batch_size=2, **SHORT)
+    first, second = model.caption([place / "0.png", place / "1.png"], **SHORT)
+    assert captions == [first, second, first, second, second]
+    assert rows[:3] == [2, 2, 1]
 
 
 def test_nan_is_an_error_not_text(model: Model, pixels: Array) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ def tokenizer(model: bytes) -> Tokenizer:
 # --- the original's numbers ----------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the text")
 def test_the_tiny_tokenizer_equals_the_original(golden: Path) -> None:
     tiny = Tokenizer(golden / "tiny" / "checkpoint" / "tokenizer.model")
     cases = json.loads((golden / "tiny" / "tokenizer_cases.json").read_text())
@@ -97,6 +97,7 @@ if PUBLISHED.is_file():  # another's work, which the repository does not hold
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 
 
+@pytest.mark.filterwarnings("ignore:the text")
 @settings(max_examples=150, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=4), st.integers(2, 60))
 def test_shapes_and_frames(
@@ -144,17 +145,24 @@ def test_an_empty_text_has_a_beginning_and_an_end(tokenizer: Tokenizer) -> None:
     assert tokenizer.match("").tolist() == [[tokenizer.bos_id, tokenizer.eos_id]]
 
 
-def test_a_long_text_is_cut_with_a_warning(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
-    long = "a red panda " * 100
+def test_a_long_text_is_cut_with_one_warning(model: bytes) -> None:
+    tokenizer, long = Tokenizer(model), "a red panda " * 100
     count = len(tokenizer.prompt("summarize:" + long)[0][0]) + 1
-    with caplog.at_level(logging.WARNING, "internvl_edge.runtime.text.tokenizer"):
-        ids = tokenizer.contrastive(["a dog", long], 20)
+    with pytest.warns(UserWarning) as warned:
+        ids = tokenizer.contrastive(["a dog", long, long], 20)
+        tokenizer.match([long], 20)
     assert ids[1, -1] == tokenizer.eos_id and ids[1].all()
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
-        f"the text {long[:40] + '…'!r} has {count} tokens"
-    ]
+    (message,) = (str(warning.message) for warning in warned)
+    assert message.startswith(f"the text {long[:40]!r}… (1200 characters) has {count} tokens, at ")
+
+
+def test_a_long_text_is_refused_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    long = "a red panda " * 100
+    for encode in (tokenizer.contrastive, tokenizer.match):
+        with pytest.raises(MediaError, match=r"text 2 of 2 .*at most 20 are read; shorten it"):
+            encode(["a dog", long], 20, on_long="error")
+        with pytest.raises(UsageError, match="on_long must be 'truncate' or 'error', found 'cut'"):
+            encode(["a dog"], on_long="cut")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("special", SPECIALS)

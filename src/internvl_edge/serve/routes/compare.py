@@ -119,8 +119,8 @@ def _labels(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
     with blamed("labels", "invalid_value"):
         labels = distinct_labels(names)
     with blamed("templates", "invalid_value"):
-        templates = one_place_templates(patterns)
-    return labels, templates
+        one_place_templates(patterns)
+    return labels, tuple(patterns)
 
 
 def _returned(raw: Any) -> Any:
