@@ -21,6 +21,7 @@ from internvl_edge.errors import ResourceError, SessionDead, UsageError
 from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.runtime.generation.text import TextStream
 from internvl_edge.runtime.model import Model
+from internvl_edge.serve.http import events
 from internvl_edge.serve.models.served import ServedModel
 from internvl_edge.serve.options import ServeOptions
 from internvl_edge.serve.server import bound_socket
@@ -176,6 +177,29 @@ def test_six_chats_on_four_places(slow: tuple[Served, Slow]) -> None:
             range(6),
         )
         assert [one.choices[0].message.content for one in again] == ["5 6"] * 6
+
+
+def test_a_stream_shows_a_sign_of_life(
+    slow: tuple[Served, Slow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two pieces that are far apart; clients skip such lines."""
+    monkeypatch.setattr(events, "PING_S", 0.05)
+    served, talker = slow
+    talker.may_say.release(1)
+    later = threading.Timer(0.5, talker.may_say.release, (10,))
+    later.start()
+    asking, messages = client(served), CHAT["messages"]
+    with asking.chat.completions.with_streaming_response.create(
+        model="tiny",
+        messages=messages,  # type: ignore[arg-type]
+        max_tokens=3,
+        stream=True,
+    ) as reply:
+        body = reply.read()
+    later.join()
+    assert body.count(b": ping\n\n") >= 2
+    assert b'"content":"5"' in body
+    assert body.endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("streams", [True, False])
