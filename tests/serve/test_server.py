@@ -89,6 +89,22 @@ def test_its_errors_are_those_of_the_openai_client(served: Served) -> None:
     assert (bad.value.code, bad.value.param) == ("unsupported_parameter", "dimensions")
 
 
+def test_langchain_and_llama_index(served: Served, model: Model) -> None:
+    """As docs/howto/serve.md shows them; neither is among what is installed for development."""
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    llama = pytest.importorskip(
+        "llama_index.embeddings.openai_like",
+        reason="llama-index-embeddings-openai-like is not installed",
+    )
+    url, (expected,) = f"{served.url}/v1", model.encode_text(["two"], normalize=True).tolist()
+    one = langchain.OpenAIEmbeddings(
+        base_url=url, api_key=KEY, model="tiny", check_embedding_ctx_length=False
+    )
+    other = llama.OpenAILikeEmbedding(model_name="tiny", api_base=url, api_key=KEY)
+    assert one.embed_query("two") == pytest.approx(expected, abs=1e-6)
+    assert other.get_text_embedding("two") == pytest.approx(expected, abs=1e-6)
+
+
 # --- keys ----------------------------------------------------------------------------------------
 
 
