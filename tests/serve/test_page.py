@@ -156,6 +156,30 @@ def test_a_visit(opened: Any, shown: Served, pictures: Path, model: Model) -> No
 
 
 @pytest.mark.slow
+def test_differences_between_models_are_marked(
+    opened: Any, shown: Served, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shown.service.models["other"]
+    weights = other.label_weights
+
+    async def turned(*given: Any) -> Any:
+        return (await weights(*given))[::-1]
+
+    monkeypatch.setattr(other, "label_weights", turned)
+    visit(opened, shown)
+    upload(opened, pictures / "0.png")
+    fill(opened, "#labels", "seven, two")
+    find(opened, "#classify-form .primary").click()
+    wait_for(opened, lambda d: len(every(d, ".panel")) == 2)
+    first, second = every(opened, ".panel")
+    assert every(first, ".diff") == []
+    marks = [mark.text for mark in every(second, ".diff")]
+    scores = [float(bar.get_attribute("data-score")) for bar in every(first, ".bars li")]
+    change = 100 * (scores[0] - scores[1])
+    assert marks == ["another best label", f"+{change:.1f}", f"−{change:.1f}"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1440])
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits(opened: Any, shown: Served, pictures: Path, width: int, dark: bool) -> None:
