@@ -14,6 +14,7 @@ from serve.support.serving import Served, inside, png
 from support.paths import ROOT
 
 import internvl_edge
+from internvl_edge.errors import UsageError
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.text.templates import Turn
 
@@ -254,6 +255,10 @@ def test_text_is_text(opened: Any, shown: Served, pictures: Path) -> None:
     assert console(opened) == []
 
 
+def refusing(*_: Any, **__: Any) -> Any:
+    raise UsageError("not today")
+
+
 @pytest.mark.slow
 def test_errors_are_said_and_the_keyboard_is_enough(
     opened: Any, shown: Served, pictures: Path
@@ -266,6 +271,13 @@ def test_errors_are_said_and_the_keyboard_is_enough(
     assert notice.text == "Choose a picture first."
     assert notice.get_attribute("role") == "alert"
     upload(opened, pictures / "0.png")
+    served = shown.service.models["one"].model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "chat_stream", refusing)
+        find(opened, "#question").send_keys("how many?\n")
+        wait_for(opened, lambda d: "not today" in find(d, "#notice").text)
+        wait_for(opened, lambda d: find(d, "#question").get_attribute("value") == "how many?")
+        assert every(opened, ".said") == []  # as if it had not been asked
     fill(opened, "#template", "no place")
     find(opened, "#template").send_keys(Keys.ENTER)
     wait_for(opened, lambda d: "expected one {} or {c}" in find(d, "#notice").text)
