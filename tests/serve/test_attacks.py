@@ -379,6 +379,7 @@ def test_no_header_of_a_client_comes_back(attacked: Served) -> None:
     assert reply.status == 200
     assert "evil" not in str(reply.headers)
     assert "access-control-allow-origin" not in {name.lower() for name in reply.headers}
+    assert reply.headers["cross-origin-resource-policy"] == "same-origin"
     assert len(reply.headers["x-request-id"]) == 32
 
 

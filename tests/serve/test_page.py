@@ -14,6 +14,7 @@ from serve.support.serving import Served, inside, png
 from support.paths import ROOT
 
 import internvl_edge
+from internvl_edge.errors import UsageError
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.text.templates import Turn
 
@@ -156,6 +157,30 @@ def test_a_visit(opened: Any, shown: Served, pictures: Path, model: Model) -> No
 
 
 @pytest.mark.slow
+def test_differences_between_models_are_marked(
+    opened: Any, shown: Served, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shown.service.models["other"]
+    weights = other.label_weights
+
+    async def turned(*given: Any) -> Any:
+        return (await weights(*given))[::-1]
+
+    monkeypatch.setattr(other, "label_weights", turned)
+    visit(opened, shown)
+    upload(opened, pictures / "0.png")
+    fill(opened, "#labels", "seven, two")
+    find(opened, "#classify-form .primary").click()
+    wait_for(opened, lambda d: len(every(d, ".panel")) == 2)
+    first, second = every(opened, ".panel")
+    assert every(first, ".diff") == []
+    marks = [mark.text for mark in every(second, ".diff")]
+    scores = [float(bar.get_attribute("data-score")) for bar in every(first, ".bars li")]
+    change = 100 * (scores[0] - scores[1])
+    assert marks == ["another best label", f"+{change:.1f}", f"−{change:.1f}"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1440])
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits(opened: Any, shown: Served, pictures: Path, width: int, dark: bool) -> None:
@@ -230,6 +255,10 @@ def test_text_is_text(opened: Any, shown: Served, pictures: Path) -> None:
     assert console(opened) == []
 
 
+def refusing(*_: Any, **__: Any) -> Any:
+    raise UsageError("not today")
+
+
 @pytest.mark.slow
 def test_errors_are_said_and_the_keyboard_is_enough(
     opened: Any, shown: Served, pictures: Path
@@ -242,6 +271,13 @@ def test_errors_are_said_and_the_keyboard_is_enough(
     assert notice.text == "Choose a picture first."
     assert notice.get_attribute("role") == "alert"
     upload(opened, pictures / "0.png")
+    served = shown.service.models["one"].model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "chat_stream", refusing)
+        find(opened, "#question").send_keys("how many?\n")
+        wait_for(opened, lambda d: "not today" in find(d, "#notice").text)
+        wait_for(opened, lambda d: find(d, "#question").get_attribute("value") == "how many?")
+        assert every(opened, ".said") == []  # as if it had not been asked
     fill(opened, "#template", "no place")
     find(opened, "#template").send_keys(Keys.ENTER)
     wait_for(opened, lambda d: "expected one {} or {c}" in find(d, "#notice").text)

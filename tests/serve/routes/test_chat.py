@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from serve.support.serving import Reply, Served, data_url, image_part, inside, png, question
 
 import internvl_edge
+from internvl_edge.runtime.generation.batch import Generation
+from internvl_edge.runtime.generation.text import TextStream
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.text.templates import Turn
 
@@ -253,6 +256,37 @@ def test_what_cannot_be_answered(
 def test_a_place_of_a_picture_is_no_text(talking: Served, place: str) -> None:
     content = {"messages": question(f"what is {place} here?", URLS[0])}
     assert talking.ask(PATH, content).error == (400, "invalid_value", "messages[0].content")
+
+
+def test_a_thought_is_asked_for_and_told_apart(
+    talking: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's servers do; an untrained model thinks nothing, so that words are put there."""
+    model, asked = talking.service.models["talk"].model, list[dict[str, Any]]()
+    words = ["<think>", "so", " so", "</think>", "yes"]
+
+    def stream(*_: Any, **how: Any) -> TextStream:
+        asked.append(how)
+        rows = (np.array([i]) for i in range(5, 5 + len(words)))
+        return TextStream(rows, Generation(), lambda ids: "".join(words[i - 5] for i in ids), 3)
+
+    monkeypatch.setattr(model, "chat_stream", stream)
+    content = {"messages": question("why?"), "chat_template_kwargs": {"enable_thinking": True}}
+    (choice,) = talking.ask(PATH, content).json["choices"]
+    said = {"role": "assistant", "content": "yes", "reasoning_content": "so so"}
+    assert choice["message"] == said
+    told = events(talking.ask(PATH, content | {"stream": True, "temperature": 0}))
+    deltas = [one["choices"][0]["delta"] for one in told]
+    assert {"reasoning_content": "so so"} in deltas
+    assert "".join(delta.get("content", "") for delta in deltas) == "yes"
+    assert [how["think"] for how in asked] == [True, True]
+    assert [how.get("num_beams") for how in asked] == [None, 1]
+
+
+def test_an_internvl_g_does_not_think(served: Served) -> None:
+    content = {**ASKED, "chat_template_kwargs": {"enable_thinking": True}}
+    name = "chat_template_kwargs.enable_thinking"
+    assert served.ask(PATH, content).error == (400, "invalid_value", name)
 
 
 def test_control_tokens_of_a_user_are_text(talking: Served, talker: Model) -> None:

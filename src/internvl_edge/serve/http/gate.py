@@ -152,6 +152,7 @@ class _Passage:
             own: list[tuple[bytes, bytes]] = [
                 (b"x-request-id", self._call.id.encode()),
                 (b"x-content-type-options", b"nosniff"),
+                (b"cross-origin-resource-policy", b"same-origin"),  # no picture in another's page
             ]
             if self._call.stages.seconds:
                 own.append((b"server-timing", self._call.stages.header.encode()))

@@ -78,12 +78,14 @@ class Answer:
     Attributes:
         finish_reason: ``"stop"`` or ``"length"`` after its end.
         prompt_tokens: that were read; completion_tokens: made so far.
+        thought: what the model wrote for itself, from the first piece on; None: nothing.
     """
 
     def __init__(self, question: Question, stages: Stages) -> None:
         self.question, self.stages = question, stages
         self.finish_reason: str | None = None
         self.prompt_tokens = self.completion_tokens = 0
+        self.thought: str | None = None
         self.is_closed = False
         self.queued_at = time.perf_counter()
         self._loop = asyncio.get_running_loop()
@@ -136,10 +138,11 @@ class Answer:
             cutter = StopCutter(asked.stops)
             try:
                 for piece in stream:
+                    self.thought = stream.thought
                     self._put(cutter.feed(piece))
                     if cutter.is_over or self.is_closed:
                         break
-                self.completion_tokens = stream.completion_tokens
+                self.completion_tokens, self.thought = stream.completion_tokens, stream.thought
                 self.finish_reason = "stop" if cutter.is_over else stream.finish_reason
                 self._put(cutter.rest())
             finally:

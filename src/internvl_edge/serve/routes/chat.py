@@ -96,7 +96,7 @@ async def completions(service: Service, call: Call) -> Any:
     _count(service, answer)
     choice = {
         "index": 0,
-        "message": {"role": "assistant", "content": text},
+        "message": {"role": "assistant", "content": text, **_thought(answer)},
         "logprobs": None,
         "finish_reason": answer.finish_reason,
     }
@@ -139,6 +139,15 @@ def _generation(served: ServedModel, fields: Fields) -> dict[str, Any]:
         how["top_p"] = None
     if heat == 0 or how["top_k"] == 1:
         how |= {"temperature": None, "top_p": None, "top_k": None}
+    if fields.has("chat_template_kwargs"):  # vLLM's
+        given = Fields(fields.take("chat_template_kwargs"), "chat_template_kwargs")
+        thinks = given.flag("enable_thinking")
+        given.end()
+        if thinks and not served.is_chat:
+            raise given.wrong("enable_thinking", "this model answers at once")
+        if thinks:
+            how["think"] = True
+            how["num_beams"] = 1 if heat == 0 else None  # a thought is drawn, unless told otherwise
     most = asked or older
     if most is None and not served.is_chat:  # a chat model fills what room there is
         most = _usual_length(served)
@@ -197,6 +206,8 @@ async def _chunks(
         return {**head, "choices": [choice], **usage}
 
     yield chunk({"role": "assistant", "content": ""})
+    if thought := _thought(answer):
+        yield chunk(thought)
     if first is not None:
         yield chunk({"content": first})
         async for piece in answer:
@@ -209,6 +220,11 @@ async def _chunks(
 def _head(call: Call, kind: str) -> dict[str, Any]:
     now = int(time.time())
     return {"id": f"chatcmpl-{call.id}", "object": kind, "created": now, "model": call.model}
+
+
+def _thought(answer: Answer) -> dict[str, str]:
+    """Say what the model thought, as vLLM does; nothing where it did not."""
+    return {} if answer.thought is None else {"reasoning_content": answer.thought}
 
 
 def _usage(answer: Answer) -> dict[str, int]:

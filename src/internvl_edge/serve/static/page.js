@@ -244,7 +244,7 @@ on($("ask-form"), async () => {
   const pictures = talks ? state.pictures.slice(state.told) : [picture()];
   const parts = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
   const question = { role: "user", content: [...parts, { type: "text", text }] };
-  say("user", text, pictures);
+  const asked = say("user", text, pictures);
   $("question").value = "";
   const said = say("assistant", ""), words = document.createTextNode("");
   said.append(words);
@@ -274,8 +274,10 @@ on($("ask-form"), async () => {
     if (answered || words.data) {
       state.talk.push(question, { role: "assistant", content: words.data });
       if (talks) state.told += pictures.length;
-    } else {
+    } else { // as if it had not been asked
       said.remove();
+      asked.remove();
+      $("question").value ||= text;
     }
   }
 });
