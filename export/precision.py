@@ -14,12 +14,24 @@ precisions pay where weights are read for one token at a time: alone, ``int4-wo`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from internvl_edge.artifact.components import COMPONENTS, VISION_PREFIX, find_component
 from internvl_edge.errors import UsageError, did_you_mean
 
 WEIGHT_ONLY = ("int8-wo", "int4-wo")
 QUANTIZED = ("int8", "fp8", *WEIGHT_ONLY)
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
+# What others call them.
+ALIASES = {
+    **dict.fromkeys(("int4", "w4a16", "4bit", "4-bit", "awq", "gptq", "nf4", "q4"), "int4-wo"),
+    **dict.fromkeys(("w8a16", "int8-weight-only", "int8-weights", "q8"), "int8-wo"),
+    **dict.fromkeys(("w8a8", "8bit", "8-bit", "qdq"), "int8"),
+    **dict.fromkeys(("float8", "e4m3", "fp8-e4m3", "f8"), "fp8"),
+    **dict.fromkeys(("half", "float16", "f16"), "fp16"),
+    **dict.fromkeys(("bfloat16",), "bf16"),
+    **dict.fromkeys(("float32", "float", "full", "f32", "tf32"), "fp32"),
+}
 OF_TOWERS = ("fp32", *QUANTIZED)  # what may stand after a tower's name
 
 
@@ -61,6 +73,14 @@ def precisions_of_towers(precision: str) -> tuple[str, str]:
     return named.get(True, none)[1], named.get(False, none)[1]
 
 
+def precision_hint(value: str, choices: Sequence[str]) -> str:
+    """Return a hint to append to an error: what the precision is called here; "" where unknown."""
+    meant = ALIASES.get(value.strip().lower().replace("_", "-"))
+    if meant in choices:
+        return f"; {value} is called {meant} here"
+    return did_you_mean(value, choices)
+
+
 def require_precision(value: str, choices: tuple[str, ...] = PRECISIONS) -> None:
     """Refuse a precision that is not one of the choices.
 
@@ -70,5 +90,5 @@ def require_precision(value: str, choices: tuple[str, ...] = PRECISIONS) -> None
     if value not in choices:
         raise UsageError(
             f"precision must be one of {', '.join(choices)}, found {value!r}"
-            f"{did_you_mean(value, choices)}"
+            f"{precision_hint(value, choices)}"
         )

@@ -90,10 +90,12 @@ def folded(
     """
     config = _folded_config(checkpoint.config, is_rotated=rotation is not None, shift=has_shift)
     tensors = dict(checkpoint.tensors)
-    vision = rotation and rotation(config.vision.hidden_size)
-    makers = _vision(checkpoint, vision, has_shift=has_shift)
+    makers: Makers = {}
+    if any(name.startswith(VISION_PREFIX) for name in tensors):
+        vision = rotation and rotation(config.vision.hidden_size)
+        makers = _vision(checkpoint, vision, has_shift=has_shift)
     llama = language_config(config)
-    if llama is not None:
+    if llama is not None and any(name.startswith(language_prefix(config)) for name in tensors):
         makers |= _llama(checkpoint, llama, rotation and rotation(llama.hidden_size))
     for name, shape in expected_shapes(config).items():
         if name in makers:
@@ -109,7 +111,7 @@ def folded(
                 compute=makers[name],
             )
     kept = expected_shapes(config)
-    return replace(checkpoint, config=config, tensors={n: tensors[n] for n in kept})
+    return replace(checkpoint, config=config, tensors={n: tensors[n] for n in kept if n in tensors})
 
 
 def _folded_config(config: CheckpointConfig, *, is_rotated: bool, shift: bool) -> CheckpointConfig:

@@ -14,14 +14,22 @@ Pickle files are refused here; ``internvl-edge convert`` turns them into safeten
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.checkpoint.names import chat_entries
+from internvl_edge.export.checkpoint.oddities.choose import choose_safetensors
+from internvl_edge.export.checkpoint.oddities.explain import refuse_mismatch
+from internvl_edge.export.checkpoint.oddities.wrappers import best_named
 from internvl_edge.export.checkpoint.parameters import expected_shapes
+from internvl_edge.export.checkpoint.scope import is_in_scope, parts_read
 from internvl_edge.export.checkpoint.shards import (
     DTYPES,
     MAX_LISTED,
@@ -29,15 +37,17 @@ from internvl_edge.export.checkpoint.shards import (
     TensorEntry,
     all_entries,
     file_state,
-    find_shards,
     raise_problems,
 )
 from internvl_edge.export.checkpoint.side_files import sha256_of
 from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig, load_config
-from internvl_edge.types import Array
+from internvl_edge.files.reading import require_unicode
+from internvl_edge.types import Array, Shape
 
-__all__ = ["FLOATS", "Checkpoint", "open_checkpoint"]
+__all__ = ["FLOATS", "Checkpoint", "named_entries", "num_expected", "open_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 READING_THREADS = 2
 MAX_DEPTH = 256  # of a vision tower
@@ -58,6 +68,13 @@ LLAVA_QUERY_NAMES = {
 }
 OUTPUT_LAYER = "language_model.lm_head.weight"
 UNREAD = ("lm_head.", "model.embed_tokens.")  # of QLLaMA, by its queries
+COMPUTED = (  # buffers that some versions of transformers store
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    "embeddings.position_ids",
+)
 UNREAD_HEADS = ("clip_projector", "text_projection", "logit_scale", "itm_head")
 FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
 
@@ -72,6 +89,11 @@ class Checkpoint:
     shards: tuple[Path, ...]
     states: tuple[FileState | None, ...]  # of the shards, before their headers were read
 
+    @property
+    def is_partial(self) -> bool:
+        """True where it was opened for components that do not read all of it."""
+        return len(self.tensors) < len(expected_shapes(self.config))
+
     def read(self, name: str) -> Array:
         """Read one tensor by canonical name, in its stored dtype."""
         return self.tensors[name].read()
@@ -80,24 +102,40 @@ class Checkpoint:
         """Hash a file besides the weights; None where there is none."""
         return sha256_of(self.path, name)
 
-    def content_sha256(self, done: Callable[[int], None] = lambda nbytes: None) -> str:
-        """Hash every tensor's values; refuse NaN and infinities on the way.
+    def content_sha256(
+        self,
+        done: Callable[[int], None] = lambda nbytes: None,
+        targets: Mapping[str, np.dtype[Any]] | None = None,
+        *,
+        only: Collection[str] | None = None,
+    ) -> str:
+        """Hash every tensor's values; refuse NaN, infinities and what a conversion would make them.
 
         Args:
             done: told the bytes of each tensor that was read.
+            targets: the float types that tensors will be converted to.
+            only: the tensors to read; None: all of them.
 
         Raises:
-            CheckpointError: names every tensor that is not finite.
+            CheckpointError: names every tensor that is not finite, or is beyond its target's range.
         """
-        bad, digest = [], hashlib.sha256()
+        bad, digest, kinds = [], hashlib.sha256(), targets or {}
+        remedy = ""
+        chosen = {n: entry for n, entry in self.tensors.items() if only is None or n in only}
+
+        def examine(item: tuple[str, TensorEntry]) -> tuple[str, str | None]:
+            return item[1].checked_sha256(kinds.get(item[0]))
+
         with ThreadPoolExecutor(READING_THREADS) as pool:
-            hashes = pool.map(TensorEntry.finite_sha256, self.tensors.values())
-            for (name, entry), sha256 in zip(self.tensors.items(), hashes, strict=True):
-                if sha256 is None:
-                    bad.append(f"{name}: holds NaN or infinity")
+            for (name, entry), (sha256, problem) in zip(
+                chosen.items(), pool.map(examine, chosen.items()), strict=True
+            ):
+                if problem is not None:
+                    bad.append(f"{name}: {problem}")
+                    remedy = remedy or ("; choose bf16 or fp32" if "beyond" in problem else "")
                 digest.update(f"{name} {entry.dtype} {entry.shape} {sha256}\n".encode())
                 done(entry.nbytes)
-        raise_problems(self.path, bad)
+        raise_problems(self.path, bad, remedy)
         return digest.hexdigest()
 
     def require_unchanged(self) -> None:
@@ -118,33 +156,70 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(directory: Path | str) -> Checkpoint:
+def open_checkpoint(
+    directory: Path | str,
+    components: Collection[str] | None = None,
+    *,
+    is_quantized: bool = False,
+) -> Checkpoint:
     """Open a checkpoint directory and prove that its tensors are those its config asks for.
+
+    Args:
+        directory: where it lies.
+        components: what will be compiled: only what these read has to be there, and sound; None:
+            everything.
+        is_quantized: True where they will be calibrated, which runs the towers before them too.
 
     Raises:
         CheckpointError: not a checkpoint, pickle only, a malformed or missing shard, or tensors
             missing, unexpected, of a wrong shape or type: all of them named in one message.
     """
     path = Path(directory)
+    require_unicode(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; expected a Hugging Face checkpoint directory")
     config = load_config(path)
-    shards = tuple(find_shards(path))
-    states = tuple(file_state(shard) for shard in shards)
-    entries = _canonical(config, all_entries(shards))
+    chosen = choose_safetensors(path)
+    states = tuple(file_state(shard) for shard in chosen.files)
+    entries, notes = named_entries(config, all_entries(chosen.files), expected_shapes(config))
     config = _with_output_layer(config, entries)
-    tensors, problems = _match(config, entries)
-    raise_problems(path, problems)
-    return Checkpoint(path=path, config=config, tensors=tensors, shards=shards, states=states)
+    whole = expected_shapes(config)
+    parts = parts_read(config, components, is_quantized=is_quantized)
+    expected = {name: shape for name, shape in whole.items() if is_in_scope(name, parts)}
+    entries = {name: entry for name, entry in entries.items() if is_in_scope(name, parts)}
+    tensors, problems = _match(expected, entries)
+    if problems:
+        refuse_mismatch(path, config, problems, entries, len(tensors))
+    for note in (*chosen.notes, *notes):
+        logger.warning("%s: %s", path, note)
+    return Checkpoint(path=path, config=config, tensors=tensors, shards=chosen.files, states=states)
 
 
 # --- names ---------------------------------------------------------------------------------------
 
 
+def named_entries(
+    config: CheckpointConfig, entries: Mapping[str, TensorEntry], expected: Mapping[str, Shape]
+) -> tuple[dict[str, TensorEntry], list[str]]:
+    """Give entries their canonical names, and say what was left out of those on disk.
+
+    Raises:
+        CheckpointError: two of them are the same parameter.
+    """
+    return best_named(entries, expected, lambda named: _canonical(config, named))
+
+
+def num_expected(config: CheckpointConfig, entries: Mapping[str, TensorEntry]) -> int:
+    """Count the entries that a configuration calls for."""
+    expected = expected_shapes(config)
+    named, _ = named_entries(config, entries, expected)
+    return sum(name in expected for name in named)
+
+
 def _canonical(config: CheckpointConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Give entries their canonical names; drop those that are computed rather than stored."""
-    kept = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}
+    kept = {n: e for n, e in entries.items() if not n.endswith(COMPUTED)}
     if config.kind == "vit" and not any(n.startswith("vision_model.") for n in kept):
         return {"vision_model." + n: e for n, e in kept.items()}
     if config.kind == "vit":  # of a composite of another kind, the tower is what we compile
@@ -197,9 +272,8 @@ def _with_output_layer(
 
 
 def _match(
-    config: CheckpointConfig, entries: dict[str, TensorEntry]
+    expected: Mapping[str, Shape], entries: dict[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], list[str]]:
-    expected = expected_shapes(config)
     problems = [f"{name}: missing" for name in expected if name not in entries]
     for name, entry in entries.items():
         if name not in expected:

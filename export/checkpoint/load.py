@@ -74,8 +74,11 @@ def load_into(
         dtype: every parameter's dtype.
         rename: what a parameter is called there, where it is another block's.
     """
-    state = {n: read_torch(source, rename(prefix + n), dtype) for n in module.state_dict()}
-    module.load_state_dict(state, assign=True)
+    names = {n: rename(prefix + n) for n in module.state_dict()}
+    if source.is_partial:  # the rest stays on the meta device, and is not run
+        names = {n: stored for n, stored in names.items() if stored in source.tensors}
+    state = {n: read_torch(source, stored, dtype) for n, stored in names.items()}
+    module.load_state_dict(state, assign=True, strict=not source.is_partial)
     for owner in module.modules():  # tables that are computed, not stored
         restore = getattr(owner, "reset_tables", None)
         if restore is not None:

@@ -31,13 +31,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from internvl_edge.errors import CheckpointError
-from internvl_edge.export.checkpoint.shards import TensorEntry
+from internvl_edge.export.checkpoint.shards import DTYPES, TensorEntry
 from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.types import Array
 
 __all__ = ["Joined", "chat_entries"]
 
 Entries = Mapping[str, TensorEntry]
+FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
 
 # Beginnings of names in transformers' layout; the newer generation first.
 NATIVE_PREFIXES = {
@@ -153,7 +154,7 @@ def _unpacked(
 ) -> Iterator[tuple[str, TensorEntry]]:
     """Yield the parts of a packed matrix under their names, or the tensor itself."""
     match = None if language is None else PACKED.match(name)
-    if match is None or language is None:
+    if match is None or language is None or entry.dtype not in FLOATS:  # or packed by another tool
         yield name, entry
         return
     block, kind = match.groups()

@@ -1,7 +1,7 @@
-"""The shards of a checkpoint: found, held against their index, and read tensor by tensor.
+"""The shards of a checkpoint, read tensor by tensor.
 
-An index has to agree with what its shards hold, and no tensor may be in two of them. Headers are
-read by ``artifact.safetensors``; every refusal is a ``CheckpointError`` here. Tensors are read with
+``choose`` says which files they are; no tensor may be in two of them. Headers are read by
+``artifact.safetensors``; every refusal is a ``CheckpointError`` here. Tensors are read with
 ``read`` into memory of their own: mapping the files instead would turn a shard that is truncated
 while we read into a bus error that kills the process.
 """
@@ -9,6 +9,7 @@ while we read into a bus error that kills the process.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ from internvl_edge.artifact.safetensors import (
     read_places,
 )
 from internvl_edge.errors import CheckpointError
-from internvl_edge.files.reading import is_there, open_file, read_json
+from internvl_edge.files.content import content_of
+from internvl_edge.files.reading import open_file
 from internvl_edge.types import Array
 
-MAX_INDEX_NBYTES = 64 << 20
 CHECKED_AT_ONCE = 1 << 20  # elements; temporaries of this size stay in the cache
 REMEDY = "download the checkpoint again"
 MAX_LISTED = 20  # problems named one by one before the rest is counted
@@ -40,10 +41,21 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F6_E2M3": np.dtype(ml_dtypes.float6_e2m3fn),
+    "F6_E3M2": np.dtype(ml_dtypes.float6_e3m2fn),
+    "F4": np.dtype(ml_dtypes.float4_e2m1fn),
+    "C64": np.dtype(np.complex64),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -77,19 +89,44 @@ class TensorEntry:
             )
         return values
 
-    def finite_sha256(self) -> str | None:
-        """Hash the values; None if one of them is NaN or infinite."""
+    def checked_sha256(self, target: np.dtype[Any] | None = None) -> tuple[str, str | None]:
+        """Hash the values, and find what keeps them from being used.
+
+        Args:
+            target: the float type that they will be converted to; None: as they are.
+
+        Returns:
+            The hash, and the problem; None: there is none.
+        """
         values = self.read().reshape(-1)
-        for start in range(0, values.size, CHECKED_AT_ONCE):
-            if not _is_finite(values[start : start + CHECKED_AT_ONCE]):
-                return None
-        return hashlib.sha256(values.view(np.uint8).data).hexdigest()
+        problem = _problem(_largest(values), values.dtype, target)
+        return hashlib.sha256(values.view(np.uint8).data).hexdigest(), problem
 
 
-def _is_finite(values: Array) -> bool:
-    if values.dtype == DTYPES["BF16"]:  # all exponent bits set; ml_dtypes' isfinite is slow
-        return not bool(((values.view(np.uint16) & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(values).all())
+def _largest(values: Array) -> float:
+    """Return the largest magnitude; NaN or infinity if there is one.
+
+    Without their sign, the bits of floats are ordered as their values are, infinity above all
+    numbers and NaN above it.
+    """
+    bits = np.dtype(f"u{values.dtype.itemsize}")
+    mask, most = bits.type(np.iinfo(bits).max >> 1), bits.type(0)
+    for start in range(0, values.size, CHECKED_AT_ONCE):
+        part = values[start : start + CHECKED_AT_ONCE].view(bits) & mask
+        most = max(most, part.max())
+    return float(np.array([most], bits).view(values.dtype)[0])
+
+
+def _problem(largest: float, dtype: np.dtype[Any], target: np.dtype[Any] | None) -> str | None:
+    if not math.isfinite(largest):
+        return "holds NaN or infinity"
+    if target is None or target == dtype:
+        return None
+    with np.errstate(over="ignore"):
+        is_beyond = math.isinf(float(np.float64(largest).astype(target)))
+    if is_beyond:
+        return f"holds {largest:.6g}, beyond the range of {target.name}"
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,63 +162,6 @@ def file_state(path: Path) -> FileState | None:
     return FileState(nbytes=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
 
 
-def find_shards(path: Path) -> list[Path]:
-    """List the safetensors files of a directory, by its index where it has one."""
-    index = path / "model.safetensors.index.json"
-    if is_there(index):  # one that leads nowhere is a broken download
-        return [path / name for name in _indexed(index)]
-    single = sorted(path.glob("*.safetensors"))
-    if single:
-        return single
-    pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLE_SUFFIXES]
-    if pickles:
-        raise CheckpointError(
-            f"{path}: holds pickle files only ({', '.join(pickles[:3])}), which can run code when "
-            f"loaded; convert them first: internvl-edge convert {path} NEW_DIRECTORY"
-        )
-    raise CheckpointError(f"{path}: no *.safetensors file found; {REMEDY}")
-
-
-def _indexed(index: Path) -> list[str]:
-    try:
-        raw = read_json(index, MAX_INDEX_NBYTES, CheckpointError, unique=True)
-        weight_map = raw["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {REMEDY}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a shard index: {_reason(error)}; {REMEDY}") from error
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: shard must be a plain *.safetensors name: {name!r}")
-        if not (index.parent / name).exists():
-            raise CheckpointError(f"{index}: names shard {name}, which is missing; {REMEDY}")
-    raise_problems(index, _index_disagreements(index, weight_map))
-    return names
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"it has no {error.args[0]!r}"
-    return str(error)
-
-
-def _index_disagreements(index: Path, weight_map: dict[str, str]) -> list[str]:
-    held = {name: read_header(index.parent / name) for name in sorted(set(weight_map.values()))}
-    absent = [
-        f"{tensor}: the index places it in {shard}, which does not hold it"
-        for tensor, shard in weight_map.items()
-        if tensor not in held[shard]
-    ]
-    left_out = [
-        f"{tensor}: {shard} holds it, the index does not name it"
-        for shard, tensors in held.items()
-        for tensor in tensors
-        if tensor not in weight_map
-    ]
-    return absent + left_out
-
-
 def all_entries(shards: Iterable[Path]) -> dict[str, TensorEntry]:
     """Collect the tensors of all shards; none may be in two of them."""
     entries: dict[str, TensorEntry] = {}
@@ -189,7 +169,8 @@ def all_entries(shards: Iterable[Path]) -> dict[str, TensorEntry]:
         for name, entry in read_header(shard).items():
             if name in entries:
                 raise CheckpointError(
-                    f"tensor {name!r} is in two shards: {entries[name].file.name}, {shard.name}"
+                    f"tensor {name!r} is in two shards: {entries[name].file.name}, {shard.name}; "
+                    "keep the one that is meant, and move the other away"
                 )
             entries[name] = entry
     return entries
@@ -206,6 +187,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         try:
             places = read_places(file)
         except MalformedFile as error:
+            content = content_of(path)
+            if content is not None:
+                raise CheckpointError(
+                    f"{path}: not a safetensors file but {content.what}; {content.remedy}"
+                ) from error
             raise CheckpointError(f"{path}: {error}; {REMEDY}") from error
     return {
         name: TensorEntry(
@@ -234,10 +220,10 @@ def source_files(shards: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return {path.name: header_fingerprint(path) for path in shards}
 
 
-def raise_problems(path: Path, problems: list[str]) -> None:
+def raise_problems(path: Path, problems: list[str], remedy: str = "") -> None:
     """Raise CheckpointError, if there are problems, with all that fit into a line."""
     if not problems:
         return
     listed = "; ".join(problems[:MAX_LISTED])
     more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    raise CheckpointError(f"{path}: {len(problems)} problem(s): {listed}{more}")
+    raise CheckpointError(f"{path}: {len(problems)} problem(s): {listed}{more}{remedy}")

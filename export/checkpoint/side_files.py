@@ -90,7 +90,8 @@ def check_side_files(folder: Path, config: CheckpointConfig, readers: Sequence[s
     for name in passed_on(folder, config):
         read_side_file(folder, name)
     say_foreign(folder)
-    check_tokenizer(folder, config)
+    if readers:
+        check_tokenizer(folder, config)
     if readers and config.chat is not None and not config.chat.template:
         logger.warning(
             "%s: its chat template is not the published one, and is never run: a conversation will "

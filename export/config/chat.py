@@ -21,6 +21,7 @@ from typing import Any, Literal
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config.fields import (
     known_fields,
+    listed,
     require_choice,
     require_positive,
     section,
@@ -130,7 +131,8 @@ class ChatConfig:
 
 def is_llava(raw: dict[str, Any]) -> bool:
     """Tell whether a config has the LLaVA layout."""
-    return "mm_vision_tower" in raw or LLAVA in (raw.get("architectures") or ())
+    names = listed(raw.get("architectures"))
+    return "mm_vision_tower" in raw or LLAVA in names
 
 
 def has_queries(raw: dict[str, Any]) -> bool:
@@ -163,12 +165,14 @@ def read_chat(raw: dict[str, Any], path: Path) -> tuple[ChatConfig, int]:
     _refuse_relatives(raw, name, path)
     vision = section(raw, "vision_config", path)
     size = raw.get("force_image_size") or vision.get("image_size") or 448
+    message = raw.get("system_message")
     config = ChatConfig(
         llama=read_tied(raw, llm, name, path, "llm_config."),
         architecture=name,
         language_width=typed(llm.get("hidden_size", 4096), int, path, "llm_config.hidden_size"),
         image_size=typed(size, int, path, "force_image_size"),
         image_token_id=find_token_id(path.parent, IMAGE_TOKEN),
+        system=None if message is None else typed(message, str, path, "system_message"),
         **known_fields(ChatConfig, raw, path, "", skip=NOT_IN_CONFIG),
     )
     if config.downsample_ratio not in (1.0, 0.5, 0.25):
@@ -193,14 +197,14 @@ def read_tied(
 def _refuse_relatives(raw: dict[str, Any], name: str, path: Path) -> None:
     """Refuse models that share the layout and compute something else."""
     vision = raw["vision_config"]
-    towers = vision.get("architectures") or ["InternVisionModel"]
+    towers = listed(vision.get("architectures")) or ["InternVisionModel"]
     if "VE" in name.removesuffix("ForCausalLM") or "InternVisionModel" not in towers:
         raise CheckpointError(
             f"{path}: {name} with {', '.join(map(str, towers))}: a Mono-InternVL, which has no "
             "vision tower; it is not implemented"
         )
     flash = [key for key in raw if key.startswith("flash_")]
-    if flash or any("Flash" in str(one) for one in raw.get("architectures") or ()):
+    if flash or any("Flash" in str(one) for one in listed(raw.get("architectures"))):
         raise CheckpointError(
             f"{path}: {', '.join(flash) or raw['architectures'][0]}: an InternVL3.5-Flash, whose "
             "router merges image tokens; it is not implemented. The model without Flash is"

@@ -58,6 +58,11 @@ def section(raw: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     return value
 
 
+def listed(given: object) -> list[Any]:
+    """Return a list of a config; nothing where there is something else."""
+    return given if isinstance(given, list) else []
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a checkpoint's JSON file.
 

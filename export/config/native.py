@@ -12,7 +12,7 @@ from typing import Any
 
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config.chat import IMAGE_TOKEN, ChatConfig, read_tied
-from internvl_edge.export.config.fields import read_json, section, typed
+from internvl_edge.export.config.fields import listed, read_json, section, typed
 from internvl_edge.export.config.language import FAMILIES
 from internvl_edge.export.config.prompts import find_token_id
 from internvl_edge.files.reading import is_there
@@ -50,7 +50,7 @@ IMAGE_TOKEN_ID = 151667  # where the config has none
 
 def is_native(raw: dict[str, Any]) -> bool:
     """Tell whether a config has this layout; InternVL-14B says model_type internvl too."""
-    names = raw.get("architectures") or ()
+    names = listed(raw.get("architectures"))
     is_named = raw.get("model_type") == "internvl" or ARCHITECTURE in names
     return is_named and isinstance(raw.get("text_config"), dict)
 

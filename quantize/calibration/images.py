@@ -19,7 +19,8 @@ import hashlib
 import importlib.resources
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,16 +29,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.errors import CalibrationError, MediaError, MissingDependency, UsageError
-from internvl_edge.files.reading import read_file
+from internvl_edge.files.content import content_of
+from internvl_edge.files.reading import read_file, require_unicode
+from internvl_edge.files.terminal import printable
+from internvl_edge.quantize.calibration.captions import find_captions, paired
 from internvl_edge.runtime.images.decode import MAX_NBYTES, load_image
 
 Image = NDArray[np.uint8]  # (height, width, 3)
 T = TypeVar("T")
 
-SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})  # of the files that load_image can decode
+# Of the files that load_image can decode, and of pictures that it cannot.
+SUFFIXES = frozenset({".jpeg", ".jpg", ".jpe", ".jfif", ".pjpeg", ".png", ".webp"})
+OTHER_SUFFIXES = frozenset(
+    (".bmp", ".dib", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg")
+    + (".ico", ".psd", ".tga", ".pgm", ".ppm", ".dcm")
+    + (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2")
+)
+READ_HERE = ("a JPEG picture", "a PNG picture", "a WebP picture")
+TEXT_SUFFIXES = frozenset({".txt", ".json", ".jsonl", ".csv", ".tsv", ".caption", ".xml", ".md"})
+NO_PICTURES = ("__MACOSX",)  # folders of copies of resource forks
+LABEL = "image"  # of what is decoded, in the decoder's messages
+MAX_SHOWN = 5  # names in a message
 MAX_CORRUPT = 0.05  # fraction of the images decoded; with more, the folder is refused
 NUM_CHECKED = 256  # images decoded at least to find corrupt ones, where the folder has as many
-MAX_CAPTIONS_NBYTES = 64 << 20
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SAMPLE_SETS = ("photographs", "digits")
 
@@ -58,6 +72,7 @@ class CalibrationSet:
     sources: tuple[ImageFile | Image, ...]
     captions: tuple[str, ...]  # as many as images
     skipped: tuple[str, ...] = ()  # files that did not decode, relative to the folder
+    notes: tuple[str, ...] = ()  # on what was left out, and why
     digest: str  # SHA-256 over images and captions, in order
 
     @classmethod
@@ -68,6 +83,7 @@ class CalibrationSet:
         *,
         name: str,
         skipped: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> CalibrationSet:
         """Make a set whose captions are repeated until every image has one."""
         if not sources or not captions:
@@ -82,6 +98,7 @@ class CalibrationSet:
             sources=tuple(sources),
             captions=captions,
             skipped=tuple(skipped),
+            notes=tuple(notes),
             digest=digest.hexdigest(),
         )
 
@@ -128,11 +145,10 @@ class CalibrationSet:
 
 
 def load_calibration(folder: Path, num_samples: int, seed: int = 0) -> CalibrationSet:
-    """Sample a folder of images, searched with its sub-folders.
+    """Sample a folder of images, searched with its sub-folders, through links too.
 
-    Captions come from ``captions.txt`` (one per line), or from ``captions.json`` or
-    ``captions.jsonl`` (texts, or objects with ``image``, relative to the folder, and
-    ``caption``); without any of these files, from the captions that come with the package.
+    Captions come from a file of the folder (``captions``); without one, from the captions that come
+    with the package. Where they are of images, images without one are left out, and said.
 
     Args:
         folder: the folder of images.
@@ -143,26 +159,94 @@ def load_calibration(folder: Path, num_samples: int, seed: int = 0) -> Calibrati
         CalibrationError: there is no such folder, no images in it, more than 5 % of them are
             corrupt, or the captions file is malformed.
     """
+    require_unicode(folder)
     if not folder.is_dir():
         raise CalibrationError(f"{folder}: expected a folder of calibration images")
-    paired, captions = _captions_of(folder)
-    paths = [
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    ]
-    if not paths:
+    listed = list_images(folder)
+    if not listed.images:
+        others = "".join(f"; {note}" for note in listed.notes)
         raise CalibrationError(
-            f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}), found none"
+            f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}), found none{others}"
         )
-    if paired:
-        paths = [path for path in paths if path.as_posix() in paired]
-        if not paths:
-            raise CalibrationError(f"{folder}: its captions file names none of its images")
-    chosen, skipped = _readable(folder, _ordered(paths, seed, Path.as_posix), num_samples)
-    texts = [paired[path.as_posix()] for path, _ in chosen] if paired else _ordered(captions, seed)
+    paths, notes = list(listed.images), list(listed.notes)
+    captions = find_captions(folder, paths)
+    by_path: dict[Path, str] = {}
+    if captions is not None:
+        notes += captions.notes
+    if captions is not None and captions.by_image:
+        try:
+            by_path, more = paired(captions, paths)
+        except CalibrationError as error:
+            raise CalibrationError(f"{folder}: {error}") from error
+        notes += more
+        paths = [path for path in paths if path in by_path]
+    chosen, skipped, reasons = _readable(folder, _ordered(paths, seed, Path.as_posix), num_samples)
+    texts = bundled_captions() if captions is None else captions.texts
+    spoken = [by_path[path] for path, _ in chosen] if by_path else _ordered(texts, seed)
     sources = [ImageFile(path=folder / path, sha256=sha256) for path, sha256 in chosen]
-    return CalibrationSet.of(sources, texts, name=folder.name, skipped=skipped)
+    return CalibrationSet.of(
+        sources,
+        spoken,
+        name=printable(folder.name),
+        skipped=skipped,
+        notes=[*notes, *reasons],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """The images of a folder, relative to it, and notes on what else looks like one."""
+
+    images: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def list_images(folder: Path) -> Listed:
+    """List the images of a folder and its sub-folders, links followed, each folder once.
+
+    A file of another suffix is an image if it begins like one.
+    """
+    images: list[Path] = []
+    others: dict[str, list[str]] = {}
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in NO_PICTURES)
+        for name in sorted(names):
+            path = Path(place, name)
+            if name.startswith(".") or path.suffix.lower() in TEXT_SUFFIXES:
+                continue
+            kind = _kind_of(path)
+            if kind is None:
+                images.append(path.relative_to(folder))
+            elif kind:
+                others.setdefault(kind, []).append(printable(path.relative_to(folder).as_posix()))
+    notes = [
+        f"{len(names)} file(s) are left out, {kind}: {', '.join(names[:MAX_SHOWN])}"
+        for kind, names in others.items()
+    ]
+    return Listed(images=tuple(images), notes=tuple(notes))
+
+
+def _kind_of(path: Path) -> str | None:
+    """Say why a file is no image that is read here; None: it is one, "": nothing is said."""
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        is_meant = suffix in SUFFIXES | OTHER_SUFFIXES and not path.is_dir()
+        return "links that lead nowhere, or no regular files" * is_meant
+    if suffix in SUFFIXES:
+        return None
+    content = content_of(path)
+    if content is None:
+        return f"{suffix} files, which are not read here" if suffix in OTHER_SUFFIXES else ""
+    if content.what in READ_HERE:
+        return None
+    is_picture = content.what.endswith(("picture", "photo", "drawing"))
+    return f"{content.what}: {content.remedy}" if is_picture or suffix in OTHER_SUFFIXES else ""
 
 
 def sample_set(name: str, num_samples: int | None = None, seed: int = 0) -> CalibrationSet:
@@ -232,67 +316,53 @@ def _ordered(items: Iterable[T], seed: int, key: Callable[[T], object] = str) ->
 
 def _readable(
     folder: Path, candidates: Sequence[Path], num_samples: int
-) -> tuple[list[tuple[Path, str]], list[str]]:
-    """Return the first candidates that decode, with hashes, and the names of those that do not."""
+) -> tuple[list[tuple[Path, str]], list[str], list[str]]:
+    """Return the first candidates that decode, with hashes; who does not, and why."""
     chosen: list[tuple[Path, str]] = []
-    skipped: list[str] = []
+    skipped: dict[str, str] = {}
     for examined, path in enumerate(candidates):
         if len(chosen) >= num_samples and examined >= NUM_CHECKED:
             break
         try:
             data = read_file(folder / path, MAX_NBYTES, MediaError)
             _decode(data)
-        except (OSError, MediaError):
-            skipped.append(path.as_posix())
+        except MediaError as error:
+            skipped[printable(path.as_posix())] = _reason(folder / path, error)
         else:
             chosen.append((path, hashlib.sha256(data).hexdigest()))
     examined = len(chosen) + len(skipped)
+    names = sorted(skipped)
+    reasons = _by_reason({name: skipped[name] for name in names})
     if not chosen or len(skipped) > MAX_CORRUPT * examined:
         raise CalibrationError(
             f"{folder}: {len(skipped)} of {examined} images cannot be decoded, more than "
-            f"{MAX_CORRUPT:.0%}: {', '.join(sorted(skipped)[:5])}; remove or replace them"
+            f"{MAX_CORRUPT:.0%}: {'; '.join(reasons[:MAX_SHOWN])}; remove or replace them"
         )
-    return chosen[:num_samples], sorted(skipped)
+    notes = [f"skipped {len(skipped)} image(s): {'; '.join(reasons)}"] if skipped else []
+    return chosen[:num_samples], names, notes
+
+
+def _reason(path: Path, error: MediaError) -> str:
+    """Say why an image does not decode, without its path."""
+    content = content_of(path)
+    if content is not None and content.what not in READ_HERE:
+        return f"{content.what}; {content.remedy}"
+    return str(error).removeprefix(f"{path}: ").removeprefix(f"{LABEL}: ")
+
+
+def _by_reason(skipped: Mapping[str, str]) -> list[str]:
+    """Gather the files that do not decode for the same reason."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        groups.setdefault(reason, []).append(name)
+    return [
+        f"{', '.join(names[:MAX_SHOWN])}{', ...' if len(names) > MAX_SHOWN else ''} ({reason})"
+        for reason, names in groups.items()
+    ]
 
 
 def _decode(data: bytes) -> Image:
-    return np.asarray(load_image(data), np.uint8)
-
-
-def _captions_of(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return captions by image, if the folder's file pairs them, or captions alone."""
-    for file in ("captions.json", "captions.jsonl", "captions.txt"):
-        path = folder / file
-        if path.exists():
-            break
-    else:
-        return {}, bundled_captions()
-    try:
-        return _parse_captions(_caption_entries(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: cannot be read as captions: {error}") from error
-
-
-def _caption_entries(path: Path) -> Any:
-    text = read_file(path, MAX_CAPTIONS_NBYTES, CalibrationError).decode()
-    if path.suffix == ".json":
-        return json.loads(text)
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
-
-
-def _parse_captions(entries: Any) -> tuple[dict[str, str], tuple[str, ...]]:
-    if not isinstance(entries, list) or not entries:
-        raise ValueError("expected a list of captions, or of {image, caption} objects")
-    if all(isinstance(entry, str) and entry.strip() for entry in entries):
-        return {}, tuple(entries)
-    paired: dict[str, str] = {}
-    for i, entry in enumerate(entries):
-        pair = [entry.get(k) for k in ("image", "caption")] if isinstance(entry, dict) else []
-        if len(pair) != 2 or not all(isinstance(value, str) and value.strip() for value in pair):
-            raise ValueError(f"entry {i + 1}: expected {{image, caption}}, found {entry!r:.80}")
-        paired.setdefault(str(pair[0]), str(pair[1]))
-    return paired, ()
+    return np.asarray(load_image(data, LABEL), np.uint8)
 
 
 def _digits(path: Path) -> tuple[list[Image], list[str]]:

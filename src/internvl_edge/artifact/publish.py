@@ -44,6 +44,7 @@ from internvl_edge.files.disk import (
     work_errors,
     write_atomically,
 )
+from internvl_edge.files.reading import require_unicode
 
 __all__ = [
     "check_out",
@@ -203,8 +204,9 @@ def check_parent(out: Path) -> None:
     """Refuse, before any work, a place where ``out`` cannot be made.
 
     Raises:
-        UsageError: the folder around it is none, or cannot be written.
+        UsageError: the folder around it is none, or cannot be written, or a name is not UTF-8.
     """
+    require_unicode(out)
     place = nearest_existing(out.absolute().parent)
     if not place.is_dir():
         raise UsageError(f"{out}: {place} is not a folder; choose another place")

@@ -24,7 +24,7 @@ from internvl_edge.files.reading import unique_names
 from internvl_edge.types import Shape
 
 __all__ = [
-    "ITEM_NBYTES",
+    "ITEM_NBITS",
     "MAX_HEADER_NBYTES",
     "MalformedFile",
     "TensorPlace",
@@ -34,18 +34,29 @@ __all__ = [
 ]
 
 MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
-ITEM_NBYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
+ITEM_NBITS = {  # all that the format knows
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+    "C64": 64,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "BOOL": 8,
 }
 
 File = BufferedReader | FileIO
@@ -60,7 +71,7 @@ class TensorPlace:
     """Where a tensor lies in its file."""
 
     name: str
-    code: str  # of its dtype, a key of ITEM_NBYTES
+    code: str  # of its dtype, a key of ITEM_NBITS
     shape: Shape
     offset: int  # from the start of the file
     nbytes: int
@@ -122,14 +133,18 @@ def _parsed(raw: bytes, start: int, size: int) -> dict[str, TensorPlace]:
 
 
 def _place(name: str, item: dict[str, Any], start: int) -> TensorPlace:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"tensor {name!a}: its name is not Unicode") from error
     begin, end = item["data_offsets"]
     shape = tuple(item["shape"])
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"tensor {name!r}: shape and offsets must be non-negative integers")
     code = item["dtype"]
-    if code not in ITEM_NBYTES:
-        raise ValueError(f"tensor {name!r}: dtype {code!r} is not supported")
-    if end - begin != math.prod(shape) * ITEM_NBYTES[code]:
+    if not isinstance(code, str) or code not in ITEM_NBITS:
+        raise ValueError(f"tensor {name!r}: dtype {code!r} is not one of the format")
+    if 8 * (end - begin) != math.prod(shape) * ITEM_NBITS[code]:
         raise ValueError(f"tensor {name!r}: {end - begin} bytes do not hold {shape} of {code}")
     return TensorPlace(name=name, code=code, shape=shape, offset=start + begin, nbytes=end - begin)
 

@@ -89,10 +89,15 @@ class Workspace:
         path.unlink()
         return self._opened(Spool(file, self._budget))
 
-    def publishing(self, directory: Path) -> None:
-        """Note the manifest of a directory that is about to be published: with it, work is done."""
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        link_or_copy(directory / MANIFEST, self.path / MANIFEST)
+    def publishing(self, directory: Path, name: str = MANIFEST) -> None:
+        """Note the manifest of a directory that is about to be published: with it, work is done.
+
+        Args:
+            directory: what is about to be published.
+            name: of a file that tells one from another, where it has no manifest.
+        """
+        (self.path / name).unlink(missing_ok=True)
+        link_or_copy(directory / name, self.path / name)
 
     def hand_over(self, name: str, directory: Path) -> None:
         """Move a finished file to ``directory``; it stays here too if a file can have two names."""
@@ -102,6 +107,11 @@ class Workspace:
             (self.path / JOURNAL).unlink(missing_ok=True)
             self.entries = []
             os.replace(self.path / name, directory / name)
+
+    def forget(self) -> None:
+        """Make this work worth nothing to another run: what it was made from has to change."""
+        (self.path / JOURNAL).unlink(missing_ok=True)
+        self.entries = []
 
     def close(self) -> None:
         """Close every file; what is finished stays."""
@@ -153,11 +163,16 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def drop_published(out: Path) -> None:
-    """Remove the work on what ``out`` is, if the run that published it died before it could."""
+def drop_published(out: Path, name: str = MANIFEST) -> None:
+    """Remove the work on what ``out`` is, if the run that published it died before it could.
+
+    Args:
+        out: what was published.
+        name: of the file that ``Workspace.publishing`` noted.
+    """
     path = _work_on(placed(out))
     with suppress(OSError, UsageError), ExitStack() as cleanup:
-        if (path / MANIFEST).read_bytes() == (out / MANIFEST).read_bytes():
+        if (path / name).read_bytes() == (out / name).read_bytes():
             hold(path, cleanup)
             _remove(path)
 

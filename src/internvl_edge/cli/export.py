@@ -30,6 +30,7 @@ from internvl_edge.cli.options import (
 )
 from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 from internvl_edge.export import require_packages
+from internvl_edge.export.precision import precision_hint
 
 AUTO = "auto"
 LAYOUTS = ("internvl_chat", "internvl_hf")
@@ -153,7 +154,7 @@ def _is_searched(precision: str, max_drop: float | None, metric: str | None) -> 
     if "=" not in precision and precision not in PRECISIONS:
         raise UsageError(
             f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, or one per tower "
-            f"such as vision=int8,decoder=int4-wo{did_you_mean(precision, PRECISIONS)}"
+            f"such as vision=int8,decoder=int4-wo{precision_hint(precision, PRECISIONS)}"
         )
     is_auto = precision == AUTO
     if is_auto and max_drop is None:
@@ -274,9 +275,9 @@ def convert(output: Output, source: Path, out: Path, layout: str | None, backend
         output.result({"out": out, "tensors": written})
         return
     with output.progress():
-        count = convert_pickles(source, out)
-    output.lines([f"{out}: {count} tensors"])
-    output.result({"out": out, "tensors": count})
+        done = convert_pickles(source, out)
+    output.lines([*done.notes, f"{out}: {done.num_tensors} tensors of {', '.join(done.files)}"])
+    output.result({"out": out, "tensors": done.num_tensors, "notes": done.notes})
 
 
 def _compiler() -> Any:
@@ -288,17 +289,8 @@ def _compiler() -> Any:
 
 def _dry_run(output: Output, compiler: Any, options: Any) -> None:
     """Show what an export will need, and refuse what it would refuse before it begins."""
-    from internvl_edge.compiler.pipeline import forecast_plan, require_fit
-    from internvl_edge.compiler.steps.calibration.samples import load_samples
-    from internvl_edge.compiler.steps.engines import require_targets
-
-    plan = compiler.make_plan(options)
-    require_targets(plan.engine_targets, options.precision)
-    forecast = forecast_plan(plan)
-    _show(output, forecast)
-    require_fit(plan, forecast)
-    if plan.recipe is not None:
-        load_samples(plan)
+    with output.progress() as report:
+        compiler.rehearse(options, lambda forecast: _show(output, forecast), report)
 
 
 def _dry_build(

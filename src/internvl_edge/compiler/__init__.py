@@ -23,7 +23,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvl_edge.compiler.compile import export
+    from internvl_edge.compiler.compile import export, rehearse
     from internvl_edge.compiler.pipeline import forecast
     from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
@@ -43,6 +43,7 @@ __all__ = [
     "make_plan",
     "profile_from",
     "ranges_from",
+    "rehearse",
     "verify",
 ]
 
@@ -57,6 +58,7 @@ _HOME = {
     "make_plan": "plan",
     "profile_from": "steps.profiles",
     "ranges_from": "steps.profiles",
+    "rehearse": "compile",
     "verify": "published",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,16 +14,14 @@ from internvl_edge.artifact.publish import staging
 from internvl_edge.artifact.workspace import drop_published, workspace
 from internvl_edge.compiler.pipeline import require_fit, steps, total
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
-from internvl_edge.compiler.progress import Progress, Report, silent
+from internvl_edge.compiler.progress import Report, silent
 from internvl_edge.compiler.steps.calibration.cost import spool_budget
 from internvl_edge.compiler.steps.calibration.samples import load_samples, samples_for
 from internvl_edge.compiler.steps.engines import require_targets
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.export.checkpoint.shards import header_fingerprint
+from internvl_edge.compiler.weights.tensors import read_content
 from internvl_edge.files.packages import TRACED_WITH, versions
 from internvl_edge.quantize.calibration.images import CalibrationSet
-
-MB = 10**6
 
 
 def export(options: ExportOptions, report: Report = silent) -> Artifact:
@@ -65,20 +64,25 @@ def export(options: ExportOptions, report: Report = silent) -> Artifact:
     return open_artifact(options.out, hash_files=False)  # they were hashed for the manifest
 
 
-def _content(plan: Plan, report: Report) -> str:
-    """Identify a checkpoint's contents; linked shards are not read, the point of linking."""
-    if plan.options.weights == "link" and plan.options.verify == "none":
-        return repr(
-            [header_fingerprint(p) for p in plan.checkpoint.shards] + [*plan.checkpoint.states]
-        )
-    total, done = sum(entry.nbytes for entry in plan.checkpoint.tensors.values()), 0
+def rehearse(options: ExportOptions, show: Callable[[Any], None], report: Report = silent) -> None:
+    """Refuse all that an export would refuse before its first step, and write nothing.
 
-    def read(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        report(Progress(step="check", detail="MB of weights", done=done // MB, total=total // MB))
+    Args:
+        options: as for :func:`export`.
+        show: is given the forecast, before it is held against the machine.
+        report: told while weights are read.
 
-    return plan.checkpoint.content_sha256(read)
+    Raises:
+        InternVLError: as :func:`export` would.
+    """
+    plan = make_plan(options)
+    require_targets(plan.engine_targets, options.precision)
+    needed = total(plan, steps(plan))
+    show(needed)
+    require_fit(plan, needed)
+    if plan.recipe is not None:
+        load_samples(plan)
+    read_content(plan, report)
 
 
 def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def _key(plan: Plan, calibration: CalibrationSet | None, report: Report) -> dict
         "versions": {"internvl-edge": __version__, "torch": torch.__version__}
         | versions(TRACED_WITH),
         "threads": torch.get_num_threads(),  # float sums are split by them
-        "checkpoint": _content(plan, report),
+        "checkpoint": read_content(plan, report),
         "config": plan.checkpoint.config.to_json(),
         "tokenizer": plan.checkpoint.side_sha256("tokenizer.model"),
         "precision": plan.options.precision,

@@ -118,7 +118,11 @@ def make_plan(options: ExportOptions) -> Plan:
         )
     if options.image_size is not None and options.image_size > MAX_SIZE:
         raise UsageError(f"--image-size: expected at most {MAX_SIZE}, found {options.image_size}")
-    checkpoint = open_checkpoint(options.checkpoint or demo_checkpoint())
+    checkpoint = open_checkpoint(
+        options.checkpoint or demo_checkpoint(),
+        options.components,
+        is_quantized=recipe is not None,
+    )
     image_size = check_image_size(checkpoint.config, options.image_size)
     components = choose_components(checkpoint.config, options.components)
     _check_capacity(options.cache_capacity, checkpoint, components)

@@ -22,8 +22,11 @@ def open_source(artifact: Artifact, checkpoint: Path) -> Checkpoint:
     Raises:
         UsageError: it is another one.
     """
-    opened = open_checkpoint(checkpoint)
-    expected = artifact.manifest.source["files"]
+    manifest = artifact.manifest
+    opened = open_checkpoint(
+        checkpoint, tuple(manifest.components), is_quantized=manifest.recipe is not None
+    )
+    expected = manifest.source["files"]
     files = source_files(opened.shards)
     if files != expected:
         of_old = {name: shard["nbytes"] for name, shard in expected.items()}

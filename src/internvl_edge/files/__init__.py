@@ -5,6 +5,7 @@ reading  files that others wrote: regular, bounded, and where their links lead
 terminal texts that others wrote, as a terminal may show them
 spool    arrays that are too many for memory, read again from a file
 memory   what the machine has free, and what a process takes;  cores  how many it may use
+content  what a file is by its first bytes, where it is not what its name says
 packages what is installed, what it is for, and the extra that brings it
 signals  Ctrl-C and SIGTERM, held back where they would do harm
 """

@@ -26,7 +26,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.errors import InputError, InternVLError
+from internvl_edge.errors import InputError, InternVLError, UsageError
+from internvl_edge.files.content import HEAD_NBYTES, content_of_bytes
 from internvl_edge.files.disk import EXHAUSTED, translated
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "parse_json",
     "read_file",
     "read_json",
+    "require_unicode",
     "unique_names",
 ]
 
@@ -91,9 +93,15 @@ def read_json(
         error: the file cannot be read, or is not JSON that ``parse_json`` takes.
         ResourceError: descriptors or memory ran out, or the disk fails.
     """
+    data = read_file(path, limit, error)
     try:
-        return parse_json(read_file(path, limit, error), unique=unique)
+        return parse_json(data, unique=unique)
     except ValueError as problem:
+        content = content_of_bytes(data[:HEAD_NBYTES])
+        if content is not None:
+            raise error(
+                f"{path}: not readable as JSON: {problem}; it is {content.what}; {content.remedy}"
+            ) from problem
         raise error(f"{path}: not readable as JSON: {problem}") from problem
 
 
@@ -144,6 +152,21 @@ def _leading(path: Path) -> str:
 def is_there(path: Path) -> bool:
     """Tell whether there is something of this name, a link that leads nowhere too."""
     return os.path.lexists(path)
+
+
+def require_unicode(path: Path | None) -> None:
+    """Refuse a name that is not UTF-8: no manifest, report or answer in JSON could hold it.
+
+    Raises:
+        UsageError: it says which bytes the name has.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{os.fsencode(str(path))!r}: expected a path in UTF-8; rename it, or make a link to "
+            "it under another name"
+        ) from None
 
 
 def cache_hint(path: Path) -> str:

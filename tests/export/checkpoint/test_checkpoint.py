@@ -258,6 +258,7 @@ def test_a_shard_that_is_a_folder(tiny: Written) -> None:
 
 
 def test_an_index_that_leads_nowhere(tiny: Written) -> None:
+    (tiny.path / "model.safetensors").unlink()
     (tiny.path / "model.safetensors.index.json").symlink_to(tiny.path / "gone")
     with pytest.raises(CheckpointError, match=r"the link leads nowhere .*gone\); download"):
         open_checkpoint(tiny.path)

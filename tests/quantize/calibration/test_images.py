@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from internvl_edge.errors import CalibrationError, MissingDependency, UsageError
+from internvl_edge.quantize.calibration import captions
 from internvl_edge.quantize.calibration import images as data
 from internvl_edge.quantize.calibration.images import (
     SAMPLE_SETS,
@@ -163,9 +164,9 @@ def test_the_digest_covers_images_and_captions(folder: Path) -> None:
 
 def test_captions_of_a_text_file_are_repeated(folder: Path) -> None:
     (folder / "captions.txt").write_text("one\n\n  two \r\nthree, é\n", "utf-8")
-    captions = load_calibration(folder, 7).captions
-    assert len(captions) == 7
-    assert set(captions) == {"one", "two", "three, é"}
+    found = load_calibration(folder, 7).captions
+    assert len(found) == 7
+    assert set(found) == {"one", "two", "three, é"}
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
@@ -215,12 +216,12 @@ def test_captions_that_are_not_understood_are_refused(
 
 def test_captions_of_other_images_are_refused(folder: Path) -> None:
     (folder / "captions.json").write_text('[{"image": "other.png", "caption": "text"}]')
-    with pytest.raises(CalibrationError, match="its captions file names none of its images"):
+    with pytest.raises(CalibrationError, match=r"it names other\.png; the images are 000\.png"):
         load_calibration(folder, 4)
 
 
 def test_captions_file_has_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MAX_CAPTIONS_NBYTES", 10)
+    monkeypatch.setattr(captions, "MAX_NBYTES", 10)
     (folder / "captions.txt").write_text("a caption of some length")
     with pytest.raises(CalibrationError, match="at most 10 bytes, found 24"):
         load_calibration(folder, 4)

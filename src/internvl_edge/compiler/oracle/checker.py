@@ -108,7 +108,7 @@ class Checker:
         self.preprocessing = preprocessing
         self.feeds = on_levels(self.feeds, preprocessing)
         self.reference = Reference(checkpoint, quantization, whole=whole)
-        if self.reference.model is not None:
+        if self.reference.model is not None and not checkpoint.is_partial:
             self.feeds = with_hidden_state(self.reference.model, self.feeds, self.config)
         else:
             self.feeds = with_noise(self.feeds, self.config, image_size)

@@ -15,6 +15,7 @@ from internvl_edge.compiler.report.report import with_report
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.export.checkpoint.shards import source_files
 from internvl_edge.export.checkpoint.side_files import passed_on, read_side_file
+from internvl_edge.files.terminal import printable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ def _described(plan: Plan, build: Build) -> Manifest:
         preprocessing=plan.preprocessing.to_json(),
         recipe=None if plan.recipe is None else plan.recipe.to_json(),
         source={
-            "checkpoint": plan.checkpoint.path.resolve().name,
+            "checkpoint": printable(plan.checkpoint.path.resolve().name),
             "files": source_files(plan.checkpoint.shards),
             "weights": {name: shard.how for name, shard in build.brought.items()},
             "calibration": None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.compiler.plan import ExportOptions, Plan
@@ -18,6 +17,7 @@ from internvl_edge.compiler.weights.layout import (
     quantized_layout,
     shape_of,
 )
+from internvl_edge.compiler.weights.tensors import STORED_TYPES
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.names import Joined
 from internvl_edge.export.checkpoint.shards import DTYPES, TensorEntry
@@ -25,8 +25,6 @@ from internvl_edge.export.components import build_component
 from internvl_edge.export.graph.dtypes import POLICIES
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.weights.writer import Layout
-
-STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,12 @@ from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.components import language_config
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.files.reading import is_there
-from internvl_edge.quantize.calibration.images import CalibrationSet, load_calibration, sample_set
+from internvl_edge.quantize.calibration.images import (
+    CalibrationSet,
+    list_images,
+    load_calibration,
+    sample_set,
+)
 from internvl_edge.runtime.images.transform import pixel_values
 from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
 from internvl_edge.runtime.text.templates import TEMPLATES, Piece
@@ -42,13 +47,8 @@ def load_samples(plan: Plan) -> CalibrationSet:
     count, seed = plan.recipe.num_samples, plan.recipe.seed
     if plan.options.calibration is not None:
         samples = load_calibration(plan.options.calibration, count, seed)
-        if samples.skipped:
-            logger.warning(
-                "%s: skipped %d image(s) that do not decode: %s",
-                plan.options.calibration,
-                len(samples.skipped),
-                ", ".join(samples.skipped[:5]),
-            )
+        for note in samples.notes:
+            logger.warning("%s: %s", plan.options.calibration, note)
         if len(samples) < count:
             logger.warning(
                 "%s: %d image(s) to calibrate on, the recipe asks for %d; ranges that few images "
@@ -72,6 +72,8 @@ def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | No
     if language_config(config) is None or not is_there(path):
         return None
     tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > language_config(plan.checkpoint.config).vocab_size:  # type: ignore[union-attr]
+        return None  # ids of another vocabulary; it was said when the plan was made
     return (
         tokenizer.contrastive(captions, MAX_TEXT_LENGTH, pad_to="longest"),
         tokenizer.match(captions, MAX_TEXT_LENGTH),
@@ -134,8 +136,7 @@ def num_images(plan: Plan) -> int:
     """Count the images that calibration will see."""
     assert plan.recipe is not None
     if plan.options.calibration is not None:
-        files = sum(path.is_file() for path in plan.options.calibration.rglob("*"))
-        return min(files, plan.recipe.num_samples)
+        return min(len(list_images(plan.options.calibration).images), plan.recipe.num_samples)
     if plan.options.samples is not None:
         return plan.recipe.num_samples  # as many as are asked for; they are not drawn for this
     return len(load_samples(plan))
