@@ -45,7 +45,7 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfi
 from internvl_edge.files.reading import require_unicode
 from internvl_edge.types import Array, Shape
 
-__all__ = ["FLOATS", "Checkpoint", "named_entries", "open_checkpoint"]
+__all__ = ["FLOATS", "Checkpoint", "named_entries", "num_expected", "open_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +208,13 @@ def named_entries(
         CheckpointError: two of them are the same parameter.
     """
     return best_named(entries, expected, lambda named: _canonical(config, named))
+
+
+def num_expected(config: CheckpointConfig, entries: Mapping[str, TensorEntry]) -> int:
+    """Count the entries that a configuration calls for."""
+    expected = expected_shapes(config)
+    named, _ = named_entries(config, entries, expected)
+    return sum(name in expected for name in named)
 
 
 def _canonical(config: CheckpointConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:

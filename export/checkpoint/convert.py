@@ -28,10 +28,9 @@ import torch
 from internvl_edge.artifact.publish import check_out, check_parent, record, staging
 from internvl_edge.artifact.workspace import Workspace, drop_published, workspace
 from internvl_edge.errors import CheckpointError, MissingDependency, ResourceError
-from internvl_edge.export.checkpoint.checkpoint import named_entries, open_checkpoint
+from internvl_edge.export.checkpoint.checkpoint import num_expected, open_checkpoint
 from internvl_edge.export.checkpoint.oddities.choose import INDEX, choose_pickles
 from internvl_edge.export.checkpoint.oddities.table import LEFT_OUT, odd_file
-from internvl_edge.export.checkpoint.parameters import expected_shapes
 from internvl_edge.export.checkpoint.shards import PICKLE_SUFFIXES, file_state, read_header
 from internvl_edge.export.checkpoint.side_files import MAX_NBYTES, refuse_foreign
 from internvl_edge.export.config.checkpoint import (
@@ -190,12 +189,10 @@ def _of_model(
     config: CheckpointConfig, parts: dict[Path, str], work: Workspace
 ) -> tuple[dict[Path, str], list[str]]:
     """Leave out files of which the model has nothing, such as a classification head's."""
-    expected = expected_shapes(config)
     strange: dict[Path, list[str]] = {}
     for pickle, part in parts.items():
         entries = read_header(work.path / part)
-        named, _ = named_entries(config, entries, expected)
-        if not any(name in expected for name in named):
+        if not num_expected(config, entries):
             strange[pickle] = list(entries)
     if len(strange) == len(parts):
         return parts, []  # and what they hold is said when they are opened

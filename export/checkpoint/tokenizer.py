@@ -147,8 +147,17 @@ def _check_tokens(tokenizer: ChatTokenizer, chat: ChatConfig, files: TokenFiles)
             raise _of_another(files, f"{IMAGE_TOKEN} as id {chat.image_token_id}", own)
     template = TEMPLATES.get(chat.template)
     if template is not None and template.stop not in tokenizer.ids:
-        what = f"{template.stop} among its tokens, which ends an answer in {template.name}"
-        raise _of_another(files, what, "none")
+        if files.kind != SENTENCEPIECE:
+            what = f"{template.stop} among its tokens, which ends an answer in {template.name}"
+            raise _of_another(files, what, "none")
+        # the ends that the configuration names, and </s>, end an answer all the same
+        logger.warning(
+            "%s: expected %s among its tokens, which ends an answer in %s, found none; is it this "
+            "model's?",
+            files.vocabulary,
+            template.stop,
+            template.name,
+        )
 
 
 def _of_another(files: TokenFiles, expected: str, found: object) -> CheckpointError:
