@@ -18,7 +18,6 @@ early. Control ids come from this module alone.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -48,8 +47,6 @@ MAX_SHOWN = 40  # characters of a text, in a warning
 QUIET = 2  # SentencePiece writes errors alone on stderr, no remarks, as on InternLM2's NUL piece
 GUARD = "<unk>"
 SPACE = "▁"  # how a piece spells a space
-
-logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -199,12 +196,11 @@ class Tokenizer:
                 f"text {place[0] + 1} of {place[1]} ({shortened(text, MAX_SHOWN)}) has {told}; "
                 "shorten it, or pass on_long='truncate'"
             )
-        logger.info("the text %s has %s, the end is cut off", shortened(text, MAX_SHOWN), told)
-        if not self._has_warned:
+        if not self._has_warned:  # and not what it says: a server's log has no texts of others
             self._has_warned = True
             warnings.warn(
-                f"the text {shortened(text, MAX_SHOWN)} has {told}: the end of this and of every "
-                "other text as long is cut off; on_long='error' refuses them",
+                f"a text of {len(text)} characters has {told}: the end of this and of every other "
+                "text as long is cut off; on_long='error' refuses them",
                 stacklevel=4,
             )
 

@@ -152,7 +152,7 @@ def test_golden_text_embeddings(model: Model, ref: Any) -> None:
     np.testing.assert_allclose(found32, ref["text.embed"], atol=ATOL)
 
 
-@pytest.mark.filterwarnings("ignore:the text")
+@pytest.mark.filterwarnings("ignore:a text of")
 def test_golden_strings(model: Model, ref: Any, golden: Path) -> None:
     import json
 
