@@ -140,7 +140,7 @@ def test_the_language_model_is_transformers_llama(
     assert llama is not None
     raw = json.loads((written.path / "config.json").read_text())["llm_config"]
     theirs = transformers.LlamaForCausalLM(
-        transformers.LanguageConfig(**raw, attn_implementation="eager")
+        transformers.LlamaConfig(**raw, attn_implementation="eager")
     ).eval()
     prefix = "language_model."
     state = {n.removeprefix(prefix): t for n, t in written.state.items() if n.startswith(prefix)}
@@ -347,7 +347,7 @@ def test_several_ids_may_end_a_text(golden: Path, tmp_path: Path) -> None:
     assert chat.llama is not None
     assert (chat.llama.eos_token_id, chat.llama.more_eos_ids) == (7, (9, 11))
     assert ChatConfig.from_json(json.loads(json.dumps(asdict(chat)))) == chat
-    manifest = SimpleNamespace(language_model=asdict(chat.llama))
+    manifest = SimpleNamespace(language_model=asdict(chat.llama), model={"chat": asdict(chat)})
     parts: Any = SimpleNamespace(artifact=SimpleNamespace(manifest=manifest))
     assert generation(parts).stop_ids == (7, 9, 11)
 
