@@ -72,7 +72,8 @@ class Fields:
     def __init__(self, raw: Any, at: str = "") -> None:
         if not isinstance(raw, dict):
             what = at or "the request"
-            raise bad_request("invalid_value", f"{what}: expected an object, found {kind(raw)}", at)
+            text = f"{what}: expected an object, found {kind(raw)}"
+            raise bad_request("invalid_value", text, at or None)
         self._left: dict[str, Any] = {key: value for key, value in raw.items() if value is not None}
         self._at = at
         self._known: list[str] = []

@@ -46,6 +46,7 @@ def one_item(raw: Any) -> ImageUrl | str:
         raise bad_request("invalid_value", text, "messages")
     fields = Fields(raw[0], "messages[0]")
     fields.choice("role", ("user",), "user")
+    fields.ignore("name")
     parts = _parts(fields)
     fields.end()
     if len(parts) != 1:
