@@ -3,14 +3,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-faults check format bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-check serve clean
+.PHONY: install demo test test-fast test-faults check format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-check serve clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# LOCKED=1 installs what requirements.lock pins by hash, and nothing else, as CI does
+$(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+else
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all]"
+endif
 	touch $@
+
+# Pins every package of the extras, those that others bring too, with its hashes; needs uv
+lock:
+	uv pip compile pyproject.toml --extra all --extra docs --constraint constraints.txt --universal \
+		--python-version 3.11 --no-emit-package internvl-edge --generate-hashes --quiet \
+		--custom-compile-command "make lock" --output-file requirements.lock
 
 demo: install
 	$(BIN)/python -m internvl_edge.demo --out out/demo --force

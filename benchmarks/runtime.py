@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.benchmark.contenders import contender_of
@@ -110,6 +109,8 @@ def openvino_int8(fp32: Path, shape: tuple[int, ...], threads: int) -> Callable[
 
 def product_share(path: Path, feeds: Feeds, work: Path, threads: int) -> float:
     """Find the share of a run's operator time in matrix products, from a profile of 5 runs."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(work / "profile")

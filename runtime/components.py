@@ -17,6 +17,7 @@ import numpy as np
 from internvl_edge.artifact.components import VISION, components_of
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import UsageError, did_you_mean
+from internvl_edge.files.forks import in_children
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
 from internvl_edge.runtime.images.sources import is_normalised
 from internvl_edge.runtime.session import Session
@@ -80,14 +81,22 @@ class OpenComponents:
     Args:
         artifact: the open directory.
         open_one: opens the session of a component.
+        opened_by: how to open the same in another process; None: it cannot be.
     """
 
-    def __init__(self, artifact: Artifact, open_one: Callable[[str], Session]) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        open_one: Callable[[str], Session],
+        opened_by: tuple[Any, str] | None = None,
+    ) -> None:
         self.artifact = artifact
+        self._opened_by = opened_by
         self._open_one = open_one
         self.classifiers = Classifiers()
         self._sessions: dict[str, Session] = {}
         self._lock = RLock()
+        in_children(self, OpenComponents._renew_lock)
         self._closed = False
 
     def session(self, component: str) -> Session:
@@ -100,12 +109,29 @@ class OpenComponents:
                 self._sessions[component] = self._open_one(component)
             return self._sessions[component]
 
+    def opened_by(self) -> tuple[Any, str]:
+        """Return how to open the same in another process.
+
+        Raises:
+            UsageError: they were not opened by ``load``.
+        """
+        if self._opened_by is None:
+            raise UsageError(
+                f"the model of {self.artifact.path} was not opened by load, so it cannot be "
+                "opened again in another process; load it there"
+            )
+        return self._opened_by
+
     def positions(self, component: str) -> int:
         """Count the positions of a decoder's cache: its capacity, or as many as its model has."""
         record = self.artifact.manifest.components[component]
         capacity = capacity_of({spec.name: spec for spec in record.inputs})
         llama = self.artifact.manifest.language_model or {}
         return int(llama["max_position_embeddings"] if capacity is None else capacity)
+
+    def _renew_lock(self) -> None:
+        """Replace the lock, which a thread that stayed behind in a fork may hold."""
+        self._lock = RLock()
 
     def close(self) -> None:
         """Close every session; may be called again."""
@@ -200,7 +226,11 @@ class OpenComponents:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the directory; UsageError where its checkpoint had none."""
-        from internvl_edge.runtime.text.tokenizer import TOKENIZER_FILE, Tokenizer
+        from internvl_edge.runtime.text.tokenizer import (
+            MAX_MODEL_NBYTES,
+            TOKENIZER_FILE,
+            Tokenizer,
+        )
 
         if TOKENIZER_FILE not in self.artifact.manifest.files:
             raise UsageError(
@@ -208,7 +238,11 @@ class OpenComponents:
                 "must be token ids, int [B,T]; for strings, put the model's file beside the "
                 "checkpoint's config.json and export again"
             )
-        return Tokenizer(self.artifact.file(TOKENIZER_FILE))
+        path, data = (
+            self.artifact.file(TOKENIZER_FILE),
+            self.artifact.read(TOKENIZER_FILE, MAX_MODEL_NBYTES),
+        )
+        return Tokenizer(data, name=str(path))
 
     @cached_property
     def chat_tokenizer(self) -> ChatTokenizer:

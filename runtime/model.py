@@ -59,7 +59,20 @@ def load(
     return Model(
         artifact,
         partial(open_component, artifact, backend=backend, device=device, options=options),
+        ((os.path.abspath(out), backend, device, options), artifact.digest),
     )
+
+
+def _load_again(how: tuple[str, str, str, OrtOptions | TrtOptions | None], digest: str) -> Model:
+    """Open a model in the process that it was sent to, if the directory is still the same.
+
+    Raises:
+        ArtifactError: another one has its place; and what ``load`` raises.
+    """
+    path, backend, device, options = how
+    model = load(path, backend, device, options=options)
+    model.artifact.require_digest(digest)
+    return model
 
 
 class Model:
@@ -74,13 +87,25 @@ class Model:
     is closed, ``MediaError`` when an image or text cannot be read, ``FeedError`` when an array
     does not fit the component, and ``HardwareError`` or ``ResourceError`` when a session does.
 
+    Pickled, for a worker that is spawned, it is its path and options, and is opened there again.
+
     Args:
         artifact: the open directory.
         open_one: opens the session of a component.
+        opened_by: the arguments of ``load``, and the directory's digest; None: it cannot be
+            pickled.
     """
 
-    def __init__(self, artifact: Artifact, open_one: Callable[[str], Session]) -> None:
-        self.components = OpenComponents(artifact, open_one)
+    def __init__(
+        self,
+        artifact: Artifact,
+        open_one: Callable[[str], Session],
+        opened_by: tuple[Any, str] | None = None,
+    ) -> None:
+        self.components = OpenComponents(artifact, open_one, opened_by)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_again, self.components.opened_by()
 
     # --- encode ----------------------------------------------------------------------------------
 

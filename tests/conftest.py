@@ -18,6 +18,8 @@ import pytest
 from PIL import Image
 from support.golden import SETS, WHOLE, unpack
 
+import internvl_edge  # noqa: F401, before anything imports onnxruntime: telemetry is off
+
 
 @pytest.fixture(scope="session")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:

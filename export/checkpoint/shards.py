@@ -153,9 +153,11 @@ def _indexed(index: Path) -> list[str]:
         raise CheckpointError(f"{index}: not a shard index: {_reason(error)}; {REMEDY}") from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: shard must be a plain *.safetensors name: {name!r}")
-        if not (index.parent / name).exists():
-            raise CheckpointError(f"{index}: names shard {name}, which is missing; {REMEDY}")
+            raise CheckpointError(
+                f"{index}: shard must be a plain *.safetensors name: {name!r:.200}"
+            )
+        if not os.path.exists(index.parent / name):  # nor is one of a name too long for any file
+            raise CheckpointError(f"{index}: names shard {name:.200}, which is missing; {REMEDY}")
     raise_problems(index, _index_disagreements(index, weight_map))
     return names
 

@@ -15,6 +15,9 @@ from internvl_edge.errors import CheckpointError
 from internvl_edge.files import reading
 from internvl_edge.files.reading import cache_hint, is_there
 
+# More is no model, and would be named tensor by tensor, or tried tile by tile.
+MAX_SIZE = 1 << 24
+LIMITS = {"num_hidden_layers": 1024, "min_dynamic_patch": 1024, "max_dynamic_patch": 1024}
 MAX_CONFIG_NBYTES = 4 << 20
 # The modules that internvl-edge re-implements; a config that points to others is refused.
 KNOWN_REMOTE_MODULES = frozenset(
@@ -97,7 +100,7 @@ def require_positive(config: Any, where: str, but: tuple[str, ...] = ()) -> None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and value <= 0 and f.name not in but:
             raise CheckpointError(f"{where}.{f.name} must be positive, found {value}")
-        if isinstance(value, int) and value > 1 << 24:
+        if isinstance(value, int) and value > LIMITS.get(f.name, MAX_SIZE):
             raise CheckpointError(f"{where}.{f.name} is implausible: {value}")
 
 

@@ -168,7 +168,7 @@ def build_engine(
         sha256=plan.sha256,
         fused_attention=fused,
         decomposed_attention=decomposed,
-        build_seconds=round(time.monotonic() - started, 3),
+        build_seconds=round(max(0.0, time.monotonic() - started), 3),
         inputs=tuple(inputs),
         outputs=outputs,
     )

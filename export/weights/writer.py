@@ -17,10 +17,11 @@ where offsets must be multiples of more than the item size, tensors of zeros nam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,13 +79,15 @@ class WeightsWriter:
         self.path = path
         raw, self.stored, size = _layout(path.name, tensors, align or 1, metadata)
         self._pending = set(tensors) - set(done or ())
+        self._hashes: dict[str, Any] = {}
         if done and (not path.is_file() or path.stat().st_size != size):
             raise InternVLError(
                 f"{path}: expected {size} bytes, some of which an earlier run has written; remove "
                 f"{path.parent} to start again"
             )
         exclusive = os.O_EXCL if done is None else 0
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | exclusive | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | exclusive
+        self._descriptor = os.open(path, flags, 0o644)
         _pwrite(self._descriptor, raw, 0)
         os.ftruncate(self._descriptor, size)  # padding is never written
 
@@ -92,6 +95,10 @@ class WeightsWriter:
     def pending(self) -> list[str]:
         """The names not yet written, in file order."""
         return [name for name in self.stored if name in self._pending]
+
+    def sha256_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the hashes of tensors that were written, for whoever takes them up."""
+        return {name: self._hashes[name].hexdigest() for name in names}
 
     def write(self, name: str, values: Array) -> None:
         """Write one tensor, of the dtype and shape announced for it."""
@@ -102,11 +109,12 @@ class WeightsWriter:
                 f"found {values.dtype}{values.shape}, or written twice"
             )
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self._hashes[name] = hashlib.sha256(data.data)
         _pwrite(self._descriptor, data.data, place.offset)
         self._pending.discard(name)
 
     def write_part(self, name: str, start: int, values: Array) -> None:
-        """Write some elements of a flattened tensor from ``start`` on; the end must come last."""
+        """Write some elements of a flattened tensor from ``start`` on, one part after the other."""
         place = self.stored[name]
         itemsize = place.dtype.itemsize
         end = (start + values.size) * itemsize
@@ -116,6 +124,7 @@ class WeightsWriter:
                 f"in {values.dtype} up to byte {end}"
             )
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self._hashes.setdefault(name, hashlib.sha256()).update(data.data)
         _pwrite(self._descriptor, data.data, place.offset + start * itemsize)
         if end == place.nbytes:
             self._pending.discard(name)

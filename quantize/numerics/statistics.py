@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -83,20 +83,26 @@ def write_statistics(directory: Path, layers: Iterable[Mapping[str, Any]]) -> No
     (directory / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read_statistics(directory: Path) -> tuple[LayerStatistics, ...]:
+def read_statistics(
+    directory: Path, listed: Container[str] | None = None
+) -> tuple[LayerStatistics, ...]:
     """Read what :func:`write_statistics` wrote; an empty tuple where there is no such file.
+
+    Args:
+        directory: where.
+        listed: the files of a published directory; what is not among them does not exist.
 
     Raises:
         ArtifactError: the file holds something else.
     """
     path = directory / STATISTICS_FILE
-    if not is_there(path):
+    if (listed is not None and STATISTICS_FILE not in listed) or not is_there(path):
         return ()
     names = {field.name for field in fields(LayerStatistics)}
     try:
         layers = read_json(path, MAX_NBYTES, ArtifactError)["layers"]
         return tuple(LayerStatistics(**{n: layer[n] for n in names}) for layer in layers)
-    except (ArtifactError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: expected figures of linear layers: {error!r}") from error
 
 

@@ -1,6 +1,7 @@
 """Videos as frames: which are looked at, and what becomes of their embeddings.
 
-A video is a folder of image files, a video file (read by PyAV, an extra), or a sequence of images.
+A video is a folder of image files, a video file (read by PyAV, an extra, whose wheels bundle GPL
+codecs), or a sequence of images.
 Its embedding is the mean of the embeddings of n frames, which are not normalised before
 (docs/model.md, section 7.3). The video is cut into pieces of ceil(length / n) frames and the middle
 one of each is taken; a length that n does not divide can give fewer than n pieces.

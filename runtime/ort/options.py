@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
-from internvl_edge.files.cores import usable_cores
+from internvl_edge.files.cores import default_threads
 from internvl_edge.runtime.gpu.probe import gpu_count
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "names_of",
     "native_options",
     "place_of",
+    "share_threads",
 ]
 
 Provider = str | tuple[str, dict[str, str]]  # with its options
@@ -48,7 +49,9 @@ EXACT_PRODUCTS, ROUNDED_PRODUCTS = 1, 4  # MatMulNBits' accuracy_level: float32 
 class OrtOptions:
     """How ONNX Runtime computes; the defaults are the fastest of a process that has the cores."""
 
-    num_threads: int | None = None  # within an operator; None: every core this process may use
+    # Within an operator; None: OMP_NUM_THREADS, else every core this process may use. Each session
+    # has so many, or all of them together: share_threads.
+    num_threads: int | None = None
     arena: bool = True  # keep intermediate buffers between runs
     prepack: bool = True  # weights in the layout of the kernels: faster, twice the memory
     # Constants are computed once, at opening: faster, and they are copies. None: but those of large
@@ -56,6 +59,9 @@ class OrtOptions:
     fold: bool | None = None
     spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
     gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
+    # Copy weights into memory of this process instead of mapping the directory's files: what is
+    # written to the files later, or cut off, reaches no run.
+    copy: bool = False
     # On a GPU, replay an image tower's calls of shapes seen before as CUDA graphs; they take turns.
     graphs: bool = True
     tf32: bool = False  # on a GPU, round the factors of float32 products to 10 bits: faster
@@ -64,14 +70,57 @@ class OrtOptions:
     exact: bool = False
 
 
+class _Pool:
+    """The one pool of threads that sessions of a process can share in place of pools of their own.
+
+    ONNX Runtime makes it once, and from then on refuses every session of the process that has a
+    pool of its own, those of other libraries too. So only a process's owner decides for it.
+    """
+
+    def __init__(self) -> None:
+        self._is_wanted = False
+        self._threads: int | None = None  # None: not made yet
+
+    def want(self) -> None:
+        self._is_wanted = True
+
+    def serves(self, threads: int) -> bool:
+        """Tell whether sessions run on it; the first one decides its size."""
+        if not self._is_wanted:
+            return False
+        if self._threads is None:
+            import onnxruntime
+
+            onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            self._threads = threads
+        return True
+
+
+_POOL = _Pool()
+
+
+def share_threads() -> None:
+    """Let all sessions of this process compute with one pool of threads; once, before any opens.
+
+    For programs whose only ONNX Runtime sessions are ours, as the command line and a server are:
+    ONNX Runtime then refuses sessions with threads of their own, which other libraries open. The
+    pool has as many threads as the first session asks for. Without it, each component has a pool,
+    whose threads sleep while others compute. Not to be combined with a fork after the first run.
+    """
+    _POOL.want()
+
+
 def native_options(options: OrtOptions) -> Any:
     """Make ONNX Runtime's own object."""
     import onnxruntime
 
     native = onnxruntime.SessionOptions()
     native.log_severity_level = FATAL_ONLY
-    threads = options.num_threads
-    native.intra_op_num_threads = usable_cores() if threads is None else threads
+    threads = default_threads() if options.num_threads is None else options.num_threads
+    if _POOL.serves(threads):
+        native.use_per_session_threads = False
+    else:
+        native.intra_op_num_threads = threads
     native.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     native.enable_cpu_mem_arena = options.arena
     native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))

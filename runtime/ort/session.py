@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ except ImportError as error:
 
 from internvl_edge.artifact.components import find_component
 from internvl_edge.artifact.open import Artifact, TensorSpec
+from internvl_edge.artifact.pins import Watch
 from internvl_edge.errors import (
     ArtifactError,
     FeedError,
@@ -36,6 +38,7 @@ from internvl_edge.errors import (
     ResourceError,
     UsageError,
 )
+from internvl_edge.files.forks import never_destroyed_in_children
 from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
 from internvl_edge.runtime.ort.cpu import products_saturate
@@ -74,6 +77,7 @@ TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 # file's pages. So small components fold, and decoders; a tower of billions has to fit.
 CONSTANT_FOLDING = "ConstantFolding"
 MAX_FOLDED_NBYTES = 100_000_000
+FILES_IN_MEMORY = "add_external_initializers_from_files_in_memory"
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 # In what it says of a graph with kernels on the host between those on the GPU.
 CAPTURE = "graph capture"
@@ -89,6 +93,8 @@ class OrtSession:
     Args:
         path: the file; its external data lies beside it.
         graph: open these bytes in place of the file's, with the external data beside ``path``.
+        folder: where to open the file of this name, in place of ``path``'s own folder.
+        watch: over its external data, which must not be written to while it is mapped.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
         options: how it computes.
 
@@ -103,16 +109,23 @@ class OrtSession:
         path: str | os.PathLike[str],
         *,
         graph: bytes | None = None,
+        folder: Path | None = None,
+        watch: Watch | None = None,
         device: str = "cpu",
         options: OrtOptions = OrtOptions(),
     ) -> None:
         self._path, session = Path(path), None
+        self._folder = self._path.parent if folder is None else folder
+        self._watch = watch
         while session is None:
             try:
                 session = self._native(graph, device, options)
             except _Again as other:  # outside of it, nothing holds what was opened
                 options = other.options
         self._session: Any = session
+        never_destroyed_in_children(session)
+        if options.copy:
+            self._watch = None  # nothing is mapped
         self._process = os.getpid()
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
@@ -129,10 +142,11 @@ class OrtSession:
         missing = load_gpu_libraries() if self._providers != [CPU] else ""
         native = native_options(options)
         if graph is not None:
-            native.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._path.parent))
+            native.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._folder))
+        maps = self._copy_weights(native) if options.copy else []
         try:
             session = onnxruntime.InferenceSession(
-                os.fspath(self._path) if graph is None else graph,
+                str(self._folder / self._path.name) if graph is None else graph,
                 native,
                 providers=self._providers,
                 disabled_optimizers=[
@@ -148,6 +162,7 @@ class OrtSession:
             if FP8_FUSED.search(str(error)) and options.qdq:
                 raise _Again(replace(options, qdq=False)) from None
             raise self._load_error(error) from error
+        del maps  # which ONNX Runtime copies from until the session is there
         if len(session.get_providers()) < len(self._providers):  # it falls back without an error
             raise HardwareError(
                 f"device {device!r}: ONNX Runtime could not start its GPU provider; its CUDA and "
@@ -158,6 +173,18 @@ class OrtSession:
             # bfloat16 is not written to the memory that a graph reads
             raise _Again(replace(options, graphs=False))
         return session
+
+    def _copy_weights(self, native: Any) -> list[mmap]:
+        """Have ONNX Runtime copy external data from memory instead of mapping its files."""
+        if self._watch is None or not hasattr(native, FILES_IN_MEMORY):
+            raise UsageError(
+                "OrtOptions(copy=True): expected a component of a compiled directory, see "
+                f"open_session, and ONNX Runtime 1.26 or later, found {onnxruntime.__version__}"
+            )
+        files = self._watch.files
+        maps = [mmap(file.fileno(), 0, access=ACCESS_READ) for file in files.values()]
+        getattr(native, FILES_IN_MEMORY)([*files], maps, [len(one) for one in maps])
+        return maps
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -175,18 +202,23 @@ class OrtSession:
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array]:
         """See ``Session.run``."""
-        session, replays = self._opened(), self._replays
+        session, replays, watch = self._opened(), self._replays, self._watch
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         arrays = check_feeds(self._inputs, feeds, check)
+        if watch is not None:
+            watch.require_unchanged()
         if not self._is_numpy:
             values = self.run_device(arrays, check=False, outputs=names)
             return {name: array_of(value, self._place) for name, value in values.items()}
         try:
             if replays is not None:
                 return replays.run(names, arrays)
-            return dict(zip(names, session.run(names, arrays), strict=True))
+            results = dict(zip(names, session.run(names, arrays), strict=True))
         except Exception as error:
             raise self._run_error(error) from error
+        if watch is not None:
+            watch.require_unchanged()
+        return results
 
     def run_device(
         self,
@@ -205,7 +237,7 @@ class OrtSession:
         Returns:
             An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
         """
-        session = self._opened()
+        session, watch = self._opened(), self._watch
         if self._replays is not None:
             raise UsageError(
                 f"{self._path.name} was opened with graphs, whose memory the next call writes "
@@ -227,9 +259,15 @@ class OrtSession:
         for name in names:
             binding.bind_output(name, *self._place)
         try:
+            if watch is not None:
+                watch.require_unchanged()
             session.run_with_iobinding(binding)
+        except InternVLError:
+            raise
         except Exception as error:
             raise self._run_error(error) from error
+        if watch is not None:
+            watch.require_unchanged()
         return dict(zip(names, binding.get_outputs(), strict=True))
 
     def step(
@@ -245,7 +283,9 @@ class OrtSession:
         Returns:
             The logits, and the next cache.
         """
-        session = self._opened()
+        session, watch = self._opened(), self._watch
+        if watch is not None:
+            watch.require_unchanged()
         is_in_place = WRITE_INDICES in self._inputs
         held = cache if isinstance(cache, _Held) else _Held(session.io_binding(), names, cache)
         for name, array in feeds.items():
@@ -277,13 +317,14 @@ class OrtSession:
         if os.getpid() != self._process:
             raise UsageError(
                 f"the session of {self._path} was opened before a fork and its threads did not "
-                "come along; open it in the process that runs it"
+                "come along; open it in the process that runs it: load the model in each worker, "
+                "as in gunicorn without --preload, or start workers by spawn"
             )
         return session
 
     def close(self) -> None:
         """Free the session once the runs that are under way have ended."""
-        self._session = self._replays = None
+        self._session = self._replays = self._watch = None
 
     def __enter__(self) -> Self:
         return self
@@ -292,7 +333,7 @@ class OrtSession:
         self.close()
 
     def _load_error(self, error: Exception) -> InternVLError:
-        message = _message(error)
+        message = _message(error).replace(f"{self._folder}/", f"{self._path.parent}/")
         missing = NO_KERNEL.search(message)
         if missing:
             where = "CUDA" if CUDA in names_of(self._providers) else "CPU"
@@ -374,7 +415,8 @@ def open_component(
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
         if options.fold is None and is_large and not known.takes_cache:
             options = replace(options, fold=False)
-    return OrtSession(path, device=device, options=options)
+    with artifact.held(path.name) as (folder, watch):
+        return OrtSession(path, folder=folder, watch=watch, device=device, options=options)
 
 
 def unsigned_graph(component: str) -> str:

@@ -16,8 +16,7 @@ tokens are ``PLACE``, whatever id the checkpoint has for them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 from internvl_edge.artifact.open import Artifact
@@ -27,6 +26,7 @@ from internvl_edge.runtime.text.sentence_pieces import SentencePieces
 from internvl_edge.runtime.text.templates import Piece, Template
 from internvl_edge.runtime.text.token_files import (
     SENTENCEPIECE,
+    TOKENIZER_FILES,
     AddedToken,
     TokenFiles,
     read_token_files,
@@ -241,15 +241,12 @@ def open_chat_tokenizer(artifact: Artifact) -> ChatTokenizer:
         UsageError: the directory has none, as its checkpoint had none.
         ArtifactError: a file of it is not what its name says.
     """
-    files = read_token_files(_finder(artifact))
-    if files is None:
-        raise UsageError(
-            f"{artifact.path} has no tokenizer, as its checkpoint had none: texts must be token "
-            "ids, int [B,T]; for strings, put the model's tokenizer files beside the checkpoint's "
-            "config.json and export again"
-        )
-    return load_chat_tokenizer(files)
-
-
-def _finder(artifact: Artifact) -> Callable[[str], Path | None]:
-    return lambda name: artifact.file(name) if name in artifact.manifest.files else None
+    with artifact.holding(*filter(artifact.has, TOKENIZER_FILES)) as folder:
+        files = read_token_files(lambda name: folder / name if artifact.has(name) else None)
+        if files is not None:
+            return load_chat_tokenizer(files)
+    raise UsageError(
+        f"{artifact.path} has no tokenizer, as its checkpoint had none: texts must be token "
+        "ids, int [B,T]; for strings, put the model's tokenizer files beside the checkpoint's "
+        "config.json and export again"
+    )

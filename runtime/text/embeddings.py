@@ -6,12 +6,14 @@ stays in its safetensors file, mapped: of 64000 rows a prompt touches a few hund
 
 from __future__ import annotations
 
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact.pins import Watch
 from internvl_edge.artifact.safetensors import MalformedFile, TensorPlace, read_places
 from internvl_edge.errors import ArtifactError, UsageError
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
@@ -34,10 +36,15 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class TokenTable:
-    """Token embeddings [V,D], mapped from a file; bfloat16 as the upper half of float32."""
+    """Token embeddings [V,D], mapped from a file; bfloat16 as the upper half of float32.
 
-    def __init__(self, rows: Array) -> None:
-        self._rows = rows
+    Args:
+        rows: the table.
+        watch: over the file, which must not be written to while it is mapped.
+    """
+
+    def __init__(self, rows: Array, watch: Watch | None = None) -> None:
+        self._rows, self._watch = rows, watch
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,7 +56,10 @@ class TokenTable:
 
         Raises:
             UsageError: an id that the vocabulary does not have.
+            ArtifactError: the file was written to since it was opened.
         """
+        if self._watch is not None:
+            self._watch.require_unchanged()
         size = len(self._rows)
         if ids.size and not 0 <= ids.min() <= ids.max() < size:
             bad = ids[(ids < 0) | (ids >= size)][0]
@@ -93,22 +103,21 @@ def open_table(artifact: Artifact) -> TokenTable:
     """
     for name in artifact.manifest.files:
         if name.endswith(".safetensors"):
-            path = artifact.file(name)
-            with path.open("rb") as file:
-                try:
-                    places = read_places(file)
-                except MalformedFile as error:
-                    raise ArtifactError(f"{path}: {error}") from error
+            path, watch = artifact.file(name), artifact.watched(name)
+            try:
+                places = read_places(watch.files[name])
+            except MalformedFile as error:
+                raise ArtifactError(f"{path}: {error}") from error
             for tensor, place in places.items():
                 if tensor in NAMES:
-                    return TokenTable(_mapped(path, place))
+                    return TokenTable(_mapped(path, watch.files[name], place), watch)
     raise ArtifactError(f"{artifact.path}: expected a tensor {NAMES[0]} in its weights, found none")
 
 
-def _mapped(path: Path, place: TensorPlace) -> Array:
+def _mapped(path: Path, file: BufferedReader, place: TensorPlace) -> Array:
     if place.code not in DTYPES or len(place.shape) != 2 or 0 in place.shape:
         raise ArtifactError(
             f"{path}: {place.name}: expected a table of {', '.join(DTYPES)}, found "
             f"{place.code}{list(place.shape)}"
         )
-    return np.memmap(path, DTYPES[place.code], "r", place.offset, place.shape)
+    return np.memmap(file, DTYPES[place.code], "r", place.offset, place.shape)

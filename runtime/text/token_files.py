@@ -29,6 +29,7 @@ __all__ = [
     "MERGES",
     "SENTENCEPIECE",
     "SPECIAL_TOKENS",
+    "TOKENIZER_FILES",
     "VOCAB",
     "AddedToken",
     "TokenFiles",
@@ -39,6 +40,7 @@ __all__ = [
 SENTENCEPIECE, FAST, VOCAB, MERGES = "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"
 ADDED_TOKENS, CONFIG = "added_tokens.json", "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+TOKENIZER_FILES = (SENTENCEPIECE, FAST, VOCAB, MERGES, ADDED_TOKENS, CONFIG, SPECIAL_TOKENS)
 MAX_NBYTES = 64 << 20
 MAX_ID = 1 << 24
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

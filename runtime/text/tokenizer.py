@@ -55,13 +55,16 @@ class Tokenizer:
 
     Args:
         model: the path of a ``tokenizer.model``, or its bytes.
+        name: what to call bytes in errors.
 
     Raises:
         ArtifactError: it is no SentencePiece model with ``<s>``, ``</s>`` and a padding id.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
-        name = "the tokenizer model given" if isinstance(model, bytes) else os.fspath(model)
+    def __init__(
+        self, model: str | os.PathLike[str] | bytes, name: str = "the tokenizer model given"
+    ) -> None:
+        name = name if isinstance(model, bytes) else os.fspath(model)
         self._pieces = load_pieces(
             model if isinstance(model, bytes) else read_model(Path(model)), name
         )

@@ -25,7 +25,8 @@ from threading import Lock
 from typing import Any
 
 from internvl_edge.artifact.open import Artifact, FileRecord, sha256
-from internvl_edge.artifact.sidecar import check_engine, read_engine_info
+from internvl_edge.artifact.pins import Pin, changed
+from internvl_edge.artifact.sidecar import check_engine, engine_info
 from internvl_edge.errors import (
     ArtifactError,
     HardwareError,
@@ -68,7 +69,7 @@ def find_engine(artifact: Artifact, component: str, backend: str, trt: Any, sm: 
     refusals = []
     for record in reversed(artifact.engines(component, backend)):
         try:
-            check_engine(read_engine_info(artifact.file(record.sidecar)), trt, sm=sm)
+            check_engine(engine_info(artifact, record.sidecar), trt, sm=sm)
         except HardwareError as error:
             refusals.append(error)
         else:
@@ -105,7 +106,10 @@ class Engine:
             raise HardwareError(f"{trt.__name__} cannot start: {self._reason(error)}") from error
         with _open(path, record) as file:
             reader = _reader(trt, file, record.nbytes)
+            before = Pin.of(file)
             self.native = self._runtime.deserialize_cuda_engine(reader)
+            if not Pin.of(file).has_content_of(before):
+                raise changed(path.parent.parent, f"{path.name} was written to while it was read")
         if self.native is None:
             raise self.failure("loading the engine", ArtifactError)
         # TensorRT-RTX captures graphs itself; for TensorRT, each slot does.

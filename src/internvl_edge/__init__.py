@@ -14,14 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 from internvl_edge._version import __version__
 from internvl_edge.errors import InternVLError
+from internvl_edge.files import telemetry
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.model import load
-    from internvl_edge.runtime.ort.options import OrtOptions
+    from internvl_edge.runtime.ort.options import OrtOptions, share_threads
     from internvl_edge.runtime.session import open_session
     from internvl_edge.runtime.trt.options import TrtOptions
 
-__all__ = ["InternVLError", "OrtOptions", "TrtOptions", "__version__", "load", "open_session"]
+__all__ = [
+    "InternVLError",
+    "OrtOptions",
+    "TrtOptions",
+    "__version__",
+    "load",
+    "open_session",
+    "share_threads",
+]
+
+telemetry.turn_off()  # before anything imports ONNX Runtime
 
 # A library leaves it to its user where messages go.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -30,6 +41,7 @@ _LAZY = {
     "load": "internvl_edge.runtime.model",
     "open_session": "internvl_edge.runtime.session",
     "OrtOptions": "internvl_edge.runtime.ort.options",
+    "share_threads": "internvl_edge.runtime.ort.options",
     "TrtOptions": "internvl_edge.runtime.trt.options",
 }
 

@@ -40,7 +40,14 @@ MADE_UP = Component(
 )
 TABLE, TABLE_OF_MODULES = "artifact/components.py", "export/components.py"
 # The vision tower's section of a checkpoint's configuration, which is no component.
-SECTIONS = {("export/config/checkpoint.py", "vision"), ("compiler/steps/graph_files.py", "vision")}
+SECTIONS = {
+    (place, "vision")
+    for place in (
+        "export/config/checkpoint.py",
+        "compiler/steps/graph_files.py",
+        "artifact/schema.py",
+    )
+}
 
 
 class VisionMean(nn.Module):

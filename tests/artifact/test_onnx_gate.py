@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from internvl_edge.artifact import onnx_wire
+from internvl_edge.artifact import onnx_gate, onnx_wire
 from internvl_edge.artifact.onnx_gate import BITS, OnnxSummary, scan
 from internvl_edge.errors import ArtifactError
 
@@ -318,6 +318,58 @@ def test_fields_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, data in (("Model", repeated), ("Tensor", packed), ("Graph", nodes * 4)):
         with pytest.raises(ArtifactError, match="more than 200 fields"):
             onnx_wire.read_message(data, kind)
+
+
+def chain(count: int) -> list[onnx.NodeProto]:
+    return [helper.make_node("Relu", [f"v{i}"], [f"v{i + 1}"]) for i in range(count)]
+
+
+def test_long_chains_are_refused_before_a_parser_takes_hours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onnx_gate, "MAX_NODES", 50)
+    assert scan_model(model_of(external(), nodes=chain(50))).node_count == 50
+    with pytest.raises(ArtifactError, match="more than 50 nodes"):
+        scan_model(model_of(external(), nodes=chain(51)))
+
+
+def with_functions(depth: int, calls: int, *, recursive: bool = False) -> onnx.ModelProto:
+    """``depth`` functions, each of which calls the next ``calls`` times."""
+    model = model_of(external(), nodes=[helper.make_node("f0", ["x"], ["y"], domain="f")])
+    model.opset_import.append(helper.make_opsetid("f", 1))
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("f", 1)]
+    for level in range(depth):
+        called = f"f{level + 1}" if level + 1 < depth else "f0" if recursive else "Relu"
+        domain = "" if called == "Relu" else "f"
+        nodes = [
+            helper.make_node(called, [f"v{i}"], [f"v{i + 1}"], domain=domain) for i in range(calls)
+        ]
+        function = helper.make_function("f", f"f{level}", ["v0"], [f"v{calls}"], nodes, opsets)
+        model.functions.append(function)
+    return model
+
+
+def test_functions_count_wherever_they_are_called() -> None:
+    """Twenty small functions, each calling the next twice, are a million nodes to a parser."""
+    scan_model(with_functions(depth=8, calls=2))
+    with pytest.raises(ArtifactError, match="nodes, functions counted at every call"):
+        scan_model(with_functions(depth=20, calls=2))
+
+
+def test_functions_that_call_themselves_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="'f0' calls itself"):
+        scan_model(with_functions(depth=3, calls=1, recursive=True))
+    with pytest.raises(ArtifactError, match="calls are too deep"):
+        scan_model(with_functions(depth=200, calls=1))
+
+
+def test_fifty_thousand_dimensions_are_not_multiplied() -> None:
+    tensor = TensorProto(name="w", data_type=FLOATS, dims=[2**62] * 50_000)
+    tensor.raw_data = b"1234"
+    started = time.perf_counter()
+    with pytest.raises(ArtifactError, match="50000 dimensions, at most 64"):
+        scan_tensor(tensor)
+    assert time.perf_counter() - started < 5  # the product alone took 40 s
 
 
 def test_weights_cost_nothing() -> None:

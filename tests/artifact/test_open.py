@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import socket
 import struct
 import threading
@@ -38,7 +39,7 @@ from internvl_edge.artifact.open import (
     TensorSpec,
     open_artifact,
 )
-from internvl_edge.errors import ArtifactError, UsageError
+from internvl_edge.errors import ArtifactError, ResourceError, UsageError
 
 GOLDEN = """{
   "schema_version": 1,
@@ -538,7 +539,7 @@ RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "NUL": (_file("w.bin\0x"), "not a plain file name"),
     "newline": (_file("a\nb"), "not a plain file name"),
     "escape code": (_file("a\x1b[2J"), "not a plain file name"),
-    "surrogate": (_file("a\ud800"), "not a plain file name"),
+    "surrogate": (_file("a\ud800"), "half a character"),
 }
 
 
@@ -561,8 +562,8 @@ def test_rules(rule: str) -> None:
         (b'{"schema_version": ' + b"1" * 5000 + b"}", "not JSON"),
         (b"[1]", "no schema_version"),
         (b'{"schema_version": NaN}', "NaN is not JSON"),
-        (b'{"schema_version": 1, "schema_version": 1}', r"given twice: \['schema_version'\]"),
-        (b'{"schema_version": 1, "files": {"a": 1, "a": 2}}', r"given twice: \['a'\]"),
+        (b'{"schema_version": 1, "schema_version": 1}', r"stand twice: 'schema_version'"),
+        (b'{"schema_version": 1, "files": {"a": 1, "a": 2}}', r"stand twice: 'a'"),
     ],
 )
 def test_text_that_is_no_manifest(data: bytes, message: str) -> None:
@@ -651,3 +652,20 @@ def test_hash_is_of_the_whole_file(tmp_path: Path) -> None:
         refused(out, f"{name}.*the file was changed")
         (out / name).write_bytes(files[name])
     open_artifact(out)
+
+
+def test_running_out_of_descriptors_is_not_the_directorys_fault(tmp_path: Path) -> None:
+    """In a child, whose limit it is: it said "export again"."""
+    out = write_artifact(tmp_path / "out", contents())
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            most = len(os.listdir("/proc/self/fd")) - 1
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+            with pytest.raises(ResourceError, match=r"Too many open files.*ulimit -n"):
+                open_artifact(out)
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -35,15 +35,35 @@ from internvl_edge.artifact.publish import (
     os_errors,
     record,
     require_free_disk,
+    sound_engines,
     staging,
     update,
     verify_whole,
     write_atomically,
     write_manifest,
 )
+from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges
 from internvl_edge.errors import ArtifactError, InternVLError, ResourceError, UsageError
 from internvl_edge.files import disk
 
+ENGINE_INFO = EngineInfo(
+    component="vision",
+    target="tensorrt-rtx",
+    precision="int8",
+    builder_version="1.7.1.116",
+    tool_version="0.1.0",
+    compute_capabilities=(),
+    minimum_sm=80,
+    profile=ShapeRanges(),
+    onnx_sha256="ab" * 32,
+    nbytes=12,
+    sha256="cd" * 32,
+    fused_attention=4,
+    decomposed_attention=1,
+    build_seconds=1.5,
+    inputs=(),
+    outputs=(),
+)
 OLD, NEW = contents(bytes(192)), contents(b"\1" * 192)
 
 
@@ -727,3 +747,49 @@ def test_other_errors_of_the_work_stay_what_they_are(out: Path) -> None:
         Path("/nonexistent/checkpoint").read_bytes()
     with pytest.raises(UsageError, match="ENOENT"), staging(out, force=False) as directory:
         (directory / "absent").read_bytes()
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_published_files_are_for_nobody_else_to_write_to(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with staging(tmp_path / "new" / "out", force=False) as directory:
+            write_files(directory, contents(engine=b"plan"))
+            write_manifest(directory, manifest_of(contents(engine=b"plan")))
+    finally:
+        os.umask(before)
+    out = tmp_path / "new" / "out"
+    for path in (out.parent, out, *out.rglob("*")):
+        most = (0o755 if path.is_dir() else 0o644) & ~mask
+        assert path.stat().st_mode & 0o777 == most, path
+
+
+def test_the_checkpoints_own_shard_keeps_its_mode(tmp_path: Path) -> None:
+    (shard := tmp_path / "shard").write_bytes(contents()["weights.bin"])
+    shard.chmod(0o666)
+    with staging(tmp_path / "out", force=False) as directory:
+        write_files(directory, {k: v for k, v in contents().items() if k != "weights.bin"})
+        os.link(shard, directory / "weights.bin")
+        write_manifest(directory, manifest_of(contents()))
+    assert shard.stat().st_mode & 0o777 == 0o666
+
+
+def engine_of(folder: Path, name: str, data: bytes, written: bytes) -> None:
+    info = replace(ENGINE_INFO, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (folder / f"{name}.plan").write_bytes(written)
+    (folder / f"{name}.json").write_text(json.dumps(info.to_json()))
+
+
+def test_an_engine_that_lost_its_pages_is_built_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = b"engine" * 1000
+    engine_of(tmp_path, "sound", data, data)
+    engine_of(tmp_path, "lost", data, data[:1000] + bytes(len(data) - 1000))
+    engine_of(tmp_path, "short", data, data[:10])
+    (tmp_path / "alone.plan").write_bytes(data)
+    (tmp_path / "odd.json").write_text("{}")
+    with caplog.at_level("WARNING"):
+        assert sound_engines(tmp_path) == (tmp_path / "sound.plan", tmp_path / "sound.json")
+    assert caplog.text.count("built again") == 3
+    assert {path.stem for path in tmp_path.iterdir()} == {"sound"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -327,7 +328,7 @@ def test_a_piece_of_a_changed_checkpoint_is_not_kept(
 def test_the_journal_is_the_first_to_go(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work whose removal is cut short must not speak of what is not there any more."""
     with pytest.raises(Killed), workspace(out, lambda: KEY_A, Budget(0)) as work:
-        work.finish("a", {"weights": ["w"]}, {})
+        work.finish("a", {"weights": {}}, {})
         raise Killed
 
     def cut_short(path: Path, **_: Any) -> None:
@@ -350,7 +351,7 @@ def test_a_conversion_that_failed_to_verify_is_not_kept(
         pytest.raises(VerificationError),
         workspace(out, lambda: KEY_A, Budget(0)) as work,
     ):
-        work.finish("a", {"weights": ["w"], **entry}, {})
+        work.finish("a", {"weights": {}, **entry}, {})
         raise VerificationError("wrong")
     assert out.with_name(".out.work").exists() == is_kept
 
@@ -365,7 +366,7 @@ def test_where_a_file_has_one_name_only_it_is_moved(
     monkeypatch.setattr(os, "link", no_links)
     with workspace(out.with_name("new"), lambda: KEY_A, Budget(0)) as work:
         (work.path / "w").write_bytes(b"weights")
-        work.finish("a", {"weights": ["w"]}, {})
+        work.finish("a", {"weights": {}}, {})
         work.hand_over("w", out)
         assert work.num_done == 0
         assert not (work.path / "w").exists()
@@ -541,3 +542,133 @@ def test_what_was_kept_is_what_lies_on_the_disk(tmp_path: Path) -> None:
     assert kept_nbytes(tmp_path / "out") < 1 << 20
     (work / "states").write_bytes(bytes(3_000_000))
     assert kept_nbytes(tmp_path / "out") >= 3_000_000
+
+
+# --- what is not taken up ------------------------------------------------------------------------
+
+
+def finished(out: Path, blocks: int = 2) -> Path:
+    """Work of a run that failed, with a weights file; its directory."""
+    values = np.arange(6, dtype=np.float32)
+    with (
+        pytest.raises(ResourceError),
+        workspace(out, lambda: KEY_A, Budget(0)) as work,
+    ):
+        safetensors.numpy.save_file({"w": values}, work.path / "weights.safetensors")
+        for i in range(blocks):
+            hidden = work.hidden("image")
+            hidden.append(np.full((2, 2), i, np.float32))
+            entry = {"weights": {"w": hashlib.sha256(values.tobytes()).hexdigest()}}
+            work.finish(f"block {i}", entry, {"image": hidden})
+        raise ResourceError("the disk is full")
+    return out.with_name(f".{out.name}.work")
+
+
+def num_taken_up(out: Path) -> int:
+    with pytest.raises(ResourceError), workspace(out, lambda: KEY_A, Budget(0)) as work:
+        count = work.num_done
+        raise ResourceError("again")
+    return count
+
+
+def test_sound_work_is_taken_up(out: Path) -> None:
+    finished(out)
+    assert num_taken_up(out) == 2
+
+
+def lose_pages(work: Path) -> None:
+    with (work / "weights.safetensors").open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(bytes(8))
+
+
+def cut_weights_off(work: Path) -> None:
+    os.truncate(work / "weights.safetensors", 20)
+
+
+def remove_weights(work: Path) -> None:
+    (work / "weights.safetensors").unlink()
+
+
+def lose_states(work: Path) -> None:
+    path = sorted((work / "states").iterdir())[-1]
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def no_hash(work: Path) -> None:
+    lines = [json.loads(line) for line in (work / JOURNAL).read_text().splitlines()]
+    for line in lines:
+        line["weights"] = list(line["weights"])
+    (work / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def no_journal(work: Path) -> None:
+    (work / JOURNAL).write_bytes(b"[]\n")
+
+
+def a_link(work: Path) -> None:
+    (work / "weights.safetensors").rename(work.with_name("elsewhere"))
+    (work / "weights.safetensors").symlink_to("../elsewhere")
+
+
+def a_linked_state(work: Path) -> None:
+    path = sorted((work / "states").iterdir())[-1]
+    path.rename(work.with_name("elsewhere"))
+    path.symlink_to("../../elsewhere")
+
+
+def a_pipe(work: Path) -> None:
+    os.mkfifo(work / "engines" / "x.plan")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lose_pages,
+        cut_weights_off,
+        remove_weights,
+        lose_states,
+        no_hash,
+        no_journal,
+        a_link,
+        a_linked_state,
+        a_pipe,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_damaged_work_is_dropped_and_said(
+    out: Path, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(finished(out))
+    with caplog.at_level(logging.WARNING):
+        assert num_taken_up(out) == 0
+    assert "is damaged, and dropped" in caplog.text
+
+
+def test_work_that_others_could_write_to_is_dropped(
+    out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = finished(out)
+    assert work.stat().st_mode & 0o777 == 0o700
+    work.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        assert num_taken_up(out) == 0
+    assert "was open to others" in caplog.text
+
+
+def test_work_of_another_user_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(out)
+    monkeypatch.setattr(workspace_module.os, "geteuid", lambda: os.getuid() + 1)
+    with (
+        pytest.raises(UsageError, match="belongs to another user"),
+        workspace(out, lambda: KEY_A, Budget(0)),
+    ):
+        pass
+
+
+def test_a_link_in_place_of_the_directory_is_refused(out: Path) -> None:
+    finished(out).rename(out.with_name("elsewhere"))
+    out.with_name(".out.work").symlink_to("elsewhere")
+    with pytest.raises(UsageError), workspace(out, lambda: KEY_A, Budget(0)):
+        pass
+    assert (out.with_name("elsewhere") / JOURNAL).exists()

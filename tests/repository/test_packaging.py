@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -99,3 +100,37 @@ def test_the_top_level_folders_cannot_be_imported_by_their_bare_names() -> None:
         )
         assert done.returncode != 0
         assert f"internvl_edge.{name}" in done.stderr
+
+
+LOCK, CONSTRAINTS = ROOT / "requirements.lock", ROOT / "constraints.txt"
+PINNED = re.compile(r"^([a-z0-9][a-z0-9._-]*)==(\S+)", re.MULTILINE)
+
+
+def locked() -> dict[str, set[str]]:
+    """Package → its versions; a few differ by the version of Python."""
+    versions: dict[str, set[str]] = {}
+    for name, version in PINNED.findall(LOCK.read_text(encoding="utf-8")):
+        versions.setdefault(name, set()).add(version)
+    return versions
+
+
+def test_every_package_that_ci_installs_is_pinned_with_its_hashes() -> None:
+    text = LOCK.read_text(encoding="utf-8")
+    entries = re.split(r"(?m)^(?=[a-z0-9])", re.sub(r"(?m)^ *#.*\n", "", text))
+    packages = [entry for entry in entries if entry.strip()]
+    assert len(packages) > 100
+    for entry in packages:
+        assert PINNED.match(entry), entry
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry
+
+
+def test_the_lock_has_what_the_extras_name_at_the_versions_that_were_measured() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    left_out = {"trt", "ort-gpu"}  # from a vendor's index, or in another's place
+    named = [*project["dependencies"]]
+    named += [one for extra, of in optional.items() if extra not in left_out for one in of]
+    names = {re.split(r"[\[>=<;]", one)[0] for one in named} - {"internvl-edge"}
+    assert names <= set(locked())
+    pins = dict(PINNED.findall(CONSTRAINTS.read_text(encoding="utf-8")))
+    assert {name: locked()[name] for name in pins} == {n: {v} for n, v in pins.items()}

@@ -191,6 +191,7 @@ def test_options_reach_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     options = internvl_edge.OrtOptions(num_threads=1)
     given: list[Any] = []
     monkeypatch.setattr(ort, "OrtSession", lambda path, **how: given.append(how["options"]))
+    linear(tmp_path / "vision.onnx")
     artifact = open_directory(tmp_path, ["vision"])
     monkeypatch.setattr(sessions, "open_artifact", lambda out: artifact)
     monkeypatch.setattr(model_module, "open_artifact", lambda out: artifact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,50 @@ def spec(name: str, dtype: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
+def _record(path: Path) -> FileRecord:
+    """The record of a file; of one that is not there, something."""
+    data = path.read_bytes() if path.is_file() else b""
+    return FileRecord(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def publish_linear(path: Path, seed: int = 0, components: Sequence[str] = ("vision",)) -> Path:
+    """A directory that opens whole: ``linear`` graphs with their weights in files next to them."""
+    path.mkdir()
+    for number, name in enumerate(components):
+        model = onnx.load(linear(path / f"{name}.onnx", seed + 100 * number))
+        onnx.save(
+            model,
+            path / f"{name}.onnx",
+            save_as_external_data=True,
+            location=f"{name}.bin",
+            size_threshold=64,
+        )
+    names = [f"{name}{end}" for name in components for end in (".onnx", ".bin")]
+    outputs = (spec("y", "float32", "batch", 3), spec("total", "float32", "batch"))
+    manifest = Manifest(
+        tool_version="0",
+        precision="fp32",
+        model={"kind": "vit", "vision": {"num_hidden_layers": 1}},
+        image_size=4,
+        preprocessing={"size": 4},
+        recipe=None,
+        source={"checkpoint": "tiny", "files": {}},
+        components={
+            name: ComponentRecord(
+                file=f"{name}.onnx",
+                inputs=(spec("x", "float32", "batch", 4),),
+                outputs=outputs,
+                nbytes=48,
+                verification=None,
+            )
+            for name in components
+        },
+        files={name: _record(path / name) for name in names},
+    )
+    (path / "manifest.json").write_bytes(manifest.to_bytes())
+    return path
+
+
 def open_directory(
     path: Path,
     components: Sequence[str],
@@ -80,7 +125,7 @@ def open_directory(
         recipe=None,
         source={},
         components=records,
-        files={name: FileRecord(nbytes=0, sha256="0" * 64) for name in names},
+        files={name: _record(path / name) for name in names},
         **fields,
     )
     return Artifact(path=path, manifest=manifest)

@@ -2,7 +2,9 @@
 
 manifest     ``manifest.json``: the components, their tensors, and every file; start here
 components   the table of what a checkpoint is compiled into
+schema       what is read of the objects in it
 open         a directory that is checked before anything in it is used
+pins         what was verified, compared again when it is used
 publish      a directory that appears whole or not at all
 workspace    what an interrupted compilation has finished, for the same command to go on
 onnx_gate    an ONNX file, judged before a native parser reads it;  onnx_wire  its bytes

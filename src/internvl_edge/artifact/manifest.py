@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from internvl_edge.errors import ArtifactError
+from internvl_edge.files.reading import parse_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -153,9 +154,8 @@ class Manifest:
         if len(data) > MAX_NBYTES:
             raise ArtifactError(f"more than {MAX_NBYTES} bytes")
         try:
-            text = data.decode("utf-8")
-            raw = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+            raw = parse_json(data, unique=True, constants=False)
+        except ValueError as error:
             raise ArtifactError(f"not JSON in UTF-8: {error}") from error
         return cls.from_json(raw)
 
@@ -254,19 +254,6 @@ def _fields(raw: Any, where: str, kinds: dict[str, Any]) -> dict[str, Any]:
 def _natural(value: Any, where: str) -> None:
     if type(value) is not int or value < 0:
         raise ArtifactError(f"{where}: expected a whole number from 0, found {value!r}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        raise ArtifactError(f"keys given twice: {repeated}")
-    return result
-
-
-def _no_constant(text: str) -> Any:
-    raise ArtifactError(f"{text} is not JSON")
 
 
 def _lists(value: Any) -> Any:

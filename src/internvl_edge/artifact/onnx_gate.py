@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,11 @@ from internvl_edge.errors import ArtifactError
 from internvl_edge.files.disk import open_regular
 
 MAX_ELEMENTS = 2**48
+MAX_RANK = 64  # dimensions of a tensor
+# Of a graph, functions counted wherever they are called. ONNX Runtime takes time that grows with
+# the square of it: 4 s for so many; 48 quantized transformer layers have 5 thousand.
+MAX_NODES = 20_000
+MAX_CALLS = 32  # of functions by functions
 EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 
 # TensorProto.DataType → bits of an element; a string has no size
@@ -35,6 +40,7 @@ BITS |= {25: 2, 26: 2, 27: 6, 28: 6}
 LISTS = {1: ("float_data", 1), 14: ("float_data", 2), 11: ("double_data", 1)}
 LISTS |= {15: ("double_data", 2), 7: ("int64_data", 1), 12: ("uint64_data", 1)}
 LISTS |= {13: ("uint64_data", 1)}
+Called = tuple[str, str, str]  # a function's domain, name and overload
 VALUES = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
@@ -93,6 +99,7 @@ def _summary(model: Message, files: Mapping[str, int]) -> OnnxSummary:
         raise ArtifactError("the graph has no nodes or no outputs")
     functions = model.get("functions", [])
     graphs = [part for root in (graph, *functions) for part in _graphs(root)]
+    _check_nodes(graph, functions)
     ranges: set[tuple[str, int, int]] = set()
     for part in graphs:
         for tensor in _tensors(part):
@@ -123,6 +130,45 @@ def _domains(model: Message) -> dict[str, int]:
     if "" not in domains:
         raise ArtifactError(f"no opset of the default domain, only of {sorted(domains)}")
     return domains
+
+
+def _called(message: Message, name: str) -> Called:
+    return message.get("domain", ""), message.get(name, ""), message.get("overload", "")
+
+
+def _check_nodes(graph: Message, functions: Sequence[Message]) -> None:
+    """Bound the nodes that a parser makes of a graph: it puts a function wherever it is called.
+
+    Raises:
+        ArtifactError: more than ``MAX_NODES``, or functions that call themselves.
+    """
+    bodies = {_called(f, "name"): f for f in functions}
+    if len(bodies) < len(functions):
+        raise ArtifactError("two functions of one name")
+    sizes: dict[Called, int] = {}
+    under_way: set[Called] = set()
+
+    def size(root: Message) -> int:
+        total = 0
+        for part in _graphs(root):
+            for node in part.get("nodes", []):
+                total += 1
+                called = _called(node, "op_type")
+                if called in bodies:
+                    total += of_function(called)
+        return min(total, MAX_NODES + 1)
+
+    def of_function(called: Called) -> int:
+        if called in under_way or len(under_way) > MAX_CALLS:
+            raise ArtifactError(f"function {called[1]!r:.80} calls itself, or calls are too deep")
+        if called not in sizes:
+            under_way.add(called)
+            sizes[called] = size(bodies[called])
+            under_way.discard(called)
+        return sizes[called]
+
+    if size(graph) > MAX_NODES:
+        raise ArtifactError(f"more than {MAX_NODES} nodes, functions counted at every call")
 
 
 def _graphs(root: Message) -> Iterator[Message]:
@@ -178,6 +224,8 @@ def _op_type(node: Message) -> str:
 
 def _element_count(tensor: Message, what: str) -> int:
     dims = tensor.get("dims", [])
+    if len(dims) > MAX_RANK:  # before they are multiplied
+        raise ArtifactError(f"{what}: {len(dims)} dimensions, at most {MAX_RANK}")
     # an empty tensor's other dimensions count too: parsers multiply them
     if any(d < 0 for d in dims) or math.prod(max(d, 1) for d in dims) >= MAX_ELEMENTS:
         raise ArtifactError(f"{what}: dims {dims[:8]} are negative or of 2^48 elements and more")

@@ -18,7 +18,7 @@ from internvl_edge.errors import ArtifactError
 
 MAX_NBYTES = 2**31 - 1  # protobuf's own limit
 MAX_DEPTH = 32  # messages inside one another; each subgraph takes three
-MAX_FIELDS = 1_000_000  # in a whole file: some seconds; 48 transformer layers have 30 thousand
+MAX_FIELDS = 300_000  # in a whole file: a second; 48 transformer layers have 30 thousand
 
 Message = dict[str, Any]
 
@@ -34,7 +34,13 @@ SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
         25: ("functions", "Function*"),
     },
     "Opset": {1: ("domain", "text"), 2: ("version", "int")},
-    "Function": {7: ("nodes", "Node*"), 11: ("attributes", "Attribute*")},
+    "Function": {
+        1: ("name", "text"),
+        7: ("nodes", "Node*"),
+        10: ("domain", "text"),
+        11: ("attributes", "Attribute*"),
+        13: ("overload", "text"),
+    },
     "Graph": {
         1: ("nodes", "Node*"),
         5: ("initializers", "Tensor*"),
@@ -43,7 +49,12 @@ SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
         15: ("sparse_initializers", "Sparse*"),
     },
     "Value": {1: ("name", "text")},
-    "Node": {4: ("op_type", "text"), 5: ("attributes", "Attribute*"), 7: ("domain", "text")},
+    "Node": {
+        4: ("op_type", "text"),
+        5: ("attributes", "Attribute*"),
+        7: ("domain", "text"),
+        8: ("overload", "text"),
+    },
     "Attribute": {
         5: ("tensor", "Tensor"),
         6: ("graph", "Graph"),

@@ -17,6 +17,7 @@ earlier that another run is at work, and which leftovers are of the dead and can
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from pathlib import Path
 
 from internvl_edge.artifact.manifest import FOLDERS, MANIFEST, FileRecord, Manifest
 from internvl_edge.artifact.open import Artifact, open_artifact, sha256
+from internvl_edge.artifact.sidecar import read_engine_info
 from internvl_edge.errors import ArtifactError, InternVLError, UsageError
 from internvl_edge.files.disk import (
     exchange,
@@ -54,6 +56,7 @@ __all__ = [
     "placed",
     "record",
     "require_free_disk",
+    "sound_engines",
     "staging",
     "update",
     "verify_whole",
@@ -61,7 +64,10 @@ __all__ = [
     "write_manifest",
 ]
 
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 16
+FILE_MODE, FOLDER_MODE = 0o644, 0o755  # at most, whatever the umask
 
 
 @contextmanager
@@ -94,6 +100,7 @@ def staging(
             yield directory
         with os_errors(out):
             (check or _check_complete)(directory)
+            _limit_modes(directory)
             sync_tree(directory)
             _publish(directory, out, force, held, cleanup)
             sync(out.parent)
@@ -184,6 +191,28 @@ def record(path: Path) -> FileRecord:
         return FileRecord(nbytes=os.fstat(file.fileno()).st_size, sha256=sha256(file))
 
 
+def sound_engines(folder: Path) -> tuple[Path, ...]:
+    """List the engines and sidecars that an earlier run finished; remove what is damaged.
+
+    A sidecar has its engine's hash, and is written after the engine was synced.
+    """
+    sound: list[Path] = []
+    for sidecar in sorted(folder.glob("*.json")):
+        plan = sidecar.with_suffix(".plan")
+        try:
+            info, found = read_engine_info(sidecar), record(plan)
+        except InternVLError as error:
+            logger.warning("an engine that an earlier run built is built again: %s", error)
+            continue
+        if (found.nbytes, found.sha256) == (info.nbytes, info.sha256):
+            sound += (plan, sidecar)
+        else:
+            logger.warning("%s is damaged and is built again", plan)
+    for path in set(folder.iterdir()) - set(sound):
+        path.unlink()
+    return tuple(sound)
+
+
 # --- before the work -----------------------------------------------------------------------------
 
 
@@ -216,7 +245,7 @@ def make_parents(parent: Path, cleanup: ExitStack) -> None:
     """Create parents; those that are still empty in the end are removed."""
     missing = [path for path in (parent, *parent.parents) if not path.exists()]
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
         cleanup.callback(_remove_if_empty, path)
 
 
@@ -275,7 +304,7 @@ def _make_staging(out: Path, cleanup: ExitStack) -> Path:
     """Make a new locked directory; whatever has its name in the end is removed."""
     for _ in range(ATTEMPTS):
         directory = sibling(out, "partial")
-        directory.mkdir()
+        directory.mkdir(mode=FOLDER_MODE)
         try:
             hold(directory, cleanup)
         except (UsageError, FileNotFoundError):  # taken for a leftover before it was locked
@@ -329,6 +358,25 @@ def _check_complete(directory: Path) -> None:
     }
     if unlisted := sorted(written - {*manifest.files, MANIFEST}):
         raise InternVLError(f"{directory}: written but not listed: {unlisted}")
+
+
+def _limit_modes(directory: Path) -> None:
+    """Take from others what an open umask gave them: files are 0644 at most, folders 0755.
+
+    A file of two names, such as a checkpoint's own shard, is not only ours to change.
+    """
+    for folder, _, names in os.walk(directory):
+        _limit_mode(Path(folder), FOLDER_MODE)
+        for name in names:
+            path = Path(folder) / name
+            if path.lstat().st_nlink == 1:
+                _limit_mode(path, FILE_MODE)
+
+
+def _limit_mode(path: Path, most: int) -> None:
+    mode = stat.S_IMODE(path.lstat().st_mode)
+    if mode & ~most:
+        path.chmod(mode & most)
 
 
 def _check_listed(directory: Path, manifest: Manifest) -> None:

@@ -13,14 +13,13 @@ Dtypes stay the codes of the format here: NumPy has no bfloat16 of its own.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from typing import Any
 
-from internvl_edge.files.reading import unique_names
+from internvl_edge.files.reading import parse_json
 from internvl_edge.types import Shape
 
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
 ]
 
 MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
+MAX_RANK = 64  # dimensions of a tensor
 ITEM_NBYTES = {
     "F64": 8,
     "F32": 4,
@@ -106,7 +106,7 @@ def fill(file: FileIO, offset: int, buffer: memoryview) -> int:
 
 def _parsed(raw: bytes, start: int, size: int) -> dict[str, TensorPlace]:
     try:
-        header = json.loads(_begins_with_brace(raw).decode(), object_pairs_hook=unique_names)
+        header = parse_json(_begins_with_brace(raw), unique=True)
         header.pop("__metadata__", None)
         places = [_place(name, item, start) for name, item in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -124,6 +124,8 @@ def _parsed(raw: bytes, start: int, size: int) -> dict[str, TensorPlace]:
 def _place(name: str, item: dict[str, Any], start: int) -> TensorPlace:
     begin, end = item["data_offsets"]
     shape = tuple(item["shape"])
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"tensor {name!r:.80}: {len(shape)} dimensions, at most {MAX_RANK}")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"tensor {name!r}: shape and offsets must be non-negative integers")
     code = item["dtype"]

@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import ArtifactError, HardwareError, UsageError
-from internvl_edge.files.reading import read_json
+from internvl_edge.files.reading import parse_json, read_file
 
 SCHEMA = 1
 RTX, RTX_SMS, RTX_SMS_FROM = "tensorrt-rtx", (80, 86, 89), 120  # where a portable engine runs
@@ -131,9 +131,23 @@ def read_engine_info(path: Path) -> EngineInfo:
     Raises:
         ArtifactError: it is not there, not JSON, or not an engine's sidecar.
     """
-    raw = read_json(path, MAX_SIDECAR_NBYTES, ArtifactError)
+    return _engine_info(read_file(path, MAX_SIDECAR_NBYTES, ArtifactError), path)
+
+
+def engine_info(artifact: Artifact, name: str) -> EngineInfo:
+    """Read the sidecar of a directory's engine.
+
+    Raises:
+        ArtifactError: it is not listed, no longer what was opened, or not an engine's sidecar.
+    """
+    return _engine_info(artifact.read(name, MAX_SIDECAR_NBYTES), artifact.file(name))
+
+
+def _engine_info(data: bytes, path: Path) -> EngineInfo:
     try:
-        return EngineInfo.from_json(raw)
+        return EngineInfo.from_json(parse_json(data))
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not readable as JSON: {error}") from error
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 

@@ -6,8 +6,11 @@
               states/image.17      the samples' hidden states after it
               engines/             engines that were built
 
-A journal line is written after what it speaks of was made durable, so what it says holds however
-the run ended; a last line that was cut short is dropped. Work under another key is never taken
+A journal line is written after what it speaks of was made durable, with the hashes of all of it; a
+last line that was cut short is dropped. What is taken up is hashed again: a disk that lost pages
+all the same, or a hand that changed something, is found, and then all of it is dropped. An engine
+has its hash in its sidecar. The directory is the user's own, and nobody else's to write to (0700);
+nothing in it is a link. Work under another key is never taken
 up: it is removed. The directory is locked while a run lives, so of two runs on one OUT the second
 is told at once. It goes when the run succeeds, or fails with nothing finished. A run that dies
 between publishing and that leaves in it the manifest of what it published, and the next one sees
@@ -16,10 +19,13 @@ that it is done with.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,13 +33,18 @@ from typing import Any, BinaryIO, Literal
 
 from internvl_edge.artifact.manifest import MANIFEST
 from internvl_edge.artifact.publish import hold, make_parents, placed
+from internvl_edge.artifact.safetensors import TensorPlace, read_places
 from internvl_edge.errors import UsageError, VerificationError
-from internvl_edge.files.disk import link_or_copy, os_errors, write_atomically
+from internvl_edge.files.disk import link_or_copy, open_regular, os_errors, write_atomically
+from internvl_edge.files.reading import is_there
 from internvl_edge.files.spool import Budget, Spool
 
 logger = logging.getLogger(__name__)
 
 BLOCK_NBYTES = 512  # of st_blocks, stat(2)
+PRIVATE = 0o700  # the mode of the directory: nobody else writes what is taken up
+CHUNK_NBYTES = 8 << 20
+WEIGHTS = "weights.safetensors"
 KEY, JOURNAL, STATES, ENGINES = "key.json", "journal.jsonl", "states", "engines"
 
 
@@ -113,9 +124,13 @@ class Workspace:
         states = {}
         for stream, spool in hidden.items():
             spool.sync()
-            states[stream] = {"file": Path(spool.name).name, "shapes": spool.shapes}
+            states[stream] = {
+                "file": Path(spool.name).name,
+                "shapes": spool.shapes,
+                "sha256": spool.sha256,
+            }
         line = {"block": block, "states": states, **entry}
-        with open(self.path / JOURNAL, "ab", buffering=0) as journal:
+        with _open(self.path / JOURNAL, "ab") as journal:
             journal.write(json.dumps(line).encode() + b"\n")
             os.fsync(journal.fileno())
         self.entries.append(line)
@@ -138,15 +153,19 @@ class Workspace:
                 path.unlink()
 
 
-def _open(path: Path, mode: Literal["x+b", "r+b"]) -> BinaryIO:
-    return open(path, mode, buffering=0)
+def _open(path: Path, mode: Literal["x+b", "r+b", "ab"]) -> BinaryIO:
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    return open(path, mode, buffering=0, opener=opener)
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
     """Read its whole lines; a last one that was cut short is removed."""
-    if not path.exists():
+    if not is_there(path):
         return []
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         os.truncate(path, len(whole))
@@ -199,13 +218,14 @@ def workspace(
             out = placed(out)
             make_parents(out.parent, cleanup)
             path = _work_on(out)
-            path.mkdir(exist_ok=True)
+            path.mkdir(mode=PRIVATE, exist_ok=True)
             try:
-                hold(path, cleanup)
+                descriptor = hold(path, cleanup)
             except UsageError as error:
                 raise UsageError(
                     f"another run is writing {out}; wait until it is done, or choose another OUT"
                 ) from error
+            _require_own(path, descriptor)
         try:
             wanted = key()
         except BaseException:
@@ -214,6 +234,7 @@ def workspace(
             raise
         with os_errors(out):
             _claim(path, wanted)
+            _drop_damaged(path)
             work = Workspace(path, budget)
             cleanup.callback(work.close)
         try:
@@ -234,6 +255,83 @@ def workspace(
         _remove(path)
 
 
+def _require_own(path: Path, descriptor: int) -> None:
+    """Refuse a directory of somebody else; empty one that others could write to.
+
+    Raises:
+        UsageError: it is not this user's.
+    """
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid():
+        raise UsageError(
+            f"{path} belongs to another user (uid {status.st_uid}), whose work is not taken up; "
+            "remove it or choose another OUT"
+        )
+    if stat.S_IMODE(status.st_mode) & ~PRIVATE:
+        if any(path.iterdir()):
+            logger.warning("%s was open to others, and what is in it is dropped", path)
+        _empty(path)
+        os.fchmod(descriptor, PRIVATE)
+
+
+def _drop_damaged(path: Path) -> None:
+    """Drop the work unless everything that its journal speaks of has the hashes noted there."""
+    try:
+        problem = _damage(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = repr(error)
+    if problem is None:
+        return
+    logger.warning("what an earlier run finished in %s is damaged, and dropped: %s", path, problem)
+    wanted = (path / KEY).read_bytes()
+    _empty(path)
+    write_atomically(path / KEY, wanted)
+
+
+def _damage(path: Path) -> str | None:
+    for entry in path.rglob("*"):
+        status = entry.lstat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            return f"{entry.name} is neither a file nor a folder"
+        if status.st_uid != os.geteuid():
+            return f"{entry.name} belongs to another user"
+    entries = _read_journal(path / JOURNAL)
+    latest = {s: saved for entry in entries for s, saved in entry["states"].items()}
+    for saved in latest.values():
+        with open_regular(path / STATES / saved["file"]) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"]:
+                return f"{STATES}/{saved['file']} has another sha256"
+    weights: dict[str, str] = {}
+    for entry in entries:
+        weights |= dict(entry.get("weights") or {})
+    if weights:
+        with open_regular(path / WEIGHTS) as file:
+            places = read_places(file)
+            for name, sha256 in weights.items():
+                if _sha256_at(file, places[name]) != sha256:
+                    return f"{WEIGHTS}: {name} has another sha256"
+    return None
+
+
+def _sha256_at(file: io.BufferedReader, place: TensorPlace) -> str:
+    digest, left = hashlib.sha256(), place.nbytes
+    file.seek(place.offset)
+    while left and (piece := file.read(min(left, CHUNK_NBYTES))):
+        digest.update(piece)
+        left -= len(piece)
+    return digest.hexdigest()
+
+
+def _empty(path: Path) -> None:
+    """Remove what is in the directory; the journal first, which speaks of the rest."""
+    (path / JOURNAL).unlink(missing_ok=True)
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def _remove(path: Path) -> None:
     """Remove what it can; the journal first, or it would speak of what is not there any more."""
     with suppress(OSError):
@@ -245,18 +343,14 @@ def _claim(path: Path, key: Mapping[str, Any]) -> None:
     """Empty the directory unless its work has this key."""
     wanted = json.dumps(key, indent=1, sort_keys=True).encode() + b"\n"
     try:
-        if (path / KEY).read_bytes() == wanted:
-            return
+        with open_regular(path / KEY) as file:
+            if file.read(len(wanted) + 1) == wanted:
+                return
     except OSError:
         pass
     if (path / JOURNAL).exists():
         logger.warning(
             "what another run with other options or inputs finished is dropped: %s", path
         )
-    (path / JOURNAL).unlink(missing_ok=True)  # first: it speaks of the rest
-    for entry in path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    _empty(path)
     write_atomically(path / KEY, wanted)

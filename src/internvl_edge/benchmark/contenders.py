@@ -11,7 +11,7 @@ import numpy as np
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
 from internvl_edge.export import require_packages
-from internvl_edge.files.cores import usable_cores
+from internvl_edge.files.cores import default_threads
 from internvl_edge.files.packages import is_installed
 from internvl_edge.types import Array, Feeds
 
@@ -56,7 +56,7 @@ def _openvino(artifact: Any) -> Contender:
     import openvino
 
     core = openvino.Core()
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": usable_cores()}
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": default_threads()}
 
     def contender(component: str) -> Callable[[Feeds], object]:
         compiled = core.compile_model(str(artifact.onnx_path(component)), "CPU", options)
@@ -96,7 +96,7 @@ def _reference(
             raise UsageError(
                 f"{label} was not made from {source}; name its checkpoint with --checkpoint"
             )
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(default_threads())
     return load_reference(source, getattr(torch, dtype)).to(device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.benchmark.inputs import as_taken, seeded_feeds
 from internvl_edge.errors import InternVLError
+from internvl_edge.files.helper import run_helper
 from internvl_edge.files.memory import peak_rss_nbytes, rss_nbytes
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.probe import gpu_count
 from internvl_edge.runtime.session import open_component
 
 __all__ = ["Footprint", "measure_footprint"]
-
-START = "from internvl_edge.benchmark.footprint import main; main()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +47,7 @@ def measure_footprint(out: str, component: str, backend: str, batch: int) -> Foo
         backend: what runs it.
         batch: of the call.
     """
-    command = [sys.executable, "-c", START, out, component, backend, str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_helper("internvl_edge.benchmark.footprint", [out, component, backend, str(batch)])
     if done.returncode:
         told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return Footprint(failed=told[-1])

@@ -28,6 +28,7 @@ from internvl_edge.cli import benchmark, chat, debug, doctor, embed, export, ins
 from internvl_edge.cli.console import Output, PrintableFormatter, error_line, flush
 from internvl_edge.errors import InternVLError, ResourceError
 from internvl_edge.files.disk import EXHAUSTED, translated
+from internvl_edge.runtime.ort.options import share_threads
 
 __all__ = ["app", "main"]
 
@@ -72,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
+    share_threads()
     sys.exit(run(given))
 
 

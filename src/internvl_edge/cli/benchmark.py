@@ -30,6 +30,7 @@ from internvl_edge.cli.options import (
     one_of,
 )
 from internvl_edge.errors import UsageError, did_you_mean
+from internvl_edge.files.disk import write_atomically
 
 STREAMS = 2  # calls at once, unless asked otherwise
 
@@ -157,10 +158,10 @@ def benchmark(
     measured = run_benchmark(settings)
     _show(output, measured)
     if markdown is not None:
-        markdown.write_text(table.markdown(measured), encoding="utf-8")
+        write_atomically(markdown, table.markdown(measured).encode())
     if report is not None:
         first = next(iter(artifacts.values()))
-        report.write_text(_report(first, measured), encoding="utf-8")
+        write_atomically(report, _report(first, measured).encode())
     output.result(measured.to_json())
 
 

@@ -59,6 +59,9 @@ class NewFile(Place):
         folder = path.absolute().parent
         if path.is_dir():
             self.fail(f"{path}: expected a file to write, found a folder", param, ctx)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            what = "a symbolic link" if path.is_symlink() else "a pipe or a device"
+            self.fail(f"{path}: expected the name of a file, found {what}", param, ctx)
         if not os.access(folder, os.W_OK | os.X_OK):
             self.fail(f"{path}: {folder} cannot be written or is missing", param, ctx)
         if path.exists() and not os.access(path, os.W_OK):

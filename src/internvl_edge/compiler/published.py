@@ -95,7 +95,12 @@ def verify(
         total = len(artifact.manifest.components)
         report(Progress(step="verify", detail=name, done=done, total=total))
         figures[name] = checker.check_both(
-            name, artifact.onnx_path(name), artifact.manifest.precision, base, engine_base
+            name,
+            artifact.onnx_path(name),
+            artifact.manifest.precision,
+            base,
+            engine_base,
+            artifact.manifest.files,
         )
     return figures
 

@@ -51,4 +51,5 @@ def quantization_of(artifact: Artifact, checkpoint: Checkpoint) -> Quantization 
     if artifact.manifest.recipe is None:
         return None
     recipe = Recipe.from_json(artifact.manifest.recipe)
-    return Quantization.read(artifact.path, recipe, source_of(checkpoint, recipe))
+    source = source_of(checkpoint, recipe)
+    return Quantization.read(artifact.path, recipe, source, artifact.manifest.files)

@@ -1,14 +1,103 @@
-"""Cores: how many of the machine's this process may use."""
+"""Cores: how many of the machine's this process may use.
+
+    affinity      the cores that the scheduler may put it on (taskset, cpusets, SLURM)
+    CPU quota     the share of time that its control groups have (Docker's --cpus, Kubernetes'
+                  limits), in cores: cgroup v2's cpu.max, v1's cpu.cfs_quota_us and
+                  cpu.cfs_period_us, of every group from its own up to the root
+    OMP_NUM_THREADS    what the user says; for threads alone (``default_threads``)
+
+More threads than the quota pays for are all stopped for the rest of each period.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
-__all__ = ["usable_cores"]
+__all__ = ["default_threads", "quota_cores", "usable_cores"]
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+OMP_THREADS = "OMP_NUM_THREADS"
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may run on, by its affinity where the system has one."""
+    """Count the cores that this process may use, by its affinity and its groups' quota."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = _own_quota()
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
+
+
+def default_threads() -> int:
+    """Count the threads to compute with where nobody asks for a number: OMP_NUM_THREADS or cores.
+
+    OpenMP takes a list, a number for each level of nesting; the first counts.
+    """
+    first = os.environ.get(OMP_THREADS, "").split(",")[0].strip()
+    if first.isascii() and first.isdigit() and int(first) > 0:
+        return int(first)
+    return usable_cores()
+
+
+@cache
+def _own_quota() -> float | None:
+    return quota_cores()
+
+
+def quota_cores(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
+    """Read the CPU time that this process's control groups may take, in cores; None: no limit.
+
+    Args:
+        root: where control groups are mounted.
+        own: the file that names this process's groups.
+    """
+    limits = []
+    for line in (_text(own) or "").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if number == "0" and not controllers:
+            limits += _limits(root, group, _limit_v2)
+        elif "cpu" in controllers.split(","):
+            for mount in (root / controllers, root / "cpu"):
+                limits += _limits(mount, group, _limit_v1)
+    return min(limits, default=None)
+
+
+def _limits(mount: Path, group: str, read: Callable[[Path], float | None]) -> list[float]:
+    """Read the limits of a group and of those around it.
+
+    In a container the group's path may be one of the host; the mount itself is then its own.
+    """
+    folder = mount / group.strip("/")
+    folders = [folder, *(f for f in folder.parents if f.is_relative_to(mount))]
+    return [limit for f in folders if (limit := read(f)) is not None]
+
+
+def _limit_v2(folder: Path) -> float | None:
+    quota, _, period = (_text(folder / "cpu.max") or "max").partition(" ")
+    return _cores(quota, period)
+
+
+def _limit_v1(folder: Path) -> float | None:
+    quota, period = (_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+    return _cores(quota, period)
+
+
+def _cores(quota: str, period: str) -> float | None:
+    try:
+        used, of = int(quota), int(period)
+    except ValueError:  # "max", or no such file
+        return None
+    return used / of if used > 0 and of > 0 else None  # v1: -1 is no limit
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None

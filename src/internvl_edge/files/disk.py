@@ -77,6 +77,10 @@ def translated(error: OSError, path: Path) -> InternVLError:
         text += f" at {error.filename}"
     if error.errno in FULL:
         return ResourceError(f"{text}; free some disk space or choose another disk")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(
+            f"{text}; close files of this process, or allow more of them: ulimit -n 4096"
+        )
     if error.errno in EXHAUSTED:
         return ResourceError(text)
     if error.errno in REFUSED:
@@ -94,9 +98,17 @@ def require_free_disk(path: Path, nbytes: int) -> None:
         free = shutil.disk_usage(nearest_existing(path)).free
     if free < nbytes:
         raise ResourceError(
-            f"{path}: needs {nbytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+            f"{path}: needs {_sized(nbytes)} of disk, {_sized(free)} are free; "
             "free some or choose another disk"
         )
+
+
+def _sized(nbytes: int) -> str:
+    """Write a size in the unit in which it is not zero."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} bytes"
 
 
 def nearest_existing(path: Path) -> Path:
@@ -137,7 +149,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial = sibling(path, "partial")
     with os_errors(path):
         try:
-            with partial.open("xb") as file:
+            with open(partial, "xb", opener=_opener) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -146,6 +158,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def _opener(name: str, flags: int) -> int:
+    """Open a new file that others may read at most, whatever the umask."""
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 class StreamedFile:
@@ -162,8 +179,9 @@ class StreamedFile:
         self.error: OSError | None = None  # the first failed write
         self._sha256 = hashlib.sha256()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("wb")
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.partial.unlink(missing_ok=True)  # of a run that died, or a link
+            self._file = open(self.partial, "xb", opener=_opener)  # noqa: SIM115
         except OSError as error:
             raise self._failed(error) from error
 

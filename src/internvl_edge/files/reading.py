@@ -179,8 +179,13 @@ def foreign_target(path: Path) -> Path | None:
     return target
 
 
-def parse_json(data: bytes, *, unique: bool = False) -> Any:
+def parse_json(data: bytes, *, unique: bool = False, constants: bool = True) -> Any:
     """Parse JSON that others wrote: bounded in depth and digits, every text Unicode.
+
+    Args:
+        data: the text, in UTF-8.
+        unique: refuse an object that has a name twice.
+        constants: take NaN and Infinity, which are not JSON and which Python writes.
 
     Raises:
         ValueError: it is not JSON in UTF-8, or not within these bounds, or, with ``unique``, an
@@ -188,12 +193,21 @@ def parse_json(data: bytes, *, unique: bool = False) -> Any:
     """
     hook = unique_names if unique else None
     try:
-        value = json.loads(data.decode(), object_pairs_hook=hook, parse_int=_whole_number)
+        value = json.loads(
+            data.decode(),
+            object_pairs_hook=hook,
+            parse_int=_whole_number,
+            parse_constant=None if constants else _no_constant,
+        )
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from error
     if b"\\u" in data or data.count(b"[") + data.count(b"{") > MAX_DEPTH:
         _check_plain(value)
     return value
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
 
 
 def _whole_number(digits: str) -> int:

@@ -13,6 +13,7 @@ Files are read with pread into fresh memory and never mapped, so what is not hel
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,7 @@ class Spool(Sequence[Array]):
         self._held: list[Array | None] = []
         self._offsets: list[int] = []
         self._end = 0
+        self._sha256 = hashlib.sha256()  # of the file, where all is written to it
         self.shapes: list[tuple[int, ...]] = []
 
     @classmethod
@@ -88,10 +90,17 @@ class Spool(Sequence[Array]):
         if is_written:
             offset = self._end
             data = values.reshape(-1).view(np.uint8).data
+            if self._write_through:
+                self._sha256.update(data)
             while data:
                 count = os.pwrite(self._file.fileno(), data, offset)
                 data, offset = data[count:], offset + count
         self._place(values.shape, values if is_held else None, is_written=is_written)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written through to the file."""
+        return self._sha256.hexdigest()
 
     @property
     def name(self) -> str:

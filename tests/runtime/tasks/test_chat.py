@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -180,15 +181,23 @@ def test_control_tokens_are_not_decoded(tokenizer: ChatTokenizer, pieces: Any) -
 
 
 def test_broken_token_lists_are_refused(out: Path, tmp_path: Path) -> None:
+    found = {"tokenizer.model": out, "added_tokens.json": tmp_path}
+    for text in ("[1]", "{", '{"a": "b"}'):
+        (tmp_path / "added_tokens.json").write_text(text)
+        with pytest.raises(ArtifactError, match=r"added_tokens\.json"):
+            read_token_files(lambda name: found[name] / name if name in found else None)
+
+
+def test_tokenizer_files_that_were_replaced_are_not_read(out: Path, tmp_path: Path) -> None:
     from internvl_edge.artifact.open import open_artifact
     from internvl_edge.runtime.text.chat_tokenizer import open_chat_tokenizer
 
-    artifact = open_artifact(out)
-    for text in ("[1]", "{", '{"a": "b"}'):
-        (tmp_path / "added_tokens.json").write_text(text)
-        elsewhere = replace(artifact, path=tmp_path)
-        with pytest.raises(ArtifactError, match=r"added_tokens\.json"):
-            open_chat_tokenizer(elsewhere)
+    copy = shutil.copytree(out, tmp_path / "copy")
+    artifact = open_artifact(copy)
+    open_chat_tokenizer(artifact)
+    (copy / "added_tokens.json").write_text('{"<evil>": 5}')
+    with pytest.raises(ArtifactError, match=r"changed since it was opened: added_tokens\.json"):
+        open_chat_tokenizer(artifact)
 
 
 # --- embeddings ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from internvl_edge.artifact.pins import Watch
 from internvl_edge.errors import ArtifactError
 from internvl_edge.runtime.text.embeddings import open_table
 
@@ -27,6 +28,9 @@ class Directory:
 
     def file(self, name: str) -> Path:
         return self.path / name
+
+    def watched(self, name: str) -> Watch:
+        return Watch(self.path, {name: (self.path / name).open("rb")})
 
 
 def place(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
@@ -59,3 +63,11 @@ def test_rows_are_looked_up_where_they_lie(tmp_path: Path) -> None:
 def test_what_is_no_table(tmp_path: Path, header: dict[str, Any], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         table_of(tmp_path, header, bytes(8))
+
+
+def test_a_table_that_was_written_to_since_says_so(tmp_path: Path) -> None:
+    table = table_of(tmp_path, {NAME: place("F32", [1, 2], 0, 8)}, bytes(8))
+    with (tmp_path / "w.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ArtifactError, match=r"changed since it was opened: w\.safetensors"):
+        table.look_up(np.array([[0]]))

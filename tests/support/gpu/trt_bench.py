@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from support.artifacts import manifest_of
+from support.artifacts import file_record, manifest_of
 from support.gpu.fake_cuda import FakeCuda
 from support.gpu.fake_engine import KEY, LINEAR, Computation, FakeRuntimeTrt, expected
 
@@ -71,7 +71,9 @@ class Bench:
     def write(self) -> None:
         self.plan.parent.mkdir(exist_ok=True)
         self.plan.write_bytes(self.data)
-        self.plan.with_suffix(".json").write_text(json.dumps(self.info.to_json()))
+        sidecar = json.dumps(self.info.to_json()).encode()
+        self.plan.with_suffix(".json").write_bytes(sidecar)
+        self.manifest.files[f"engines/{self.plan.stem}.json"] = file_record(sidecar)
 
     def open(self, device: str = "cuda", **options: Any) -> TrtSession:
         return open_component(

@@ -19,7 +19,7 @@ component where it is beyond a bound that the user set, or where no signal is le
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +132,21 @@ class Checker:
         return figures
 
     def check_both(
-        self, component: str, path: Path, precision: str, base: str, engine_base: str
+        self,
+        component: str,
+        path: Path,
+        precision: str,
+        base: str,
+        engine_base: str,
+        listed: Container[str] | None = None,
     ) -> dict[str, Any]:
-        """Compare a component's graph, and the one for engines where it has one of its own."""
+        """Compare a component's graph, and the one for engines where it has one of its own.
+
+        Of a published directory, ``listed`` are its files; what is not among them does not exist.
+        """
         other = path.with_name(engine_graph(component, engine_base))
-        graphs = {path: base} | ({other: engine_base} if other.exists() else {})
+        has_other = other.exists() if listed is None else other.name in listed
+        graphs = {path: base} | ({other: engine_base} if has_other else {})
         figures, *others = self._check(component, graphs, precision)
         return figures | ({"engine_graph": others[0]} if others else {})
 

@@ -14,7 +14,7 @@ values as they were stored, with scales of its own, once they have been held aga
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from internvl_edge.compiler.weights.layout import WEIGHTS_FILE
 from internvl_edge.errors import ArtifactError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.shards import read_header
+from internvl_edge.files.reading import read_json
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
@@ -43,6 +44,7 @@ from internvl_edge.types import Array
 
 STORED_SUFFIXES = (".bias", ".shift", ".spread")  # of parameters that calibration sets
 SET_BY_CALIBRATION = (SMOOTHING_SUFFIX, f".weight{SCALE_SUFFIX}", *STORED_SUFFIXES)
+MAX_SCALES_NBYTES = 64 << 20
 SCALES_FILE = "quantization.json"  # stream → weight → activation scale; null: not rounded
 Scales = Mapping[str, Mapping[str, float | None]]
 
@@ -61,8 +63,8 @@ def read_scales(directory: Path) -> Scales:
     """
     path = directory / SCALES_FILE
     try:
-        scales: Scales = json.loads(path.read_text(encoding="utf-8"))["activation_scales"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        scales: Scales = read_json(path, MAX_SCALES_NBYTES, ArtifactError)["activation_scales"]
+    except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: expected the activation scales: {error!r}") from error
     return scales
 
@@ -81,8 +83,21 @@ class Quantization:
     held: Callable[[str], Array | None] | None = None
 
     @classmethod
-    def read(cls, directory: Path, recipe: Recipe, source: Checkpoint) -> Quantization:
-        """Read the quantization of a directory that is published, or about to be."""
+    def read(
+        cls,
+        directory: Path,
+        recipe: Recipe,
+        source: Checkpoint,
+        listed: Collection[str] | None = None,
+    ) -> Quantization:
+        """Read the quantization of a directory that is published, or about to be.
+
+        Of a published one, ``listed`` are its files; what is not among them does not exist.
+        """
+        if listed is not None and not {SCALES_FILE, WEIGHTS_FILE} <= set(listed):
+            raise ArtifactError(
+                f"{directory}: lists no {SCALES_FILE}, {WEIGHTS_FILE}; export again"
+            )
         entries = read_header(directory / WEIGHTS_FILE)
         return cls(
             recipe=recipe,
@@ -93,7 +108,7 @@ class Quantization:
                 if ".layers." in name and name.endswith(SET_BY_CALIBRATION)
             },
             source=source,
-            statistics=read_statistics(directory),
+            statistics=read_statistics(directory, listed),
             held=lambda name: entries[name].read() if name in entries else None,
         )
 

@@ -12,15 +12,16 @@ The template (``report.html.jinja``) draws the marks.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.errors import ArtifactError
+from internvl_edge.files.reading import read_json
 from internvl_edge.quantize.numerics.statistics import LayerStatistics
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 SEARCH_FILE = "search.json"
+MAX_SEARCH_NBYTES = 64 << 20
 STEPS_DB = (15, 20, 25, 30, 35, 40, 45)  # where the colour scale steps; below is worst
 CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH, HEADER_HEIGHT = 28, 15, 26, 62
 RANGE_WIDTH, RANGE_HEIGHT, RANGE_LEFT, RANGE_MARGIN = 320, 130, 44, 18
@@ -186,10 +188,23 @@ class FrontierPlot:
     budget: float | None  # y; None: above the plot
 
 
-def read_frontier(directory: Path) -> FrontierPlot | None:
-    """Draw the search of a directory that ``--precision auto`` made; None for any other."""
+def read_frontier(directory: Path, listed: Container[str]) -> FrontierPlot | None:
+    """Draw the search of a directory that ``--precision auto`` made; None for any other.
+
+    Args:
+        directory: where.
+        listed: its files; what is not among them does not exist.
+
+    Raises:
+        ArtifactError: its file holds something else.
+    """
     path = directory / SEARCH_FILE
-    return frontier_plot(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if SEARCH_FILE not in listed:
+        return None
+    try:
+        return frontier_plot(read_json(path, MAX_SEARCH_NBYTES, ArtifactError))
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(f"{path}: expected a search: {error!r}; export again") from error
 
 
 def frontier_plot(search: dict[str, Any]) -> FrontierPlot:

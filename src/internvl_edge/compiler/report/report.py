@@ -89,7 +89,7 @@ class AccuracyFigures:
 
 def with_report(directory: Path, manifest: Manifest) -> Manifest:
     """Write the report of a directory that is about to be published; its manifest lists it."""
-    text = render(manifest, read_statistics(directory), read_frontier(directory))
+    text = _rendered(directory, manifest)
     (directory / REPORT_FILE).write_text(text, encoding="utf-8")
     files = {**manifest.files, REPORT_FILE: record(directory / REPORT_FILE)}
     return replace(manifest, files=dict(sorted(files.items())))
@@ -103,7 +103,18 @@ def report_with(
     accuracy: AccuracyFigures | None = None,
 ) -> str:
     """Render a published directory's report with new measurements; the directory stays."""
-    return render(manifest, read_statistics(directory), read_frontier(directory), speed, accuracy)
+    return _rendered(directory, manifest, speed, accuracy)
+
+
+def _rendered(
+    directory: Path,
+    manifest: Manifest,
+    speed: SpeedFigures | None = None,
+    accuracy: AccuracyFigures | None = None,
+) -> str:
+    files = manifest.files
+    layers, frontier = read_statistics(directory, files), read_frontier(directory, files)
+    return render(manifest, layers, frontier, speed, accuracy)
 
 
 def render(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl_edge.artifact.open import EngineRecord, Manifest
-from internvl_edge.artifact.publish import record, update, write_manifest
+from internvl_edge.artifact.publish import record, sound_engines, update, write_manifest
 from internvl_edge.compiler.cost import Cost, Forecast
 from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.steps.graph_files import (
@@ -214,7 +214,7 @@ def add_engines(
     if not targets:
         return
     (directory / ENGINES).mkdir(exist_ok=True)
-    kept = () if keep is None else tuple(keep.iterdir())
+    kept = () if keep is None else sound_engines(keep)
     for path in kept:
         link_or_copy(path, directory / ENGINES / path.name)
     known = {f"{ENGINES}/{path.name}" for path in kept}

@@ -167,5 +167,5 @@ def copy_rest(
         if work is not None and nbytes >= PIECE_NBYTES:
             writer.sync()
             plan.checkpoint.require_unchanged()  # or another's weights would be taken up as these
-            work.finish(f"weights.{work.num_done}", {"weights": written}, {})
+            work.finish(f"weights.{work.num_done}", {"weights": writer.sha256_of(written)}, {})
             written, nbytes = [], 0

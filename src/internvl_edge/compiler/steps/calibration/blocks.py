@@ -88,18 +88,18 @@ class _Block:
     activations: dict[str, dict[str, float | None]]
     statistics: list[dict[str, Any]]
     hidden: dict[str, Spool]  # what it left, by stream
-    written: Future[list[str]]  # the names of its tensors, once they are durable
+    written: Future[dict[str, str]]  # its tensors and their hashes, once they are durable
 
 
 def _write(
     writer: WeightsWriter, calibrated: CalibratedBlock, hidden: Mapping[str, Spool]
-) -> list[str]:
+) -> dict[str, str]:
     """Make a block's weights durable, and the states it left: ``finish`` need not wait then."""
     written = write_block(writer, calibrated)
     writer.sync()
     for spool in hidden.values():
         spool.sync()
-    return written
+    return writer.sha256_of(written)
 
 
 def write_block(writer: WeightsWriter, block: CalibratedBlock) -> list[str]:

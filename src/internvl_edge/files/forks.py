@@ -1,0 +1,47 @@
+"""What a forked child must leave alone: threads stay behind in the parent, and locks stay taken.
+
+An object that waits for its threads when it is destroyed waits for ever in a child, which has none
+of them: when it is deleted, or at the child's exit. Such objects are never destroyed there, only
+forgotten. They cost what they hold; the child shares the pages with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+__all__ = ["in_children", "never_destroyed_in_children"]
+
+T = TypeVar("T")
+
+_actions: WeakKeyDictionary[Any, Callable[[Any], None]] = WeakKeyDictionary()
+
+
+def in_children(owner: T, action: Callable[[T], None]) -> None:
+    """Call ``action(owner)`` in every child that is forked while ``owner`` lives."""
+    _actions[owner] = action
+
+
+def never_destroyed_in_children(native: Any) -> None:
+    """Keep an object that has threads for ever in every child that is forked while it lives."""
+    in_children(native, _keep_for_ever)
+
+
+def _keep_for_ever(native: Any) -> None:
+    """Take a reference that is never given back, so that not even the interpreter's end frees it.
+
+    A list of a module would not do: modules are cleared at exit.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
+
+
+def _after_fork() -> None:
+    for owner, action in list(_actions.items()):
+        action(owner)
+
+
+if hasattr(os, "register_at_fork"):  # elsewhere nothing forks
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,27 @@
+"""Reports that libraries would send to their vendors: off, unless their user decided otherwise.
+
+ONNX Runtime (1.32 on Linux) looks up its vendor's host and keeps an id of the machine under the
+home folder, from the moment it is imported, unless ``ORT_DISABLE_TELEMETRY`` is set by then; the
+Hugging Face hub counts the names of libraries in its requests. Whatever imports anything of ours
+before it imports them sends nothing. PyTorch, onnxscript, SentencePiece, Pillow and TensorRT-RTX
+send nothing of themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+__all__ = ["SWITCHES", "turn_off"]
+
+SWITCHES = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+
+
+def turn_off() -> None:
+    """Set the switches that the user has not set, for this process and those that it starts."""
+    undecided = "ORT_DISABLE_TELEMETRY" not in os.environ
+    for name in SWITCHES:
+        os.environ.setdefault(name, "1")
+    imported = sys.modules.get("onnxruntime")
+    if undecided and imported is not None:  # too late for the id; no event leaves from now on
+        getattr(imported, "disable_telemetry_events", lambda: None)()

@@ -1,0 +1,177 @@
+"""What is read of a manifest's objects: missing, or of another kind, it is refused at opening."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.artifacts import contents, manifest_of, write_artifact
+
+from internvl_edge.artifact.manifest import Manifest
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.artifact.schema import check_schema
+from internvl_edge.errors import ArtifactError
+
+LANGUAGE = {
+    "vocab_size": 480,
+    "max_position_embeddings": 256,
+    "num_hidden_layers": 4,
+    "eos_token_id": 2,
+    "pad_token_id": -1,
+    "more_eos_ids": [3],
+}
+MODEL = {
+    "kind": "internvl",
+    "vision": {"num_hidden_layers": 6, "hidden_size": 128},
+    "internvl": {"qllama": LANGUAGE, "num_query_token": 8},
+    "chat": {
+        "llama": LANGUAGE,
+        "template": "Hermes-2",
+        "image_token_id": 5,
+        "pad2square": False,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "num_queries": 0,
+    },
+}
+SOURCE = {
+    "checkpoint": "tiny",
+    "files": {"model.safetensors": {"nbytes": 5, "header_sha256": "a" * 64}},
+    "weights": {"model.safetensors": "copy"},
+}
+FIGURES = {
+    "cosine": 1.0,
+    "sqnr_db": 90,
+    "max_abs": 0.0,
+    "against": "PyTorch float32",
+    "samples": 4,
+    "blocks": [1],
+    "engine_graph": {"cosine": 1.0, "sqnr_db": 90.0, "max_abs": 0.0},
+}
+# Keys that may be left out.
+OPTIONAL = {"eos_token_id", "pad_token_id", "more_eos_ids", "image_token_id", "hidden_size", "kind"}
+OPTIONAL |= {"internvl", "chat", "weights", "against", "samples", "blocks", "engine_graph"}
+OPTIONAL |= {"llama", "skipped", "cosine"}
+UNREAD = {"kind", "hidden_size"}
+
+
+def manifest(**changed: Any) -> Manifest:
+    made = manifest_of(contents(), model=MODEL, source=SOURCE, recipe={"engine_base": "fp16"})
+    return replace(made, **changed)
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in an object, but names of files."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*path, key)
+            yield from paths(inner, (*path, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    value = copy.deepcopy(value)
+    parent = value
+    for key in path[:-1]:
+        parent = parent[key]
+    if new is ...:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = new
+    return value
+
+
+def test_a_sound_manifest_passes() -> None:
+    check_schema(manifest())
+    chatless = {**MODEL, "chat": None, "internvl": None}
+    check_schema(manifest(model=chatless))
+
+
+@pytest.mark.parametrize("path", list(paths(MODEL)), ids=lambda path: ".".join(path))
+def test_a_wrong_kind_in_the_model_is_refused(path: tuple[str, ...]) -> None:
+    if path[-1] in UNREAD:
+        return
+    for wrong in ({"a": 1}, "text" if path[-1] != "template" else 5, [None], 1.5, 10**60):
+        if isinstance(wrong, dict) and path[-1] in MODEL:
+            continue  # an object without its keys is refused as well, under another key
+        with pytest.raises(ArtifactError, match=r"model\..*expected"):
+            check_schema(manifest(model=changed(MODEL, path, wrong)))
+
+
+@pytest.mark.parametrize("path", list(paths(MODEL)), ids=lambda path: ".".join(path))
+def test_a_key_that_is_read_must_be_there(path: tuple[str, ...]) -> None:
+    without = manifest(model=changed(MODEL, path, ...))
+    if path[-1] in OPTIONAL:
+        check_schema(without)
+    else:
+        with pytest.raises(ArtifactError, match="expected"):
+            check_schema(without)
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (("checkpoint",), 5),
+        (("checkpoint",), ...),
+        (("files",), []),
+        (("files", "model.safetensors"), 3),
+        (("files", "model.safetensors", "nbytes"), -1),
+        (("files", "model.safetensors", "header_sha256"), None),
+        (("weights",), "copy"),
+        (("weights", "model.safetensors"), 1),
+    ],
+)
+def test_a_wrong_source_is_refused(path: tuple[str, ...], wrong: Any) -> None:
+    with pytest.raises(ArtifactError, match="source"):
+        check_schema(manifest(source=changed(SOURCE, path, wrong)))
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("cosine", "1.0"),
+        ("cosine", None),
+        ("sqnr_db", ...),
+        ("max_abs", float("inf")),
+        ("against", 4),
+        ("samples", "four"),
+        ("blocks", 3),
+        ("engine_graph", {"cosine": []}),
+        ("skipped", []),
+    ],
+)
+def test_wrong_figures_are_refused(key: str, wrong: Any) -> None:
+    files = contents()
+    record = manifest_of(files).components["vision"]
+    bad = replace(record, verification=changed(FIGURES, (key,), wrong))
+    good = replace(record, verification=FIGURES)
+    check_schema(manifest(components={"vision": good}))
+    with pytest.raises(ArtifactError, match=r"components\['vision'\]\.verification"):
+        check_schema(manifest(components={"vision": bad}))
+
+
+def test_a_recipe_of_another_kind_is_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"recipe\.engine_base: expected a text"):
+        check_schema(manifest(recipe={"engine_base": 16}))
+
+
+def test_opening_a_directory_checks_it(tmp_path: Path) -> None:
+    out = write_artifact(tmp_path / "out", contents(), model={"vision": 5})
+    with pytest.raises(ArtifactError, match=r"manifest\.json: model\.vision: expected an object"):
+        open_artifact(out)
+
+
+def test_names_that_stand_twice_are_found_at_once(tmp_path: Path) -> None:
+    """Linear: 200,000 names took minutes when each was counted."""
+    out = write_artifact(tmp_path / "out", contents())
+    text = json.dumps(json.loads((out / "manifest.json").read_text()))
+    many = ", ".join(f'"k{i}": 1' for i in range(200_000))
+    (out / "manifest.json").write_text(text.replace('"model": {', f'"model": {{"k0": 1, {many}, '))
+    with pytest.raises(ArtifactError, match=r"1 name\(s\) stand twice: 'k0'"):
+        open_artifact(out)
