@@ -321,3 +321,27 @@ def test_slow_calls_take_shorter_turns(
 def test_a_ratio_needs_the_same_rounds(one: Timing, other: Timing) -> None:
     with pytest.raises(UsageError, match="took turns together: found 2 samples"):
         ratio_of(one, other)
+
+
+def test_a_clock_that_is_set_back_ends_no_measurement() -> None:
+    """By hours, in the middle of warming up and of measuring."""
+    now, calls = 0, 0
+
+    def clock() -> int:
+        nonlocal now, calls
+        calls += 1
+        now += 1_000_000
+        if calls in (7, 301):
+            now -= 5 * 3600 * 10**9
+        return now
+
+    timing = measure(
+        lambda feeds: None,
+        {"x": np.zeros((1, 1), np.float32)},
+        warmup_s=0.05,
+        min_duration_s=0.1,
+        min_iterations=200,
+        clock=clock,
+    )
+    assert min(timing.samples_ms) > 0
+    assert timing.percentile_ms(50) == 1.0

@@ -290,7 +290,7 @@ def _require(counts: Mapping[str, int], times: Mapping[str, float]) -> None:
 def _timed(run: Callable[[], object], clock: Clock) -> int:
     start = clock()
     run()
-    return clock() - start
+    return max(clock() - start, 1)  # a system's clock may be set back
 
 
 def warm_up(
@@ -298,10 +298,10 @@ def warm_up(
 ) -> tuple[list[int], bool]:
     """Call until steady; what each call took in nanoseconds, and whether it became so."""
     samples: list[int] = []
-    start = clock()
+    elapsed_s = 0.0
     while True:
         samples.append(_timed(run, clock))
-        elapsed_s = (clock() - start) / NS_PER_S
+        elapsed_s += samples[-1] / NS_PER_S
         if elapsed_s < warmup_s or len(samples) < WARMUP_ITERATIONS:
             continue
         if _is_steady(samples):
