@@ -104,6 +104,7 @@ What an application imports.
 RUNTIME: tuple[Any, ...] = (
     *(runtime.load, runtime.Model, runtime.Retrieval, Reply, runtime.open_session),
     *(runtime.Session, runtime.Batcher, internvl_edge.OrtOptions, internvl_edge.TrtOptions),
+    internvl_edge.share_threads,
 )
 COMPILER: tuple[Any, ...] = (
     *(compiler.export, compiler.ExportOptions, compiler.verify, compiler.build),
