@@ -302,8 +302,8 @@ def _damage(path: Path) -> str | None:
             if hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"]:
                 return f"{STATES}/{saved['file']} has another sha256"
     weights: dict[str, str] = {}
-    for entry in entries:
-        weights |= dict(entry.get("weights") or {})
+    for noted in entries:
+        weights |= dict(noted.get("weights") or {})
     if weights:
         with open_regular(path / WEIGHTS) as file:
             places = read_places(file)
