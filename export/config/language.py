@@ -321,7 +321,8 @@ def _longrope(
     if given is not None:
         factor = typed(given, float, path, f"{where}.attention_factor")
     else:
-        factor = math.sqrt(1 + math.log(share) / math.log(original)) if share > 1 < original else 1
+        is_longer = share > 1 and original > 1
+        factor = math.sqrt(1 + math.log(share) / math.log(original)) if is_longer else 1.0
     lists = {
         key: tuple(
             typed(value, float, path, f"{where}.{key}") for value in _listed(scaling, key, path)
