@@ -33,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 import internvl_edge
+from internvl_edge.benchmark.machine import environment
 from internvl_edge.runtime.model import Model
 
 HEADERS = {"content-type": "application/json"}
@@ -198,7 +199,11 @@ def main() -> None:
         asked = inputs(model)
         try:
             overhead(port, model, asked[0], 50)  # warm up
-            found = {
+            found: dict[str, Any] = {
+                "command": f"python benchmarks/serve.py OUT --clients {given.clients} "
+                f"--seconds {given.seconds:g} --rounds {given.rounds}",
+                "environment": environment(),
+                "precision": model.artifact.manifest.precision,
                 "load_average": os.getloadavg(),
                 "overhead": overhead(port, model, asked[0], given.rounds),
                 "load": asyncio.run(load(port, server.pid, asked, given.clients, given.seconds)),
