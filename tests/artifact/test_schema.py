@@ -32,7 +32,7 @@ MODEL = {
     "chat": {
         "llama": LANGUAGE,
         "template": "Hermes-2",
-        "image_token_id": 5,
+        "image_token_id": -200,
         "pad2square": False,
         "dynamic_image_size": True,
         "use_thumbnail": True,

@@ -75,7 +75,7 @@ LANGUAGE: dict[str, Kind] = {
     "num_hidden_layers": _positive,
 }
 LANGUAGE_OPTIONAL: dict[str, Kind] = {
-    "eos_token_id": _natural,
+    "eos_token_id": _whole,
     "pad_token_id": _whole,
     "more_eos_ids": _ids,
 }
@@ -115,7 +115,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     chat = _object(model, "chat", "model", optional=True)
     if chat is not None:
         _keys(chat, CHAT, "model.chat")
-        _optional(chat, {"image_token_id": _natural}, "model.chat")
+        _optional(chat, {"image_token_id": _whole}, "model.chat")
         language = _object(chat, "llama", "model.chat", optional=True)
         if language is not None:
             _language(language, "model.chat.llama")
