@@ -32,7 +32,9 @@ MODEL = {
     "chat": {
         "llama": LANGUAGE,
         "template": "Hermes-2",
-        "image_token_id": 5,
+        "image_token_id": -200,
+        "padding_id": 0,
+        "system": "You answer.",
         "pad2square": False,
         "dynamic_image_size": True,
         "use_thumbnail": True,
@@ -59,7 +61,9 @@ FIGURES = {
 OPTIONAL = {"eos_token_id", "pad_token_id", "more_eos_ids", "image_token_id", "hidden_size", "kind"}
 OPTIONAL |= {"internvl", "chat", "weights", "against", "samples", "blocks", "engine_graph"}
 OPTIONAL |= {"llama", "skipped", "cosine"}
+OPTIONAL |= {"padding_id", "system"}
 UNREAD = {"kind", "hidden_size"}
+TEXTS = {"template", "system"}
 
 
 def manifest(**changed: Any) -> Manifest:
@@ -97,7 +101,7 @@ def test_a_sound_manifest_passes() -> None:
 def test_a_wrong_kind_in_the_model_is_refused(path: tuple[str, ...]) -> None:
     if path[-1] in UNREAD:
         return
-    for wrong in ({"a": 1}, "text" if path[-1] != "template" else 5, [None], 1.5, 10**60):
+    for wrong in ({"a": 1}, 5.5 if path[-1] in TEXTS else "text", [None], 1.5, 10**60):
         if isinstance(wrong, dict) and path[-1] in MODEL:
             continue  # an object without its keys is refused as well, under another key
         with pytest.raises(ArtifactError, match=r"model\..*expected"):

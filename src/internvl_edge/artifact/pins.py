@@ -51,11 +51,20 @@ class Watch:
     """Verified files, held open while native code has them mapped."""
 
     def __init__(self, path: Path, files: Mapping[str, io.BufferedReader]) -> None:
-        self._path, self.files = path, dict(files)
-        self._pins = {name: Pin.of(file) for name, file in files.items()}
+        """Take over open files, which are closed with the watch."""
+        self._path = path
+        # Descriptors: files that lie in one cycle with their owner may be finalized before it.
+        self._descriptors = [os.dup(file.fileno()) for file in files.values()]
+        for file in files.values():
+            file.close()
+        self.files = {
+            name: open(descriptor, "rb", closefd=False)  # noqa: SIM115
+            for name, descriptor in zip(files, self._descriptors, strict=True)
+        }
+        self._pins = {name: Pin.of(file) for name, file in self.files.items()}
         self._expected = [
-            (file.fileno(), pin.nbytes, pin.mtime_ns, name)
-            for (name, file), pin in zip(files.items(), self._pins.values(), strict=True)
+            (descriptor, pin.nbytes, pin.mtime_ns, name)
+            for descriptor, (name, pin) in zip(self._descriptors, self._pins.items(), strict=True)
         ]
 
     @property
@@ -74,9 +83,9 @@ class Watch:
                 raise changed(self._path, f"{name} was written to")
 
     def close(self) -> None:
-        self._expected = []
-        for file in self.files.values():
-            file.close()
+        descriptors, self._descriptors, self._expected = self._descriptors, [], []
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def __del__(self) -> None:
         self.close()

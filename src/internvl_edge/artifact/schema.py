@@ -75,7 +75,7 @@ LANGUAGE: dict[str, Kind] = {
     "num_hidden_layers": _positive,
 }
 LANGUAGE_OPTIONAL: dict[str, Kind] = {
-    "eos_token_id": _natural,
+    "eos_token_id": _whole,
     "pad_token_id": _whole,
     "more_eos_ids": _ids,
 }
@@ -87,6 +87,11 @@ CHAT: dict[str, Kind] = {
     "min_dynamic_patch": _tiles,
     "max_dynamic_patch": _tiles,
     "num_queries": _natural,
+}
+CHAT_OPTIONAL: dict[str, Kind] = {
+    "image_token_id": _whole,
+    "padding_id": _whole,
+    "system": _text,
 }
 FIGURES: dict[str, Kind] = {"cosine": _number, "sqnr_db": _number, "max_abs": _number}
 FIGURES_OPTIONAL: dict[str, Kind] = {"against": _text, "samples": _natural}
@@ -115,7 +120,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     chat = _object(model, "chat", "model", optional=True)
     if chat is not None:
         _keys(chat, CHAT, "model.chat")
-        _optional(chat, {"image_token_id": _natural}, "model.chat")
+        _optional(chat, CHAT_OPTIONAL, "model.chat")
         language = _object(chat, "llama", "model.chat", optional=True)
         if language is not None:
             _language(language, "model.chat.llama")
