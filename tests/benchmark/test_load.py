@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from support.fake_time import MS, FakeTime, timing
+from support.runs.fake_time import MS, FakeTime, timing
 
 from internvl_edge.benchmark import load as scenarios
 from internvl_edge.benchmark.load import highest_rate, run_closed_loop, run_scenario, run_server

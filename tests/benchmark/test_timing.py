@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fake_time import MS, FakeTime, timing
+from support.runs.fake_time import MS, FakeTime, timing
 
 from internvl_edge.benchmark import machine
 from internvl_edge.benchmark import timing as bench

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serve.support.serving import Served, inside
 from support.checkpoints import write_chat, write_chat_tokenizer, write_internvl, write_tokenizer
+from support.web.serving import Served, inside
 
 import internvl_edge
 from internvl_edge.compiler import ExportOptions, export

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve.support.serving import Reply, Served, data_url, inside, png, question
+from support.web.serving import Reply, Served, data_url, inside, png, question
 
 from internvl_edge.serve import server
 from internvl_edge.serve.http import body

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve.support.browser import browser, look, wait_for
-from serve.support.serving import Served, inside, png
 from support.paths import ROOT
+from support.web.browser import browser, look, wait_for
+from support.web.serving import Served, inside, png
 
 import internvl_edge
 from internvl_edge.errors import UsageError

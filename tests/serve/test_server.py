@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from serve.support.serving import Served, data_url, inside, png, process, question
+from support.web.serving import Served, data_url, inside, png, process, question
 
 from internvl_edge.errors import ResourceError, SessionDead, UsageError
 from internvl_edge.runtime.generation.batch import Generation

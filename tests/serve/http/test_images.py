@@ -4,7 +4,7 @@ import struct
 import zlib
 
 import pytest
-from serve.support.serving import data_url, png
+from support.web.serving import data_url, png
 
 from internvl_edge.serve.http.images import decoded, image_url
 from internvl_edge.serve.http.problems import Problem

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serve.support.serving import Reply, Served, data_url, image_part, inside, png, question
+from support.web.serving import Reply, Served, data_url, image_part, inside, png, question
 
 import internvl_edge
 from internvl_edge.runtime.generation.batch import Generation

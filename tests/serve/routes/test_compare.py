@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serve.support.serving import Served, data_url, png
+from support.web.serving import Served, data_url, png
 
 from internvl_edge.runtime.model import Model
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serve.support.serving import Served, data_url, image_part, png
+from support.web.serving import Served, data_url, image_part, png
 
 from internvl_edge.runtime.model import Model
 from internvl_edge.types import Array

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serve.support.serving import Served, data_url, inside, png
+from support.web.serving import Served, data_url, inside, png
 
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.model import Model

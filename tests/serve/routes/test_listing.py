@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serve.support.serving import Served, inside
+from support.web.serving import Served, inside
 
 from internvl_edge.serve.routes import page
 from internvl_edge.serve.service import Service
