@@ -24,6 +24,7 @@ Posted = Callable[[Service, Call], Awaitable[Any]]
 Read = Callable[[Service, Request], Any]  # a response, or one that is awaited
 
 OPEN = frozenset({"/health", "/live"})  # no key is asked for
+EXACT = frozenset({"/v1/embeddings", "/v1/chat/completions", "/v1/classify", "/v1/rerank"})
 UNKNOWN = "unknown"  # the label of whatever is no route
 
 
@@ -107,6 +108,8 @@ async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _label(routes: list[BaseRoute], path: str) -> str:
     """Find the route of a path, as it is written here: never what a client sent."""
+    if path in EXACT:
+        return path
     scope = {"type": "http", "path": path, "method": "GET"}
     for route in routes:
         if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:

@@ -24,6 +24,7 @@ from internvl_edge.serve.http.problems import ClientGone, Problem
 __all__ = ["Call", "JsonRoute", "json_response"]
 
 LARGE_BODY = 1 << 18  # bytes: parsed by a thread
+QUICK_S = 0.02  # after which a client may have left
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,14 +90,18 @@ class JsonRoute:
     async def _while_there(self, call: Call, receive: Receive) -> Any:
         """Answer, unless the client leaves or it takes too long."""
         answering = asyncio.ensure_future(self._in_time(call))
-        leaving = asyncio.ensure_future(receive())
+        leaving = None
         try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((answering,), timeout=QUICK_S)
+            if not answering.done():  # nobody leaves sooner, and most are answered by now
+                leaving = asyncio.ensure_future(receive())
+                await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 return answering.result()
             raise ClientGone
         finally:
-            leaving.cancel()
+            if leaving is not None:
+                leaving.cancel()
             if not answering.done():
                 answering.cancel()
                 await asyncio.gather(answering, return_exceptions=True)
