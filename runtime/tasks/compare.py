@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Retrieval",
+    "best_labels",
     "classify",
     "classify_videos",
     "match_stream",
@@ -77,7 +78,7 @@ def classify(
     given = _embeddable(components, images, mode)
     weights = text_classifier(components, names, templates, on_long)
     embeds = encode_image(components, given, mode, True, batch_size, "classification")
-    return _best_labels(names, embeds, weights, top_k)
+    return best_labels(names, embeds, weights, top_k)
 
 
 def retrieve(
@@ -117,7 +118,7 @@ def classify_videos(
     given = _embeddable_videos(components, videos, mode, num_frames)
     weights = text_classifier(components, names, templates, on_long)
     embeds = _video_embeds(components, given, num_frames, mode, batch_size)
-    return _best_labels(names, embeds, weights, top_k)
+    return best_labels(names, embeds, weights, top_k)
 
 
 def retrieve_videos(
@@ -220,7 +221,7 @@ def _video_embeds(
     return np.stack(embeds)
 
 
-def _best_labels(
+def best_labels(
     names: Sequence[str], embeds: Array, weights: Array, top_k: int | None
 ) -> list[list[dict[str, Any]]]:
     """Rank the labels of unit vectors (B, E), best first; ``weights`` are (K, E)."""

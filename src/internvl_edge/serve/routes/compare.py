@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internvl_edge.runtime.tasks.compare import LOGIT_SCALE
+from internvl_edge.runtime.tasks.compare import best_labels
 from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES
 from internvl_edge.runtime.tasks.requests import distinct_labels, one_place_templates
-from internvl_edge.runtime.tasks.vectors import ranked, softmax, unit
+from internvl_edge.runtime.tasks.vectors import ranked, unit
 from internvl_edge.serve.http.exchange import Call
 from internvl_edge.serve.http.fields import Fields, require_text
 from internvl_edge.serve.http.images import ImageUrl, image_url
@@ -43,14 +43,8 @@ async def classify(service: Service, call: Call) -> Any:
     with served.place():
         embeds = await served.embed_images(urls, mode, "classification", call.stages)
         weights = await served.label_weights(labels, templates, call.stages)
-    scores = softmax(LOGIT_SCALE * unit(embeds) @ weights.T)  # (B, K)
-    data = [
-        {
-            "index": i,
-            "labels": [{"label": labels[k], "score": float(row[k])} for k in ranked(row)[:top_k]],
-        }
-        for i, row in enumerate(scores)
-    ]
+    ranks = best_labels(labels, unit(embeds), weights, top_k)
+    data = [{"index": i, "labels": best} for i, best in enumerate(ranks)]
     return {"object": "list", "model": served.name, "data": data}
 
 
