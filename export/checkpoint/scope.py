@@ -1,31 +1,19 @@
 """What of a checkpoint the chosen components read: only that has to be there, and sound.
 
 The vision side of a model whose language model another tool has quantized compiles without it.
-A part is the beginning of parameters' names, up to the first dot.
+A part is the beginning of parameters' names, up to the first dot; which ones a component reads
+stands in the table of components.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from internvl_edge.artifact.components import COMPONENTS
+from internvl_edge.artifact.components import find_component
 from internvl_edge.export.config.checkpoint import CheckpointConfig, available_components
 
-__all__ = ["PARTS", "is_in_scope", "parameters_read", "parts_read"]
+__all__ = ["is_in_scope", "parameters_read", "parts_read"]
 
-# Component → the parts that its module has; a chat model's projector has either name.
-PARTS: dict[str, tuple[str, ...]] = {
-    "vision": ("vision_model",),
-    "image_embed": ("vision_model", "clip_projector"),
-    "image_pool": ("clip_projector",),
-    "image_queries": ("qllama", "query_tokens", "clip_projector2"),
-    "text_embed": ("qllama", "text_projection"),
-    "matcher": ("qllama", "query_tokens", "itm_head"),
-    "decoder": ("qllama",),
-    "chat_vision": ("vision_model", "mlp1", "mm_projector"),
-    "chat_queries": ("queries", "mm_projector"),
-    "chat_decoder": ("language_model",),
-}
 QUERIES = "query_tokens"  # read with QLLaMA wherever one of its streams is calibrated
 
 
@@ -42,12 +30,13 @@ def parts_read(
     """
     if components is None or set(components) >= set(available_components(config)):
         return None
-    if any(name not in PARTS for name in components):
+    chosen = [find_component(name) for name in components]
+    if not all(component.parts for component in chosen):
         return None
-    streams = {COMPONENTS[name].stream for name in components} - {None}
+    streams = {component.stream for component in chosen} - {None}
     if is_quantized and streams - {"image", "text"}:
         return None
-    parts = {part for name in components for part in PARTS[name]}
+    parts = {part for component in chosen for part in component.parts}
     return frozenset(parts | ({QUERIES} if is_quantized and "text" in streams else set()))
 
 
@@ -56,8 +45,8 @@ def parameters_read(names: Iterable[str], components: Collection[str]) -> set[st
     return {
         name
         for name in names
-        for component in components
-        if is_in_scope(name, PARTS.get(component)) and COMPONENTS[component].reads(name)
+        for component in map(find_component, components)
+        if is_in_scope(name, component.parts or None) and component.reads(name)
     }
 
 

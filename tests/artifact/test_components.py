@@ -46,8 +46,9 @@ SECTIONS = {
         "export/config/checkpoint.py",
         "compiler/steps/graph_files.py",
         "artifact/schema.py",
+        "runtime/tasks/chat_images.py",
     )
-}
+} | {("runtime/text/bpe_pieces.py", "decoder")}  # a key of tokenizer.json
 
 
 class VisionMean(nn.Module):

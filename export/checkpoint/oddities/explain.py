@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from internvl_edge.artifact.components import find_component
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.checkpoint.oddities.table import (
     QUANTIZATIONS,
@@ -24,7 +25,7 @@ from internvl_edge.export.checkpoint.oddities.table import (
     quantization_of,
 )
 from internvl_edge.export.checkpoint.parameters import expected_shapes
-from internvl_edge.export.checkpoint.scope import PARTS, is_in_scope
+from internvl_edge.export.checkpoint.scope import is_in_scope
 from internvl_edge.export.checkpoint.shards import DTYPES, MAX_LISTED, TensorEntry
 from internvl_edge.export.config.checkpoint import CheckpointConfig, available_components
 from internvl_edge.export.config.fields import read_json
@@ -163,7 +164,7 @@ def _what_compiles(config: CheckpointConfig, bad: set[str]) -> str:
     whole = [
         name
         for name in available_components(config)
-        if name in PARTS and not any(is_in_scope(tensor, PARTS[name]) for tensor in bad)
+        if not any(is_in_scope(tensor, find_component(name).parts or None) for tensor in bad)
     ]
     return f"; --components {','.join(whole)} reads none of them" if whole else ""
 

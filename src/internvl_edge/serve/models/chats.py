@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from internvl_edge.artifact.components import DECODER, IMAGE_EMBED
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.text.templates import Turn
 from internvl_edge.serve.http.meters import Stages
@@ -130,9 +131,9 @@ class Answer:
         stages.add("queue", time.perf_counter() - self.queued_at)
         seen = None
         if asked.images:
-            with stages.stage("image_embed"):
+            with stages.stage(IMAGE_EMBED):
                 seen = model.see(list(asked.images))
-        with stages.stage("decoder"):
+        with stages.stage(DECODER):
             stream = model.chat_stream(seen, asked.text, asked.history, **asked.options)
             self._stream, self.prompt_tokens = stream, stream.prompt_tokens
             cutter = StopCutter(asked.stops)

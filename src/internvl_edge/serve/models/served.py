@@ -29,6 +29,7 @@ from internvl_edge.artifact.components import (
     MATCHER,
     TEXT_EMBED,
     VISION,
+    find_component,
 )
 from internvl_edge.runtime.images.transform import Transform, pixel_levels, pixel_values
 from internvl_edge.runtime.model import Model, load
@@ -48,14 +49,6 @@ __all__ = ["ServedModel"]
 
 Answer = TypeVar("Answer")
 
-EMBEDDING = {  # what embeds: its output, what its time is called
-    IMAGE_EMBED: ("image_embeds", "image_embed"),
-    VISION: ("last_hidden_state", "image_embed"),
-    IMAGE_POOL: ("image_embeds", "image_embed"),
-    IMAGE_QUERIES: ("query_embeds", "image_embed"),
-    TEXT_EMBED: ("text_embeds", "text_embed"),
-    MATCHER: ("match_logits", "match"),
-}
 REMEMBERED_CHARACTERS = 1 << 17  # of a set of labels
 FEW_CHARACTERS = 4096  # tokenized at once; more by the pool
 
@@ -104,13 +97,13 @@ class ServedModel:
         meters.serves(self.name, options.backend, manifest.precision)
         for component in manifest.components:
             session = self.components.session(component)
-            if component not in EMBEDDING:
-                continue
-            output, stage = EMBEDDING[component]
+            outputs = find_component(component).outputs
+            if self.is_chat or component == DECODER or not outputs:
+                continue  # a conversation runs these, or nothing does
             batched = Batched(
                 session,
-                output,
-                stage,
+                outputs[0],
+                _stage_of(component),
                 max_batch=TEXT_BATCH if component == TEXT_EMBED else options.max_batch,
                 max_delay_ms=options.max_delay_ms,
                 max_queued=self._places,
@@ -262,7 +255,7 @@ class ServedModel:
         """Embed one picture in one thread: while nobody else asks, nobody is waited for."""
         with stages.stage("decode"):
             pixels = self._prepared(url, transform)
-        with stages.stage("image_embed"):
+        with stages.stage(IMAGE_EMBED):
             return image_embedder(self.components, mode)(pixels)
 
     async def _ids(self, texts: Sequence[str], encode: Callable[..., Array]) -> Array:
@@ -308,3 +301,8 @@ async def gathered(jobs: Sequence[Awaitable[Answer]]) -> list[Answer]:
         raise failed
     finally:
         del done, failed  # its traceback has this frame
+
+
+def _stage_of(component: str) -> str:
+    """Name what a component's time is called: pictures become embeddings in several ways."""
+    return {MATCHER: "match"}.get(component, TEXT_EMBED if component == TEXT_EMBED else IMAGE_EMBED)
