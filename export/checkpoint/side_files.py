@@ -24,7 +24,7 @@ from internvl_edge.export.checkpoint.tokenizer import (
 )
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.config.native import PROCESSOR_FILES, processor_settings
-from internvl_edge.files.reading import foreign_target, is_there, parse_json, read_file
+from internvl_edge.files.reading import foreign_target, is_there, not_json, parse_json, read_file
 from internvl_edge.runtime.images.transform import Preprocessing
 
 __all__ = [
@@ -161,7 +161,7 @@ def _parsed(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = parse_json(data)
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        raise CheckpointError(f"{path}: {not_json(data, error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected one JSON object, found {type(value).__name__}")
     return value

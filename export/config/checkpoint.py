@@ -215,7 +215,12 @@ def load_config(directory: Path) -> CheckpointConfig:
     path = directory / "config.json"
     raw = read_json(path)
     refuse_remote_code(raw, path)
-    config = _read_config(raw, path)
+    try:
+        config = _read_config(raw, path)
+    except CheckpointError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
     if config.chat is None:
         return config
     return replace(config, chat=_with_prompts(config.chat, raw, path))

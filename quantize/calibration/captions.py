@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from internvl_edge.errors import CalibrationError
+from internvl_edge.errors import CalibrationError, shortened
 from internvl_edge.files.reading import parse_json, read_file
 from internvl_edge.files.terminal import printable
 from internvl_edge.runtime.tasks.requests import text_problem
@@ -238,13 +238,23 @@ def _parsed(path: Path, data: bytes) -> Captions:
 def _values(text: str, lines: Sequence[str], *, by_line: bool) -> Any:
     """Parse a JSON text, or one a line; a list over several lines is one text in both."""
     if by_line and not text.lstrip().startswith("["):
-        return [parse_json(line.encode()) for line in lines]
+        return _each(lines)
     try:
         return parse_json(text.encode())
     except ValueError as error:
         if len(lines) < 2 or "Extra data" not in str(error):
             raise
-        return [parse_json(line.encode()) for line in lines]
+        return _each(lines)
+
+
+def _each(lines: Sequence[str]) -> list[Any]:
+    values = []
+    for line in lines:
+        try:
+            values.append(parse_json(line.encode()))
+        except ValueError as error:
+            raise ValueError(f"the line {shortened(line)}: {error}") from error
+    return values
 
 
 def _decoded(data: bytes) -> str:

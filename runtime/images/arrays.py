@@ -101,6 +101,8 @@ def picture_levels(array: Array, label: str) -> NDArray[np.uint8]:
     Raises:
         MediaError: a meaning that is not certain; the message says which argument would do.
     """
+    if not array.dtype.isnative:  # of files of other machines
+        array = array.astype(array.dtype.newbyteorder("="))
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3:

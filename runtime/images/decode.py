@@ -214,7 +214,8 @@ def _upright_rgb(image: Image.Image, label: str, options: ImageOptions) -> Image
 def _flattened(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
     """Make a picture RGB, with a colour under what is transparent."""
     if image.mode == "P" or _is_transparent(image):  # Pillow warns of some palettes otherwise
-        image = image.convert("RGBA")
+        # Pillow has no other conversion of grey that is multiplied by its alpha already
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         alpha = image.getchannel("A")
         if colour is not None and alpha.getextrema() != (255, 255):
             canvas = Image.new("RGB", image.size, colour)
@@ -268,7 +269,7 @@ def _array_of(source: Any, label: str) -> Array:
 
 def _from_array(array: Array, label: str, options: ImageOptions) -> Image.Image:
     if array.ndim in (2, 3):  # whichever dimension the channels are
-        height, width = sorted(array.shape, reverse=True)[:2]
+        width, height = sorted(array.shape, reverse=True)[:2]
         _check_shape(width, height, options.largest_pixels, "", label)
     levels = picture_levels(array, label)
     picture = levels[:, :, 0] if levels.shape[2] == 1 else levels

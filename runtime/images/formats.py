@@ -38,7 +38,11 @@ OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (rb"II[*+]\x00|MM\x00[*+]", "a TIFF or a camera's raw file", CONVERT),
     (rb".{4}ftyp(?:hei|hev|mif1|msf1)", "a HEIC picture", CONVERT),
     (rb".{4}ftypavi[fs]", "an AVIF picture", CONVERT),
-    (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "a video", "it is for encode_video or --video"),
+    (
+        rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ",
+        "a video",
+        "pass its path to encode_video, or with --video",
+    ),
     (rb"\x00\x00\x00\x0cJXL |\xff\x0a", "a JPEG XL picture", CONVERT),
     (rb"\x00\x00\x00\x0cjP  |\xffO\xffQ", "a JPEG 2000 picture", CONVERT),
     (rb"\x00\x00\x01\x00", "an icon", CONVERT),

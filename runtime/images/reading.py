@@ -23,6 +23,7 @@ READ_FLAGS = os.O_RDONLY | sum(
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 DATA_URL = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
 BASE64_MARK = ";base64"
+OPEN_AS_BYTES = "the file is open as text; open it with mode 'rb'"
 UNPADDED = str.maketrans("-_", "+/", " \t\r\n=")  # and the alphabet of URLs
 
 
@@ -44,8 +45,17 @@ def contents(source: Any, label: str) -> bytes:
     return _limited(_read_open(source, label), label)
 
 
-def path_of(source: str | os.PathLike[str], label: str) -> str:
+def path_of(
+    source: str | os.PathLike[str],
+    label: str,
+    then: str = "pass its bytes or the path of the file",
+) -> str:
     """Return the path that a string stands for; a ``file:`` URL is one.
+
+    Args:
+        source: the string.
+        label: how messages name it.
+        then: what to do once it is downloaded.
 
     Raises:
         MediaError: a URL of something that would have to be fetched.
@@ -57,7 +67,7 @@ def path_of(source: str | os.PathLike[str], label: str) -> str:
     if url[1].lower() != "file":
         raise MediaError(
             f"{label}: nothing is fetched from {url[1].lower()}: addresses; download it first, and "
-            "pass its bytes or the path of the file"
+            f"{then}"
         )
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
@@ -96,12 +106,14 @@ def _read_open(file: Any, label: str) -> bytes:
             ):
                 file.seek(0)
             data = file.read(MAX_NBYTES + 1)
+    except UnicodeDecodeError as error:
+        raise MediaError(f"{label}: {OPEN_AS_BYTES}") from error
     except Exception as error:  # whatever another library's file raises
         raise MediaError(
             f"{label}: the open file cannot be read: {shortened(str(error), quoted=False)}"
         ) from error
     if isinstance(data, str):
-        raise MediaError(f"{label}: the file is open as text; open it with mode 'rb'")
+        raise MediaError(f"{label}: {OPEN_AS_BYTES}")
     if not isinstance(data, bytes | bytearray | memoryview):
         if callable(close := getattr(data, "close", None)):  # a coroutine that nobody awaits
             close()

@@ -188,7 +188,7 @@ def frames_of(frames: Any, num_frames: int | None) -> Any:
     """Choose the frames of a video that are encoded."""
     require_whole("num_frames", num_frames, 1, none=True)
     if isinstance(frames, (str, os.PathLike)):
-        path = path_of(frames, "video")
+        path = path_of(frames, "video", "pass its path")
         return (stream_frames if os.path.isfile(path) else read_frames)(path, num_frames)
     given = image_stream(frames)
     if num_frames is None:

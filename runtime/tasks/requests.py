@@ -5,6 +5,7 @@ Everything here refuses before any work, and says which item is wrong.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -79,7 +80,9 @@ def _require_collection(items: Any, expected: str) -> None:
         MediaError: a mapping, whose keys would be taken, a set, an open file, bytes, or no
             collection at all.
     """
-    if is_readable(items):
+    if isinstance(items, os.PathLike):
+        problem = f"a path ({type(items).__name__}); pass the text itself, such as its read_text()"
+    elif is_readable(items):
         problem = f"an open file ({type(items).__name__}); pass file.read().splitlines()"
     elif isinstance(items, Mapping) and "input_ids" in items:
         problem = f"a mapping ({type(items).__name__}), as a tokenizer gives; pass its 'input_ids'"

@@ -200,7 +200,7 @@ class Tokenizer:
             self._has_warned = True
             warnings.warn(
                 f"a text of {len(text)} characters has {told}: the end of this and of every other "
-                "text as long is cut off; on_long='error' refuses them",
+                "text as long is cut off; on_long='error' (--on-long error) refuses them",
                 stacklevel=4,
             )
 

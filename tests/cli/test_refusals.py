@@ -356,6 +356,20 @@ def test_streams_that_cannot_be_used(command: str, code: int, told: bytes) -> No
     assert said[0].startswith(told) if told else not said, done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_answer_that_is_cut_short_is_no_success(tmp_path: Path, unbuffered: str) -> None:
+    answer = tmp_path / "answer"
+    code = (
+        "from internvl_edge.cli.console import Output, prepare_streams; prepare_streams(); "
+        "Output(as_json=True).result({'caption': 'x' * 5000})"
+    )
+    command = f"ulimit -f 1; {shlex.quote(sys.executable)} -c {shlex.quote(code)} > {answer}"
+    done = in_a_shell(command, PYTHONUNBUFFERED=unbuffered)
+    assert answer.stat().st_size == 1024  # of the beginning, which was written
+    assert b"stdout: the answer cannot be written: File too large" in done.stderr
+    assert done.stderr.endswith(b"codes 1\n")
+
+
 @pytest.mark.parametrize(
     "environment",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -561,6 +562,11 @@ def test_a_label_with_braces_is_only_a_label(counting: Counting) -> None:
 def test_load_refuses_what_is_not_a_directory_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         load(tmp_path)
+    with pytest.raises(ArtifactError, match=r"nothing.*expected a directory"):
+        load(os.fsencode(tmp_path / "nothing"))  # type: ignore[arg-type]
+    for wrong in (None, 5, ["out"], object):
+        with pytest.raises(UsageError, match="expected the path of a compiled directory, found"):
+            load(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

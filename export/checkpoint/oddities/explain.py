@@ -70,9 +70,10 @@ def refuse_mismatch(
         )
     quantization = quantized_by(path, odd)
     if quantization is not None:
-        listed = ", ".join(list(odd)[:2])
+        listed, parts = ", ".join(list(odd)[:2]), _parts(odd)
+        verb = "are" if " and " in parts else "is"
         raise CheckpointError(
-            f"{path}: {_parts(odd)} is quantized by {quantization} ({len(odd)} tensor(s) such as "
+            f"{path}: {parts} {verb} quantized by {quantization} ({len(odd)} tensor(s) such as "
             f"{listed}); expected weights in bf16, fp16 or fp32, which are quantized here: take "
             f"the checkpoint that this one was made from{hint}"
         )

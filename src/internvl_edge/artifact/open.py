@@ -42,7 +42,7 @@ from internvl_edge.artifact.onnx_wire import MAX_NBYTES as MAX_ONNX_NBYTES
 from internvl_edge.artifact.pins import Pin, Watch, changed
 from internvl_edge.artifact.safetensors import header_sha256
 from internvl_edge.artifact.schema import check_schema
-from internvl_edge.errors import ArtifactError, UsageError
+from internvl_edge.errors import ArtifactError, UsageError, shortened
 from internvl_edge.files.disk import EXHAUSTED, FOLDER_FLAGS, open_regular, translated
 
 __all__ = [
@@ -257,9 +257,16 @@ def open_artifact(
         whole: of linked shards too, compare the sha256 of the whole file, where it is known.
 
     Raises:
+        UsageError: it is no path.
         ArtifactError: it is no such directory, or a file is not what the manifest says.
     """
-    path = Path(path)
+    try:
+        path = Path(os.fsdecode(path))
+    except TypeError as error:
+        raise UsageError(
+            f"{shortened(path)}: expected the path of a compiled directory, found "
+            f"{type(path).__name__}"
+        ) from error
     try:
         directory = _open_directory(path)
         try:

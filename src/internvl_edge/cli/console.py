@@ -226,13 +226,18 @@ def prepare_streams() -> None:
     """Make stdin, stdout and stderr such that no name and no text ends in an error.
 
     What a stream's encoding lacks is spelled out. Where one was closed its descriptor is taken, as
-    the next file that is opened would else stand there, and be written to.
+    the next file that is opened would else stand there, and be written to. Where Python was told
+    to buffer nothing (PYTHONUNBUFFERED), stdout gets a buffer again: without one the rest of a
+    write that the system cut short is lost without an error.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, io.RawIOBase):
+        buffered = io.BufferedWriter(io.FileIO(sys.stdout.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(buffered, encoding=sys.stdout.encoding)
     for stream, errors in (
         (sys.stdin, "surrogateescape"),
         (sys.stdout, "backslashreplace"),

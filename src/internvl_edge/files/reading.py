@@ -34,6 +34,7 @@ __all__ = [
     "cache_hint",
     "foreign_target",
     "is_there",
+    "not_json",
     "open_file",
     "parse_json",
     "read_file",
@@ -97,12 +98,14 @@ def read_json(
     try:
         return parse_json(data, unique=unique)
     except ValueError as problem:
-        content = content_of_bytes(data[:HEAD_NBYTES])
-        if content is not None:
-            raise error(
-                f"{path}: not readable as JSON: {problem}; it is {content.what}; {content.remedy}"
-            ) from problem
-        raise error(f"{path}: not readable as JSON: {problem}") from problem
+        raise error(f"{path}: {not_json(data, problem)}") from problem
+
+
+def not_json(data: bytes, problem: ValueError) -> str:
+    """Say why a file is not JSON, and what it is instead where its first bytes tell."""
+    content = content_of_bytes(data[:HEAD_NBYTES])
+    instead = f"; it is {content.what}; {content.remedy}" if content is not None else ""
+    return f"not readable as JSON: {problem}{instead}"
 
 
 def open_file(path: Path, error: type[InternVLError] = InputError) -> FileIO:

@@ -38,6 +38,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (Path.mkdir, "expected a regular file, found a folder"),
     "endless": (lambda path: path.symlink_to("/dev/zero"), "found a device"),
     "dead link": (lambda path: path.symlink_to("gone"), "the link leads nowhere"),
+    "a pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\nsize 7\n"),
+        "not readable as JSON: .*; it is a Git LFS pointer to a file of 7 bytes",
+    ),
+    "a page": (lambda path: path.write_text("<html></html>"), "it is a web page"),
     "no JSON": (lambda path: path.write_text("root:x:0:0"), "not readable as JSON"),
     "a list": (lambda path: path.write_text("[]"), "expected one JSON object, found list"),
 }

@@ -196,6 +196,13 @@ def test_files_that_are_not_understood(tmp_path: Path, file: str, content: bytes
     str(caught.value).encode()
 
 
+def test_the_line_that_is_not_understood_is_shown(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.jpg")
+    (tmp_path / "captions.jsonl").write_text('{"image": "1.jpg", "caption": "a"}\n\n{"image":\n')
+    with pytest.raises(CalibrationError, match=r"the line '\{\"image\":': Expecting value"):
+        load_calibration(tmp_path, 4)
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 

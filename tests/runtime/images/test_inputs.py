@@ -153,6 +153,7 @@ def test_deep_pillow_images_are_scaled() -> None:
         Image.fromarray(scan),
         Image.fromarray(scan.astype(np.int32)),
         Image.fromarray((scan / 65535).astype(np.float32)),
+        Image.frombytes("I;16B", scan.shape, scan.astype(">u2").tobytes()),
     ):
         np.testing.assert_array_equal(pixels(image)[:, :, 0], expected)
     assert {Image.fromarray(scan).mode, Image.fromarray(scan.astype(np.int32)).mode} == {
@@ -188,6 +189,13 @@ def test_deep_pillow_images_are_scaled() -> None:
 def test_arrays_of_no_certain_meaning_are_refused(array: Any, message: str) -> None:
     with pytest.raises(MediaError, match=message):
         pixel_values(array if isinstance(array, list) else [array], PLAIN)
+
+
+@pytest.mark.parametrize("dtype", ["u2", "f2", "f4", "f8"])
+def test_the_order_of_bytes_changes_nothing(dtype: str) -> None:
+    array = levels(4, 5).astype(dtype) * (257 if dtype == "u2" else np.dtype(dtype).type(1 / 255))
+    for order in "<>":
+        np.testing.assert_array_equal(pixels(array.astype(order + dtype)), levels(4, 5))
 
 
 def test_a_tensor_that_is_trained_is_read_too() -> None:
@@ -270,6 +278,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("text")
     with (tmp_path / "text").open() as text, pytest.raises(MediaError, match="mode 'rb'"):
         pixels(text)
+    (tmp_path / "photo").write_bytes(encoded(Image.fromarray(levels())))
+    with (
+        (tmp_path / "photo").open(encoding="utf-8") as text,
+        pytest.raises(MediaError, match="mode 'rb'"),
+    ):
+        pixels(text)
     closed = io.BytesIO(b"")
     closed.close()
     with pytest.raises(MediaError, match="closed file"):
@@ -326,7 +340,7 @@ def test_messages_do_not_hold_what_was_handed_over() -> None:
         (b"\0\5\x16\7", "what macOS writes beside a file"),
         (b"\0\0\0\x18ftypheic", "a HEIC picture"),
         (b"\0\0\0\x1cftypavif", "an AVIF picture"),
-        (b"\0\0\0\x20ftypisom", "a video; it is for encode_video"),
+        (b"\0\0\0\x20ftypisom", "a video; pass its path to encode_video"),
         (b"GIF89a", "a GIF"),
         (b"MM\0*", "a TIFF"),
         (b"%PDF-1.7", "a PDF"),
@@ -459,6 +473,7 @@ def test_a_colour_stands_under_transparency(background: Any, shown: tuple[int, .
         Image.fromarray(logo()),
         Image.fromarray(logo()).convert("RGBa"),
         Image.fromarray(logo()[:, :, [0, 3]]),
+        Image.fromarray(logo()[:, :, [0, 3]]).convert("La"),
         encoded(Image.fromarray(logo()[:, :, [0, 3]])),
     ]
     for source in sources:
