@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import secrets
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from internvl_edge.artifact.publish import check_out, check_parent, record, staging
+from internvl_edge.artifact.publish import FILE_MODE, check_out, check_parent, record, staging
 from internvl_edge.artifact.workspace import Workspace, drop_published, workspace
 from internvl_edge.errors import CheckpointError, MissingDependency, ResourceError
 from internvl_edge.export.checkpoint.checkpoint import num_expected, open_checkpoint
@@ -224,7 +225,7 @@ def _place(parts: dict[Path, str], work: Workspace, directory: Path) -> int:
             total += entry.nbytes
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        _write(directory / INDEX, json.dumps(index, indent=1).encode())
     return len(weight_map)
 
 
@@ -236,7 +237,17 @@ def _copy_side_files(source: Path, directory: Path) -> None:
             continue
         refuse_foreign(source / name)
         data = read_file(source / name, MAX_NBYTES, CheckpointError)
-        (directory / name).write_bytes(data)
+        _write(directory / name, data)
+    # the library that writes the weights keeps them to their owner
+    mode = stat.S_IMODE((directory / CONFIG).stat().st_mode)
+    for path in directory.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that others may read if the umask lets them, and never change."""
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, FILE_MODE)) as file:
+        file.write(data)
 
 
 def _checked(source: Path, directory: Path, config: CheckpointConfig) -> list[str]:

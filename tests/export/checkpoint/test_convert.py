@@ -380,3 +380,17 @@ def test_nothing_is_published_before_it_is_synced(
     assert any(path == str(out.parent) and is_there for path, is_there in synced)
     assert load_file(out / "model.safetensors").keys() == source.state.keys()
     assert TINY.vision.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_converted_files_are_for_nobody_else_to_write_to(
+    source: Written, here: list[str], tmp_path: Path, mask: int
+) -> None:
+    torch.save(source.state, source.path / "pytorch_model.bin")
+    before = os.umask(mask)
+    try:
+        convert_pickles(source.path, tmp_path / "out")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644 & ~mask, path
