@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from internvl_edge.files import disk
+
 
 class FullDisk:
     """A file on a disk that takes ``room`` bytes."""
@@ -28,13 +30,13 @@ class FullDisk:
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, *, room: int) -> None:
-    """Let every file that ``Path.open`` opens for writing hold ``room`` bytes."""
-    opened = Path.open
+    """Let every file that ``files.disk`` opens for writing hold ``room`` bytes."""
 
-    def open_full(path: Path, mode: str = "r") -> Any:
-        return FullDisk(opened(path, mode), room) if mode == "wb" else opened(path, mode)
+    def open_full(path: Path, mode: str = "r", **how: Any) -> Any:
+        file = open(path, mode, **how)  # noqa: SIM115
+        return FullDisk(file, room) if mode in ("wb", "xb") else file
 
-    monkeypatch.setattr(Path, "open", open_full)
+    monkeypatch.setattr(disk, "open", open_full, raising=False)
 
 
 def no_reflinks(monkeypatch: pytest.MonkeyPatch, code: int = errno.EOPNOTSUPP) -> None:

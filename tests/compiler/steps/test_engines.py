@@ -7,7 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.checkpoints import TINY, write_chat, write_internvl, write_tokenizer
+from support.checkpoints import (
+    TINY,
+    write_chat,
+    write_chat_tokenizer,
+    write_internvl,
+    write_tokenizer,
+)
 
 from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact
@@ -91,7 +97,7 @@ def test_decoders_with_their_cache_in_place_build(tmp_path: Path, precision: str
 @pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])
 def test_chat_builds(tmp_path: Path, precision: str) -> None:
     written = write_chat(tmp_path / "checkpoint", seed=6)
-    write_tokenizer(written.path)
+    write_chat_tokenizer(written.path)
     options = ExportOptions(
         checkpoint=written.path,
         out=tmp_path / "out",

@@ -44,7 +44,8 @@ def test_exact_bytes(tmp_path: Path) -> None:
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 # The other reader has no name for E4M3 in numpy.
-KINDS = st.sampled_from(sorted(set(DTYPES) - {"F8_E4M3"}))
+# safetensors reads these with numpy; there are none of a part of a byte there
+KINDS = st.sampled_from(sorted(code for code in DTYPES if code[:2] not in ("F8", "F6", "F4")))
 
 
 @settings(max_examples=60, deadline=None)

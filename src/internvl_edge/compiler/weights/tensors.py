@@ -80,7 +80,7 @@ def read_content(plan: Plan, report: Report = silent) -> str:
     def read(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        report(Progress(step="check", detail="MB of weights", done=done // MB, total=total // MB))
+        report(Progress(step="check", detail="weights (MB)", done=done // MB, total=total // MB))
 
     if not is_linked:
         return plan.checkpoint.content_sha256(read, targets)

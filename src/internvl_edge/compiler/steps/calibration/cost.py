@@ -89,7 +89,8 @@ def _spooled(plan: Plan, tokens: Mapping[str, int]) -> tuple[int, int]:
     looking = len(streams & OF_IMAGES) * tokens[VISION_PREFIX]  # tokens of cross-attention's memory
     image = tokens[VISION_PREFIX] * config.vision.hidden_size
     sizes = [(0, 0)]
-    run = {VISION_PREFIX, *(COMPONENTS[name].tower for name in plan.components)}
+    run = {COMPONENTS[name].tower for name in plan.components}
+    run |= {VISION_PREFIX} if streams - {"text"} else set()
     for tower, count in tokens.items():
         if tower not in run:
             continue
