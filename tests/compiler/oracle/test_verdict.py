@@ -93,7 +93,7 @@ def test_unseen_checkpoints_publish(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize("seed", range(100, 102))  # 108 held too: 48 exports, 16 CPU-minutes
 def test_many_unseen_checkpoints_publish(
     seed: int, precision: str, pictures: Path, tmp_path: Path
 ) -> None:

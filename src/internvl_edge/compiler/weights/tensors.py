@@ -20,6 +20,7 @@ from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.types import Array
 
 MB = 10**6
+QUICK_NBYTES = 500 * MB  # are read before anybody wonders
 STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -80,7 +81,10 @@ def read_content(plan: Plan, report: Report = silent) -> str:
     def read(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        report(Progress(step="check", detail="weights (MB)", done=done // MB, total=total // MB))
+        if total > QUICK_NBYTES:
+            report(
+                Progress(step="check", detail="MB of weights", done=done // MB, total=total // MB)
+            )
 
     if not is_linked:
         return plan.checkpoint.content_sha256(read, targets)
