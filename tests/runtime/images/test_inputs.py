@@ -399,7 +399,7 @@ class Lazy(Dataset):
         (np.array([b"a.png"]), r"array, \|S5 \[1\]"),
         (np.zeros((0, 4, 4, 3), np.uint8), "expected at least one image, found none"),
     ],
-    ids=lambda x: str(x).split(" at 0x")[0][:30],
+    ids=lambda x: x[:30] if isinstance(x, str) else type(x).__name__,
 )
 def test_what_is_no_collection_of_images_is_refused_by_name(images: Any, message: str) -> None:
     with pytest.raises(MediaError, match=message):
