@@ -244,7 +244,8 @@ def prepare_streams() -> None:
         (sys.stderr, "backslashreplace"),
     ):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            with suppress(io.UnsupportedOperation):  # of a program that has read from it already
+                stream.reconfigure(errors=errors)
     warnings.showwarning = _show_warning
 
 
