@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from internvl_edge.artifact.components import IMAGE_EMBED
 from internvl_edge.demo import evaluate, scenes
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.cores import usable_cores
+from internvl_edge.files.helper import helper_call
 
 __all__ = ["compare", "export", "main"]
 
@@ -60,13 +60,10 @@ def compare(
     running: list[subprocess.Popen[str]] = []
 
     def measured(precision: str) -> dict[str, float]:
-        command = [sys.executable, "-P", "-m", "internvl_edge.demo.compare", str(out), precision]
-        child = subprocess.Popen(
-            [*command, *(["--compiled"] if precision == compiled else ["--force"] * force)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads},
-        )
+        how = ["--compiled"] if precision == compiled else ["--force"] * force
+        command, environment = helper_call(__name__, [str(out), precision, *how])
+        environment["OMP_NUM_THREADS"] = threads
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         running.append(child)
         answer, _ = child.communicate()
         if child.returncode:
@@ -160,7 +157,3 @@ def main() -> None:
     except InternVLError as error:
         say(f"error: {given.precision}: {error}")
         sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,8 +18,6 @@ import logging
 import os
 import secrets
 import stat
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from internvl_edge.export.config.checkpoint import (
     load_config,
 )
 from internvl_edge.files.disk import link_or_copy, os_errors, sync
+from internvl_edge.files.helper import run_helper
 from internvl_edge.files.reading import is_there, read_file, require_unicode
 from internvl_edge.files.spool import Budget
 
@@ -164,8 +163,7 @@ def _converted(pickle: Path, work: Workspace) -> dict[str, Any]:
     # a name of its own: a process that outlived its parent may still write the last one
     target = work.path / f"{secrets.token_hex(4)}.safetensors"
     # -P keeps the current directory, which may be the download itself, off the import path.
-    command = [sys.executable, "-P", "-m", MODULE, str(pickle), str(target)]
-    done = subprocess.run(command, capture_output=True, check=False)
+    done = run_helper(MODULE, [str(pickle), str(target)])
     if done.returncode == DISK_FULL:
         raise ResourceError(f"{target.parent}: the disk is full; free some space")
     if done.returncode < 0:
@@ -174,9 +172,9 @@ def _converted(pickle: Path, work: Workspace) -> dict[str, Any]:
             "system does where memory runs out; a machine with more memory can convert it"
         )
     try:
-        answer = json.loads(done.stdout.decode().strip().splitlines()[-1])
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError) as error:
-        reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CheckpointError(f"{pickle}: cannot be converted: {reason}") from error
     if "error" in answer:
         raise CheckpointError(answer["error"])

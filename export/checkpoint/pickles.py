@@ -199,7 +199,8 @@ def _flat(loaded: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, to
             yield from _flat(value, f"{prefix}{key}.")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Convert ``argv[1]`` to ``argv[2]``, and print the answer or the error as JSON."""
     try:
         answer, code = convert_file(Path(sys.argv[1]), Path(sys.argv[2])), 0
     except CheckpointError as problem:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-__all__ = ["run_helper"]
+__all__ = ["helper_call", "run_helper"]
 
 START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
@@ -34,11 +34,22 @@ LOADS_CODE = (
 
 def run_helper(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a module's ``main`` in a process of its own, and wait; it finds ``sys.argv[1:]``."""
+    command, environment = helper_call(module, arguments)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env=environment,
+    )
+
+
+def helper_call(module: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment of ``run_helper``, for who starts it otherwise."""
     command = [sys.executable, "-E", "-P", "-c", START, json.dumps(_import_path()), module]
     environment = {name: v for name, v in os.environ.items() if name not in LOADS_CODE}
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, check=False, env=environment
-    )
+    return [*command, *arguments], environment
 
 
 def _import_path() -> list[str]:

@@ -332,6 +332,19 @@ def test_another_source_is_converted_anew(
     assert_same(out, Written(path=out, state=changed))
 
 
+def test_the_process_that_reads_pickles_loads_no_code_of_others(
+    source: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from the current folder nor from where PYTHONPATH leads."""
+    (tmp_path / "of-others").mkdir()
+    (tmp_path / "of-others" / "json.py").write_text("raise SystemExit('loaded')")
+    monkeypatch.chdir(tmp_path / "of-others")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "of-others"))
+    torch.save(source.state, source.path / "pytorch_model.bin")
+    convert_pickles(source.path, tmp_path / "out")
+    assert_same(tmp_path / "out", source)
+
+
 @pytest.mark.slow
 def test_a_kill_leaves_nothing_that_stands_in_the_way(source: Written) -> None:
     """At any moment OUT is absent or whole, and the next run goes on, whatever its process id."""
