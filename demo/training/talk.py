@@ -10,18 +10,11 @@ the layout of the published checkpoints.
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 
 from internvl_edge.demo.scenes import CANVAS
 from internvl_edge.demo.training.batches import PATCH
@@ -32,8 +25,9 @@ from internvl_edge.demo.training.train import (
     cross_entropy,
     initialise_layers,
     look_nearby,
-    optimizers_of,
-    rate,
+    optimise,
+    preprocessor,
+    write_checkpoint,
 )
 from internvl_edge.demo.training.vocabulary import TEMPLATE, train_vocabulary
 from internvl_edge.export.config.chat import ChatConfig
@@ -116,40 +110,13 @@ def train(plan: Plan, out: Path) -> None:
     heads = PatchHeads(WIDTH)
     side = CANVAS // PATCH // 2
     data = TalkBatches(tokenizer, side * side, plan.seed, plan.steps, plan.batch_size)
-    _optimise(model, heads, plan, iter(DataLoader(data, batch_size=None, num_workers=1)))
+    optimise((model, heads), losses, plan, data)
     save_talker(model, tokenizer, out)
-
-
-def _optimise(model: Chat, heads: PatchHeads, plan: Plan, batches: Iterator[TalkBatch]) -> None:
-    named = [*model.named_parameters(), *heads.named_parameters()]
-    optimizers = optimizers_of(named, plan)
-    schedules = [LambdaLR(optimizer, lambda step: rate(step, plan)) for optimizer in optimizers]
-    began = time.perf_counter()
-    for step, batch in enumerate(batches):
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            parts = losses(model, heads, batch, vision_only=step < plan.vision_steps)
-        for _, parameter in named:
-            parameter.grad = None
-        torch.stack(list(parts.values())).sum().backward()
-        nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        if step % 20 == 0 or step == plan.steps - 1:
-            figures = "  ".join(f"{name} {value.item():.3f}" for name, value in parts.items())
-            print(f"{step:5d}  {time.perf_counter() - began:5.0f} s  {figures}", flush=True)
 
 
 def save_talker(model: Chat, tokenizer: Any, out: Path) -> None:
     """Write weights in bfloat16 and their JSON files, as InternVL3's are published."""
-    weights = {
-        name: tensor.detach().to(torch.bfloat16).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    for name, content in _documents(model.checkpoint_config, tokenizer).items():
-        text = json.dumps(content, indent=2, sort_keys=True)
-        (out / name).write_text(text + "\n", encoding="utf-8")
+    write_checkpoint(model, _documents(model.checkpoint_config, tokenizer), out)
 
 
 def _documents(config: CheckpointConfig, tokenizer: Any) -> dict[str, dict[str, Any]]:
@@ -202,17 +169,7 @@ def _documents(config: CheckpointConfig, tokenizer: Any) -> dict[str, dict[str, 
             "vision_config": {**published_fields(config.vision), "model_type": "intern_vit_6b"},
         },
         "generation_config.json": {"eos_token_id": [end, pad_id], "pad_token_id": pad_id},
-        "preprocessor_config.json": {
-            "crop_size": chat.image_size,
-            "do_center_crop": True,
-            "do_normalize": True,
-            "do_resize": True,
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-            "resample": 3,
-            "size": chat.image_size,
-        },
+        "preprocessor_config.json": preprocessor(chat.image_size),
     }
 
 

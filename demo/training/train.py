@@ -20,7 +20,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from internvl_edge.demo.language import COLOURS, DIGITS
 from internvl_edge.demo.scenes import CANVAS
@@ -206,20 +206,39 @@ def train(plan: Plan, out: Path) -> None:
     initialise(model)
     heads = PatchHeads(CONFIG.vision.hidden_size)
     data = TrainingBatches(tokenizer, plan.seed, plan.steps, plan.batch_size)
-    _optimise(model, heads, plan, iter(DataLoader(data, batch_size=None, num_workers=1)))
+
+    def keep_scale() -> None:
+        model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    optimise((model, heads), losses, plan, data, keep_scale)
     save_checkpoint(model, out)
 
 
-def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[Batch]) -> None:
-    named = [*model.named_parameters(), *heads.named_parameters()]
+def optimise(
+    modules: Sequence[nn.Module],
+    losses_of: Callable[..., dict[str, Tensor]],
+    plan: Plan,
+    data: Dataset[Any],
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Train modules by ``plan``, and print how far it is.
+
+    Args:
+        modules: a model and its heads.
+        losses_of: the losses of both on a batch; with ``vision_only`` those of the tower alone.
+        plan: how.
+        data: batches by number.
+        after_step: is called after each step, without gradients.
+    """
+    named = [pair for module in modules for pair in module.named_parameters()]
     optimizers = optimizers_of(named, plan)
     schedules = [LambdaLR(optimizer, lambda step: rate(step, plan)) for optimizer in optimizers]
-    parameters = [*model.parameters(), *heads.parameters()]
+    parameters = [parameter for _, parameter in named]
     began = time.perf_counter()
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(DataLoader(data, batch_size=None, num_workers=1)):
         # PyTorch's fused attention has a slow bfloat16 backward on the CPU.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            parts = losses(model, heads, batch, vision_only=step < plan.vision_steps)
+            parts = losses_of(*modules, batch, vision_only=step < plan.vision_steps)
         for parameter in parameters:
             parameter.grad = None
         torch.stack(list(parts.values())).sum().backward()
@@ -228,7 +247,7 @@ def _optimise(model: InternVL, heads: PatchHeads, plan: Plan, batches: Iterator[
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+            after_step()
         if step % 20 == 0 or step == plan.steps - 1:
             figures = "  ".join(f"{name} {value.item():.3f}" for name, value in parts.items())
             print(f"{step:5d}  {time.perf_counter() - began:5.0f} s  {figures}", flush=True)
@@ -271,14 +290,34 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def save_checkpoint(model: InternVL, out: Path) -> None:
     """Write weights in bfloat16 and their JSON files, as Hugging Face lays them out."""
+    write_checkpoint(model, _documents(model.config), out)
+
+
+def write_checkpoint(model: nn.Module, documents: dict[str, dict[str, Any]], out: Path) -> None:
+    """Write a model's weights in bfloat16, and JSON files by their names."""
     weights = {
         name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
     }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    for name, content in _documents(model.config).items():
+    for name, content in documents.items():
         text = json.dumps(content, indent=2, sort_keys=True)
         (out / name).write_text(text + "\n", encoding="utf-8")
+
+
+def preprocessor(image_size: int) -> dict[str, Any]:
+    """Describe how pictures become pixel values, as published models do."""
+    return {
+        "crop_size": image_size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "size": image_size,
+    }
 
 
 def _documents(config: InternVLConfig) -> dict[str, dict[str, Any]]:
@@ -300,17 +339,7 @@ def _documents(config: InternVLConfig) -> dict[str, dict[str, Any]]:
             "qllama_config": {**published_fields(config.qllama), "model_type": "llama"},
         },
         "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0},
-        "preprocessor_config.json": {
-            "crop_size": config.vision.image_size,
-            "do_center_crop": True,
-            "do_normalize": True,
-            "do_resize": True,
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-            "resample": 3,
-            "size": config.vision.image_size,
-        },
+        "preprocessor_config.json": preprocessor(config.vision.image_size),
         "special_tokens_map.json": special,
         "tokenizer_config.json": {
             **special,

@@ -305,4 +305,6 @@ async def gathered(jobs: Sequence[Awaitable[Answer]]) -> list[Answer]:
 
 def _stage_of(component: str) -> str:
     """Name what a component's time is called: pictures become embeddings in several ways."""
-    return {MATCHER: "match"}.get(component, TEXT_EMBED if component == TEXT_EMBED else IMAGE_EMBED)
+    if component == MATCHER:
+        return "match"
+    return TEXT_EMBED if component == TEXT_EMBED else IMAGE_EMBED
