@@ -1,4 +1,4 @@
-"""What the HTTP server costs, and what it does under load: ``make bench-serve``.
+"""The cost of the HTTP server, and its answers under load: ``make bench-serve``.
 
     python benchmarks/serve.py OUT [--clients 64] [--seconds 60] [--json FILE]
 
@@ -52,7 +52,7 @@ class Asked:
 
 @dataclass(slots=True)
 class Seen:
-    """What the clients saw."""
+    """The answers that clients got, counted."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)

@@ -7,7 +7,7 @@
                        columns with a header, or an image's name in front of every line
     COCO               {images: [{id, file_name}], annotations: [{image_id, caption}]}
     Karpathy's splits  {images: [{filename, sentences: [{raw}]}]}
-    beside the images  photo.txt or photo.caption for photo.jpg
+    next to the images photo.txt or photo.caption for photo.jpg
 
 A name finds its image as it stands, then by ever shorter ends of its path, then whatever its case,
 then without its suffix; composed and decomposed letters (NFC, NFD) are the same. Of several
@@ -196,7 +196,7 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _beside(folder: Path, images: Sequence[Path]) -> Captions | None:
-    """Read captions that lie beside their images, a file each."""
+    """Read captions that lie next to their images, a file each."""
     by_image: dict[str, str] = {}
     for image in images:
         for suffix in BESIDE:

@@ -2,7 +2,7 @@
 
 Of several, transformers takes the first of these, and so does this module:
 
-    model.safetensors                  whole, whatever an index beside it says
+    model.safetensors                  whole, whatever an index next to it says
     model.safetensors.index.json       the shards that it names, held against what they hold
     other *.safetensors                all of them: numbered shards only if none is missing
 

@@ -22,7 +22,7 @@ from internvl_edge.types import Array
 
 __all__ = ["Batched"]
 
-RAN = "ran_from_to"  # an output of seconds, beside the component's own
+RAN = "ran_from_to"  # an output of seconds, in addition to the component's own
 RAN_SPEC = TensorSpec(name=RAN, dtype="float64", shape=(2,))
 
 
