@@ -12,9 +12,10 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import internvl_edge
@@ -58,26 +59,41 @@ def compare(
     processes = min(MAX_PROCESSES, usable_cores())
     threads = str(max(1, usable_cores() // processes))
     running: list[subprocess.Popen[str]] = []
+    starting = threading.Lock()  # none is started once they are being ended
+    failed = False
+
+    def end() -> None:
+        nonlocal failed
+        with starting:
+            failed = True
+            for child in running:
+                child.terminate()  # nothing happens to those that have ended
 
     def measured(precision: str) -> dict[str, float]:
         how = ["--compiled"] if precision == compiled else ["--force"] * force
         command, environment = helper_call(__name__, [str(out), precision, *how])
         environment["OMP_NUM_THREADS"] = threads
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        running.append(child)
+        with starting:
+            if failed:
+                raise InternVLError(f"{precision}: not compiled, since another precision failed")
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+            running.append(child)
         answer, _ = child.communicate()
         if child.returncode:
+            end()
             raise InternVLError(f"{precision}: the process that compiled it failed, see above")
         figures: dict[str, float] = json.loads(answer)
         return figures
 
     with ThreadPoolExecutor(processes) as pool:
         try:
-            return dict(zip(precisions, pool.map(measured, precisions), strict=True))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in running:
-                child.terminate()  # nothing happens to those that have ended
+            tasks = {precision: pool.submit(measured, precision) for precision in precisions}
+            for task in as_completed(tasks.values()):
+                task.result()  # the first that failed is the one that is told
+            return {precision: task.result() for precision, task in tasks.items()}
+        except BaseException:
+            end()
+            raise
 
 
 def export(out: Path, precision: str, say: Say, *, force: bool = False) -> Artifact:
