@@ -10,6 +10,7 @@ the layout of the published checkpoints.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfi
 from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models.chat import Chat, require_llama
 
-PLAN = Plan(vision_steps=400, steps=2000, batch_size=64)
+PLAN = Plan(vision_steps=500, steps=6000, batch_size=64)
 WIDTH = 128
 IMAGE_SCALE = 0.5  # of the projector's output at first, as token embeddings have
 
@@ -177,8 +178,10 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the demo's chat model on digit scenes.")
     parser.add_argument("out", type=Path, help="directory for the checkpoint")
+    parser.add_argument("--device", default=PLAN.device, help="to train on: cpu, or cuda")
+    parser.add_argument("--workers", type=int, default=PLAN.workers, help="that draw batches")
     options = parser.parse_args()
-    train(PLAN, options.out)
+    train(replace(PLAN, device=options.device, workers=options.workers), options.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class Plan:
     seed: int = 0
     # With two threads every operation waits for the slower; a busy machine then costs fourfold.
     threads: int = 1
+    device: str = "cpu"  # or a GPU, as PyTorch names it
+    workers: int = 1  # processes that draw batches
 
 
 class PatchHeads(nn.Module):
@@ -230,14 +232,18 @@ def optimise(
         data: batches by number.
         after_step: is called after each step, without gradients.
     """
+    device = torch.device(plan.device)
+    for module in modules:
+        module.to(device)
     named = [pair for module in modules for pair in module.named_parameters()]
     optimizers = optimizers_of(named, plan)
     schedules = [LambdaLR(optimizer, lambda step: rate(step, plan)) for optimizer in optimizers]
     parameters = [parameter for _, parameter in named]
     began = time.perf_counter()
-    for step, batch in enumerate(DataLoader(data, batch_size=None, num_workers=1)):
+    for step, drawn in enumerate(DataLoader(data, batch_size=None, num_workers=plan.workers)):
+        batch = _moved(drawn, device)
         # PyTorch's fused attention has a slow bfloat16 backward on the CPU.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             parts = losses_of(*modules, batch, vision_only=step < plan.vision_steps)
         for parameter in parameters:
             parameter.grad = None
@@ -251,6 +257,11 @@ def optimise(
         if step % 20 == 0 or step == plan.steps - 1:
             figures = "  ".join(f"{name} {value.item():.3f}" for name, value in parts.items())
             print(f"{step:5d}  {time.perf_counter() - began:5.0f} s  {figures}", flush=True)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Copy a batch, a dataclass of tensors, to a device."""
+    return replace(batch, **{f.name: getattr(batch, f.name).to(device) for f in fields(batch)})
 
 
 def optimizers_of(named: list[tuple[str, nn.Parameter]], plan: Plan) -> list[torch.optim.Optimizer]:

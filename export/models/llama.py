@@ -157,6 +157,6 @@ class Llama(nn.Module):
 
     def empty_cache(self, batch: int) -> list[KeyValue]:
         """Make a cache without positions for every layer."""
-        config, dtype = self.config, self.model.embed_tokens.weight.dtype
-        empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=dtype)
+        config, like = self.config, self.model.embed_tokens.weight
+        empty = like.new_empty(batch, config.num_key_value_heads, 0, config.head_dim)
         return [(empty, empty)] * config.num_hidden_layers
