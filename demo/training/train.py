@@ -256,7 +256,7 @@ def optimise(
             after_step()
         if step % 20 == 0 or step == plan.steps - 1:
             figures = "  ".join(f"{name} {value.item():.3f}" for name, value in parts.items())
-            print(f"{step:5d}  {time.perf_counter() - began:5.0f} s  {figures}", flush=True)
+            print(f"{step:5d}  {time.perf_counter() - began:7.1f} s  {figures}", flush=True)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
