@@ -430,6 +430,7 @@ def open_component(
         options = replace(options, graphs=False)
     is_needed = unsigned in files and products_saturate()
     is_fused = fused in files and options.contrib and options.gpu_provider == "cuda"
+    is_fused = is_fused and not known.takes_cache
     if is_fused and choose_providers(device, options) != [CPU]:
         path = artifact.file(fused)
     if is_needed and choose_providers(device, options) == [CPU]:
