@@ -404,12 +404,16 @@ def open_component(
     if not isinstance(options, OrtOptions):
         raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
+    files, fused = artifact.manifest.files, cuda_graph(component)
     known = find_component(component)
     # ONNX Runtime computes the masks of texts on the host, between kernels, and a decoder's cache
     # stays on the device from call to call: CUDA graphs are made of what sees images alone.
     if not known.is_vision:
         options = replace(options, graphs=False)
-    is_needed = unsigned in artifact.manifest.files and products_saturate()
+    is_needed = unsigned in files and products_saturate()
+    is_fused = fused in files and options.contrib and options.gpu_provider == "cuda"
+    if is_fused and choose_providers(device, options) != [CPU]:
+        path = artifact.file(fused)
     if is_needed and choose_providers(device, options) == [CPU]:
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
@@ -425,6 +429,14 @@ def unsigned_graph(component: str) -> str:
     It computes the same from the same weights (``quantize.graph.unsigned``).
     """
     return f"{component}.u8.onnx"
+
+
+def cuda_graph(component: str) -> str:
+    """Name the file of a component's graph in operators of ONNX Runtime's CUDA provider.
+
+    It computes the same from the same weights (``export.graph.cuda_form``).
+    """
+    return f"{component}.cuda.onnx"
 
 
 def _is_numpy(session: Any) -> bool:
