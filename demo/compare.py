@@ -185,9 +185,7 @@ def main() -> None:
             artifact = open_artifact(given.out / given.precision)
             build_engines(artifact, say)
         else:
-            artifact = export(
-                given.out, given.precision, say, force=given.force, model=given.model
-            )
+            artifact = export(given.out, given.precision, say, force=given.force, model=given.model)
         print(json.dumps(quality(artifact)))
     except InternVLError as error:
         say(f"error: {given.precision}: {error}")

@@ -15,6 +15,7 @@ import internvl_edge
 from internvl_edge.demo import scenes
 from internvl_edge.demo.evaluate import MAX_NEW_TOKENS
 from internvl_edge.demo.language import DIGITS, TEMPLATES, random_question
+from internvl_edge.runtime.tasks.chat import Turn
 
 SEED = 11  # of the held-out scene
 NUM_CLASSES_SHOWN = 3
@@ -84,7 +85,8 @@ def talk(out: Path, seed: int = SEED) -> Conversation:
     pictures, turns = images[1], dialogues[1].turns  # the second is about two
     answers: list[str] = []
     with internvl_edge.load(out) as model:
-        started, history = time.perf_counter(), ()
+        started = time.perf_counter()
+        history: tuple[Turn, ...] = ()
         for turn in turns:
             reply = model.chat(pictures, turn.question, history, max_new_tokens=MAX_NEW_TOKENS)
             answers.append(reply.text.strip())
