@@ -88,6 +88,10 @@ class Session(Protocol):
 class DecoderSession(Session, Protocol):
     """A session that leaves what it computed on its device: a decoder's cache stays there."""
 
+    @property
+    def optional(self) -> Mapping[str, TensorSpec]:
+        """The tensors that it also takes, and has values of its own for: ``logits_from``."""
+
     def run_device(
         self,
         feeds: Mapping[str, Any],

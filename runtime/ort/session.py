@@ -39,8 +39,13 @@ from internvl_edge.errors import (
     UsageError,
 )
 from internvl_edge.files.forks import never_destroyed_in_children
-from internvl_edge.runtime.feeds import check_feeds, check_outputs
-from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
+from internvl_edge.runtime.feeds import (
+    LOGITS_FROM,
+    POSITIONS,
+    WRITE_INDICES,
+    check_feeds,
+    check_outputs,
+)
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.cuda_graphs import Replays
 from internvl_edge.runtime.ort.options import (
@@ -86,6 +91,7 @@ QDQ_FUSION = "QDQSelectorActionTransformer"
 FP8_FUSED = re.compile(r"float8e4m3fn.*MatMulIntegerToFloat", re.DOTALL)
 # In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
 ROUNDING = b"QuantizeLinear"
+FIRST = np.zeros(1, np.int64)  # position from which on a call has logits, where it does not say
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
 
@@ -131,6 +137,7 @@ class OrtSession:
         self._process = os.getpid()
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
+        self._optional = {v.name: spec_of(v) for v in session.get_overridable_initializers()}
         self._names = list(self._outputs)
         self.largest: Mapping[str, int] = {}  # nothing bounds a graph
         self._place = place_of(self._providers)
@@ -196,6 +203,11 @@ class OrtSession:
     def outputs(self) -> Mapping[str, TensorSpec]:
         return self._outputs
 
+    @property
+    def optional(self) -> Mapping[str, TensorSpec]:
+        """See ``DecoderSession.optional``."""
+        return self._optional
+
     def run(
         self,
         feeds: Mapping[str, Array],
@@ -206,7 +218,7 @@ class OrtSession:
         """See ``Session.run``."""
         session, replays, watch = self._opened(), self._replays, self._watch
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
-        arrays = check_feeds(self._inputs, feeds, check)
+        arrays = check_feeds(self._inputs, feeds, check, self._optional)
         if watch is not None:
             watch.require_unchanged()
         if not self._is_numpy:
@@ -244,7 +256,7 @@ class OrtSession:
         given: Any = feeds
         if isinstance(feeds, Mapping):
             given = {n: described(v) if is_value(v) else v for n, v in feeds.items()}
-        arrays = check_feeds(self._inputs, given, check)
+        arrays = check_feeds(self._inputs, given, check, self._optional)
         if self._replays is not None:
             taken = {n: feeds[n] if is_value(feeds[n]) else a for n, a in arrays.items()}
             return self._replayed(names, taken)
@@ -252,7 +264,7 @@ class OrtSession:
         for name, array in arrays.items():
             if is_value(feeds[name]):
                 binding.bind_ortvalue_input(name, feeds[name])
-            elif array.dtype.name == BFLOAT16:
+            elif array.dtype.name == BFLOAT16 or name in self._optional:
                 binding.bind_ortvalue_input(name, value_of(array, ("cpu", 0)))
             else:
                 binding.bind_cpu_input(name, array)
@@ -301,10 +313,16 @@ class OrtSession:
             watch.require_unchanged()
         is_in_place = WRITE_INDICES in self._inputs
         held = cache if isinstance(cache, _Held) else _Held(session.io_binding(), names, cache)
+        start = feeds.get(LOGITS_FROM, FIRST)
         for name, array in feeds.items():
-            held.binding.bind_cpu_input(name, array)
+            if name not in self._optional:
+                held.binding.bind_cpu_input(name, array)
+        for name in self._optional:  # a binding that lasts has that of the call before
+            held.binding.bind_ortvalue_input(name, value_of(start, ("cpu", 0)))
         if is_in_place:
-            held.write_back(self._names, feeds["position_ids"].shape, self._outputs)
+            rows, length = feeds[POSITIONS].shape
+            some = len(range(length)[int(start[0]) :])
+            held.write_back(self._names, (rows, some), self._outputs)
         else:
             held.binding.bind_output(self._names[0], "cpu")
             for name in self._names[1:]:
@@ -388,10 +406,10 @@ class _Held(list[Any]):
             binding.bind_ortvalue_input(name, value)
 
     def write_back(
-        self, names: Sequence[str], tokens: tuple[int, ...], specs: Mapping[str, TensorSpec]
+        self, names: Sequence[str], places: tuple[int, int], specs: Mapping[str, TensorSpec]
     ) -> None:
-        """Bind logits of these (rows, tokens), and the cache to where it is read."""
-        shape = [*tokens, specs[names[0]].shape[-1]]
+        """Bind logits of these (rows, positions), and the cache to where it is read."""
+        shape = [*places, specs[names[0]].shape[-1]]
         if self.logits is None:
             for name, value in zip(names[1:], self, strict=True):
                 self.binding.bind_ortvalue_output(name, value)
