@@ -12,9 +12,7 @@ in ONNX Runtime's own operators for its CUDA provider (``export.graph.cuda_form`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +26,6 @@ from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
 from internvl_edge.export.graph.cuda_form import take_cuda_form
-from internvl_edge.export.weights.writer import StoredTensor
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
@@ -60,7 +57,7 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
     directory, stored = build.directory, build.stored
     stream = COMPONENTS[name].stream
     if plan.recipe is not None and stream is not None:
-        drop_ones(model, stored, directory)
+        drop_ones(model, build)
         scales = build.scales[stream]
         linears = {
             weight: _linear(plan, weight, scale)
@@ -90,14 +87,14 @@ def _may_be_fused(plan: Plan, component: str) -> bool:
     return is_one_type and not COMPONENTS[component].takes_cache
 
 
-def drop_ones(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -> None:
+def drop_ones(model: ir.Model, build: Build) -> None:
     """Take out the products with factors after GELU that calibration left at one."""
     for name, factors in [*model.graph.initializers.items()]:
         if not name.endswith(".mlp.spread"):
             continue
-        place = stored[name]
+        place = build.stored[name]
         count = math.prod(place.shape)
-        path = directory / place.location
+        path = build.directory / place.location
         values = np.fromfile(path, place.dtype, count, offset=place.offset)
         if not (values == 1).all():
             continue
