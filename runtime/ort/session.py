@@ -46,6 +46,7 @@ from internvl_edge.runtime.feeds import (
     check_feeds,
     check_outputs,
 )
+from internvl_edge.runtime.generation.fixed_cache import PAST
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.cuda_graphs import Replays
 from internvl_edge.runtime.ort.options import (
@@ -59,6 +60,7 @@ from internvl_edge.runtime.ort.options import (
     native_options,
     place_of,
 )
+from internvl_edge.runtime.ort.rows import OrtRows
 from internvl_edge.runtime.ort.values import (
     BFLOAT16,
     array_of,
@@ -322,6 +324,31 @@ class OrtSession:
             return held.logits.numpy(), held
         logits, *presents = held.binding.get_outputs()
         return logits.numpy(), presents
+
+    def rows(self, count: int) -> OrtRows | None:
+        """See ``RowSession.rows``."""
+        kinds = {spec.dtype for name, spec in self._inputs.items() if name.startswith(PAST)}
+        if WRITE_INDICES not in self._inputs or self._place[0] != "cpu" or BFLOAT16 in kinds:
+            return None
+        return OrtRows(
+            count,
+            self._inputs,
+            self._names[0],
+            optional=LOGITS_FROM in self._optional,
+            binding=lambda: self._opened().io_binding(),
+            run=self._run_bound,
+        )
+
+    def _run_bound(self, binding: Any) -> None:
+        session, watch = self._opened(), self._watch
+        if watch is not None:
+            watch.require_unchanged()
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._run_error(error) from error
+        if watch is not None:
+            watch.require_unchanged()
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; they pass through the host."""
