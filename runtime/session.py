@@ -158,8 +158,12 @@ class Rows(Protocol):
 class RowSession(Session, Protocol):
     """A session of a decoder, of which rows may go on independently."""
 
-    def rows(self, count: int) -> Rows | None:
-        """Make so many rows of an empty cache; None where there is no such cache."""
+    @property
+    def has_rows(self) -> bool:
+        """True where its cache has a fixed capacity, in host memory."""
+
+    def rows(self, count: int) -> Rows:
+        """Make so many rows of an empty cache."""
 
 
 def open_session(

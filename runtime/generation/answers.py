@@ -22,7 +22,7 @@ from internvl_edge.runtime.generation.slots import Slots
 from internvl_edge.runtime.session import RowSession, Session
 from internvl_edge.types import Array
 
-__all__ = ["AnswerOptions", "Answers", "Opening"]
+__all__ = ["AnswerOptions", "Answers", "Opening", "can_share"]
 
 MOST_NBYTES = 1 << 30  # of kept caches, where nobody says
 SHARE = 8  # and at most one part in so many of the memory that is free
@@ -64,6 +64,11 @@ class Opening:
     prompt: Prompt
     embed: Embed | None = None  # of a decoder that takes embeddings
     marks: Array | None = None  # of all positions (``prefixes``); None: nothing is kept of it
+
+
+def can_share(session: Session) -> bool:
+    """Tell whether answers may share the steps of a decoder."""
+    return isinstance(session, RowSession) and session.has_rows
 
 
 class Answers:
@@ -130,14 +135,13 @@ class Answers:
             if self._is_closed:
                 raise UsageError("the model is closed; load it again")
             if self._slots is None:
-                rows = session.rows(count) if isinstance(session, RowSession) else None
-                if rows is None:
+                if not isinstance(session, RowSession) or not session.has_rows:
                     raise UsageError(
                         f"slots {count}: expected a decoder whose cache has a fixed capacity, on "
                         "ONNX Runtime's CPU provider; export with --cache-capacity, and load on "
                         "device 'cpu'"
                     )
-                self._slots = Slots(rows, self.options.max_queued)
+                self._slots = Slots(session.rows(count), self.options.max_queued)
             return self._slots
 
     def close(self) -> None:

@@ -46,7 +46,6 @@ from internvl_edge.runtime.feeds import (
     check_feeds,
     check_outputs,
 )
-from internvl_edge.runtime.generation.fixed_cache import PAST
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.cuda_graphs import Replays
 from internvl_edge.runtime.ort.options import (
@@ -325,11 +324,13 @@ class OrtSession:
         logits, *presents = held.binding.get_outputs()
         return logits.numpy(), presents
 
-    def rows(self, count: int) -> OrtRows | None:
+    @property
+    def has_rows(self) -> bool:
+        """See ``RowSession.has_rows``."""
+        return WRITE_INDICES in self._inputs and self._place[0] == "cpu" and self._is_numpy
+
+    def rows(self, count: int) -> OrtRows:
         """See ``RowSession.rows``."""
-        kinds = {spec.dtype for name, spec in self._inputs.items() if name.startswith(PAST)}
-        if WRITE_INDICES not in self._inputs or self._place[0] != "cpu" or BFLOAT16 in kinds:
-            return None
         return OrtRows(
             count,
             self._inputs,
