@@ -87,10 +87,12 @@ bench-runtime: install
 bench-serve: install
 	$(BIN)/python benchmarks/serve.py out/serve/int8 --json benchmarks/results/serve.json $(FLAGS)
 
-# On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4" for less
+# On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4" for less.
+# First ten minutes of what decides (gpu_plan, which goes on where it ended), then every row
 # `make gpu-check PYTHON=python3` takes that interpreter and its packages as they are: no pip, no network
 GIVEN := $(if $(findstring command line,$(origin PYTHON)),$(PYTHON))
 gpu-check: $(if $(GIVEN),,install)
+	PYTHONPATH=src $(or $(GIVEN),$(BIN)/python) benchmarks/gpu_plan.py $(PLAN)
 	PYTHONPATH=src $(or $(GIVEN),$(BIN)/python) benchmarks/gpu_check.py $(FLAGS)
 
 clean:

@@ -25,6 +25,7 @@ from internvl_edge.runtime.images.sources import (
     batches_of_images,
     check_normalised,
     is_normalised,
+    require_side,
 )
 from internvl_edge.runtime.session import Session
 from internvl_edge.runtime.tasks.requests import batches_of, require_whole, slices
@@ -233,6 +234,7 @@ class OpenComponents:
                     f"pictures, found an array {images.dtype} {list(images.shape)}"
                 )
             told = self.artifact.manifest.preprocessing
+            require_side(images, told.get("size"))
             check_normalised(images, told.get("mean", MEAN), told.get("std", STD))
             yield from batches_of(images, batch_size)
             return

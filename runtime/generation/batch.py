@@ -63,7 +63,8 @@ class Generation:
     # As transformers has it. False: nothing is drawn, whatever the three above say. True: drawn,
     # among the TOP_K most likely unless top_k says otherwise. None: drawn where one is given.
     do_sample: bool | None = None
-    repetition_penalty: float = 1.0  # above 1 what stands in the prompt or came before loses
+    # Above 1 what stands in the prompt or came before loses; None: as 1.
+    repetition_penalty: float | None = None
     seed: int | None = None  # of what is drawn; None: another one each time
     stop_ids: tuple[int, ...] = (2,)
     pad_id: int = 0
@@ -90,7 +91,7 @@ class Generation:
         is_choice = self.do_sample is None or isinstance(self.do_sample, bool)
         _require("do_sample", self.do_sample, is_choice, "True, False or None")
         again = self.repetition_penalty
-        is_factor = _is_number(again) and 0 < again < np.inf
+        is_factor = again is None or (_is_number(again) and 0 < again < np.inf)
         _require("repetition_penalty", again, is_factor, "a finite number above 0")
         if self.seed is not None:
             _require_integer("seed", self.seed, 0)
@@ -283,4 +284,5 @@ class Repetition:
 
 def repetition_of(prompt: Prompt, how: Generation) -> Repetition | None:
     """Return what penalises repetition, None where nothing does."""
-    return None if how.repetition_penalty == 1 else Repetition(prompt, how.repetition_penalty)
+    penalty = how.repetition_penalty
+    return None if penalty in (None, 1) else Repetition(prompt, penalty)

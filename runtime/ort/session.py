@@ -251,16 +251,14 @@ class OrtSession:
             An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
         """
         session, watch = self._opened(), self._watch
-        if self._replays is not None:
-            raise UsageError(
-                f"{self._path.name} was opened with graphs, whose memory the next call writes "
-                "again; open it with OrtOptions(graphs=False) to leave outputs on the device"
-            )
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         given: Any = feeds
         if isinstance(feeds, Mapping):
             given = {n: described(v) if is_value(v) else v for n, v in feeds.items()}
         arrays = check_feeds(self._inputs, given, check, self._optional)
+        if self._replays is not None:
+            taken = {n: feeds[n] if is_value(feeds[n]) else a for n, a in arrays.items()}
+            return self._replayed(names, taken)
         binding = session.io_binding()
         for name, array in arrays.items():
             if is_value(feeds[name]):
@@ -282,6 +280,19 @@ class OrtSession:
         if watch is not None:
             watch.require_unchanged()
         return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def _replayed(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Replay a call whose outputs stay on the device, as copies of what the next one writes."""
+        watch, replays = self._watch, self._replays
+        assert replays is not None
+        try:
+            if watch is not None:
+                watch.require_unchanged()
+            return replays.run_device(names, feeds)
+        except InternVLError:
+            raise
+        except Exception as error:
+            raise self._run_error(error) from error
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
@@ -450,12 +461,16 @@ def open_component(
     if not isinstance(options, OrtOptions):
         raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
+    files, fused = artifact.manifest.files, cuda_graph(component)
     known = find_component(component)
     # ONNX Runtime computes the masks of texts on the host, between kernels, and a decoder's cache
     # stays on the device from call to call: CUDA graphs are made of what sees images alone.
     if not known.is_vision:
         options = replace(options, graphs=False)
-    is_needed = unsigned in artifact.manifest.files and products_saturate()
+    is_needed = unsigned in files and products_saturate()
+    is_fused = fused in files and options.contrib and options.gpu_provider == "cuda"
+    if is_fused and choose_providers(device, options) != [CPU]:
+        path = artifact.file(fused)
     if is_needed and choose_providers(device, options) == [CPU]:
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
@@ -471,6 +486,14 @@ def unsigned_graph(component: str) -> str:
     It computes the same from the same weights (``quantize.graph.unsigned``).
     """
     return f"{component}.u8.onnx"
+
+
+def cuda_graph(component: str) -> str:
+    """Name the file of a component's graph in operators of ONNX Runtime's CUDA provider.
+
+    It computes the same from the same weights (``export.graph.cuda_form``).
+    """
+    return f"{component}.cuda.onnx"
 
 
 def _is_numpy(session: Any) -> bool:

@@ -93,6 +93,18 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compiled["components"].keys() == set(found["components"])
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "preprocessor_config.json"])
+def test_inspect_names_what_an_export_refuses(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert answer(capsys, "inspect", place / "checkpoint")["problem"] is None
+    copy = shutil.copytree(place / "checkpoint", tmp_path / "copy")
+    (copy / name).write_text("<html>not found</html>", encoding="utf-8")
+    assert name in answer(capsys, "inspect", copy)["problem"]
+    assert run(["inspect", str(copy)]) == 0
+    assert "export refuses it: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["checkpoint", "out"])
 def test_inspecting_needs_no_framework(place: Path, name: str) -> None:
     code = (

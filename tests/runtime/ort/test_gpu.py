@@ -16,7 +16,7 @@ import pytest
 from onnx import helper
 from support.tiny_onnx import BFLOAT16, linear, open_directory, write_onnx
 
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import ResourceError, UsageError
 from internvl_edge.runtime.ort import cuda_graphs
 from internvl_edge.runtime.ort import options as ortoptions
 from internvl_edge.runtime.ort import session as ort
@@ -143,10 +143,30 @@ def test_a_session_on_a_gpu_replays(gpu: Native) -> None:
     with OrtSession(gpu.path, device="cuda") as session:
         for seed in range(3):
             assert session.run(batch(2, seed))["y"].shape == (2, 3)
-        with pytest.raises(UsageError, match=r"OrtOptions\(graphs=False\)"):
-            session.run_device(batch(2, 0))
     assert gpu.opened == [{"device_id": "0", "use_tf32": "0", "enable_cuda_graph": "1"}]
     assert gpu.graph_ids == [-1, -1, 1, 1]
+
+
+def test_outputs_that_stay_on_the_device_outlive_the_next_call(gpu: Native) -> None:
+    with OrtSession(gpu.path, device="cuda") as session:
+        kept = [session.run_device(batch(2, seed)) for seed in range(3)]
+        kept.append(session.run_device({"x": value_of(batch(2, 3)["x"], PLACE)}, outputs=["y"]))
+    for seed, outputs in enumerate(kept):
+        wanted = gpu._session.run(["y"], batch(2, seed))[0]
+        np.testing.assert_array_equal(outputs["y"].numpy(), wanted)
+    assert list(kept[3]) == ["y"]
+    assert gpu.graph_ids == [-1, 1, 1, 1, 1, 1], "captured at once"
+
+
+def test_a_call_on_the_device_that_cannot_be_captured_says_so(
+    gpu: Native, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_memory(binding: Any, options: Any = None) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 4")
+
+    monkeypatch.setattr(gpu, "run_with_iobinding", short_of_memory)
+    with OrtSession(gpu.path, device="cuda") as session, pytest.raises(ResourceError):
+        session.run_device(batch(2, 0))
 
 
 def test_what_cannot_be_captured_is_opened_without_graphs(gpu: Native) -> None:

@@ -4,6 +4,9 @@ A quantized component has two graphs on the same weights: ``vision.onnx`` comput
 around its 8-bit products, which is what ONNX Runtime's CPU kernels fuse; ``vision.fp16.onnx``
 computes in 16 bits, which is what engines are built from. Where products are INT8 there is a third,
 ``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.graph.unsigned``).
+
+Where nothing is quantized, towers at fp32 and bf16 have a second graph too, ``vision.cuda.onnx``,
+in ONNX Runtime's own operators for its CUDA provider (``export.graph.cuda_form``).
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from internvl_edge.compiler.steps.meta_model import AnyModel
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
+from internvl_edge.export.graph.cuda_form import take_cuda_form
 from internvl_edge.export.weights.writer import StoredTensor
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics.int4 import block_of
-from internvl_edge.runtime.ort.session import unsigned_graph
+from internvl_edge.runtime.ort.session import cuda_graph, unsigned_graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,15 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
     )
     if take_unsigned_weights(model):
         save(model, directory / unsigned_graph(name))
+    if _may_be_fused(plan, name) and take_cuda_form(model):
+        save(model, directory / cuda_graph(name))
     return emitted
+
+
+def _may_be_fused(plan: Plan, component: str) -> bool:
+    """Tell whether a component computes in one type throughout, and is no decoder."""
+    is_one_type = plan.recipe is None and plan.base in ("fp32", "bf16")
+    return is_one_type and not COMPONENTS[component].takes_cache
 
 
 def drop_ones(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -> None:
