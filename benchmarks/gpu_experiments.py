@@ -146,10 +146,16 @@ def torch_tower(job: Job) -> list[Row]:
     import torch
 
     from internvl_edge.artifact.components import COMPONENTS
-    from internvl_edge.export.checkpoint.load import load_reference
+    from internvl_edge.artifact.open import open_artifact
+    from internvl_edge.export.checkpoint.load import build_model
     from internvl_edge.export.components import build_component
+    from internvl_edge.export.config.checkpoint import CheckpointConfig
 
-    model = load_reference(Path(job["tower_checkpoint"]), torch.bfloat16).to("cuda")
+    described = open_artifact(Path(job["tower"])).manifest.model
+    with torch.device("cuda"):
+        model = build_model(CheckpointConfig.from_json(described)).to(torch.bfloat16).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
     module = torch.compile(build_component(COMPONENTS["vision"], model), mode="reduce-overhead")
     rows = []
     with torch.inference_mode():
@@ -207,21 +213,21 @@ def _on_device(session: Any, feeds: Any) -> Callable[[], Any]:
 def decoder(job: Job) -> list[Row]:
     """Time one token of a decoder whose cache is written in place: µs."""
     from internvl_edge import open_session
-    from internvl_edge.export.config.checkpoint import load_config
+    from internvl_edge.artifact.open import open_artifact
     from internvl_edge.runtime.generation.batch import Batch, Prompt
     from internvl_edge.runtime.generation.cache import start
     from internvl_edge.runtime.ort.options import OrtOptions
 
-    config = load_config(Path(job["decoder_checkpoint"]))
-    llama = config.internvl.qllama
-    rng = np.random.default_rng(0)
-    past, shape = 96, (1, llama.num_attention_heads, 96, llama.head_dim)
+    llama = open_artifact(Path(job["decoder"])).manifest.language_model
+    assert llama is not None
+    heads, past = llama["num_attention_heads"], 96
+    rng, shape = np.random.default_rng(0), (1, heads, past, llama["hidden_size"] // heads)
     cache = {
         f"present.{i}.{part}": rng.standard_normal(shape).astype(np.float32)
-        for i in range(llama.num_hidden_layers)
+        for i in range(llama["num_hidden_layers"])
         for part in ("key", "value")
     }
-    prompt = Prompt(rows=rng.integers(3, llama.vocab_size, (1, 8)).tolist(), past=past)
+    prompt = Prompt(rows=rng.integers(3, llama["vocab_size"], (1, 8)).tolist(), past=past)
     rows, first = [], []
     for contrib in (False, True):
         for graphs in (False, True):

@@ -51,38 +51,42 @@ Rows = dict[str, list[dict[str, Any]]]  # by experiment
 
 def compile_tower(work: Path, layers: int) -> dict[str, str]:
     """Write and compile an image tower of 6B widths; return its places for a job."""
+    from internvl_edge import compiler
     from internvl_edge.compiler import ExportOptions
 
-    places = {"tower_checkpoint": work / "tower checkpoint", "tower": work / "tower"}
-    _write(places["tower_checkpoint"], "internvit-6b-224", layers)
-    options = {"precision": "bf16", "components": ("vision",), "verify": "none"}
-    _export(ExportOptions(**options, checkpoint=places["tower_checkpoint"], out=places["tower"]))
-    return {name: str(path) for name, path in places.items()}
+    checkpoint, out = work / "tower checkpoint", work / "tower"
+    if not out.exists():
+        _write(checkpoint, "internvit-6b-224", layers)
+        options = {"precision": "bf16", "components": ("vision",), "verify": "none"}
+        compiler.export(ExportOptions(**options, checkpoint=checkpoint, out=out))
+    return {TOWER: str(out)}
 
 
 def compile_decoder(work: Path, layers: int) -> dict[str, str]:
     """Write and compile a decoder of QLLaMA-8B widths at int4-wo; return its places for a job."""
     from dataclasses import replace
 
+    from internvl_edge import compiler
     from internvl_edge.compiler import ExportOptions
     from internvl_edge.compiler.precision import recipe_of
 
-    places = {"decoder_checkpoint": work / "decoder checkpoint", "decoder": work / "decoder"}
-    _write(places["decoder_checkpoint"], "qllama-8b", layers)
+    checkpoint, out = work / "decoder checkpoint", work / "decoder"
     recipe = recipe_of("int4-wo")
     assert recipe is not None
-    _export(
-        ExportOptions(
-            checkpoint=places["decoder_checkpoint"],
-            out=places["decoder"],
-            precision="int4-wo",
-            components=("decoder",),
-            cache_capacity=CAPACITY,
-            verify="none",
-            recipe=replace(recipe, num_samples=1, smooth=None),  # any scales are as fast
+    if not out.exists():
+        _write(checkpoint, "qllama-8b", layers)
+        compiler.export(
+            ExportOptions(
+                checkpoint=checkpoint,
+                out=out,
+                precision="int4-wo",
+                components=("decoder",),
+                cache_capacity=CAPACITY,
+                verify="none",
+                recipe=replace(recipe, num_samples=1, smooth=None),  # any scales are as fast
+            )
         )
-    )
-    return {name: str(path) for name, path in places.items()}
+    return {DECODER: str(out)}
 
 
 COMPILERS: dict[str, Callable[[Path, int], dict[str, str]]] = {
@@ -96,13 +100,6 @@ def _write(path: Path, preset: str, layers: int) -> None:
 
     if not path.exists():
         write_checkpoint(Synthesis(config=shrink(PRESETS[preset], layers)), path)
-
-
-def _export(options: Any) -> None:
-    from internvl_edge import compiler
-
-    if not options.out.exists():
-        compiler.export(options)
 
 
 def perform(name: str, job: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:

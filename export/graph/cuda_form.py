@@ -46,7 +46,7 @@ def take_cuda_form(model: ir.Model, *, multi_head: bool = True) -> bool:
     infer_dtypes(graph)
     norms = [node for node in graph if _added(node) is not None]
     patches = [node for node in graph if node.op_type == "Conv"]
-    is_done = bool(norms) and all(_take_patches(graph, node) for node in patches)
+    is_done = bool(norms) and all(take_patches(graph, node) for node in patches)
     is_done = is_done and all(_take_norm(graph, node) for node in norms)
     is_done = is_done and all(_take_product(node) for node in graph if node.op_type == "MatMul")
     if not is_done:
@@ -136,7 +136,7 @@ def _take_product(product: ir.Node) -> bool:
     return True
 
 
-def _take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
+def take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
     """Make the product of a convolution whose strides are its kernel's size: (B, g², C) of patches.
 
     The Reshape and the Transpose after it, (B, C, g, g) → (B, g², C), go with it.
@@ -146,7 +146,13 @@ def _take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
     flat = _only_reader(conv.outputs[0], "Reshape")
     last = None if flat is None else _only_reader(flat.outputs[0], "Transpose")
     sizes, kernel = _sizes(pixels), _sizes(weight)
-    if flat is None or last is None or len(sizes) != 4 or len(kernel) != 4 or not _is_stored(weight):
+    if (
+        flat is None
+        or last is None
+        or len(sizes) != 4
+        or len(kernel) != 4
+        or not _is_stored(weight)
+    ):
         return False
     assert pixels is not None and weight is not None
     width, channels, patch, other = kernel
@@ -272,13 +278,15 @@ def _become(node: ir.Node, op_type: str, attributes: dict[str, int | float]) -> 
     node.op_type, node.domain = op_type, CONTRIB
     node.attributes.clear()
     for name, value in attributes.items():
-        kind = ir.AttrInt64 if isinstance(value, int) else ir.AttrFloat32
-        node.attributes[name] = kind(name, value)
+        if isinstance(value, int):
+            node.attributes[name] = ir.AttrInt64(name, value)
+        else:
+            node.attributes[name] = ir.AttrFloat32(name, value)
 
 
 def _constant(graph: ir.Graph, name: str, sizes: Sequence[int]) -> ir.Value:
     tensor = ir.tensor(np.array(sizes, np.int64), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    value = ir.Value(name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(tensor.dtype))
     value.const_value = tensor
     graph.register_initializer(value)
     return value

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from internvl_edge.errors import MediaError, shortened
 from internvl_edge.types import Array
 
-__all__ = ["ARRAYS", "LAYOUTS", "ArrayKind", "as_array", "is_array_like", "picture_levels", "require_certain_white"]
+__all__ = [
+    "ARRAYS",
+    "LAYOUTS",
+    "ArrayKind",
+    "as_array",
+    "is_array_like",
+    "picture_levels",
+    "require_certain_white",
+]
 
 CHANNELS = (1, 2, 3, 4)
 CHANNELS_FIRST = (1, 3, 4)
@@ -47,7 +55,12 @@ class ArrayKind:
 FLOAT_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "[H, W, 2]")
 ARRAYS = (
     ArrayKind(dtypes=("uint8",), layouts=LAYOUTS, white=255, note="as they are"),
-    ArrayKind(dtypes=("uint16",), layouts=LAYOUTS, white=65535, note="divided by 257 and rounded; all 0, or one above 255"),
+    ArrayKind(
+        dtypes=("uint16",),
+        layouts=LAYOUTS,
+        white=65535,
+        note="divided by 257 and rounded; all 0, or one above 255",
+    ),
     ArrayKind(
         dtypes=("float16", "float32", "float64"),
         layouts=FLOAT_LAYOUTS,

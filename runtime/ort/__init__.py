@@ -5,4 +5,5 @@ options      how and where it computes
 cpu          the instruction sets that decide which INT8 graph is right
 values       NumPy's arrays as ONNX Runtime's values, and back
 cuda_graphs  calls replayed as CUDA graphs
+pinned       results in page-locked memory, which is used again
 """

@@ -59,6 +59,7 @@ from internvl_edge.runtime.ort.options import (
     native_options,
     place_of,
 )
+from internvl_edge.runtime.ort.rows import OrtRows
 from internvl_edge.runtime.ort.values import (
     BFLOAT16,
     array_of,
@@ -89,6 +90,8 @@ CAPTURE = "graph capture"
 # Releases up to 1.31 make INT8 products of FP8 ones, and refuse them; unfused, weights stay FP8.
 QDQ_FUSION = "QDQSelectorActionTransformer"
 FP8_FUSED = re.compile(r"float8e4m3fn.*MatMulIntegerToFloat", re.DOTALL)
+# In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
+ROUNDING = b"QuantizeLinear"
 FIRST = np.zeros(1, np.int64)  # position from which on a call has logits, where it does not say
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
@@ -250,16 +253,14 @@ class OrtSession:
             An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
         """
         session, watch = self._opened(), self._watch
-        if self._replays is not None:
-            raise UsageError(
-                f"{self._path.name} was opened with graphs, whose memory the next call writes "
-                "again; open it with OrtOptions(graphs=False) to leave outputs on the device"
-            )
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         given: Any = feeds
         if isinstance(feeds, Mapping):
             given = {n: described(v) if is_value(v) else v for n, v in feeds.items()}
         arrays = check_feeds(self._inputs, given, check, self._optional)
+        if self._replays is not None:
+            taken = {n: feeds[n] if is_value(feeds[n]) else a for n, a in arrays.items()}
+            return self._replayed(names, taken)
         binding = session.io_binding()
         for name, array in arrays.items():
             if is_value(feeds[name]):
@@ -281,6 +282,19 @@ class OrtSession:
         if watch is not None:
             watch.require_unchanged()
         return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def _replayed(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Replay a call whose outputs stay on the device, as copies of what the next one writes."""
+        watch, replays = self._watch, self._replays
+        assert replays is not None
+        try:
+            if watch is not None:
+                watch.require_unchanged()
+            return replays.run_device(names, feeds)
+        except InternVLError:
+            raise
+        except Exception as error:
+            raise self._run_error(error) from error
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
@@ -322,6 +336,33 @@ class OrtSession:
             return held.logits.numpy(), held
         logits, *presents = held.binding.get_outputs()
         return logits.numpy(), presents
+
+    @property
+    def has_rows(self) -> bool:
+        """See ``RowSession.has_rows``."""
+        return WRITE_INDICES in self._inputs and self._place[0] == "cpu" and self._is_numpy
+
+    def rows(self, count: int) -> OrtRows:
+        """See ``RowSession.rows``."""
+        return OrtRows(
+            count,
+            self._inputs,
+            self._names[0],
+            optional=LOGITS_FROM in self._optional,
+            binding=lambda: self._opened().io_binding(),
+            run=self._run_bound,
+        )
+
+    def _run_bound(self, binding: Any) -> None:
+        session, watch = self._opened(), self._watch
+        if watch is not None:
+            watch.require_unchanged()
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._run_error(error) from error
+        if watch is not None:
+            watch.require_unchanged()
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; they pass through the host."""
@@ -428,18 +469,34 @@ def open_component(
     # stays on the device from call to call: CUDA graphs are made of what sees images alone.
     if not known.is_vision:
         options = replace(options, graphs=False)
-    is_needed = unsigned in files and products_saturate()
-    is_fused = fused in files and options.contrib and options.gpu_provider == "cuda"
-    is_fused = is_fused and not known.takes_cache
-    if is_fused and choose_providers(device, options) != [CPU]:
-        path = artifact.file(fused)
-    if is_needed and choose_providers(device, options) == [CPU]:
+    is_cpu = choose_providers(device, options) == [CPU]
+    if not is_cpu and options.gpu_provider == "cuda":
+        if not options.allow_slow:
+            _require_fast(path, artifact.manifest.precision, component)
+        is_fused = options.contrib and fused in files and not known.takes_cache
+        path = artifact.file(fused) if is_fused else path
+    if is_cpu and unsigned in files and products_saturate():
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
         if options.fold is None and is_large and not known.takes_cache:
             options = replace(options, fold=False)
     with artifact.held(path.name) as (folder, watch):
         return OrtSession(path, folder=folder, watch=watch, device=device, options=options)
+
+
+def _require_fast(path: Path, precision: str, component: str) -> None:
+    """Refuse 8-bit products, which ONNX Runtime's CUDA provider has not: it dequantizes weights.
+
+    Raises:
+        HardwareError: the graph rounds activations.
+    """
+    if ROUNDING in path.read_bytes():
+        raise HardwareError(
+            f"{path}: {component} multiplies in 8 bits ({precision}), and ONNX Runtime's CUDA "
+            "provider would dequantize all of its weights in every call, slower than bf16; on a "
+            "GPU, export at --precision bf16, or build an engine, internvl-edge build, for "
+            "8 bits; --allow-slow, OrtOptions(allow_slow=True), runs it all the same"
+        )
 
 
 def unsigned_graph(component: str) -> str:

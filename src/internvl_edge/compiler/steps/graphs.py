@@ -14,9 +14,7 @@ cache is written in place have one where they are compiled for 16 bits, or of we
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -31,7 +29,6 @@ from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
 from internvl_edge.export.graph.cuda_decoder import cuda_decoder
 from internvl_edge.export.graph.cuda_form import take_cuda_form
-from internvl_edge.export.weights.writer import StoredTensor
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
@@ -65,7 +62,7 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
     directory, stored = build.directory, build.stored
     stream = COMPONENTS[name].stream
     if plan.recipe is not None and stream is not None:
-        drop_ones(model, stored, directory)
+        drop_ones(model, build)
         scales = build.scales[stream]
         linears = {
             weight: _linear(plan, weight, scale)
@@ -104,14 +101,14 @@ def _is_of_one_type(plan: Plan) -> bool:
     return plan.recipe is None and plan.base in ("fp32", "bf16")
 
 
-def drop_ones(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -> None:
+def drop_ones(model: ir.Model, build: Build) -> None:
     """Take out the products with factors after GELU that calibration left at one."""
     for name, factors in [*model.graph.initializers.items()]:
         if not name.endswith(".mlp.spread"):
             continue
-        place = stored[name]
+        place = build.stored[name]
         count = math.prod(place.shape)
-        path = directory / place.location
+        path = build.directory / place.location
         values = np.fromfile(path, place.dtype, count, offset=place.offset)
         if not (values == 1).all():
             continue
