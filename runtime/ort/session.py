@@ -59,6 +59,7 @@ from internvl_edge.runtime.ort.options import (
     native_options,
     place_of,
 )
+from internvl_edge.runtime.ort.rows import OrtRows
 from internvl_edge.runtime.ort.values import (
     BFLOAT16,
     array_of,
@@ -335,6 +336,33 @@ class OrtSession:
             return held.logits.numpy(), held
         logits, *presents = held.binding.get_outputs()
         return logits.numpy(), presents
+
+    @property
+    def has_rows(self) -> bool:
+        """See ``RowSession.has_rows``."""
+        return WRITE_INDICES in self._inputs and self._place[0] == "cpu" and self._is_numpy
+
+    def rows(self, count: int) -> OrtRows:
+        """See ``RowSession.rows``."""
+        return OrtRows(
+            count,
+            self._inputs,
+            self._names[0],
+            optional=LOGITS_FROM in self._optional,
+            binding=lambda: self._opened().io_binding(),
+            run=self._run_bound,
+        )
+
+    def _run_bound(self, binding: Any) -> None:
+        session, watch = self._opened(), self._watch
+        if watch is not None:
+            watch.require_unchanged()
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._run_error(error) from error
+        if watch is not None:
+            watch.require_unchanged()
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; they pass through the host."""

@@ -31,6 +31,7 @@ from internvl_edge.artifact.components import (
     VISION,
     find_component,
 )
+from internvl_edge.runtime.generation.answers import can_share
 from internvl_edge.runtime.images.transform import Transform, pixel_levels, pixel_values
 from internvl_edge.runtime.model import Model, load
 from internvl_edge.runtime.ort.options import OrtOptions
@@ -50,6 +51,7 @@ __all__ = ["ServedModel"]
 Answer = TypeVar("Answer")
 
 REMEMBERED_CHARACTERS = 1 << 17  # of a set of labels
+MOST_SLOTS = 4  # chats at once, where they share a decoder
 FEW_CHARACTERS = 4096  # tokenized at once; more by the pool
 
 
@@ -113,10 +115,19 @@ class ServedModel:
             meters.watches_queue(self.name, component, partial(getattr, batched, "queue_length"))
             self._batched[component] = batched
         if self.components.has(DECODER) or self.components.has(CHAT_DECODER):
-            self.chats = Chats(self.model, options.max_chats)
+            self.chats = Chats(self.model, options.max_chats, self._shared_slots())
             meters.watches_queue(
                 self.name, "chats", lambda: self.chats.waiting if self.chats else 0
             )
+
+    def _shared_slots(self) -> int:
+        """Let chats share the decoder where it can be shared; return how many are at once."""
+        decoder = DECODER if self.components.has(DECODER) else CHAT_DECODER
+        count = min(MOST_SLOTS, self._options.max_chats)
+        if count == 1 or not can_share(self.components.session(decoder)):
+            return 1
+        self.components.answers.share(count)
+        return count
 
     def close(self) -> None:
         """Run what is queued, then close every session."""

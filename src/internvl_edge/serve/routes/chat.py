@@ -223,9 +223,14 @@ def _thought(answer: Answer) -> dict[str, str]:
     return {} if answer.thought is None else {"reasoning_content": answer.thought}
 
 
-def _usage(answer: Answer) -> dict[str, int]:
+def _usage(answer: Answer) -> dict[str, Any]:
     read, made = answer.prompt_tokens, answer.completion_tokens
-    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": made,
+        "total_tokens": read + made,
+        "prompt_tokens_details": {"cached_tokens": answer.reused_tokens},
+    }
 
 
 def _count(service: Service, answer: Answer) -> None:
