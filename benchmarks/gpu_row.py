@@ -56,6 +56,9 @@ def component(job: Job) -> dict[str, Any]:
         figures = compared(outputs, job)
         if job["timed"]:
             figures |= latencies(session.run, feeds, job["seconds"])
+        if job["timed"] and device != "cpu":  # without the copies, that is
+            there = latencies(session.run_device, feeds, job["seconds"])
+            figures["p50_ms_on_device"] = there["p50_ms"]
         if job["timed"] and isinstance(session, TrtSession):
             figures["phases_ms"] = phases(session, feeds)
     has_graphs = backend != "onnxruntime" or find_component(name).is_vision
