@@ -24,7 +24,7 @@ from internvl_edge.artifact.components import find_component
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.contenders import contender_of
 from internvl_edge.benchmark.inputs import as_taken, seeded_feeds, seeded_picture
-from internvl_edge.benchmark.peaks import measure_backend
+from internvl_edge.benchmark.limits.peaks import measure_backend
 from internvl_edge.benchmark.timing import measure
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.memory import peak_rss_nbytes
@@ -56,6 +56,9 @@ def component(job: Job) -> dict[str, Any]:
         figures = compared(outputs, job)
         if job["timed"]:
             figures |= latencies(session.run, feeds, job["seconds"])
+        if job["timed"] and device != "cpu":  # without the copies, that is
+            there = latencies(session.run_device, feeds, job["seconds"])
+            figures["p50_ms_on_device"] = there["p50_ms"]
         if job["timed"] and isinstance(session, TrtSession):
             figures["phases_ms"] = phases(session, feeds)
     has_graphs = backend != "onnxruntime" or find_component(name).is_vision
