@@ -94,6 +94,10 @@ class DecoderSession(Session, Protocol):
     def optional(self) -> Mapping[str, TensorSpec]:
         """The tensors that it also takes, and has values of its own for: ``logits_from``."""
 
+    @property
+    def pads(self) -> bool:
+        """Whether it reads the mask: where not, no row has padding, and a prompt is one row."""
+
     def run_device(
         self,
         feeds: Mapping[str, Any],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.runtime.feeds import LOGITS_FROM, numpy_dtype
+from internvl_edge.runtime.feeds import LOGITS_FROM, POSITIONS, WRITE_INDICES, numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import (
     MASK,
     PAST,
@@ -62,12 +62,16 @@ class _Layout:
 
     def __init__(self, session: Session, embed: Embed | None) -> None:
         self._capacity, self._embed = capacity_of(session.inputs), embed
+        self._inputs = session.inputs
 
     def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
-        """Return a cache with room for all that comes, if it does not grow."""
+        """Return a cache in the session's type, with room for all that comes if it grows not."""
         if self._capacity is None:
             return dict(cache)
-        return {name: placed(values, self._capacity) for name, values in cache.items()}
+        return {
+            name: placed(values.astype(numpy_dtype(self._inputs[name].dtype)), self._capacity)
+            for name, values in cache.items()
+        }
 
     def feeds(self, ids: Array, mask: Array, positions: Array) -> dict[str, Array]:
         tokens = {"input_ids": ids} if self._embed is None else {"inputs_embeds": self._embed(ids)}
@@ -122,6 +126,10 @@ class DeviceDecoding:
         if ids.shape[1] > 1 and LOGITS_FROM in self._session.optional:
             feeds[LOGITS_FROM] = LAST
         self._num_rows = len(ids)
+        if not self._session.pads:
+            feeds[WRITE_INDICES] = mask[:, : mask.shape[1] - ids.shape[1]].sum(axis=1)
+            if ids.shape[1] > 1 and (len(ids) > 1 or not mask.all()):
+                return self._run_apart(feeds, mask)
         if self._is_there:
             logits, self._cache = self._session.step(feeds, self._names, self._cache)
         else:
@@ -138,6 +146,24 @@ class DeviceDecoding:
             self._is_there = fits
         last: Array = logits[:, -1]
         return last
+
+    def _run_apart(self, feeds: Mapping[str, Array], mask: Array) -> Array:
+        """Read each row by itself, without its padding; the cache passes through the host."""
+        held = [value.numpy() if self._is_there else value for value in self._cache]
+        tokens = next(name for name in ("input_ids", "inputs_embeds") if name in feeds)
+        real, last, caches = mask[:, -feeds[tokens].shape[1] :] > 0, list[Array](), list[Any]()
+        for row, kept in enumerate(real):
+            mine = {name: values[row : row + 1] for name, values in feeds.items()}
+            mine |= {name: mine[name][:, kept] for name in (tokens, POSITIONS)}
+            mine |= {n: v[row : row + 1] for n, v in zip(self._names, held, strict=True)}
+            mine |= {name: feeds[name] for name in (LOGITS_FROM,) if name in feeds}
+            outputs = self._session.run(mine, check=False)
+            last.append(outputs.pop("logits")[:, -1])
+            caches.append([*outputs.values()])
+        self._names = [name.replace(PRESENT, PAST, 1) for name in outputs]
+        self._cache = [np.concatenate(values) for values in zip(*caches, strict=True)]
+        self._is_there = False
+        return np.concatenate(last)
 
     def select(self, rows: Array) -> None:
         if not self._is_there:

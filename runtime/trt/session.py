@@ -113,6 +113,11 @@ class TrtSession:
         return {}
 
     @property
+    def pads(self) -> bool:
+        """See ``DecoderSession.pads``."""
+        return True
+
+    @property
     def largest(self) -> Mapping[str, int]:
         """See ``Session.largest``."""
         return self._spec.largest
