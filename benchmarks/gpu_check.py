@@ -41,9 +41,9 @@ from gpu_row import TORCH_TYPES
 
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.inputs import seeded_feeds
+from internvl_edge.benchmark.limits.peaks import Peaks
+from internvl_edge.benchmark.limits.roofline import Roofline, component_workload, locate
 from internvl_edge.benchmark.machine import environment, gpu_nbytes
-from internvl_edge.benchmark.peaks import Peaks
-from internvl_edge.benchmark.roofline import Roofline, component_workload, locate
 from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.session import require_backend
 

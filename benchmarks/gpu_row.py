@@ -24,7 +24,7 @@ from internvl_edge.artifact.components import find_component
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.contenders import contender_of
 from internvl_edge.benchmark.inputs import as_taken, seeded_feeds, seeded_picture
-from internvl_edge.benchmark.peaks import measure_backend
+from internvl_edge.benchmark.limits.peaks import measure_backend
 from internvl_edge.benchmark.timing import measure
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.memory import peak_rss_nbytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import TypeGuard
 
 from internvl_edge.errors import UsageError, shortened
 from internvl_edge.files.forks import in_children
@@ -22,7 +23,7 @@ from internvl_edge.runtime.generation.slots import Slots
 from internvl_edge.runtime.session import RowSession, Session
 from internvl_edge.types import Array
 
-__all__ = ["AnswerOptions", "Answers", "Opening", "can_share"]
+__all__ = ["AnswerOptions", "Answers", "Opening"]
 
 MOST_NBYTES = 1 << 30  # of kept caches, where nobody says
 SHARE = 8  # and at most one part in so many of the memory that is free
@@ -66,7 +67,7 @@ class Opening:
     marks: Array | None = None  # of all positions (``prefixes``); None: nothing is kept of it
 
 
-def can_share(session: Session) -> bool:
+def can_share(session: Session) -> TypeGuard[RowSession]:
     """Tell whether answers may share the steps of a decoder."""
     return isinstance(session, RowSession) and session.has_rows
 
@@ -117,10 +118,16 @@ class Answers:
             return ids
         return [int(token[0]) for token in self.tokens(session, opening, how)]
 
-    def share(self, slots: int) -> None:
-        """Let answers from here on share so many slots, before the first one."""
+    def share(self, session: Session, slots: int) -> int:
+        """Let answers share so many slots, if the session can and before the first one.
+
+        Returns:
+            How many they are; 0 where each answer is on its own.
+        """
+        count = slots if slots > 1 and can_share(session) else 0
         with self._lock:
-            self.options = replace(self.options, slots=slots)
+            self.options = replace(self.options, slots=count)
+        return count
 
     def slots(self, session: Session) -> Slots | None:
         """Return the slots that answers share, opened when first asked for; None: there are none.
@@ -135,7 +142,7 @@ class Answers:
             if self._is_closed:
                 raise UsageError("the model is closed; load it again")
             if self._slots is None:
-                if not isinstance(session, RowSession) or not session.has_rows:
+                if not can_share(session):
                     raise UsageError(
                         f"slots {count}: expected a decoder whose cache has a fixed capacity, on "
                         "ONNX Runtime's CPU provider; export with --cache-capacity, and load on "

@@ -473,7 +473,8 @@ def open_component(
     if not is_cpu and options.gpu_provider == "cuda":
         if not options.allow_slow:
             _require_fast(path, artifact.manifest.precision, component)
-        path = artifact.file(fused) if options.contrib and fused in files else path
+        is_fused = options.contrib and fused in files and not known.takes_cache
+        path = artifact.file(fused) if is_fused else path
     if is_cpu and unsigned in files and products_saturate():
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES

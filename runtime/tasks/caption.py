@@ -43,6 +43,7 @@ __all__ = [
     "answered",
     "continued",
     "generation",
+    "opening_of",
     "pieces",
     "see",
     "texts_of",
@@ -190,7 +191,7 @@ def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation)
         UsageError: several images or prompts, beams, or too long a prompt.
         MediaError: the image or the prompt cannot be used.
     """
-    opening = _opening(components, image, prompt, how)
+    opening = opening_of(components, image, prompt, how)
     tokens = components.answers.tokens(components.session(DECODER), opening, how)
     return TextStream(tokens, how, components.tokenizer.decode, _length(opening))
 
@@ -203,13 +204,19 @@ def answered(
     Raises:
         UsageError, MediaError: as for ``pieces``, but beams.
     """
-    opening = _opening(components, image, prompt, how)
+    opening = opening_of(components, image, prompt, how)
     ids = components.answers.ids(components.session(DECODER), opening, how)
     text = components.tokenizer.decode(until_end(ids, how))
     return text, usage_of(ids, how, _length(opening), 0)
 
 
-def _opening(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> Opening:
+def opening_of(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> Opening:
+    """Open the answer to one prompt on one image.
+
+    Raises:
+        UsageError: several images or prompts, or too long a prompt.
+        MediaError: the image or the prompt cannot be used.
+    """
     seen, rows = see(components, image), _prompt_rows(components, prompt)
     if len(seen) != 1 or len(rows) != 1:
         raise UsageError(

@@ -15,7 +15,7 @@ from support.gpu.trt_bench import feeds_of
 from support.paths import ROOT
 from support.tiny_onnx import open_directory
 
-from internvl_edge.benchmark.workload import Workload
+from internvl_edge.benchmark.limits.workload import Workload
 from internvl_edge.errors import ArtifactError, HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime.trt.options import TrtOptions
 from internvl_edge.runtime.trt.session import TrtSession

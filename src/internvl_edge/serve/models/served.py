@@ -31,7 +31,6 @@ from internvl_edge.artifact.components import (
     VISION,
     find_component,
 )
-from internvl_edge.runtime.generation.answers import can_share
 from internvl_edge.runtime.images.transform import Transform, pixel_levels, pixel_values
 from internvl_edge.runtime.model import Model, load
 from internvl_edge.runtime.ort.options import OrtOptions
@@ -122,12 +121,9 @@ class ServedModel:
 
     def _shared_slots(self) -> int:
         """Let chats share the decoder where it can be shared; return how many are at once."""
-        decoder = DECODER if self.components.has(DECODER) else CHAT_DECODER
+        decoder = self.components.session(DECODER if self.components.has(DECODER) else CHAT_DECODER)
         count = min(MOST_SLOTS, self._options.max_chats)
-        if count == 1 or not can_share(self.components.session(decoder)):
-            return 1
-        self.components.answers.share(count)
-        return count
+        return max(1, self.components.answers.share(decoder, count))
 
     def close(self) -> None:
         """Run what is queued, then close every session."""
