@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-faults check format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-check serve clean
+.PHONY: install demo test test-fast test-faults check format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
 
 install: $(VENV)/.installed
 
@@ -94,6 +94,10 @@ GIVEN := $(if $(findstring command line,$(origin PYTHON)),$(PYTHON))
 gpu-check: $(if $(GIVEN),,install)
 	PYTHONPATH=src $(or $(GIVEN),$(BIN)/python) benchmarks/gpu_plan.py $(PLAN)
 	PYTHONPATH=src $(or $(GIVEN),$(BIN)/python) benchmarks/gpu_check.py $(FLAGS)
+
+# Kernels per block that ONNX Runtime launches on a GPU, counted without one; needs g++, takes 250 MB
+gpu-census: install
+	PYTHONPATH=src $(BIN)/python tests/support/gpu/census/census.py --work out/census
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

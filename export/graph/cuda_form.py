@@ -46,7 +46,7 @@ def take_cuda_form(model: ir.Model, *, multi_head: bool = True) -> bool:
     infer_dtypes(graph)
     norms = [node for node in graph if _added(node) is not None]
     patches = [node for node in graph if node.op_type == "Conv"]
-    is_done = bool(norms) and all(_take_patches(graph, node) for node in patches)
+    is_done = bool(norms) and all(take_patches(graph, node) for node in patches)
     is_done = is_done and all(_take_norm(graph, node) for node in norms)
     is_done = is_done and all(_take_product(node) for node in graph if node.op_type == "MatMul")
     if not is_done:
@@ -136,7 +136,7 @@ def _take_product(product: ir.Node) -> bool:
     return True
 
 
-def _take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
+def take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
     """Make the product of a convolution whose strides are its kernel's size: (B, g², C) of patches.
 
     The Reshape and the Transpose after it, (B, C, g, g) → (B, g², C), go with it.

@@ -90,6 +90,8 @@ CAPTURE = "graph capture"
 # Releases up to 1.31 make INT8 products of FP8 ones, and refuse them; unfused, weights stay FP8.
 QDQ_FUSION = "QDQSelectorActionTransformer"
 FP8_FUSED = re.compile(r"float8e4m3fn.*MatMulIntegerToFloat", re.DOTALL)
+# In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
+ROUNDING = b"QuantizeLinear"
 FIRST = np.zeros(1, np.int64)  # position from which on a call has logits, where it does not say
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
@@ -467,17 +469,34 @@ def open_component(
     # stays on the device from call to call: CUDA graphs are made of what sees images alone.
     if not known.is_vision:
         options = replace(options, graphs=False)
-    is_needed = unsigned in files and products_saturate()
-    is_fused = fused in files and options.contrib and options.gpu_provider == "cuda"
-    if is_fused and choose_providers(device, options) != [CPU]:
-        path = artifact.file(fused)
-    if is_needed and choose_providers(device, options) == [CPU]:
+    is_cpu = choose_providers(device, options) == [CPU]
+    if not is_cpu and options.gpu_provider == "cuda":
+        if not options.allow_slow:
+            _require_fast(path, artifact.manifest.precision, component)
+        is_fused = options.contrib and fused in files and not known.takes_cache
+        path = artifact.file(fused) if is_fused else path
+    if is_cpu and unsigned in files and products_saturate():
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
         if options.fold is None and is_large and not known.takes_cache:
             options = replace(options, fold=False)
     with artifact.held(path.name) as (folder, watch):
         return OrtSession(path, folder=folder, watch=watch, device=device, options=options)
+
+
+def _require_fast(path: Path, precision: str, component: str) -> None:
+    """Refuse 8-bit products, which ONNX Runtime's CUDA provider has not: it dequantizes weights.
+
+    Raises:
+        HardwareError: the graph rounds activations.
+    """
+    if ROUNDING in path.read_bytes():
+        raise HardwareError(
+            f"{path}: {component} multiplies in 8 bits ({precision}), and ONNX Runtime's CUDA "
+            "provider would dequantize all of its weights in every call, slower than bf16; on a "
+            "GPU, export at --precision bf16, or build an engine, internvl-edge build, for "
+            "8 bits; --allow-slow, OrtOptions(allow_slow=True), runs it all the same"
+        )
 
 
 def unsigned_graph(component: str) -> str:

@@ -26,6 +26,7 @@ from internvl_edge.cli.options import (
     DIRECTORY,
     NEW_FILE,
     Finite,
+    allow_slow,
     answers,
     backend,
     device,
@@ -154,6 +155,7 @@ STREAMS = 2  # calls at once, unless asked otherwise
 @backend
 @device
 @threads
+@allow_slow
 @answers
 @click.pass_context
 def benchmark(
@@ -175,6 +177,7 @@ def benchmark(
     backend: str,
     device: str,
     threads: int | None,
+    allow_slow: bool,
     scenario: str,
     streams: int | None,
     p99_ms: float | None,
@@ -240,7 +243,7 @@ def benchmark(
         reference=reference_of(against, checkpoint, artifacts, backend, device),
         backend=backend,
         device=device,
-        options=session_options(backend, threads),
+        options=session_options(backend, threads, allow_slow=allow_slow),
         scenario=scenario,
         streams=streams or STREAMS,
         seconds=seconds,

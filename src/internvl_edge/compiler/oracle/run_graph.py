@@ -10,6 +10,7 @@ import onnx_ir as ir
 from internvl_edge.compiler.steps.graph_files import tensor_specs
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
+from internvl_edge.export.graph.cuda_decoder import take_norms_apart
 from internvl_edge.export.graph.cuda_form import take_cuda_form
 from internvl_edge.export.graph.repeat import keep_block
 from internvl_edge.export.graph.uint8_input import graph_feeds
@@ -57,6 +58,7 @@ def run_part(
             infer_dtypes(model.graph)
             bypass_activations(model)
         compute_in_float32(model)
+    take_norms_apart(model)
     graph, options = runnable(model), OrtOptions(exact=True)
     with OrtSession(path, graph=graph, options=options) as session:
         # a cache has the graph's dtype, and one block's is one layer's
