@@ -159,6 +159,11 @@ class Answers:
             slots.close()
         self.prefixes.clear()
 
+    def __del__(self) -> None:
+        slots = getattr(self, "_slots", None)
+        if slots is not None:
+            slots.close(wait=False)
+
     def _alone(self, session: Session, opening: Opening, how: Generation) -> Iterator[Array]:
         prompt = opening.prompt
         decoding, new = start(session, opening.cache, opening.embed), list[int]()

@@ -94,7 +94,10 @@ class Prefixes:
         nbytes = sum(values.nbytes for values in caches.values()) + marks.nbytes
         if nbytes > self.budget_nbytes or not len(marks):
             return
-        own = {name: np.array(values, order="C") for name, values in caches.items()}
+        try:
+            own = {name: np.array(values, order="C") for name, values in caches.items()}
+        except MemoryError:  # the answer is there all the same
+            return
         key = _digest(marks)
         with self._lock:
             for one, (kept, _) in list(self._kept.items()):
