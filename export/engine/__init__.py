@@ -2,6 +2,7 @@
 
 build    one engine; start here
 targets  the builders, and the GPUs their engines run on
+decomposed  attention that may be, marked in a graph;  layers  what the builder made of one
 monitor  what a builder calls back while it works
 memory   what a builder takes
 """

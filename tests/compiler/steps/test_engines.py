@@ -38,6 +38,22 @@ OTHER = replace(
 )
 
 
+def require_narrow(info: EngineInfo, precision: str) -> None:
+    """The builder kept to the types of the graph: what was quantized is multiplied in 8 bits."""
+    assert info.census is not None
+    assert info.census.regressions() == []
+    types = set(info.census.products)
+    if precision in ("int8", "fp8") and info.component not in ("image_pool",):
+        eight = {"int8": "Int8 · Int8", "fp8": "FP8 · FP8"}[precision]
+        assert f"{eight} → BFloat16" in types
+    if precision != "fp32":  # a head may end in a cast to the type of the component's output
+        assert types <= {
+            *("Int8 · Int8 → BFloat16", "FP8 · FP8 → BFloat16", "BFloat16 · BFloat16 → BFloat16"),
+            *("Half · Half → Half", "Half · Half → Float", "BFloat16 · BFloat16 → Float"),
+            *("Half · Int4 → Half", "Half · Int8 → Half"),
+        }
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 def test_every_component_builds(tmp_path: Path, precision: str) -> None:
     written = write_internvl(tmp_path / "checkpoint", OTHER, seed=4)
@@ -47,6 +63,7 @@ def test_every_component_builds(tmp_path: Path, precision: str) -> None:
         out=tmp_path / "out",
         precision=precision,
         targets=("onnx", "tensorrt-rtx"),
+        expect_fused=True,
     )
     artifact = compiler.export(options)
     built = {engine.component: engine for engine in artifact.manifest.engines}
@@ -57,7 +74,10 @@ def test_every_component_builds(tmp_path: Path, precision: str) -> None:
         assert info.precision == precision
         assert info.nbytes == plan.stat().st_size
         assert artifact.manifest.files[engine.file].sha256 == info.sha256
-    again = compiler.build(artifact.path, ["tensorrt-rtx"])
+        require_narrow(info, precision)
+    report = (artifact.path / "report.html").read_text(encoding="utf-8")
+    assert report.count("layers: ") == len(built)
+    again = compiler.build(artifact.path, ["tensorrt-rtx"], expect_fused=True)
     assert {e.file for e in again} == {e.file for e in built.values()}, "engines are reused"
 
 
@@ -72,12 +92,14 @@ def built_decoder(tmp_path: Path, precision: str, capacity: int | None = None) -
         components=("decoder",),
         cache_capacity=capacity,
         targets=("onnx", "tensorrt-rtx"),
+        expect_fused=True,
     )
     artifact = compiler.export(options)
     (engine,) = artifact.manifest.engines
     assert engine.component == "decoder"
     info = read_engine_info(artifact.file(engine.sidecar))
     assert info.precision == precision
+    require_narrow(info, precision)
     return info
 
 
@@ -103,6 +125,7 @@ def test_chat_builds(tmp_path: Path, precision: str) -> None:
         out=tmp_path / "out",
         precision=precision,
         targets=("onnx", "tensorrt-rtx"),
+        expect_fused=True,
     )
     engines = compiler.export(options).manifest.engines
     assert {engine.component for engine in engines} == {"chat_vision", "chat_decoder"}
