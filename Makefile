@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-faults check format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-check serve clean
+.PHONY: install demo test test-fast test-faults check format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
 
 install: $(VENV)/.installed
 
@@ -87,11 +87,17 @@ bench-runtime: install
 bench-serve: install
 	$(BIN)/python benchmarks/serve.py out/serve/int8 --json benchmarks/results/serve.json $(FLAGS)
 
-# On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4" for less
+# On a machine with a GPU; without one it says what it skipped. FLAGS="--layers 4" for less.
+# First ten minutes of what decides (gpu_plan, which goes on where it ended), then every row
 # `make gpu-check PYTHON=python3` takes that interpreter and its packages as they are: no pip, no network
 GIVEN := $(if $(findstring command line,$(origin PYTHON)),$(PYTHON))
 gpu-check: $(if $(GIVEN),,install)
+	PYTHONPATH=src $(or $(GIVEN),$(BIN)/python) benchmarks/gpu_plan.py $(PLAN)
 	PYTHONPATH=src $(or $(GIVEN),$(BIN)/python) benchmarks/gpu_check.py $(FLAGS)
+
+# Kernels per block that ONNX Runtime launches on a GPU, counted without one; needs g++, takes 250 MB
+gpu-census: install
+	PYTHONPATH=src $(BIN)/python tests/support/gpu/census/census.py --work out/census
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -41,9 +41,9 @@ from gpu_row import TORCH_TYPES
 
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.inputs import seeded_feeds
+from internvl_edge.benchmark.limits.peaks import Peaks
+from internvl_edge.benchmark.limits.roofline import Roofline, component_workload, locate
 from internvl_edge.benchmark.machine import environment, gpu_nbytes
-from internvl_edge.benchmark.peaks import Peaks
-from internvl_edge.benchmark.roofline import Roofline, component_workload, locate
 from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.session import require_backend
 
@@ -76,6 +76,7 @@ class Row:
     p99_ms: float | None = None
     items_per_s: float | None = None
     p50_ms_without_graphs: float | None = None  # on a GPU
+    p50_ms_on_device: float | None = None  # outputs stay on the GPU
     phases_ms: dict[str, float] | None = None  # of engines: medians of trtexec's metrics
     gpu_memory_nbytes: int | None = None  # that opening and the first calls took
     peak_rss_nbytes: int | None = None  # of the row's process
@@ -219,6 +220,8 @@ def line(row: Row) -> str:
         words += [f"p50 {row.p50_ms:.3f} ms p99 {row.p99_ms:.3f} ms {row.items_per_s:.1f}/s"]
     if row.p50_ms_without_graphs is not None:
         words.append(f"without graphs {row.p50_ms_without_graphs:.3f} ms")
+    if row.p50_ms_on_device is not None:
+        words.append(f"outputs on the GPU {row.p50_ms_on_device:.3f} ms")
     if row.gpu_memory_nbytes is not None:
         words.append(f"{row.gpu_memory_nbytes / 1e9:.2f} GB")
     if row.mbu is not None:

@@ -23,7 +23,7 @@ from PIL import Image
 from internvl_edge import compiler
 from internvl_edge.compiler.plan import demo_checkpoint
 from internvl_edge.demo import scenes
-from internvl_edge.demo.__main__ import quality
+from internvl_edge.demo.compare import quality
 from internvl_edge.export.config.checkpoint import load_config
 from internvl_edge.export.synthetic import Synthesis, inject
 

@@ -11,7 +11,8 @@
 All have the same number of threads and the same image, and take turns: 20 rounds at least, of one
 call each where calls are slow, so that intervals are what they say (``benchmark.timing``). The
 share of matrix products is from ONNX Runtime's profile of the INT8 graph, and is shown with the
-share of this machine's peaks (``benchmark.peaks``) that the whole run reached: what could still go.
+share of this machine's peaks (``benchmark.limits.peaks``) that the whole run reached: what could
+still go.
 Targets: INT8 at least 3 times as fast as PyTorch eager, and not slower than OpenVINO's INT8.
 """
 
@@ -34,15 +35,15 @@ import numpy as np
 
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.benchmark.contenders import contender_of
-from internvl_edge.benchmark.machine import environment
-from internvl_edge.benchmark.peaks import (
+from internvl_edge.benchmark.limits.peaks import (
     ARRAY_NBYTES,
     SIDE,
     Peaks,
     host_bandwidth,
     measure_peaks,
 )
-from internvl_edge.benchmark.roofline import component_workload, locate
+from internvl_edge.benchmark.limits.roofline import component_workload, locate
+from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.timing import MIN_ROUNDS, Timing, measure_many, ratio_of
 from internvl_edge.runtime.ort.session import OrtOptions, OrtSession
 from internvl_edge.types import Array

@@ -1,4 +1,4 @@
-"""The bundled model: a small trained InternVL, its data, and the main job shown on it.
+"""The bundled models: a small trained InternVL and a chat model, their data, and the main job.
 
     __main__   ``python -m internvl_edge.demo``: compile at every precision and compare; start here
     compare    one precision, compiled and measured in a process of its own
@@ -6,7 +6,8 @@
     dialogues  conversations about them
     picture    one picture, and the answers on it
     evaluate   the share of right answers in each task
-    training   how the model was trained (not part of the wheel);  checkpoint  the model
+    training   how the models were trained (not part of the wheel)
+    checkpoint, chat_checkpoint  the models
 
 Only the command line imports it, to find the model by name and to hand in calibration samples.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 __all__ = ["MODELS", "bundled"]
 
 # What a command takes in place of a checkpoint's folder, and where it lies in this package.
-MODELS = {"demo": "checkpoint"}
+MODELS = {"demo": "checkpoint", "demo-chat": "chat_checkpoint"}
 
 
 def bundled(name: str) -> Path | None:

@@ -4,13 +4,15 @@ First it compiles the trained model to INT8 and lets it classify, caption and an
 that it was never trained on. Then it compiles the other precisions, two at a time, builds
 TensorRT-RTX engines of the INT8 directory where the package is installed, and prints what each
 precision costs and keeps: accuracy on held-out scans, agreement with PyTorch, size, and latency on
-this machine's CPU, all contenders in turns.
+this machine's CPU, all contenders in turns. The chat model follows: a conversation about two
+pictures, and how many answers in conversations are right at each precision.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,20 +31,22 @@ from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.timing import Timing, measure_many
 from internvl_edge.compiler.plan import demo_checkpoint
 from internvl_edge.demo.compare import (
+    NUM_DIALOGUES,
     NUM_PAIRS,
     NUM_SCENES,
     NUM_TEXTS,
     compare,
     export,
 )
-from internvl_edge.demo.picture import ask, drawn
+from internvl_edge.demo.picture import ask, drawn, talk
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.disk import write_atomically
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8", "int4-wo")
+CHAT, CHAT_PRECISIONS = "demo-chat", ("fp32", "int8", "fp8", "int4-wo")
 FIRST = "int8"  # compiled before the others, asked about a picture, and built into engines
 SECONDS = 2.0  # of latency measurement
-UNLIMITED = 100_000  # columns: what a program or a file reads is never cut
+UNLIMITED = 100_000  # columns
 TASKS = {  # of the report, by what ``quality`` calls them
     "zero_shot": "zero-shot digits",
     "recall_at_1_c": "image to text, InternVL-C",
@@ -75,6 +79,22 @@ def show_picture(artifact: Artifact, out: Path) -> dict[str, Any]:
     }
 
 
+def show_conversation(out: Path) -> dict[str, Any]:
+    """Let the compiled chat model talk about two pictures; show it, and return it for programs."""
+    conversation = talk(out)
+    if human.is_terminal and human.color_system == "truecolor":
+        for image in conversation.images:
+            human.print(drawn(image))
+    for line in conversation.lines():
+        say(line)
+    say(f"by {out}, about two pictures, in {1e3 * conversation.seconds:.0f} ms")
+    return {
+        "questions": conversation.questions,
+        "answers": conversation.answers,
+        "truths": conversation.truths,
+    }
+
+
 def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
     """Time one image through ``image_embed`` at every precision and in PyTorch, in turns."""
     import torch
@@ -92,10 +112,12 @@ def latencies(artifacts: dict[str, Artifact]) -> dict[str, Any]:
         with torch.inference_mode():
             return reference(tensor)
 
+    any_speed = internvl_edge.OrtOptions(allow_slow=True)  # also INT8 on a GPU, for comparison
     with ExitStack() as stack:
         contenders: dict[str, Any] = {"pytorch": eager}
         for precision, artifact in artifacts.items():
-            session = stack.enter_context(internvl_edge.open_session(artifact.path, IMAGE_EMBED))
+            session = internvl_edge.open_session(artifact.path, IMAGE_EMBED, options=any_speed)
+            stack.callback(session.close)
             contenders[precision] = lambda s=session: s.run({"pixel_values": pixels})
         return measure_many(contenders, min_duration_s=SECONDS)
 
@@ -143,6 +165,27 @@ COLUMNS = (
     *("precision", "zero-shot", "R@1 C / G", "matching", "captions / VQA"),
     *("cosine", "weights", "CPU p50"),
 )
+CHAT_COLUMNS = ("precision", f"answers in {NUM_DIALOGUES} conversations", "cosine", "weights")
+
+
+def chat_row(artifact: Artifact, figures: dict[str, float]) -> tuple[str, ...]:
+    """Show one precision of the chat model as a row of its table."""
+    return (
+        artifact.path.name,
+        f"{100 * figures['dialogues']:.1f} %",
+        f"{figures['cosine']:.5f}",
+        f"{weights_nbytes(artifact) / 1e6:.2f} MB",
+    )
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on stdout; what a program or a file reads is never cut."""
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for cells in rows:
+        table.add_row(*cells)
+    answers = Console(highlight=False)
+    answers.width = answers.width if answers.is_terminal else UNLIMITED
+    answers.print(table)
 
 
 @click.command()
@@ -150,22 +193,23 @@ COLUMNS = (
 @click.option("--force", is_flag=True, help="Replace what an earlier run left there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def main(out: Path, force: bool, as_json: bool) -> None:
-    """Compile the bundled model at every precision and compare."""
-    for precision in PRECISIONS:
-        check_out(out / precision, force=force)
+    """Compile the bundled models at every precision and compare."""
+    chats = out / "chat"
+    for place in (*(out / p for p in PRECISIONS), *(chats / p for p in CHAT_PRECISIONS)):
+        check_out(place, force=force)
     picture = show_picture(export(out, FIRST, say, force=force), out)
     figures = compare(out, PRECISIONS, FIRST, force=force)
     artifacts = {precision: open_artifact(out / precision) for precision in PRECISIONS}
     timings = latencies(artifacts)
     write_report(out, artifacts, figures)
     if not as_json:
-        table = Table(*COLUMNS, box=None, header_style="bold", pad_edge=False)
-        for precision, artifact in artifacts.items():
-            table.add_row(*row(artifact, figures[precision], timings[precision]))
-        answers = Console(highlight=False)
-        answers.width = answers.width if answers.is_terminal else UNLIMITED
-        answers.print(table)
+        print_table(COLUMNS, (row(a, figures[p], timings[p]) for p, a in artifacts.items()))
     say(f"PyTorch eager fp32, the same image: {timings['pytorch'].percentile_ms(50):.2f} ms")
+    talked = compare(chats, CHAT_PRECISIONS, force=force, model=CHAT)
+    conversation = show_conversation(chats / FIRST)
+    compiled_chats = {precision: open_artifact(chats / precision) for precision in CHAT_PRECISIONS}
+    if not as_json:
+        print_table(CHAT_COLUMNS, (chat_row(a, talked[p]) for p, a in compiled_chats.items()))
     card = environment()
     packages = ", ".join(
         f"{name} {version}" for name, version in card["packages"].items() if version
@@ -176,9 +220,12 @@ def main(out: Path, force: bool, as_json: bool) -> None:
         result = {
             "out": str(out),
             "picture": picture,
+            "conversation": conversation,
             "quality": figures,
+            "chat_quality": talked,
             "latency": {name: timing.to_json() for name, timing in timings.items()},
             "weights_nbytes": {name: weights_nbytes(a) for name, a in artifacts.items()},
+            "chat_weights_nbytes": {n: weights_nbytes(a) for n, a in compiled_chats.items()},
             "environment": card,
         }
         click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))

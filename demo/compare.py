@@ -1,4 +1,4 @@
-"""One precision of the bundled model, compiled and measured in a process of its own.
+"""One precision of a bundled model, compiled and measured in a process of its own.
 
 An export keeps one core busy, so the demo compiles as many precisions at a time as there are cores
 (two at most: each process holds PyTorch). ``main`` is what such a process runs: it writes
@@ -21,8 +21,8 @@ from pathlib import Path
 import internvl_edge
 from internvl_edge import compiler
 from internvl_edge.artifact import Artifact, open_artifact
-from internvl_edge.artifact.components import IMAGE_EMBED
-from internvl_edge.demo import evaluate, scenes
+from internvl_edge.artifact.components import CHAT_VISION, IMAGE_EMBED
+from internvl_edge.demo import MODELS, bundled, evaluate, scenes
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.cores import usable_cores
 from internvl_edge.files.helper import helper_call
@@ -33,13 +33,19 @@ NUM_SCENES = 300  # held-out single digits to classify
 NUM_CAPTIONS = 100  # distinct captions to retrieve among
 NUM_TEXTS = 300  # captions, and as many answers, that must be right word for word
 NUM_PAIRS = 300  # of image and text to match, half of them near misses
+NUM_DIALOGUES = 100  # conversations of three turns, about one image and two
 MAX_PROCESSES = 2
 
 Say = Callable[[str], None]
 
 
 def compare(
-    out: Path, precisions: Sequence[str], compiled: str, *, force: bool
+    out: Path,
+    precisions: Sequence[str],
+    compiled: str | None = None,
+    *,
+    force: bool,
+    model: str = "demo",
 ) -> dict[str, dict[str, float]]:
     """Compile and measure every precision, several at a time.
 
@@ -49,6 +55,7 @@ def compare(
         compiled: the one that lies there already. TensorRT-RTX engines are built for it, where the
             package is installed.
         force: replace the others.
+        model: a bundled one, by its name.
 
     Returns:
         The accuracy of each, by its name.
@@ -71,7 +78,7 @@ def compare(
 
     def measured(precision: str) -> dict[str, float]:
         how = ["--compiled"] if precision == compiled else ["--force"] * force
-        command, environment = helper_call(__name__, [str(out), precision, *how])
+        command, environment = helper_call(__name__, [model, str(out), precision, *how])
         environment["OMP_NUM_THREADS"] = threads
         with starting:
             if failed:
@@ -96,11 +103,17 @@ def compare(
             raise
 
 
-def export(out: Path, precision: str, say: Say, *, force: bool = False) -> Artifact:
-    """Compile the bundled model at one precision into ``out/precision``."""
+def export(
+    out: Path, precision: str, say: Say, *, force: bool = False, model: str = "demo"
+) -> Artifact:
+    """Compile a bundled model at one precision into ``out/precision``."""
     started = time.perf_counter()
     options = compiler.ExportOptions(
-        out=out / precision, precision=precision, samples=scenes.calibration_set, force=force
+        checkpoint=bundled(model),
+        out=out / precision,
+        precision=precision,
+        samples=scenes.calibration_set,
+        force=force,
     )
     artifact = compiler.export(options, _by_step(precision, say))
     say(
@@ -125,9 +138,14 @@ def build_engines(artifact: Artifact, say: Say) -> None:
 
 
 def quality(artifact: Artifact) -> dict[str, float]:
-    """Measure accuracy on held-out scans; add the image embedding's agreement with PyTorch."""
-    verification = artifact.manifest.components[IMAGE_EMBED].verification or {}
-    with internvl_edge.load(artifact.path) as model:
+    """Measure accuracy on held-out scans; add the image tower's agreement with PyTorch."""
+    components = artifact.manifest.components
+    seen = components[CHAT_VISION if CHAT_VISION in components else IMAGE_EMBED].verification or {}
+    agreement = {"cosine": float(seen["cosine"])}
+    any_speed = internvl_edge.OrtOptions(allow_slow=True)  # also INT8 on a GPU, for comparison
+    with internvl_edge.load(artifact.path, options=any_speed) as model:
+        if CHAT_VISION in components:
+            return {"dialogues": evaluate.dialogue_accuracy(model, NUM_DIALOGUES)} | agreement
         return {
             "zero_shot": evaluate.zero_shot_accuracy(model, NUM_SCENES),
             "recall_at_1_c": evaluate.retrieval_recall_at_1(model, NUM_CAPTIONS, mode="c"),
@@ -135,8 +153,7 @@ def quality(artifact: Artifact) -> dict[str, float]:
             "matching": evaluate.matching_accuracy(model, NUM_PAIRS),
             "captions": evaluate.caption_exact_match(model, NUM_TEXTS),
             "answers": evaluate.vqa_accuracy(model, NUM_TEXTS),
-            "cosine": float(verification["cosine"]),
-        }
+        } | agreement
 
 
 def _by_step(name: str, say: Say) -> Callable[[compiler.Progress], None]:
@@ -154,6 +171,7 @@ def _by_step(name: str, say: Say) -> Callable[[compiler.Progress], None]:
 def main() -> None:
     """Compile one precision, or build its engines; measure it, and print its accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=list(MODELS))
     parser.add_argument("out", type=Path)
     parser.add_argument("precision")
     parser.add_argument("--force", action="store_true", help="replace what is there")
@@ -168,7 +186,7 @@ def main() -> None:
             artifact = open_artifact(given.out / given.precision)
             build_engines(artifact, say)
         else:
-            artifact = export(given.out, given.precision, say, force=given.force)
+            artifact = export(given.out, given.precision, say, force=given.force, model=given.model)
         print(json.dumps(quality(artifact)))
     except InternVLError as error:
         say(f"error: {given.precision}: {error}")

@@ -1,4 +1,4 @@
-"""One picture that the model was never trained on, and what a compiled directory says of it."""
+"""One picture that the models were never trained on, and what compiled directories say of it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import internvl_edge
 from internvl_edge.demo import scenes
 from internvl_edge.demo.evaluate import MAX_NEW_TOKENS
 from internvl_edge.demo.language import DIGITS, TEMPLATES, random_question
+from internvl_edge.runtime.tasks.chat import Turn
 
 SEED = 11  # of the held-out scene
+ANY_SPEED = internvl_edge.OrtOptions(allow_slow=True)  # also INT8 on a GPU, for comparison
 NUM_CLASSES_SHOWN = 3
 
 
@@ -45,7 +47,7 @@ def ask(out: Path, seed: int = SEED) -> Answers:
     """Classify, caption and question one held-out picture with a compiled directory."""
     scene = scenes.scene("held-out", seed, 0, count=1)
     question = random_question(scene.truth, np.random.default_rng(seed))
-    with internvl_edge.load(out) as model:
+    with internvl_edge.load(out, options=ANY_SPEED) as model:
         started = time.perf_counter()
         (ranking,) = model.classify([scene.image], list(DIGITS), templates=list(TEMPLATES))
         (caption,) = model.caption([scene.image], max_new_tokens=MAX_NEW_TOKENS)
@@ -58,6 +60,44 @@ def ask(out: Path, seed: int = SEED) -> Answers:
         caption=caption,
         question=question.prompt.removeprefix("Question: ").removesuffix(" Answer:"),
         answer=answer,
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Questions about pictures, what the chat model says, and what is right."""
+
+    images: tuple[scenes.Pixels, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    truths: tuple[str, ...]
+    seconds: float  # for all answers, pictures encoded
+
+    def lines(self) -> Iterator[str]:
+        """Spell the conversation for people, one answer a line."""
+        for question, answer in zip(self.questions, self.answers, strict=True):
+            yield f"asked      {question} {answer}"
+
+
+def talk(out: Path, seed: int = SEED) -> Conversation:
+    """Have a conversation about two held-out pictures with a compiled directory."""
+    images, dialogues = scenes.dialogue_scenes(2, seed)
+    pictures, turns = images[1], dialogues[1].turns  # the second is about two
+    answers: list[str] = []
+    with internvl_edge.load(out, options=ANY_SPEED) as model:
+        started = time.perf_counter()
+        history: tuple[Turn, ...] = ()
+        for turn in turns:
+            reply = model.chat(pictures, turn.question, history, max_new_tokens=MAX_NEW_TOKENS)
+            answers.append(reply.text.strip())
+            history = reply.history
+        seconds = time.perf_counter() - started
+    return Conversation(
+        images=tuple(pictures),
+        questions=tuple(turn.question for turn in turns),
+        answers=tuple(answers),
+        truths=tuple(turn.answer for turn in turns),
         seconds=seconds,
     )
 

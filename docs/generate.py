@@ -23,6 +23,7 @@ import click
 import internvl_edge
 from internvl_edge import artifact, compiler, errors, export, runtime
 from internvl_edge.cli import app
+from internvl_edge.runtime.generation.text import Usage
 from internvl_edge.runtime.tasks.chat import Reply
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -102,8 +103,8 @@ PYTHON = """# Python
 What an application imports.
 """
 RUNTIME: tuple[Any, ...] = (
-    *(runtime.load, runtime.Model, runtime.Retrieval, Reply, runtime.open_session),
-    *(runtime.Session, runtime.Batcher, internvl_edge.ImageOptions),
+    *(runtime.load, runtime.Model, runtime.Retrieval, Reply, Usage, runtime.open_session),
+    *(runtime.Session, runtime.Batcher, internvl_edge.AnswerOptions, internvl_edge.ImageOptions),
     *(internvl_edge.OrtOptions, internvl_edge.TrtOptions),
     internvl_edge.share_threads,
 )

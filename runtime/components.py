@@ -18,12 +18,14 @@ from internvl_edge.artifact.components import VISION, components_of
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.files.forks import in_children
+from internvl_edge.runtime.generation.answers import AnswerOptions, Answers
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
 from internvl_edge.runtime.images.options import MEAN, STD, ImageOptions, image_options
 from internvl_edge.runtime.images.sources import (
     batches_of_images,
     check_normalised,
     is_normalised,
+    require_side,
 )
 from internvl_edge.runtime.session import Session
 from internvl_edge.runtime.tasks.requests import batches_of, require_whole, slices
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.text.embeddings import TokenTable
     from internvl_edge.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["Classifiers", "ImageOptions", "OpenComponents"]
+__all__ = ["AnswerOptions", "Classifiers", "ImageOptions", "OpenComponents"]
 
 MAX_CLASSIFIERS = 16
 Labels = tuple[tuple[str, ...], tuple[str, ...]]  # and their templates, or prompts
@@ -88,9 +90,10 @@ class OpenComponents:
         open_one: opens the session of a component.
         images: how pictures are read; None: the defaults.
         opened_by: how to open the same in another process; None: it cannot be.
+        answers: how it answers; None: the defaults.
 
     Raises:
-        UsageError: ``images`` is something else.
+        UsageError: ``images`` or ``answers`` is something else.
     """
 
     def __init__(
@@ -99,8 +102,10 @@ class OpenComponents:
         open_one: Callable[[str], Session],
         images: ImageOptions | None = None,
         opened_by: tuple[Any, str] | None = None,
+        answers: AnswerOptions | None = None,
     ) -> None:
         self.artifact = artifact
+        self.answers = Answers(answers)
         self.images = image_options(images)
         self._opened_by = opened_by
         self._open_one = open_one
@@ -146,6 +151,7 @@ class OpenComponents:
 
     def close(self) -> None:
         """Close every session; may be called again."""
+        self.answers.close()
         with self._lock:
             self._closed = True
             while self._sessions:
@@ -228,6 +234,7 @@ class OpenComponents:
                     f"pictures, found an array {images.dtype} {list(images.shape)}"
                 )
             told = self.artifact.manifest.preprocessing
+            require_side(images, told.get("size"))
             check_normalised(images, told.get("mean", MEAN), told.get("std", STD))
             yield from batches_of(images, batch_size)
             return

@@ -29,11 +29,17 @@ __all__ = ["check_feeds", "check_outputs", "numpy_dtype"]
 
 # Of a decoder whose cache is written in place (``generation.fixed_cache``).
 WRITE_INDICES, MASK, POSITIONS = "write_indices", "attention_mask", "position_ids"
+# Of a decoder: from which position on there are logits (``export.graph.last_logits``).
+LOGITS_FROM = "logits_from"
 MAY_BE_EMPTY = frozenset({"past"})
+NO_SPECS: Mapping[str, TensorSpec] = {}
 
 
 def check_feeds(
-    specs: Mapping[str, TensorSpec], feeds: Mapping[str, Any], check_finite: bool = True
+    specs: Mapping[str, TensorSpec],
+    feeds: Mapping[str, Any],
+    check_finite: bool = True,
+    optional: Mapping[str, TensorSpec] = NO_SPECS,
 ) -> dict[str, Any]:
     """Refuse what a session cannot run; return the feeds, contiguous, in order of the specs.
 
@@ -41,16 +47,19 @@ def check_feeds(
         specs: the session's inputs.
         feeds: one array per input; a ``DeviceArray`` too, whose values are not looked at.
         check_finite: refuse NaN and infinity too.
+        optional: inputs that may be left out.
 
     Raises:
         FeedError: a missing or unknown name, not a plain array, another dtype, byte order, rank or
             dimension, dimensions that contradict each other, an empty batch, a non-finite value,
-            new positions outside of a cache that is written in place.
+            new positions outside of a cache that is written in place, logits of no position.
     """
     if not isinstance(feeds, Mapping):
         raise FeedError(
             f"expected a mapping of the inputs {', '.join(specs)}, found {type(feeds).__name__}"
         )
+    if optional:
+        specs = {**specs, **{name: spec for name, spec in optional.items() if name in feeds}}
     if specs.keys() != feeds.keys():
         raise FeedError(_wrong_names(specs, feeds))
     sizes: dict[str, int] = {}
@@ -73,6 +82,13 @@ def check_feeds(
         _check_sum(spec, feeds[spec.name], axis, expression, sizes)
     if WRITE_INDICES in specs:
         _check_places(specs, feeds)
+    if LOGITS_FROM in specs:
+        first, length = int(feeds[LOGITS_FROM][0]), feeds[POSITIONS].shape[1]
+        if first >= length:
+            raise FeedError(
+                f"input {LOGITS_FROM!r}: expected a position below {length}, or -1 for the last, "
+                f"found {first}"
+            )
     if check_finite:
         for name, array in feeds.items():
             _check_finite(name, array)

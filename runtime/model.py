@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from internvl_edge.artifact.open import Artifact, open_artifact
-from internvl_edge.runtime.components import ImageOptions, OpenComponents
+from internvl_edge.runtime.components import AnswerOptions, ImageOptions, OpenComponents
 from internvl_edge.runtime.session import (
     Session,
     open_component,
@@ -50,6 +50,7 @@ def load(
     *,
     options: OrtOptions | TrtOptions | None = None,
     images: ImageOptions | None = None,
+    answers: AnswerOptions | None = None,
 ) -> Model:
     """Open a compiled directory; components open when they are first used.
 
@@ -59,6 +60,7 @@ def load(
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         options: of every session, see ``open_session``; None: the backend's defaults.
         images: how pictures are read: what stands under transparency, and how large they may be.
+        answers: how text is made: memory for caches of recent prompts, slots that callers share.
 
     Raises:
         ArtifactError: the directory is not what its manifest says.
@@ -71,20 +73,19 @@ def load(
         artifact,
         partial(open_component, artifact, backend=backend, device=device, options=options),
         images,
-        ((os.path.abspath(out), backend, device, options, images), artifact.digest),
+        ((os.path.abspath(out), backend, device, options, images, answers), artifact.digest),
+        answers,
     )
 
 
-def _load_again(
-    how: tuple[str, str, str, OrtOptions | TrtOptions | None, ImageOptions | None], digest: str
-) -> Model:
+def _load_again(how: tuple[Any, ...], digest: str) -> Model:
     """Open a model in the process that it was sent to, if the directory is still the same.
 
     Raises:
         ArtifactError: another one has its place; and what ``load`` raises.
     """
-    path, backend, device, options, images = how
-    model = load(path, backend, device, options=options, images=images)
+    path, backend, device, options, images, answers = how
+    model = load(path, backend, device, options=options, images=images, answers=answers)
     model.artifact.require_digest(digest)
     return model
 
@@ -111,6 +112,7 @@ class Model:
         images: how pictures are read; None: the defaults.
         opened_by: the arguments of ``load``, and the directory's digest; None: it cannot be
             pickled.
+        answers: how text is made; None: the defaults.
     """
 
     def __init__(
@@ -119,8 +121,9 @@ class Model:
         open_one: Callable[[str], Session],
         images: ImageOptions | None = None,
         opened_by: tuple[Any, str] | None = None,
+        answers: AnswerOptions | None = None,
     ) -> None:
-        self.components = OpenComponents(artifact, open_one, images, opened_by)
+        self.components = OpenComponents(artifact, open_one, images, opened_by, answers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_again, self.components.opened_by()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "DecoderSession",
+    "RowSession",
+    "Rows",
     "Session",
     "open_component",
     "open_session",
@@ -88,6 +90,10 @@ class Session(Protocol):
 class DecoderSession(Session, Protocol):
     """A session that leaves what it computed on its device: a decoder's cache stays there."""
 
+    @property
+    def optional(self) -> Mapping[str, TensorSpec]:
+        """The tensors that it also takes, and has values of its own for: ``logits_from``."""
+
     def run_device(
         self,
         feeds: Mapping[str, Any],
@@ -119,6 +125,45 @@ class DecoderSession(Session, Protocol):
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; the cache is used up."""
+
+
+class Rows(Protocol):
+    """Rows of a cache in host memory, each at its own position; for one thread at a time."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """The decoder's."""
+
+    @property
+    def values(self) -> Mapping[str, Array]:
+        """The cache, ``past_key_values.{i}.*`` [count,heads,C,d], to be read and written."""
+
+    def run(self, rows: slice, feeds: Mapping[str, Array]) -> Array:
+        """Read tokens of some rows, unchecked, and write the cache where it lies.
+
+        Args:
+            rows: which, from a start to a stop.
+            feeds: what is not in the cache.
+
+        Returns:
+            The logits, float32 [B,T,V], or those from ``logits_from`` on.
+        """
+
+
+@runtime_checkable
+class RowSession(Session, Protocol):
+    """A session of a decoder, of which rows may go on independently."""
+
+    @property
+    def has_rows(self) -> bool:
+        """True where its cache has a fixed capacity, in host memory."""
+
+    def rows(self, count: int) -> Rows:
+        """Make so many rows of an empty cache."""
 
 
 def open_session(

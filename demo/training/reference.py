@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from internvl_edge.demo import evaluate
 from internvl_edge.demo.language import CAPTION_PROMPT, CONTRASTIVE_PREFIX
 from internvl_edge.demo.training.batches import BOS, EOS, pad, pixel_values
-from internvl_edge.demo.training.tokenizer import TOKENIZER_FILE
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.models import InternVL
+from internvl_edge.runtime.text.tokenizer import TOKENIZER_FILE
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoint"
 BATCH = 100

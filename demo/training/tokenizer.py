@@ -15,7 +15,6 @@ import sentencepiece as spm
 from internvl_edge.demo.language import corpus
 
 VOCAB_SIZE = 480
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def train_tokenizer(path: Path) -> spm.SentencePieceProcessor:

@@ -44,7 +44,7 @@ from internvl_edge.demo.training.batches import (
     Batch,
     TrainingBatches,
 )
-from internvl_edge.demo.training.tokenizer import TOKENIZER_FILE, VOCAB_SIZE, train_tokenizer
+from internvl_edge.demo.training.tokenizer import VOCAB_SIZE, train_tokenizer
 from internvl_edge.export.config.checkpoint import (
     InternVLConfig,
     QLlamaConfig,
@@ -53,6 +53,7 @@ from internvl_edge.export.config.checkpoint import (
 )
 from internvl_edge.export.models import InternViT, InternVL
 from internvl_edge.export.models.qllama import generation_mask
+from internvl_edge.runtime.text.tokenizer import TOKENIZER_FILE
 
 MAX_LOGIT_SCALE = math.log(100)
 CONFIG = InternVLConfig(
@@ -240,10 +241,11 @@ def optimise(
     schedules = [LambdaLR(optimizer, lambda step: rate(step, plan)) for optimizer in optimizers]
     parameters = [parameter for _, parameter in named]
     began = time.perf_counter()
+    # PyTorch's fused attention has a slow bfloat16 backward on the CPU.
+    kernels = [SDPBackend.MATH] + [SDPBackend.EFFICIENT_ATTENTION] * (device.type != "cpu")
     for step, drawn in enumerate(DataLoader(data, batch_size=None, num_workers=plan.workers)):
         batch = _moved(drawn, device)
-        # PyTorch's fused attention has a slow bfloat16 backward on the CPU.
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(kernels):
             parts = losses_of(*modules, batch, vision_only=step < plan.vision_steps)
         for parameter in parameters:
             parameter.grad = None

@@ -50,7 +50,7 @@ def widen(model: ir.Model) -> bool:
     """
     graph = model.graph
     infer_dtypes(graph)
-    values = [output for node in graph for output in node.outputs]
+    values = [output for node in graph for output in node.outputs if output.name]
     rounded = [value for value in values if value.dtype == ir.DataType.BFLOAT16]
     if not rounded:
         return False

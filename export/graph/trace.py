@@ -211,7 +211,7 @@ def name_values(model: ir.Model) -> None:
     count = 0
     for value in used:
         value.metadata_props.clear()
-        if value.const_value is not None:
+        if value.const_value is not None and not value.is_graph_input():
             value.name, count = f"constant_{count}", count + 1
         graph.initializers[str(value.name)] = value
 

@@ -5,4 +5,6 @@ batch        the prompts and their rows under way
 beams        beam search
 limits       requests that an engine takes;  text  ids as text, piece by piece
 cache        a cache that grows;  fixed_cache  one of fixed capacity, written in place
+answers      one prompt each, as tasks ask for it;  prefixes  caches of recent prompts
+slots        many answers in one decoder
 """

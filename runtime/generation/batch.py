@@ -53,6 +53,7 @@ class Generation:
 
     max_new_tokens: int = 30
     min_new_tokens: int = 0  # stop ids have no chance before
+    max_time: float | None = None  # seconds, after which no token is begun; of one beam
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams: above 0 longer sentences gain
     early_stopping: bool = False  # of beams
@@ -62,7 +63,8 @@ class Generation:
     # As transformers has it. False: nothing is drawn, whatever the three above say. True: drawn,
     # among the TOP_K most likely unless top_k says otherwise. None: drawn where one is given.
     do_sample: bool | None = None
-    repetition_penalty: float = 1.0  # above 1 what stands in the prompt or came before loses
+    # Above 1 what stands in the prompt or came before loses; None: as 1.
+    repetition_penalty: float | None = None
     seed: int | None = None  # of what is drawn; None: another one each time
     stop_ids: tuple[int, ...] = (2,)
     pad_id: int = 0
@@ -76,6 +78,9 @@ class Generation:
         _require("length_penalty", penalty, within, f"{-MAX_PENALTY:g} to {MAX_PENALTY:g}")
         is_flag = isinstance(self.early_stopping, bool)
         _require("early_stopping", self.early_stopping, is_flag, "True or False")
+        time = self.max_time
+        is_time = time is None or (_is_number(time) and 0 < time < np.inf)
+        _require("max_time", time, is_time, "a finite number of seconds above 0")
         heat, share = self.temperature, self.top_p
         is_warm = heat is None or (_is_number(heat) and 0 <= heat < np.inf)
         _require("temperature", heat, is_warm, "a finite number of at least 0")
@@ -86,7 +91,7 @@ class Generation:
         is_choice = self.do_sample is None or isinstance(self.do_sample, bool)
         _require("do_sample", self.do_sample, is_choice, "True, False or None")
         again = self.repetition_penalty
-        is_factor = _is_number(again) and 0 < again < np.inf
+        is_factor = again is None or (_is_number(again) and 0 < again < np.inf)
         _require("repetition_penalty", again, is_factor, "a finite number above 0")
         if self.seed is not None:
             _require_integer("seed", self.seed, 0)
@@ -125,6 +130,7 @@ class Prompt:
 
     rows: Sequence[Sequence[int]]  # B, at least one id each
     past: int = 0  # P
+    before: Sequence[Sequence[int]] = ()  # of each row, ids among those P; for repetition
     first: int = 0  # which row of a request its first one is, for what is drawn
     # Where the positions of long texts begin, and so the length of the longest short one; 0: all
     # texts have the same. See ``export.models.llama``.
@@ -192,15 +198,30 @@ class Batch:
 
     def _run(self, ids: Array, mask: Array, positions: Array) -> Array:
         logits = self.decoding.run(ids, mask, positions)
-        best = logits.max(axis=1)  # NaN where a row has any, infinite where nothing has a chance
-        if not np.isfinite(best).all():
-            rows = np.flatnonzero(~np.isfinite(best)).tolist()
-            wrong = "NaN" if np.isnan(best).any() else "infinite logits"
-            raise InternVLError(
-                f"the decoder gave {wrong} after {self.used} positions, row {rows}: expected "
-                "finite logits; run internvl-edge verify, or export at another precision"
-            )
+        require_finite(logits, self.used)
         return logits
+
+
+def require_finite(logits: Array, used: int) -> None:
+    """Refuse logits (B, V) of which nothing can be chosen.
+
+    Raises:
+        InternVLError: NaN, or nothing that has a chance.
+    """
+    best = logits.max(axis=1)  # NaN where a row has any, infinite where nothing has a chance
+    if not np.isfinite(best).all():
+        rows = np.flatnonzero(~np.isfinite(best)).tolist()
+        wrong = "NaN" if np.isnan(best).any() else "infinite logits"
+        raise InternVLError(
+            f"the decoder gave {wrong} after {used} positions, row {rows}: expected finite "
+            "logits; run internvl-edge verify, or export at another precision"
+        )
+
+
+def offset_of(prompt: Prompt, how: Generation) -> int:
+    """Return what is added to the positions of a prompt of one row; see ``Prompt``."""
+    length = prompt.past + len(prompt.rows[0]) + how.max_new_tokens - 1  # the last is not read
+    return int(_offsets(np.array([[length]]), prompt.long_positions)[0, 0])
 
 
 def _offsets(lengths: Array, long_positions: int) -> Array:
@@ -239,6 +260,8 @@ class Repetition:
     def __init__(self, prompt: Prompt, penalty: float) -> None:
         self._penalty = np.float32(penalty)
         self._seen = [set(row) for row in prompt.rows]
+        for seen, ids in zip(self._seen, prompt.before, strict=False):
+            seen.update(ids)
 
     def penalised(self, scores: Array) -> Array:
         """Return scores (B, V), logits or log probabilities, with the penalty."""
@@ -261,4 +284,5 @@ class Repetition:
 
 def repetition_of(prompt: Prompt, how: Generation) -> Repetition | None:
     """Return what penalises repetition, None where nothing does."""
-    return None if how.repetition_penalty == 1 else Repetition(prompt, how.repetition_penalty)
+    penalty = how.repetition_penalty
+    return None if penalty in (None, 1) else Repetition(prompt, penalty)

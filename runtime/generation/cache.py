@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.runtime.feeds import numpy_dtype
-from internvl_edge.runtime.generation.batch import Decoding
+from internvl_edge.runtime.feeds import LOGITS_FROM, numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import (
     MASK,
     PAST,
@@ -22,9 +21,12 @@ from internvl_edge.runtime.session import DecoderSession, Session
 from internvl_edge.types import Array
 
 Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
+LAST = np.full(1, -1)  # position, whose logits alone a prompt needs
 
 
-def start(session: Session, cache: Mapping[str, Array], embed: Embed | None = None) -> Decoding:
+def start(
+    session: Session, cache: Mapping[str, Array], embed: Embed | None = None
+) -> HostDecoding | DeviceDecoding:
     """Begin decoding on a cache, which stays on the device where the session can leave it there.
 
     Args:
@@ -94,6 +96,10 @@ class HostDecoding:
     def select(self, rows: Array) -> None:
         self._past = {name: values[rows] for name, values in self._past.items()}
 
+    def positions(self, count: int) -> dict[str, Array]:
+        """Return the first positions of the cache, by names of outputs [B,heads,count,d]."""
+        return {n.replace(PAST, PRESENT, 1): v[:, :, :count] for n, v in self._past.items()}
+
 
 class DeviceDecoding:
     """A session whose outputs stay on its device; what a step leaves is what the next one reads.
@@ -113,6 +119,8 @@ class DeviceDecoding:
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
         feeds = self._layout.feeds(ids, mask, positions)
+        if ids.shape[1] > 1 and LOGITS_FROM in self._session.optional:
+            feeds[LOGITS_FROM] = LAST
         self._num_rows = len(ids)
         if self._is_there:
             logits, self._cache = self._session.step(feeds, self._names, self._cache)
@@ -140,3 +148,9 @@ class DeviceDecoding:
         elif len(rows) != self._num_rows or (rows != np.arange(len(rows))).any():
             self._cache = self._session.take_rows(self._cache, rows)
         self._num_rows = len(rows)
+
+    def positions(self, count: int) -> dict[str, Array]:
+        """Copy the first positions of the cache to the host; see ``HostDecoding.positions``."""
+        held = [value.numpy() if self._is_there else value for value in self._cache]
+        names = [name.replace(PAST, PRESENT, 1) for name in self._names]
+        return {n: values[:, :, :count] for n, values in zip(names, held, strict=True)}

@@ -16,6 +16,8 @@ many rows run together. A row that has met a stop id is filled with the padding 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -33,7 +35,7 @@ from internvl_edge.runtime.generation.beams import beam_search
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
-__all__ = ["generate", "generate_all", "stream"]
+__all__ = ["Choice", "generate", "generate_all", "stream"]
 
 COLDEST = float(np.finfo(np.float32).tiny)  # a temperature that logits can be divided by
 FEW = 64  # of the most likely tokens, among which a nucleus is looked for first
@@ -78,26 +80,59 @@ def stream(decoding: Decoding, prompt: Prompt, how: Generation) -> Iterator[Arra
     """
     if how.num_beams > 1:
         raise UsageError(f"num_beams {how.num_beams}: only one beam can be streamed")
+    choice = Choice(prompt, how)
     batch = Batch(decoding, prompt, how.max_new_tokens)
-    stop = np.array(how.stop_ids, np.int64)
     logits = batch.read_prompt()
-    rngs = [_rng(how.seed, prompt.first + row) for row in range(len(logits))]
-    alive = np.ones(len(logits), bool)
-    repetition = repetition_of(prompt, how)
-    for count in range(1, how.max_new_tokens + 1):
-        if repetition is not None:
-            logits = repetition.penalised(logits)
-        if count <= how.min_new_tokens:
-            logits = without(logits, stop)
-        best = _drawn(logits, how, rngs) if how.is_sampled else logits.argmax(axis=1)
-        tokens = np.where(alive, best, how.pad_id)
-        alive &= ~(tokens[:, None] == stop).any(axis=1)
-        if repetition is not None:
-            repetition.add(tokens)
+    while True:
+        tokens = choice.of(logits)
         yield tokens
-        if count == how.max_new_tokens or not alive.any():
+        if choice.is_over:
             return
         logits = batch.read(tokens)
+
+
+class Choice:
+    """How the next token of every row is chosen, from its logits and what was chosen before.
+
+    Args:
+        prompt: that is continued.
+        how: the options; their time begins now.
+    """
+
+    def __init__(self, prompt: Prompt, how: Generation) -> None:
+        rows = len(prompt.rows)
+        self._how, self._count = how, 0
+        self._stop = np.array(how.stop_ids, np.int64)
+        self._rngs = [_rng(how.seed, prompt.first + row) for row in range(rows)]
+        self._alive = np.ones(rows, bool)
+        self._repetition = repetition_of(prompt, how)
+        self._end = math.inf if how.max_time is None else time.monotonic() + how.max_time
+
+    def of(self, logits: Array) -> Array:
+        """Choose the next token of every row (B,), of logits (B, V)."""
+        how, repetition = self._how, self._repetition
+        self._count += 1
+        if repetition is not None:
+            logits = repetition.penalised(logits)
+        if self._count <= how.min_new_tokens:
+            logits = without(logits, self._stop)
+        best = _drawn(logits, how, self._rngs) if how.is_sampled else logits.argmax(axis=1)
+        tokens = np.where(self._alive, best, how.pad_id)
+        self._alive &= ~(tokens[:, None] == self._stop).any(axis=1)
+        if repetition is not None:
+            repetition.add(tokens)
+        return tokens
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time that it may take is over."""
+        return time.monotonic() >= self._end
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no row goes on."""
+        is_whole = self._count == self._how.max_new_tokens or not self._alive.any()
+        return is_whole or self.is_late
 
 
 # --- sampling ------------------------------------------------------------------------------------

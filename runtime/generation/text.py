@@ -2,17 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.types import Array
 
-__all__ = ["TextStream", "split_thought", "until_end"]
+__all__ = [
+    "Closing",
+    "FinishReason",
+    "TextStream",
+    "Usage",
+    "split_thought",
+    "until_end",
+    "usage_of",
+]
 
 REPLACEMENT = "\ufffd"  # half a character, decoded
 THINK, THOUGHT_END = "<think>", "</think>"
+
+
+class Closing(ABC):
+    """Tokens that are computed elsewhere, until they are closed; from any thread."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+FinishReason = Literal["stop", "length", "time"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an answer took."""
+
+    prompt_tokens: int = 0  # positions that stand before the answer, those of images included
+    reused_tokens: int = 0  # of them, those that were not read again
+    completion_tokens: int = 0  # a stop id included
+    # after a stop id, after the most tokens, or when the time was over; None: not at its end
+    finish_reason: FinishReason | None = None
+
+
+def usage_of(ids: Sequence[int], how: Generation, prompt_tokens: int, reused_tokens: int) -> Usage:
+    """Say what an answer took, whose ids may be padded after their end."""
+    ends = [at + 1 for at, token in enumerate(ids) if token in how.stop_ids]
+    reason = _unfinished(len(ids), how)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        reused_tokens=reused_tokens,
+        completion_tokens=ends[0] if ends else len(ids),
+        finish_reason="stop" if ends else reason,
+    )
+
+
+def _unfinished(count: int, how: Generation) -> FinishReason:
+    """Say why an answer of so many tokens ended without a stop id."""
+    return "length" if how.max_time is None or count >= how.max_new_tokens else "time"
 
 
 class TextStream:
@@ -23,9 +71,10 @@ class TextStream:
     words, and not around it.
 
     Attributes:
-        finish_reason: ``"stop"`` after a stop id, ``"length"`` after the most tokens; None before
-            the end, and where it was closed.
-        prompt_tokens: positions that the decoder read before, those of images included.
+        finish_reason: ``"stop"`` after a stop id, ``"length"`` after the most tokens, ``"time"``
+            after ``max_time``; None before the end, and where it was closed.
+        prompt_tokens: positions that stand before the answer, those of images included.
+        reused_tokens: of them, those that were not read again.
         completion_tokens: tokens so far, a stop id included.
         thought: what stood between ``<think>`` and ``</think>`` in front, and is none of the
             pieces; None where nothing did.
@@ -37,12 +86,14 @@ class TextStream:
         how: Generation,
         decode: Callable[[list[int]], str],
         prompt_tokens: int,
+        reused_tokens: int = 0,
     ) -> None:
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.finish_reason: FinishReason | None = None
         self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
+        self.reused_tokens = reused_tokens
         self.thought: str | None = None
-        self._is_closed = False
-        self._pieces = self._answer(self._decoded(tokens, how, decode))
+        self._is_closed, self._tokens = False, tokens
+        self._pieces = self._answer(self._closing(tokens, self._decoded(tokens, how, decode)))
 
     def __iter__(self) -> Self:
         return self
@@ -50,11 +101,31 @@ class TextStream:
     def __next__(self) -> str:
         return next(self._pieces)
 
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """Yield the pieces without keeping the event loop; each is waited for in a thread."""
+        import asyncio  # which takes longer than all else here
+
+        with closing(self):
+            while (piece := await asyncio.to_thread(next, self, None)) is not None:
+                yield piece
+
+    @property
+    def usage(self) -> Usage:
+        """What it took so far, as ``Reply.usage``."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused_tokens,
+            completion_tokens=self.completion_tokens,
+            finish_reason=self.finish_reason,
+        )
+
     def close(self) -> None:
         """End it after the token that is being computed; from any thread, and more than once."""
         self._is_closed = True
         with suppress(ValueError):  # it runs in another thread, which looks at the flag
             self._pieces.close()
+        if isinstance(self._tokens, Closing):
+            self._tokens.close()
 
     def _answer(self, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
         """Yield what follows a thought; hold back only what may yet become one."""
@@ -73,12 +144,22 @@ class TextStream:
                 yield text
             yield from pieces
 
+    def _closing(
+        self, tokens: Iterator[Array], pieces: Generator[str, None, None]
+    ) -> Generator[str, None, None]:
+        """Yield all pieces; after the last one, or when it is closed, end the tokens."""
+        try:
+            yield from pieces
+        finally:
+            if isinstance(tokens, Generator):  # what it read is kept by then
+                tokens.close()
+
     def _decoded(
         self, tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
     ) -> Generator[str, None, None]:
         ids: list[int] = []  # of the last piece, and since
         count, told = 0, ""  # of the last piece: its tokens, and their text
-        reason: Literal["stop", "length"] = "length"
+        reason: FinishReason | None = None
         for token in tokens:
             if self._is_closed:
                 return
@@ -96,7 +177,7 @@ class TextStream:
         text = decode(ids)
         if text != told:
             yield text[len(told) :]
-        self.finish_reason = reason
+        self.finish_reason = reason or _unfinished(self.completion_tokens, how)
 
 
 def split_thought(text: str) -> tuple[str | None, str]:

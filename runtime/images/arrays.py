@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from internvl_edge.errors import MediaError, shortened
 from internvl_edge.types import Array
 
-__all__ = ["ARRAYS", "LAYOUTS", "ArrayKind", "as_array", "is_array_like", "picture_levels"]
+__all__ = [
+    "ARRAYS",
+    "LAYOUTS",
+    "ArrayKind",
+    "as_array",
+    "is_array_like",
+    "picture_levels",
+    "require_certain_white",
+]
 
 CHANNELS = (1, 2, 3, 4)
 CHANNELS_FIRST = (1, 3, 4)
@@ -47,7 +55,12 @@ class ArrayKind:
 FLOAT_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "[H, W, 2]")
 ARRAYS = (
     ArrayKind(dtypes=("uint8",), layouts=LAYOUTS, white=255, note="as they are"),
-    ArrayKind(dtypes=("uint16",), layouts=LAYOUTS, white=65535, note="divided by 257 and rounded"),
+    ArrayKind(
+        dtypes=("uint16",),
+        layouts=LAYOUTS,
+        white=65535,
+        note="divided by 257 and rounded; all 0, or one above 255",
+    ),
     ArrayKind(
         dtypes=("float16", "float32", "float64"),
         layouts=FLOAT_LAYOUTS,
@@ -93,6 +106,21 @@ def as_array(value: Any) -> Array:
             f"{_described(value)}: NumPy cannot read it ({shortened(str(error), 120)}); "
             "convert it first, such as with .float() or .numpy()"
         ) from error
+
+
+def require_certain_white(array: Array, label: str) -> None:
+    """Refuse 16-bit levels that would all be black or next to it: 8 bits in a wider type.
+
+    A file says itself how many bits it has; an array only has the type that somebody gave it.
+
+    Raises:
+        MediaError: every level of a uint16 array is within 255, and some are above 0.
+    """
+    if array.dtype == np.uint16 and array.size and 0 < (highest := int(array.max())) <= WHITE:
+        raise MediaError(
+            f"{label}: white is 65535 in uint16, found levels up to {highest}, which would all be "
+            "black; pass .astype(np.uint8) if they are 0 to 255"
+        )
 
 
 def picture_levels(array: Array, label: str) -> NDArray[np.uint8]:

@@ -33,7 +33,12 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from internvl_edge.errors import MediaError, ResourceError
-from internvl_edge.runtime.images.arrays import as_array, is_array_like, picture_levels
+from internvl_edge.runtime.images.arrays import (
+    as_array,
+    is_array_like,
+    picture_levels,
+    require_certain_white,
+)
 from internvl_edge.runtime.images.formats import (
     FORMATS,
     JPEG,
@@ -271,6 +276,7 @@ def _from_array(array: Array, label: str, options: ImageOptions) -> Image.Image:
     if array.ndim in (2, 3):  # whichever dimension the channels are
         width, height = sorted(array.shape, reverse=True)[:2]
         _check_shape(width, height, options.largest_pixels, "", label)
+    require_certain_white(array, label)
     levels = picture_levels(array, label)
     picture = levels[:, :, 0] if levels.shape[2] == 1 else levels
     return _flattened(Image.fromarray(np.ascontiguousarray(picture)), options.colour)

@@ -32,6 +32,7 @@ __all__ = [
     "is_normalised",
     "is_readable",
     "kind_problem",
+    "require_side",
 ]
 
 ACCEPTED = "a path, bytes, an open file, a PIL image or an array uint8 [H, W, 3]"
@@ -73,6 +74,20 @@ def check_normalised(pixels: Array, mean: Sequence[float], std: Sequence[float])
             "float32 [B, 3, S, S] is taken as normalised pixel_values, and these all lie in 0 to "
             "1, as levels do that are not normalised: pass list(array) if they are pictures",
             stacklevel=2,
+        )
+
+
+def require_side(pixels: Array, side: int | None) -> None:
+    """Refuse ``pixel_values`` [B,3,H,W] of another size than the graphs take.
+
+    Raises:
+        MediaError: they are most often pictures that are to be resized.
+    """
+    if side is not None and pixels.shape[2:] != (side, side):
+        raise MediaError(
+            f"a float array [B, 3, H, W] is taken as normalised pixel_values: expected "
+            f"[B, 3, {side}, {side}], found {list(pixels.shape)}; pass list(array) if they are "
+            "pictures with levels from 0 to 1, which are resized"
         )
 
 

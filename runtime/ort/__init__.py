@@ -3,6 +3,9 @@
 session      the session; start here
 options      how and where it computes
 cpu          the instruction sets that decide which INT8 graph is right
+rows         rows of one cache, each at its own position
 values       NumPy's arrays as ONNX Runtime's values, and back
+pinned       page-locked memory that calls are copied through
 cuda_graphs  calls replayed as CUDA graphs
+pinned       results in page-locked memory, which is used again
 """

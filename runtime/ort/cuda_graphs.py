@@ -2,7 +2,7 @@
 
 Queueing the kernels of a tower one by one takes the host longer than the GPU takes to compute one
 image. A call whose shapes came before is bound to buffers of its own and captured once; from then
-on it is two copies and one launch.
+on it is two copies and one launch. Both copies are from and to page-locked memory (``pinned``).
 
 What a captured call computed in goes back to the session's memory pool, and every replay writes
 there again. So calls take turns, and no output may stay in the pool: those of captured calls lie
@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import onnxruntime
 
-from internvl_edge.runtime.ort.values import Place, array_of, value_of
+from internvl_edge.runtime.ort.pinned import PinnedPool
+from internvl_edge.runtime.ort.values import Place, array_of, is_value, value_of
 from internvl_edge.types import Array
 
 __all__ = ["MAX_GRAPHS", "Replays"]
@@ -60,6 +61,23 @@ class Replays:
             self._may_capture.setdefault(shapes, True)
         return dict(zip(names, outputs, strict=True))
 
+    def run_device(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute these outputs of arrays or ``OrtValue``s, and leave copies on the device.
+
+        The first call of its shapes is captured at once; where that fails, it fails.
+        """
+        shapes = tuple(tuple(map(int, _shape(value))) for value in feeds.values())
+        with self._turn:
+            if shapes not in self._captured:
+                arrays = {
+                    n: array_of(v, self._place) if is_value(v) else v for n, v in feeds.items()
+                }
+                self._capture(shapes, (), arrays)
+            return self._captured[shapes].run_device(names, feeds)
+
+    def _on_host(self, value: Any) -> Array:
+        return array_of(value, self._place) if is_value(value) else cast(Array, value)
+
     def _capture(
         self, shapes: Shapes, names: Sequence[str], arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -90,12 +108,46 @@ class _Captured:
         self._outputs = {n: value_of(array, place) for n, array in zip(names, outputs, strict=True)}
         for name, value in self._outputs.items():
             self._binding.bind_ortvalue_output(name, value)
+        given = dict(zip(names, outputs, strict=True))
+        self._like = {name: (array.shape, array.dtype) for name, array in given.items()}
+        nbytes = {name: array.nbytes for name, array in (given | dict(arrays)).items()}
+        is_gpu = place[0] == "cuda"
+        self._pools = {name: PinnedPool(n if is_gpu else 0) for name, n in nbytes.items()}
 
     def run(self, names: Sequence[str], arrays: Mapping[str, Array]) -> dict[str, Array]:
+        self._replay(arrays)
+        return {name: self._fetched(name) for name in names}
+
+    def run_device(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
+        self._replay(feeds)
+        copies = {}
+        for name in names:
+            shape, dtype = self._like[name]
+            copies[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                shape, dtype, *self._place
+            )
+            copies[name].update_inplace(self._outputs[name])
+        return copies
+
+    def _replay(self, feeds: Mapping[str, Any]) -> None:
         for name, value in self._inputs.items():
-            value.update_inplace(arrays[name])
+            source = feeds[name]
+            if not is_value(source):
+                staged = self._pools[name].empty(source.shape, source.dtype)
+                if staged is not None:
+                    staged[...] = source
+                    source = staged
+            value.update_inplace(source)
         self._session.run_with_iobinding(self._binding, self._options)
-        return {name: array_of(self._outputs[name], self._place) for name in names}
+
+    def _fetched(self, name: str) -> Array:
+        value = self._outputs[name]
+        array = self._pools[name].fetch(value.data_ptr(), *self._like[name])
+        return array_of(value, self._place) if array is None else array
+
+
+def _shape(value: Any) -> Sequence[int]:
+    return cast(Sequence[int], value.shape() if is_value(value) else value.shape)
 
 
 def _options(graph_id: int) -> Any:

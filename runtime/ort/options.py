@@ -64,7 +64,11 @@ class OrtOptions:
     copy: bool = False
     # On a GPU, replay an image tower's calls of shapes seen before as CUDA graphs; they take turns.
     graphs: bool = True
+    # On a GPU, by the provider "cuda": run a tower's graph in ONNX Runtime's own operators.
+    contrib: bool = True
     tf32: bool = False  # on a GPU, round the factors of float32 products to 10 bits: faster
+    # On a GPU, by the provider "cuda": run INT8 and FP8, whose weights each call dequantizes.
+    allow_slow: bool = False
     qdq: bool = True  # make products of 8 bits of what DequantizeLinear stands around
     # Weight-only products: rounding x to int8 by blocks is faster; exact: x stays in float32.
     exact: bool = False

@@ -39,8 +39,13 @@ from internvl_edge.errors import (
     UsageError,
 )
 from internvl_edge.files.forks import never_destroyed_in_children
-from internvl_edge.runtime.feeds import check_feeds, check_outputs
-from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
+from internvl_edge.runtime.feeds import (
+    LOGITS_FROM,
+    POSITIONS,
+    WRITE_INDICES,
+    check_feeds,
+    check_outputs,
+)
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.cuda_graphs import Replays
 from internvl_edge.runtime.ort.options import (
@@ -54,6 +59,7 @@ from internvl_edge.runtime.ort.options import (
     native_options,
     place_of,
 )
+from internvl_edge.runtime.ort.rows import OrtRows
 from internvl_edge.runtime.ort.values import (
     BFLOAT16,
     array_of,
@@ -84,6 +90,9 @@ CAPTURE = "graph capture"
 # Releases up to 1.31 make INT8 products of FP8 ones, and refuse them; unfused, weights stay FP8.
 QDQ_FUSION = "QDQSelectorActionTransformer"
 FP8_FUSED = re.compile(r"float8e4m3fn.*MatMulIntegerToFloat", re.DOTALL)
+# In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
+ROUNDING = b"QuantizeLinear"
+FIRST = np.zeros(1, np.int64)  # position from which on a call has logits, where it does not say
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
 
@@ -129,6 +138,7 @@ class OrtSession:
         self._process = os.getpid()
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
+        self._optional = {v.name: spec_of(v) for v in session.get_overridable_initializers()}
         self._names = list(self._outputs)
         self.largest: Mapping[str, int] = {}  # nothing bounds a graph
         self._place = place_of(self._providers)
@@ -194,6 +204,11 @@ class OrtSession:
     def outputs(self) -> Mapping[str, TensorSpec]:
         return self._outputs
 
+    @property
+    def optional(self) -> Mapping[str, TensorSpec]:
+        """See ``DecoderSession.optional``."""
+        return self._optional
+
     def run(
         self,
         feeds: Mapping[str, Array],
@@ -204,7 +219,7 @@ class OrtSession:
         """See ``Session.run``."""
         session, replays, watch = self._opened(), self._replays, self._watch
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
-        arrays = check_feeds(self._inputs, feeds, check)
+        arrays = check_feeds(self._inputs, feeds, check, self._optional)
         if watch is not None:
             watch.require_unchanged()
         if not self._is_numpy:
@@ -238,21 +253,19 @@ class OrtSession:
             An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
         """
         session, watch = self._opened(), self._watch
-        if self._replays is not None:
-            raise UsageError(
-                f"{self._path.name} was opened with graphs, whose memory the next call writes "
-                "again; open it with OrtOptions(graphs=False) to leave outputs on the device"
-            )
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         given: Any = feeds
         if isinstance(feeds, Mapping):
             given = {n: described(v) if is_value(v) else v for n, v in feeds.items()}
-        arrays = check_feeds(self._inputs, given, check)
+        arrays = check_feeds(self._inputs, given, check, self._optional)
+        if self._replays is not None:
+            taken = {n: feeds[n] if is_value(feeds[n]) else a for n, a in arrays.items()}
+            return self._replayed(names, taken)
         binding = session.io_binding()
         for name, array in arrays.items():
             if is_value(feeds[name]):
                 binding.bind_ortvalue_input(name, feeds[name])
-            elif array.dtype.name == BFLOAT16:
+            elif array.dtype.name == BFLOAT16 or name in self._optional:
                 binding.bind_ortvalue_input(name, value_of(array, ("cpu", 0)))
             else:
                 binding.bind_cpu_input(name, array)
@@ -269,6 +282,19 @@ class OrtSession:
         if watch is not None:
             watch.require_unchanged()
         return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def _replayed(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Replay a call whose outputs stay on the device, as copies of what the next one writes."""
+        watch, replays = self._watch, self._replays
+        assert replays is not None
+        try:
+            if watch is not None:
+                watch.require_unchanged()
+            return replays.run_device(names, feeds)
+        except InternVLError:
+            raise
+        except Exception as error:
+            raise self._run_error(error) from error
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
@@ -288,10 +314,16 @@ class OrtSession:
             watch.require_unchanged()
         is_in_place = WRITE_INDICES in self._inputs
         held = cache if isinstance(cache, _Held) else _Held(session.io_binding(), names, cache)
+        start = feeds.get(LOGITS_FROM, FIRST)
         for name, array in feeds.items():
-            held.binding.bind_cpu_input(name, array)
+            if name not in self._optional:
+                held.binding.bind_cpu_input(name, array)
+        for name in self._optional:  # a binding that lasts has that of the call before
+            held.binding.bind_ortvalue_input(name, value_of(start, ("cpu", 0)))
         if is_in_place:
-            held.write_back(self._names, feeds["position_ids"].shape, self._outputs)
+            rows, length = feeds[POSITIONS].shape
+            some = len(range(length)[int(start[0]) :])
+            held.write_back(self._names, (rows, some), self._outputs)
         else:
             held.binding.bind_output(self._names[0], "cpu")
             for name in self._names[1:]:
@@ -304,6 +336,33 @@ class OrtSession:
             return held.logits.numpy(), held
         logits, *presents = held.binding.get_outputs()
         return logits.numpy(), presents
+
+    @property
+    def has_rows(self) -> bool:
+        """See ``RowSession.has_rows``."""
+        return WRITE_INDICES in self._inputs and self._place[0] == "cpu" and self._is_numpy
+
+    def rows(self, count: int) -> OrtRows:
+        """See ``RowSession.rows``."""
+        return OrtRows(
+            count,
+            self._inputs,
+            self._names[0],
+            optional=LOGITS_FROM in self._optional,
+            binding=lambda: self._opened().io_binding(),
+            run=self._run_bound,
+        )
+
+    def _run_bound(self, binding: Any) -> None:
+        session, watch = self._opened(), self._watch
+        if watch is not None:
+            watch.require_unchanged()
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._run_error(error) from error
+        if watch is not None:
+            watch.require_unchanged()
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; they pass through the host."""
@@ -375,10 +434,10 @@ class _Held(list[Any]):
             binding.bind_ortvalue_input(name, value)
 
     def write_back(
-        self, names: Sequence[str], tokens: tuple[int, ...], specs: Mapping[str, TensorSpec]
+        self, names: Sequence[str], places: tuple[int, int], specs: Mapping[str, TensorSpec]
     ) -> None:
-        """Bind logits of these (rows, tokens), and the cache to where it is read."""
-        shape = [*tokens, specs[names[0]].shape[-1]]
+        """Bind logits of these (rows, positions), and the cache to where it is read."""
+        shape = [*places, specs[names[0]].shape[-1]]
         if self.logits is None:
             for name, value in zip(names[1:], self, strict=True):
                 self.binding.bind_ortvalue_output(name, value)
@@ -404,13 +463,19 @@ def open_component(
     if not isinstance(options, OrtOptions):
         raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
+    files, fused = artifact.manifest.files, cuda_graph(component)
     known = find_component(component)
     # ONNX Runtime computes the masks of texts on the host, between kernels, and a decoder's cache
     # stays on the device from call to call: CUDA graphs are made of what sees images alone.
     if not known.is_vision:
         options = replace(options, graphs=False)
-    is_needed = unsigned in artifact.manifest.files and products_saturate()
-    if is_needed and choose_providers(device, options) == [CPU]:
+    is_cpu = choose_providers(device, options) == [CPU]
+    if not is_cpu and options.gpu_provider == "cuda":
+        if not options.allow_slow:
+            _require_fast(path, artifact.manifest.precision, component)
+        is_fused = options.contrib and fused in files and not known.takes_cache
+        path = artifact.file(fused) if is_fused else path
+    if is_cpu and unsigned in files and products_saturate():
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
         if options.fold is None and is_large and not known.takes_cache:
@@ -419,12 +484,35 @@ def open_component(
         return OrtSession(path, folder=folder, watch=watch, device=device, options=options)
 
 
+def _require_fast(path: Path, precision: str, component: str) -> None:
+    """Refuse 8-bit products, which ONNX Runtime's CUDA provider has not: it dequantizes weights.
+
+    Raises:
+        HardwareError: the graph rounds activations.
+    """
+    if ROUNDING in path.read_bytes():
+        raise HardwareError(
+            f"{path}: {component} multiplies in 8 bits ({precision}), and ONNX Runtime's CUDA "
+            "provider would dequantize all of its weights in every call, slower than bf16; on a "
+            "GPU, export at --precision bf16, or build an engine, internvl-edge build, for "
+            "8 bits; --allow-slow, OrtOptions(allow_slow=True), runs it all the same"
+        )
+
+
 def unsigned_graph(component: str) -> str:
     """Name the file of a component's graph for CPUs whose INT8 products saturate.
 
     It computes the same from the same weights (``quantize.graph.unsigned``).
     """
     return f"{component}.u8.onnx"
+
+
+def cuda_graph(component: str) -> str:
+    """Name the file of a component's graph in operators of ONNX Runtime's CUDA provider.
+
+    It computes the same from the same weights (``export.graph.cuda_form``).
+    """
+    return f"{component}.cuda.onnx"
 
 
 def _is_numpy(session: Any) -> bool:

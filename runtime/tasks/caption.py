@@ -21,11 +21,12 @@ import numpy as np
 from internvl_edge.artifact.components import DECODER, IMAGE_QUERIES, VISION
 from internvl_edge.errors import ContextLengthError, MediaError, UsageError, shortened
 from internvl_edge.runtime.components import OpenComponents
+from internvl_edge.runtime.generation.answers import Opening
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.limits import require_room, rows_at_once
-from internvl_edge.runtime.generation.loop import generate_all, stream
-from internvl_edge.runtime.generation.text import TextStream, until_end
+from internvl_edge.runtime.generation.loop import generate_all
+from internvl_edge.runtime.generation.text import TextStream, Usage, until_end, usage_of
 from internvl_edge.runtime.images.sources import (
     Stream,
     batches_of_images,
@@ -39,8 +40,10 @@ from internvl_edge.types import Array
 __all__ = [
     "Seen",
     "TextStream",
+    "answered",
     "continued",
     "generation",
+    "opening_of",
     "pieces",
     "see",
     "texts_of",
@@ -188,15 +191,43 @@ def pieces(components: OpenComponents, image: Any, prompt: Any, how: Generation)
         UsageError: several images or prompts, beams, or too long a prompt.
         MediaError: the image or the prompt cannot be used.
     """
+    opening = opening_of(components, image, prompt, how)
+    tokens = components.answers.tokens(components.session(DECODER), opening, how)
+    return TextStream(tokens, how, components.tokenizer.decode, _length(opening))
+
+
+def answered(
+    components: OpenComponents, image: Any, prompt: Any, how: Generation
+) -> tuple[str, Usage]:
+    """Answer one prompt on one image, and say what it took.
+
+    Raises:
+        UsageError, MediaError: as for ``pieces``, but beams.
+    """
+    opening = opening_of(components, image, prompt, how)
+    ids = components.answers.ids(components.session(DECODER), opening, how)
+    text = components.tokenizer.decode(until_end(ids, how))
+    return text, usage_of(ids, how, _length(opening), 0)
+
+
+def opening_of(components: OpenComponents, image: Any, prompt: Any, how: Generation) -> Opening:
+    """Open the answer to one prompt on one image.
+
+    Raises:
+        UsageError: several images or prompts, or too long a prompt.
+        MediaError: the image or the prompt cannot be used.
+    """
     seen, rows = see(components, image), _prompt_rows(components, prompt)
     if len(seen) != 1 or len(rows) != 1:
         raise UsageError(
             f"only one image and one prompt can be streamed, found {len(seen)} and {len(rows)}"
         )
     _require_room(components, rows, how)
-    decoding, given = start(components.session(DECODER), seen.cache), _prompt(rows, seen.cache)
-    count = given.past + len(rows[0])
-    return TextStream(stream(decoding, given, how), how, components.tokenizer.decode, count)
+    return Opening(cache=seen.cache, prompt=_prompt(rows, seen.cache))
+
+
+def _length(opening: Opening) -> int:
+    return opening.prompt.past + len(opening.prompt.rows[0])
 
 
 def _caches(

@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from internvl_edge.artifact.components import CHAT_DECODER
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.components import OpenComponents
-from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
-from internvl_edge.runtime.generation.loop import generate, stream
-from internvl_edge.runtime.generation.text import TextStream, split_thought, until_end
+from internvl_edge.runtime.generation.answers import Opening
+from internvl_edge.runtime.generation.batch import Generation
+from internvl_edge.runtime.generation.text import (
+    TextStream,
+    Usage,
+    split_thought,
+    until_end,
+    usage_of,
+)
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import Seen
 from internvl_edge.runtime.tasks.chat_decoder import (
     continued,
     fitting,
-    joined,
+    opening_of,
     require_chat_room,
-    started,
 )
 from internvl_edge.runtime.tasks.chat_images import ChatSeen, ChatTiles, as_images, see
 from internvl_edge.runtime.tasks.chat_prompt import (
@@ -48,6 +53,7 @@ __all__ = [
     "ChatSeen",
     "Reply",
     "Turn",
+    "Usage",
     "continued",
     "frames_of",
     "generation",
@@ -75,6 +81,7 @@ class Reply:
 
     text: str
     history: tuple[Turn, ...]
+    usage: Usage = field(default_factory=Usage)  # what it took
     thought: str | None = None  # what the model wrote between <think> and </think>; None: nothing
 
 
@@ -150,14 +157,20 @@ def reply(
     if not is_chat(components):
         seen, prompt = _single(components, images, question, options)
         given = as_turns(history)
-        ids = caption.continued(components, seen, [prompt], how)
-        (text,) = caption.texts_of(components, ids, how)
-        return Reply(text=text, history=(*given, Turn(question=question, answer=text)))
+        text, usage = caption.answered(components, seen, prompt, how)
+        turns = (*given, Turn(question=question, answer=text))
+        return Reply(text=text, history=turns, usage=usage)
     request = _request(components, images, question, history, how, options)
-    new = generate(*request.started(components), request.how)
-    told = components.chat_tokenizer.decode(until_end(new[0].tolist(), request.how))
+    opening, reused = request.opening(components)
+    new = components.answers.ids(components.session(CHAT_DECODER), opening, request.how)
+    told = components.chat_tokenizer.decode(until_end(new, request.how))
     thought, text = split_thought(told)
-    return Reply(text=text, thought=thought, history=_answered(request.prompt.turns, text))
+    return Reply(
+        text=text,
+        thought=thought,
+        history=_answered(request.prompt.turns, text),
+        usage=usage_of(new, request.how, len(request.prompt.ids), reused),
+    )
 
 
 def reply_pieces(
@@ -173,9 +186,10 @@ def reply_pieces(
         seen, prompt = _single(components, images, question, options)
         return caption.pieces(components, seen, prompt, how)
     request = _request(components, images, question, history, how, options)
-    tokens = stream(*request.started(components), request.how)
+    opening, reused = request.opening(components)
+    tokens = components.answers.tokens(components.session(CHAT_DECODER), opening, request.how)
     decode = components.chat_tokenizer.decode
-    return TextStream(tokens, request.how, decode, len(request.prompt.ids))
+    return TextStream(tokens, request.how, decode, len(request.prompt.ids), reused)
 
 
 def prompt_of(
@@ -226,12 +240,13 @@ class _Request:
     prompt: ChatPrompt
     how: Generation  # its stop ids are the template's too
 
-    def started(self, components: OpenComponents) -> tuple[Decoding, Prompt]:
+    def opening(self, components: OpenComponents) -> tuple[Opening, int]:
+        """Look at the images; open the answer, and count the positions that are not read again."""
         seen = self.images
         if len(seen) and isinstance(seen, ChatTiles):
             seen = see(components, seen)
         tokens = seen.tokens if isinstance(seen, ChatSeen) else ()
-        return started(components, [self.prompt.ids], joined(components, ChatSeen(tokens=tokens)))
+        return opening_of(components, self.prompt.ids, ChatSeen(tokens=tokens))
 
 
 def _request(

@@ -14,17 +14,19 @@ import numpy as np
 from internvl_edge.artifact.components import CHAT_DECODER
 from internvl_edge.errors import ContextLengthError, MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
+from internvl_edge.runtime.generation.answers import Opening
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
 from internvl_edge.runtime.generation.limits import require_room, rows_at_once
 from internvl_edge.runtime.generation.loop import generate_all
+from internvl_edge.runtime.generation.prefixes import marks_of
 from internvl_edge.runtime.tasks.chat_images import ChatSeen, see
 from internvl_edge.runtime.tasks.requests import id_rows, require_vocabulary, slices
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.runtime.text.embeddings import Embedding
 from internvl_edge.types import Array
 
-__all__ = ["continued", "fitting", "joined", "padding_of", "require_chat_room", "started"]
+__all__ = ["continued", "fitting", "joined", "opening_of", "padding_of", "require_chat_room"]
 
 CHAT_TOKENS = 1024  # of an answer, as the published quick starts ask for
 FEW_TOKENS = 128  # fewer are not worth keeping the rotary positions of short texts
@@ -78,7 +80,7 @@ def continued(
     ends = np.cumsum(counts)
     size = rows_at_once(components.session(CHAT_DECODER), batch_size, how)
     batches = (
-        started(
+        _started(
             components,
             rows[part],
             tokens[ends[part.start] - counts[part.start] : ends[part.stop - 1]],
@@ -89,7 +91,7 @@ def continued(
     return generate_all(batches, how)
 
 
-def started(
+def _started(
     components: OpenComponents, rows: Sequence[list[int]], tokens: Array, first: int = 0
 ) -> tuple[Decoding, Prompt]:
     """Start a decoder on an empty cache with rows of ids; ``first`` is the number of the first."""
@@ -97,6 +99,28 @@ def started(
     embed = Embedding(components.token_table, tokens)
     decoding = start(session, empty_cache(session, len(rows)), embed)
     return decoding, Prompt(rows=rows, first=first, long_positions=_long_positions(components))
+
+
+def opening_of(components: OpenComponents, ids: list[int], seen: ChatSeen) -> tuple[Opening, int]:
+    """Open the answer to a prompt after the longest beginning that is kept; also count that."""
+    session, long_positions = components.session(CHAT_DECODER), _long_positions(components)
+    # positions of long texts are others for the same ids, and NumPy has no bfloat16
+    is_plain = long_positions == 0 and all(s.dtype != "bfloat16" for s in session.inputs.values())
+    marks = marks_of(ids, seen.tokens) if is_plain else None
+    reused, cache = (0, {}) if marks is None else components.answers.prefixes.find(marks)
+    tokens = joined(components, seen)[ids[:reused].count(PLACE) :]
+    opening = Opening(
+        cache=cache or empty_cache(session, 1),
+        prompt=Prompt(
+            rows=[ids[reused:]],
+            past=reused,
+            before=[ids[:reused]],
+            long_positions=long_positions,
+        ),
+        embed=Embedding(components.token_table, tokens),
+        marks=marks,
+    )
+    return opening, reused
 
 
 def _long_positions(components: OpenComponents) -> int:

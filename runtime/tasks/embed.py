@@ -44,6 +44,7 @@ from internvl_edge.runtime.tasks.requests import (
     masked,
     one_place_templates,
     require_choice,
+    require_flag,
     require_whole,
     text_list,
 )
@@ -81,6 +82,7 @@ def encode_image(
 ) -> Array:
     """Embed images, float32 [B,E]; see ``Model.encode_image``."""
     embed = image_embedder(components, mode)
+    require_flag("normalize", normalize)
     batches = components.pixel_batches(image_stream(images), transform, batch_size)
     embeds = np.concatenate([embed(pixels) for pixels in batches])
     return unit(embeds) if normalize else embeds
@@ -95,6 +97,7 @@ def encode_text(
 ) -> Array:
     """Embed texts, float32 [B,E]; see ``Model.encode_text``."""
     components.require(TEXT_EMBED)
+    require_flag("normalize", normalize)
     given = text_list(texts)
     require_choice("on_long", on_long, ("truncate", "error"))
     if on_long != "truncate" and not isinstance(given, np.ndarray):
@@ -118,6 +121,7 @@ def encode_video(
 ) -> Array:
     """Embed one video, float32 [E]; see ``Model.encode_video``."""
     image_embedder(components, mode)
+    require_flag("normalize", normalize)
     chosen = frames_of(frames, num_frames)
     mean = pool_frames(encode_image(components, chosen, mode, False, batch_size, "clip"))
     return unit(mean) if normalize else mean

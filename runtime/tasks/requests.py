@@ -26,6 +26,7 @@ __all__ = [
     "masked",
     "one_place_templates",
     "require_choice",
+    "require_flag",
     "require_vocabulary",
     "require_whole",
     "slices",
@@ -202,6 +203,16 @@ def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise UsageError(
             f"{name} must be {' or '.join(map(repr, choices))}, found {shortened(value)}"
         )
+
+
+def require_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False, such as the word "no", which counts as true.
+
+    Raises:
+        UsageError: which argument, and what was found.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise UsageError(f"{name} must be True or False, found {shortened(value)}")
 
 
 def distinct_labels(labels: Iterable[str]) -> tuple[str, ...]:

@@ -108,6 +108,11 @@ class TrtSession:
         return self._spec.outputs
 
     @property
+    def optional(self) -> Mapping[str, TensorSpec]:
+        """See ``DecoderSession.optional``; an engine computes the logits of all positions."""
+        return {}
+
+    @property
     def largest(self) -> Mapping[str, int]:
         """See ``Session.largest``."""
         return self._spec.largest

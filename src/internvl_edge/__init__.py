@@ -17,6 +17,7 @@ from internvl_edge.errors import InternVLError
 from internvl_edge.files import telemetry
 
 if TYPE_CHECKING:
+    from internvl_edge.runtime.generation.answers import AnswerOptions
     from internvl_edge.runtime.images.options import ImageOptions
     from internvl_edge.runtime.model import load
     from internvl_edge.runtime.ort.options import OrtOptions, share_threads
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.trt.options import TrtOptions
 
 __all__ = [
+    "AnswerOptions",
     "ImageOptions",
     "InternVLError",
     "OrtOptions",
@@ -40,6 +42,7 @@ telemetry.turn_off()  # before anything imports ONNX Runtime
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY = {
+    "AnswerOptions": "internvl_edge.runtime.generation.answers",
     "ImageOptions": "internvl_edge.runtime.images.options",
     "load": "internvl_edge.runtime.model",
     "open_session": "internvl_edge.runtime.session",

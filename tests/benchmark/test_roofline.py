@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from support.gpu.fake_cuda import FakeCuda
 
 from internvl_edge.benchmark import peaks as peaks_module
-from internvl_edge.benchmark.peaks import (
+from internvl_edge.benchmark.limits.peaks import (
     REPEATS,
     SCALE,
     Peaks,
@@ -25,8 +25,8 @@ from internvl_edge.benchmark.peaks import (
     open_graph_with,
     product_model,
 )
-from internvl_edge.benchmark.roofline import locate
-from internvl_edge.benchmark.workload import Workload, read_workload
+from internvl_edge.benchmark.limits.roofline import locate
+from internvl_edge.benchmark.limits.workload import Workload, read_workload
 from internvl_edge.errors import HardwareError
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.session import Session

@@ -16,8 +16,8 @@ from support.tiny_onnx import FLOAT, INT64, linear, write_onnx
 
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.benchmark.inputs import seeded_feeds
-from internvl_edge.benchmark.roofline import component_workload
-from internvl_edge.benchmark.workload import Workload, read_workload
+from internvl_edge.benchmark.limits.roofline import component_workload
+from internvl_edge.benchmark.limits.workload import Workload, read_workload
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.errors import ArtifactError
 from internvl_edge.types import Array

@@ -93,6 +93,18 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compiled["components"].keys() == set(found["components"])
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "preprocessor_config.json"])
+def test_inspect_names_what_an_export_refuses(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert answer(capsys, "inspect", place / "checkpoint")["problem"] is None
+    copy = shutil.copytree(place / "checkpoint", tmp_path / "copy")
+    (copy / name).write_text("<html>not found</html>", encoding="utf-8")
+    assert name in answer(capsys, "inspect", copy)["problem"]
+    assert run(["inspect", str(copy)]) == 0
+    assert "export refuses it: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["checkpoint", "out"])
 def test_inspecting_needs_no_framework(place: Path, name: str) -> None:
     code = (
@@ -558,16 +570,22 @@ def test_doctor_says_which_gpus_have_no_rtx(
 ) -> None:
     found = [
         Gpu(index=i, name=name, sm=sm, memory_nbytes=1)
-        for i, (name, sm) in enumerate([("RTX 4090", 89), ("H100", 90)])
+        for i, (name, sm) in enumerate([("RTX 4090", 89), ("H100", 90), ("T4", 75)])
     ]
     monkeypatch.setattr("internvl_edge.runtime.gpu.probe.gpus", lambda: found)
     said = answer(capsys, "doctor")
-    assert said["machine"]["cuda_devices"] == 2
-    assert [gpu["runs_tensorrt_rtx"] for gpu in said["gpus"]] == [True, False]
+    assert said["machine"]["cuda_devices"] == 3
+    assert [gpu["runs_tensorrt_rtx"] for gpu in said["gpus"]] == [True, False, True]
+    assert [gpu["precisions"]["engines"] for gpu in said["gpus"]] == [
+        ["bf16", "fp8", "int8"],
+        ["bf16", "fp8", "int8"],
+        ["fp16", "int8"],
+    ]
     assert run(["doctor"]) == 0
     told = capsys.readouterr().out
     assert "cuda:0: RTX 4090, SM89\n" in told
     assert "cuda:1: H100, SM90: not for TensorRT-RTX" in told
+    assert "onnxruntime: bf16 or int4-wo for decoders\n" in told
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

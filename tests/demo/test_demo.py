@@ -16,7 +16,7 @@ from safetensors import safe_open
 from internvl_edge.demo import evaluate, language, scenes
 from internvl_edge.demo.training.batches import BOS, EOS, IGNORED, TrainingBatches, pixel_values
 from internvl_edge.demo.training.reference import CHECKPOINT, ReferenceModel
-from internvl_edge.demo.training.tokenizer import TOKENIZER_FILE, VOCAB_SIZE, train_tokenizer
+from internvl_edge.demo.training.tokenizer import VOCAB_SIZE, train_tokenizer
 from internvl_edge.demo.training.train import (
     CONFIG,
     PatchHeads,
@@ -30,7 +30,7 @@ from internvl_edge.errors import MissingDependency
 from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.config.checkpoint import load_config
 from internvl_edge.export.models import InternVL
-from internvl_edge.runtime.text.tokenizer import Tokenizer
+from internvl_edge.runtime.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 MAX_CHECKPOINT_NBYTES = 8_000_000
 seeds = st.integers(0, 2**32 - 1)

@@ -15,7 +15,7 @@ from support.gpu.trt_bench import feeds_of
 from support.paths import ROOT
 from support.tiny_onnx import open_directory
 
-from internvl_edge.benchmark.workload import Workload
+from internvl_edge.benchmark.limits.workload import Workload
 from internvl_edge.errors import ArtifactError, HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime.trt.options import TrtOptions
 from internvl_edge.runtime.trt.session import TrtSession
@@ -73,6 +73,7 @@ def test_no_skipped_check_looks_like_a_result() -> None:
     assert line(measured).endswith("no reference p50 1.000 ms p99 2.000 ms 900.0/s 3.00 GB")
     assert line(replace(measured, mfu=0.5, mbu=0.25)).endswith("3.00 GB MFU 50% MBU 25%")
     assert "without graphs 1.500 ms" in line(replace(measured, p50_ms_without_graphs=1.5))
+    assert "outputs on the GPU 0.500 ms" in line(replace(measured, p50_ms_on_device=0.5))
     assert line(replace(measured, backend="onnxruntime cpu", p50_ms=None)).endswith(
         "reference 3.00 GB"
     )

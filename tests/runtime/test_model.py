@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -270,6 +270,24 @@ def test_unit_length_when_asked(model: Model) -> None:
         model.encode_text(texts, normalize=True),
     ):
         np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, atol=ATOL)
+
+
+@pytest.mark.parametrize("word", ["no", 1, None], ids=["word", "number", "none"])
+def test_unit_length_is_asked_by_true_or_false(model: Model, word: Any) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: model.encode_image(pictures(1), normalize=word),
+        lambda: model.encode_text(["a"], normalize=word),
+        lambda: model.encode_video(pictures(2), normalize=word),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="normalize must be True or False"):
+            call()
+
+
+def test_pixel_values_of_another_size_are_named(model: Model) -> None:
+    other = np.zeros((2, 3, 5, 7), np.float32)
+    with pytest.raises(MediaError, match=r"taken as normalised.*found \[2, 3, 5, 7\]; pass list"):
+        model.encode_image(other)
 
 
 # --- counting sessions ---------------------------------------------------------------------------

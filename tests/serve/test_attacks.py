@@ -198,7 +198,7 @@ def test_a_stream_that_is_never_read_holds_nothing(attacked: Served) -> None:
         connection.sendall(head("/v1/chat/completions", len(body)) + body)
         chats = attacked.service.models["tiny"].chats
         end = time.monotonic() + 20
-        while chats._running is not None or chats.waiting:
+        while chats._running or chats.waiting:
             assert time.monotonic() < end
             time.sleep(0.02)
 

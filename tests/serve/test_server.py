@@ -237,9 +237,9 @@ def test_a_client_that_leaves_frees_its_place_within_a_token(
             asking.chat.completions.create(model="tiny", messages=messages, max_tokens=50)
     said = talker.said
     chats = served.service.models["tiny"].chats
-    wait_until(lambda: chats._running is None or chats._running.is_closed)
+    wait_until(lambda: all(answer.is_closed for answer in tuple(chats._running)))
     talker.may_say.release(1)
-    wait_until(lambda: chats._running is None)
+    wait_until(lambda: not chats._running)
     assert talker.said <= said + 2
     talker.may_say.release(1)
     assert served.ask("/v1/chat/completions", {**CHAT, "max_tokens": 1}).status == 200

@@ -6,7 +6,7 @@ timing       warm-up until steady, raw samples, intervals;  load  many callers a
 contenders   other ways to the same job: PyTorch, eager and compiled, and OpenVINO
 inputs       seeded arrays and pictures
 footprint    the memory of one component;  gpu_phases  where a GPU's time goes
-workload     operations and bytes of a graph;  peaks  what the machine reaches
-roofline     the work compared with the peaks
+limits       the work of a graph compared with what the machine reaches
+chat         time to the first token and between tokens, of several callers
 machine      where it was measured;  table  the results for people
 """

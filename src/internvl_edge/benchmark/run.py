@@ -30,8 +30,8 @@ from internvl_edge.runtime.session import Session, open_component, require_backe
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:  # both need onnx
-    from internvl_edge.benchmark.peaks import Peaks
-    from internvl_edge.benchmark.roofline import Roofline
+    from internvl_edge.benchmark.limits.peaks import Peaks
+    from internvl_edge.benchmark.limits.roofline import Roofline
 
 __all__ = ["Benchmark", "Comparison", "Measurement", "run_benchmark"]
 
@@ -265,8 +265,8 @@ def _with_rooflines(
     settings: Settings, measurements: Sequence[Measurement]
 ) -> tuple[list[Measurement], Peaks]:
     """Measure the peaks of this machine, and place each measurement of ours below them."""
-    from internvl_edge.benchmark.peaks import measure_backend
-    from internvl_edge.benchmark.roofline import component_workload, locate
+    from internvl_edge.benchmark.limits.peaks import measure_backend
+    from internvl_edge.benchmark.limits.roofline import component_workload, locate
 
     backend = require_backend(settings.backend)
     workloads = {}

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from internvl_edge.benchmark.run import Benchmark, Comparison, Measurement
 
 if TYPE_CHECKING:  # it needs onnx
-    from internvl_edge.benchmark.peaks import Peaks
+    from internvl_edge.benchmark.limits.peaks import Peaks
 
 __all__ = [
     "columns",
     "comparison_line",
     "environment_words",
     "markdown",
+    "markdown_row",
     "peaks_line",
     "row",
     "warnings",
@@ -156,9 +157,9 @@ def markdown(benchmark: Benchmark) -> str:
     """Write the results as Markdown: a table, the comparisons, the peaks, the environment."""
     names = columns(benchmark.measurements)
     lines = [
-        _markdown_row(names),
-        _markdown_row(["---"] * 3 + ["---:"] * (len(names) - 3)),
-        *[_markdown_row(row(measurement, names)) for measurement in benchmark.measurements],
+        markdown_row(names),
+        markdown_row(["---"] * 3 + ["---:"] * (len(names) - 3)),
+        *[markdown_row(row(measurement, names)) for measurement in benchmark.measurements],
         "",
         *[f"- {comparison_line(comparison)}" for comparison in benchmark.comparisons],
         *([f"- {peaks_line(benchmark.peaks)}"] if benchmark.peaks else []),
@@ -167,6 +168,7 @@ def markdown(benchmark: Benchmark) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """Write a row of a table."""
     escaped = (cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"

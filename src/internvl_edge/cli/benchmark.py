@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from internvl_edge.artifact.open import Artifact
-from internvl_edge.benchmark import table
+from internvl_edge.benchmark import chat, table
 from internvl_edge.benchmark.contenders import AGAINST
 from internvl_edge.benchmark.load import SCENARIOS
 from internvl_edge.benchmark.machine import load_warning
@@ -25,6 +26,7 @@ from internvl_edge.cli.options import (
     DIRECTORY,
     NEW_FILE,
     Finite,
+    allow_slow,
     answers,
     backend,
     device,
@@ -38,11 +40,59 @@ from internvl_edge.files.disk import write_atomically
 from internvl_edge.runtime.session import require_device
 
 MAX_SECONDS = 86_400.0  # of one measurement
+TASKS = ("components", "chat")
+OF_CHAT = ("tiles", "prompt", "answer", "callers", "slots")  # options of that task alone
+# And of the other one.
+OF_COMPONENTS = (
+    *("against", "checkpoint", "scenario", "streams", "p99_ms", "components", "image", "batch"),
+    *("roofline", "memory", "report"),
+)
 STREAMS = 2  # calls at once, unless asked otherwise
 
 
 @click.command()
 @click.argument("outs", type=DIRECTORY, nargs=-1, required=True)
+@click.option(
+    "--task",
+    type=one_of(*TASKS),
+    default="components",
+    show_default=True,
+    help="What is timed: each component, or answers from the question to the last token.",
+)
+@click.option(
+    "--tiles",
+    type=click.IntRange(0, 40),
+    default=1,
+    show_default=True,
+    help="Of chat: tiles of a picture; 0: no picture.",
+)
+@click.option(
+    "--prompt",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Of chat: tokens of text that a question has.",
+)
+@click.option(
+    "--answer",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Of chat: tokens of an answer.",
+)
+@click.option(
+    "--callers",
+    default="1,4,16",
+    show_default=True,
+    help="Of chat: numbers of callers at once, comma-separated.",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Of chat: answers that share a decoder with a cache of fixed capacity, on a CPU.",
+)
 @click.option(
     "--against",
     callback=lambda _, __, value: _rival(value),
@@ -105,10 +155,19 @@ STREAMS = 2  # calls at once, unless asked otherwise
 @backend
 @device
 @threads
+@allow_slow
 @answers
+@click.pass_context
 def benchmark(
+    context: click.Context,
     output: Output,
     outs: tuple[Path, ...],
+    task: str,
+    tiles: int,
+    prompt: int,
+    answer: int,
+    callers: str,
+    slots: int,
     against: str | Path | None,
     checkpoint: Path | None,
     components: tuple[str, ...] | None,
@@ -118,6 +177,7 @@ def benchmark(
     backend: str,
     device: str,
     threads: int | None,
+    allow_slow: bool,
     scenario: str,
     streams: int | None,
     p99_ms: float | None,
@@ -134,7 +194,32 @@ def benchmark(
     interval. Memory is that of a process that opens the component alone. MFU and MBU are the shares
     of the operations and bytes per second that this machine reached when it was asked for nothing
     else. Of engines, the GPU's part is shown by trtexec's names.
+
+    --task chat times conversations of two turns about a picture: the time to the first token with
+    its parts (preprocessing, vision, prefill), from token to token, tokens per second of all
+    callers, and how much of the prompts was not read again.
     """
+    _require_options_of(context, task)
+    if task == "chat":
+        device = require_device(device)
+        load = chat.ChatLoad(
+            tiles=tiles,
+            prompt_tokens=prompt,
+            answer_tokens=answer,
+            callers=_numbers("--callers", callers),
+            slots=slots,
+            seconds=seconds,
+        )
+        if (warning := load_warning()) is not None:
+            output.say(warning)
+        options = session_options(backend, threads)
+        chats = chat.run_chats(open_artifacts(outs), load, backend, device, options)
+        output.table(chat.COLUMNS, chat.rows_of(chats))
+        output.lines([chat.load_words(load)])
+        if markdown is not None:
+            write_atomically(markdown, chat.markdown(chats).encode())
+        output.result(chats.to_json())
+        return
     if isinstance(against, Path):
         outs, against = (*outs, against), None
     if checkpoint is not None and against in (None, "openvino"):
@@ -152,13 +237,13 @@ def benchmark(
     settings = Settings(
         artifacts=artifacts,
         components=chosen,
-        batch_sizes=_batch_sizes(batch),
+        batch_sizes=_numbers("--batch", batch),
         picture=read_picture(image, chosen),
         against=against,
         reference=reference_of(against, checkpoint, artifacts, backend, device),
         backend=backend,
         device=device,
-        options=session_options(backend, threads),
+        options=session_options(backend, threads, allow_slow=allow_slow),
         scenario=scenario,
         streams=streams or STREAMS,
         seconds=seconds,
@@ -216,11 +301,19 @@ def _rival(name: str | None) -> str | Path | None:
     return Path(name)
 
 
-def _batch_sizes(batch: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(part) for part in batch.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1:
-        raise UsageError(f"--batch: expected positive numbers such as 1,8, found {batch!r}")
-    return sizes
+        numbers = (0,)
+    if min(numbers) < 1:
+        raise UsageError(f"{option}: expected positive numbers such as 1,8, found {text!r}")
+    return numbers
+
+
+def _require_options_of(context: click.Context, task: str) -> None:
+    """Refuse options of another task."""
+    for name in OF_COMPONENTS if task == "chat" else OF_CHAT:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = "--" + name.removesuffix("_ms")
+            raise UsageError(f"{option} is no option of --task {task}; leave it out")

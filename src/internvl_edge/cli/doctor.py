@@ -17,6 +17,8 @@ from internvl_edge.files.cores import usable_cores
 from internvl_edge.files.memory import available_memory, total_memory
 from internvl_edge.files.packages import PACKAGES, is_installed, versions
 
+RUNNERS = ("onnxruntime", "engines")  # on CUDA; the former dequantizes 8 bits in every call
+
 
 @click.command()
 @no_backend
@@ -36,8 +38,13 @@ def doctor(output: Output, backend: str) -> None:
         (name, installed[name] or "missing", package.unlocks, missing.get(name, ""))
         for name, package in listed.items()
     ]
-    gpus = [
-        {"name": gpu.name, "sm": gpu.sm, "runs_tensorrt_rtx": not lacks_rtx(gpu.sm)}
+    gpus: list[dict[str, Any]] = [
+        {
+            "name": gpu.name,
+            "sm": gpu.sm,
+            "runs_tensorrt_rtx": not lacks_rtx(gpu.sm),
+            "precisions": _precisions(gpu.sm),
+        }
         for gpu in probed_gpus()
     ]
     machine = _machine() | {"cuda_devices": len(gpus)}
@@ -46,6 +53,7 @@ def doctor(output: Output, backend: str) -> None:
     for index, gpu in enumerate(gpus):
         lack = "" if gpu["runs_tensorrt_rtx"] else ": not for TensorRT-RTX, but for TensorRT"
         output.lines([f"cuda:{index}: {gpu['name']}, SM{gpu['sm']}{lack}"])
+        output.lines([f"  {runs}: {' or '.join(gpu['precisions'][runs])}" for runs in RUNNERS])
     output.result(
         {
             "version": __version__,
@@ -56,6 +64,15 @@ def doctor(output: Output, backend: str) -> None:
             "execution_providers": _providers(),
         }
     )
+
+
+def _precisions(sm: int) -> dict[str, list[str]]:
+    """Say which precisions are right for a GPU: those its tensor cores multiply in."""
+    from internvl_edge.export.engine.targets import first_sm
+
+    bits_16 = "bf16" if sm >= first_sm("bf16") else "fp16"
+    bits_8 = ["fp8", "int8"] if sm >= first_sm("fp8") else ["int8"]
+    return dict(zip(RUNNERS, ([bits_16, "int4-wo for decoders"], [bits_16, *bits_8]), strict=True))
 
 
 def _machine() -> dict[str, Any]:

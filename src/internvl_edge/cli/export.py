@@ -29,12 +29,12 @@ from internvl_edge.cli.options import (
 )
 from internvl_edge.errors import CheckpointError, UsageError, did_you_mean
 from internvl_edge.export import require_packages
-from internvl_edge.export.precision import precision_hint
+from internvl_edge.export.precision import PRECISIONS, precision_hint
 from internvl_edge.runtime.images.formats import SUFFIXES
 
 AUTO = "auto"
+OFFERED = (*PRECISIONS, AUTO)
 LAYOUTS = ("internvl_chat", "internvl_hf")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-wo", "int4-wo", AUTO)
 METRICS = ("cosine", "zero-shot", "recall@1")
 EXPECT_FUSED = "Refuse an engine that lost fused attention or 8-bit products; inspect shows them."
 
@@ -48,7 +48,7 @@ EXPECT_FUSED = "Refuse an engine that lost fused attention or 8-bit products; in
     callback=lambda _, __, value: value.lower(),
     default="fp32",
     show_default=True,
-    help=f"{', '.join(PRECISIONS)}; or one per tower: vision=int8,decoder=int4-wo.",
+    help=f"{', '.join(OFFERED)}; or one per tower: vision=int8,decoder=int4-wo.",
 )
 @click.option("--components", callback=names, help="Comma-separated; default: all there are.")
 @click.option("--image-size", type=int, help="Resolution; default: the checkpoint's own.")
@@ -153,10 +153,10 @@ def export(
 
 def _is_searched(precision: str, max_drop: float | None, metric: str | None) -> bool:
     """Tell whether the layers in 16 bits are searched for; refuse options that go with another."""
-    if "=" not in precision and precision not in PRECISIONS:
+    if "=" not in precision and precision not in OFFERED:
         raise UsageError(
-            f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, or one per tower "
-            f"such as vision=int8,decoder=int4-wo{precision_hint(precision, PRECISIONS)}"
+            f"--precision {precision}: expected one of {', '.join(OFFERED)}, or one per tower "
+            f"such as vision=int8,decoder=int4-wo{precision_hint(precision, OFFERED)}"
         )
     is_auto = precision == AUTO
     if is_auto and max_drop is None:

@@ -126,27 +126,32 @@ class Running:
     backend: str
     device: str
     threads: int | None
+    allow_slow: bool
     images: ImageOptions
 
     def open(self, out: Path) -> Model:
         """Open the model of a compiled directory."""
         from internvl_edge.runtime.model import load
 
-        options = session_options(self.backend, self.threads)
+        options = session_options(self.backend, self.threads, allow_slow=self.allow_slow)
         return load(out, self.backend, self.device, options=options, images=self.images)
 
 
-def session_options(backend: str, threads: int | None) -> OrtOptions | None:
+def session_options(
+    backend: str, threads: int | None, *, allow_slow: bool = False
+) -> OrtOptions | None:
     """Make the options of every session; None: the backend's defaults.
 
     Raises:
         UsageError: threads of a backend that has none of its own.
     """
-    if threads is None:
+    if threads is None and not allow_slow:
         return None
     if backend not in ("auto", "onnxruntime"):
-        raise UsageError(f"--threads {threads}: {backend} computes on a GPU; leave --threads out")
-    return OrtOptions(num_threads=threads)
+        given = "--allow-slow" if threads is None else f"--threads {threads}"
+        option = given.partition(" ")[0]
+        raise UsageError(f"{given}: {backend} computes on a GPU; leave {option} out")
+    return OrtOptions(num_threads=threads, allow_slow=allow_slow)
 
 
 device = click.option(
@@ -157,6 +162,11 @@ threads = click.option(
     type=click.IntRange(1, MAX_THREADS),
     help="On the processor, at once; default: the cores that this process may use.",
 )
+allow_slow = click.option(
+    "--allow-slow",
+    is_flag=True,
+    help="On a GPU, let ONNX Runtime run INT8 and FP8, which it computes in more bits.",
+)
 
 
 def runs_model(function: Function) -> Function:
@@ -165,6 +175,7 @@ def runs_model(function: Function) -> Function:
     @backend
     @device
     @threads
+    @allow_slow
     @click.option(
         "--background",
         default="white",
@@ -183,6 +194,7 @@ def runs_model(function: Function) -> Function:
         backend: str,
         device: str,
         threads: int | None,
+        allow_slow: bool,
         background: str,
         max_megapixels: float | None,
         **kwargs: Any,
@@ -192,9 +204,13 @@ def runs_model(function: Function) -> Function:
             max_megapixels=max_megapixels,
         )
         running = Running(
-            backend=backend, device=require_device(device), threads=threads, images=images
+            backend=backend,
+            device=require_device(device),
+            threads=threads,
+            allow_slow=allow_slow,
+            images=images,
         )
-        session_options(backend, threads)  # refused before any work
+        session_options(backend, threads, allow_slow=allow_slow)  # refused before any work
         return function(*args, running=running, **kwargs)
 
     return wrapped  # type: ignore[return-value]

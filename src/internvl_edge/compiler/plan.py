@@ -22,7 +22,7 @@ from internvl_edge.export.config.checkpoint import check_image_size
 from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
 from internvl_edge.quantize.calibration.images import CalibrationSet
-from internvl_edge.quantize.fold import source_of
+from internvl_edge.quantize.fold import source_of, without_layer_scale
 from internvl_edge.quantize.recipe import Recipe, load_recipe
 from internvl_edge.runtime.images.transform import MAX_SIZE, Preprocessing
 
@@ -78,7 +78,7 @@ class Plan:
     preprocessing: Preprocessing
     recipe: Recipe | None  # None: nothing is quantized
     is_demo: bool
-    source: Checkpoint  # the checkpoint in the form that the recipe quantizes
+    source: Checkpoint  # the checkpoint in the form that graphs compute, or the recipe quantizes
 
     @property
     def base(self) -> str:
@@ -140,8 +140,19 @@ def make_plan(options: ExportOptions) -> Plan:
         preprocessing=read_preprocessing(checkpoint.path, image_size),
         recipe=recipe,
         is_demo=checkpoint.path.resolve() == demo_checkpoint().resolve(),
-        source=source_of(checkpoint, recipe),
+        source=_source(options, checkpoint, recipe),
     )
+
+
+def _source(options: ExportOptions, checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
+    """Give a checkpoint the form that graphs compute: folded, but for weights that are kept.
+
+    At fp16 LayerScale stays: it is float32 there, as the residual stream is.
+    """
+    if recipe is not None:
+        return source_of(checkpoint, recipe)
+    is_kept = options.weights != "auto" or options.precision not in ("fp32", "bf16")
+    return checkpoint if is_kept else without_layer_scale(checkpoint)
 
 
 def _check_bounds(options: ExportOptions) -> None:

@@ -35,6 +35,7 @@ from internvl_edge.compiler.steps.calibration.samples import load_samples
 from internvl_edge.errors import UsageError
 from internvl_edge.quantize.sensitivity import Search, Sensitivity, exactly, fewest
 from internvl_edge.runtime.model import load
+from internvl_edge.runtime.ort.options import OrtOptions
 
 NEEDED = {"cosine": set[str](), "zero-shot": set(EMBEDDERS), "recall@1": set(EMBEDDERS)}
 LEVELS = 8  # sets of layers that one pass tries
@@ -129,7 +130,7 @@ class _Tasks:
         export(replace(options, out=out), self.report)
         captions = list(dict.fromkeys(self.samples.captions))
         own = np.array([captions.index(caption) for caption in self.samples.captions])
-        with load(out) as model:
+        with load(out, options=OrtOptions(allow_slow=True)) as model:
             images = [self.samples.image(i) for i in range(len(self.samples))]
             image = model.encode_image(images, normalize=True)
             text = model.encode_text(captions, normalize=True)

@@ -49,7 +49,7 @@ def copied(vit: Path, precision: str, tmp_path: Path) -> Path:
 
 def change(out: Path, name: str, edit: Callable[[Array], None]) -> None:
     """Change a stored tensor in place, and nothing else of its file."""
-    for path in out.glob("*.safetensors"):
+    for path in sorted(out.glob("*.safetensors"), reverse=True):  # weights.safetensors first
         header = read_header(path)
         entry = header.get(name) or header.get(name.removeprefix("vision_model."))
         if entry is not None:  # a bare tower's own shard has no prefix

@@ -13,8 +13,8 @@ from support.reports import HOSTILE, manifest, parsed
 from internvl_edge.benchmark import table
 from internvl_edge.benchmark.footprint import Footprint
 from internvl_edge.benchmark.gpu_phases import METRICS
-from internvl_edge.benchmark.peaks import Peaks
-from internvl_edge.benchmark.roofline import Roofline
+from internvl_edge.benchmark.limits.peaks import Peaks
+from internvl_edge.benchmark.limits.roofline import Roofline
 from internvl_edge.benchmark.run import Benchmark, Comparison, Measurement
 from internvl_edge.benchmark.timing import Distribution, Ratio, Timing
 from internvl_edge.compiler.report.plots import latency_plot, roofline_plot

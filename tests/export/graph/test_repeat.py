@@ -41,7 +41,7 @@ def plan_of(tmp_path: Path, config: Any, **more: Any) -> Plan:
 
 
 def in_full(plan: Plan, name: str, config: CheckpointConfig | None = None) -> ir.Model:
-    config = config or plan.checkpoint.config
+    config = config or plan.source.config
     model = meta_model(config, plan.image_size)
     apply_policy(model, POLICIES[plan.base])
     return trace._trace(plan, name, config, model)

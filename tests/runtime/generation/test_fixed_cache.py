@@ -21,7 +21,7 @@ import internvl_edge
 from internvl_edge import compiler, open_session
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.benchmark.inputs import seeded_feeds
-from internvl_edge.benchmark.workload import read_workload
+from internvl_edge.benchmark.limits.workload import read_workload
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.oracle.bisect import bisect
 from internvl_edge.errors import FeedError, ResourceError, UsageError, VerificationError

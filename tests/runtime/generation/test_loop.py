@@ -21,7 +21,7 @@ from internvl_edge import compiler
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import FeedError, InternVLError, UsageError
 from internvl_edge.export.checkpoint.load import load_reference
-from internvl_edge.runtime.generation.batch import Generation, Prompt
+from internvl_edge.runtime.generation.batch import Generation, Prompt, repetition_of
 from internvl_edge.runtime.generation.beams import _best_next
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.loop import _nucleus, generate, stream
@@ -409,6 +409,12 @@ def test_a_seed_repeats_itself() -> None:
 
 
 # --- what is refused -----------------------------------------------------------------------------
+
+
+def test_no_repetition_penalty_is_a_penalty_of_one() -> None:
+    assert Generation(repetition_penalty=None) == Generation()
+    for penalty in (None, 1, 1.0):
+        assert repetition_of(Prompt(rows=[[1]]), Generation(repetition_penalty=penalty)) is None
 
 
 @pytest.mark.parametrize(

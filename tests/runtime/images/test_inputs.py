@@ -141,7 +141,8 @@ def test_arrays_of_the_table_give_their_levels(kind: ArrayKind, dtype: str, layo
 def test_16_bits_are_rounded_to_the_nearest_level(value: int) -> None:
     grey = np.full((2, 2), value, np.uint16)
     expected = int(np.rint(value / 257))
-    assert np.unique(pixels(grey)).tolist() == [expected]
+    if value == 0 or value > 255:  # else nobody can tell the bits of an array
+        assert np.unique(pixels(grey)).tolist() == [expected]
     assert np.unique(pixels(Image.fromarray(grey))).tolist() == [expected]
     assert np.unique(pixels(encoded(Image.fromarray(grey)))).tolist() == [expected]
 
@@ -167,6 +168,7 @@ def test_deep_pillow_images_are_scaled() -> None:
     [
         (np.full((4, 4), 200, np.int32), r"levels 200 to 200; pass .astype\(np.uint8\) if they"),
         (np.full((4, 4, 3), 200, np.int64), r"pass .astype\(np.uint8\)"),
+        (np.full((4, 4), 255, np.uint16), "white is 65535 in uint16, found levels up to 255"),
         (np.full((4, 4), 70_000, np.uint32), r"\.astype\(np.uint16\) if 0 to 65535"),
         (np.full((4, 4), -1, np.int32), "levels -1 to -1"),
         (np.full((4, 4), 5, np.int8), "int8 does not say what white is"),

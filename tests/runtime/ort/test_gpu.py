@@ -14,9 +14,9 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx import helper
-from support.tiny_onnx import BFLOAT16, linear, open_directory, write_onnx
+from support.tiny_onnx import BFLOAT16, FLOAT, linear, open_directory, write_onnx
 
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import HardwareError, ResourceError, UsageError
 from internvl_edge.runtime.ort import cuda_graphs
 from internvl_edge.runtime.ort import options as ortoptions
 from internvl_edge.runtime.ort import session as ort
@@ -143,10 +143,30 @@ def test_a_session_on_a_gpu_replays(gpu: Native) -> None:
     with OrtSession(gpu.path, device="cuda") as session:
         for seed in range(3):
             assert session.run(batch(2, seed))["y"].shape == (2, 3)
-        with pytest.raises(UsageError, match=r"OrtOptions\(graphs=False\)"):
-            session.run_device(batch(2, 0))
     assert gpu.opened == [{"device_id": "0", "use_tf32": "0", "enable_cuda_graph": "1"}]
     assert gpu.graph_ids == [-1, -1, 1, 1]
+
+
+def test_outputs_that_stay_on_the_device_outlive_the_next_call(gpu: Native) -> None:
+    with OrtSession(gpu.path, device="cuda") as session:
+        kept = [session.run_device(batch(2, seed)) for seed in range(3)]
+        kept.append(session.run_device({"x": value_of(batch(2, 3)["x"], PLACE)}, outputs=["y"]))
+    for seed, outputs in enumerate(kept):
+        wanted = gpu._session.run(["y"], batch(2, seed))[0]
+        np.testing.assert_array_equal(outputs["y"].numpy(), wanted)
+    assert list(kept[3]) == ["y"]
+    assert gpu.graph_ids == [-1, 1, 1, 1, 1, 1], "captured at once"
+
+
+def test_a_call_on_the_device_that_cannot_be_captured_says_so(
+    gpu: Native, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_memory(binding: Any, options: Any = None) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 4")
+
+    monkeypatch.setattr(gpu, "run_with_iobinding", short_of_memory)
+    with OrtSession(gpu.path, device="cuda") as session, pytest.raises(ResourceError):
+        session.run_device(batch(2, 0))
 
 
 def test_what_cannot_be_captured_is_opened_without_graphs(gpu: Native) -> None:
@@ -290,3 +310,61 @@ def test_a_release_that_takes_fp8_for_int8_opens_without_that_fusion(
     with OrtSession(gpu.path, device=device) as session:
         assert session.run(batch(2, 0))["y"].shape == (2, 3)
     assert len(disabled) == 2
+
+
+# --- what a GPU would run slowly -----------------------------------------------------------------
+
+
+def rounds(path: Path, *, activations: bool) -> Path:
+    """``y = x W`` whose weight, and maybe x, is in 8 bits."""
+    nodes = [helper.make_node("DequantizeLinear", ["weight", "scale"], ["wide"])]
+    if activations:
+        nodes.insert(0, helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["narrow"]))
+        nodes.append(helper.make_node("DequantizeLinear", ["narrow", "scale", "zero"], ["rounded"]))
+    nodes.append(helper.make_node("MatMul", ["rounded" if activations else "x", "wide"], ["y"]))
+    return write_onnx(
+        path,
+        nodes,
+        [("x", FLOAT, ["batch", 4])],
+        [("y", FLOAT, ["batch", 3])],
+        {
+            "weight": np.ones((4, 3), np.int8),
+            "scale": np.array(0.1, np.float32),
+            "zero": np.array(0, np.int8),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "activations", "is_refused"),
+    [
+        ("cuda", OrtOptions(), True, True),
+        ("auto", OrtOptions(), True, True),
+        ("cuda", OrtOptions(allow_slow=True), True, False),
+        ("cuda", OrtOptions(), False, False),
+        ("cuda", OrtOptions(gpu_provider="tensorrt"), True, False),
+        ("cpu", OrtOptions(), True, False),
+    ],
+    ids=["cuda", "auto", "allowed", "weights alone", "tensorrt", "cpu"],
+)
+def test_8_bit_products_are_refused_by_the_cuda_provider(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    options: OrtOptions,
+    activations: bool,
+    is_refused: bool,
+) -> None:
+    """It dequantizes all weights in every call; another provider, or the CPU, does not."""
+    rounds(tmp_path / "vision.onnx", activations=activations)
+    artifact, opened = open_directory(tmp_path, ["vision"]), list[Path]()
+    available = [*ortoptions.GPU_PROVIDERS.values(), CPU]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(ortoptions, "gpu_count", lambda: 1)
+    monkeypatch.setattr(ort, "OrtSession", lambda path, **_: opened.append(path))
+    if is_refused:
+        with pytest.raises(HardwareError, match=r"--precision bf16.* engine.*allow_slow=True"):
+            open_component(artifact, "vision", device, options=options)
+    else:
+        open_component(artifact, "vision", device, options=options)
+    assert len(opened) == (not is_refused)

@@ -97,6 +97,24 @@ def test_answers_come_one_after_the_other_and_no_place_is_lost() -> None:
     asyncio.run(run())
 
 
+def test_a_few_are_answered_at_once() -> None:
+    async def run() -> None:
+        talker = Talker()
+        chats = Chats(talker, 3, 2)  # type: ignore[arg-type]
+        answers = [ask(chats, 2) for _ in range(3)]
+        while len(chats._running) < 2:
+            await asyncio.sleep(0.001)
+        assert chats.waiting == 1
+        talker.may_say.release(6)
+        for answer in answers:
+            async for _ in answer:
+                pass
+            assert answer.completion_tokens == 2
+        await asyncio.to_thread(chats.close)
+
+    asyncio.run(run())
+
+
 def test_who_leaves_frees_the_place_after_one_token() -> None:
     async def run() -> None:
         talker = Talker()

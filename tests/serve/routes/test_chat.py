@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from support.web.serving import Reply, Served, data_url, image_part, inside, png, question
 
 import internvl_edge
+from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.runtime.generation.text import TextStream
 from internvl_edge.runtime.model import Model
@@ -53,7 +55,44 @@ def test_an_answer_about_one_picture(served: Served, model: Model) -> None:
         "prompt_tokens": stream.prompt_tokens,
         "completion_tokens": stream.completion_tokens,
         "total_tokens": stream.prompt_tokens + stream.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
+
+
+@pytest.fixture(scope="module")
+def sharing(compiled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A decoder whose cache has a fixed capacity."""
+    out = tmp_path_factory.mktemp("sharing") / "talk"
+    checkpoint = compiled_chat.parent / "checkpoint"
+    options = ExportOptions(checkpoint=checkpoint, out=out, verify="none", cache_capacity=500)
+    export(options)
+    with inside({"talk": out}) as running:
+        yield running
+
+
+def test_chats_share_a_decoder(sharing: Served, talker: Model) -> None:
+    assert sharing.service.models["talk"].components.answers.options.slots == 4
+
+    def ask(seed: int) -> str:
+        how = {"temperature": 1.0, "seed": seed, "max_tokens": 20}
+        reply = sharing.ask(PATH, {"messages": question("what is it?"), **how}).json
+        text: str = reply["choices"][0]["message"]["content"]
+        return text
+
+    expected = [
+        talker.chat(None, "what is it?", temperature=1.0, seed=i, max_new_tokens=20).text
+        for i in range(4)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == expected
+
+
+def test_usage_says_what_was_not_read_again(talking: Served) -> None:
+    asked = {"messages": question("how many?", URLS[1]), "max_tokens": 4}
+    first, second = (talking.ask(PATH, asked).json["usage"] for _ in range(2))
+    assert second["prompt_tokens"] == first["prompt_tokens"]
+    reused = second["prompt_tokens_details"]["cached_tokens"]
+    assert reused == second["prompt_tokens"] - 1
 
 
 def test_history_and_system_are_accepted_and_not_read_by_an_internvl_g(

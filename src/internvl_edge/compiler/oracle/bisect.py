@@ -16,8 +16,8 @@ by a wrong weight, scale, axis or operator (or one of its channels is: a channel
 its own). The first one in the order of the graph is where to look, since what comes after it
 in the block reads it.
 
-PyTorch is the checkpoint in the form that the recipe quantizes (``quantize.fold``): the same
-function, its residual stream perhaps in another basis, which is the graph's.
+PyTorch is the checkpoint in the form that the graph computes (``quantize.fold``): the same
+function, LayerScale perhaps part of other layers, its residual stream perhaps in another basis.
 
 The inputs are seeded noise, of which a component needs no sample. The files' hashes are not
 checked: a directory that is broken is what this is for.
@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from internvl_edge.artifact.components import find_component
 from internvl_edge.artifact.open import Artifact, open_artifact
@@ -39,7 +40,9 @@ from internvl_edge.compiler.progress import Report, silent
 from internvl_edge.compiler.source import open_source, quantization_of
 from internvl_edge.compiler.steps.graph_files import engine_graph
 from internvl_edge.errors import UsageError, did_you_mean
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import BOUNDS
+from internvl_edge.quantize.fold import without_layer_scale
 
 NARROW_DB = 15.0  # the same in 16 bits, where such roundings are many
 TENSOR_DB = 30.0  # of a quantized graph: one rounding to the other side shows in a small tensor
@@ -71,14 +74,23 @@ def bisect(
     artifact = open_artifact(out, hash_files=False)
     opened = open_source(artifact, checkpoint)
     quantization = quantization_of(artifact, opened)
-    source = opened if quantization is None else quantization.source
     readings = []
     for name in _components(artifact, component):
         for file, base in _graphs(artifact, name, quantization):
             bound = _bound(base, quantization) if min_sqnr_db is None else min_sqnr_db
+            source = _form_of(artifact.file(file), opened, quantization)
             graph = GraphBlocks(artifact, source, quantization, name, file, is_wide=base == "fp32")
             readings.append(graph.read(bound, report))
     return readings
+
+
+def _form_of(graph: Path, opened: Checkpoint, quantization: Quantization | None) -> Checkpoint:
+    """Give a checkpoint the form that a graph computes: with its LayerScale, or with it folded."""
+    if quantization is not None:
+        return quantization.source
+    names = ir.load(graph).graph.initializers
+    is_kept = any(name.endswith((".ls1", ".ls2")) for name in names)
+    return opened if is_kept else without_layer_scale(opened)
 
 
 def _components(artifact: Artifact, chosen: str | None) -> list[str]:

@@ -23,6 +23,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.artifact.components import COMPONENTS
@@ -50,7 +51,10 @@ from internvl_edge.export.compare import (
 from internvl_edge.export.graph.uint8_input import on_levels
 from internvl_edge.export.precision import precision_of
 from internvl_edge.export.towers.streams import Samples
+from internvl_edge.runtime.feeds import MASK, POSITIONS
 from internvl_edge.runtime.images.transform import Preprocessing
+from internvl_edge.runtime.ort.session import cuda_graph
+from internvl_edge.types import Array
 
 SAMPLES = 4  # of the calibration set, to compare quantized components on
 SAME_DB = 70.0  # compared with the simulation: the same numbers
@@ -147,13 +151,22 @@ class Checker:
         other = path.with_name(engine_graph(component, engine_base))
         has_other = other.exists() if listed is None else other.name in listed
         graphs = {path: base} | ({other: engine_base} if has_other else {})
-        figures, *others = self._check(component, graphs, precision)
+        fused = path.with_name(cuda_graph(component))
+        has_fused = fused.exists() if listed is None else fused.name in listed
+        figures, *others = self._check(component, graphs, precision, fused if has_fused else None)
         return figures | ({"engine_graph": others[0]} if others else {})
 
     def _check(
-        self, component: str, graphs: Mapping[Path, str], precision: str
+        self,
+        component: str,
+        graphs: Mapping[Path, str],
+        precision: str,
+        fused: Path | None = None,
     ) -> list[dict[str, Any]]:
-        """Compare graphs of a component, given with their bases, with one run of the reference."""
+        """Compare graphs of a component, given with their bases, with one run of the reference.
+
+        The one for ONNX Runtime's CUDA provider, ``fused``, is compared with the first of them.
+        """
         for path in graphs:
             self._audit(component, path)
         compared: list[list[dict[str, Any]]] = [[] for _ in graphs]
@@ -163,6 +176,8 @@ class Checker:
             expected = self.reference.expected(component, part, feeds)
             for figures, (path, base) in zip(compared, graphs.items(), strict=True):
                 figures.append(self._compare(component, part, path, precision, base, expected))
+            if fused is not None:
+                self._require_fused(component, part, next(iter(graphs)), fused, expected)
         blocks = self.reference.blocks(component)
         worst = (min(of_one, key=lambda f: float(f["sqnr_db"])) for of_one in compared)
         more: dict[str, Any] = {"blocks": blocks} if blocks else {}
@@ -228,6 +243,31 @@ class Checker:
         figures["simulated_sqnr_db"] = min(f.sqnr_db for f in rounded.values())
         return figures
 
+    def _require_fused(
+        self, component: str, part: Part, path: Path, fused: Path, expected: Expected
+    ) -> None:
+        """Compare the graph for CUDA with the published one, or a block of both, in float32.
+
+        A decoder's is for rows without padding, and no part of one is such a graph.
+
+        Raises:
+            VerificationError: they differ.
+        """
+        tower, feeds, block = COMPONENTS[component].tower, expected.feeds, part.block
+        if COMPONENTS[component].takes_cache:
+            if block is not None:
+                return
+            feeds = _one_row(feeds)
+        published = run_part(path, tower, block, feeds, self.preprocessing, unrounded=True)
+        if block is None:
+            actual = run_part(fused, tower, None, feeds, self.preprocessing, unrounded=True)
+        else:
+            actual = run_part(
+                path, tower, block, feeds, self.preprocessing, unrounded=True, fused=True
+            )
+        where = fused.name if block is None else f"{fused.name}, block {block}"
+        require_agreement(agreements(published, actual), where, "fp32", path.name)
+
     def _require_same(
         self,
         component: str,
@@ -253,3 +293,11 @@ class Checker:
         is_rounded = expected.simulated is not None
         reference = "the simulation of its quantization" if is_rounded else "PyTorch"
         require_agreement(found, where, base, reference)
+
+
+def _one_row(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Take the first row of a decoder's feeds, as if nothing in it were padding."""
+    row = {name: values[:1] for name, values in feeds.items()}
+    total, length = row[MASK].shape[1], row[POSITIONS].shape[1]
+    places = np.arange(total - length, total)[None]
+    return {**row, MASK: np.ones((1, total), np.int64), POSITIONS: places}

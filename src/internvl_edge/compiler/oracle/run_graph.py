@@ -8,7 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from internvl_edge.compiler.steps.graph_files import tensor_specs
+from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
+from internvl_edge.export.graph.cuda_decoder import take_norms_apart
+from internvl_edge.export.graph.cuda_form import take_cuda_form
 from internvl_edge.export.graph.repeat import keep_block
 from internvl_edge.export.graph.uint8_input import graph_feeds
 from internvl_edge.quantize.graph.qdq import bypass_activations
@@ -29,6 +32,7 @@ def run_part(
     preprocessing: Preprocessing | None,
     *,
     unrounded: bool = False,
+    fused: bool = False,
 ) -> dict[str, Array]:
     """Run the graph at ``path``, of its tower's blocks only one if it is given.
 
@@ -39,15 +43,22 @@ def run_part(
         feeds: the reference's.
         preprocessing: of graphs that take levels.
         unrounded: compute in float32, and round no activation; weights stay as they are stored.
+        fused: run it in the form that ONNX Runtime's CUDA provider is given.
+
+    Raises:
+        InternVLError: a mistake of ours: the graph has such a form, and a block of it has none.
     """
     model = ir.load(path)
     if block is not None and tower is not None:
         keep_block(model, tower, block)
+    if fused and not take_cuda_form(model):
+        raise InternVLError(f"{path}: block {block} alone has no form of its own for CUDA")
     if unrounded:
         if any(node.op_type == "QuantizeLinear" for node in model.graph):
             infer_dtypes(model.graph)
             bypass_activations(model)
         compute_in_float32(model)
+    take_norms_apart(model)
     graph, options = runnable(model), OrtOptions(exact=True)
     with OrtSession(path, graph=graph, options=options) as session:
         # a cache has the graph's dtype, and one block's is one layer's

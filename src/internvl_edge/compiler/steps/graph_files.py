@@ -78,7 +78,7 @@ def num_blocks(manifest: Manifest, component: str) -> int:
 
 
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Describe a graph's inputs or outputs."""
+    """Describe a graph's inputs or outputs, without inputs that may be left out."""
     return tuple(
         TensorSpec(
             name=str(value.name),
@@ -86,4 +86,5 @@ def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
             shape=tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ()),
         )
         for value in values
+        if not value.is_initializer()
     )

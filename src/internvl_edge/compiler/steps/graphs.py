@@ -4,14 +4,17 @@ A quantized component has two graphs on the same weights: ``vision.onnx`` comput
 around its 8-bit products, which is what ONNX Runtime's CPU kernels fuse; ``vision.fp16.onnx``
 computes in 16 bits, which is what engines are built from. Where products are INT8 there is a third,
 ``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.graph.unsigned``).
+
+Where nothing is quantized, towers at fp32 and bf16 have a second graph too, ``vision.cuda.onnx``,
+in ONNX Runtime's own operators for its CUDA provider (``export.graph.cuda_form``). Decoders whose
+cache is written in place have one where they are compiled for 16 bits, or of weights alone in 8 or
+4 bits (``export.graph.cuda_decoder``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -24,12 +27,15 @@ from internvl_edge.compiler.steps.meta_model import AnyModel
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
-from internvl_edge.export.weights.writer import StoredTensor
+from internvl_edge.export.graph.cuda_decoder import cuda_decoder
+from internvl_edge.export.graph.cuda_form import take_cuda_form
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics.int4 import block_of
-from internvl_edge.runtime.ort.session import unsigned_graph
+from internvl_edge.runtime.ort.session import cuda_graph, unsigned_graph
+
+DECODER_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +62,7 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
     directory, stored = build.directory, build.stored
     stream = COMPONENTS[name].stream
     if plan.recipe is not None and stream is not None:
-        drop_ones(model, stored, directory)
+        drop_ones(model, build)
         scales = build.scales[stream]
         linears = {
             weight: _linear(plan, weight, scale)
@@ -75,17 +81,34 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
     )
     if take_unsigned_weights(model):
         save(model, directory / unsigned_graph(name))
+    if file == f"{name}.onnx":
+        fused = _fused(plan, name, model)
+        if fused is not None:
+            save(fused, directory / cuda_graph(name))
     return emitted
 
 
-def drop_ones(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -> None:
+def _fused(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
+    """Make the graph for ONNX Runtime's CUDA provider, where there is one; ``model`` is used up."""
+    if COMPONENTS[component].takes_cache:
+        narrow = DECODER_DTYPES.get(plan.engine_base)
+        return None if narrow is None else cuda_decoder(model, narrow)
+    return model if _is_of_one_type(plan) and take_cuda_form(model) else None
+
+
+def _is_of_one_type(plan: Plan) -> bool:
+    """Tell whether a component computes in one type throughout."""
+    return plan.recipe is None and plan.base in ("fp32", "bf16")
+
+
+def drop_ones(model: ir.Model, build: Build) -> None:
     """Take out the products with factors after GELU that calibration left at one."""
     for name, factors in [*model.graph.initializers.items()]:
         if not name.endswith(".mlp.spread"):
             continue
-        place = stored[name]
+        place = build.stored[name]
         count = math.prod(place.shape)
-        path = directory / place.location
+        path = build.directory / place.location
         values = np.fromfile(path, place.dtype, count, offset=place.offset)
         if not (values == 1).all():
             continue

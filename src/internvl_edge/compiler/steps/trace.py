@@ -35,6 +35,7 @@ from internvl_edge.export.components import (
 )
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig
 from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
+from internvl_edge.export.graph.last_logits import take_last_logits
 from internvl_edge.export.graph.repeat import blocks_of, stamp
 from internvl_edge.export.graph.trace import name_values, set_constants, simplify, trace
 from internvl_edge.export.graph.uint8_input import take_levels
@@ -92,6 +93,7 @@ def trace_all(plan: Plan, model: AnyModel, base: str, report: Report) -> dict[st
             full = meta_model(config, plan.image_size)
             apply_policy(full, POLICIES[base])
             traced[name] = _trace(plan, name, config, full)
+        take_last_logits(traced[name])
         if plan.options.input == "uint8":
             take_levels(traced[name], plan.preprocessing)
     return traced

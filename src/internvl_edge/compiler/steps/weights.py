@@ -32,6 +32,7 @@ from internvl_edge.export.checkpoint.names import Joined
 from internvl_edge.export.graph.bind import weights_without_data
 from internvl_edge.export.weights.link import bring_shards, way_of
 from internvl_edge.export.weights.writer import Layout, StoredTensor, WeightsWriter
+from internvl_edge.quantize.fold import Derived
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +81,16 @@ def _say_joined(plan: Plan, weights: WeightsPlan) -> None:
 def cost_of_writing(plan: Plan, weights: WeightsPlan) -> Cost:
     """State memory, disk and time of the weights file, but for calibration."""
     written = sum(math.prod(shape) * int(d.itemsize) for d, shape in weights.layout.values())
-    sizes = {name: math.prod(entry.shape) for name, entry in plan.source.tensors.items()}
+    tensors = plan.source.tensors
+    sizes = {name: math.prod(entry.shape) for name, entry in tensors.items()}
     if plan.recipe is not None:  # the rest is calibration's
         sizes = {n: size for n, size in sizes.items() if not n.startswith(TOWERS)}
-    largest = 0 if weights.brought else max(sizes.values())
+    if weights.brought:  # of the rest, that is computed; tables are read as they are
+        sizes = {n: size for n, size in sizes.items() if isinstance(tensors[n], Derived)}
+        sizes = {n: size for n, size in sizes.items() if n in weights.layout}
+    largest = max(sizes.values(), default=0)
     if weights.brought:
-        shards = sorted({plan.source.tensors[name].file for name in weights.brought})
+        shards = sorted({tensors[name].file for name in weights.brought})
         if way_of(shards, plan.options.out, plan.options.weights) == "copy":
             written += sum(shard.stat().st_size for shard in shards)
     return Cost(

@@ -25,6 +25,7 @@ from internvl_edge.export.components import build_component
 from internvl_edge.export.graph.dtypes import POLICIES
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.weights.writer import Layout
+from internvl_edge.quantize.fold import Derived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,8 @@ def held_weights(plan: Plan, needed: Iterable[str]) -> dict[str, TensorEntry]:
     return {
         name: plan.source.tensors[name]
         for name in needed
-        if (name != POSITIONS or not resized) and not isinstance(plan.source.tensors[name], Joined)
+        if (name != POSITIONS or not resized)
+        and not isinstance(plan.source.tensors[name], Joined | Derived)
     }
 
 

@@ -1,4 +1,7 @@
-"""One conversation after the other, in a thread of its own; a bounded number of others wait.
+"""Conversations, one after the other or a few at a time; a bounded number of others wait.
+
+Each under way has a thread. Where the decoder's cache has a fixed capacity there are several, whose
+answers share the decoder's steps (``runtime.generation.slots``); else there is one.
 
 An answer comes to the event loop in pieces. Nobody waits for a client that does not read: the
 pieces of an answer are kept until they are sent, and there are no more than its tokens. Who leaves
@@ -78,14 +81,15 @@ class Answer:
 
     Attributes:
         finish_reason: ``"stop"`` or ``"length"`` after its end.
-        prompt_tokens: that were read; completion_tokens: made so far.
+        prompt_tokens: that stand before it; reused_tokens: of them, not read again;
+            completion_tokens: made so far.
         thought: what the model wrote for itself, from the first piece on; None: nothing.
     """
 
     def __init__(self, question: Question, stages: Stages) -> None:
         self.question, self.stages = question, stages
         self.finish_reason: str | None = None
-        self.prompt_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.reused_tokens = self.completion_tokens = 0
         self.thought: str | None = None
         self.is_closed = False
         self.queued_at = time.perf_counter()
@@ -136,6 +140,7 @@ class Answer:
         with stages.stage(DECODER):
             stream = model.chat_stream(seen, asked.text, asked.history, **asked.options)
             self._stream, self.prompt_tokens = stream, stream.prompt_tokens
+            self.reused_tokens = stream.reused_tokens
             cutter = StopCutter(asked.stops)
             try:
                 for piece in stream:
@@ -161,16 +166,21 @@ class Chats:
     Args:
         model: that answers.
         places: of those under way and those that wait.
+        at_once: that are under way at a time.
     """
 
-    def __init__(self, model: Model, places: int) -> None:
+    def __init__(self, model: Model, places: int, at_once: int = 1) -> None:
         self._model, self._places = model, places
         self._queue: deque[Answer] = deque()
         self._changed = threading.Condition()
-        self._running: Answer | None = None
+        self._running: list[Answer] = []
         self._is_closed = False
-        self._thread = threading.Thread(target=self._work, name="internvl-edge-chats", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name="internvl-edge-chats", daemon=True)
+            for _ in range(at_once)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def ask(self, question: Question, stages: Stages) -> Answer:
         """Queue a question.
@@ -183,7 +193,7 @@ class Chats:
             if self._is_closed:
                 raise Problem(503, "draining", "the server ends")
             self._forget_closed()
-            if len(self._queue) + (self._running is not None) >= self._places:
+            if len(self._queue) + len(self._running) >= self._places:
                 raise overloaded(f"{self._places} chats are under way; try again later")
             self._queue.append(answer)
             self._changed.notify()
@@ -200,8 +210,9 @@ class Chats:
         """Answer what is queued, then stop; may be called again."""
         with self._changed:
             self._is_closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _forget_closed(self) -> None:
         for answer in [answer for answer in self._queue if answer.is_closed]:
@@ -210,10 +221,13 @@ class Chats:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._running = None
                 self._changed.wait_for(lambda: self._queue or self._is_closed)
                 if not self._queue:
                     return
-                self._running = self._queue.popleft()
-            if not self._running.is_closed:
-                self._running.run(self._model)
+                answer = self._queue.popleft()
+                self._running.append(answer)
+            if not answer.is_closed:
+                answer.run(self._model)
+            with self._changed:
+                self._running.remove(answer)
+            del answer  # which nobody needs while this thread waits

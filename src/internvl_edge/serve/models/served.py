@@ -50,6 +50,7 @@ __all__ = ["ServedModel"]
 Answer = TypeVar("Answer")
 
 REMEMBERED_CHARACTERS = 1 << 17  # of a set of labels
+MOST_SLOTS = 4  # chats at once, where they share a decoder
 FEW_CHARACTERS = 4096  # tokenized at once; more by the pool
 
 
@@ -113,10 +114,16 @@ class ServedModel:
             meters.watches_queue(self.name, component, partial(getattr, batched, "queue_length"))
             self._batched[component] = batched
         if self.components.has(DECODER) or self.components.has(CHAT_DECODER):
-            self.chats = Chats(self.model, options.max_chats)
+            self.chats = Chats(self.model, options.max_chats, self._shared_slots())
             meters.watches_queue(
                 self.name, "chats", lambda: self.chats.waiting if self.chats else 0
             )
+
+    def _shared_slots(self) -> int:
+        """Let chats share the decoder where it can be shared; return how many are at once."""
+        decoder = self.components.session(DECODER if self.components.has(DECODER) else CHAT_DECODER)
+        count = min(MOST_SLOTS, self._options.max_chats)
+        return max(1, self.components.answers.share(decoder, count))
 
     def close(self) -> None:
         """Run what is queued, then close every session."""

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from internvl_edge.artifact.components import CHAT_DECODER, DECODER, IMAGE_QUERIES, VISION
-from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.runtime.tasks.chat import ANSWER_TOKENS
 from internvl_edge.serve.http.events import EventStream
 from internvl_edge.serve.http.exchange import Call
@@ -125,11 +124,8 @@ def _generation(served: ServedModel, fields: Fields) -> dict[str, Any]:
         "top_k": fields.integer("top_k", -1),
         "seed": fields.integer("seed", -(1 << 63)),
         "min_new_tokens": fields.integer("min_tokens") or None,
+        "repetition_penalty": fields.number("repetition_penalty", 0.01, 100),
     }
-    if "repetition_penalty" in Generation.__dataclass_fields__:
-        how["repetition_penalty"] = fields.number("repetition_penalty", 0.01, 100)
-    else:
-        fields.neutral("repetition_penalty", 1, 1.0)
     if how["seed"] is not None:
         how["seed"] %= 1 << 64  # a client's may be negative
     if how["top_k"] in (-1, 0):  # vLLM's "all of them"
@@ -227,9 +223,14 @@ def _thought(answer: Answer) -> dict[str, str]:
     return {} if answer.thought is None else {"reasoning_content": answer.thought}
 
 
-def _usage(answer: Answer) -> dict[str, int]:
+def _usage(answer: Answer) -> dict[str, Any]:
     read, made = answer.prompt_tokens, answer.completion_tokens
-    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": made,
+        "total_tokens": read + made,
+        "prompt_tokens_details": {"cached_tokens": answer.reused_tokens},
+    }
 
 
 def _count(service: Service, answer: Answer) -> None:

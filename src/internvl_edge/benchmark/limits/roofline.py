@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvl_edge.artifact.open import Artifact
-from internvl_edge.benchmark.peaks import Peaks
-from internvl_edge.benchmark.workload import Workload, read_workload
+from internvl_edge.benchmark.limits.peaks import Peaks
+from internvl_edge.benchmark.limits.workload import Workload, read_workload
 from internvl_edge.compiler.steps.graph_files import graph_file
 
 __all__ = ["Roofline", "component_workload", "locate"]

@@ -90,6 +90,10 @@ def _inferred(model: onnx.ModelProto, shapes: Shapes) -> onnx.ModelProto:
     """Infer every shape of the model at fixed sizes."""
     graph = model.graph
     del graph.value_info[:]
+    stored = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in stored]
+    del graph.input[:]  # those that may be left out are constants here
+    graph.input.extend(inputs)
     for value in graph.input:
         kind = value.type.tensor_type.elem_type
         value.CopyFrom(helper.make_tensor_value_info(value.name, kind, shapes[value.name]))

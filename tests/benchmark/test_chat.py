@@ -1,0 +1,108 @@
+"""Answers timed from the question to the last token, of several callers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import write_chat, write_internvl, write_tokenizer
+
+from internvl_edge import compiler
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.benchmark.chat import COLUMNS, ChatLoad, run_chats
+from internvl_edge.cli import run
+from internvl_edge.compiler import ExportOptions
+from internvl_edge.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def outs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark")
+    write_chat(folder / "chat", seed=3)
+    written = write_internvl(folder / "single", seed=3).path
+    write_tokenizer(written)
+    for name, more in (
+        ("chat", {"cache_capacity": 300}),
+        ("single", {"components": ("vision", "image_queries", "decoder")}),
+    ):
+        options: dict[str, Any] = {"checkpoint": folder / name, "out": folder / f"{name}-out"}
+        compiler.export(ExportOptions(**options, verify="none", **more))
+    return folder
+
+
+LOAD = ChatLoad(prompt_tokens=5, answer_tokens=6, callers=(1, 2), seconds=0.01)
+
+
+def measured(out: Path, load: ChatLoad = LOAD) -> Any:
+    return run_chats({"it": open_artifact(out)}, load, "auto", "cpu", None)
+
+
+def test_each_number_of_callers_has_its_figures(outs: Path) -> None:
+    one, two = measured(outs / "chat-out").results
+    assert (one.callers, one.slots, two.callers, two.slots) == (1, 0, 2, 2)
+    assert two.answers >= 4  # two turns of two callers
+    for each in (one, two):
+        assert each.inter_token.count == 5 * each.answers
+        parts = sum(stage.avg for stage in each.stages.values())
+        assert parts == pytest.approx(each.first_token.avg)
+        assert 0.3 < each.reused < 0.6  # of two turns, nearly all of the second but its question
+        assert each.tokens_per_second > 0
+
+
+def test_an_internvl_g_is_asked_single_questions(outs: Path) -> None:
+    (one,) = measured(outs / "single-out", ChatLoad(prompt_tokens=3, callers=(1,))).results
+    assert (one.slots, one.reused) == (0, 0)
+    assert one.stages["vision"].max > 0
+
+
+def test_the_command_writes_json_and_markdown(
+    outs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--prompt", "4", "--answer", "3", "--callers", "2", "--seconds", "0", "--tiles", "0"]
+    file = tmp_path / "table.md"
+    command = ["benchmark", str(outs / "chat-out"), "--task", "chat", *options]
+    assert run([*command, "--markdown", str(file), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (figures,) = told["results"]
+    assert (told["task"], figures["callers"], told["load"]["tiles"]) == ("chat", 2, 0)
+    assert figures["inter_token_latency"]["unit"] == "ms"
+    head, _, row, *_ = file.read_text().splitlines()
+    assert head.count("|") == row.count("|") == len(COLUMNS) + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "chat", "--batch", "2"], "--batch is no option of --task chat"),
+        (["--task", "chat", "--p99", "2"], "--p99 is no option of --task chat"),
+        (["--callers", "2"], "--callers is no option of --task components"),
+        (["--task", "chat", "--callers", "0"], "--callers: expected positive numbers"),
+        (["--task", "chat", "--prompt", "400"], "the cache has 300 positions"),
+        (["--task", "chat", "--tiles", "2"], "this model reads one square"),
+    ],
+    ids=["batch", "p99", "callers", "none", "long", "tiles"],
+)
+def test_what_cannot_be_asked(
+    outs: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["benchmark", str(outs / "chat-out"), *options]) != 0
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_directory_without_a_decoder_is_refused(tmp_path: Path) -> None:
+    written = write_internvl(tmp_path / "checkpoint", seed=3).path
+    options = ExportOptions(
+        checkpoint=written, out=tmp_path / "out", components=("vision",), verify="none"
+    )
+    compiler.export(options)
+    with pytest.raises(UsageError, match="it: --task chat asks a decoder, and it has none"):
+        measured(tmp_path / "out")
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "callers", "slots", "tiles"])
+def test_numbers_that_cannot_be(field: str) -> None:
+    values: dict[str, Any] = {"callers": (0,), "tiles": -1}
+    with pytest.raises(UsageError, match="expected at least"):
+        ChatLoad(**{field: values.get(field, 0)})
