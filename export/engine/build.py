@@ -14,7 +14,8 @@ Attention. A layer without a fused kernel fails the build unless it may be decom
 Softmax and MatMul (``decomposed``). Only layers outside of what a target fuses (``targets``) are
 marked so, and a lost fusion cannot pass unseen. A build that fails with fused layers left is
 repeated with every layer decomposable, whatever it said: builders word it differently. The sidecar
-counts both kinds.
+counts both kinds. Where that fails too, caches that are written where they lie are written apart
+(``unaliased``).
 
 Layers. What the builder made of the graph is in its log (``layers``) and goes into the sidecar. Who
 expects fused layers gets no engine that has lost some (``_require_fused``).
@@ -26,9 +27,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +162,18 @@ def build_engine(
         network = _parse(trt, chosen, component, graph, log)
         _check_inputs(network, component, inputs)
         fused, others = _attentions(trt, chosen, network.definition)
-        expected = len(fused)
+        expected, error, decomposed = len(fused), None, others
         with StreamedFile(out_dir / f"{stem}.plan") as plan:
             monitor = Monitor(progress or _silent, signals)
-            if others:
-                network = _parse(trt, chosen, component, graph, log, others)
-            config = _configure(trt, chosen, network, ranges, capabilities)
-            error = _build(trt, network, config, plan, log, component, monitor)
-            if error is not None and fused and type(error) is BuildError and not plan.nbytes:
-                network = _parse(trt, chosen, component, graph, log, fused | others)
+            for decomposed, prepare in _attempts(fused, others, inputs):
+                if decomposed or prepare is not nullcontext:
+                    del network
+                    source = stack.enter_context(prepare(graph))
+                    network = _parse(trt, chosen, component, source, log, decomposed)
                 config = _configure(trt, chosen, network, ranges, capabilities)
                 error = _build(trt, network, config, plan, log, component, monitor)
-                fused, others = set(), fused | others
+                if type(error) is not BuildError or plan.nbytes:
+                    break
             if error is not None:
                 raise error
             census = log.layers.census(
@@ -198,8 +200,8 @@ def build_engine(
         onnx_sha256=onnx_sha256,
         nbytes=plan.nbytes,
         sha256=plan.sha256,
-        fused_attention=len(fused),
-        decomposed_attention=len(others),
+        fused_attention=expected - len(decomposed & fused),
+        decomposed_attention=len(decomposed),
         build_seconds=round(max(0.0, time.monotonic() - started), 3),
         inputs=tuple(inputs),
         outputs=outputs,
@@ -384,6 +386,23 @@ def _build(
 
 def _silent(phase: str, done: int, total: int) -> None:
     pass
+
+
+def _attempts(
+    fused: set[str], others: set[str], inputs: Sequence[TensorSpec]
+) -> Iterator[tuple[set[str], Prepare]]:
+    """Yield what to try until a build succeeds: attention to decompose, and a change of the graph.
+
+    First what is fastest, then with every attention decomposed, then with caches written apart.
+    """
+    yield others, nullcontext
+    if fused:
+        yield fused | others, nullcontext
+    is_in_place = any(spec.name == WRITE_INDICES for spec in inputs)
+    if is_in_place and find_spec("onnx_ir") is not None:
+        from internvl_edge.export.engine.unaliased import unaliased_graph
+
+        yield others, unaliased_graph
 
 
 def _attentions(trt: Any, target: Target, definition: Any) -> tuple[set[str], set[str]]:

@@ -22,7 +22,8 @@ from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps.engines import require_buildable
 from internvl_edge.compiler.steps.profiles import profile_for, profile_from
 from internvl_edge.errors import ResourceError, UsageError
-from internvl_edge.export.engine import memory
+from internvl_edge.export.engine import build, memory
+from internvl_edge.export.engine.unaliased import unaliased_graph
 
 pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
 
@@ -114,6 +115,13 @@ def test_decoders_with_their_cache_in_place_build(tmp_path: Path, precision: str
     (cache, *_) = (spec for spec in info.inputs if spec.name.startswith("past_key_values."))
     assert cache.shape == ("batch", 2, 40, 32)
     assert (info.profile.batch, info.profile.length) == ((1, 1, 4), (1, 32, 40))
+
+
+def test_a_cache_in_place_builds_where_it_is_written_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_attempts", lambda fused, others, _: [(others, unaliased_graph)])
+    assert built_decoder(tmp_path, "fp16", capacity=40).fused_attention > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,33 @@ def test_a_second_build_that_fails_says_both_reasons(tmp_path: Path, trt: FakeTr
     with pytest.raises(BuildError, match=r"reason 1\n.*reason 2"):
         build(tmp_path, trt)
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_cache_that_cannot_be_written_in_place_is_written_apart(
+    tmp_path: Path, trt: FakeTrt, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    """The last thing that is tried: each step copies the cache, and attention stays fused."""
+    read: list[str] = []
+    trt.layers = [attention("a", DataType.HALF, -1, 4, 65, 64)]
+    trt.parse = lambda path: read.append(Path(path).name)
+    trt.inputs.append(tensor("write_indices", DataType.INT64, -1))
+    trt.build = lambda writer, log, monitor: (
+        bool(writer.write(b"plan")) if read[-1:] == ["apart.onnx"] else bool(log("Myelin"))
+    )
+    apart = nullcontext(tmp_path / "apart.onnx")
+    monkeypatch.setattr("internvl_edge.export.engine.unaliased.unaliased_graph", lambda _: apart)
+    graph_of(tmp_path, "a")
+    first = TensorSpec(name="write_indices", dtype="int64", shape=("batch",))
+    if not in_place:
+        trt.inputs.pop()
+        with pytest.raises(BuildError, match="Myelin"):
+            build(tmp_path, trt)
+        assert trt.num_builds == 2
+        return
+    info = info_of(tmp_path, build(tmp_path, trt, inputs=(X, first)))
+    assert (info.fused_attention, info.decomposed_attention, trt.num_builds) == (1, 0, 3)
+    assert read == ["vision.onnx", "vision.onnx", "apart.onnx"]
 
 
 # --- layers ----------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ class FakeTrt:
         self.starts = True  # whether there is a builder
         self.accepts_capability = True
         self.build: Callable[..., bool] = lambda writer, log, monitor: writer.write(b"plan") > 0
+        self.parse: Callable[[str], Any] = lambda path: None
         self.network_flags = 0
         self.cleared: list[str] = []
         self.shapes: dict[str, Any] = {}
@@ -101,11 +102,16 @@ class FakeTrt:
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:  # noqa: N802
         return SimpleNamespace(
-            parse_from_file=lambda path: not self.errors,
-            parse=lambda model, path: self.parsed.append(model) or not self.errors,
+            parse_from_file=lambda path: self._parse(path),
+            parse=lambda model, path: self._parse(path, model),
             num_errors=len(self.errors),
             get_error=lambda index: self.errors[index],
         )
+
+    def _parse(self, path: str, model: bytes | None = None) -> bool:
+        self.parse(path)
+        self.parsed += [] if model is None else [model]
+        return not self.errors
 
     def _network(self, flags: int) -> Any:
         self.network_flags = flags
