@@ -14,6 +14,7 @@ from internvl_edge.artifact.open import (
     EngineRecord,
     open_artifact,
 )
+from internvl_edge.artifact.sidecar import engine_info
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend
 from internvl_edge.errors import InputError, UsageError
@@ -176,6 +177,7 @@ def engine_facts(out: Path, engine: EngineRecord, *, is_new: bool) -> dict[str, 
         "nbytes": info.nbytes,
         "profile": {name: info.profile.range_of(name) for name in sorted(symbols)},
         "is_new": is_new,
+        "census": None if info.census is None else info.census.to_json(),
     }
 
 
@@ -211,6 +213,7 @@ def show_artifact(output: Output, artifact: Artifact) -> None:
         output.lines(
             [f"engine {engine.component} ({engine.target}): {engine.file}, {size / 1e6:.1f} MB"]
         )
+        output.lines([f"  {line}" for line in engine_info(artifact, engine.sidecar).layers_said])
     if links := manifest.hard_links:
         output.lines([f"hard links to the checkpoint's own files: {', '.join(links)}"])
         output.say(

@@ -315,6 +315,13 @@ def test_an_engine_says_the_same_with_its_cache_on_the_gpu(bench: Bench, num_bea
     assert bench.cuda.num_live == 0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_engine_that_writes_its_cache_apart_says_the_same(tmp_path: Path, target: str) -> None:
+    bench = Bench(tmp_path, target, replace(IN_PLACE, aliases={}))
+    np.testing.assert_array_equal(*on_gpu_and_on_host(bench, 2))
+    assert bench.cuda.num_live == 0
+
+
 def test_steps_are_one_graph_and_allocate_nothing(bench: Bench) -> None:
     with bench.open() as session:
         decoding = start(session, empty_cache(session, rows=8))
