@@ -26,9 +26,20 @@ Placement follows the vendor's rules:
 - both inputs of each GEMM carry a pair, outputs never do (the residual stream stays 16/32-bit);
 - readers of one tensor, such as q, k and v after a norm, share one pair, so that the
   quantization can fuse into the norm's epilogue;
-- scales are float32 and symmetric; where the graph computes in 16 bits the pair's
-  ``output_dtype`` says so, so that no scale is rounded to the activations' type;
+- scales are symmetric, and numbers that bfloat16 holds (``numerics.formats``);
 - GEMMs with K or N below 16, patch embedding, pools and heads stay as they are.
+
+Where the graph computes in 16 bits, the product is one in bfloat16:
+
+    x (16 bit) → QuantizeLinear(s_x) → DequantizeLinear(s_x, bfloat16) ─┐
+                                                                       MatMul → Cast(16 bit) → …
+                           W₈ → DequantizeLinear(s_w, bfloat16) ────────┘
+
+TensorRT-RTX multiplies in 8 bits and writes the sums in the type of the scales of its
+DequantizeLinears, to be multiplied by s_w in the next kernel. In float32 each value is four bytes
+written and read again; float16 overflows, since what is written lacks s_w; and with scales of
+another type than the product's it gives up the 8-bit product. The QuantizeLinear's scale stays
+float32, so that the quotient is not rounded to 16 bits before it is rounded to 8.
 """
 
 from __future__ import annotations
@@ -49,6 +60,7 @@ STORAGE = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "int4": ir.DataType.INT4,
 }
+NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,15 +174,23 @@ def bypass_activations(model: ir.Model) -> int:
         activation = quantize.inputs[0]
         assert activation is not None
         for use in list(quantize.outputs[0].uses()):
-            use.node.outputs[0].replace_all_uses_with(activation)
+            read = use.node.outputs[0]
+            if read.dtype not in (None, activation.dtype):
+                cast = ir.node("Cast", [activation], {"to": int(read.dtype)})
+                graph.insert_before(use.node, cast)
+                activation = cast.outputs[0]
+            read.replace_all_uses_with(activation)
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if weight is not None and weight.is_initializer():
             compute = node.outputs[0].dtype or ir.DataType.FLOAT
-            wide = ir.node("Cast", [weight], {"to": int(ir.DataType.FLOAT)})
-            scaled = ir.node("Mul", [wide.outputs[0], node.inputs[1]])
+            wide, scale = (
+                ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+                for value in (weight, node.inputs[1])
+            )
+            scaled = ir.node("Mul", [wide.outputs[0], scale.outputs[0]])
             result = ir.node("Cast", [scaled.outputs[0]], {"to": int(compute)})
-            graph.insert_before(node, [wide, scaled, result])
+            graph.insert_before(node, [wide, scale, scaled, result])
             node.outputs[0].replace_all_uses_with(result.outputs[0])
     return len(pairs)
 
@@ -191,9 +211,15 @@ def _rewrite(
         key = (str(activation.name), linear.activation_scale, linear.format)
         if key not in shared:
             shared[key] = _activation_pair(
-                graph, matmul, activation, linear.format, linear.activation_scale, compute
+                graph,
+                matmul,
+                activation,
+                linear.format,
+                linear.activation_scale,
+                _product_type(compute),
             )
         matmul.replace_input_with(0, shared[key])
+        _multiply_in(graph, matmul, _product_type(compute), compute)
     dequantize = _weight_node(graph, weight, linear, compute)
     graph.insert_before(matmul, dequantize)
     matmul.replace_input_with(1, dequantize.outputs[0])
@@ -218,8 +244,9 @@ def _weight_node(
         scale = _initializer(graph, name, (features_out,), compute)
         attributes = {"axis": 1}
     else:
-        scale = _initializer(graph, name, (features_out,))
-        attributes = {"axis": 1, **_output_dtype(compute)}
+        compute = _product_type(compute)
+        scale = _initializer(graph, name, (features_out,), compute)
+        attributes = {"axis": 1}
     node = ir.node(
         "DequantizeLinear", [weight, scale], attributes, name=f"{weight.name}/DequantizeLinear"
     )
@@ -227,6 +254,29 @@ def _weight_node(
     node.outputs[0].type = ir.TensorType(compute)
     node.outputs[0].shape = weight.shape
     return node
+
+
+def _product_type(compute: ir.DataType) -> ir.DataType:
+    """Choose the type of an 8-bit product in a graph that computes in another."""
+    return ir.DataType.BFLOAT16 if compute in NARROW else compute
+
+
+def _multiply_in(
+    graph: ir.Graph, matmul: ir.Node, product: ir.DataType, compute: ir.DataType
+) -> None:
+    """Let a product give its own type, and its readers read the one that the graph computes in."""
+    output = matmul.outputs[0]
+    output.type = ir.TensorType(product)
+    if product == compute:
+        return
+    cast = ir.node("Cast", [output], {"to": int(compute)}, name=f"{matmul.name}/Cast")
+    result = cast.outputs[0]
+    result.name, result.type = f"{output.name}.as_{compute.name.lower()}", ir.TensorType(compute)
+    result.shape = output.shape
+    for use in list(output.uses()):
+        if use.node is not cast:
+            use.node.replace_input_with(use.idx, result)
+    graph.insert_after(matmul, cast)
 
 
 def _linear_nodes(weight: ir.Value) -> tuple[ir.Node, ir.Node]:
@@ -247,33 +297,30 @@ def _activation_pair(
     activation: ir.Value,
     fmt: str,
     activation_scale: float,
-    compute: ir.DataType,
+    product: ir.DataType,
 ) -> ir.Value:
     """Quantize and dequantize an activation; return the value that all its readers share."""
     stem = str(activation.name)
-    scale = _constant(graph, f"{stem}.scale", np.float32(activation_scale))
+    scale = narrow = _constant(graph, f"{stem}.scale", np.float32(activation_scale))
+    if product != ir.DataType.FLOAT:
+        values = product.numpy().type(activation_scale)
+        narrow = _constant(graph, f"{stem}.scale.{product.name.lower()}", values)
     zero = _constant(graph, f"{stem}.zero_point", STORAGE[fmt].numpy().type(0))
     quantize = ir.node("QuantizeLinear", [activation, scale, zero], name=f"{stem}/QuantizeLinear")
     quantize.outputs[0].name = f"{stem}.quantized"
     dequantize = ir.node(
         "DequantizeLinear",
-        [quantize.outputs[0], scale, zero],
-        _output_dtype(compute),
+        [quantize.outputs[0], narrow, zero],
         name=f"{stem}/DequantizeLinear",
     )
     dequantize.outputs[0].name = f"{stem}.dequantized"
     for value, dtype in (
         (quantize.outputs[0], STORAGE[fmt]),
-        (dequantize.outputs[0], compute),
+        (dequantize.outputs[0], product),
     ):
         value.type, value.shape = ir.TensorType(dtype), activation.shape
     graph.insert_before(before, [quantize, dequantize])
     return dequantize.outputs[0]
-
-
-def _output_dtype(compute: ir.DataType) -> dict[str, Any]:
-    """Return the attribute that allows a float32 scale in a 16-bit graph."""
-    return {} if compute == ir.DataType.FLOAT else {"output_dtype": int(compute)}
 
 
 def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
