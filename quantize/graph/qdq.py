@@ -115,7 +115,10 @@ def insert_attention_qdq(model: ir.Model, attentions: Mapping[str, AttentionScal
 
 
 def _decompose(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
-    """Write softmax((q / √d) kᵀ) v with four pairs, as drawn in ``calibration.attention``."""
+    """Write softmax((q / √d) kᵀ) v with four pairs, as drawn in ``calibration.attention``.
+
+    Scales are float32: one kernel has both products, and writes no sums in between.
+    """
     heads = node.attributes.get_int("q_num_heads", 0)
     if node.attributes.get_int("kv_num_heads", 0) != heads or any(node.inputs[3:]):
         raise InternVLError(f"{node.name}: expected as many heads of keys as of queries, no mask")
@@ -139,7 +142,7 @@ def _decompose(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
         apart = [batch, length, heads, head_dim]
         x = add("Reshape", [x, split], apart, name)
         x = add("Transpose", [x], [apart[i] for i in order], name, perm=list(order))
-        return _activation_pair(graph, node, x, "fp8", scale, compute)
+        return _activation_pair(graph, node, x, "fp8", scale, ir.DataType.FLOAT, compute)
 
     split = _shared(graph, "attention.heads", np.array([0, 0, heads, head_dim], np.int64))
     joined = _shared(graph, "attention.width", np.array([0, 0, width], np.int64))
@@ -150,7 +153,7 @@ def _decompose(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
     v = operand(value, "value", scales.value, 0, 2, 1, 3)
     scores = [batch, heads, length, length]
     p = add("Softmax", [add("MatMul", [q, k], scores, "scores")], scores, "softmax", axis=-1)
-    p = _activation_pair(graph, node, p, "fp8", SOFTMAX_SCALE, compute)
+    p = _activation_pair(graph, node, p, "fp8", SOFTMAX_SCALE, ir.DataType.FLOAT, compute)
     x = add("MatMul", [p, v], [batch, heads, length, head_dim], "mixed")
     x = add("Transpose", [x], [batch, length, heads, head_dim], "mixed", perm=[0, 2, 1, 3])
     x = add("Reshape", [x, joined], [batch, length, width], "mixed")
@@ -208,6 +211,7 @@ def _rewrite(
     assert compute is not None and weight.shape is not None
 
     if linear.activation_scale is not None:
+        product = _product_type(compute)
         key = (str(activation.name), linear.activation_scale, linear.format)
         if key not in shared:
             shared[key] = _activation_pair(
@@ -216,10 +220,11 @@ def _rewrite(
                 activation,
                 linear.format,
                 linear.activation_scale,
-                _product_type(compute),
+                product,
+                product,
             )
         matmul.replace_input_with(0, shared[key])
-        _multiply_in(graph, matmul, _product_type(compute), compute)
+        _multiply_in(graph, matmul, product, compute)
     dequantize = _weight_node(graph, weight, linear, compute)
     graph.insert_before(matmul, dequantize)
     matmul.replace_input_with(1, dequantize.outputs[0])
@@ -297,26 +302,38 @@ def _activation_pair(
     activation: ir.Value,
     fmt: str,
     activation_scale: float,
-    product: ir.DataType,
+    scale_type: ir.DataType,
+    result_type: ir.DataType,
 ) -> ir.Value:
-    """Quantize and dequantize an activation; return the value that all its readers share."""
+    """Quantize and dequantize an activation; return the value that all its readers share.
+
+    Args:
+        graph: gets the nodes.
+        before: the node that they are placed before.
+        activation: what is quantized.
+        fmt: the format.
+        activation_scale: of the tensor; a number that ``scale_type`` holds.
+        scale_type: of the DequantizeLinear's scale; the QuantizeLinear's is float32.
+        result_type: of the value that is returned.
+    """
     stem = str(activation.name)
     scale = narrow = _constant(graph, f"{stem}.scale", np.float32(activation_scale))
-    if product != ir.DataType.FLOAT:
-        values = product.numpy().type(activation_scale)
-        narrow = _constant(graph, f"{stem}.scale.{product.name.lower()}", values)
+    if scale_type != ir.DataType.FLOAT:
+        values = scale_type.numpy().type(activation_scale)
+        narrow = _constant(graph, f"{stem}.scale.{scale_type.name.lower()}", values)
     zero = _constant(graph, f"{stem}.zero_point", STORAGE[fmt].numpy().type(0))
     quantize = ir.node("QuantizeLinear", [activation, scale, zero], name=f"{stem}/QuantizeLinear")
     quantize.outputs[0].name = f"{stem}.quantized"
     dequantize = ir.node(
         "DequantizeLinear",
         [quantize.outputs[0], narrow, zero],
+        {} if result_type == scale_type else {"output_dtype": int(result_type)},
         name=f"{stem}/DequantizeLinear",
     )
     dequantize.outputs[0].name = f"{stem}.dequantized"
     for value, dtype in (
         (quantize.outputs[0], STORAGE[fmt]),
-        (dequantize.outputs[0], product),
+        (dequantize.outputs[0], result_type),
     ):
         value.type, value.shape = ir.TensorType(dtype), activation.shape
     graph.insert_before(before, [quantize, dequantize])
