@@ -11,26 +11,33 @@ Memory: the parser maps the weights from their file, and the plan leaves the bui
 some 64 MB that go straight to disk.
 
 Attention. A layer without a fused kernel fails the build unless it may be decomposed into MatMul,
-Softmax and MatMul. The kernels take float16 and bfloat16, heads of 9 to 256 channels and more than
-one query (found by trying). Only layers outside of that are marked decomposable, so that a lost
-fusion cannot pass unseen; where the builder still has no kernel, the build is repeated with every
-layer decomposable. The sidecar counts both kinds.
+Softmax and MatMul (``decomposed``). Only layers outside of what a target fuses (``targets``) are
+marked so, and a lost fusion cannot pass unseen. A build that fails with fused layers left is
+repeated with every layer decomposable, whatever it said: builders word it differently. The sidecar
+counts both kinds. Where that fails too, caches that are written where they lie are written apart
+(``unaliased``).
+
+Layers. What the builder made of the graph is in its log (``layers``) and goes into the sidecar. Who
+expects fused layers gets no engine that has lost some (``_require_fused``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
+from internvl_edge.artifact.census import Census
 from internvl_edge.artifact.open import EngineRecord, FileRecord, TensorSpec
-from internvl_edge.artifact.sidecar import EngineInfo, Range, ShapeRanges
+from internvl_edge.artifact.sidecar import EngineInfo, Range, ShapeRanges, read_engine_info
 from internvl_edge.errors import (
     ArtifactError,
     BuildError,
@@ -38,6 +45,8 @@ from internvl_edge.errors import (
     InternVLError,
     ResourceError,
 )
+from internvl_edge.export.engine.decomposed import decomposable
+from internvl_edge.export.engine.layers import LayerLog
 from internvl_edge.export.engine.monitor import Monitor
 from internvl_edge.export.engine.targets import (
     Target,
@@ -45,6 +54,7 @@ from internvl_edge.export.engine.targets import (
     find_target,
     minimum_sm,
 )
+from internvl_edge.export.precision import precision_of
 from internvl_edge.files.disk import StreamedFile, os_errors
 from internvl_edge.files.signals import interrupts_held
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES
@@ -61,8 +71,8 @@ __all__ = ["BuiltEngine", "ShapeRanges", "build_engine"]
 Prepare = Callable[[Path], AbstractContextManager[Path]]
 ReportPhase = Callable[[str, int, int], None]  # phase, steps done, steps
 
-NO_FUSED_KERNEL = "is_decomposable"  # the builder's words for an attention layer without a kernel
-MIN_HEAD_SIZE, MAX_HEAD_SIZE = 9, 256  # of fused attention kernels
+IN_8_BITS = 0.8  # the least share of quantized activations that products in 8 bits read
+ATTENTION_SUFFIX = "_AttentionInput"  # which the parser appends to an Attention node's name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +96,7 @@ def build_engine(
     compute_capabilities: Sequence[str] | None = None,
     known: Container[str] = (),
     prepared: Prepare = nullcontext,
+    expect_fused: bool = False,
     progress: ReportPhase | None = None,
     trt: Any = None,
 ) -> BuiltEngine:
@@ -103,6 +114,7 @@ def build_engine(
         compute_capabilities: as ``("SM89", "SM120")``; None: every GPU that the target reaches.
         known: files of the directory; an engine among them is not built again.
         prepared: makes of the graph, for as long as the build takes, the one that is parsed.
+        expect_fused: refuse an engine that lost fused attention or 8-bit products.
         progress: told (phase, steps done, steps); raising stops the build and comes back.
         trt: the builder's module; None imports the target's.
 
@@ -115,7 +127,8 @@ def build_engine(
         MissingDependency: the builder is not installed.
         HardwareError: a GPU is missing, or one asked for cannot run this precision.
         ArtifactError: no such graph, or one with other inputs.
-        BuildError: the builder refused the graph; its own words are in the message.
+        BuildError: the builder refused the graph; its own words are in the message. Or it lost
+            what it was expected to fuse.
         ResourceError: memory or disk did not suffice; no partial engine is left.
     """
     chosen = find_target(target)
@@ -135,20 +148,41 @@ def build_engine(
         sidecar=f"{out_dir.name}/{stem}.json",
     )
     if record.file in known and record.sidecar in known:
+        if expect_fused:
+            kept = read_engine_info(out_dir / f"{stem}.json")
+            _require_fused(component, kept.census)
         return BuiltEngine(record=record)
 
     started = time.monotonic()
-    log = NativeLog()
+    log = _Log()
     with ExitStack() as stack:
         with os_errors(onnx_path.parent):
             graph = stack.enter_context(prepared(onnx_path))
         signals = stack.enter_context(interrupts_held())  # which a builder's callback would lose
         network = _parse(trt, chosen, component, graph, log)
         _check_inputs(network, component, inputs)
-        config = _configure(trt, chosen, network, ranges, capabilities)
+        fused, others = _attentions(trt, chosen, network.definition)
+        expected, error, decomposed = len(fused), None, others
         with StreamedFile(out_dir / f"{stem}.plan") as plan:
             monitor = Monitor(progress or _silent, signals)
-            fused, decomposed = _build(trt, network, config, plan, log, component, monitor)
+            for decomposed, prepare in _attempts(fused, others, inputs):
+                if decomposed or prepare is not nullcontext:
+                    del network
+                    source = stack.enter_context(prepare(graph))
+                    network = _parse(trt, chosen, component, source, log, decomposed)
+                config = _configure(trt, chosen, network, ranges, capabilities)
+                error = _build(trt, network, config, plan, log, component, monitor)
+                if type(error) is not BuildError or plan.nbytes:
+                    break
+            if error is not None:
+                raise error
+            census = log.layers.census(
+                precision_of(precision, component),
+                expected_attention=expected,
+                expected_8_bit=_expected_8_bit(trt, network.definition),
+            )
+            if expect_fused:
+                _require_fused(component, census)
             if signals:
                 raise BuildError(f"{component}: interrupted")  # the signal's own error follows
             plan.publish()
@@ -166,11 +200,12 @@ def build_engine(
         onnx_sha256=onnx_sha256,
         nbytes=plan.nbytes,
         sha256=plan.sha256,
-        fused_attention=fused,
-        decomposed_attention=decomposed,
+        fused_attention=expected - len(decomposed & fused),
+        decomposed_attention=len(decomposed),
         build_seconds=round(max(0.0, time.monotonic() - started), 3),
         inputs=tuple(inputs),
         outputs=outputs,
+        census=census,
     )
     with StreamedFile(out_dir / f"{stem}.json") as sidecar:
         sidecar.write((json.dumps(info.to_json(), indent=2) + "\n").encode())
@@ -209,7 +244,27 @@ class _Network:
     logger: Any
 
 
-def _parse(trt: Any, target: Target, component: str, path: Path, log: NativeLog) -> _Network:
+class _Log(NativeLog):
+    """What a builder logs: its last errors, and the layers of what it built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = LayerLog()
+
+    def log(self, severity: Any, message: str) -> None:
+        super().log(severity, message)
+        self.layers.take(message)
+
+
+def _parse(
+    trt: Any,
+    target: Target,
+    component: str,
+    path: Path,
+    log: NativeLog,
+    decomposed: Container[str] = (),
+) -> _Network:
+    """Parse a graph; the named attention nodes may be decomposed."""
     logger = callback(trt.ILogger, log=log.log)
     try:
         builder = trt.Builder(logger)
@@ -221,7 +276,11 @@ def _parse(trt: Any, target: Target, component: str, path: Path, log: NativeLog)
     typed = 1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0
     definition = builder.create_network(typed)
     parser = trt.OnnxParser(definition, logger)
-    if not parser.parse_from_file(str(path)) or parser.num_errors:
+    if decomposed:
+        is_parsed = parser.parse(decomposable(path.read_bytes(), decomposed), str(path))
+    else:
+        is_parsed = parser.parse_from_file(str(path))
+    if not is_parsed or parser.num_errors:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         told = (
             "\n  ".join(map(_parser_error, errors[:3])) or log.decisive() or "it does not say why"
@@ -281,6 +340,7 @@ def _configure(
 ) -> Any:
     config = network.builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # lists layers in the log
     if target.portable and capabilities:
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
@@ -303,8 +363,8 @@ def _build(
     log: NativeLog,
     component: str,
     monitor: Monitor,
-) -> tuple[int, int]:
-    """Stream the engine into ``plan``; count attention layers that are fused and decomposed."""
+) -> InternVLError | None:
+    """Stream the engine into ``plan``; return why there is none, or None."""
     config.progress_monitor = callback(
         trt.IProgressMonitor,
         phase_start=monitor.phase_start,
@@ -314,48 +374,75 @@ def _build(
     writer = callback(
         trt.IStreamWriter, write=lambda data: 0 if monitor.is_stopped else plan.write(data)
     )
-    for everything in (False, True):
-        counts = _mark_attention(trt, network.definition, everything=everything)
-        built = network.builder.build_serialized_network_to_stream(
-            network.definition, config, writer
-        )
-        if monitor.stopped_by is not None:
-            raise monitor.stopped_by
-        if built or plan.error is not None:
-            break
-        if everything or not log.mentions(NO_FUSED_KERNEL):
-            raise _failure(component, log)
-        log.errors.clear()
+    built = network.builder.build_serialized_network_to_stream(network.definition, config, writer)
+    if monitor.stopped_by is not None:
+        raise monitor.stopped_by
+    if not built and plan.error is None:
+        return _failure(component, log)
     if plan.error is None and plan.nbytes == 0:
-        raise BuildError(f"{component}: the builder reported success and wrote nothing")
-    return counts
+        return BuildError(f"{component}: the builder reported success and wrote nothing")
+    return None
 
 
 def _silent(phase: str, done: int, total: int) -> None:
     pass
 
 
-def _mark_attention(trt: Any, definition: Any, *, everything: bool) -> tuple[int, int]:
-    """Let attention layers without a fused kernel be decomposed; (fused, decomposed) layers."""
-    fused = decomposed = 0
+def _attempts(
+    fused: set[str], others: set[str], inputs: Sequence[TensorSpec]
+) -> Iterator[tuple[set[str], Prepare]]:
+    """Yield what to try until a build succeeds: attention to decompose, and a change of the graph.
+
+    First what is fastest, then with every attention decomposed, then with caches written apart.
+    """
+    yield others, nullcontext
+    if fused:
+        yield fused | others, nullcontext
+    is_in_place = any(spec.name == WRITE_INDICES for spec in inputs)
+    if is_in_place and find_spec("onnx_ir") is not None:
+        from internvl_edge.export.engine.unaliased import unaliased_graph
+
+        yield others, unaliased_graph
+
+
+def _attentions(trt: Any, target: Target, definition: Any) -> tuple[set[str], set[str]]:
+    """List the attention nodes that the target has a fused kernel for, and the others."""
+    fused, others = set[str](), set[str]()
     for index in range(definition.num_layers):
         layer = definition.get_layer(index)
-        if layer.type != trt.LayerType.ATTENTION_INPUT:
-            continue
-        if everything or not _has_fused_kernel(layer.get_input(0)):
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings return a plain ILayer
-            layer.attention.decomposable = True
-            decomposed += 1
-        else:
-            fused += 1
-    return fused, decomposed
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            query = layer.get_input(0)
+            *_, length, head_size = query.shape  # of queries (B, heads, T, d)
+            has_kernel = target.has_fused_kernel(query.dtype.name, length, head_size)
+            (fused if has_kernel else others).add(layer.name.removesuffix(ATTENTION_SUFFIX))
+    return fused, others
 
 
-def _has_fused_kernel(query: Any) -> bool:
-    """Tell whether there is one for queries (B, heads, T, d) of this type and shape."""
-    *_, length, head_size = query.shape
-    half = query.dtype.name in ("HALF", "BF16")
-    return half and length != 1 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
+def _expected_8_bit(trt: Any, definition: Any) -> int:
+    """Count the products that should be in 8 bits: at least one reads each quantized activation.
+
+    But for those that read constants alone, which are computed once: query tokens in the first
+    layer. Those inside of a quantized attention are one kernel with it, and not counted.
+    """
+    kinds = [definition.get_layer(index).type for index in range(definition.num_layers)]
+    pairs = kinds.count(trt.LayerType.QUANTIZE)
+    return min(pairs, 1) if trt.LayerType.SOFTMAX in kinds else math.ceil(IN_8_BITS * pairs)
+
+
+def _require_fused(component: str, census: Census | None) -> None:
+    """Refuse an engine that is slower than its graph allows.
+
+    Raises:
+        BuildError: attention was decomposed, or products are not in the types of the graph.
+    """
+    lost = ["the builder did not list its layers, so that nobody can tell"]
+    if census is not None:
+        lost = census.regressions()
+    if lost:
+        raise BuildError(
+            f"{component}: expected fused layers: {'; '.join(lost)}; leave --expect-fused out to "
+            "have this engine"
+        )
 
 
 def _failure(component: str, log: NativeLog) -> InternVLError:

@@ -17,17 +17,28 @@ from internvl_edge.runtime.gpu.probe import gpus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A builder: what it is called, and whether its engines leave the machine."""
+    """A builder: what it is called, whether its engines leave the machine, what it fuses.
+
+    Fused attention is in float16 or bfloat16. TensorRT-RTX's limits were found by trying, those of
+    TensorRT are in its documentation (work-with-transformers, multi-head attention fusion).
+    """
 
     name: str
     portable: bool  # builds for any GPU, without one
+    head_sizes: range  # of fused attention
+    fuses_one_query: bool
+
+    def has_fused_kernel(self, dtype: str, length: int, head_size: int) -> bool:
+        """Tell whether there is one for queries of a type, TensorRT's name, and shape."""
+        is_narrow, is_fitting = dtype in ("HALF", "BF16"), head_size in self.head_sizes
+        return is_narrow and is_fitting and (length != 1 or self.fuses_one_query)
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target(name="tensorrt-rtx", portable=True),
-        Target(name="tensorrt", portable=False),
+        Target(name="tensorrt-rtx", portable=True, head_sizes=range(9, 257), fuses_one_query=False),
+        Target(name="tensorrt", portable=False, head_sizes=range(16, 257, 8), fuses_one_query=True),
     )
 }
 

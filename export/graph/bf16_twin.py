@@ -4,6 +4,9 @@ ONNX Runtime's CPU provider computes float32 and float16, not bfloat16. In the t
 operation with a bfloat16 result computes in float32, and two casts round its result to bfloat16
 and back. That is the arithmetic of hardware whose bfloat16 products accumulate in float32, so the
 twin has the rounding error of the real graph. It reads the same weights.
+
+Where both factors of a product are dequantized, builders multiply the 8-bit values themselves: only
+the sum is rounded, and so it is in the twin.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ def widen(model: ir.Model) -> bool:
     rounded = [value for value in values if value.dtype == ir.DataType.BFLOAT16]
     if not rounded:
         return False
+    exact = _factors_in_8_bits(graph)
     stored = [v for v in graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
     for value in stored:
         _insert_casts(graph, value, [ir.DataType.FLOAT])
@@ -64,10 +68,27 @@ def widen(model: ir.Model) -> bool:
         if node.op_type != "Cast":  # a Cast to bfloat16 stays; only a Cast back follows it
             value.type = ir.TensorType(ir.DataType.FLOAT)
             node.attributes.pop("output_dtype", None)
-            _insert_casts(graph, value, [ir.DataType.BFLOAT16, ir.DataType.FLOAT])
+            if value not in exact:
+                _insert_casts(graph, value, [ir.DataType.BFLOAT16, ir.DataType.FLOAT])
         else:
             _insert_casts(graph, value, [ir.DataType.FLOAT])
     return True
+
+
+def _factors_in_8_bits(graph: ir.Graph) -> set[ir.Value]:
+    """Find the dequantized values that only products of two such values read."""
+    exact = set()
+    for node in graph:
+        output = node.outputs[0] if node.op_type == "DequantizeLinear" else None
+        if output is not None and all(_is_in_8_bits(use.node) for use in output.uses()):
+            exact.add(output)
+    return exact
+
+
+def _is_in_8_bits(node: ir.Node) -> bool:
+    makers = [None if value is None else value.producer() for value in node.inputs]
+    are_pairs = [maker is not None and maker.op_type == "DequantizeLinear" for maker in makers]
+    return node.op_type == "MatMul" and all(are_pairs)
 
 
 def compute_in_float32(model: ir.Model) -> None:

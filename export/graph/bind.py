@@ -64,7 +64,7 @@ def bind(model: ir.Model, stored: Mapping[str, StoredTensor], directory: Path) -
             base_dir=directory,
         )
         total += place.nbytes
-        if wanted != held:
+        if wanted != held and value.uses():
             _cast_after(model.graph, value, held, wanted)
     return total
 

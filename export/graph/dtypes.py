@@ -5,11 +5,12 @@
     fp16        float16         float32
     bf16        bfloat16        bfloat16
 
-InternViT's residual stream runs un-normalised through 48 pre-norm blocks, and vision
-transformers of this size have a few massive activations in it. In float16 they overflow to
-infinity: published float16 engines of such towers fail in this way. The stream, and parameters
-applied to it directly, therefore stay float32 at fp16; that is a thousandth of the arithmetic, and
-the casts fuse into the neighbouring operations. bfloat16 has float32's range, and published
+InternViT's residual stream runs un-normalised through 48 pre-norm blocks, and vision transformers
+of this size have a few massive activations in it. In float16 they overflow to infinity: published
+float16 engines of such towers fail in this way. The stream, and parameters applied to it directly,
+therefore stay float32 at fp16; that is a thousandth of the arithmetic, and the casts fuse into the
+neighbouring operations. The product that takes a rotated stream back to the checkpoint's basis is a
+linear layer like others (``models.vit.unrotated``). bfloat16 has float32's range, and published
 weights are stored in it, so there the stream is bfloat16 as in the original.
 
 Norm statistics are float32 at every precision (``stash_type`` of ``RMSNormalization``). The
@@ -31,7 +32,7 @@ Base = Literal["fp32", "fp16", "bf16"]
 # Parameters applied to the residual stream itself, before or after a linear layer's branch.
 ON_THE_STREAM = re.compile(
     r"(?:(?:^|\.)(?:"
-    r"class_embedding|position_embedding|query_tokens|ls1|ls2|unrotation|"
+    r"class_embedding|position_embedding|query_tokens|ls1|ls2|"
     r"norm1|norm2|norm|norm1_q|norm1_k|norm1_v|input_layernorm|post_attention_layernorm"
     r")|^mlp1\.0)(\.weight|\.bias)?$"
 )

@@ -26,9 +26,20 @@ Placement follows the vendor's rules:
 - both inputs of each GEMM carry a pair, outputs never do (the residual stream stays 16/32-bit);
 - readers of one tensor, such as q, k and v after a norm, share one pair, so that the
   quantization can fuse into the norm's epilogue;
-- scales are float32 and symmetric; where the graph computes in 16 bits the pair's
-  ``output_dtype`` says so, so that no scale is rounded to the activations' type;
+- scales are symmetric, and numbers that bfloat16 holds (``numerics.formats``);
 - GEMMs with K or N below 16, patch embedding, pools and heads stay as they are.
+
+Where the graph computes in 16 bits, the product is one in bfloat16:
+
+    x (16 bit) → QuantizeLinear(s_x) → DequantizeLinear(s_x, bfloat16) ─┐
+                                                                       MatMul → Cast(16 bit) → …
+                           W₈ → DequantizeLinear(s_w, bfloat16) ────────┘
+
+TensorRT-RTX multiplies in 8 bits and writes the sums in the type of the scales of its
+DequantizeLinears, to be multiplied by s_w in the next kernel. In float32 each value is four bytes
+written and read again; float16 overflows, since what is written lacks s_w; and with scales of
+another type than the product's it gives up the 8-bit product. The QuantizeLinear's scale stays
+float32, so that the quotient is not rounded to 16 bits before it is rounded to 8.
 """
 
 from __future__ import annotations
@@ -49,6 +60,7 @@ STORAGE = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "int4": ir.DataType.INT4,
 }
+NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +115,10 @@ def insert_attention_qdq(model: ir.Model, attentions: Mapping[str, AttentionScal
 
 
 def _decompose(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
-    """Write softmax((q / √d) kᵀ) v with four pairs, as drawn in ``calibration.attention``."""
+    """Write softmax((q / √d) kᵀ) v with four pairs, as drawn in ``calibration.attention``.
+
+    Scales are float32: one kernel has both products, and writes no sums in between.
+    """
     heads = node.attributes.get_int("q_num_heads", 0)
     if node.attributes.get_int("kv_num_heads", 0) != heads or any(node.inputs[3:]):
         raise InternVLError(f"{node.name}: expected as many heads of keys as of queries, no mask")
@@ -127,7 +142,7 @@ def _decompose(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
         apart = [batch, length, heads, head_dim]
         x = add("Reshape", [x, split], apart, name)
         x = add("Transpose", [x], [apart[i] for i in order], name, perm=list(order))
-        return _activation_pair(graph, node, x, "fp8", scale, compute)
+        return _activation_pair(graph, node, x, "fp8", scale, ir.DataType.FLOAT, compute)
 
     split = _shared(graph, "attention.heads", np.array([0, 0, heads, head_dim], np.int64))
     joined = _shared(graph, "attention.width", np.array([0, 0, width], np.int64))
@@ -138,7 +153,7 @@ def _decompose(graph: ir.Graph, node: ir.Node, scales: AttentionScales) -> None:
     v = operand(value, "value", scales.value, 0, 2, 1, 3)
     scores = [batch, heads, length, length]
     p = add("Softmax", [add("MatMul", [q, k], scores, "scores")], scores, "softmax", axis=-1)
-    p = _activation_pair(graph, node, p, "fp8", SOFTMAX_SCALE, compute)
+    p = _activation_pair(graph, node, p, "fp8", SOFTMAX_SCALE, ir.DataType.FLOAT, compute)
     x = add("MatMul", [p, v], [batch, heads, length, head_dim], "mixed")
     x = add("Transpose", [x], [batch, length, heads, head_dim], "mixed", perm=[0, 2, 1, 3])
     x = add("Reshape", [x, joined], [batch, length, width], "mixed")
@@ -162,15 +177,23 @@ def bypass_activations(model: ir.Model) -> int:
         activation = quantize.inputs[0]
         assert activation is not None
         for use in list(quantize.outputs[0].uses()):
-            use.node.outputs[0].replace_all_uses_with(activation)
+            read = use.node.outputs[0]
+            if read.dtype not in (None, activation.dtype):
+                cast = ir.node("Cast", [activation], {"to": int(read.dtype)})
+                graph.insert_before(use.node, cast)
+                activation = cast.outputs[0]
+            read.replace_all_uses_with(activation)
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if weight is not None and weight.is_initializer():
             compute = node.outputs[0].dtype or ir.DataType.FLOAT
-            wide = ir.node("Cast", [weight], {"to": int(ir.DataType.FLOAT)})
-            scaled = ir.node("Mul", [wide.outputs[0], node.inputs[1]])
+            wide, scale = (
+                ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+                for value in (weight, node.inputs[1])
+            )
+            scaled = ir.node("Mul", [wide.outputs[0], scale.outputs[0]])
             result = ir.node("Cast", [scaled.outputs[0]], {"to": int(compute)})
-            graph.insert_before(node, [wide, scaled, result])
+            graph.insert_before(node, [wide, scale, scaled, result])
             node.outputs[0].replace_all_uses_with(result.outputs[0])
     return len(pairs)
 
@@ -188,12 +211,20 @@ def _rewrite(
     assert compute is not None and weight.shape is not None
 
     if linear.activation_scale is not None:
+        product = _product_type(compute)
         key = (str(activation.name), linear.activation_scale, linear.format)
         if key not in shared:
             shared[key] = _activation_pair(
-                graph, matmul, activation, linear.format, linear.activation_scale, compute
+                graph,
+                matmul,
+                activation,
+                linear.format,
+                linear.activation_scale,
+                product,
+                product,
             )
         matmul.replace_input_with(0, shared[key])
+        _multiply_in(graph, matmul, product, compute)
     dequantize = _weight_node(graph, weight, linear, compute)
     graph.insert_before(matmul, dequantize)
     matmul.replace_input_with(1, dequantize.outputs[0])
@@ -218,8 +249,9 @@ def _weight_node(
         scale = _initializer(graph, name, (features_out,), compute)
         attributes = {"axis": 1}
     else:
-        scale = _initializer(graph, name, (features_out,))
-        attributes = {"axis": 1, **_output_dtype(compute)}
+        compute = _product_type(compute)
+        scale = _initializer(graph, name, (features_out,), compute)
+        attributes = {"axis": 1}
     node = ir.node(
         "DequantizeLinear", [weight, scale], attributes, name=f"{weight.name}/DequantizeLinear"
     )
@@ -227,6 +259,29 @@ def _weight_node(
     node.outputs[0].type = ir.TensorType(compute)
     node.outputs[0].shape = weight.shape
     return node
+
+
+def _product_type(compute: ir.DataType) -> ir.DataType:
+    """Choose the type of an 8-bit product in a graph that computes in another."""
+    return ir.DataType.BFLOAT16 if compute in NARROW else compute
+
+
+def _multiply_in(
+    graph: ir.Graph, matmul: ir.Node, product: ir.DataType, compute: ir.DataType
+) -> None:
+    """Let a product give its own type, and its readers read the one that the graph computes in."""
+    output = matmul.outputs[0]
+    output.type = ir.TensorType(product)
+    if product == compute:
+        return
+    cast = ir.node("Cast", [output], {"to": int(compute)}, name=f"{matmul.name}/Cast")
+    result = cast.outputs[0]
+    result.name, result.type = f"{output.name}.as_{compute.name.lower()}", ir.TensorType(compute)
+    result.shape = output.shape
+    for use in list(output.uses()):
+        if use.node is not cast:
+            use.node.replace_input_with(use.idx, result)
+    graph.insert_after(matmul, cast)
 
 
 def _linear_nodes(weight: ir.Value) -> tuple[ir.Node, ir.Node]:
@@ -247,33 +302,42 @@ def _activation_pair(
     activation: ir.Value,
     fmt: str,
     activation_scale: float,
-    compute: ir.DataType,
+    scale_type: ir.DataType,
+    result_type: ir.DataType,
 ) -> ir.Value:
-    """Quantize and dequantize an activation; return the value that all its readers share."""
+    """Quantize and dequantize an activation; return the value that all its readers share.
+
+    Args:
+        graph: gets the nodes.
+        before: the node that they are placed before.
+        activation: what is quantized.
+        fmt: the format.
+        activation_scale: of the tensor; a number that ``scale_type`` holds.
+        scale_type: of the DequantizeLinear's scale; the QuantizeLinear's is float32.
+        result_type: of the value that is returned.
+    """
     stem = str(activation.name)
-    scale = _constant(graph, f"{stem}.scale", np.float32(activation_scale))
+    scale = narrow = _constant(graph, f"{stem}.scale", np.float32(activation_scale))
+    if scale_type != ir.DataType.FLOAT:
+        values = scale_type.numpy().type(activation_scale)
+        narrow = _constant(graph, f"{stem}.scale.{scale_type.name.lower()}", values)
     zero = _constant(graph, f"{stem}.zero_point", STORAGE[fmt].numpy().type(0))
     quantize = ir.node("QuantizeLinear", [activation, scale, zero], name=f"{stem}/QuantizeLinear")
     quantize.outputs[0].name = f"{stem}.quantized"
     dequantize = ir.node(
         "DequantizeLinear",
-        [quantize.outputs[0], scale, zero],
-        _output_dtype(compute),
+        [quantize.outputs[0], narrow, zero],
+        {} if result_type == scale_type else {"output_dtype": int(result_type)},
         name=f"{stem}/DequantizeLinear",
     )
     dequantize.outputs[0].name = f"{stem}.dequantized"
     for value, dtype in (
         (quantize.outputs[0], STORAGE[fmt]),
-        (dequantize.outputs[0], compute),
+        (dequantize.outputs[0], result_type),
     ):
         value.type, value.shape = ir.TensorType(dtype), activation.shape
     graph.insert_before(before, [quantize, dequantize])
     return dequantize.outputs[0]
-
-
-def _output_dtype(compute: ir.DataType) -> dict[str, Any]:
-    """Return the attribute that allows a float32 scale in a 16-bit graph."""
-    return {} if compute == ir.DataType.FLOAT else {"output_dtype": int(compute)}
 
 
 def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:

@@ -126,7 +126,22 @@ RULES: dict[str, Rule] = {
         severity="error",
         says="Scales are float32, or float16 or bfloat16. In float16, scales below 6.1e-5 are "
         "denormal, and only three digits are left.",
-        fix="Store scales in float32 and set output_dtype where the graph computes in 16 bits.",
+        fix="Store scales in bfloat16, or in float32, and quantize weights by the stored scale.",
+    ),
+    "wide-sums": Rule(
+        severity="note",
+        says="TensorRT-RTX's 8-bit products write their sums in the type of the scales. In float32 "
+        "each is four bytes that a second kernel reads again, to multiply them by the weight's "
+        "scales and to go on in 16 bits.",
+        fix="Give both DequantizeLinears bfloat16 scales that the values were quantized by, let "
+        "the product be in bfloat16, and cast its output where the graph computes in float16.",
+    ),
+    "product-type": Rule(
+        severity="warning",
+        says="An 8-bit product is in the type of its scales, or its scales are float32. With other "
+        "16-bit scales TensorRT-RTX dequantizes both inputs and multiplies in 16 or 32 bits.",
+        fix="Give the scales of both DequantizeLinears the type of the product, and cast its "
+        "output where the graph goes on in another one.",
     ),
     "scale-shape": Rule(
         severity="error",

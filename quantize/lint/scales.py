@@ -22,6 +22,7 @@ from internvl_edge.quantize.lint.view import (
     constant,
     dtype_of,
     is_constant,
+    name_of,
     origin,
     size_of,
 )
@@ -231,6 +232,32 @@ def _check_axis(weight: Operand) -> Iterator[Finding]:
         yield finding("weight-axis", node, axes)
 
 
+def check_product_types(view: View) -> Iterator[Finding]:
+    """Report products in 8 bits whose sums are wide, or that are given up for their types."""
+    wide: list[ir.Node] = []
+    for product in view.products:
+        pairs = [o.dequantize for o in product.operands if o.element in ACTIVATION_TYPES]
+        types = [_types(node) for node in pairs if node is not None]
+        if len(types) != 2 or any(scale is None or out is None for scale, out in types):
+            continue
+        if all(scale == ir.DataType.FLOAT for scale, _ in types):
+            if any(out != ir.DataType.FLOAT for _, out in types):
+                wide.append(product.node)
+        elif any(scale not in (out, ir.DataType.FLOAT) for scale, out in types):
+            names = ", ".join(f"{s.name} scales for {o.name}" for s, o in types if s and o)
+            yield finding("product-type", product.node, names)
+    if wide:
+        count = f"{len(wide)} products in 16 bits with float32 scales, the first {name_of(wide[0])}"
+        yield finding("wide-sums", "the model", count)
+
+
+def _types(node: ir.Node) -> tuple[ir.DataType | None, ir.DataType | None]:
+    """Return the types of a DequantizeLinear's scale and output."""
+    scale, declared = dtype_of(_input(node, 1)), node.attributes.get("output_dtype")
+    is_declared = declared is not None and bool(declared.value)
+    return scale, ir.DataType(declared.as_int()) if declared is not None and is_declared else scale
+
+
 def check_hardware(view: View) -> Iterator[Finding]:
     nodes = [node for node in view.dequantizers if dtype_of(_input(node, 0)) == FP8]
     count = f"{len(nodes)} tensors in FP8 E4M3"
@@ -287,5 +314,6 @@ CHECKS = (
     check_types,
     check_activation_scales,
     check_weights,
+    check_product_types,
     check_hardware,
 )

@@ -2,7 +2,8 @@
 
 A plan is native code: whoever writes it runs as us. So it is opened once, through no link, and
 its size and sha256 are compared with the manifest's on that very descriptor before TensorRT reads
-from it, in pieces and without a second copy in memory. Host code in a plan stays forbidden
+from it, in pieces and without a second copy in memory. Pieces are read into page-locked memory,
+from which TensorRT copies straight to the GPU. Host code in a plan stays forbidden
 (``engine_host_code_allowed``), and nothing here loads plugins.
 
 TensorRT-RTX compiles kernels when an engine first runs. What it compiled is kept next to the plan
@@ -20,9 +21,13 @@ import io
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+import numpy as np
 
 from internvl_edge.artifact.open import Artifact, FileRecord, sha256
 from internvl_edge.artifact.pins import Pin, changed
@@ -36,7 +41,9 @@ from internvl_edge.errors import (
 )
 from internvl_edge.files.disk import open_regular, write_atomically
 from internvl_edge.runtime.gpu.device import Device
+from internvl_edge.runtime.gpu.handles import PinnedBuffer
 from internvl_edge.runtime.trt.vendor import NativeLog, callback
+from internvl_edge.types import Array
 
 __all__ = ["Engine", "find_engine", "require_engine"]
 
@@ -104,8 +111,8 @@ class Engine:
             self._runtime = trt.Runtime(self._logger)
         except (TypeError, RuntimeError) as error:  # the factory gave none
             raise HardwareError(f"{trt.__name__} cannot start: {self._reason(error)}") from error
-        with _open(path, record) as file:
-            reader = _reader(trt, file, record.nbytes)
+        with _open(path, record) as file, _staging(device, record.nbytes) as staging:
+            reader = _reader(trt, file, record.nbytes, staging)
             before = Pin.of(file)
             self.native = self._runtime.deserialize_cuda_engine(reader)
             if not Pin.of(file).has_content_of(before):
@@ -195,14 +202,31 @@ def _open(path: Path, record: FileRecord) -> io.BufferedReader:
     return file
 
 
-def _reader(trt: Any, file: io.BufferedReader, nbytes: int) -> Any:
-    """Make TensorRT's view of the file; errors end the stream, and it then refuses the engine."""
-
-    def read(count: int, stream: int) -> bytes:
+@contextmanager
+def _staging(device: Device, nbytes: int) -> Iterator[Array]:
+    """Lend memory for a piece of the plan: page-locked, or ordinary where none can be had."""
+    size = max(1, min(nbytes, PIECE_NBYTES))
+    with ExitStack() as stack:
         try:
-            return file.read(min(count, PIECE_NBYTES))
+            pinned = stack.enter_context(PinnedBuffer(device, size))
+        except ResourceError as error:
+            logger.info("the engine is read through pageable memory: %s", error)
+            yield np.empty(size, np.uint8)
+        else:
+            yield pinned.view((size,), np.dtype(np.uint8))
+
+
+def _reader(trt: Any, file: io.BufferedReader, nbytes: int, staging: Array) -> Any:
+    """Make TensorRT's view of the file; errors end the stream, and it then refuses the engine.
+
+    TensorRT has copied a piece when it asks for the next one, which is read over it.
+    """
+
+    def read(count: int, stream: int) -> Array:
+        try:
+            return staging[: file.readinto(staging[:count].data)]
         except OSError:
-            return b""
+            return staging[:0]
 
     def seek(offset: int, where: Any) -> bool:
         base = {"SET": 0, "CUR": file.tell(), "END": nbytes}[where.name]

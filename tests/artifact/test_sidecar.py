@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internvl_edge.artifact.census import Census
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.artifact.sidecar import (
     MAX_SIDECAR_NBYTES,
@@ -42,7 +43,18 @@ INFO = EngineInfo(
     build_seconds=1.5,
     inputs=(TensorSpec(name="pixel_values", dtype="float32", shape=("batch", 3, 56, 56)),),
     outputs=(TensorSpec(name="image_embeds", dtype="float32", shape=("batch", 24)),),
+    census=Census(
+        precision="int8",
+        layers={"gemm": 4, "kgen": 9},
+        fused_attention=4,
+        expected_attention=4,
+        expected_8_bit=4,
+        products={"Int8 · Int8 → BFloat16": 4},
+        wide_products=(),
+        num_wide_products=0,
+    ),
 )
+CENSUS = INFO.to_json()["census"]
 
 names = st.text(min_size=1, max_size=12)
 counts = st.integers(0, 1 << 50)
@@ -61,6 +73,15 @@ infos = st.builds(
     compute_capabilities=st.lists(names, max_size=3).map(tuple),
     profile=st.builds(ShapeRanges, batch=ranges, length=ranges, past=ranges),
     build_seconds=st.floats(0, 1e6),
+    census=st.none()
+    | st.builds(
+        Census,
+        precision=names,
+        **dict.fromkeys(("layers", "products"), st.dictionaries(names, counts, max_size=3)),
+        **dict.fromkeys(("fused_attention", "expected_attention"), counts),
+        **dict.fromkeys(("expected_8_bit", "num_wide_products"), counts),
+        wide_products=st.lists(names, max_size=3).map(tuple),
+    ),
     **dict.fromkeys(("inputs", "outputs"), st.lists(specs, max_size=3).map(tuple)),
 )
 
@@ -89,7 +110,13 @@ def test_a_profile_that_is_no_range_is_refused(batch: Any) -> None:
         ShapeRanges(batch=batch)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(EngineInfo)])
+def test_a_sidecar_of_an_earlier_version_has_no_census() -> None:
+    raw = INFO.to_json()
+    del raw["census"]
+    assert EngineInfo.from_json(raw) == replace(INFO, census=None)
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in fields(EngineInfo)} - {"census"}))
 def test_a_missing_key_is_refused(name: str) -> None:
     raw = INFO.to_json()
     del raw[name]
@@ -116,6 +143,12 @@ def test_a_missing_key_is_refused(name: str) -> None:
         ("inputs", [{"name": "x", "dtype": "float32"}]),
         ("inputs", [{"name": "x", "dtype": "float32", "shape": [-1]}]),
         ("inputs", {"name": "x"}),
+        ("census", {"layers": {}}),
+        ("census", {**CENSUS, "layers": {"gemm": -1}}),
+        ("census", {**CENSUS, "products": [1]}),
+        ("census", {**CENSUS, "wide_products": [1]}),
+        ("census", {**CENSUS, "fused_attention": None}),
+        ("census", {**CENSUS, "precision": 8}),
     ],
 )
 def test_a_wrong_value_is_refused(name: str, value: object) -> None:

@@ -9,7 +9,7 @@ publish      a directory that appears whole or not at all
 workspace    what an interrupted compilation has finished, for the same command to go on
 onnx_gate    an ONNX file, judged before a native parser reads it;  onnx_wire  its bytes
 safetensors  headers of weights files, parsed and validated
-sidecar      what is written down about a built engine
+sidecar      what is written down about a built engine;  census  its layers
 """
 
 from internvl_edge.artifact.manifest import (

@@ -22,11 +22,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.artifact.census import Census
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.errors import ArtifactError, HardwareError, UsageError
 from internvl_edge.files.reading import parse_json, read_file
 
 SCHEMA = 1
+OPTIONAL = {"census"}  # keys that sidecars of earlier versions do not have
 RTX, RTX_SMS, RTX_SMS_FROM = "tensorrt-rtx", (80, 86, 89), 120  # where a portable engine runs
 RTX_SM_IF_ASKED = 75  # and where one runs that was built for it
 MAX_SIDECAR_NBYTES = 1 << 20
@@ -101,6 +103,16 @@ class EngineInfo:
     build_seconds: float
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    census: Census | None = None  # None: the builder did not list its layers, or an older version
+
+    @property
+    def layers_said(self) -> list[str]:
+        """Say in words what the builder made of the graph."""
+        if self.census is None:
+            return [
+                "layers: not known; the builder did not list them, or an older version built it"
+            ]
+        return self.census.lines()
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -115,7 +127,7 @@ class EngineInfo:
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             schema = raw.get("schema") if isinstance(raw, dict) else raw
             raise ArtifactError(f"engine sidecar: expected schema {SCHEMA}, found {schema!r:.80}")
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - (OPTIONAL - raw.keys())
         if raw.keys() != names | {"schema"}:
             odd = sorted(map(str, raw.keys() ^ (names | {"schema"})))
             raise ArtifactError(f"engine sidecar: missing or unknown keys {', '.join(odd)}")
@@ -232,6 +244,7 @@ def _list(value: object) -> list[object]:
 
 
 _READERS: dict[str, Any] = {
+    "census": Census.from_json,
     "compute_capabilities": lambda value: tuple(_text(item) for item in _list(value)),
     "minimum_sm": _count,
     "profile": ShapeRanges.from_json,

@@ -36,6 +36,7 @@ AUTO = "auto"
 OFFERED = (*PRECISIONS, AUTO)
 LAYOUTS = ("internvl_chat", "internvl_hf")
 METRICS = ("cosine", "zero-shot", "recall@1")
+EXPECT_FUSED = "Refuse an engine that lost fused attention or 8-bit products; inspect shows them."
 
 
 @click.command()
@@ -73,6 +74,7 @@ METRICS = ("cosine", "zero-shot", "recall@1")
     callback=targets,
     help="onnx, tensorrt-rtx or tensorrt; several comma-separated.",
 )
+@click.option("--expect-fused", is_flag=True, help=EXPECT_FUSED)
 @click.option(
     "--weights",
     type=one_of("auto", "link", "copy"),
@@ -221,6 +223,7 @@ def _search_lines(search: Any) -> list[str]:
 )
 @click.option("--length", help="The same, of texts; 1,32,80, of a chat model 1,320,3584.")
 @click.option("--past", help="The same, of cached positions; 0,96,256, of a chat model 0,512,4096.")
+@click.option("--expect-fused", is_flag=True, help=EXPECT_FUSED)
 @click.option("--dry-run", is_flag=True, help="Say what it will take, and build nothing.")
 @no_backend
 @answers
@@ -232,6 +235,7 @@ def build(
     batch: str | None,
     length: str | None,
     past: str | None,
+    expect_fused: bool,
     dry_run: bool,
     backend: str,
 ) -> None:
@@ -245,7 +249,12 @@ def build(
     before = engine_files(out)
     with output.progress() as report:
         engines = compiler.build(
-            out, targets, components=components, profile=profile, report=report
+            out,
+            targets,
+            components=components,
+            profile=profile,
+            expect_fused=expect_fused,
+            report=report,
         )
     facts = [engine_facts(out, engine, is_new=engine.file not in before) for engine in engines]
     output.table(ENGINE_COLUMNS, [engine_row(engine) for engine in facts])

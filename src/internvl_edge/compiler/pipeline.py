@@ -38,6 +38,7 @@ def steps(plan: Plan) -> list[Step]:
 def _engines(plan: Plan, weights: WeightsPlan) -> BuildEngines:
     return BuildEngines(
         targets=plan.engine_targets,
+        expect_fused=plan.options.expect_fused,
         weights={name: engine_nbytes(plan, read) for name, read in weights.reads.items()},
         depths=tower_depths(plan),
         precision=plan.options.precision,

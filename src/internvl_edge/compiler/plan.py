@@ -55,6 +55,7 @@ class ExportOptions:
     calibration: Path | None = None  # a folder of images to calibrate on
     samples: DrawSamples | None = None  # without a folder; None: a bundled sample set
     targets: tuple[str, ...] = ("onnx",)
+    expect_fused: bool = False  # refuse engines that lost fused attention or 8-bit products
     weights: Transfer = "auto"
     align: int | None = None  # of every weight in its file; None: to its item size
     verify: Verify = "auto"

@@ -22,7 +22,8 @@ from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps.engines import require_buildable
 from internvl_edge.compiler.steps.profiles import profile_for, profile_from
 from internvl_edge.errors import ResourceError, UsageError
-from internvl_edge.export.engine import memory
+from internvl_edge.export.engine import build, memory
+from internvl_edge.export.engine.unaliased import unaliased_graph
 
 pytest.importorskip("tensorrt_rtx", reason="the tensorrt-rtx package is not installed")
 
@@ -38,6 +39,22 @@ OTHER = replace(
 )
 
 
+def require_narrow(info: EngineInfo, precision: str) -> None:
+    """The builder kept to the types of the graph: what was quantized is multiplied in 8 bits."""
+    assert info.census is not None
+    assert info.census.regressions() == []
+    types = set(info.census.products)
+    if precision in ("int8", "fp8") and info.component not in ("image_pool",):
+        eight = {"int8": "Int8 · Int8", "fp8": "FP8 · FP8"}[precision]
+        assert f"{eight} → BFloat16" in types
+    if precision != "fp32":  # a head may end in a cast to the type of the component's output
+        assert types <= {
+            *("Int8 · Int8 → BFloat16", "FP8 · FP8 → BFloat16", "BFloat16 · BFloat16 → BFloat16"),
+            *("Half · Half → Half", "Half · Half → Float", "BFloat16 · BFloat16 → Float"),
+            *("Half · Int4 → Half", "Half · Int8 → Half"),
+        }
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 def test_every_component_builds(tmp_path: Path, precision: str) -> None:
     written = write_internvl(tmp_path / "checkpoint", OTHER, seed=4)
@@ -47,6 +64,7 @@ def test_every_component_builds(tmp_path: Path, precision: str) -> None:
         out=tmp_path / "out",
         precision=precision,
         targets=("onnx", "tensorrt-rtx"),
+        expect_fused=True,
     )
     artifact = compiler.export(options)
     built = {engine.component: engine for engine in artifact.manifest.engines}
@@ -57,7 +75,10 @@ def test_every_component_builds(tmp_path: Path, precision: str) -> None:
         assert info.precision == precision
         assert info.nbytes == plan.stat().st_size
         assert artifact.manifest.files[engine.file].sha256 == info.sha256
-    again = compiler.build(artifact.path, ["tensorrt-rtx"])
+        require_narrow(info, precision)
+    report = (artifact.path / "report.html").read_text(encoding="utf-8")
+    assert report.count("layers: ") == len(built)
+    again = compiler.build(artifact.path, ["tensorrt-rtx"], expect_fused=True)
     assert {e.file for e in again} == {e.file for e in built.values()}, "engines are reused"
 
 
@@ -72,12 +93,14 @@ def built_decoder(tmp_path: Path, precision: str, capacity: int | None = None) -
         components=("decoder",),
         cache_capacity=capacity,
         targets=("onnx", "tensorrt-rtx"),
+        expect_fused=True,
     )
     artifact = compiler.export(options)
     (engine,) = artifact.manifest.engines
     assert engine.component == "decoder"
     info = read_engine_info(artifact.file(engine.sidecar))
     assert info.precision == precision
+    require_narrow(info, precision)
     return info
 
 
@@ -94,6 +117,13 @@ def test_decoders_with_their_cache_in_place_build(tmp_path: Path, precision: str
     assert (info.profile.batch, info.profile.length) == ((1, 1, 4), (1, 32, 40))
 
 
+def test_a_cache_in_place_builds_where_it_is_written_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_attempts", lambda fused, others, _: [(others, unaliased_graph)])
+    assert built_decoder(tmp_path, "fp16", capacity=40).fused_attention > 0
+
+
 @pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])
 def test_chat_builds(tmp_path: Path, precision: str) -> None:
     written = write_chat(tmp_path / "checkpoint", seed=6)
@@ -103,6 +133,7 @@ def test_chat_builds(tmp_path: Path, precision: str) -> None:
         out=tmp_path / "out",
         precision=precision,
         targets=("onnx", "tensorrt-rtx"),
+        expect_fused=True,
     )
     engines = compiler.export(options).manifest.engines
     assert {engine.component for engine in engines} == {"chat_vision", "chat_decoder"}

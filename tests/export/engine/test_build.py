@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import helper
 from support.disk import fill_disk
 from support.gpu.fake_trt import (
     DataType,
     FakeTrt,
-    IAttentionInputLayer,
     Layer,
     LayerType,
     parser_error,
     tensor,
 )
 
+from internvl_edge.artifact.census import Census
 from internvl_edge.artifact.open import EngineRecord, TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, check_engine, read_engine_info
 from internvl_edge.errors import (
@@ -42,7 +46,7 @@ PROFILE = ShapeRanges(batch=(1, 2, 4))
 
 def build(tmp_path: Path, trt: Any, **changes: Any) -> EngineRecord:
     graph = tmp_path / "vision.onnx"
-    graph.touch()  # the fake does not read it
+    graph.touch()  # the fake reads it only where it is marked
     arguments: dict[str, Any] = {
         "component": "vision",
         "profile": PROFILE,
@@ -141,43 +145,212 @@ def test_tensorrt_builds_for_the_gpu_it_runs_on(
 # --- attention -------------------------------------------------------------------------------
 
 
-def attention(dtype: DataType, *shape: int) -> Layer:
-    return Layer(LayerType.ATTENTION_INPUT, tensor("q", dtype, *shape))
+def attention(name: str, dtype: DataType, *shape: int) -> Layer:
+    return Layer(LayerType.ATTENTION_INPUT, tensor("q", dtype, *shape), f"{name}_AttentionInput")
 
 
-def test_only_attention_without_a_kernel_is_decomposable(tmp_path: Path, trt: FakeTrt) -> None:
-    trt.layers = [
-        attention(DataType.HALF, -1, 4, 65, 64),
-        attention(DataType.BF16, -1, 4, -1, 256),
-        attention(DataType.FLOAT, -1, 4, 65, 64),
-        attention(DataType.HALF, -1, 4, 1, 64),
-        attention(DataType.HALF, -1, 4, 65, 8),
-        attention(DataType.HALF, -1, 4, 65, 264),
-        Layer(LayerType.CAST),
-    ]
-    info = info_of(tmp_path, build(tmp_path, trt))
-    marked = [isinstance(layer, IAttentionInputLayer) for layer in trt.layers]
-    assert marked == [False, False, True, True, True, True, False]
-    assert all(
-        layer._attention.decomposable == yes for layer, yes in zip(trt.layers, marked, strict=True)
-    )
-    assert (info.fused_attention, info.decomposed_attention) == (2, 4)
+def graph_of(tmp_path: Path, *names: str) -> None:
+    """Write a graph with these attention nodes, and one that is named like none of them."""
+    nodes = [helper.make_node("Attention", ["q", "k", "v"], [name], name=name) for name in names]
+    nodes.append(helper.make_node("Softmax", ["q"], ["s"], name="a/Softmax"))
+    model = helper.make_model(helper.make_graph(nodes, "g", [], []))
+    (tmp_path / "vision.onnx").write_bytes(model.SerializeToString())
 
 
-def test_a_kernel_the_builder_does_not_have_is_decomposed_after_all(
-    tmp_path: Path, trt: FakeTrt
+def marked(data: bytes) -> list[str]:
+    """The nodes that the parser is told it may decompose."""
+    nodes = onnx.load_model_from_string(data).graph.node
+    return [n.name for n in nodes for a in n.attribute if (a.name, a.i) == ("TRT_decomposable", 1)]
+
+
+@pytest.mark.parametrize(
+    ("target", "fused"),
+    [
+        ("tensorrt-rtx", {"half", "bf16", "odd head", "small head"}),
+        ("tensorrt", {"half", "bf16", "one query"}),
+    ],
+)
+def test_only_attention_without_a_kernel_is_decomposable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, fused: set[str]
 ) -> None:
-    trt.layers = [attention(DataType.HALF, -1, 4, 65, 64)]
+    monkeypatch.setattr(targets, "gpus", lambda: [Gpu(index=0, name="", sm=90, memory_nbytes=1)])
+    trt = FakeTrt(target.replace("-", "_"))
+    shapes = {
+        "half": (DataType.HALF, -1, 4, 65, 64),
+        "bf16": (DataType.BF16, -1, 4, -1, 256),
+        "float": (DataType.FLOAT, -1, 4, 65, 64),
+        "one query": (DataType.HALF, -1, 4, 1, 64),
+        "tiny head": (DataType.HALF, -1, 4, 65, 8),
+        "small head": (DataType.HALF, -1, 4, 65, 12),
+        "odd head": (DataType.HALF, -1, 4, 65, 20),
+        "large head": (DataType.HALF, -1, 4, 65, 264),
+    }
+    trt.layers = [attention(name, *of) for name, of in shapes.items()] + [Layer(LayerType.CAST)]
+    graph_of(tmp_path, *shapes)
+    info = info_of(tmp_path, build(tmp_path, trt, target=target))
+    (data,) = trt.parsed
+    assert set(marked(data)) == shapes.keys() - fused
+    assert (info.fused_attention, info.decomposed_attention) == (len(fused), 8 - len(fused))
+    assert trt.num_builds == 1
+
+
+def test_a_graph_without_such_layers_is_read_from_its_file(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.layers = [attention("a", DataType.HALF, -1, 4, 65, 64)]
+    build(tmp_path, trt)
+    assert trt.parsed == []
+
+
+@pytest.mark.parametrize("words", ["CHECK(composite_op->is_decomposable()) failed.", "no kernel"])
+def test_a_kernel_the_builder_does_not_have_is_decomposed_after_all(
+    tmp_path: Path, trt: FakeTrt, words: str
+) -> None:
+    """Whatever it calls that: the words were found on one builder of several."""
+    trt.layers = [attention(name, DataType.HALF, -1, 4, 65, 64) for name in ("a", "b")]
+    graph_of(tmp_path, "a", "b")
 
     def build_decomposed(writer: Any, log: Any, monitor: Any) -> bool:
-        if trt.layers[0]._attention.decomposable:
+        if trt.parsed:
             return bool(writer.write(b"plan"))
-        log("CHECK(composite_op->is_decomposable()) failed.")
+        log(words)
         return False
 
     trt.build = build_decomposed
     info = info_of(tmp_path, build(tmp_path, trt))
-    assert (info.fused_attention, info.decomposed_attention, trt.num_builds) == (0, 1, 2)
+    assert (info.fused_attention, info.decomposed_attention, trt.num_builds) == (0, 2, 2)
+    assert marked(trt.parsed[-1]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [("std::bad_alloc", ResourceError), ("Cannot compile for target sm75", HardwareError)],
+)
+def test_no_second_build_for_what_decomposing_does_not_help(
+    tmp_path: Path, trt: FakeTrt, words: str, error: type[Exception]
+) -> None:
+    trt.layers = [attention("a", DataType.HALF, -1, 4, 65, 64)]
+    trt.build = lambda writer, log, monitor: bool(log(words))
+    with pytest.raises(error):
+        build(tmp_path, trt)
+    assert trt.num_builds == 1
+
+
+def test_a_second_build_that_fails_says_both_reasons(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.layers = [attention("a", DataType.HALF, -1, 4, 65, 64)]
+    graph_of(tmp_path, "a")
+    trt.build = lambda writer, log, monitor: bool(log(f"reason {trt.num_builds}"))
+    with pytest.raises(BuildError, match=r"reason 1\n.*reason 2"):
+        build(tmp_path, trt)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_cache_that_cannot_be_written_in_place_is_written_apart(
+    tmp_path: Path, trt: FakeTrt, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    """The last thing that is tried: each step copies the cache, and attention stays fused."""
+    read: list[str] = []
+    trt.layers = [attention("a", DataType.HALF, -1, 4, 65, 64)]
+    trt.parse = lambda path: read.append(Path(path).name)
+    trt.inputs.append(tensor("write_indices", DataType.INT64, -1))
+    trt.build = lambda writer, log, monitor: (
+        bool(writer.write(b"plan")) if read[-1:] == ["apart.onnx"] else bool(log("Myelin"))
+    )
+    apart = nullcontext(tmp_path / "apart.onnx")
+    monkeypatch.setattr("internvl_edge.export.engine.unaliased.unaliased_graph", lambda _: apart)
+    graph_of(tmp_path, "a")
+    first = TensorSpec(name="write_indices", dtype="int64", shape=("batch",))
+    if not in_place:
+        trt.inputs.pop()
+        with pytest.raises(BuildError, match="Myelin"):
+            build(tmp_path, trt)
+        assert trt.num_builds == 2
+        return
+    info = info_of(tmp_path, build(tmp_path, trt, inputs=(X, first)))
+    assert (info.fused_attention, info.decomposed_attention, trt.num_builds) == (1, 0, 3)
+    assert read == ["vision.onnx", "vision.onnx", "apart.onnx"]
+
+
+# --- layers ----------------------------------------------------------------------------------
+
+
+def line(name: str, kind: str, factors: str, output: str) -> str:
+    """A layer as a builder lists it."""
+    one, two = (
+        f"{{ Name: x, Dimensions: {size}, Format/Datatype: {of} }}"
+        for size, of in zip(("[-1,64]", "[64,64]"), factors.split(), strict=True)
+    )
+    written = f"{{ Name: y, Dimensions: [-1,64], Format/Datatype: {output} }}"
+    return (
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {one}], Constants: [ {two}], "
+        f"Outputs: [ {written}], TacticName: , StreamId: 0, Metadata: [ONNX Layer: {name}]"
+    )
+
+
+FUSED = line("_gemm_mha_v2_myl0_8", "kgen", "Half Half", "Half")
+NARROW = line("fc1/MatMul_U171_myl0_12", "gemm", "Int8 Int8", "BFloat16")
+LOST = [  # what is listed, its precision, and the words of the refusal
+    ([], "int8", "did not list its layers"),
+    ([NARROW], "int8", "0 of 1 attention layers are one kernel"),
+    (
+        [FUSED, NARROW, line("fc2/MatMul_U1_myl0_2", "gemm", "Int8 Int8", "Float")],
+        "int8",
+        "1 products read or write Float, such as fc2/MatMul",
+    ),
+    (
+        [FUSED, line("f_myl0_2", "runtime_fusion", "Half Float", "Half")],
+        "fp16",
+        "1 products read or write Float, such as f",
+    ),
+    (
+        [FUSED, line("f_myl0_2", "runtime_fusion", "Int8 Half", "Half")],
+        "int8",
+        "0 products in 8 bits for 1 quantized inputs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("listed", "precision", "words"), LOST, ids=[w for *_, w in LOST])
+def test_who_expects_fused_layers_gets_no_other_engine(
+    tmp_path: Path, trt: FakeTrt, listed: list[str], precision: str, words: str
+) -> None:
+    trt.layers = [attention("a", DataType.HALF, -1, 4, 65, 64), Layer(LayerType.QUANTIZE)]
+    trt.listed = "\n".join(listed)
+    with pytest.raises(BuildError, match=f"expected fused layers: .*{re.escape(words)}"):
+        build(tmp_path, trt, precision=precision, expect_fused=True)
+    assert leftovers(tmp_path) == []
+    assert build(tmp_path, trt, precision=precision).file  # it can be had
+
+
+def test_the_layers_are_in_the_sidecar(tmp_path: Path, trt: FakeTrt) -> None:
+    """A fusion that ends in a cast to float32 writes what the graph asks for."""
+    trt.layers = [attention("a", DataType.HALF, -1, 4, 65, 64), Layer(LayerType.QUANTIZE)]
+    output = line("__myl_FcAddCast_myl0_94", "runtime_fusion", "Half Half", "Float")
+    trt.listed = "\n".join(["Engine Layer Information:", FUSED, NARROW, NARROW, output])
+    census = info_of(tmp_path, build(tmp_path, trt, precision="int8", expect_fused=True)).census
+    assert census == Census(
+        precision="int8",
+        layers={"gemm": 2, "kgen": 1, "runtime_fusion": 1},
+        fused_attention=1,
+        expected_attention=1,
+        expected_8_bit=1,
+        products={"Int8 · Int8 → BFloat16": 2, "Half · Half → Float": 1},
+        wide_products=(),
+        num_wide_products=0,
+    )
+    assert census.lines()[0] == "layers: 2 gemm, 1 kgen, 1 runtime_fusion; fused attentions: 1"
+    assert info_of(tmp_path, build(tmp_path, FakeTrt())).census is None
+
+
+def test_an_engine_that_is_there_is_judged_by_its_sidecar(tmp_path: Path, trt: FakeTrt) -> None:
+    trt.layers, trt.listed = [attention("a", DataType.HALF, -1, 4, 65, 64)], FUSED
+    record = build(tmp_path, trt)
+    known = (record.file, record.sidecar)
+    assert build(tmp_path, trt, known=known, expect_fused=True) == record
+    sidecar = tmp_path / record.sidecar
+    sidecar.write_text(sidecar.read_text().replace('"fused_attention": 1', '"fused_attention": 0'))
+    with pytest.raises(BuildError, match="0 of 1 attention layers are one kernel"):
+        build(tmp_path, trt, known=known, expect_fused=True)
+    assert trt.num_builds == 1
 
 
 # --- refused before any work -----------------------------------------------------------------

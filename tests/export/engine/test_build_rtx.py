@@ -18,7 +18,7 @@ from support.disk import fill_disk
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, check_engine, read_engine_info
 from internvl_edge.errors import BuildError, HardwareError, ResourceError
-from internvl_edge.export.engine import build
+from internvl_edge.export.engine import build, targets
 from internvl_edge.files.disk import StreamedFile
 from internvl_edge.types import Array
 
@@ -30,6 +30,7 @@ BASES = {
     "fp16": (TensorProto.FLOAT16, np.float16),
     "bf16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16),
 }
+SCALES = {ml_dtypes.bfloat16: TensorProto.BFLOAT16, np.float32: TensorProto.FLOAT}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,9 @@ def rtx() -> Any:
     return pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 
-def tiny_graph(directory: Path, precision: str, base: str | None = None) -> Path:
+def tiny_graph(
+    directory: Path, precision: str, base: str | None = None, scales: Any = ml_dtypes.bfloat16
+) -> Path:
     """Attention and two wide linear layers, Q/DQ on the latter where ``precision`` is 8-bit."""
     quantized = precision in ("int8", "fp8")
     onnx_type, dtype = BASES[base or ("fp16" if quantized else precision)]
@@ -59,10 +62,14 @@ def tiny_graph(directory: Path, precision: str, base: str | None = None) -> Path
         weight = rng.standard_normal(shape).astype(np.float32)
         operands = [source, name]
         if quantized:
-            operands = _quantize(nodes, initializers, operands, weight, precision, onnx_type)
+            operands = _quantize(nodes, initializers, operands, weight, precision, scales)
         else:
             initializers.append(_initializer(name, weight.astype(dtype), onnx_type))
         nodes.append(helper.make_node("MatMul", operands, [result], name=f"{name}/MatMul"))
+        if quantized:
+            narrow = f"{name}.narrow"
+            nodes[-1].output[0] = narrow
+            nodes.append(helper.make_node("Cast", [narrow], [result], to=onnx_type))
     nodes.append(helper.make_node("Cast", ["d"], ["y"], to=TensorProto.FLOAT))
     shape = ["batch", 17, WIDTH]
     graph = helper.make_graph(
@@ -84,7 +91,7 @@ def _quantize(
     operands: list[str],
     weight: Array,
     precision: str,
-    onnx_type: int,
+    scales: Any,
 ) -> list[str]:
     source, name = operands
     eight = TensorProto.INT8 if precision == "int8" else TensorProto.FLOAT8E4M3FN
@@ -95,15 +102,17 @@ def _quantize(
     initializers += [
         _initializer(name, stored, eight),
         _initializer(f"{name}.zero", np.zeros((), dtype), eight),
-        numpy_helper.from_array(scale.astype(np.float32), f"{name}.scale"),
-        numpy_helper.from_array(np.float32(0.05), f"{name}.in_scale"),
+        _initializer(f"{name}.scale", scale.astype(scales), SCALES[scales]),
+        numpy_helper.from_array(np.float32(0.0625), f"{name}.in_scale"),
+        _initializer(f"{name}.out_scale", np.array(0.0625, scales), SCALES[scales]),
     ]
     pair = [f"{name}.in_scale", f"{name}.zero"]
-    out = {"output_dtype": onnx_type}
     nodes += [
         helper.make_node("QuantizeLinear", [source, *pair], [f"{name}.q"]),
-        helper.make_node("DequantizeLinear", [f"{name}.q", *pair], [f"{name}.x"], **out),
-        helper.make_node("DequantizeLinear", [name, f"{name}.scale"], [f"{name}.w"], axis=1, **out),
+        helper.make_node(
+            "DequantizeLinear", [f"{name}.q", f"{name}.out_scale", pair[1]], [f"{name}.x"]
+        ),
+        helper.make_node("DequantizeLinear", [name, f"{name}.scale"], [f"{name}.w"], axis=1),
     ]
     return [f"{name}.x", f"{name}.w"]
 
@@ -130,6 +139,15 @@ def build_real(tmp_path: Path, graph: Path, precision: str, **changes: Any) -> E
     return info
 
 
+PRODUCTS = {  # of the layer before attention and the two after it
+    "fp32": {"Float · Float → Float": 5},  # two in its attention
+    "fp16": {"Half · Half → Half": 3},
+    "bf16": {"BFloat16 · BFloat16 → BFloat16": 3},
+    "int8": {"Int8 · Int8 → BFloat16": 2, "Half · Half → Half": 1},
+    "fp8": {"FP8 · FP8 → BFloat16": 2, "Half · Half → Half": 1},
+}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 def test_a_real_engine(tmp_path: Path, rtx: Any, precision: str) -> None:
     phases: set[str] = set()
@@ -137,8 +155,12 @@ def test_a_real_engine(tmp_path: Path, rtx: Any, precision: str) -> None:
         tmp_path,
         tiny_graph(tmp_path, precision),
         precision,
+        expect_fused=True,
         progress=lambda phase, done, steps: phases.add(phase),
     )
+    assert info.census is not None
+    assert info.census.products == PRODUCTS[precision]
+    assert info.census.fused_attention == info.fused_attention
     fused = 0 if precision == "fp32" else 1
     assert (info.fused_attention, info.decomposed_attention) == (fused, 1 - fused)
     assert info.builder_version == rtx.__version__
@@ -163,9 +185,19 @@ def test_a_real_engine_with_weights_in_another_file(tmp_path: Path, rtx: Any) ->
 def test_a_real_fallback_to_decomposed_attention(
     tmp_path: Path, rtx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_has_fused_kernel", lambda query: True)
-    info = build_real(tmp_path, tiny_graph(tmp_path, "fp32"), "fp32")
+    monkeypatch.setattr(targets.Target, "has_fused_kernel", lambda *_: True)
+    graph = tiny_graph(tmp_path, "fp32")
+    info = build_real(tmp_path, graph, "fp32")
     assert (info.fused_attention, info.decomposed_attention) == (0, 1)
+    with pytest.raises(BuildError, match="0 of 1 attention layers are one kernel"):
+        build_real(tmp_path, graph, "fp32", expect_fused=True)
+
+
+def test_wide_products_are_a_real_regression(tmp_path: Path, rtx: Any) -> None:
+    graph = tiny_graph(tmp_path, "int8", base="fp32", scales=np.float32)
+    with pytest.raises(BuildError, match=r"5 products read or write Float, such as "):
+        build_real(tmp_path, graph, "int8", expect_fused=True)
+    assert list((tmp_path / "engines").iterdir()) == []
 
 
 def test_a_real_type_error_names_its_node(tmp_path: Path, rtx: Any) -> None:

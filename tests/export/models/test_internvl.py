@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.models import InternViT, InternVL
+from internvl_edge.export.models.vit import unrotated
+from internvl_edge.quantize.numerics.rotation import rotation
 
 ATOL, LOGITS_ATOL = 1e-5, 5e-5
 
@@ -225,3 +227,17 @@ def _as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[target] = tensor
     return renamed
+
+
+def test_a_wide_stream_is_unrotated_by_a_narrow_product() -> None:
+    """A massive activation, which float16 does not hold, comes out of a product in float16."""
+    q = torch.from_numpy(rotation(96, seed=0).matrix())
+    stream = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(0))
+    stream[0, 1, 7] = 1e6
+    rotated = stream @ q
+    found = unrotated(rotated, q.half())
+    assert found.dtype == torch.float32
+    error = (found - stream).norm(dim=-1) / stream.norm(dim=-1)
+    assert error.max() < 1e-3
+    assert torch.equal(unrotated(rotated, q), rotated @ q)
+    assert unrotated(stream, None) is stream

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internvl_edge.compiler.oracle.run_graph import runnable
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph import trace as graphs
 from internvl_edge.export.graph.bind import bind, save, weights_without_data
@@ -24,6 +26,8 @@ from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, QuantizedLinear, inse
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.runtime.ort.cpu import products_saturate
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.session import OrtSession
 from internvl_edge.types import Array
 
 WIDTH, OUT = 32, 48
@@ -43,7 +47,7 @@ class Branches(nn.Module):
         return (x + self.proj(F.gelu(self.q(h) + self.k(h))).to(x.dtype)).float()
 
 
-SCALES = {"q.weight": 0.03, "k.weight": 0.03, "proj.weight": 0.05}
+SCALES = {"q.weight": 2.0**-5, "k.weight": 2.0**-5, "proj.weight": 0.05078125}
 
 
 @pytest.fixture(scope="module")
@@ -129,22 +133,45 @@ def test_placement(module: Branches, tmp_path: Path, fmt: str) -> None:
             assert reader == {"DequantizeLinear"}
 
 
+@pytest.mark.parametrize("fmt", ["int8", "fp8"])
 @pytest.mark.parametrize("base", ["fp16", "bf16"])
-def test_scales_stay_float32_in_a_16_bit_graph(module: Branches, tmp_path: Path, base: str) -> None:
-    _, model, _ = quantized(module, tmp_path, "int8", base)
+def test_products_of_a_16_bit_graph_are_in_bfloat16(
+    module: Branches, tmp_path: Path, base: str, fmt: str
+) -> None:
+    _, model, _ = quantized(module, tmp_path, fmt, base)
     compute = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[base]
     for node in model.graph:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            assert node.inputs[1].dtype == ir.DataType.FLOAT
-        if node.op_type == "DequantizeLinear":
-            assert node.attributes["output_dtype"].as_int() == compute
+        if node.op_type == "QuantizeLinear":  # whose quotient is not to be rounded first
+            assert (node.inputs[0].dtype, node.inputs[1].dtype) == (compute, ir.DataType.FLOAT)
+        if node.op_type == "DequantizeLinear":  # else TensorRT-RTX does not multiply in 8 bits
+            assert node.inputs[1].dtype == node.outputs[0].dtype == ir.DataType.BFLOAT16
+            assert "output_dtype" not in node.attributes
+        if node.op_type == "MatMul":
+            assert node.outputs[0].dtype == ir.DataType.BFLOAT16
+            readers = [use.node for use in node.outputs[0].uses()]
+            assert readers
+            if base == "fp16":
+                assert [reader.op_type for reader in readers] == ["Cast"]
+                assert readers[0].outputs[0].dtype == compute
 
 
-def test_a_float16_graph_runs_and_agrees(module: Branches, tmp_path: Path) -> None:
-    path, _, _ = quantized(module, tmp_path, "int8", "fp16")
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_a_16_bit_graph_runs_and_agrees(module: Branches, tmp_path: Path, base: str) -> None:
+    path, model, _ = quantized(module, tmp_path, "int8", base)
     x = np.random.default_rng(2).standard_normal((3, 5, WIDTH)).astype(np.float32)
-    (y,) = ort.InferenceSession(path).run(None, {"x": x})
-    assert np.abs(y - by_hand(module, x, "int8")).max() < 0.05
+    with OrtSession(path, graph=runnable(model), options=OrtOptions(exact=True)) as session:
+        y = session.run({"x": x})["y"]
+    bound = 0.05 if base == "fp16" else 0.1
+    assert np.abs(y - by_hand(module, x, "int8")).max() < bound
+
+
+def test_both_graphs_have_the_same_scales(module: Branches, tmp_path: Path) -> None:
+    """What bfloat16 does not hold is not written, so that a cast to it changes no scale."""
+    _, _, tensors = quantized(module, tmp_path, "int8", "fp16")
+    stored = [values for name, values in tensors.items() if name.endswith(SCALE_SUFFIX)]
+    assert stored
+    for values in stored:
+        np.testing.assert_array_equal(values, values.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 def test_layers_left_out_keep_their_weights(module: Branches, tmp_path: Path) -> None:

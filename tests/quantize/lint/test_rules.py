@@ -201,6 +201,27 @@ def _(g: Graph) -> str:
     return g.linear(x)
 
 
+def narrow_product(g: Graph, scale: Any, declared: int) -> str:
+    """A product in 8 bits of a graph that computes in ``declared``, with scales of another type."""
+    x = g.node("Cast", "x", to=declared)
+    zero = g.constant("zero", np.zeros((), np.int8))
+    quantized = g.node("QuantizeLinear", x, g.constant("scale", SCALE), zero)
+    out = {"output_dtype": declared}
+    x = g.node("DequantizeLinear", quantized, g.constant("narrow", SCALE), zero, **out)
+    weight = g.weight("w", WIDTH, WIDTH, scale=np.full(WIDTH, 0.01, scale), **out)
+    return g.node("Cast", g.node("MatMul", x, weight), to=TensorProto.FLOAT)
+
+
+@breaks("wide-sums")
+def _(g: Graph) -> str:
+    return narrow_product(g, np.float32, TensorProto.BFLOAT16)
+
+
+@breaks("product-type")
+def _(g: Graph) -> str:
+    return narrow_product(g, ml_dtypes.bfloat16, TensorProto.FLOAT16)
+
+
 @breaks("scale-shape")
 def _(g: Graph) -> str:
     weight = g.weight("w", WIDTH, WIDTH, scale=np.full(WIDTH + 1, 0.01, np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from internvl_edge.quantize.numerics import formats
@@ -24,6 +25,7 @@ def test_output_error_is_that_of_the_rounded_product() -> None:
     scale = float(np.abs(x).max() / 127)
     rounded = np.clip(np.rint(x / np.float32(scale)), -128, 127) * np.float32(scale)
     steps = np.abs(w).max(axis=1, keepdims=True) / np.float32(127)
+    steps = steps.astype(ml_dtypes.bfloat16).astype(np.float32)
     expected = np.square(rounded @ (np.rint(w / steps) * steps).T - x @ w.T).sum()
     np.testing.assert_allclose(output_error(x, w, scale, "int8"), expected, rtol=1e-3)
 

@@ -10,7 +10,14 @@ import pytest
 from support.gpu.fake_engine import PLAN
 from support.gpu.trt_bench import Arrays, Bench, assert_same, feeds_of, wrong_values
 
-from internvl_edge.errors import ArtifactError, FeedError, HardwareError, InternVLError, UsageError
+from internvl_edge.errors import (
+    ArtifactError,
+    FeedError,
+    HardwareError,
+    InternVLError,
+    ResourceError,
+    UsageError,
+)
 from internvl_edge.runtime.trt import engine as plan_module
 from internvl_edge.runtime.trt.options import TrtOptions
 
@@ -98,13 +105,31 @@ def test_a_disk_that_fails_while_the_plan_is_read(
         def __init__(self, file: Any) -> None:
             self.file, self.tell, self.seek = file, file.tell, file.seek
 
-        def read(self, count: int) -> bytes:
+        def readinto(self, buffer: Any) -> int:
             raise OSError("I/O error")
 
     real = plan_module._reader
-    monkeypatch.setattr(plan_module, "_reader", lambda trt, file, n: real(trt, Failing(file), n))
+    monkeypatch.setattr(
+        plan_module, "_reader", lambda trt, file, *rest: real(trt, Failing(file), *rest)
+    )
     with pytest.raises(ArtifactError, match="loading the engine failed"):
         bench.open()
+
+
+def test_the_plan_goes_through_page_locked_memory(bench: Bench) -> None:
+    with bench.open():
+        assert bench.trt.staged == {True}
+
+
+def test_a_plan_is_read_where_no_memory_can_be_locked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise ResourceError("cudaHostAlloc: out of memory")
+
+    monkeypatch.setattr(plan_module, "PinnedBuffer", refused)
+    with bench.open():
+        assert bench.trt.staged == {False}
 
 
 def test_a_plan_behind_a_link_is_never_opened(bench: Bench) -> None:

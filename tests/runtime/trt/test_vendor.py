@@ -83,6 +83,33 @@ def test_the_installed_release_has_what_sessions_call() -> None:
         trt.SeekPosition: "SET CUR END",
         trt.TensorIOMode: "INPUT OUTPUT",
         trt.TensorLocation: "DEVICE",
+        trt.IStreamReaderV2: "read seek",
     }.items():
         assert [name for name in names.split() if not hasattr(owner, name)] == []
     assert not trt.Runtime(trt.Logger()).engine_host_code_allowed
+
+
+@pytest.mark.rtx
+def test_the_installed_release_has_what_builds_call() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    for owner, names in {
+        trt.Builder: (
+            "build_serialized_network_to_stream create_builder_config create_network "
+            "create_optimization_profile"
+        ),
+        trt.IBuilderConfig: (
+            "add_optimization_profile clear_flag num_compute_capabilities profiling_verbosity "
+            "progress_monitor set_compute_capability"
+        ),
+        trt.INetworkDefinition: (
+            "get_input get_layer get_output num_inputs num_layers num_outputs"
+        ),
+        trt.ILayer: "get_input name type",
+        trt.IOptimizationProfile: "set_shape",
+        trt.IStreamWriter: "write",
+        trt.IProgressMonitor: "phase_finish phase_start step_complete",
+        trt.LayerType: "ATTENTION_INPUT QUANTIZE SOFTMAX",
+        trt.OnnxParser: "get_error num_errors parse parse_from_file",
+        trt.ProfilingVerbosity: "DETAILED",
+    }.items():
+        assert [name for name in names.split() if not hasattr(owner, name)] == []

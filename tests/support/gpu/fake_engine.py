@@ -195,6 +195,7 @@ class FakeRuntimeTrt(FakeTrt):
         self.cache = b"kernels"
         self.caches: list[Any] = []
         self.logger: Any = None
+        self.staged: set[bool] = set()  # whether pieces of the plan were in page-locked memory
         if name == "tensorrt_rtx":
             self.CudaGraphStrategy = GraphStrategy
             self.DynamicShapesKernelSpecializationStrategy = KernelStrategy
@@ -221,9 +222,10 @@ class FakeRuntimeTrt(FakeTrt):
         assert reader.seek(0, Seek.SET)
         assert not reader.seek(-1, Seek.CUR)
         data = b""
-        while piece := reader.read(600, 0):
-            assert len(piece) <= 600
-            data += piece
+        while len(piece := memoryview(reader.read(600, 0))):
+            assert piece.nbytes <= 600
+            self.staged.add(np.asarray(piece).ctypes.data in self.cuda.pinned)
+            data += piece  # as cuMemcpyHtoD: done before the next piece is asked for
         if data != self.computation.plan or self.refuse("deserialize"):
             return None
         return Engine(self, json.loads(data))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT64 INT32 FP4")
-LayerType = enum.Enum("LayerType", "CAST ATTENTION_INPUT")
+LayerType = enum.Enum("LayerType", "CAST ATTENTION_INPUT QUANTIZE SOFTMAX")
 Severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
 ComputeCapability = enum.Enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120")
 Flag = enum.IntEnum("Flag", {"STRONGLY_TYPED": 1})
@@ -40,20 +40,13 @@ def tensor(name: str, dtype: DataType, *shape: int) -> Any:
 
 
 class Layer:
-    """A layer as the parser returns it: what only attention has is out of reach."""
+    """A layer as the bindings return it: what only attention has is out of reach."""
 
-    def __init__(self, kind: LayerType, query: Any = None) -> None:
-        self.type, self._query = kind, query
-        self._attention = SimpleNamespace(decomposable=False)
+    def __init__(self, kind: LayerType, query: Any = None, name: str = "") -> None:
+        self.type, self._query, self.name = kind, query, name
 
     def get_input(self, index: int) -> Any:
         return self._query
-
-
-class IAttentionInputLayer(Layer):
-    @property
-    def attention(self) -> Any:
-        return self._attention
 
 
 def parser_error(
@@ -72,7 +65,8 @@ class FakeTrt:
     def __init__(self, name: str = "tensorrt_rtx", version: str = "1.7.1.116") -> None:
         self.__name__, self.__version__ = name, version
         self.ILogger, self.IStreamWriter = ILogger, IStreamWriter
-        self.IProgressMonitor, self.IAttentionInputLayer = IProgressMonitor, IAttentionInputLayer
+        self.IProgressMonitor = IProgressMonitor
+        self.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
         self.LayerType, self.ComputeCapability = LayerType, ComputeCapability
         self.NetworkDefinitionCreationFlag = Flag
         self.BuilderFlag = SimpleNamespace(TF32="TF32")
@@ -83,11 +77,14 @@ class FakeTrt:
         self.starts = True  # whether there is a builder
         self.accepts_capability = True
         self.build: Callable[..., bool] = lambda writer, log, monitor: writer.write(b"plan") > 0
+        self.parse: Callable[[str], Any] = lambda path: None
         self.network_flags = 0
         self.cleared: list[str] = []
         self.shapes: dict[str, Any] = {}
         self.capabilities: dict[int, Any] = {}
         self.num_builds = 0
+        self.parsed: list[bytes] = []  # graphs that were not read from their file
+        self.listed = ""  # what the builder says of an engine's layers
 
     def Builder(self, logger: Any) -> Any:  # noqa: N802
         assert logger.initialised
@@ -105,10 +102,16 @@ class FakeTrt:
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:  # noqa: N802
         return SimpleNamespace(
-            parse_from_file=lambda path: not self.errors,
+            parse_from_file=lambda path: self._parse(path),
+            parse=lambda model, path: self._parse(path, model),
             num_errors=len(self.errors),
             get_error=lambda index: self.errors[index],
         )
+
+    def _parse(self, path: str, model: bytes | None = None) -> bool:
+        self.parse(path)
+        self.parsed += [] if model is None else [model]
+        return not self.errors
 
     def _network(self, flags: int) -> Any:
         self.network_flags = flags
@@ -139,6 +142,8 @@ class FakeTrt:
         assert writer.initialised
         assert config.progress_monitor.initialised
         self.num_builds += 1
+        if config.profiling_verbosity == "detailed" and self.listed:
+            logger.log(Severity.VERBOSE, self.listed)
         return self.build(
             writer, lambda text: logger.log(Severity.ERROR, text), config.progress_monitor
         )

@@ -87,7 +87,8 @@ def _scales(weight: Tensor, recipe: Recipe) -> Tensor:
         peak = weight.abs().amax(dim=1, keepdim=True)
         if recipe.granularity == "per-tensor":
             peak = peak.max().expand_as(peak)
-    return (peak / _limit(recipe.weights)).clamp_min(formats.MIN_SCALE)
+    scale = (peak / _limit(recipe.weights)).to(torch.bfloat16).float()
+    return scale.clamp_min(formats.MIN_SCALE)
 
 
 def _limit(fmt: str) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 
 from internvl_edge.artifact.open import Manifest
 from internvl_edge.artifact.publish import record
+from internvl_edge.artifact.sidecar import EngineInfo, read_engine_info
 from internvl_edge.compiler.report.plots import (
     CELL_HEIGHT,
     CELL_WIDTH,
@@ -114,7 +115,8 @@ def _rendered(
 ) -> str:
     files = manifest.files
     layers, frontier = read_statistics(directory, files), read_frontier(directory, files)
-    return render(manifest, layers, frontier, speed, accuracy)
+    engines = [read_engine_info(directory / engine.sidecar) for engine in manifest.engines]
+    return render(manifest, layers, frontier, speed, accuracy, engines)
 
 
 def render(
@@ -123,6 +125,7 @@ def render(
     frontier: FrontierPlot | None = None,
     speed: SpeedFigures | None = None,
     accuracy: AccuracyFigures | None = None,
+    engines: Sequence[EngineInfo] = (),
 ) -> str:
     """Render the report as HTML."""
     from jinja2 import Environment, StrictUndefined
@@ -138,6 +141,7 @@ def render(
             components=_components(manifest),
             weights=[(n, _megabytes(c.nbytes)) for n, c in manifest.components.items()],
             sizes=_sizes(manifest),
+            engines=[(info.component, info.target, info.layers_said) for info in engines],
             frontier=frontier,
             speed=speed,
             accuracy=accuracy,

@@ -63,6 +63,7 @@ class BuildEngines:
     weights: Mapping[str, int]  # component → bytes of its weights as an engine holds them
     depths: Mapping[str, int]  # component → blocks of its tower
     precision: str  # as it was asked for: one for all, or one per tower
+    expect_fused: bool = False  # refuse engines that lost fused layers
 
     @classmethod
     def of(
@@ -109,6 +110,7 @@ class BuildEngines:
                 build.manifest,
                 self.targets,
                 keep=build.work.engines,
+                expect_fused=self.expect_fused,
                 report=build.report,
             ):
                 plan.checkpoint.require_unchanged()
@@ -158,6 +160,7 @@ def build(
     *,
     components: Sequence[str] | None = None,
     profile: Asked = None,
+    expect_fused: bool = False,
     report: Report = silent,
 ) -> list[EngineRecord]:
     """Build engines for a published directory and add them to it.
@@ -167,6 +170,7 @@ def build(
         targets: ``tensorrt-rtx``, ``tensorrt`` or both.
         components: all of them by default.
         profile: sizes that the engines accept, or ranges of some instead of the usual ones.
+        expect_fused: refuse an engine that lost fused attention or 8-bit products.
         report: told before each engine.
 
     Raises:
@@ -180,7 +184,13 @@ def build(
         forecast_build(artifact.manifest, targets, components).require_fit(out)
         manifest = artifact.manifest
         for grown in add_engines(
-            out, manifest, targets, components=components, profile=profile, report=report
+            out,
+            manifest,
+            targets,
+            components=components,
+            profile=profile,
+            expect_fused=expect_fused,
+            report=report,
         ):
             write_manifest(out, grown)
             manifest = grown
@@ -195,6 +205,7 @@ def add_engines(
     components: Sequence[str] | None = None,
     profile: Asked = None,
     keep: Path | None = None,
+    expect_fused: bool = False,
     report: Report = silent,
 ) -> Iterator[Manifest]:
     """Build into ``directory``; yield the manifest after each engine, which the caller writes.
@@ -209,6 +220,7 @@ def add_engines(
         profile: sizes that the engines accept.
         keep: a folder where finished engines are linked to as well, and taken from if they are
             there: those of an earlier run that was interrupted.
+        expect_fused: refuse an engine that lost fused attention or 8-bit products.
         report: told before each engine, and of the builder's steps.
     """
     if not targets:
@@ -222,7 +234,9 @@ def add_engines(
     jobs = [(target, name) for target in targets for name in chosen]
     for done, (target, name) in enumerate(jobs):
         report(Progress(step="build", detail=f"{name} ({target})", done=done, total=len(jobs)))
-        manifest, built = _add_engine(directory, manifest, target, name, profile, known, report)
+        manifest, built = _add_engine(
+            directory, manifest, target, name, profile, known, expect_fused, report
+        )
         yield manifest
         if keep is not None and built.file not in known:
             for file in (built.file, built.sidecar):
@@ -238,6 +252,7 @@ def _add_engine(
     name: str,
     profile: Asked,
     known: Collection[str],
+    expect_fused: bool,
     report: Report,
 ) -> tuple[Manifest, EngineRecord]:
     source = graph_file(manifest, name)
@@ -258,6 +273,7 @@ def _add_engine(
         onnx_sha256=fingerprint(manifest, source),
         known={*manifest.files, *known},
         prepared=preparation(name),
+        expect_fused=expect_fused,
         progress=_phases(name, report),
     )
     engine, files = built.record, {**manifest.files, **built.files}
