@@ -36,7 +36,7 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfi
 from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models.chat import Chat, require_llama
 
-PLAN = Plan(vision_steps=350, steps=1700, batch_size=128)
+PLAN = Plan(vision_steps=400, steps=1600, batch_size=64)
 WIDTH = 128
 IMAGE_SCALE = 0.5  # of the projector's output at first, as token embeddings have
 

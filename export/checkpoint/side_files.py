@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.errors import CheckpointError, InputError
 from internvl_edge.export.checkpoint.tokenizer import (
     check_tokenizer,
@@ -108,6 +109,19 @@ def check_side_files(folder: Path, config: CheckpointConfig, readers: Sequence[s
             " and ".join(readers),
             wanted,
         )
+
+
+def side_file_problem(
+    folder: Path, config: CheckpointConfig, components: Sequence[str]
+) -> str | None:
+    """Say why an export of these components would refuse what is there; None where it takes it."""
+    readers = [name for name in components if COMPONENTS[name].reads_text]
+    try:
+        check_side_files(folder, config, readers)
+        read_preprocessing(folder, config.vision.image_size)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def say_foreign(folder: Path) -> None:

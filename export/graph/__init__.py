@@ -7,9 +7,9 @@ bind         points initializers at their stored tensors
 dtypes       decides the type of each parameter at each precision
 last_logits  lets a call choose of which positions it wants logits
 uint8_input  moves normalisation into the graph
-last_logits  computes a prompt's logits at its last position alone
 join_pairs   joins pairs of linear layers that read one tensor, to save a builder's memory
 one_block    cuts one block out of a graph
 cuda_form    rewrites a tower in operators of ONNX Runtime's CUDA provider
+cuda_decoder  rewrites a decoder likewise
 bf16_twin    rewrites a bfloat16 graph for machines without bfloat16 kernels
 """

@@ -6,5 +6,5 @@ beams        beam search
 limits       requests that an engine takes;  text  ids as text, piece by piece
 cache        a cache that grows;  fixed_cache  one of fixed capacity, written in place
 answers      one prompt each, as tasks ask for it;  prefixes  caches of recent prompts
-slots        many answers in one decoder
+slots        many answers in one decoder;  drafts  tokens proposed before they are computed
 """

@@ -18,7 +18,7 @@ from internvl_edge.files.memory import available_memory
 from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import DeviceDecoding, Embed, HostDecoding, start
 from internvl_edge.runtime.generation.loop import generate, stream
-from internvl_edge.runtime.generation.prefixes import Prefixes, extended
+from internvl_edge.runtime.generation.prefixes import ImageTokens, Prefixes, extended
 from internvl_edge.runtime.generation.slots import Slots
 from internvl_edge.runtime.session import RowSession, Session
 from internvl_edge.types import Array
@@ -26,6 +26,7 @@ from internvl_edge.types import Array
 __all__ = ["AnswerOptions", "Answers", "Opening"]
 
 MOST_NBYTES = 1 << 30  # of kept caches, where nobody says
+IMAGES_SHARE = 4  # one part in so many is for images
 SHARE = 8  # and at most one part in so many of the memory that is free
 
 
@@ -38,7 +39,8 @@ class AnswerOptions:
     """
 
     # Bytes of host memory for caches of recent prompts, of which the next one reads no position
-    # again that it begins with; 0: none. None: 1 GiB, or an eighth of what is free.
+    # again that it begins with, a quarter of them for tokens of recent images; 0: none. None:
+    # 1 GiB, or an eighth of what is free.
     reuse_nbytes: int | None = None
     # Answers that one decoder makes together; 0: each on its own. More needs a decoder whose cache
     # has a fixed capacity, on ONNX Runtime's CPU provider.
@@ -86,7 +88,8 @@ class Answers:
         budget = self.options.reuse_nbytes
         if budget is None:
             budget = min(MOST_NBYTES, available_memory() // SHARE)
-        self.prefixes = Prefixes(budget)
+        self.images = ImageTokens(budget // IMAGES_SHARE)
+        self.prefixes = Prefixes(budget - self.images.budget_nbytes)
         self._slots: Slots | None = None
         self._is_closed = False
         self._lock = Lock()
@@ -158,6 +161,12 @@ class Answers:
         if slots is not None:
             slots.close()
         self.prefixes.clear()
+        self.images.clear()
+
+    def __del__(self) -> None:
+        slots = getattr(self, "_slots", None)
+        if slots is not None:
+            slots.close(wait=False)
 
     def _alone(self, session: Session, opening: Opening, how: Generation) -> Iterator[Array]:
         prompt = opening.prompt

@@ -34,11 +34,23 @@ class Decoding(Protocol):
             positions: int64 [B,T].
         """
 
+    def run_all(self, ids: Array, mask: Array, positions: Array) -> Array:
+        """Read tokens as ``run``; return the logits after each, float32 [B,T,V]."""
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the next tokens may be read in place of the last; else these are masked."""
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether it has room for tokens that are read and forgotten."""
+
     def select(self, rows: Array) -> None:
         """Keep these rows of the cache, in this order; a row may be taken several times."""
 
 
 MAX_BEAMS = 128  # of a row, each with a cache of its own
+MAX_DRAFT = 64  # tokens
 MAX_PENALTY = 50.0  # a length to this power is a number still
 TOP_K = 50  # of do_sample=True, transformers' default
 
@@ -53,6 +65,9 @@ class Generation:
 
     max_new_tokens: int = 30
     min_new_tokens: int = 0  # stop ids have no chance before
+    # Proposed at a time, as they followed the same tokens before (``drafts``); 0: none. Of one
+    # greedy row, whose tokens are the same without.
+    draft_tokens: int = 0
     max_time: float | None = None  # seconds, after which no token is begun; of one beam
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams: above 0 longer sentences gain
@@ -73,6 +88,7 @@ class Generation:
         _require_integer("max_new_tokens", self.max_new_tokens, 1)
         _require_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
         _require_integer("num_beams", self.num_beams, 1, MAX_BEAMS)
+        _require_integer("draft_tokens", self.draft_tokens, 0, MAX_DRAFT)
         penalty = self.length_penalty
         within = _is_number(penalty) and abs(penalty) <= MAX_PENALTY
         _require("length_penalty", penalty, within, f"{-MAX_PENALTY:g} to {MAX_PENALTY:g}")
@@ -187,10 +203,32 @@ class Batch:
 
     def read(self, tokens: Array) -> Array:
         """Read one more token of every row (B,); return the logits (B, V)."""
-        self.used += 1
-        mask = np.ascontiguousarray(self.mask[:, : self.used])
+        mask = self._widened(1)
         positions, self.next = self.next, self.next + 1
         return self._run(tokens[:, None], mask, positions)
+
+    def read_draft(self, tokens: Sequence[int]) -> Array:
+        """Read several more tokens of the only row; return the logits after each (T, V)."""
+        mask, positions = self._widened(len(tokens)), self.next + np.arange(len(tokens))
+        self.next = self.next + len(tokens)
+        logits: Array = self.decoding.run_all(np.array([tokens], np.int64), mask, positions)[0]
+        require_finite(logits, self.used)
+        return logits
+
+    def _widened(self, count: int) -> Array:
+        """Return the mask of everything so far and of ``count`` tokens more."""
+        self.used += count
+        if self.used > self.mask.shape[1]:  # tokens that were forgotten keep their places
+            self.mask = np.pad(self.mask, ((0, 0), (0, self.used)), constant_values=1)
+        return np.ascontiguousarray(self.mask[:, : self.used])
+
+    def forget(self, count: int) -> None:
+        """Forget the last tokens that were read."""
+        self.next = self.next - count
+        if self.decoding.goes_back:
+            self.used -= count
+        else:
+            self.mask[:, self.used - count : self.used] = 0
 
     def select(self, rows: Array) -> None:
         self.decoding.select(rows)

@@ -21,6 +21,7 @@ from internvl_edge.runtime.session import DecoderSession, Session
 from internvl_edge.types import Array
 
 Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
+NO_MASK = np.ones((1, 0), np.int64)
 LAST = np.full(1, -1)  # position, whose logits alone a prompt needs
 
 
@@ -62,6 +63,7 @@ class _Layout:
 
     def __init__(self, session: Session, embed: Embed | None) -> None:
         self._capacity, self._embed = capacity_of(session.inputs), embed
+        self.is_in_place = self._capacity is not None
 
     def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
         """Return a cache with room for all that comes, if it does not grow."""
@@ -77,6 +79,14 @@ class _Layout:
         return {**tokens, "position_ids": positions, **where}
 
 
+def _seen(mask: Array, count: int) -> slice | Array:
+    """Find the first positions of one row that a mask does not leave out."""
+    if mask[0, :count].all():
+        return slice(count)
+    seen: Array = np.flatnonzero(mask[0])[:count]
+    return seen
+
+
 class HostDecoding:
     """Any session; the cache goes in and comes out as arrays."""
 
@@ -84,21 +94,37 @@ class HostDecoding:
         self, session: Session, past: Mapping[str, Array], embed: Embed | None = None
     ) -> None:
         self._session, self._layout = session, _Layout(session, embed)
-        self._past = self._layout.past(past)
+        self._past, self._mask = self._layout.past(past), NO_MASK
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
+        return self.run_all(ids, mask, positions)[:, -1]
+
+    def run_all(self, ids: Array, mask: Array, positions: Array) -> Array:
         feeds = self._layout.feeds(ids, mask, positions)
         outputs = self._session.run({**feeds, **self._past}, check=False)
-        logits: Array = outputs.pop("logits")[:, -1]
+        logits = outputs.pop("logits")
         self._past = {name.replace(PRESENT, PAST, 1): outputs[name] for name in outputs}
+        self._mask = mask
         return logits
+
+    @property
+    def goes_back(self) -> bool:
+        return self._layout.is_in_place
+
+    @property
+    def takes_drafts(self) -> bool:
+        return self.goes_back or "past" not in self._session.largest
 
     def select(self, rows: Array) -> None:
         self._past = {name: values[rows] for name, values in self._past.items()}
 
     def positions(self, count: int) -> dict[str, Array]:
-        """Return the first positions of the cache, by names of outputs [B,heads,count,d]."""
-        return {n.replace(PAST, PRESENT, 1): v[:, :, :count] for n, v in self._past.items()}
+        """Return the first positions of the cache of one row, by names of outputs [1,heads,P,d].
+
+        Positions that the last call's mask left out do not count.
+        """
+        seen = _seen(self._mask, count)
+        return {n.replace(PAST, PRESENT, 1): v[:, :, seen] for n, v in self._past.items()}
 
 
 class DeviceDecoding:
@@ -116,12 +142,27 @@ class DeviceDecoding:
         self._is_there = False  # on the device
         self._num_rows = 0  # of what is there
         self._max_rows = session.largest.get("batch", math.inf)
+        self._mask = NO_MASK  # of the last call
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
         feeds = self._layout.feeds(ids, mask, positions)
         if ids.shape[1] > 1 and LOGITS_FROM in self._session.optional:
             feeds[LOGITS_FROM] = LAST
-        self._num_rows = len(ids)
+        return self._run(ids, mask, feeds)[:, -1]
+
+    def run_all(self, ids: Array, mask: Array, positions: Array) -> Array:
+        return self._run(ids, mask, self._layout.feeds(ids, mask, positions))
+
+    @property
+    def goes_back(self) -> bool:
+        return self._layout.is_in_place
+
+    @property
+    def takes_drafts(self) -> bool:
+        return self.goes_back or "past" not in self._session.largest
+
+    def _run(self, ids: Array, mask: Array, feeds: dict[str, Array]) -> Array:
+        self._num_rows, self._mask = len(ids), mask
         if self._is_there:
             logits, self._cache = self._session.step(feeds, self._names, self._cache)
         else:
@@ -136,8 +177,8 @@ class DeviceDecoding:
             self._names = [name.replace(PRESENT, PAST, 1) for name in outputs if name != "logits"]
             self._cache = [value for name, value in outputs.items() if name != "logits"]
             self._is_there = fits
-        last: Array = logits[:, -1]
-        return last
+        every: Array = logits
+        return every
 
     def select(self, rows: Array) -> None:
         if not self._is_there:
@@ -153,4 +194,5 @@ class DeviceDecoding:
         """Copy the first positions of the cache to the host; see ``HostDecoding.positions``."""
         held = [value.numpy() if self._is_there else value for value in self._cache]
         names = [name.replace(PAST, PRESENT, 1) for name in self._names]
-        return {n: values[:, :, :count] for n, values in zip(names, held, strict=True)}
+        seen = _seen(self._mask, count)
+        return {n: values[:, :, seen] for n, values in zip(names, held, strict=True)}

@@ -32,6 +32,7 @@ from internvl_edge.runtime.generation.batch import (
     without,
 )
 from internvl_edge.runtime.generation.beams import beam_search
+from internvl_edge.runtime.generation.drafts import Lookup
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
@@ -83,12 +84,39 @@ def stream(decoding: Decoding, prompt: Prompt, how: Generation) -> Iterator[Arra
     choice = Choice(prompt, how)
     batch = Batch(decoding, prompt, how.max_new_tokens)
     logits = batch.read_prompt()
+    is_draftable = len(prompt.rows) == 1 and not how.is_sampled
+    if how.draft_tokens and is_draftable and decoding.takes_drafts:
+        yield from _drafted(batch, logits, choice, prompt, how)
+        return
     while True:
         tokens = choice.of(logits)
         yield tokens
         if choice.is_over:
             return
         logits = batch.read(tokens)
+
+
+def _drafted(
+    batch: Batch, logits: Array, choice: Choice, prompt: Prompt, how: Generation
+) -> Iterator[Array]:
+    """Yield the tokens of one row, several after a call where a draft was right."""
+    lookup = Lookup([*(prompt.before[0] if prompt.before else ()), *prompt.rows[0]])
+    draft: list[int] = []  # that was read, and waits for its logits' word
+    for count in range(how.max_new_tokens):
+        at = len(logits) - 1 - len(draft)
+        tokens = choice.of(logits[at : at + 1])
+        token = int(tokens[0])
+        yield tokens
+        if choice.is_over:
+            return
+        lookup.add(token)
+        if draft and draft[0] == token:
+            del draft[0]
+            continue
+        if draft:
+            batch.forget(len(draft))
+        draft = lookup.propose(min(how.draft_tokens, how.max_new_tokens - count - 2))
+        logits = batch.read_draft([token, *draft]) if draft else batch.read(tokens)
 
 
 class Choice:

@@ -10,6 +10,9 @@ are wanted.
 What is kept is a copy, and what is taken is copied again: no two answers share memory, and nobody
 is given positions of a prompt that is not the beginning of their own. Those of least recent use go
 when the budget is spent; what is larger than the budget is not kept.
+
+A program that sends all of a conversation with every question, as a server's clients do, sends its
+images again too. What the vision tower made of them is kept in the same way (``ImageTokens``).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from internvl_edge.files.forks import in_children
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.types import Array
 
-__all__ = ["Prefixes", "extended", "marks_of"]
+__all__ = ["ImageTokens", "Prefixes", "extended", "marks_of"]
 
 Caches = dict[str, Array]  # present.{i}.key and .value, [1,heads,P,d]
 
@@ -94,7 +97,10 @@ class Prefixes:
         nbytes = sum(values.nbytes for values in caches.values()) + marks.nbytes
         if nbytes > self.budget_nbytes or not len(marks):
             return
-        own = {name: np.array(values, order="C") for name, values in caches.items()}
+        try:
+            own = {name: np.array(values, order="C") for name, values in caches.items()}
+        except MemoryError:  # the answer is there all the same
+            return
         key = _digest(marks)
         with self._lock:
             for one, (kept, _) in list(self._kept.items()):
@@ -114,6 +120,50 @@ class Prefixes:
             marks.nbytes + sum(values.nbytes for values in caches.values())
             for marks, caches in self._kept.values()
         )
+
+    def _renew_lock(self) -> None:
+        self._lock = Lock()
+
+
+class ImageTokens:
+    """What the language model reads of recent images, by the digest of their tiles; thread-safe.
+
+    Args:
+        budget_nbytes: that they may take together; 0: none is kept.
+    """
+
+    def __init__(self, budget_nbytes: int) -> None:
+        self.budget_nbytes, self.nbytes = budget_nbytes, 0
+        self._kept: OrderedDict[bytes, Array] = OrderedDict()  # last used last
+        self._lock = Lock()
+        in_children(self, ImageTokens._renew_lock)
+
+    def find(self, digest: bytes) -> Array | None:
+        """Return the tokens of an image, which nobody may write to; None where none are kept."""
+        with self._lock:
+            if digest not in self._kept:
+                return None
+            self._kept.move_to_end(digest)
+            return self._kept[digest]
+
+    def keep(self, digest: bytes, tokens: Array) -> None:
+        """Keep the tokens of an image, and drop those of least recent use beyond the budget."""
+        if tokens.nbytes > self.budget_nbytes:
+            return
+        tokens = tokens.copy()
+        tokens.flags.writeable = False  # it is shared from here on
+        with self._lock:
+            if digest not in self._kept:
+                self._kept[digest] = tokens
+                self.nbytes += tokens.nbytes
+            while self.nbytes > self.budget_nbytes:
+                self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self._lock:
+            self._kept.clear()
+            self.nbytes = 0
 
     def _renew_lock(self) -> None:
         self._lock = Lock()

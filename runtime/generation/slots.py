@@ -166,14 +166,18 @@ class Slots:
         """The answers that have a row."""
         return len(self._order)
 
-    def close(self) -> None:
-        """End all answers, with an error; may be called again."""
+    def close(self, *, wait: bool = True) -> None:
+        """End all answers, with an error; may be called again.
+
+        Args:
+            wait: for the step under way.
+        """
         if os.getpid() != self._process:
             return  # it is the parent's
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
+        if wait and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _require_open(self) -> None:

@@ -14,6 +14,7 @@ video in ``Frame1: <image>``, each in its own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -121,12 +122,39 @@ def see(
         return images
     given = images if isinstance(images, ChatTiles) else cut(components, images, max_tiles)
     size = _tiles_at_once(components) if batch_size is None else batch_size
+    kept = components.answers.images
+    if kept.budget_nbytes == 0:
+        return ChatSeen(tokens=tuple(_seen(components, given.tiles, size)))
+    digests = [_digest(tiles) for tiles in given.tiles]
+    known = {digest: tokens for digest in digests if (tokens := kept.find(digest)) is not None}
+    new = dict(zip(digests, given.tiles, strict=True))  # each of them once
+    new = {digest: tiles for digest, tiles in new.items() if digest not in known}
+    if new:
+        for digest, tokens in zip(new, _seen(components, [*new.values()], size), strict=True):
+            kept.keep(digest, tokens)
+            known[digest] = tokens
+    return ChatSeen(tokens=tuple(known[digest] for digest in digests))
+
+
+def _seen(components: OpenComponents, images: Sequence[Tiles], size: int) -> Iterator[Array]:
+    """Yield the tokens of each image [N·tiles,D], of which a few tiles run at a time."""
     tokens = np.concatenate(
-        [_image_tokens(components, pixels) for pixels in _pixels(components, given.tiles, size)]
+        [_image_tokens(components, pixels) for pixels in _pixels(components, images, size)]
     )
-    ends = np.cumsum([len(tiles) for tiles in given.tiles])  # tokens are (tiles, N, D)
-    flat = (tokens[end - len(tiles) : end] for tiles, end in zip(given.tiles, ends, strict=True))
-    return ChatSeen(tokens=tuple(some.reshape(-1, tokens.shape[-1]) for some in flat))
+    end = 0
+    for tiles in images:
+        start, end = end, end + len(tiles)
+        yield tokens[start:end].reshape(-1, tokens.shape[-1])  # (tiles, N, D)
+
+
+def _digest(tiles: Tiles) -> bytes:
+    """Tell tiles apart by all of their bytes."""
+    digest = hashlib.blake2b(digest_size=32)
+    for tile in tiles:
+        pixels = np.asarray(tile)
+        digest.update(f"{type(tiles).__name__} {pixels.dtype} {pixels.shape}".encode())
+        digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
 
 
 def as_images(components: OpenComponents, images: Any, max_tiles: int | None) -> Any:

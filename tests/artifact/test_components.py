@@ -48,7 +48,10 @@ SECTIONS = {
         "artifact/schema.py",
         "runtime/tasks/chat_images.py",
     )
-} | {("runtime/text/bpe_pieces.py", "decoder")}  # a key of tokenizer.json
+} | {
+    ("runtime/text/bpe_pieces.py", "decoder"),  # a key of tokenizer.json
+    ("benchmark/chat.py", "vision"),  # a stage of an answer
+}
 
 
 class VisionMean(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from support.gpu.fake_cuda import FakeCuda
 
-from internvl_edge.benchmark import peaks as peaks_module
+from internvl_edge.benchmark.limits import peaks as peaks_module
 from internvl_edge.benchmark.limits.peaks import (
     REPEATS,
     SCALE,

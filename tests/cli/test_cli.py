@@ -21,8 +21,8 @@ from support.checkpoints import write_internvl, write_tokenizer, write_vit
 from internvl_edge import cli
 from internvl_edge.artifact.open import EngineRecord, open_artifact
 from internvl_edge.artifact.sidecar import ShapeRanges
-from internvl_edge.benchmark import peaks
 from internvl_edge.benchmark.footprint import measure_footprint
+from internvl_edge.benchmark.limits import peaks
 from internvl_edge.cli import run
 from internvl_edge.cli.console import Output
 from internvl_edge.errors import CheckpointError, ResourceError, UsageError

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from internvl_edge.artifact.components import CHAT_DECODER, DECODER
+from internvl_edge.artifact.components import CHAT_DECODER, DECODER, find_component
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.table import environment_words, markdown_row
@@ -173,7 +173,7 @@ def run_chats(
     """
     results = []
     for name, artifact in artifacts.items():
-        if not artifact.manifest.components.keys() & {DECODER, CHAT_DECODER}:
+        if not any(find_component(part).takes_cache for part in artifact.manifest.components):
             raise UsageError(f"{name}: --task chat asks a decoder, and it has none")
         for callers in load.callers:
             how = AnswerOptions(max_queued=max(load.callers))

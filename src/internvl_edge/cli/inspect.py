@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.open import (
     CHECKPOINT_FILE,
     MANIFEST,
@@ -19,14 +17,11 @@ from internvl_edge.artifact.open import (
 from internvl_edge.artifact.sidecar import engine_info
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend
-from internvl_edge.errors import CheckpointError, InputError, UsageError
+from internvl_edge.errors import InputError, UsageError
 from internvl_edge.export import require_packages
 from internvl_edge.export.advice import advice_of
 from internvl_edge.files.packages import require
 from internvl_edge.files.reading import cache_hint
-
-if TYPE_CHECKING:
-    from internvl_edge.export.config.checkpoint import CheckpointConfig
 
 FIGURES = ("cosine", "SQNR", "max |Δ|", "for engines")
 LITTLE_DB = 10.0
@@ -119,6 +114,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
         raise InputError(_neither(path))
     require("ml-dtypes")
     from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export.checkpoint.side_files import side_file_problem
     from internvl_edge.export.config.checkpoint import available_components
 
     checkpoint = open_checkpoint(path)
@@ -126,7 +122,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
     count = sum(entry.nbytes // entry.dtype.itemsize for entry in checkpoint.tensors.values())
     components = available_components(checkpoint.config)
     dtypes = sorted({entry.dtype.name for entry in checkpoint.tensors.values()})
-    problem = _side_file_problem(checkpoint.path, checkpoint.config, components)
+    problem = side_file_problem(checkpoint.path, checkpoint.config, components)
     output.lines(
         [
             f"{path}: {checkpoint.config.kind} checkpoint, {count / 1e6:.1f} M parameters in "
@@ -147,22 +143,6 @@ def inspect(output: Output, path: Path, backend: str) -> None:
             "problem": problem,
         }
     )
-
-
-def _side_file_problem(
-    folder: Path, config: CheckpointConfig, components: Sequence[str]
-) -> str | None:
-    """Say why an export would refuse the files around the weights; None where it takes them."""
-    from internvl_edge.export.checkpoint.side_files import check_side_files, read_preprocessing
-
-    try:
-        check_side_files(
-            folder, config, [name for name in components if COMPONENTS[name].reads_text]
-        )
-        read_preprocessing(folder, config.vision.image_size)
-    except CheckpointError as error:
-        return str(error)
-    return None
 
 
 def _neither(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, answers, backend
+from internvl_edge.cli.options import DIRECTORY, allow_slow, answers, backend
 from internvl_edge.files.packages import require
 
 
@@ -74,6 +74,7 @@ from internvl_edge.files.packages import require
 )
 @click.option("--threads", "num_threads", type=int, help="Of ONNX Runtime; every core by default.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
+@allow_slow
 @click.option("--no-page", is_flag=True, help="Serve the API alone.")
 @click.option("--gallery", type=DIRECTORY, help="A folder of pictures to search on the page.")
 @backend

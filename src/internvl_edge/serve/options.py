@@ -46,6 +46,7 @@ class ServeOptions:
     drain_s: float = 5.0
     grace_s: float = 30.0
     num_threads: int | None = None  # of ONNX Runtime; None: its own choice
+    allow_slow: bool = False  # let ONNX Runtime run INT8 and FP8 on a GPU
     backend: str = "auto"
     device: str = "auto"
     page: bool = True

@@ -41,7 +41,7 @@ def plan_of(tmp_path: Path, config: Any, **more: Any) -> Plan:
 
 
 def in_full(plan: Plan, name: str, config: CheckpointConfig | None = None) -> ir.Model:
-    config = config or plan.source.config
+    config = config or plan.checkpoint.config
     model = meta_model(config, plan.image_size)
     apply_policy(model, POLICIES[plan.base])
     return trace._trace(plan, name, config, model)
@@ -290,7 +290,7 @@ def test_fallback_is_the_full_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     plan = plan_of(tmp_path, deep(5, 1), components=("vision",))
     monkeypatch.setattr(trace, "stamp", lambda *_: False)
     found = trace.trace_all(plan, shallow_model(plan), plan.base, silent)["vision"]
-    assert serialized(found) == serialized(in_full(plan, "vision"))
+    assert serialized(found) == serialized(in_full(plan, "vision", plan.source.config))
 
 
 def test_blocks_that_are_not_joined(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from internvl_edge.compiler.oracle.bisect import bisect
 from internvl_edge.errors import FeedError, ResourceError, UsageError, VerificationError
 from internvl_edge.export.models import qllama
 from internvl_edge.export.models.qllama import decoding_mask, extended, in_place_mask
+from internvl_edge.runtime.generation.answers import AnswerOptions, Answers, Opening
 from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import DeviceDecoding, empty_cache, start
 from internvl_edge.runtime.generation.fixed_cache import PAST, grown, in_place, placed, positions_of
 from internvl_edge.runtime.generation.loop import generate, stream
+from internvl_edge.runtime.generation.text import until_end
 from internvl_edge.types import Array
 
 ROOM = 40  # positions of the tiny models' caches here
@@ -106,6 +109,28 @@ def test_greedy_and_beams_are_the_originals(original: Any, begin: Any) -> None:
     for row, new in enumerate(generate(begin(compiled.decoder, cache), prompt, beams)):
         expected = ref[f"gen.beam5_min8_max30.row{row}"][0, 1:]
         np.testing.assert_array_equal(new[: len(expected)], expected)
+
+
+@pytest.mark.parametrize("draft", [0, 4])
+def test_greedy_is_the_originals_in_rows_and_with_drafts(original: Any, draft: int) -> None:
+    """Each prompt on its own image: alone, and all of them in a decoder of two rows."""
+    compiled, ref = original
+    cache = compiled.cache(ref["in.pixel_values"])
+    kept = zip(ref["in.prompt_ids_leftpad"], ref["in.prompt_mask_leftpad"], strict=True)
+    prompts = [Prompt(rows=[ids[mask > 0].tolist()], past=8) for ids, mask in kept]
+    how = Generation(max_new_tokens=12, draft_tokens=draft)
+    with closing(Answers(AnswerOptions(slots=2 if draft == 0 else 0))) as answers:
+        streams = [
+            answers.tokens(
+                compiled.decoder,
+                Opening(cache={n: v[i : i + 1] for n, v in cache.items()}, prompt=prompt),
+                how,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        found = [[int(token[0]) for token in tokens] for tokens in streams]
+    for ids, expected in zip(found, ref["gen.greedy_leftpad_max12"][:, 1:].tolist(), strict=True):
+        assert ids == until_end(expected, how) + [2] * (2 in expected)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.generation.answers import AnswerOptions, Answers
-from internvl_edge.runtime.generation.prefixes import Prefixes, extended, marks_of
+from internvl_edge.runtime.generation.prefixes import ImageTokens, Prefixes, extended, marks_of
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.types import Array
 
@@ -97,6 +97,24 @@ def test_a_budget_below_one_cache_keeps_nothing() -> None:
     prefixes.keep(texts(1, 2), caches(2))
     assert prefixes.nbytes == 0
     assert prefixes.find(texts(1, 2, 3)) == (0, {})
+
+
+def test_tokens_of_images_are_kept_by_their_use() -> None:
+    kept = ImageTokens(2 * image(0).nbytes)
+    for i in (0, 1):
+        kept.keep(bytes([i]), image(i))
+        kept.keep(bytes([i]), image(i))
+    assert kept.nbytes == kept.budget_nbytes
+    first = kept.find(b"\0")
+    kept.keep(b"\2", image(2))
+    kept.keep(b"\3", image(3, tokens=99))  # more than all of the budget
+    found = [kept.find(bytes([i])) for i in range(4)]
+    assert [one is not None for one in found] == [True, False, True, False]
+    assert found[0] is first
+    with pytest.raises(ValueError, match="read-only"):
+        found[0][:] = 0  # type: ignore[index]
+    kept.clear()
+    assert kept.find(b"\0") is None
 
 
 def test_no_memory_is_shared() -> None:

@@ -293,3 +293,11 @@ def test_many_callers_for_long(out: Path, alone: Model) -> None:
             for one, text in zip(asked, pool.map(talk, range(400)), strict=True):
                 assert text is None or text == expected[str(one)]
         assert slots_of(model).under_way == 0
+
+
+def test_a_model_that_nobody_holds_ends_its_thread(out: Path) -> None:
+    model = load(out, answers=AnswerOptions(slots=2))
+    ask(model, ASKED[0])
+    thread = slots_of(model)._thread
+    del model
+    wait_until(lambda: not thread.is_alive())

@@ -127,6 +127,38 @@ def test_a_stream_that_is_closed_leaves_what_it_read(model: Model) -> None:
     assert again.usage.reused_tokens == again.usage.prompt_tokens - 1
 
 
+def test_the_vision_tower_runs_once_for_an_image(model: Model, plain: Model) -> None:
+    tiles = list[int]()
+    session, native = model.session("chat_vision"), model.session("chat_vision").run
+
+    def watched(feeds: Any, **how: Any) -> Any:
+        tiles.append(len(feeds["pixel_values"]))
+        return native(feeds, **how)
+
+    session.run = watched  # type: ignore[method-assign]
+    first, other = picture(), picture(1)
+    seen = [model.see(first), model.see([other, first, other])]
+    assert tiles == [1, 1]
+    expected = plain.see([first, other])
+    for found, tokens in (
+        (seen[0].tokens[0], expected.tokens[0]),
+        (seen[1].tokens[1], expected.tokens[0]),
+        (seen[1].tokens[0], expected.tokens[1]),
+        (seen[1].tokens[2], expected.tokens[1]),
+    ):
+        np.testing.assert_allclose(found, tokens, rtol=0, atol=1e-5)
+    assert model.components.answers.images.nbytes > 0
+    model.close()
+    assert model.components.answers.images.nbytes == 0
+
+
+def test_levels_and_values_of_one_image_are_told_apart(model: Model) -> None:
+    values = np.zeros((1, 3, 56, 56), np.float32)
+    levels = np.zeros((56, 56, 3), np.uint8)
+    one, two = model.see(values).tokens[0], model.see(levels).tokens[0]
+    assert np.abs(one - two).max() > 1e-3
+
+
 def test_a_failure_keeps_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Any, ids: Array, *_: Any) -> Array:
         return np.full((1, 320), np.nan, np.float32)

@@ -70,7 +70,9 @@ class ServedModel:
     def __init__(self, name: str, out: Path, options: ServeOptions, pool: Executor) -> None:
         self.name, self._options, self._pool = name, options, pool
         # Threads that wait in a loop would take the cores of those that decode and answer.
-        given: OrtOptions | None = OrtOptions(num_threads=options.num_threads, spin=False)
+        given: OrtOptions | None = OrtOptions(
+            num_threads=options.num_threads, spin=False, allow_slow=options.allow_slow
+        )
         if options.backend not in ("auto", "onnxruntime") and options.num_threads is None:
             given = None
         self.model: Model = load(out, options.backend, options.device, options=given)
