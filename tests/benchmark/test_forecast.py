@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from onnx import TensorProto, helper, save
+from support.checkpoints import write_vit
 
 from internvl_edge.benchmark.limits.forecast import (
     GPUS,
@@ -15,6 +17,8 @@ from internvl_edge.benchmark.limits.forecast import (
     find_gpu,
     read_kernels,
 )
+from internvl_edge.cli import run
+from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.errors import UsageError
 
 WIDTH, HIDDEN, TOKENS, HEADS = 3200, 12800, 257, 25
@@ -134,3 +138,20 @@ def test_a_type_that_a_gpu_lacks_is_refused() -> None:
         estimate([product], GPUS["orin"])
     with pytest.raises(UsageError, match="expected one of h100, h200, l40s, rtx4090, orin"):
         find_gpu("b200")
+
+
+def test_a_forecast_needs_no_gpu_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_vit(tmp_path / "checkpoint", seed=0).path
+    out = tmp_path / "out"
+    export(ExportOptions(checkpoint=checkpoint, out=out, precision="fp16", verify="none"))
+    assert run(["benchmark", str(out), "--forecast-gpu", "orin", "--batch", "1,4", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert answer["is_estimate"] is True
+    assert [row["batch_size"] for row in answer["results"]] == [1, 4]
+    for row in answer["results"]:
+        parts = row["product_ms"] + row["attention_ms"] + row["other_ms"]
+        assert row["latency_ms"] == pytest.approx(parts)
+    assert run(["benchmark", str(out), "--forecast-gpu", "b200"]) == 2
+    assert "expected one of h100" in capsys.readouterr().err

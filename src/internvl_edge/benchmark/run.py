@@ -30,18 +30,12 @@ from internvl_edge.runtime.session import Session, open_component, require_backe
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:  # both need onnx
-    from internvl_edge.benchmark.limits.forecast import ForecastRow
     from internvl_edge.benchmark.limits.peaks import Peaks
     from internvl_edge.benchmark.limits.roofline import Roofline
 
 __all__ = ["Benchmark", "Comparison", "Measurement", "run_benchmark"]
 
 Run = Callable[[Mapping[str, Any]], object]
-
-
-FORECAST_COLUMNS = (
-    *("component", "batch", "estimate", "products", "attention", "others", "kernels", "roof"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,23 +126,6 @@ def run_benchmark(settings: Settings) -> Benchmark:
         measurements=tuple(measurements),
         comparisons=tuple(comparisons),
     )
-
-
-def run_forecast(settings: Settings, gpu: str) -> list[ForecastRow]:
-    """Estimate every component at every batch size on a GPU that is not there; nothing is run."""
-    from internvl_edge.benchmark.limits.forecast import ForecastRow, find_gpu, forecast_component
-
-    rows, chosen = [], find_gpu(gpu)
-    for name, artifact in settings.artifacts.items():
-        for component in settings.components:
-            for batch in settings.batch_sizes:
-                feeds = seeded_feeds(artifact, component, batch)
-                shapes = {name: array.shape for name, array in feeds.items()}
-                found = forecast_component(artifact, component, shapes, chosen, settings.backend)
-                rows.append(
-                    ForecastRow(out=name, component=component, batch_size=batch, estimate=found)
-                )
-    return rows
 
 
 # --- timing --------------------------------------------------------------------------------------

@@ -9,16 +9,11 @@ from click.core import ParameterSource
 
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark import chat, table
-from internvl_edge.benchmark.contenders import AGAINST
 from internvl_edge.benchmark.load import SCENARIOS
 from internvl_edge.benchmark.machine import load_warning
-from internvl_edge.benchmark.run import (
-    FORECAST_COLUMNS,
-    Benchmark,
-    run_benchmark,
-    run_forecast,
-)
+from internvl_edge.benchmark.run import Benchmark, run_benchmark
 from internvl_edge.benchmark.settings import (
+    AGAINST,
     Settings,
     choose_components,
     open_artifacts,
@@ -279,8 +274,10 @@ def benchmark(
 
 
 def _forecast(output: Output, settings: Settings, gpu: str) -> None:
+    from internvl_edge.benchmark.limits.forecast import COLUMNS, run_forecast
+
     rows = run_forecast(settings, gpu)
-    output.table(FORECAST_COLUMNS, [row.texts() for row in rows])
+    output.table(COLUMNS, [row.texts() for row in rows])
     output.lines(
         [
             f"an estimate for {gpu}, from shapes and its data sheet; nothing was run. roof: the "

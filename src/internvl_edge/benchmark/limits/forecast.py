@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl_edge.artifact.open import Artifact
+from internvl_edge.benchmark.inputs import seeded_feeds
 from internvl_edge.benchmark.limits.workload import CONVERSIONS, COUNTS, Graph, Shapes, read_graph
+from internvl_edge.benchmark.settings import Settings
 from internvl_edge.compiler.steps.graph_files import graph_file
 from internvl_edge.errors import UsageError
 
 __all__ = [
+    "COLUMNS",
     "GPUS",
     "Estimate",
     "ForecastRow",
@@ -37,6 +40,7 @@ __all__ = [
     "find_gpu",
     "forecast_component",
     "read_kernels",
+    "run_forecast",
 ]
 
 Kind = Literal["product", "attention", "other"]
@@ -162,6 +166,8 @@ def _peak(gpu: Gpu, kind: str) -> float:
 
 # --- components ----------------------------------------------------------------------------------
 
+COLUMNS = ("component", "batch", "estimate", "products", "attention", "others", "kernels", "roof")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastRow:
@@ -173,7 +179,7 @@ class ForecastRow:
     estimate: Estimate
 
     def texts(self) -> tuple[str, ...]:
-        """Arrange it under ``run.FORECAST_COLUMNS``."""
+        """Arrange it under ``COLUMNS``."""
         e = self.estimate
         times = (e.latency_ms, e.product_ms, e.attention_ms, e.other_ms)
         texts = tuple(f"{ms:.3g} ms" for ms in times)
@@ -194,6 +200,25 @@ class ForecastRow:
             "latency_ms": self.estimate.latency_ms,
             **asdict(self.estimate),
         }
+
+
+def run_forecast(settings: Settings, gpu: str) -> list[ForecastRow]:
+    """Estimate every component at every batch size on a GPU that is not there; nothing is run.
+
+    Raises:
+        UsageError: a GPU that is not known, or does not compute in a type of a component.
+    """
+    rows, chosen = [], find_gpu(gpu)
+    for out, artifact in settings.artifacts.items():
+        for component in settings.components:
+            for batch in settings.batch_sizes:
+                feeds = seeded_feeds(artifact, component, batch)
+                shapes = {name: array.shape for name, array in feeds.items()}
+                found = forecast_component(artifact, component, shapes, chosen, settings.backend)
+                rows.append(
+                    ForecastRow(out=out, component=component, batch_size=batch, estimate=found)
+                )
+    return rows
 
 
 def forecast_component(
