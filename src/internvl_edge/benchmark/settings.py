@@ -8,13 +8,20 @@ from pathlib import Path
 
 from internvl_edge.artifact.components import embedder_of
 from internvl_edge.artifact.open import Artifact, open_artifact
-from internvl_edge.benchmark.contenders import Contender, contender_of
+from internvl_edge.benchmark.contenders import AGAINST, Contender, contender_of
 from internvl_edge.benchmark.inputs import seeded_picture
 from internvl_edge.errors import InputError, UsageError, did_you_mean
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.session import require_backend
 
-__all__ = ["Settings", "choose_components", "open_artifacts", "read_picture", "reference_of"]
+__all__ = [
+    "AGAINST",
+    "Settings",
+    "choose_components",
+    "open_artifacts",
+    "read_picture",
+    "reference_of",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

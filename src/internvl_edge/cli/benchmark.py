@@ -9,11 +9,11 @@ from click.core import ParameterSource
 
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark import chat, table
-from internvl_edge.benchmark.contenders import AGAINST
 from internvl_edge.benchmark.load import SCENARIOS
 from internvl_edge.benchmark.machine import load_warning
 from internvl_edge.benchmark.run import Benchmark, run_benchmark
 from internvl_edge.benchmark.settings import (
+    AGAINST,
     Settings,
     choose_components,
     open_artifacts,
@@ -45,7 +45,7 @@ OF_CHAT = ("tiles", "prompt", "answer", "callers", "slots")  # options of that t
 # And of the other one.
 OF_COMPONENTS = (
     *("against", "checkpoint", "scenario", "streams", "p99_ms", "components", "image", "batch"),
-    *("roofline", "memory", "report"),
+    *("roofline", "memory", "report", "forecast_gpu"),
 )
 STREAMS = 2  # calls at once, unless asked otherwise
 
@@ -146,6 +146,11 @@ STREAMS = 2  # calls at once, unless asked otherwise
     default=True,
     help="Open each component in a process of its own too, and say what memory that took.",
 )
+@click.option(
+    "--forecast-gpu",
+    help="Run nothing; estimate each component on a GPU that is not there: h100, h200, l40s, "
+    "rtx4090, orin.",
+)
 @click.option("--markdown", type=NEW_FILE, help="Write the table to this file too.")
 @click.option(
     "--report",
@@ -183,6 +188,7 @@ def benchmark(
     p99_ms: float | None,
     roofline: bool,
     memory: bool,
+    forecast_gpu: str | None,
     markdown: Path | None,
     report: Path | None,
 ) -> None:
@@ -231,7 +237,8 @@ def benchmark(
             f"--streams {streams}: --scenario {scenario} makes one call at a time; choose "
             f"{', '.join(SCENARIOS[1:])}, or leave --streams out"
         )
-    device = require_device(device)
+    if forecast_gpu is None:
+        device = require_device(device)
     artifacts = open_artifacts(outs)
     chosen = choose_components(artifacts, components)
     settings = Settings(
@@ -251,6 +258,9 @@ def benchmark(
         has_memory=memory,
         has_roofline=roofline,
     )
+    if forecast_gpu is not None:
+        _forecast(output, settings, forecast_gpu)
+        return
     if (warning := load_warning()) is not None:
         output.say(warning)
     measured = run_benchmark(settings)
@@ -261,6 +271,20 @@ def benchmark(
         first = next(iter(artifacts.values()))
         write_atomically(report, _report(first, measured).encode())
     output.result(measured.to_json())
+
+
+def _forecast(output: Output, settings: Settings, gpu: str) -> None:
+    from internvl_edge.benchmark.limits.forecast import COLUMNS, run_forecast
+
+    rows = run_forecast(settings, gpu)
+    output.table(COLUMNS, [row.texts() for row in rows])
+    output.lines(
+        [
+            f"an estimate for {gpu}, from shapes and its data sheet; nothing was run. roof: the "
+            "least that the products take at the data sheet's peaks"
+        ]
+    )
+    output.result({"gpu": gpu, "is_estimate": True, "results": [row.to_json() for row in rows]})
 
 
 def _show(output: Output, measured: Benchmark) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,10 @@ def test_the_shell_talks_about_images_and_videos(
         picture(60, 60, seed=i).save(path)
     images = [str(path) for path in files[:2]]
     told = asked_in_the_shell(capsys, str(out), *images, "--combined", "--question", "why")
-    expected = model.chat([files[:2]], "why", max_new_tokens=3).text
-    assert told["turns"] == [{"question": "why", "answer": expected}]
+    expected = model.chat([files[:2]], "why", max_new_tokens=3)
+    (turn,) = told["turns"]
+    assert (turn["question"], turn["answer"]) == ("why", expected.text)
+    assert turn["usage"] == {**asdict(expected.usage), "reused_tokens": 0}
     video = ["--video", str(tmp_path), "--frames", "2"]
     told = asked_in_the_shell(capsys, str(out), *video, "--question", "why")
     frames = model.chat_frames(tmp_path, 2)

@@ -39,9 +39,10 @@ from onnx.reference import ReferenceEvaluator
 from internvl_edge.artifact.onnx_gate import BITS
 from internvl_edge.errors import ArtifactError
 
-__all__ = ["Workload", "read_workload"]
+__all__ = ["CONVERSIONS", "COUNTS", "Graph", "Shapes", "Workload", "read_graph", "read_workload"]
 
 EIGHT_BITS = {"int8": "int8", "uint8": "int8", "float8_e4m3fn": "float8", "float8_e5m2": "float8"}
+CONVERSIONS = ("Transpose", "Cast", "DequantizeLinear", "Reshape", "Unsqueeze")
 SMALL = 64  # elements of a tensor that holds a shape
 LOOKUPS = ("Gather", "GatherElements", "GatherND")
 
@@ -64,6 +65,19 @@ class Workload:
     def intensity(self) -> float:
         """Operations per byte."""
         return sum(self.operations.values()) / self.nbytes
+
+
+def read_graph(path: Path, shapes: Shapes) -> tuple[onnx.GraphProto, Graph]:
+    """Read a graph with every shape inferred; its external data need not be there.
+
+    Raises:
+        ArtifactError: a shape does not follow from those of the inputs.
+    """
+    try:
+        proto = _inferred(onnx.load(path, load_external_data=False), shapes).graph
+    except (ArtifactError, onnx.shape_inference.InferenceError) as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    return proto, Graph(proto)
 
 
 def read_workload(path: Path, shapes: Shapes) -> Workload:
@@ -141,7 +155,7 @@ def _dims(value: onnx.ValueInfoProto) -> tuple[int, ...] | None:
 # --- counting ------------------------------------------------------------------------------------
 
 
-class _Graph:
+class Graph:
     """Shapes, types and producers of a graph's values by name."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -153,7 +167,19 @@ class _Graph:
         for tensor in graph.initializer:
             self._shapes[tensor.name] = tuple(tensor.dims)
             self._types[tensor.name] = tensor.data_type
+        self._stored = {tensor.name for tensor in graph.initializer}
         self._producers = {name: node for node in graph.node for name in node.output}
+
+    def producer(self, name: str) -> onnx.NodeProto | None:
+        return self._producers.get(name)
+
+    def is_stored(self, name: str) -> bool:
+        """Tell whether a value is an initializer, or made of one by nodes that only convert it."""
+        while (node := self._producers.get(name)) is not None:
+            if node.op_type not in CONVERSIONS:
+                return False
+            name = node.input[0]
+        return name in self._stored
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self._shapes.get(name)
@@ -186,7 +212,7 @@ class _Graph:
 
 
 def _workload(proto: onnx.GraphProto) -> Workload:
-    graph = _Graph(proto)
+    graph = Graph(proto)
     operations: Counter[str] = Counter()
     for node in proto.node:
         count = COUNTS.get(node.op_type)
@@ -202,7 +228,7 @@ def _workload(proto: onnx.GraphProto) -> Workload:
     )
 
 
-def _weight_nbytes(proto: onnx.GraphProto, graph: _Graph) -> int:
+def _weight_nbytes(proto: onnx.GraphProto, graph: Graph) -> int:
     """Count every initializer that is read; of one that is only looked up in, what comes out."""
     readers: dict[str, list[onnx.NodeProto]] = {tensor.name: [] for tensor in proto.initializer}
     for node in proto.node:
@@ -218,22 +244,22 @@ def _weight_nbytes(proto: onnx.GraphProto, graph: _Graph) -> int:
     return total
 
 
-def _matmul(graph: _Graph, node: onnx.NodeProto) -> int:
+def _matmul(graph: Graph, node: onnx.NodeProto) -> int:
     return 2 * math.prod(graph.shape(node.output[0])) * graph.shape(node.input[0])[-1]
 
 
-def _gemm(graph: _Graph, node: onnx.NodeProto) -> int:
+def _gemm(graph: Graph, node: onnx.NodeProto) -> int:
     rows, columns = graph.shape(node.input[0])
     inner = rows if _attribute(node, "transA", 0) else columns
     return 2 * math.prod(graph.shape(node.output[0])) * inner
 
 
-def _conv(graph: _Graph, node: onnx.NodeProto) -> int:
+def _conv(graph: Graph, node: onnx.NodeProto) -> int:
     kernel = graph.shape(node.input[1])  # (outputs, inputs per group, *positions)
     return 2 * math.prod(graph.shape(node.output[0])) * math.prod(kernel[1:])
 
 
-def _attention(graph: _Graph, node: onnx.NodeProto) -> int:
+def _attention(graph: Graph, node: onnx.NodeProto) -> int:
     query, key, value = (graph.shape(name) for name in node.input[:3])
     if len(query) == 3:  # (B, T, H · d)
         heads = _attribute(node, "q_num_heads", 1)
