@@ -95,7 +95,8 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
 def _fused(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
     """Make the graph for ONNX Runtime's CUDA provider, where there is one; ``model`` is used up."""
     if COMPONENTS[component].takes_cache:
-        narrow = DECODER_DTYPES.get(plan.engine_base)
+        # of INT4 and INT8, ONNX Runtime has products in float16 alone
+        narrow = DECODER_DTYPES.get("fp16" if plan.recipe is not None else plan.base)
         return None if narrow is None else cuda_decoder(model, narrow)
     return model if _is_of_one_type(plan) and take_cuda_form(model) else None
 
