@@ -28,7 +28,7 @@ except ImportError as error:
 
     raise MissingDependency.of("onnxruntime", "ort") from error
 
-from internvl_edge.artifact.components import find_component
+from internvl_edge.artifact.components import cuda_graph, find_component, unsigned_graph
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.artifact.pins import Watch
 from internvl_edge.errors import (
@@ -518,22 +518,6 @@ def _require_fast(path: Path, precision: str, component: str) -> None:
             "GPU, export at --precision bf16, or build an engine, internvl-edge build, for "
             "8 bits; --allow-slow, OrtOptions(allow_slow=True), runs it all the same"
         )
-
-
-def unsigned_graph(component: str) -> str:
-    """Name the file of a component's graph for CPUs whose INT8 products saturate.
-
-    It computes the same from the same weights (``quantize.graph.unsigned``).
-    """
-    return f"{component}.u8.onnx"
-
-
-def cuda_graph(component: str) -> str:
-    """Name the file of a component's graph in operators of ONNX Runtime's CUDA provider.
-
-    It computes the same from the same weights (``export.graph.cuda_form``).
-    """
-    return f"{component}.cuda.onnx"
 
 
 def _is_numpy(session: Any) -> bool:

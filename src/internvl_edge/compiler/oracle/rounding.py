@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def require_scales(name: str, weight: Tensor, recipe: Recipe, stored: Mapping[st
     held = stored.get(f"{name}{SCALE_SUFFIX}")
     if held is None:
         return
-    expected = _scales(weight, recipe).squeeze(-1).numpy().T.reshape(held.shape)
+    expected = _scales(weight, recipe, held).squeeze(-1).numpy().T.reshape(held.shape)
     # what should be nothing is what rotations leave of it
     far = (np.abs(held - expected) / (expected + NOISE * expected.max())).max()
     if not far <= SCALE_TOLERANCE:
@@ -43,10 +44,15 @@ def require_scales(name: str, weight: Tensor, recipe: Recipe, stored: Mapping[st
 
 
 def rounded_weight(
-    name: str, weight: Tensor, recipe: Recipe, held: Callable[[str], Array | None] | None
+    name: str,
+    weight: Tensor,
+    recipe: Recipe,
+    held: Callable[[str], Array | None] | None,
+    stored: Mapping[str, Array],
 ) -> Tensor:
     """Give a weight as a graph multiplies by it: rounded anew, or as it is stored."""
-    nearest = _rounded(weight, recipe)
+    scale = _scales(weight, recipe, stored.get(f"{name}{SCALE_SUFFIX}"))
+    nearest = _rounded(weight, recipe, scale)
     if recipe.rounding == "nearest":
         return nearest
     assert held is not None
@@ -56,30 +62,32 @@ def rounded_weight(
     outputs, inputs = weight.shape
     if recipe.weights == "int4":
         values = unpack(values, (inputs, outputs))
-    scale = _scales(weight, recipe)  # (N, 1) or (N, K / block, 1)
+    # scales are (N, 1) or (N, K / block, 1)
     blocks = torch.from_numpy(values.astype(np.float32).T.copy()).reshape(*scale.shape[:-1], -1)
-    stored = (blocks * scale).reshape(weight.shape)
-    far, near = (float((w - weight).square().sum()) for w in (stored, nearest))
+    kept = (blocks * scale).reshape(weight.shape)
+    far, near = (float((w - weight).square().sum()) for w in (kept, nearest))
     least = NOISE**2 * float(weight.square().sum())
     if not far <= MOVED_SLACK * MAX_MOVED * near + least:
         raise VerificationError(
             f"{name}: expected values near those of the weight, their squared error at most "
             f"{MAX_MOVED:g} times that of rounding to nearest, {near:.3g}, found {far:.3g}"
         )
-    return stored
+    return kept
 
 
-def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
+def _rounded(weight: Tensor, recipe: Recipe, scale: Tensor) -> Tensor:
     """Round a weight per output channel or block, as a builder sees it; plain torch arithmetic."""
-    scale = _scales(weight, recipe)
     if recipe.weights == "int4":
         blocks = weight.reshape(*scale.shape[:2], -1)  # (N, K / block, block)
         return ((blocks / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
     return _round(weight / scale, recipe.weights) * scale
 
 
-def _scales(weight: Tensor, recipe: Recipe) -> Tensor:
-    """Compute the scales of a weight (N, K): (N, 1), of INT4 (N, K / block, 1)."""
+def _scales(weight: Tensor, recipe: Recipe, held: Array | None) -> Tensor:
+    """Compute the scales of a weight (N, K): (N, 1), of INT4 (N, K / block, 1).
+
+    Directories of earlier versions ``held`` scales that bfloat16 does not.
+    """
     if recipe.weights == "int4":
         block = block_of(weight.shape[1], recipe.block_size)
         peak = weight.reshape(len(weight), -1, block).abs().amax(dim=2, keepdim=True)
@@ -87,7 +95,9 @@ def _scales(weight: Tensor, recipe: Recipe) -> Tensor:
         peak = weight.abs().amax(dim=1, keepdim=True)
         if recipe.granularity == "per-tensor":
             peak = peak.max().expand_as(peak)
-    scale = (peak / _limit(recipe.weights)).to(torch.bfloat16).float()
+    scale = peak / _limit(recipe.weights)
+    if held is None or np.array_equal(held, held.astype(ml_dtypes.bfloat16).astype(np.float32)):
+        scale = scale.to(torch.bfloat16).float()
     return scale.clamp_min(formats.MIN_SCALE)
 
 

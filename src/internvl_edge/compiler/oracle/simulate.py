@@ -149,7 +149,7 @@ class Quantization:
                 if isinstance(layer, nn.Linear) and weight in scales:
                     require_scales(weight, layer.weight, recipe.of(weight), stored)
                     layer.weight.copy_(
-                        rounded_weight(weight, layer.weight, recipe.of(weight), self.held)
+                        rounded_weight(weight, layer.weight, recipe.of(weight), self.held, stored)
                     )
                     scale = scales[weight]
                     if scale is not None:

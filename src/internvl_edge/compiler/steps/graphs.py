@@ -19,10 +19,15 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.artifact.components import COMPONENTS
+from internvl_edge.artifact.components import (
+    COMPONENTS,
+    cuda_graph,
+    engine_graph,
+    unsigned_graph,
+)
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
-from internvl_edge.compiler.steps.graph_files import engine_graph, tensor_specs
+from internvl_edge.compiler.steps.graph_files import tensor_specs
 from internvl_edge.compiler.steps.meta_model import AnyModel
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
@@ -33,7 +38,6 @@ from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics.int4 import block_of
-from internvl_edge.runtime.ort.session import cuda_graph, unsigned_graph
 
 DECODER_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
