@@ -127,6 +127,9 @@ class DecoderSession(Session, Protocol):
             The logits, and the next cache.
         """
 
+    def fetch(self, cache: Sequence[Any]) -> list[Array]:
+        """Copy a cache to the host."""
+
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; the cache is used up."""
 

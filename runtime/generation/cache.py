@@ -188,9 +188,13 @@ class DeviceDecoding:
         every: Array = logits
         return every
 
+    def _held(self) -> list[Array]:
+        """Copy the cache to the host, where it may be already."""
+        return self._session.fetch(self._cache) if self._is_there else self._cache
+
     def _run_apart(self, feeds: Mapping[str, Array], mask: Array) -> Array:
         """Read each row by itself, without its padding; the cache passes through the host."""
-        held = [value.numpy() if self._is_there else value for value in self._cache]
+        held = self._held()
         tokens = next(name for name in ("input_ids", "inputs_embeds") if name in feeds)
         real, every, caches = mask[:, -feeds[tokens].shape[1] :] > 0, list[Array](), list[Any]()
         for row, kept in enumerate(real):
@@ -212,7 +216,7 @@ class DeviceDecoding:
         if not self._is_there:
             self._cache = [values[rows] for values in self._cache]
         elif len(rows) > self._max_rows:
-            self._cache = [value.numpy()[rows] for value in self._cache]
+            self._cache = [values[rows] for values in self._held()]
             self._is_there = False
         elif len(rows) != self._num_rows or (rows != np.arange(len(rows))).any():
             self._cache = self._session.take_rows(self._cache, rows)
@@ -220,7 +224,7 @@ class DeviceDecoding:
 
     def positions(self, count: int) -> dict[str, Array]:
         """Copy the first positions of the cache to the host; see ``HostDecoding.positions``."""
-        held = [value.numpy() if self._is_there else value for value in self._cache]
+        held = self._held()
         names = [name.replace(PAST, PRESENT, 1) for name in self._names]
         seen = _seen(self._mask, count)
         return {n: values[:, :, seen] for n, values in zip(names, held, strict=True)}

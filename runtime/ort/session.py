@@ -378,10 +378,13 @@ class OrtSession:
         if watch is not None:
             watch.require_unchanged()
 
+    def fetch(self, cache: Sequence[Any]) -> list[Array]:
+        """See ``DecoderSession.fetch``."""
+        return [array_of(value, self._place) for value in cache]
+
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; they pass through the host."""
-        taken = [array_of(value, self._place)[rows] for value in cache]
-        return [value_of(array, self._place) for array in taken]
+        return [value_of(array[rows], self._place) for array in self.fetch(cache)]
 
     def _opened(self) -> Any:
         session = self._session  # a close() by another thread waits for this reference

@@ -184,6 +184,10 @@ class TrtSession:
             host, presents = slot.run_kept(given, used_up=cache, fetch=[logits])
         return host[logits], list(presents.values())
 
+    def fetch(self, cache: Sequence[DeviceArray]) -> list[Array]:
+        """See ``DecoderSession.fetch``."""
+        return [value.numpy() for value in cache]
+
     def take_rows(self, cache: Sequence[DeviceArray], rows: Array) -> list[DeviceArray]:
         """Copy these rows of a cache on the GPU, in this order; it is used up, see ``step``."""
         with self.lease() as slot:

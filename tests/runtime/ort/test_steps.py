@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from support.checkpoints import write_internvl, write_tokenizer
@@ -24,6 +25,7 @@ from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import CPU, OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
 from internvl_edge.runtime.ort.steps import Lent, Steps
+from internvl_edge.runtime.ort.values import copied, value_of
 from internvl_edge.types import Array
 
 HERE = ("cpu", 0)
@@ -143,6 +145,13 @@ def test_several_tokens_go_on_in_the_lent_buffers(fused: OrtSession) -> None:
             begun = end
         found.append(logits)
     np.testing.assert_allclose(found[0], found[1], rtol=1e-2, atol=1e-2)
+
+
+def test_a_cache_in_bfloat16_comes_to_the_host(fused: OrtSession) -> None:
+    values = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)
+    (found,) = fused.fetch([copied(value_of(values, HERE), HERE)])
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, values)
 
 
 def test_a_gpu_opens_it_where_contrib_is_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
