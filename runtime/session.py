@@ -94,6 +94,10 @@ class DecoderSession(Session, Protocol):
     def optional(self) -> Mapping[str, TensorSpec]:
         """The tensors that it also takes, and has values of its own for: ``logits_from``."""
 
+    @property
+    def pads(self) -> bool:
+        """Whether it reads the mask: where not, no row has padding, and a prompt is one row."""
+
     def run_device(
         self,
         feeds: Mapping[str, Any],
@@ -122,6 +126,9 @@ class DecoderSession(Session, Protocol):
         Returns:
             The logits, and the next cache.
         """
+
+    def fetch(self, cache: Sequence[Any]) -> list[Array]:
+        """Copy a cache to the host."""
 
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; the cache is used up."""

@@ -579,6 +579,8 @@ class _Writer:
         scales = [self._kept(one.scale) for one in linears if one.scale is not None]
         block, scale = linears[0].block, self._joined(scales, -1, f"{name}.scale")
         if is_added:  # in float32: products of float16 are not computed at opening
+            if scale.dtype != ir.DataType.FLOAT:
+                scale = self._add("Cast", (scale,), f"{name}.float", to=int(ir.DataType.FLOAT))
             scale = self._divided(scale, f"{name}.scale")
         if scale.dtype != self._dtype:
             scale = self._add("Cast", (scale,), f"{name}.narrow", to=int(self._dtype))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.runtime.feeds import LOGITS_FROM, numpy_dtype
+from internvl_edge.runtime.feeds import LOGITS_FROM, POSITIONS, WRITE_INDICES, numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import (
     MASK,
     PAST,
@@ -63,13 +63,16 @@ class _Layout:
 
     def __init__(self, session: Session, embed: Embed | None) -> None:
         self._capacity, self._embed = capacity_of(session.inputs), embed
-        self.is_in_place = self._capacity is not None
+        self.is_in_place, self._inputs = self._capacity is not None, session.inputs
 
     def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
-        """Return a cache with room for all that comes, if it does not grow."""
+        """Return a cache in the session's type, with room for all that comes if it grows not."""
         if self._capacity is None:
             return dict(cache)
-        return {name: placed(values, self._capacity) for name, values in cache.items()}
+        return {
+            name: placed(values.astype(numpy_dtype(self._inputs[name].dtype)), self._capacity)
+            for name, values in cache.items()
+        }
 
     def feeds(self, ids: Array, mask: Array, positions: Array) -> dict[str, Array]:
         tokens = {"input_ids": ids} if self._embed is None else {"inputs_embeds": self._embed(ids)}
@@ -163,6 +166,11 @@ class DeviceDecoding:
 
     def _run(self, ids: Array, mask: Array, feeds: dict[str, Array]) -> Array:
         self._num_rows, self._mask = len(ids), mask
+        if not self._session.pads:
+            self._mask = np.ones_like(mask)  # padding has no places
+            feeds[WRITE_INDICES] = mask[:, : mask.shape[1] - ids.shape[1]].sum(axis=1)
+            if ids.shape[1] > 1 and (len(ids) > 1 or not mask.all()):
+                return self._run_apart(feeds, mask)
         if self._is_there:
             logits, self._cache = self._session.step(feeds, self._names, self._cache)
         else:
@@ -180,11 +188,35 @@ class DeviceDecoding:
         every: Array = logits
         return every
 
+    def _held(self) -> list[Array]:
+        """Copy the cache to the host, where it may be already."""
+        return self._session.fetch(self._cache) if self._is_there else self._cache
+
+    def _run_apart(self, feeds: Mapping[str, Array], mask: Array) -> Array:
+        """Read each row by itself, without its padding; the cache passes through the host."""
+        held = self._held()
+        tokens = next(name for name in ("input_ids", "inputs_embeds") if name in feeds)
+        real, every, caches = mask[:, -feeds[tokens].shape[1] :] > 0, list[Array](), list[Any]()
+        for row, kept in enumerate(real):
+            mine = {name: values[row : row + 1] for name, values in feeds.items()}
+            mine |= {name: mine[name][:, kept] for name in (tokens, POSITIONS)}
+            mine |= {n: v[row : row + 1] for n, v in zip(self._names, held, strict=True)}
+            mine |= {name: feeds[name] for name in (LOGITS_FROM,) if name in feeds}
+            outputs = self._session.run(mine, check=False)
+            every.append(outputs.pop("logits"))
+            caches.append([*outputs.values()])
+        self._names = [name.replace(PRESENT, PAST, 1) for name in outputs]
+        self._cache = [np.concatenate(values) for values in zip(*caches, strict=True)]
+        self._is_there, width = False, max(logits.shape[1] for logits in every)
+        return np.concatenate(
+            [np.pad(one, ((0, 0), (width - one.shape[1], 0), (0, 0))) for one in every]
+        )
+
     def select(self, rows: Array) -> None:
         if not self._is_there:
             self._cache = [values[rows] for values in self._cache]
         elif len(rows) > self._max_rows:
-            self._cache = [value.numpy()[rows] for value in self._cache]
+            self._cache = [values[rows] for values in self._held()]
             self._is_there = False
         elif len(rows) != self._num_rows or (rows != np.arange(len(rows))).any():
             self._cache = self._session.take_rows(self._cache, rows)
@@ -192,7 +224,7 @@ class DeviceDecoding:
 
     def positions(self, count: int) -> dict[str, Array]:
         """Copy the first positions of the cache to the host; see ``HostDecoding.positions``."""
-        held = [value.numpy() if self._is_there else value for value in self._cache]
+        held = self._held()
         names = [name.replace(PAST, PRESENT, 1) for name in self._names]
         seen = _seen(self._mask, count)
         return {n: values[:, :, seen] for n, values in zip(names, held, strict=True)}

@@ -7,5 +7,6 @@ rows         rows of one cache, each at its own position
 values       NumPy's arrays as ONNX Runtime's values, and back
 pinned       page-locked memory that calls are copied through
 cuda_graphs  calls replayed as CUDA graphs
+steps        one token after another, each step one CUDA graph
 pinned       results in page-locked memory, which is used again
 """

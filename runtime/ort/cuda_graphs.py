@@ -22,7 +22,7 @@ from internvl_edge.runtime.ort.pinned import PinnedPool
 from internvl_edge.runtime.ort.values import Place, array_of, is_value, value_of
 from internvl_edge.types import Array
 
-__all__ = ["MAX_GRAPHS", "Replays"]
+__all__ = ["MAX_GRAPHS", "UNCAPTURED", "Replays", "run_options"]
 
 MAX_GRAPHS = 16  # of one session: each keeps its inputs and outputs on the GPU, and none is freed
 GRAPH_ID, UNCAPTURED = "gpu_graph_id", -1  # ONNX Runtime's option of a run, and its "no graph"
@@ -57,7 +57,7 @@ class Replays:
                 self._may_capture[shapes] = False  # what fails once stays plain
                 with suppress(Exception):  # the plain call says what there is to say
                     return self._capture(shapes, names, arrays)
-            outputs = self._session.run(names, dict(arrays), _options(UNCAPTURED))
+            outputs = self._session.run(names, dict(arrays), run_options(UNCAPTURED))
             self._may_capture.setdefault(shapes, True)
         return dict(zip(names, outputs, strict=True))
 
@@ -99,12 +99,12 @@ class _Captured:
         arrays: Mapping[str, Array],
         graph_id: int,
     ) -> None:
-        self._session, self._place, self._options = session, place, _options(graph_id)
+        self._session, self._place, self._options = session, place, run_options(graph_id)
         self._binding = session.io_binding()
         self._inputs = {name: value_of(array, place) for name, array in arrays.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
-        outputs = session.run(names, dict(arrays), _options(UNCAPTURED))
+        outputs = session.run(names, dict(arrays), run_options(UNCAPTURED))
         self._outputs = {n: value_of(array, place) for n, array in zip(names, outputs, strict=True)}
         for name, value in self._outputs.items():
             self._binding.bind_ortvalue_output(name, value)
@@ -150,7 +150,8 @@ def _shape(value: Any) -> Sequence[int]:
     return cast(Sequence[int], value.shape() if is_value(value) else value.shape)
 
 
-def _options(graph_id: int) -> Any:
+def run_options(graph_id: int) -> Any:
+    """Make the options of a run that is captured under this number, or replayed."""
     options = onnxruntime.RunOptions()
     options.add_run_config_entry(GRAPH_ID, str(graph_id))
     return options

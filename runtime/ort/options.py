@@ -62,9 +62,10 @@ class OrtOptions:
     # Copy weights into memory of this process instead of mapping the directory's files: what is
     # written to the files later, or cut off, reaches no run.
     copy: bool = False
-    # On a GPU, replay an image tower's calls of shapes seen before as CUDA graphs; they take turns.
+    # On a GPU, replay an image tower's calls of shapes seen before as CUDA graphs, and a decoder's
+    # tokens where its cache has a fixed capacity; they take turns.
     graphs: bool = True
-    # On a GPU, by the provider "cuda": run a tower's graph in ONNX Runtime's own operators.
+    # On a GPU, by the provider "cuda": run a component's graph in ONNX Runtime's own operators.
     contrib: bool = True
     tf32: bool = False  # on a GPU, round the factors of float32 products to 10 bits: faster
     # On a GPU, by the provider "cuda": run INT8 and FP8, whose weights each call dequantizes.

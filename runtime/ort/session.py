@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -27,7 +28,7 @@ except ImportError as error:
 
     raise MissingDependency.of("onnxruntime", "ort") from error
 
-from internvl_edge.artifact.components import find_component
+from internvl_edge.artifact.components import cuda_graph, find_component, unsigned_graph
 from internvl_edge.artifact.open import Artifact, TensorSpec
 from internvl_edge.artifact.pins import Watch
 from internvl_edge.errors import (
@@ -60,9 +61,11 @@ from internvl_edge.runtime.ort.options import (
     place_of,
 )
 from internvl_edge.runtime.ort.rows import OrtRows
+from internvl_edge.runtime.ort.steps import Lent, Steps
 from internvl_edge.runtime.ort.values import (
     BFLOAT16,
     array_of,
+    copied,
     described,
     is_value,
     spec_of,
@@ -106,6 +109,7 @@ class OrtSession:
         watch: over its external data, which must not be written to while it is mapped.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
         options: how it computes.
+        pads: see ``DecoderSession.pads``.
 
     Raises:
         ArtifactError: ONNX Runtime refuses the file.
@@ -122,8 +126,9 @@ class OrtSession:
         watch: Watch | None = None,
         device: str = "cpu",
         options: OrtOptions = OrtOptions(),
+        pads: bool = True,
     ) -> None:
-        self._path, session = Path(path), None
+        self._path, session, self.pads = Path(path), None, pads
         self._folder = self._path.parent if folder is None else folder
         self._watch = watch
         while session is None:
@@ -143,8 +148,9 @@ class OrtSession:
         self.largest: Mapping[str, int] = {}  # nothing bounds a graph
         self._place = place_of(self._providers)
         self._is_numpy = _is_numpy(session)
-        has_graphs = captures(self._providers)
-        self._replays = Replays(session, self._place) if has_graphs else None
+        is_in_place, has_graphs = WRITE_INDICES in self._inputs, captures(self._providers)
+        self._replays = Replays(session, self._place) if has_graphs and not is_in_place else None
+        self._steps = Steps(session, self._place) if has_graphs and is_in_place else None
 
     def _native(self, graph: bytes | None, device: str, options: OrtOptions) -> Any:
         """Open ONNX Runtime's session; raise _Again where it takes other options."""
@@ -179,7 +185,8 @@ class OrtSession:
                 'cuDNN libraries are missing or do not fit; run: pip install "internvl-edge'
                 f"[ort-gpu]\", or use device 'cpu'{missing and f' ({missing})'}"
             )
-        if captures(self._providers) and not _is_numpy(session):
+        names = {value.name for value in session.get_inputs()}
+        if captures(self._providers) and not _is_numpy(session) and WRITE_INDICES not in names:
             # bfloat16 is not written to the memory that a graph reads
             raise _Again(replace(options, graphs=False))
         return session
@@ -222,7 +229,7 @@ class OrtSession:
         arrays = check_feeds(self._inputs, feeds, check, self._optional)
         if watch is not None:
             watch.require_unchanged()
-        if not self._is_numpy:
+        if not self._is_numpy or self._steps is not None:
             values = self.run_device(arrays, check=False, outputs=names)
             return {name: array_of(value, self._place) for name, value in values.items()}
         try:
@@ -252,7 +259,7 @@ class OrtSession:
         Returns:
             An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
         """
-        session, watch = self._opened(), self._watch
+        session = self._opened()
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         given: Any = feeds
         if isinstance(feeds, Mapping):
@@ -271,17 +278,12 @@ class OrtSession:
                 binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, *self._place)
-        try:
-            if watch is not None:
-                watch.require_unchanged()
-            session.run_with_iobinding(binding)
-        except InternVLError:
-            raise
-        except Exception as error:
-            raise self._run_error(error) from error
-        if watch is not None:
-            watch.require_unchanged()
-        return dict(zip(names, binding.get_outputs(), strict=True))
+        self._run_bound(binding)
+        results = dict(zip(names, binding.get_outputs(), strict=True))
+        if self._steps is not None and self._place[0] == "cuda":
+            # steps write to the pool again that these lie in
+            results = {name: copied(value, self._place) for name, value in results.items()}
+        return results
 
     def _replayed(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Replay a call whose outputs stay on the device, as copies of what the next one writes."""
@@ -309,9 +311,12 @@ class OrtSession:
         Returns:
             The logits, and the next cache.
         """
-        session, watch = self._opened(), self._watch
-        if watch is not None:
-            watch.require_unchanged()
+        session, steps = self._opened(), self._steps
+        if steps is not None and feeds[POSITIONS].shape[1] == 1:
+            with self._watched():
+                taken = steps.step(feeds, names, cache, self._names[0])
+            if taken is not None:
+                return taken
         is_in_place = WRITE_INDICES in self._inputs
         held = cache if isinstance(cache, _Held) else _Held(session.io_binding(), names, cache)
         start = feeds.get(LOGITS_FROM, FIRST)
@@ -328,12 +333,9 @@ class OrtSession:
             held.binding.bind_output(self._names[0], "cpu")
             for name in self._names[1:]:
                 held.binding.bind_output(name, *self._place)
-        try:
-            session.run_with_iobinding(held.binding)
-        except Exception as error:
-            raise self._run_error(error) from error
+        self._run_bound(held.binding)
         if is_in_place:
-            return held.logits.numpy(), held
+            return held.logits.numpy(), cache if isinstance(cache, Lent) else held
         logits, *presents = held.binding.get_outputs()
         return logits.numpy(), presents
 
@@ -354,20 +356,35 @@ class OrtSession:
         )
 
     def _run_bound(self, binding: Any) -> None:
-        session, watch = self._opened(), self._watch
+        session, steps = self._opened(), self._steps
+        with self._watched():
+            if steps is None:
+                session.run_with_iobinding(binding)
+            else:
+                steps.run(binding)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Say in our words what fails, and refuse weights that are written to meanwhile."""
+        watch = self._watch
         if watch is not None:
             watch.require_unchanged()
         try:
-            session.run_with_iobinding(binding)
+            yield
+        except InternVLError:
+            raise
         except Exception as error:
             raise self._run_error(error) from error
         if watch is not None:
             watch.require_unchanged()
 
+    def fetch(self, cache: Sequence[Any]) -> list[Array]:
+        """See ``DecoderSession.fetch``."""
+        return [array_of(value, self._place) for value in cache]
+
     def take_rows(self, cache: Sequence[Any], rows: Array) -> list[Any]:
         """Copy these rows of a cache, in this order; they pass through the host."""
-        taken = [array_of(value, self._place)[rows] for value in cache]
-        return [value_of(array, self._place) for array in taken]
+        return [value_of(array[rows], self._place) for array in self.fetch(cache)]
 
     def _opened(self) -> Any:
         session = self._session  # a close() by another thread waits for this reference
@@ -383,7 +400,7 @@ class OrtSession:
 
     def close(self) -> None:
         """Free the session once the runs that are under way have ended."""
-        self._session = self._replays = self._watch = None
+        self._session = self._replays = self._steps = self._watch = None
 
     def __enter__(self) -> Self:
         return self
@@ -465,23 +482,27 @@ def open_component(
     path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
     files, fused = artifact.manifest.files, cuda_graph(component)
     known = find_component(component)
-    # ONNX Runtime computes the masks of texts on the host, between kernels, and a decoder's cache
-    # stays on the device from call to call: CUDA graphs are made of what sees images alone.
-    if not known.is_vision:
-        options = replace(options, graphs=False)
-    is_cpu = choose_providers(device, options) == [CPU]
+    is_cpu, is_fused = choose_providers(device, options) == [CPU], False
     if not is_cpu and options.gpu_provider == "cuda":
         if not options.allow_slow:
             _require_fast(path, artifact.manifest.precision, component)
-        is_fused = options.contrib and fused in files and not known.takes_cache
+        is_fused = options.contrib and fused in files
         path = artifact.file(fused) if is_fused else path
+    # ONNX Runtime computes the masks of texts on the host, between kernels, and the shapes of a
+    # cache that grows change: CUDA graphs are made of what sees images alone, and of decoders
+    # without a mask.
+    pads = not (is_fused and known.takes_cache)
+    if not known.is_vision and pads:
+        options = replace(options, graphs=False)
     if is_cpu and unsigned in files and products_saturate():
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
         if options.fold is None and is_large and not known.takes_cache:
             options = replace(options, fold=False)
     with artifact.held(path.name) as (folder, watch):
-        return OrtSession(path, folder=folder, watch=watch, device=device, options=options)
+        return OrtSession(
+            path, folder=folder, watch=watch, device=device, options=options, pads=pads
+        )
 
 
 def _require_fast(path: Path, precision: str, component: str) -> None:
@@ -497,22 +518,6 @@ def _require_fast(path: Path, precision: str, component: str) -> None:
             "GPU, export at --precision bf16, or build an engine, internvl-edge build, for "
             "8 bits; --allow-slow, OrtOptions(allow_slow=True), runs it all the same"
         )
-
-
-def unsigned_graph(component: str) -> str:
-    """Name the file of a component's graph for CPUs whose INT8 products saturate.
-
-    It computes the same from the same weights (``quantize.graph.unsigned``).
-    """
-    return f"{component}.u8.onnx"
-
-
-def cuda_graph(component: str) -> str:
-    """Name the file of a component's graph in operators of ONNX Runtime's CUDA provider.
-
-    It computes the same from the same weights (``export.graph.cuda_form``).
-    """
-    return f"{component}.cuda.onnx"
 
 
 def _is_numpy(session: Any) -> bool:

@@ -19,7 +19,17 @@ from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.dlpack import CPU, CUDA, capsule_of
 from internvl_edge.types import Array
 
-__all__ = ["BFLOAT16", "Place", "array_of", "described", "is_value", "spec_of", "value_of"]
+__all__ = [
+    "BFLOAT16",
+    "Place",
+    "array_of",
+    "copied",
+    "described",
+    "is_value",
+    "spec_of",
+    "value_like",
+    "value_of",
+]
 
 Place = tuple[str, int]  # a device's type, as ONNX Runtime names it, and its index
 
@@ -42,6 +52,23 @@ def value_of(array: Array, place: Place) -> Any:
     if array.dtype.name == BFLOAT16:
         return _viewed(value_of(array.view(SAME_BITS), place), array.dtype, place)
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *place)
+
+
+def value_like(value: Any, place: Place) -> Any:
+    """Make a value of the same type and shape, at a place; what is in it is left open."""
+    shape = tuple(value.shape())
+    if value.data_type() == f"tensor({BFLOAT16})":
+        bits = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, SAME_BITS, *place)
+        return _viewed(bits, numpy_dtype(BFLOAT16), place)
+    dtype = numpy_dtype(_dtype(value.data_type()))
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, *place)
+
+
+def copied(value: Any, place: Place) -> Any:
+    """Copy a value to memory of its own, at a place."""
+    copy = value_like(value, place)
+    copy.update_inplace(value)
+    return copy
 
 
 def _viewed(value: Any, dtype: np.dtype[Any], place: Place) -> Any:

@@ -113,6 +113,11 @@ class TrtSession:
         return {}
 
     @property
+    def pads(self) -> bool:
+        """See ``DecoderSession.pads``."""
+        return True
+
+    @property
     def largest(self) -> Mapping[str, int]:
         """See ``Session.largest``."""
         return self._spec.largest
@@ -178,6 +183,10 @@ class TrtSession:
         with self.lease() as slot:
             host, presents = slot.run_kept(given, used_up=cache, fetch=[logits])
         return host[logits], list(presents.values())
+
+    def fetch(self, cache: Sequence[DeviceArray]) -> list[Array]:
+        """See ``DecoderSession.fetch``."""
+        return [value.numpy() for value in cache]
 
     def take_rows(self, cache: Sequence[DeviceArray], rows: Array) -> list[DeviceArray]:
         """Copy these rows of a cache on the GPU, in this order; it is used up, see ``step``."""

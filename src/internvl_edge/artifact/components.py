@@ -232,3 +232,21 @@ def streams_of(names: Iterable[str]) -> set[str]:
 def embedder_of(names: Collection[str]) -> str | None:
     """Choose the component that maps whole pictures to embeddings, or else to patches; or None."""
     return next((name for name in (IMAGE_EMBED, VISION) if name in names), None)
+
+
+# --- the files of a component's graphs, all on the same weights ----------------------------------
+
+
+def engine_graph(component: str, base: str) -> str:
+    """Name the graph that engines are built from, where it is not the component's own."""
+    return f"{component}.{base}.onnx"
+
+
+def unsigned_graph(component: str) -> str:
+    """Name the graph for CPUs whose INT8 products saturate (``quantize.graph.unsigned``)."""
+    return f"{component}.u8.onnx"
+
+
+def cuda_graph(component: str) -> str:
+    """Name the graph in operators of ONNX Runtime's CUDA provider (``export.graph.cuda_form``)."""
+    return f"{component}.cuda.onnx"

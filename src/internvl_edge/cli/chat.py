@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,16 +159,18 @@ def _answer(
     if stream:
         pieces = model.chat_stream(seen, question, history, **options)
         text = show(output, pieces)
-        thought = pieces.thought
+        thought, usage = pieces.thought, pieces.usage
         history = remembered(model.components, seen, question, history, text)
     else:
         reply = model.chat(seen, question, history, **options)
         text, thought, history = reply.text, reply.thought, reply.history
+        usage = reply.usage
         output.text(text)
+    told = {"answer": text, "usage": asdict(usage)}
     if thought is None:
-        return {"answer": text}, history
+        return told, history
     output.say(f"thought: {thought}")
-    return {"answer": text, "thought": thought}, history
+    return {**told, "thought": thought}, history
 
 
 def _typed(output: Output) -> Iterator[str]:

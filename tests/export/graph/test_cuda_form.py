@@ -13,6 +13,7 @@ import pytest
 from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge import compiler
+from internvl_edge.artifact.components import cuda_graph
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps import graphs
@@ -21,7 +22,7 @@ from internvl_edge.export.config.checkpoint import VisionConfig
 from internvl_edge.export.graph.cuda_form import take_cuda_form
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import CPU, OrtOptions
-from internvl_edge.runtime.ort.session import OrtSession, cuda_graph, open_component
+from internvl_edge.runtime.ort.session import OrtSession, open_component
 from internvl_edge.types import Array
 
 VISIONS = {

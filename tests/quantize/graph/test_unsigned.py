@@ -14,13 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from support.artifacts import MODEL, contents, write_artifact
 
-from internvl_edge.artifact.components import COMPONENTS
+from internvl_edge.artifact.components import COMPONENTS, unsigned_graph
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.runtime.ort import cpu
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import OrtOptions
-from internvl_edge.runtime.ort.session import OrtSession, open_component, unsigned_graph
+from internvl_edge.runtime.ort.session import OrtSession, open_component
 from internvl_edge.types import Array
 
 SCALE = np.float32(1 / 64)  # of activations

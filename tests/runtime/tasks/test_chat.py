@@ -515,6 +515,7 @@ def test_chat_from_the_shell(
     assert run([*command, "--question", "a", "--question", "b", "--json"]) == 0
     turns = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["turns"]
     assert [turn["question"] for turn in turns] == ["a", "b"]
+    assert [turn["usage"]["reused_tokens"] > 0 for turn in turns] == [False, True]
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n\n/clear\na\n/quit\nc\n"))
     assert run([*command, "--stream"]) == 0
     lines = capsys.readouterr().out.split("\n")

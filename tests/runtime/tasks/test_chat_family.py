@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from internvl_edge import compiler, load
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import ContextLengthError, MediaError, UsageError
+from internvl_edge.runtime.generation.answers import Answers
 from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.runtime.model import Model
-from internvl_edge.runtime.tasks import chat as chats
 from internvl_edge.runtime.tasks import chat_images
 from internvl_edge.runtime.text.chat_tokenizer import ChatTokenizer
 from internvl_edge.runtime.text.templates import THINKING
@@ -173,6 +173,7 @@ def test_as_many_tiles_at_a_time_as_memory_has_room_for(
 
     monkeypatch.setattr(model.components, "pixel_batches", counted)
     monkeypatch.setattr(chat_images, "available_memory", lambda: 1 << 10)
+    model.components.answers.images.clear()
     few = model.see(wide)
     assert sizes == [1]
     np.testing.assert_allclose(
@@ -202,11 +203,11 @@ def test_a_thought_is_no_part_of_the_conversation(
 ) -> None:
     asked: list[Generation] = []
 
-    def noted(decoding: Any, prompt: Any, how: Generation) -> Any:
+    def noted(self: Answers, session: Any, opening: Any, how: Generation) -> list[int]:
         asked.append(how)
-        return np.zeros((1, 1), np.int64)
+        return [0]
 
-    monkeypatch.setattr(chats, "generate", noted)
+    monkeypatch.setattr(Answers, "ids", noted)
     monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: "<think>\nhm\n</think>\n\nyes")
     reply = model.chat(None, "why", think=True)
     assert (reply.thought, reply.text) == ("hm", "yes")
@@ -225,11 +226,11 @@ def test_a_thought_is_no_part_of_the_conversation(
 def test_as_many_new_tokens_as_fit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def noted(decoding: Any, prompt: Any, how: Generation) -> Any:
+    def noted(self: Answers, session: Any, opening: Any, how: Generation) -> list[int]:
         asked.append(how.max_new_tokens)
-        return np.zeros((1, 1), np.int64)
+        return [0]
 
-    monkeypatch.setattr(chats, "generate", noted)
+    monkeypatch.setattr(Answers, "ids", noted)
     model.chat(None, "why")
     _, ids = model.chat_prompt(None, "why")
     assert asked == [POSITIONS - len(ids) + 1]
@@ -263,8 +264,10 @@ def test_the_shell_talks_about_images_and_videos(
         picture(60, 60, seed=i).save(path)
     images = [str(path) for path in files[:2]]
     told = asked_in_the_shell(capsys, str(out), *images, "--combined", "--question", "why")
-    expected = model.chat([files[:2]], "why", max_new_tokens=3).text
-    assert told["turns"] == [{"question": "why", "answer": expected}]
+    expected = model.chat([files[:2]], "why", max_new_tokens=3)
+    (turn,) = told["turns"]
+    assert (turn["question"], turn["answer"]) == ("why", expected.text)
+    assert turn["usage"] == {**asdict(expected.usage), "reused_tokens": 0}
     video = ["--video", str(tmp_path), "--frames", "2"]
     told = asked_in_the_shell(capsys, str(out), *video, "--question", "why")
     frames = model.chat_frames(tmp_path, 2)

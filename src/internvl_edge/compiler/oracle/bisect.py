@@ -31,14 +31,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.artifact.components import find_component
+from internvl_edge.artifact.components import engine_graph, find_component
 from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.compiler.oracle.graph_blocks import GraphBlocks
 from internvl_edge.compiler.oracle.readings import GraphReading
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.progress import Report, silent
 from internvl_edge.compiler.source import open_source, quantization_of
-from internvl_edge.compiler.steps.graph_files import engine_graph
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import BOUNDS

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.artifact.components import COMPONENTS
+from internvl_edge.artifact.components import COMPONENTS, cuda_graph, engine_graph
 from internvl_edge.compiler.oracle.expected import Expected, Part, Reference
-from internvl_edge.compiler.oracle.run_graph import graph_capacity, run_part
+from internvl_edge.compiler.oracle.run_graph import run_part
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
-from internvl_edge.compiler.steps.graph_files import engine_graph
+from internvl_edge.compiler.steps.graph_files import graph_capacity
 from internvl_edge.export.advice import advice
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
@@ -53,7 +53,6 @@ from internvl_edge.export.precision import precision_of
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.runtime.feeds import MASK, POSITIONS
 from internvl_edge.runtime.images.transform import Preprocessing
-from internvl_edge.runtime.ort.session import cuda_graph
 from internvl_edge.types import Array
 
 SAMPLES = 4  # of the calibration set, to compare quantized components on

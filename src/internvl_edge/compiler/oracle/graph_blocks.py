@@ -15,9 +15,10 @@ from internvl_edge.compiler.oracle.readings import (
     tensor_reading,
 )
 from internvl_edge.compiler.oracle.reference_block import block_outputs
-from internvl_edge.compiler.oracle.run_graph import graph_capacity, open_graph, run_as_reference
+from internvl_edge.compiler.oracle.run_graph import open_graph, run_as_reference
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.progress import Progress, Report
+from internvl_edge.compiler.steps.graph_files import graph_capacity
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import agreement, component_feeds, sample_feeds, with_noise
 from internvl_edge.export.graph.one_block import (

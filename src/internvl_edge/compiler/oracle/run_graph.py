@@ -7,7 +7,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from internvl_edge.compiler.steps.graph_files import tensor_specs
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
 from internvl_edge.export.graph.cuda_decoder import take_norms_apart
@@ -68,11 +67,6 @@ def run_part(
 def open_graph(path: Path, model: ir.Model) -> OrtSession:
     """Open a graph that was changed in memory; its weights lie next to ``path``."""
     return OrtSession(path, graph=runnable(model))
-
-
-def graph_capacity(model: ir.Model) -> int | None:
-    """Count the positions of a decoder's cache that is written in place; None: it grows."""
-    return capacity_of({spec.name: spec for spec in tensor_specs(model.graph.inputs)})
 
 
 def run_as_reference(

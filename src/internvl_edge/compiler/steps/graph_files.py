@@ -11,19 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from internvl_edge.artifact.components import COMPONENTS, find_component
+from internvl_edge.artifact.components import COMPONENTS, engine_graph, find_component
 from internvl_edge.artifact.open import Manifest, TensorSpec
 from internvl_edge.export.engine.build import Prepare
+from internvl_edge.runtime.generation.fixed_cache import capacity_of
 
 if TYPE_CHECKING:  # building engines does not need it
     import onnx_ir as ir
 
 COMPUTE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
-
-def engine_graph(component: str, base: str) -> str:
-    """Name the graph that engines are built from, where it is not the component's own."""
-    return f"{component}.{base}.onnx"
 
 
 def graph_file(manifest: Manifest, component: str) -> str:
@@ -88,3 +84,8 @@ def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
         for value in values
         if not value.is_initializer()
     )
+
+
+def graph_capacity(model: ir.Model) -> int | None:
+    """Count the positions of a decoder's cache that is written in place; None: it grows."""
+    return capacity_of({spec.name: spec for spec in tensor_specs(model.graph.inputs)})

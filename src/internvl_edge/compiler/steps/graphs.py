@@ -19,10 +19,15 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.artifact.components import COMPONENTS
+from internvl_edge.artifact.components import (
+    COMPONENTS,
+    cuda_graph,
+    engine_graph,
+    unsigned_graph,
+)
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
-from internvl_edge.compiler.steps.graph_files import engine_graph, tensor_specs
+from internvl_edge.compiler.steps.graph_files import tensor_specs
 from internvl_edge.compiler.steps.meta_model import AnyModel
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
@@ -33,7 +38,6 @@ from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics.int4 import block_of
-from internvl_edge.runtime.ort.session import cuda_graph, unsigned_graph
 
 DECODER_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -91,7 +95,8 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
 def _fused(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
     """Make the graph for ONNX Runtime's CUDA provider, where there is one; ``model`` is used up."""
     if COMPONENTS[component].takes_cache:
-        narrow = DECODER_DTYPES.get(plan.engine_base)
+        # of INT4 and INT8, ONNX Runtime has products in float16 alone
+        narrow = DECODER_DTYPES.get("fp16" if plan.recipe is not None else plan.base)
         return None if narrow is None else cuda_decoder(model, narrow)
     return model if _is_of_one_type(plan) and take_cuda_form(model) else None
 

@@ -10,6 +10,12 @@ import sys
 import numpy as np
 import onnxruntime
 
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+}
+
 
 def main() -> None:
     graph, log = sys.argv[1:]
@@ -17,11 +23,18 @@ def main() -> None:
     options.log_severity_level = 3
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(graph, options, providers=providers)
-    (taken,), (given,) = session.get_inputs(), session.get_outputs()
-    shape = [size if isinstance(size, int) else 1 for size in taken.shape]
-    binding = session.io_binding()
-    binding.bind_cpu_input(taken.name, np.zeros(shape, np.float32))
-    binding.bind_output(given.name, "cuda", 0)
+    binding, held = session.io_binding(), {}
+    for taken in session.get_inputs():
+        shape = [size if isinstance(size, int) else 1 for size in taken.shape]
+        values = np.zeros(shape, DTYPES[taken.type])
+        held[taken.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values, "cuda", 0)
+        binding.bind_ortvalue_input(taken.name, held[taken.name])
+    for given in session.get_outputs():
+        past = held.get(given.name.replace("present.", "past_key_values."))
+        if past is None:
+            binding.bind_output(given.name, "cuda", 0)
+        else:  # a cache is written in place
+            binding.bind_ortvalue_output(given.name, past)
     session.run_with_iobinding(binding)
     with open(log, "a") as file:
         file.write("=====\n")
