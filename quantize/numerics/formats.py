@@ -31,7 +31,7 @@ quantizes to zero at any scale, so a dead channel dequantizes to exactly zero.
 
 Scales are numbers that bfloat16 holds, stored in float32: graphs have them in both types
 (``graph.qdq``), and a value is rounded by the very scale that it is multiplied by. That moves the
-end of a range by 0.2 % at most, a fifth of an int8 step. float16 would not do: the scale of a
+end of a range by 0.4 % at most, half an int8 step. float16 would not do: the scale of a
 channel whose weights stay below 0.0078 is denormal in it.
 """
 
