@@ -178,8 +178,8 @@ def build_engine(
                 raise error
             census = log.layers.census(
                 precision_of(precision, component),
-                expected_attention=expected,
-                expected_8_bit=_expected_8_bit(trt, network.definition),
+                expected_attention=expected * len(ranges),  # a builder lists each profile
+                expected_8_bit=_expected_8_bit(trt, network.definition) * len(ranges),
             )
             if expect_fused:
                 _require_fused(component, census)
