@@ -178,8 +178,8 @@ def build_engine(
                 raise error
             census = log.layers.census(
                 precision_of(precision, component),
-                expected_attention=expected,
-                expected_8_bit=_expected_8_bit(trt, network.definition),
+                expected_attention=expected * len(ranges),  # a builder lists each profile
+                expected_8_bit=_expected_8_bit(trt, network.definition) * len(ranges),
             )
             if expect_fused:
                 _require_fused(component, census)
@@ -394,6 +394,7 @@ def _attempts(
     """Yield what to try until a build succeeds: attention to decompose, and a change of the graph.
 
     First what is fastest, then with every attention decomposed, then with caches written apart.
+    TensorRT-RTX 1.7 builds those where attention may be decomposed, and fuses it all the same.
     """
     yield others, nullcontext
     if fused:
@@ -403,6 +404,8 @@ def _attempts(
         from internvl_edge.export.engine.unaliased import unaliased_graph
 
         yield others, unaliased_graph
+        if fused:
+            yield fused | others, unaliased_graph
 
 
 def _attentions(trt: Any, target: Target, definition: Any) -> tuple[set[str], set[str]]:

@@ -24,7 +24,7 @@ MAX_NAMES = 16  # of products that are listed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Census:
-    """What a builder made of a graph; of an engine with several profiles, of the first."""
+    """What a builder made of a graph; of an engine with several profiles, for all of them."""
 
     precision: str  # of the component: where all have one, or each tower its own
     layers: Mapping[str, int]  # the builder's kind → how many

@@ -120,8 +120,16 @@ def test_decoders_with_their_cache_in_place_build(tmp_path: Path, precision: str
 def test_a_cache_in_place_builds_where_it_is_written_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_attempts", lambda fused, others, _: [(others, unaliased_graph)])
-    assert built_decoder(tmp_path, "fp16", capacity=40).fused_attention > 0
+    """TensorRT-RTX then wants attention that may be decomposed, and fuses it all the same."""
+
+    def last(fused: set[str], others: set[str], _: object) -> list[object]:
+        return [(fused | others, unaliased_graph)]
+
+    monkeypatch.setattr(build, "_attempts", last)
+    info = built_decoder(tmp_path, "fp16", capacity=40)
+    assert (info.fused_attention, info.decomposed_attention) == (0, 2)
+    assert info.census is not None
+    assert info.census.fused_attention == 2 * 2  # of either profile
 
 
 @pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])
