@@ -681,7 +681,7 @@ def test_every_failure_has_a_code_and_a_line(
             "--metric only applies to",
         ),
         (["convert", "nowhere", "OUT"], 3, "nowhere: expected a folder with config.json and"),
-        (["lint", "COMPILED"], 3, "expected FILE.onnx, found a folder; it contains 7, such as"),
+        (["lint", "COMPILED"], 3, "expected FILE.onnx, found a folder; it contains 12, such as"),
         (["embed", "CHECKPOINT", "PICTURE"], 3, "is a checkpoint: it has config.json"),
         (["embed", "PICTURES", "PICTURE"], 3, "internvl-edge export CHECKPOINT -o OUT"),
         (["export", "CHECKPOINT", "-o", "OUT", "--components", "x"], 2, "vision"),
