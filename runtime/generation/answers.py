@@ -17,6 +17,7 @@ from internvl_edge.files.forks import in_children
 from internvl_edge.files.memory import available_memory
 from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import DeviceDecoding, Embed, HostDecoding, start
+from internvl_edge.runtime.generation.fixed_cache import position_nbytes
 from internvl_edge.runtime.generation.loop import generate, stream
 from internvl_edge.runtime.generation.prefixes import ImageTokens, Prefixes, extended
 from internvl_edge.runtime.generation.slots import Slots
@@ -171,21 +172,32 @@ class Answers:
     def _alone(self, session: Session, opening: Opening, how: Generation) -> Iterator[Array]:
         prompt = opening.prompt
         decoding, new = start(session, opening.cache, opening.embed), list[int]()
+        nbytes = position_nbytes(session.inputs)
         try:
             for tokens in stream(decoding, prompt, how):
                 new.append(int(tokens[0]))
                 yield tokens
         except GeneratorExit:  # whoever reads has left; what was read is worth keeping
-            self._keep(decoding, opening, new)
+            self._keep(decoding, opening, new, nbytes)
             raise
-        self._keep(decoding, opening, new)
+        self._keep(decoding, opening, new, nbytes)
 
     def _keep(
-        self, decoding: HostDecoding | DeviceDecoding, opening: Opening, new: list[int]
+        self,
+        decoding: HostDecoding | DeviceDecoding,
+        opening: Opening,
+        new: list[int],
+        position_nbytes: int,
     ) -> None:
-        if opening.marks is not None and new and self.prefixes.budget_nbytes:
-            marks = extended(opening.marks, new[:-1])  # the last was not read
+        if opening.marks is None or not new:
+            return
+        marks = extended(opening.marks, new[:-1])  # the last was not read
+        if len(marks) * position_nbytes > self.prefixes.budget_nbytes:
+            return
+        try:
             self.prefixes.keep(marks, decoding.positions(len(marks)))
+        except MemoryError:  # the answer is there all the same
+            return
 
     def _renew_lock(self) -> None:
         self._lock = Lock()

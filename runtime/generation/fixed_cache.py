@@ -19,7 +19,7 @@ import numpy as np
 
 from internvl_edge.artifact.open import TensorSpec
 from internvl_edge.errors import UsageError
-from internvl_edge.runtime.feeds import MASK, WRITE_INDICES
+from internvl_edge.runtime.feeds import MASK, WRITE_INDICES, numpy_dtype
 from internvl_edge.types import Array
 
 __all__ = [
@@ -42,6 +42,15 @@ def capacity_of(inputs: Mapping[str, TensorSpec]) -> int | None:
     if WRITE_INDICES not in inputs:
         return None
     return int(inputs[MASK].shape[1])
+
+
+def position_nbytes(inputs: Mapping[str, TensorSpec]) -> int:
+    """Count the bytes that a decoder's cache has for each position of a row."""
+    caches = [spec for name, spec in inputs.items() if name.startswith(PAST)]
+    return sum(
+        int(spec.shape[1]) * int(spec.shape[3]) * numpy_dtype(spec.dtype).itemsize
+        for spec in caches
+    )
 
 
 def positions_of(mask: Array, first: int, capacity: int) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from threading import Lock
+from threading import RLock
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class Prefixes:
     def __init__(self, budget_nbytes: int) -> None:
         self.budget_nbytes = budget_nbytes
         self._kept: OrderedDict[bytes, tuple[Array, Caches]] = OrderedDict()  # last used last
-        self._lock = Lock()
+        self._lock = RLock()  # a collector may close an answer here
         in_children(self, Prefixes._renew_lock)
 
     @property
@@ -82,11 +82,11 @@ class Prefixes:
         """Return how many positions a prompt has in common with a kept one, and their caches."""
         with self._lock:
             best, key = 0, b""
-            for one, (kept, _) in self._kept.items():
+            for one, (kept, _) in list(self._kept.items()):
                 length = _common(marks, kept)
                 if length > best:
                     best, key = length, one
-            if not best:
+            if key not in self._kept:
                 return 0, {}
             self._kept.move_to_end(key)
             caches = self._kept[key][1]
@@ -118,11 +118,11 @@ class Prefixes:
     def _nbytes(self) -> int:
         return sum(
             marks.nbytes + sum(values.nbytes for values in caches.values())
-            for marks, caches in self._kept.values()
+            for marks, caches in list(self._kept.values())
         )
 
     def _renew_lock(self) -> None:
-        self._lock = Lock()
+        self._lock = RLock()  # a collector may close an answer here
 
 
 class ImageTokens:
@@ -135,7 +135,7 @@ class ImageTokens:
     def __init__(self, budget_nbytes: int) -> None:
         self.budget_nbytes, self.nbytes = budget_nbytes, 0
         self._kept: OrderedDict[bytes, Array] = OrderedDict()  # last used last
-        self._lock = Lock()
+        self._lock = RLock()  # a collector may close an answer here
         in_children(self, ImageTokens._renew_lock)
 
     def find(self, digest: bytes) -> Array | None:
@@ -166,7 +166,7 @@ class ImageTokens:
             self.nbytes = 0
 
     def _renew_lock(self) -> None:
-        self._lock = Lock()
+        self._lock = RLock()  # a collector may close an answer here
 
 
 def _digest(array: Array) -> bytes:

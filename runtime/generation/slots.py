@@ -31,7 +31,6 @@ from internvl_edge.runtime.generation.cache import LAST, Embed
 from internvl_edge.runtime.generation.fixed_cache import PAST, PRESENT
 from internvl_edge.runtime.generation.loop import Choice
 from internvl_edge.runtime.generation.prefixes import extended
-from internvl_edge.runtime.generation.text import Closing
 from internvl_edge.runtime.session import Rows
 from internvl_edge.types import Array
 
@@ -72,13 +71,14 @@ class _Answer:
         return self.has_left or self.choice.is_late
 
 
-class _Tokens(Closing, Iterator[Array]):
+class _Tokens(Iterator[Array]):
     """The tokens of an answer; dropped or closed, it frees its row."""
 
     def __init__(self, answer: _Answer) -> None:
-        self._answer = answer
+        self._answer, self._process = answer, os.getpid()
 
     def __next__(self) -> Array:
+        _require_process(self._process)
         token = None if self._answer.has_left else self._answer.tokens.get()
         if token is None or isinstance(token, BaseException):
             self.close()
@@ -92,6 +92,14 @@ class _Tokens(Closing, Iterator[Array]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _require_process(process: int) -> None:
+    if os.getpid() != process:
+        raise UsageError(
+            "the slots were opened before a fork, and their thread stayed behind; load the "
+            "model in the process that runs it"
+        )
 
 
 class Slots:
@@ -140,16 +148,12 @@ class Slots:
         """
         if how.num_beams > 1 or len(prompt.rows) != 1:
             raise UsageError(f"num_beams {how.num_beams}: only one beam of one row can be streamed")
-        if os.getpid() != self._process:  # before the lock, which a fork may have left taken
-            raise UsageError(
-                "the slots were opened before a fork, and their thread stayed behind; load the "
-                "model in the process that runs it"
-            )
+        _require_process(self._process)  # before the lock, which a fork may have left taken
         answer = _Answer(cache, prompt, how, embed, marks, keep)
         with self._changed:
             self._require_open()
             if len(self._queue) >= self._max_queued:
-                self._queue = deque(one for one in self._queue if not one.is_over)
+                self._drop_those_over()
             if len(self._queue) >= self._max_queued:
                 raise ResourceError(f"{len(self._queue)} answers are waiting; try again later")
             self._queue.append(answer)
@@ -187,13 +191,21 @@ class Slots:
     # --- the thread ------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while self._admitted():
-            try:
-                self._read_prompts()
-                self._read_tokens()
-            except BaseException as error:
-                for answer in list(self._order):
-                    self._end(answer, error)
+        try:
+            while self._admitted():
+                try:
+                    self._read_prompts()
+                    self._read_tokens()
+                except BaseException as error:
+                    for answer in list(self._order):
+                        self._end(answer, error)
+        except BaseException as error:  # nobody may wait for a thread that has ended
+            with self._changed:
+                self._is_closed = True
+                for answer in (*self._order, *self._queue):
+                    answer.tokens.put(error)
+                self._order, self._taken = [], [None] * self._rows.count
+                self._queue.clear()
 
     def _admitted(self) -> bool:
         """Free rows, give them away, and wait where nothing is to be done; False: it is closed."""
@@ -209,14 +221,18 @@ class Slots:
                 while self._queue:
                     self._queue.popleft().tokens.put(closed)
                 return False
-            for answer in [answer for answer in self._queue if answer.is_over]:
-                self._queue.remove(answer)
-                answer.tokens.put(None)
+            self._drop_those_over()
             while self._queue and None in self._taken:
                 answer = self._queue.popleft()
                 self._order.append(answer)
                 self._taken[self._taken.index(None)] = answer
         return True
+
+    def _drop_those_over(self) -> None:
+        """End those that wait no longer: they have left, or their time is over."""
+        for answer in [answer for answer in self._queue if answer.is_over]:
+            self._queue.remove(answer)
+            answer.tokens.put(None)
 
     def _read_prompts(self) -> None:
         """Read a piece of the oldest prompt that is not read yet."""
@@ -290,12 +306,25 @@ class Slots:
     def _end(self, answer: _Answer, error: BaseException | None = None) -> None:
         """Free the row of an answer; what it read is kept."""
         row = self._taken.index(answer)
-        if error is None and answer.keep is not None and answer.marks is not None and answer.new:
-            values = {
-                name.replace(PAST, PRESENT, 1): held[row : row + 1, :, : answer.used]
-                for name, held in self._rows.values.items()
-            }
-            answer.keep(extended(answer.marks, answer.new)[: answer.used], values)
         self._taken[row] = None
         self._order.remove(answer)
-        answer.tokens.put(error)
+        try:
+            if error is None:
+                self._keep(answer, row)
+            else:  # what is masked counts where it is no number
+                for held in self._rows.values.values():
+                    held[row] = 0
+        finally:
+            answer.tokens.put(error)
+
+    def _keep(self, answer: _Answer, row: int) -> None:
+        if answer.keep is None or answer.marks is None or not answer.new:
+            return
+        values = {
+            name.replace(PAST, PRESENT, 1): held[row : row + 1, :, : answer.used]
+            for name, held in self._rows.values.items()
+        }
+        try:
+            answer.keep(extended(answer.marks, answer.new)[: answer.used], values)
+        except MemoryError:  # the answer is there all the same
+            return

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 from internvl_edge.runtime.generation.batch import Generation
 from internvl_edge.types import Array
@@ -25,10 +24,10 @@ REPLACEMENT = "\ufffd"  # half a character, decoded
 THINK, THOUGHT_END = "<think>", "</think>"
 
 
-class Closing(ABC):
-    """Tokens that are computed elsewhere, until they are closed; from any thread."""
+@runtime_checkable
+class Closing(Protocol):
+    """Tokens that can be ended before their end, as a generator's can."""
 
-    @abstractmethod
     def close(self) -> None: ...
 
 
@@ -63,6 +62,19 @@ def _unfinished(count: int, how: Generation) -> FinishReason:
     return "length" if how.max_time is None or count >= how.max_new_tokens else "time"
 
 
+@dataclass(slots=True)
+class _Progress:
+    """How far a stream is: written by its generators, which do not hold the stream itself.
+
+    So a stream that is dropped ends at once, and frees what its tokens are computed in.
+    """
+
+    finish_reason: FinishReason | None = None
+    completion_tokens: int = 0
+    thought: str | None = None
+    is_closed: bool = False
+
+
 class TextStream:
     """The text of one row's tokens in pieces, as they come; none is empty.
 
@@ -71,13 +83,8 @@ class TextStream:
     words, and not around it.
 
     Attributes:
-        finish_reason: ``"stop"`` after a stop id, ``"length"`` after the most tokens, ``"time"``
-            after ``max_time``; None before the end, and where it was closed.
         prompt_tokens: positions that stand before the answer, those of images included.
         reused_tokens: of them, those that were not read again.
-        completion_tokens: tokens so far, a stop id included.
-        thought: what stood between ``<think>`` and ``</think>`` in front, and is none of the
-            pieces; None where nothing did.
     """
 
     def __init__(
@@ -88,12 +95,25 @@ class TextStream:
         prompt_tokens: int,
         reused_tokens: int = 0,
     ) -> None:
-        self.finish_reason: FinishReason | None = None
-        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
-        self.reused_tokens = reused_tokens
-        self.thought: str | None = None
-        self._is_closed, self._tokens = False, tokens
-        self._pieces = self._answer(self._closing(tokens, self._decoded(tokens, how, decode)))
+        self.prompt_tokens, self.reused_tokens = prompt_tokens, reused_tokens
+        self._tokens, self._progress = tokens, _Progress()
+        pieces = _closing(tokens, _decoded(tokens, how, decode, self._progress))
+        self._pieces = _after_thought(pieces, self._progress)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """``"stop"``, ``"length"`` or ``"time"``; None before the end, and where it was closed."""
+        return self._progress.finish_reason
+
+    @property
+    def completion_tokens(self) -> int:
+        """The tokens so far, a stop id included."""
+        return self._progress.completion_tokens
+
+    @property
+    def thought(self) -> str | None:
+        """The text between ``<think>`` and ``</think>`` in front, which is none of the pieces."""
+        return self._progress.thought
 
     def __iter__(self) -> Self:
         return self
@@ -121,63 +141,77 @@ class TextStream:
 
     def close(self) -> None:
         """End it after the token that is being computed; from any thread, and more than once."""
-        self._is_closed = True
+        self._progress.is_closed = True
         with suppress(ValueError):  # it runs in another thread, which looks at the flag
             self._pieces.close()
-        if isinstance(self._tokens, Closing):
-            self._tokens.close()
+        _end(self._tokens)
 
-    def _answer(self, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
-        """Yield what follows a thought; hold back only what may yet become one."""
-        with closing(pieces):
-            text = ""
-            for piece in pieces:  # until an answer begins
-                text = (text + piece) if self.thought is None else piece.lstrip()
-                if THOUGHT_END in text and text.startswith(THINK):
-                    self.thought, text = split_thought(text)
-                may_be_thought = text.startswith(THINK) or THINK.startswith(text)
-                if text and (self.thought is not None or not may_be_thought):
-                    break
-            if self.thought is None:
-                self.thought, text = split_thought(text)
-            if text:
-                yield text
-            yield from pieces
 
-    def _closing(
-        self, tokens: Iterator[Array], pieces: Generator[str, None, None]
-    ) -> Generator[str, None, None]:
-        """Yield all pieces; after the last one, or when it is closed, end the tokens."""
-        try:
-            yield from pieces
-        finally:
-            if isinstance(tokens, Generator):  # what it read is kept by then
-                tokens.close()
-
-    def _decoded(
-        self, tokens: Iterator[Array], how: Generation, decode: Callable[[list[int]], str]
-    ) -> Generator[str, None, None]:
-        ids: list[int] = []  # of the last piece, and since
-        count, told = 0, ""  # of the last piece: its tokens, and their text
-        reason: FinishReason | None = None
-        for token in tokens:
-            if self._is_closed:
-                return
-            self.completion_tokens += 1
-            if int(token[0]) in how.stop_ids:
-                reason = "stop"
+def _after_thought(
+    pieces: Generator[str, None, None], progress: _Progress
+) -> Generator[str, None, None]:
+    """Yield what follows a thought; hold back only what may yet become one."""
+    with closing(pieces):
+        text = ""
+        for piece in pieces:  # until an answer begins
+            text = (text + piece) if progress.thought is None else piece.lstrip()
+            if THOUGHT_END in text and text.startswith(THINK):
+                progress.thought, text = split_thought(text)
+            may_be_thought = text.startswith(THINK) or THINK.startswith(text)
+            if text and (progress.thought is not None or not may_be_thought):
                 break
-            ids.append(int(token[0]))
-            text = decode(ids)
-            is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
-            if is_whole and text != told and text.startswith(told):
-                yield text[len(told) :]
-                del ids[:count]
-                count, told = len(ids), decode(ids)
+        if progress.thought is None:
+            progress.thought, text = split_thought(text)
+        if text:
+            yield text
+        yield from pieces
+
+
+def _closing(
+    tokens: Iterator[Array], pieces: Generator[str, None, None]
+) -> Generator[str, None, None]:
+    """Yield all pieces; after the last one, or when it is closed, end the tokens."""
+    try:
+        yield from pieces
+    finally:
+        _end(tokens)  # what it read is kept by then
+
+
+def _end(tokens: Iterator[Array]) -> None:
+    if isinstance(tokens, Closing):
+        with suppress(ValueError):  # a generator that runs in another thread
+            tokens.close()
+
+
+def _decoded(
+    tokens: Iterator[Array],
+    how: Generation,
+    decode: Callable[[list[int]], str],
+    progress: _Progress,
+) -> Generator[str, None, None]:
+    ids: list[int] = []  # of the last piece, and since
+    count, told = 0, ""  # of the last piece: its tokens, and their text
+    reason: FinishReason | None = None
+    for token in tokens:
+        if progress.is_closed:
+            return
+        progress.completion_tokens += 1
+        if int(token[0]) in how.stop_ids:
+            reason = "stop"
+            break
+        ids.append(int(token[0]))
         text = decode(ids)
-        if text != told:
+        is_whole = not text.endswith(REPLACEMENT)  # the last character may want another token
+        if is_whole and text != told and text.startswith(told):
             yield text[len(told) :]
-        self.finish_reason = reason or _unfinished(self.completion_tokens, how)
+            del ids[:count]
+            count, told = len(ids), decode(ids)
+    if progress.is_closed and reason is None:  # from another thread: the tokens ended early
+        return
+    text = decode(ids)
+    if text != told:
+        yield text[len(told) :]
+    progress.finish_reason = reason or _unfinished(progress.completion_tokens, how)
 
 
 def split_thought(text: str) -> tuple[str | None, str]:

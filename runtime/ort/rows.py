@@ -44,7 +44,7 @@ class OrtRows:
         *,
         optional: bool,
         binding: Callable[[], Any],
-        run: Callable[[Any], None],
+        run: Callable[[Any], object],
     ) -> None:
         self.count, self.inputs = count, inputs
         self._logits, self._optional = logits, optional

@@ -65,7 +65,6 @@ from internvl_edge.runtime.ort.steps import Lent, Steps
 from internvl_edge.runtime.ort.values import (
     BFLOAT16,
     array_of,
-    copied,
     described,
     is_value,
     spec_of,
@@ -278,12 +277,7 @@ class OrtSession:
                 binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, *self._place)
-        self._run_bound(binding)
-        results = dict(zip(names, binding.get_outputs(), strict=True))
-        if self._steps is not None and self._place[0] == "cuda":
-            # steps write to the pool again that these lie in
-            results = {name: copied(value, self._place) for name, value in results.items()}
-        return results
+        return dict(zip(names, self._run_bound(binding), strict=True))
 
     def _replayed(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Replay a call whose outputs stay on the device, as copies of what the next one writes."""
@@ -333,10 +327,10 @@ class OrtSession:
             held.binding.bind_output(self._names[0], "cpu")
             for name in self._names[1:]:
                 held.binding.bind_output(name, *self._place)
-        self._run_bound(held.binding)
+        outputs = self._run_bound(held.binding, is_in_place=is_in_place)
         if is_in_place:
             return held.logits.numpy(), cache if isinstance(cache, Lent) else held
-        logits, *presents = held.binding.get_outputs()
+        logits, *presents = outputs
         return logits.numpy(), presents
 
     @property
@@ -355,13 +349,15 @@ class OrtSession:
             run=self._run_bound,
         )
 
-    def _run_bound(self, binding: Any) -> None:
+    def _run_bound(self, binding: Any, *, is_in_place: bool = False) -> list[Any]:
+        """Run a call that is bound; its outputs, which no other call writes to."""
         session, steps = self._opened(), self._steps
         with self._watched():
-            if steps is None:
-                session.run_with_iobinding(binding)
-            else:
-                steps.run(binding)
+            if steps is not None:
+                return steps.run(binding, is_in_place=is_in_place)
+            session.run_with_iobinding(binding)
+        outputs: list[Any] = binding.get_outputs()
+        return outputs
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

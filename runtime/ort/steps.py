@@ -23,7 +23,7 @@ import onnxruntime
 from internvl_edge.runtime.feeds import LOGITS_FROM, MASK, POSITIONS
 from internvl_edge.runtime.ort.cuda_graphs import MAX_GRAPHS, UNCAPTURED, run_options
 from internvl_edge.runtime.ort.pinned import PinnedPool
-from internvl_edge.runtime.ort.values import Place, array_of, value_like, value_of
+from internvl_edge.runtime.ort.values import Place, array_of, copied, value_like, value_of
 from internvl_edge.types import Array
 
 __all__ = ["Lent", "Steps"]
@@ -45,10 +45,19 @@ class Steps:
         self._idle: dict[int, list[_Step]] = {}  # by rows
         self._num_steps = 0
 
-    def run(self, binding: Any) -> None:
-        """Run a call that is not captured."""
+    def run(self, binding: Any, *, is_in_place: bool = False) -> list[Any]:
+        """Run a call that is not captured.
+
+        Returns:
+            Its outputs: copies, since steps write to the pool again that they lie in; but for those
+            that are written to where an input lies.
+        """
         with self._turn:
             self._session.run_with_iobinding(binding, self._plain)
+            outputs: list[Any] = binding.get_outputs()
+            if is_in_place or self._place[0] != "cuda":
+                return outputs
+            return [v if v.device_name() == "cpu" else copied(v, self._place) for v in outputs]
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any], logits: str

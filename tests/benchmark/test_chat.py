@@ -45,8 +45,11 @@ def test_each_number_of_callers_has_its_figures(outs: Path) -> None:
     assert two.answers >= 4  # two turns of two callers
     for each in (one, two):
         assert each.inter_token.count == 5 * each.answers
-        parts = sum(stage.avg for stage in each.stages.values())
-        assert parts == pytest.approx(each.first_token.avg)
+        firsts = (each.first_token, each.next_first_token)
+        parts = sum(stage.avg * stage.count for stage in each.stages.values())
+        assert parts == pytest.approx(sum(one.avg * one.count for one in firsts))
+        assert each.stages["vision"].count == each.first_token.count == each.answers / 2
+        assert each.stages["vision"].min > 0
         assert 0.3 < each.reused < 0.6  # of two turns, nearly all of the second but its question
         assert each.tokens_per_second > 0
 

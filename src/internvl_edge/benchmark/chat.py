@@ -52,7 +52,8 @@ __all__ = [
 
 TURNS = 2  # of a conversation
 STAGES = ("preprocess", "vision", "prefill")
-COLUMNS = ("out", "callers", "slots", "first token p50", *(f"{stage} p50" for stage in STAGES))
+COLUMNS: tuple[str, ...] = ("out", "callers", "slots", "first token p50", "of next turn")
+COLUMNS += tuple(f"{stage} p50" for stage in STAGES)
 COLUMNS += ("next token p50", "p99", "tokens/s", "reused", "peak RSS")
 
 
@@ -88,7 +89,8 @@ class _Samples:
     """What callers measured, in milliseconds; they add to it from their threads."""
 
     stages: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STAGES})
-    first: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)  # tokens of a conversation's first turn
+    again: list[float] = field(default_factory=list)  # of its next ones
     between: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -96,12 +98,18 @@ class _Samples:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(
-        self, stages: Mapping[str, float], between: list[float], read: int, reused: int
+        self,
+        stages: Mapping[str, float],
+        between: list[float],
+        read: int,
+        reused: int,
+        *,
+        is_first: bool,
     ) -> None:
         with self.lock:
             for name, value in stages.items():
                 self.stages[name].append(value)
-            self.first.append(sum(stages.values()))
+            (self.first if is_first else self.again).append(sum(stages.values()))
             self.between += between
             self.prompt_tokens += read
             self.reused_tokens += reused
@@ -116,8 +124,9 @@ class ChatFigures:
     callers: int
     slots: int  # in which answers shared the decoder; 0: each had its own calls
     answers: int
-    first_token: Distribution
-    stages: Mapping[str, Distribution]
+    first_token: Distribution  # of a conversation's first turn, a picture looked at
+    next_first_token: Distribution  # of its next turn
+    stages: Mapping[str, Distribution]  # those that ran
     inter_token: Distribution
     tokens_per_second: float
     reused: float  # share of all prompts' positions that were not read again
@@ -131,6 +140,7 @@ class ChatFigures:
             "slots": self.slots,
             "answers": self.answers,
             "time_to_first_token": self.first_token.to_json(),
+            "time_to_first_token_of_next_turn": self.next_first_token.to_json(),
             **{name: stage.to_json() for name, stage in self.stages.items()},
             "inter_token_latency": self.inter_token.to_json(),
             "output_token_throughput": {"unit": "tokens/s", "avg": self.tokens_per_second},
@@ -203,9 +213,10 @@ def _measure(name: str, model: Model, callers: int, load: ChatLoad) -> ChatFigur
         out=name,
         callers=callers,
         slots=slots,
-        answers=len(samples.first),
+        answers=len(samples.first) + len(samples.again),
         first_token=Distribution.of(samples.first),
-        stages={stage: Distribution.of(values) for stage, values in samples.stages.items()},
+        next_first_token=Distribution.of(samples.again),
+        stages={name: Distribution.of(times) for name, times in samples.stages.items() if times},
         inter_token=Distribution.of(samples.between),
         tokens_per_second=samples.tokens / seconds,
         reused=samples.reused_tokens / samples.prompt_tokens,
@@ -243,6 +254,8 @@ class _Conversations:
         read: int,
         reused: int,
         begun: float,
+        *,
+        is_first: bool,
     ) -> list[int]:
         """Read an answer to its end, and note what it took; return its ids."""
         session, new, between = self.components.session(self.decoder), list[int](), list[float]()
@@ -255,7 +268,7 @@ class _Conversations:
                 stages["prefill"] = 1e3 * (now - last)
             new.append(int(tokens[0]))
             last = now
-        samples.add(stages, between, read, reused)
+        samples.add(stages, between, read, reused, is_first=is_first)
         return new
 
     def picture(self, rng: np.random.Generator) -> Image.Image:
@@ -275,7 +288,7 @@ class _Chat(_Conversations):
         picture = self.picture(rng) if load.tiles else None
         seen, ids = ChatSeen(tokens=()), list[int]()
         for turn in range(TURNS):
-            stages = dict.fromkeys(STAGES, 0.0)
+            stages = dict[str, float]()
             if picture is not None and turn == 0:
                 with _timed(stages, "preprocess"):
                     tiles = cut(self.components, picture, load.tiles)
@@ -286,7 +299,9 @@ class _Chat(_Conversations):
             chat_decoder.require_chat_room(self.components, [len(ids)], self.how)
             begun = time.perf_counter()
             opening, reused = chat_decoder.opening_of(self.components, ids, seen)
-            ids += self.answer(samples, stages, opening, len(ids), reused, begun)
+            ids += self.answer(
+                samples, stages, opening, len(ids), reused, begun, is_first=turn == 0
+            )
 
 
 class _Single(_Conversations):
@@ -297,8 +312,8 @@ class _Single(_Conversations):
     def converse(self, samples: _Samples, seed: int) -> None:
         rng = np.random.default_rng(seed)
         picture, seen = self.picture(rng), None
-        for _ in range(TURNS):
-            stages = dict.fromkeys(STAGES, 0.0)
+        for turn in range(TURNS):
+            stages = dict[str, float]()
             if seen is None:
                 with _timed(stages, "vision"):  # preprocessing included: it has no tiles
                     seen = caption.see(self.components, picture)
@@ -306,7 +321,7 @@ class _Single(_Conversations):
             ids = np.array([self.ids(rng)])
             opening = caption.opening_of(self.components, seen, ids, self.how)
             read = opening.prompt.past + ids.shape[1]
-            self.answer(samples, stages, opening, read, 0, begun)
+            self.answer(samples, stages, opening, read, 0, begun, is_first=turn == 0)
 
 
 @contextmanager
@@ -330,7 +345,8 @@ def rows_of(measured: ChatBenchmark) -> list[tuple[str, ...]]:
                 str(each.callers),
                 str(each.slots or "–"),
                 f"{each.first_token.p50:.1f} ms",
-                *(f"{each.stages[stage].p50:.1f} ms" for stage in STAGES),
+                f"{each.next_first_token.p50:.1f} ms",
+                *(f"{each.stages[s].p50:.1f} ms" if s in each.stages else "–" for s in STAGES),
                 f"{each.inter_token.p50:.2f} ms",
                 f"{each.inter_token.p99:.2f} ms",
                 f"{each.tokens_per_second:.1f}",

@@ -218,7 +218,7 @@ def benchmark(
         )
         if (warning := load_warning()) is not None:
             output.say(warning)
-        options = session_options(backend, threads)
+        options = session_options(backend, threads, allow_slow=allow_slow)
         chats = chat.run_chats(open_artifacts(outs), load, backend, device, options)
         output.table(chat.COLUMNS, chat.rows_of(chats))
         output.lines([chat.load_words(load)])

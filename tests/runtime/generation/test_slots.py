@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 import time
@@ -126,6 +127,76 @@ def test_a_short_answer_does_not_wait_for_a_long_one(model: Model) -> None:
     assert len(ask(model, {"question": "what"})) >= 0
     assert long.completion_tokens < 199
     long.close()
+
+
+def test_who_waits_too_long_is_told_although_others_need_the_place(out: Path) -> None:
+    with load(out, answers=AnswerOptions(slots=2, max_queued=1)) as model:
+        slots = slots_of(model)
+        streams = [model.chat_stream(None, "why", max_new_tokens=300, stop_ids=()) for _ in "ab"]
+        for stream in streams:
+            next(stream)
+        late = model.chat_stream(None, "why", max_new_tokens=9, max_time=0.001)
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(list, late)
+            time.sleep(0.01)
+            another = model.chat_stream(None, "why", max_new_tokens=9)
+            assert told.result(timeout=20) == []
+        for stream in (*streams, another):
+            stream.close()
+        wait_until(lambda: slots.under_way == slots.queue_length == 0)
+
+
+def test_a_row_is_clean_after_an_answer_that_failed(model: Model, alone: Model) -> None:
+    expected, slots = ask(alone, ASKED[0]), slots_of(model)
+    native = slots._rows.run
+
+    def overflowing(rows: slice, feeds: Any) -> Array:
+        for held in slots._rows.values.values():
+            held[rows] = np.nan
+        return np.full_like(native(rows, feeds), np.nan)
+
+    slots._rows.run = overflowing  # type: ignore[method-assign]
+    with pytest.raises(InternVLError):
+        ask(model, ASKED[3])
+    slots._rows.run = native  # type: ignore[method-assign]
+    assert ask(model, ASKED[0]) == expected
+
+
+def test_a_thread_that_ends_takes_nobody_along(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = slots_of(model)
+    streams = [model.chat_stream(None, "why", max_new_tokens=300, stop_ids=()) for _ in range(5)]
+    next(streams[0])
+    monkeypatch.setattr(slots, "_drop_those_over", lambda: 1 // 0)
+    for stream in streams:
+        with pytest.raises(ZeroDivisionError):
+            list(stream)
+    with pytest.raises(UsageError, match="closed"):
+        model.chat(None, "why")
+
+
+def test_a_stream_that_is_closed_has_no_reason(model: Model) -> None:
+    stream = model.chat_stream(None, "why", max_new_tokens=300, stop_ids=())
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(list, stream)
+        stream.close()
+        told.result(timeout=20)
+    assert stream.finish_reason is None
+
+
+def test_a_stream_that_is_dropped_ends_at_once(model: Model) -> None:
+    slots = slots_of(model)
+    gc.disable()
+    try:
+        stream = model.chat_stream(None, "why", max_new_tokens=300, stop_ids=())
+        next(stream)
+        assert slots.under_way == 1
+        del stream
+        wait_until(lambda: slots.under_way == 0)
+    finally:
+        gc.enable()
 
 
 def test_who_leaves_frees_the_row(model: Model) -> None:

@@ -234,7 +234,7 @@ def forecast_component(
     file = graph_file(manifest, component)
     is_own = file == manifest.components[component].file
     has_fusions = f"{component}.cuda.onnx" in manifest.files
-    is_fused = backend != "onnxruntime" or not is_own or has_fusions
+    is_fused = backend not in ("auto", "onnxruntime") or not is_own or has_fusions
     return estimate(read_kernels(artifact.file(file), shapes, is_fused=is_fused), gpu)
 
 
