@@ -54,7 +54,7 @@ def compile_tower(work: Path, layers: int) -> dict[str, str]:
     from internvl_edge import compiler
     from internvl_edge.compiler import ExportOptions
 
-    checkpoint, out = work / "tower checkpoint", work / "tower"
+    checkpoint, out = work / f"tower-{layers}-checkpoint", work / f"tower-{layers}"
     if not out.exists():
         _write(checkpoint, "internvit-6b-224", layers)
         options = {"precision": "bf16", "components": ("vision",), "verify": "none"}
@@ -70,7 +70,7 @@ def compile_decoder(work: Path, layers: int) -> dict[str, str]:
     from internvl_edge.compiler import ExportOptions
     from internvl_edge.compiler.precision import recipe_of
 
-    checkpoint, out = work / "decoder checkpoint", work / "decoder"
+    checkpoint, out = work / f"decoder-{layers}-checkpoint", work / f"decoder-{layers}"
     recipe = recipe_of("int4-wo")
     assert recipe is not None
     if not out.exists():
@@ -121,7 +121,8 @@ def perform(name: str, job: dict[str, Any], timeout_s: float) -> list[dict[str, 
 
 
 def is_done(rows: Sequence[dict[str, Any]]) -> bool:
-    return bool(rows) and not any("failed" in row for row in rows)
+    """Tell whether an experiment ran; a format that this GPU lacks is one of its findings."""
+    return any("failed" not in row for row in rows)
 
 
 def carry_out(
@@ -222,12 +223,13 @@ def _of_decoder(rows: Rows) -> Iterator[str]:
 # --- the file of results ---------------------------------------------------------------------
 
 
-def load(path: Path, layers: int) -> Rows:
-    """Read the rows of earlier calls; none where they are of another depth."""
+def load(path: Path, layers: int, batches: Sequence[int]) -> Rows:
+    """Read the rows of earlier calls; none where they are of another depth or other batches."""
     if not path.exists():
         return {}
     document = json.loads(path.read_text(encoding="utf-8"))
-    rows: Rows = document["rows"] if document["layers"] == layers else {}
+    is_same = document["layers"] == layers and document["batches"] == list(batches)
+    rows: Rows = document["rows"] if is_same else {}
     return rows
 
 
@@ -236,6 +238,7 @@ def save(path: Path, rows: Rows, args: argparse.Namespace) -> None:
     document = {
         "command": " ".join(["python", "benchmarks/gpu_plan.py", *sys.argv[1:]]),
         "layers": args.layers,
+        "batches": list(args.batches),
         "environment": environment(),
         "decisions": decisions(rows),
         "rows": rows,
@@ -265,7 +268,7 @@ def main() -> None:
     if not gpu_count():
         sys.stderr.write("skipped: the plan needs a CUDA device, found none\n")
         return
-    rows = load(args.out, args.layers)
+    rows = load(args.out, args.layers, args.batches)
     with tempfile.TemporaryDirectory() as folder:
         work = args.work or Path(folder)
         for name, measured in carry_out(args.only, rows, args, work):
@@ -273,7 +276,8 @@ def main() -> None:
             save(args.out, rows, args)
             sys.stderr.write("".join(f"{name}: {_line(row)}\n" for row in measured))
     sys.stderr.write("".join(f"{decision}\n" for decision in decisions(rows)))
-    sys.exit(any(not is_done(rows.get(name, [])) for name in args.only))
+    left = [name for name in args.only if not is_done(rows.get(name, []))]
+    sys.stderr.write(f"not measured: {', '.join(left)}; call again\n" if left else "")
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ TARGETS = {
 }
 
 # The first compute capability with the types of a precision; portable engines start at SM80.
-MINIMUM_SM = {"fp32": 80, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89, "int4": 80}
+MINIMUM_SM = {"fp32": 80, "fp16": 75, "bf16": 80, "int8": 80, "fp8": 89, "int4": 80}
 PORTABLE_SM = 80
 
 
@@ -82,7 +82,7 @@ def choose_capabilities(
     if old:
         raise HardwareError(
             f"{precision} needs SM{needed} or later, asked for {', '.join(old)}; leave it out or "
-            "choose fp16 or int8"
+            "choose fp16"
         )
     return tuple(dict.fromkeys(asked or ()))
 

@@ -32,6 +32,7 @@ and there is no such graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ HEAD_MULTIPLE = 16  # of GroupQueryAttention's heads, with rotary positions
 BLOCKS = (128, 64, 32, 16)  # of rows with one scale, as ONNX Runtime has products of
 FLOATS = (int(ir.DataType.FLOAT), int(ir.DataType.FLOAT16), int(ir.DataType.BFLOAT16))
 DIVISOR = 16.0  # of the residual stream in float16
+LEAST_SCALE = 2.0**-14  # that float16 holds with all of its digits
 GAINS = 14  # where GroupQueryAttention's inputs have those of the norms of q and k
 # Attributes whose values are looked at where a node is read; others have to be those expected.
 FREE = {
@@ -59,6 +61,12 @@ MASK = (
     *("Shape", "Squeeze", "Unsqueeze", "Range", "Add", "Unsqueeze", "LessOrEqual", "Cast"),
     *("Unsqueeze", "And", "Cast", "ReduceSum", "Equal", "Equal", "And", "Or", "Unsqueeze"),
 )
+
+
+def _smallest(value: ir.Value) -> float:
+    """Return the smallest of stored numbers; none is below the least where they are not known."""
+    tensor = value.const_value
+    return math.inf if tensor is None else float(np.min(tensor.numpy().astype(np.float32)))
 
 
 class _Unknown(Exception):
@@ -119,13 +127,12 @@ def cuda_decoder(
     Returns:
         The graph, or None where ``model`` is not exactly what is known.
     """
-    try:
-        decoder = _Reader(model.graph).read()
-    except _Unknown:
-        return None
     if divisor is None:
         divisor = DIVISOR if dtype == ir.DataType.FLOAT16 else 1.0
-    return _Writer(model, dtype, divisor).write(decoder)
+    try:
+        return _Writer(model, dtype, divisor).write(_Reader(model.graph).read())
+    except _Unknown:
+        return None
 
 
 def take_norms_apart(model: ir.Model) -> None:
@@ -578,6 +585,8 @@ class _Writer:
             whole = self._joined(weights, 1, f"{name}.weight")
         scales = [self._kept(one.scale) for one in linears if one.scale is not None]
         block, scale = linears[0].block, self._joined(scales, -1, f"{name}.scale")
+        if is_added and self._dtype == ir.DataType.FLOAT16:
+            _require(all(_smallest(one) >= self._divisor * LEAST_SCALE for one in scales))
         if is_added:  # in float32: products of float16 are not computed at opening
             if scale.dtype != ir.DataType.FLOAT:
                 scale = self._add("Cast", (scale,), f"{name}.float", to=int(ir.DataType.FLOAT))

@@ -19,12 +19,12 @@ from internvl_edge import compiler
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps.calibration.samples import chat_ids
-from internvl_edge.compiler.weights.layout import WEIGHTS_FILE
 from internvl_edge.export import load_reference
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.models import Chat
+from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
 
 GOLDEN = ROOT.parent / "shared" / "golden_family"

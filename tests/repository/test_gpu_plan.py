@@ -81,6 +81,11 @@ def test_only_what_is_missing_or_failed_is_measured(
     assert found == {"attention": [{"us": 1}], "copies": [{"us": 1}]}
 
 
+def test_a_format_that_a_gpu_lacks_is_a_finding() -> None:
+    assert is_done(PRODUCTS)
+    assert not is_done([]) and not is_done([{"failed": "x"}])
+
+
 def test_what_has_no_time_left_waits_for_the_next_call(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,10 +94,10 @@ def test_what_has_no_time_left_waits_for_the_next_call(
 
 
 def test_a_compiler_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tower checkpoint").write_text("no folder", encoding="utf-8")
+    (tmp_path / "tower-2-checkpoint").write_text("no folder", encoding="utf-8")
     ((name, rows),) = carry_out(["tower"], {}, wanted(), tmp_path)
     assert name == "tower" and not is_done(rows)
-    assert "tower checkpoint" in rows[0]["failed"]
+    assert "tower-2-checkpoint" in rows[0]["failed"]
 
 
 def test_an_experiment_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +115,8 @@ def test_rows_of_another_depth_are_not_taken(
     path = tmp_path / "plan.json"
     monkeypatch.setattr(gpu_plan, "environment", dict)
     gpu_plan.save(path, {"products": PRODUCTS}, wanted(layers=2))
-    assert gpu_plan.load(path, 2) == {"products": PRODUCTS}
-    assert gpu_plan.load(path, 3) == {}
+    assert gpu_plan.load(path, 2, [1]) == {"products": PRODUCTS}
+    assert gpu_plan.load(path, 3, [1]) == gpu_plan.load(path, 2, [1, 8]) == {}
     assert json.loads(path.read_text(encoding="utf-8"))["decisions"] == decisions(
         {"products": PRODUCTS}
     )

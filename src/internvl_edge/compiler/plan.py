@@ -21,6 +21,7 @@ from internvl_edge.export.components import choose_components, language_config
 from internvl_edge.export.config.checkpoint import check_image_size
 from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
+from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.fold import source_of, without_layer_scale
 from internvl_edge.quantize.recipe import Recipe, load_recipe
@@ -147,11 +148,13 @@ def make_plan(options: ExportOptions) -> Plan:
 def _source(options: ExportOptions, checkpoint: Checkpoint, recipe: Recipe | None) -> Checkpoint:
     """Give a checkpoint the form that graphs compute: folded, but for weights that are kept.
 
-    At fp16 LayerScale stays: it is float32 there, as the residual stream is.
+    At fp16 LayerScale stays: it is float32 there, as the residual stream is. And so it does where a
+    shard, which may be linked, has the name of what would be written.
     """
     if recipe is not None:
         return source_of(checkpoint, recipe)
     is_kept = options.weights != "auto" or options.precision not in ("fp32", "bf16")
+    is_kept = is_kept or any(shard.name == WEIGHTS_FILE for shard in checkpoint.shards)
     return checkpoint if is_kept else without_layer_scale(checkpoint)
 
 

@@ -28,6 +28,7 @@ from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models import Chat
 from internvl_edge.export.models.chat import pixel_shuffle
 from internvl_edge.export.models.llama import Llama, llama_tables
+from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.quantize.fold import folded
 from internvl_edge.quantize.numerics.rotation import rotation
 from internvl_edge.runtime.tasks.caption import generation
@@ -289,10 +290,10 @@ def test_weights_hold_the_token_embedding_as_stored(tmp_path: Path) -> None:
     written = write_chat(tmp_path / "c", dtype=torch.bfloat16)
     out = tmp_path / "out"
     compiler.export(ExportOptions(checkpoint=written.path, out=out, precision="fp16"))
-    assert (out / layout.WEIGHTS_FILE).exists()
+    assert (out / WEIGHTS_FILE).exists()
     from internvl_edge.export.checkpoint.shards import read_header
 
-    entry = read_header(out / layout.WEIGHTS_FILE)[layout.CHAT_TOKENS]
+    entry = read_header(out / WEIGHTS_FILE)[layout.CHAT_TOKENS]
     stored = torch.from_numpy(entry.read().view(np.int16)).view(torch.bfloat16)
     assert torch.equal(stored, written.state[layout.CHAT_TOKENS])
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl_edge.artifact.components import cuda_graph
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark.inputs import seeded_feeds
 from internvl_edge.benchmark.limits.workload import CONVERSIONS, COUNTS, Graph, Shapes, read_graph
@@ -230,11 +231,11 @@ def forecast_component(
         UsageError: the GPU does not compute in a type of it.
         ArtifactError: shapes do not follow from those of the inputs.
     """
-    manifest = artifact.manifest
+    manifest, is_fused = artifact.manifest, True
     file = graph_file(manifest, component)
-    is_own = file == manifest.components[component].file
-    has_fusions = f"{component}.cuda.onnx" in manifest.files
-    is_fused = backend not in ("auto", "onnxruntime") or not is_own or has_fusions
+    if backend in ("auto", "onnxruntime"):
+        file = manifest.components[component].file
+        is_fused = cuda_graph(component) in manifest.files
     return estimate(read_kernels(artifact.file(file), shapes, is_fused=is_fused), gpu)
 
 

@@ -34,6 +34,7 @@ from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
 from internvl_edge.export.graph.cuda_decoder import cuda_decoder
 from internvl_edge.export.graph.cuda_form import take_cuda_form
+from internvl_edge.export.precision import WEIGHT_ONLY, precision_of
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
@@ -96,7 +97,8 @@ def _fused(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
     """Make the graph for ONNX Runtime's CUDA provider, where there is one; ``model`` is used up."""
     if COMPONENTS[component].takes_cache:
         # of INT4 and INT8, ONNX Runtime has products in float16 alone
-        narrow = DECODER_DTYPES.get("fp16" if plan.recipe is not None else plan.base)
+        is_narrow = precision_of(plan.options.precision, component) in WEIGHT_ONLY
+        narrow = DECODER_DTYPES.get("fp16" if is_narrow else plan.base)
         return None if narrow is None else cuda_decoder(model, narrow)
     return model if _is_of_one_type(plan) and take_cuda_form(model) else None
 

@@ -11,9 +11,8 @@ from internvl_edge.compiler.steps.calibration.blocks import quantize_blocks
 from internvl_edge.compiler.steps.calibration.cost import cost_of_calibration
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import copy_rest, cost_of_writing, require_as_planned
-from internvl_edge.compiler.weights.layout import WEIGHTS_FILE
 from internvl_edge.compiler.weights.plan import WeightsPlan
-from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
+from internvl_edge.export.weights.writer import WEIGHTS_FILE, StoredTensor, WeightsWriter
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.quantize.numerics.statistics import write_statistics
 

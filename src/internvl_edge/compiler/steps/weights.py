@@ -24,14 +24,14 @@ from internvl_edge.compiler.cost import IMPORTS_NBYTES, Cost
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.weights.layout import TOWERS, WEIGHTS_FILE
+from internvl_edge.compiler.weights.layout import TOWERS
 from internvl_edge.compiler.weights.plan import WeightsPlan
 from internvl_edge.compiler.weights.tensors import convert, read_tensor
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.checkpoint.names import Joined
 from internvl_edge.export.graph.bind import weights_without_data
 from internvl_edge.export.weights.link import bring_shards, way_of
-from internvl_edge.export.weights.writer import Layout, StoredTensor, WeightsWriter
+from internvl_edge.export.weights.writer import WEIGHTS_FILE, Layout, StoredTensor, WeightsWriter
 from internvl_edge.quantize.fold import Derived
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,6 @@ from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.weights import stored_layout
 from internvl_edge.quantize.recipe import Recipe
 
-WEIGHTS_FILE = "weights.safetensors"
 CHAT_TOKENS = "language_model.model.embed_tokens.weight"
 TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
 LLAMA_HEAD = "qllama.lm_head.weight"
