@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internvl_edge import load
+from internvl_edge.cli import run
 from internvl_edge.demo import evaluate, language, scenes
 from internvl_edge.demo.dialogues import FOLLOW_UP, Dialogue, about_one, about_two
 from internvl_edge.demo.training import talk
@@ -139,3 +141,12 @@ class Knows:
 def test_the_figure_of_dialogues_is_a_share_of_right_answers() -> None:
     _, dialogues = scenes.dialogue_scenes(12)
     assert evaluate.dialogue_accuracy(Knows(dialogues), 12) == pytest.approx(1 / 3)
+
+
+@pytest.mark.slow
+def test_the_bundled_model_talks(tmp_path: Path) -> None:
+    """It is compiled by its name, and far better than chance in conversations of its own."""
+    command = ["export", "demo-chat", "-o", str(tmp_path / "out"), "-p", "fp32", "--verify", "none"]
+    assert run([*command, "-q"]) == 0
+    with load(tmp_path / "out") as model:
+        assert evaluate.dialogue_accuracy(model, 20) > 0.65
