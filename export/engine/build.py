@@ -13,7 +13,8 @@ some 64 MB that go straight to disk.
 Attention. A layer without a fused kernel fails the build unless it may be decomposed into MatMul,
 Softmax and MatMul (``decomposed``). Only layers outside of what a target fuses (``targets``) are
 marked so, and a lost fusion cannot pass unseen. A build that fails with fused layers left is
-repeated with every layer decomposable, whatever it said: builders word it differently. The sidecar
+repeated with every layer decomposable, whatever it said, unless memory or too old a GPU is the
+reason: builders word it differently. The sidecar
 counts both kinds. Where that fails too, caches that are written where they lie are written apart
 (``unaliased``).
 
