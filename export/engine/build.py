@@ -14,9 +14,8 @@ Attention. A layer without a fused kernel fails the build unless it may be decom
 Softmax and MatMul (``decomposed``). Only layers outside of what a target fuses (``targets``) are
 marked so, and a lost fusion cannot pass unseen. A build that fails with fused layers left is
 repeated with every layer decomposable, whatever it said, unless memory or too old a GPU is the
-reason: builders word it differently. The sidecar
-counts both kinds. Where that fails too, caches that are written where they lie are written apart
-(``unaliased``).
+reason: builders word it differently. The sidecar counts both kinds. Where that fails too, caches
+that are written where they lie are written apart (``unaliased``).
 
 Layers. What the builder made of the graph is in its log (``layers``) and goes into the sidecar. Who
 expects fused layers gets no engine that has lost some (``_require_fused``).
