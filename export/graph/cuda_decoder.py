@@ -48,7 +48,7 @@ HEAD_MULTIPLE = 16  # of GroupQueryAttention's heads, with rotary positions
 BLOCKS = (128, 64, 32, 16)  # of rows with one scale, as ONNX Runtime has products of
 FLOATS = (int(ir.DataType.FLOAT), int(ir.DataType.FLOAT16), int(ir.DataType.BFLOAT16))
 DIVISOR = 16.0  # of the residual stream in float16
-LEAST_SCALE = 2.0**-14  # that float16 holds with all of its digits
+LEAST_SCALE = 2.0**-16  # that float16, without all of its digits, rounds no more than bfloat16
 GAINS = 14  # where GroupQueryAttention's inputs have those of the norms of q and k
 # Attributes whose values are looked at where a node is read; others have to be those expected.
 FREE = {
@@ -64,9 +64,15 @@ MASK = (
 
 
 def _smallest(value: ir.Value) -> float:
-    """Return the smallest of stored numbers; none is below the least where they are not known."""
+    """Return the smallest of stored numbers, read here: onnx-ir refuses a file of two names."""
     tensor = value.const_value
-    return math.inf if tensor is None else float(np.min(tensor.numpy().astype(np.float32)))
+    if tensor is None:
+        return math.inf
+    if not isinstance(tensor, ir.ExternalTensor):
+        return float(tensor.numpy().min())
+    dtype, offset = tensor.dtype.numpy(), tensor.offset or 0
+    count = math.prod(tensor.shape.numpy())
+    return float(np.fromfile(tensor.path, dtype, count, offset=offset).min())
 
 
 class _Unknown(Exception):

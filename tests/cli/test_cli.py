@@ -438,6 +438,7 @@ def test_build_says_what_is_new(
     class Info:
         nbytes, profile = 1_500_000, ShapeRanges(batch=(1, 8, 32))
         inputs = open_artifact(place / "out").manifest.components["vision"].inputs
+        census = None
 
     monkeypatch.setattr("internvl_edge.compiler.steps.engines.build", build)
     monkeypatch.setattr("internvl_edge.cli.export.engine_files", lambda out: {old.file})

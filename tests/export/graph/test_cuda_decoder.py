@@ -15,6 +15,7 @@ from support.checkpoints.family import write_family
 from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions
+from internvl_edge.export.graph import cuda_decoder as module
 from internvl_edge.export.graph.cuda_decoder import cuda_decoder, take_norms_apart
 from internvl_edge.runtime.feeds import MASK, POSITIONS, WRITE_INDICES, numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import PAST, PRESENT
@@ -231,6 +232,18 @@ def test_what_is_not_exactly_known_is_refused(change: Any, published: Any) -> No
     assert cuda_decoder(ir.load(published("qllama", "int4-wo")), FLOAT) is not None
     change(model)
     assert cuda_decoder(model, FLOAT) is None
+
+
+def test_scales_that_float16_would_round_away_are_refused(
+    published: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of each layer's o and down, divided as the residual stream is, is below the least."""
+    path = published("qllama", "int4-wo")
+    narrow = ir.DataType.FLOAT16
+    assert cuda_decoder(ir.load(path), narrow) is not None
+    monkeypatch.setattr(module, "LEAST_SCALE", 1.0)
+    assert cuda_decoder(ir.load(path), narrow) is None
+    assert cuda_decoder(ir.load(path), FLOAT) is not None
 
 
 @pytest.mark.slow
