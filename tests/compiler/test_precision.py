@@ -70,7 +70,7 @@ def test_components_are_held_to_their_own_precision() -> None:
 
 
 def test_engines_need_what_their_widest_demand_needs() -> None:
-    assert [first_sm(p) for p in ("int8", "vision=fp8,decoder=int4-wo", "int8-wo")] == [75, 89, 75]
+    assert [first_sm(p) for p in ("int8", "vision=fp8,decoder=int4-wo", "int8-wo")] == [80, 89, 80]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ A package is named as in an index (``onnx-ir``), and found by the module that it
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,9 +97,11 @@ def require(*names: str) -> None:
 
 def version_of(name: str) -> str | None:
     """Look up a package's version, in the table or not; None where it is not installed."""
+    from importlib import metadata  # which takes a fifth of the runtime's import
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return None
 
 

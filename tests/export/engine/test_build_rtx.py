@@ -216,7 +216,7 @@ def test_a_real_graph_that_is_too_new_for_a_gpu(tmp_path: Path, rtx: Any) -> Non
     graph = tiny_graph(tmp_path, "int8", base="bf16")
     assert build_real(tmp_path, graph, "int8").compute_capabilities == ()
     with pytest.raises(HardwareError, match=r"Cannot compile for target.*sm75"):
-        build_real(tmp_path, graph, "int8", compute_capabilities=("SM75",))
+        build_real(tmp_path, graph, "fp16", compute_capabilities=("SM75",))
 
 
 def test_a_real_build_on_a_full_disk(
