@@ -18,6 +18,7 @@ from internvl_edge.demo.language import DIGITS, TEMPLATES, random_question
 from internvl_edge.runtime.tasks.chat import Turn
 
 SEED = 11  # of the held-out scene
+CHAT_SEED = 13  # of the conversation: the next whose three questions differ
 ANY_SPEED = internvl_edge.OrtOptions(allow_slow=True)  # also INT8 on a GPU, for comparison
 NUM_CLASSES_SHOWN = 3
 
@@ -76,11 +77,12 @@ class Conversation:
 
     def lines(self) -> Iterator[str]:
         """Spell the conversation for people, one answer a line."""
-        for question, answer in zip(self.questions, self.answers, strict=True):
-            yield f"asked      {question} {answer}"
+        for question, answer, truth in zip(self.questions, self.answers, self.truths, strict=True):
+            wrong = "" if answer == truth else f" (wrong: {truth})"
+            yield f"asked      {question} {answer}{wrong}"
 
 
-def talk(out: Path, seed: int = SEED) -> Conversation:
+def talk(out: Path, seed: int = CHAT_SEED) -> Conversation:
     """Have a conversation about two held-out pictures with a compiled directory."""
     images, dialogues = scenes.dialogue_scenes(2, seed)
     pictures, turns = images[1], dialogues[1].turns  # the second is about two

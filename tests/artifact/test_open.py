@@ -429,6 +429,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     )
 
 
+@pytest.mark.slow
 @given(manifests())
 def test_round_trip(manifest: Manifest) -> None:
     data = manifest.to_bytes()

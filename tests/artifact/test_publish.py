@@ -327,6 +327,7 @@ def drive(directory: Path, fault: str, mode: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["first", "replace", "fallback", "update"])
 @pytest.mark.parametrize("fault", ["KILL", "ENOSPC", "EIO"])
 def test_fault_at_every_step(fast_disk: Path, fault: str, mode: str) -> None:
@@ -421,6 +422,7 @@ def test_other_run_publishes_first(out: Path) -> None:
     assert is_now(out, NEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locks", [True, False])
 def test_race(fast_disk: Path, locks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two writers at once, twenty times: one valid directory, and nothing left."""

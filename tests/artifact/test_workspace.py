@@ -37,6 +37,8 @@ from internvl_edge.errors import (
 )
 from internvl_edge.files.spool import Budget, Spool
 
+pytestmark = pytest.mark.slow
+
 KEY_A = {"checkpoint": "a"}
 
 
@@ -246,7 +248,6 @@ def dying_after(steps: int) -> Iterator[list[tuple[Any, ...]]]:
         yield noted
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3])  # inside the vision tower, and inside QLLaMA
 def test_interrupted_runs_end_byte_identical(
     checkpoint: Path,
@@ -387,7 +388,6 @@ main()
 """
 
 
-@pytest.mark.slow
 def test_kill_9(checkpoint: Path, tmp_path: Path) -> None:
     def command(out: str) -> list[str]:
         return ["export", str(checkpoint), "-o", str(tmp_path / out), "-p", "int8",

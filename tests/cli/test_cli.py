@@ -280,6 +280,7 @@ def small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "ARRAY_NBYTES", 1 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_peaks")
 def test_benchmark(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (place / "out").iterdir()}
@@ -325,6 +326,7 @@ def test_benchmark(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert before == {path.name: path.stat().st_mtime_ns for path in (place / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_the_whole_way(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,6 +355,7 @@ def test_memory_that_cannot_be_measured_says_why(place: Path) -> None:
     assert "tensorrt" in str(found.failed)
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_a_server(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["benchmark", str(place / "out"), "--components", "image_pool", "--seconds", "0.1"]
     command += ["--scenario", "server", "--p99", "5000"]
@@ -380,6 +383,7 @@ def test_a_benchmark_without_peaks(place: Path, capsys: pytest.CaptureFixture[st
     assert "roofline" not in found["results"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_peaks")
 @pytest.mark.parametrize("quiet", [[], ["-q"]])
 @pytest.mark.parametrize(
@@ -589,6 +593,7 @@ def test_doctor_says_which_gpus_have_no_rtx(
     assert "onnxruntime: bf16 or int4-wo for decoders\n" in told
 
 
+@pytest.mark.slow
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = write_vit(tmp_path / "vit")
     (written.path / "model.safetensors").unlink()
@@ -613,6 +618,7 @@ def test_convert_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_convert_imports_nothing_from_where_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -333,6 +333,7 @@ def in_a_shell(command: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code", "told"),
     [
@@ -370,6 +371,7 @@ def test_an_answer_that_is_cut_short_is_no_success(tmp_path: Path, unbuffered: s
     assert done.stderr.endswith(b"codes 1\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [

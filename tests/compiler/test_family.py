@@ -27,6 +27,8 @@ from internvl_edge.export.models import Chat
 from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = ROOT.parent / "shared" / "golden_family"
 MIXED = "chat_vision=int8,chat_decoder=int4-wo"
 DEEP = {"num_hidden_layers": 4}  # enough for a tower to be traced in part
@@ -40,7 +42,6 @@ def exported(path: Path, out: Path, precision: str, pictures: Path | None = None
     return compiler.export(options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
@@ -63,7 +64,6 @@ def test_every_kind_compiles_and_agrees(
     assert min(figure["sqnr_db"] for figure in figures.values()) > least, figures
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["chat", "hf"])
 @pytest.mark.parametrize("kind", ["internlm2", "phi3", "qwen3"])
 def test_weights_stay_in_the_checkpoints_files(kind: str, layout: str, tmp_path: Path) -> None:
@@ -90,7 +90,6 @@ def test_weights_stay_in_the_checkpoints_files(kind: str, layout: str, tmp_path:
     np.testing.assert_array_equal(found, expected.numpy())
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the family's golden data is not here")
 @pytest.mark.parametrize("kind", ["llama", "llama3", "internlm2", "qwen2", "qwen3", "phi3"])
 @pytest.mark.parametrize("layout", ["chat", "hf"])
@@ -119,7 +118,6 @@ def test_tokens_are_the_originals(kind: str, layout: str, tmp_path: Path) -> Non
             tokens("long.greedy_ids", None, wanted["long.input_ids"])
 
 
-@pytest.mark.slow
 @pytest.mark.rtx
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4-wo"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -103,6 +103,7 @@ def test_an_engine_a_component(tmp_path: Path) -> None:
     assert found["build vision"].memory_nbytes > found["build vision"].needed_nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", [("vision",), ("image_queries", "text_embed", "matcher")])
 def test_spools_of_every_stream_are_counted(
     tmp_path: Path, components: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

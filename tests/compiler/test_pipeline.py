@@ -41,6 +41,8 @@ from internvl_edge.quantize.graph import qdq
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.recipe import recipe_for
 
+pytestmark = pytest.mark.slow
+
 FAST = ("vision", "image_pool")  # the components that trace fastest
 
 
@@ -122,7 +124,6 @@ def test_no_path_of_this_machine_is_written(int8: Artifact, tiny: Written) -> No
             assert str(tiny.path.parent).encode() not in file.read_bytes(), file
 
 
-@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(tiny: Written, pictures: Path, tmp_path: Path) -> None:
     hashes = []
     for name in ("a", "b"):
@@ -142,7 +143,6 @@ def test_linked_weights_are_the_checkpoints_own(tiny: Written, tmp_path: Path) -
     assert not (artifact.path / "weights.safetensors").exists()
 
 
-@pytest.mark.slow
 def test_another_resolution(tiny: Written, tmp_path: Path) -> None:
     artifact = compiler.export(options(tiny, tmp_path / "out", image_size=42))
     (spec,) = artifact.manifest.components["vision"].inputs
@@ -245,7 +245,6 @@ def drop_a_dequantization(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("internvl_edge.compiler.steps.graphs.insert_qdq", without_one)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "mutate", [flip_axis, double_stored_scales, double_activation_scales, drop_a_dequantization]
 )

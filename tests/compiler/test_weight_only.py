@@ -58,6 +58,7 @@ def test_only_weights_of_the_language_model_are_dequantized(artifact: Artifact) 
     assert ("QuantizeLinear" in operators(artifact.onnx_path("vision"), "")) == is_mixed
 
 
+@pytest.mark.slow
 def test_graphs_keep_every_rule(artifact: Artifact) -> None:
     for path in artifact.path.glob("*.onnx"):
         if path.name.endswith(".u8.onnx"):  # of CPUs, not of builders
@@ -81,6 +82,7 @@ def test_stored_weights_are_the_checkpoints_rounded(artifact: Artifact, tiny: Wr
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_directory_can_be_verified_again(artifact: Artifact, tiny: Written) -> None:
     figures = compiler.verify(artifact.path, tiny.path)
     assert figures["decoder"]["simulated_sqnr_db"] > 60

@@ -307,6 +307,7 @@ def test_saving_and_loading_round_trips(tmp_path: Path, reference: ReferenceMode
         assert (tmp_path / name).read_bytes() == (CHECKPOINT / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["c", "g"])
 def test_it_classifies_and_retrieves(reference: ReferenceModel, mode: str) -> None:
     assert evaluate.zero_shot_accuracy(reference, 200, mode) >= 0.9

@@ -98,6 +98,7 @@ def run(path: Path, feeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return dict(zip(names, outputs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", OF_INTERNVL)
 def test_component(
@@ -131,6 +132,7 @@ def test_component(
             assert agreement(expected[output], actual[output]).sqnr_db > bound, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_INTERNVL)
 def test_interface_is_the_contract(checkpoint: Checkpoint, name: str) -> None:
     graph = traced(checkpoint, name, "fp16").graph
@@ -225,6 +227,7 @@ def test_other_resolution_needs_other_positions(checkpoint: Checkpoint) -> None:
     assert replace(specs[0], name="x").dtype == "float32"
 
 
+@pytest.mark.slow
 def test_the_decoder_goes_on_from_any_cache(
     checkpoint: Checkpoint, model: InternVL, tmp_path: Path
 ) -> None:

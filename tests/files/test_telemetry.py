@@ -36,6 +36,7 @@ for command in (
 """
 
 
+@pytest.mark.slow
 def test_main_commands_open_no_socket_and_leave_nothing_at_home(tmp_path: Path) -> None:
     strace = shutil.which("strace")
     if strace is None:

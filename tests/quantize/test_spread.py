@@ -76,6 +76,7 @@ def test_they_are_the_outliers(artifact: Artifact) -> None:
         assert (factors <= 1).all()
 
 
+@pytest.mark.slow
 def test_what_they_are_worth(
     checkpoint: Path, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_factors_that_weights_do_not_have_are_found(
         exported(checkpoint, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.rtx
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"

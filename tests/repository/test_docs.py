@@ -27,6 +27,8 @@ from support.paths import ROOT
 from internvl_edge import cli
 from internvl_edge.quantize.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 RUN = (DOCS / "tutorial.md", ROOT / "README.md", *sorted((DOCS / "howto").glob("*.md")))
 OTHERS = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "demo", "calib_data", "benchmarks")
@@ -144,7 +146,6 @@ def test_blocks_are_run_or_say_why_not() -> None:
 # --- run -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_every_command_of_the_documents_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

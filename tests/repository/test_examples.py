@@ -129,6 +129,7 @@ def post(port: int, body: bytes) -> tuple[int, dict[str, Any]]:
             return error.code, json.load(error)
 
 
+@pytest.mark.slow
 def test_the_threaded_server(place: Path, wanted: Any) -> None:
     """Many callers at once get what each asked for, and a bad one its own error."""
     bodies = [(place / f"{i % NUM_PICTURES}.png").read_bytes() for i in range(20)]

@@ -82,6 +82,7 @@ def test_no_skipped_check_looks_like_a_result() -> None:
 # --- rows in processes of their own --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "expected"),
     [

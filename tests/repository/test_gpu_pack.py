@@ -19,6 +19,7 @@ from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int4-wo"])
 def test_a_copy_of_made_up_weights_opens_and_computes(tmp_path: Path, precision: str) -> None:
     write_internvl(tmp_path / "checkpoint", TINY)

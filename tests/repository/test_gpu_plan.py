@@ -93,6 +93,7 @@ def test_what_has_no_time_left_waits_for_the_next_call(
     assert "products: no time is left; call again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tower-2-checkpoint").write_text("no folder", encoding="utf-8")
     ((name, rows),) = carry_out(["tower"], {}, wanted(), tmp_path)

@@ -431,6 +431,7 @@ def test_videos_are_ranked_by_dual_softmax(model: Model) -> None:
     np.testing.assert_array_equal(found.images_of_text, ranked(dual_softmax(found.similarity.T)))
 
 
+@pytest.mark.slow
 def test_a_video_file_is_a_video(model: Model, tmp_path: Path) -> None:
     av = pytest.importorskip("av", reason="PyAV is not installed")
     path = tmp_path / "clip.mp4"

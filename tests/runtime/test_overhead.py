@@ -58,6 +58,7 @@ def test_a_run_costs_little_more_than_the_bare_one(tmp_path: Path) -> None:
         assert min(found) < MAX_OVERHEAD_S
 
 
+@pytest.mark.slow
 def test_the_runtime_adds_little_to_the_import_of_numpy() -> None:
     """Some 45 ms beside NumPy's 50 on the machine of the figures; heavy packages take seconds.
 

@@ -24,6 +24,8 @@ from internvl_edge.serve.http.fields import Fields
 from internvl_edge.serve.http.images import ImageUrl
 from internvl_edge.serve.models.chats import NOTHING, Question
 
+pytestmark = pytest.mark.slow
+
 BODY = json.dumps({"input": "a"}).encode()
 CHAT = {"messages": question("what?", data_url(png()))}
 TOP = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n"
@@ -501,7 +503,6 @@ def test_what_stands_beside_the_pixels_is_not_unpacked(attacked: Served, more: b
 # --- many ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_thousand_connections(attacked: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HEAD_S", 60.0)
     server._allow_connections()

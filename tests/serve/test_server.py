@@ -218,6 +218,7 @@ def test_a_stream_shows_a_sign_of_life(
     assert body.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_leaves_frees_its_place_within_a_token(
     slow: tuple[Served, Slow], streams: bool
@@ -356,6 +357,7 @@ def test_what_fails_after_the_first_piece_is_an_event(slow: tuple[Served, Slow])
 # --- the process ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_within_a_stream_and_under_load(compiled: Path) -> None:
     """Health says so at once; every request that was taken is answered; the exit code is 0."""
     with process(f"tiny={compiled}", "--drain", "1.5") as served, ThreadPoolExecutor(4) as pool:
@@ -412,6 +414,7 @@ def serve_fails(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_what_the_command_refuses(tmp_path: Path, compiled: Path) -> None:
     code, said = serve_fails(str(compiled), "--host", "0.0.0.0")
     assert code == 2

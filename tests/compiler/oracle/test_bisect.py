@@ -22,6 +22,8 @@ from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.types import Array
 
+pytestmark = pytest.mark.slow
+
 LAYERS = "vision_model.encoder.layers"
 DEEP = replace(
     TINY,
@@ -135,7 +137,6 @@ def test_what_is_in_front_of_the_tower(vit: Path, tmp_path: Path) -> None:
     assert first_bad(bisect(out, vit / "checkpoint")) == ["embeddings"]
 
 
-@pytest.mark.slow
 def test_the_language_tower_and_what_is_behind_it(tmp_path: Path) -> None:
     checkpoint = write_internvl(tmp_path / "checkpoint", DEEP).path
     names = "text_embed", "image_queries"
@@ -157,7 +158,6 @@ def test_the_language_tower_and_what_is_behind_it(tmp_path: Path) -> None:
     assert first_bad(bisect(out, checkpoint, "text_embed")) == ["text_embeds"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_towers_of_one_block(precision: str, tmp_path: Path) -> None:
     shallow = replace(

@@ -114,6 +114,7 @@ def test_a_broken_quantizer_is_caught(
     assert not options.out.exists()
 
 
+@pytest.mark.slow
 def test_a_sound_one_passes(vit: Written, pictures: Path, tmp_path: Path) -> None:
     options = ExportOptions(
         checkpoint=vit.path, out=tmp_path / "out", precision="int8", calibration=pictures

@@ -32,6 +32,8 @@ from internvl_edge.export.config.checkpoint import InternVLConfig
 from internvl_edge.quantize.graph import qdq
 from internvl_edge.quantize.numerics import formats
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = ("fp16", "bf16", "int8", "fp8", "int8-wo", "int4-wo")
 QUANTIZED = PRECISIONS[2:]
 COMPONENTS = ("vision", "image_embed", "text_embed", "matcher")
@@ -91,7 +93,6 @@ def test_unseen_checkpoints_publish(
     require_published(seed, precision, pictures, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("seed", range(100, 102))  # 108 held too: 48 exports, 16 CPU-minutes
 def test_many_unseen_checkpoints_publish(

@@ -137,6 +137,7 @@ def test_every_drawing_is_sound(layers: list[LayerStatistics]) -> None:
                 assert 0 <= float(shape.get(y, 0)) <= height
 
 
+@pytest.mark.slow
 def test_an_export_has_one_and_lists_it(tmp_path: Path) -> None:
     """Twice the same bytes; every quantized layer of every stream, and none where nothing is."""
     checkpoint = write_internvl(tmp_path / "checkpoint").path

@@ -176,6 +176,7 @@ def test_folding_a_tower_is_not_seen_from_outside(
     }
 
 
+@pytest.mark.slow
 def test_a_trace_that_workers_share_is_the_trace(
     written: Written, tmp_path: Path, kept: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

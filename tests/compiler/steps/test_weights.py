@@ -312,6 +312,7 @@ def test_align(half: Written, align: int) -> None:
     onnx.checker.check_model(str(artifact.onnx_path("image_pool")))
 
 
+@pytest.mark.slow
 def test_align_quantized(half: Written, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for i in range(4):

@@ -28,6 +28,8 @@ from internvl_edge.export.checkpoint.convert import Conversion, convert_pickles
 from internvl_edge.export.checkpoint.oddities.table import CONTAINERS, LEFT_OUT
 from internvl_edge.export.checkpoint.pickles import convert_file
 
+pytestmark = pytest.mark.slow
+
 TIMM = (
     ("embeddings.class_embedding", "cls_token"),
     ("embeddings.position_embedding", "pos_embed"),
@@ -345,7 +347,6 @@ def test_the_process_that_reads_pickles_loads_no_code_of_others(
     assert_same(tmp_path / "out", source)
 
 
-@pytest.mark.slow
 def test_a_kill_leaves_nothing_that_stands_in_the_way(source: Written) -> None:
     """At any moment OUT is absent or whole, and the next run goes on, whatever its process id."""
     torch.save(source.state, source.path / "pytorch_model.bin")

@@ -23,6 +23,8 @@ from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
 from internvl_edge.types import Array
 
+pytestmark = pytest.mark.slow
+
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 CAPACITY, FIRST, PROMPT, TOKENS = 32, 5, 7, 4
 # How their layers differ: heads of queries alone; grouped; biases; norms of heads; a tied head.
@@ -246,13 +248,11 @@ def test_scales_that_float16_would_round_away_are_refused(
     assert cuda_decoder(ir.load(path), FLOAT) is not None
 
 
-@pytest.mark.slow
 def test_heads_that_attention_does_not_take_are_refused(tmp_path: Path) -> None:
     write_family(tmp_path / "qwen3", "qwen3")  # heads of 24
     assert cuda_decoder(ir.load(export(tmp_path, "qwen3", "fp32")), FLOAT) is None
 
 
-@pytest.mark.slow
 def test_a_cache_that_grows_has_no_such_graph(tmp_path: Path) -> None:
     path = export(tmp_path, "qllama", "int4-wo", cache_capacity=None)
     assert cuda_decoder(ir.load(path), FLOAT) is None
@@ -302,14 +302,12 @@ def test_a_mistake_shows_in_the_comparison(mistake: Any, published: Any) -> None
 # --- compiling -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int4-wo"])
 def test_compiling_writes_and_verifies_it(precision: str, tmp_path: Path) -> None:
     path = export(tmp_path, "qllama", precision, verify="auto")
     assert open_artifact(path.parent).has("decoder.cuda.onnx")
 
 
-@pytest.mark.slow
 def test_float32_has_none(tmp_path: Path) -> None:
     path = export(tmp_path, "qllama", "fp32")
     assert not open_artifact(path.parent).has("decoder.cuda.onnx")

@@ -42,6 +42,7 @@ def feeds_of(out: Path) -> dict[str, Array]:
     return seeded_feeds(open_artifact(out), "decoder", 2)
 
 
+@pytest.mark.slow
 def test_they_are_the_last_of_all(out: Path) -> None:
     feeds = feeds_of(out)
     with open_session(out, "decoder") as session:

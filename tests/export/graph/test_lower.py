@@ -25,6 +25,8 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig, load_config
 from internvl_edge.export.graph import lower, trace
 from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
 
+pytestmark = pytest.mark.slow
+
 SIZE = 28  # pixels of an image's side
 COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -53,7 +55,6 @@ def by_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "quick_lowering", contextlib.nullcontext)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "base", "capacity"),
     [

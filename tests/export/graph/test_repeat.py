@@ -28,6 +28,8 @@ from internvl_edge.export.graph.dtypes import POLICIES, apply_policy
 from internvl_edge.export.graph.repeat import blocks_of, keep_block, shallow_depth, stamp
 from internvl_edge.export.synthetic import PRESETS
 
+pytestmark = pytest.mark.slow
+
 
 def deep(depth: int, period: int, norm_type: str = "rms_norm") -> Any:
     vision = replace(TINY.vision, num_hidden_layers=depth, norm_type=norm_type)
@@ -52,7 +54,6 @@ def serialized(model: ir.Model) -> bytes:
     return data
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "depth", "period", "precision", "norm_type"),
     [
@@ -304,7 +305,6 @@ def test_blocks_that_are_not_joined(tmp_path: Path) -> None:
 # --- comparison block by block -------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "fp8"])
 def test_compared_block_by_block(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch

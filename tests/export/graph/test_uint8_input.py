@@ -167,6 +167,7 @@ def test_wrong_constants_are_caught(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.rtx
 def test_the_engine_takes_levels(place: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

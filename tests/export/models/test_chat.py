@@ -35,6 +35,8 @@ from internvl_edge.quantize.numerics.rotation import rotation
 from internvl_edge.runtime.tasks.caption import generation
 from internvl_edge.types import Array
 
+pytestmark = pytest.mark.slow
+
 IMAGE_TOKEN = 299  # of the golden prompts
 
 

@@ -30,6 +30,8 @@ from internvl_edge.export.towers.streams import calibration_blocks
 from internvl_edge.files.spool import Budget
 from internvl_edge.types import Array
 
+pytestmark = pytest.mark.slow
+
 NUM_QUERIES, SIDE = TINY.num_query_token, 3  # 42 px in patches of 14
 
 
@@ -110,7 +112,6 @@ def test_components_compute_the_same(written: Written, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "chat_decoder=int4-wo"])
 def test_every_precision_is_verified(written: Written, tmp_path: Path, precision: str) -> None:
     options = ExportOptions(checkpoint=written.path, out=tmp_path / "out", precision=precision)
@@ -123,7 +124,6 @@ def test_every_precision_is_verified(written: Written, tmp_path: Path, precision
     compiler.verify(artifact.path, written.path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_one_block_at_a_time_is_verified(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
@@ -137,7 +137,6 @@ def test_one_block_at_a_time_is_verified(
     assert found["sqnr_db"] > 70
 
 
-@pytest.mark.slow
 def test_a_deep_qllama_is_stamped_as_traced(tmp_path: Path) -> None:
     written = write_llava_queries(tmp_path / "c", depth=10)
     plan = make_plan(ExportOptions(checkpoint=written.path, out=tmp_path / "out"))

@@ -172,6 +172,7 @@ def test_queries_do_not_depend_on_the_text_that_follows(model: InternVL, ref: Re
         close(long_value[:, :, :count], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rms", "ln_bias"])
 def test_transformers_agrees(golden: Path, ref: Reference, kind: str) -> None:
     """transformers' own InternVL vision model, written independently, on the same weights."""

@@ -87,6 +87,7 @@ def test_scales_are_found_among_others() -> None:
 # --- the graph -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_graphs_have_four_pairs_per_block_and_no_attention_left(artifact: Artifact) -> None:
     found = graphs(artifact)
     assert len(found) == 2, "one for ONNX Runtime, one for engines"

@@ -109,6 +109,7 @@ def test_per_tensor_equals_onnxruntime(fmt: Format, x: Array, scale: float) -> N
     np.testing.assert_array_equal(dequantize(quantize(x, s, fmt), s), y)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("axis", [0, 1])
 @given(data=st.data())

@@ -319,6 +319,7 @@ def test_products_are_of_activations_as_their_readers_see_them(
         assert np.abs(h - expected[name]).max() <= 1e-3 * scale.max(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4-wo"])
 def test_blocks_come_out_the_same_again(
     precision: str, checkpoint: Checkpoint, samples: Samples
@@ -368,6 +369,7 @@ def recipe_file(folder: Path, precision: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_an_export_with_a_recipe_from_a_file(
     precision: str, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
@@ -390,6 +392,7 @@ def language(tmp_path_factory: Any) -> Path:
     return write_internvl(tmp_path_factory.mktemp("c") / "tiny").path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8-wo", "int4-wo"])
 def test_weights_alone(precision: str, language: Path, pictures: Path, tmp_path: Path) -> None:
     options = ExportOptions(

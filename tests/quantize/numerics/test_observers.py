@@ -243,6 +243,7 @@ def linear_divergence(x: Array, clip: float, pieces: Sequence[Array]) -> float:
     return float(np.sum(flat_p[used] * np.log(flat_p[used] / flat_q[used])))
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.9])
 def test_divergence_against_its_definition(fmt: str, ratio: float) -> None:

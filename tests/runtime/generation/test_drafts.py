@@ -125,6 +125,7 @@ def test_a_compiled_decoder_says_the_same(compiled: Compiled, begin: Any) -> Non
     np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.slow
 def test_what_is_kept_has_no_forgotten_positions(compiled: Compiled) -> None:
     prompt, session = Prompt(rows=[[1, 7, 9, 4, 1, 7, 9]]), compiled.decoder
     marks = extended(np.zeros((0, 2), np.int64), prompt.rows[0])

@@ -36,6 +36,8 @@ from internvl_edge.runtime.generation.loop import generate, stream
 from internvl_edge.runtime.generation.text import until_end
 from internvl_edge.types import Array
 
+pytestmark = pytest.mark.slow
+
 ROOM = 40  # positions of the tiny models' caches here
 
 
@@ -162,7 +164,6 @@ def test_the_graph_is_standard_and_says_its_capacity(out: Path) -> None:
     assert record.verification["sqnr_db"] > 100
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8", "fp8", "int8-wo", "int4-wo"])
 def test_every_precision_agrees_with_its_reference(
     written: Path, tmp_path: Path, precision: str
@@ -191,7 +192,6 @@ def test_steps_write_where_the_cache_lies(out: Path) -> None:
     assert all(place == places[0] for place in places)
 
 
-@pytest.mark.slow
 def test_text_is_that_of_a_cache_that_grows(written: Path, out: Path, tmp_path: Path) -> None:
     other = exported(written, tmp_path / "out", cache_capacity=None)
     with internvl_edge.load(out) as fixed, internvl_edge.load(other) as free:
@@ -203,7 +203,6 @@ def test_text_is_that_of_a_cache_that_grows(written: Path, out: Path, tmp_path: 
             np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.slow
 def test_a_chat_is_that_of_a_cache_that_grows(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     write_chat(checkpoint, seed=4)
@@ -242,7 +241,6 @@ def test_capacities_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_a_mask_that_looks_behind_the_new_tokens_is_found(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

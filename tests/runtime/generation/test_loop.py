@@ -28,6 +28,8 @@ from internvl_edge.runtime.generation.loop import _nucleus, generate, stream
 from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, EOS = 7, 2
 
 

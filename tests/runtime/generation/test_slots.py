@@ -252,6 +252,7 @@ def test_cancelling_while_a_prompt_is_read(model: Model, monkeypatch: pytest.Mon
     assert model.components.answers.prefixes.nbytes == 0
 
 
+@pytest.mark.slow
 def test_an_error_is_one_answers_own(
     model: Model, alone: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

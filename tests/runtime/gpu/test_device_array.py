@@ -110,6 +110,7 @@ def test_the_interface_has_no_bfloat16() -> None:
     assert array.__dlpack_device__() == (2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "int64", "uint8", "bool"])
 def test_ours_are_handed_out_by_dlpack(name: str) -> None:
     """On the host, since there may be no GPU; another library reads what the capsule says."""
@@ -136,6 +137,7 @@ def test_another_library_reads_our_bfloat16() -> None:
     np.testing.assert_array_equal(found.float().numpy(), memory.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_memory_lives_until_its_consumer_is_done() -> None:
     class Owner:
         pass

@@ -203,6 +203,7 @@ def test_a_call_that_cannot_be_captured_runs_all_the_same(
     assert native.graph_ids == [-1, -1, -1, -1, -1]  # one of them to know what comes out
 
 
+@pytest.mark.slow
 def test_closing_lets_go_of_what_was_captured(gpu: Native) -> None:
     session = OrtSession(gpu.path, device="cuda")
     for seed in range(3):

@@ -71,6 +71,7 @@ def test_a_caller_who_keeps_results_gets_the_others_in_ordinary_memory() -> None
     assert pool.fetch(values.ctypes.data, (4,), FLOAT32) is None
 
 
+@pytest.mark.slow
 def test_arrays_outlive_their_pool_and_all_is_freed() -> None:
     driver, values = Driver(), np.arange(4, dtype=np.float32)
     pool = pool_of(driver, values)

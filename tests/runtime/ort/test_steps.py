@@ -104,6 +104,7 @@ def test_every_row_has_places_of_its_own(fused: OrtSession) -> None:
     np.testing.assert_array_equal(answered(fused, ROWS), alone)
 
 
+@pytest.mark.slow
 def test_buffers_are_lent_to_one_generation_at_a_time(fused: OrtSession) -> None:
     steps: Any = fused._steps
     answered(fused, ROWS[:1])

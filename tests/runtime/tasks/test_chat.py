@@ -473,6 +473,7 @@ def test_a_directory_without_a_decoder(checkpoint: Path, tmp_path: Path) -> None
 # --- LLaVA ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_llava_answers(tmp_path: Path) -> None:
     """Pictures are padded to squares, places have no <img> around them, </s> ends an answer."""
     shapes = replace(CHAT, llama=replace(CHAT.llama, max_position_embeddings=256))
@@ -545,6 +546,7 @@ def test_a_bad_question_on_stdin_ends_nothing(
     assert "or lower --max-new-tokens" in told[1]
 
 
+@pytest.mark.slow
 def test_chat_refuses_in_the_shell(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,6 +171,7 @@ def test_a_failure_keeps_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) 
     assert model.chat(None, "why", max_new_tokens=TOKENS).usage.reused_tokens == 0
 
 
+@pytest.mark.slow
 def test_closing_forgets(out: Path) -> None:
     model = load(out)
     model.chat(None, "why", max_new_tokens=2)

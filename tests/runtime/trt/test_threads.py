@@ -16,6 +16,7 @@ from internvl_edge.errors import FeedError, UsageError
 from internvl_edge.runtime.trt.session import TrtSession
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3])
 def test_eight_threads_and_serial_give_the_same(bench: Bench, slots: int) -> None:
     def work(thread: int) -> None:
@@ -63,6 +64,7 @@ def test_a_thread_does_not_wait_for_itself(bench: Bench, slots: int) -> None:
         assert_same(session.run(feeds), feeds)
 
 
+@pytest.mark.slow
 def test_a_session_that_is_dropped_is_closed(bench: Bench) -> None:
     feeds = feeds_of(2, 3)
     session = bench.open(slots=2)
