@@ -245,7 +245,7 @@ class _Network:
 
 
 class _Log(NativeLog):
-    """What a builder logs: its last errors, and the layers of what it built."""
+    """A builder's log: its last errors, and the layers of what it built."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ def can_share(session: Session) -> TypeGuard[RowSession]:
 
 
 class Answers:
-    """What the answers of an open directory share; thread-safe.
+    """The caches and slots that the answers of an open directory share; thread-safe.
 
     Args:
         options: how it answers; None: the defaults.
@@ -187,12 +187,12 @@ class Answers:
         decoding: HostDecoding | DeviceDecoding,
         opening: Opening,
         new: list[int],
-        position_nbytes: int,
+        nbytes: int,
     ) -> None:
         if opening.marks is None or not new:
             return
         marks = extended(opening.marks, new[:-1])  # the last was not read
-        if len(marks) * position_nbytes > self.prefixes.budget_nbytes:
+        if len(marks) * nbytes > self.prefixes.budget_nbytes:
             return
         try:
             self.prefixes.keep(marks, decoding.positions(len(marks)))

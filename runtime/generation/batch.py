@@ -39,11 +39,11 @@ class Decoding(Protocol):
 
     @property
     def goes_back(self) -> bool:
-        """Whether the next tokens may be read in place of the last; else these are masked."""
+        """True where the next tokens may overwrite the last ones; else those are masked."""
 
     @property
     def takes_drafts(self) -> bool:
-        """Whether it has room for tokens that are read and forgotten."""
+        """True where there is room for tokens that are read and then forgotten."""
 
     def select(self, rows: Array) -> None:
         """Keep these rows of the cache, in this order; a row may be taken several times."""

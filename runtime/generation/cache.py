@@ -64,6 +64,7 @@ class _Layout:
     def __init__(self, session: Session, embed: Embed | None) -> None:
         self._capacity, self._embed = capacity_of(session.inputs), embed
         self.is_in_place, self._inputs = self._capacity is not None, session.inputs
+        self.takes_drafts = self.is_in_place or "past" not in session.largest
 
     def past(self, cache: Mapping[str, Array]) -> dict[str, Array]:
         """Return a cache in the session's type, with room for all that comes if it grows not."""
@@ -97,6 +98,7 @@ class HostDecoding:
         self, session: Session, past: Mapping[str, Array], embed: Embed | None = None
     ) -> None:
         self._session, self._layout = session, _Layout(session, embed)
+        self.goes_back, self.takes_drafts = self._layout.is_in_place, self._layout.takes_drafts
         self._past, self._mask = self._layout.past(past), NO_MASK
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
@@ -109,14 +111,6 @@ class HostDecoding:
         self._past = {name.replace(PRESENT, PAST, 1): outputs[name] for name in outputs}
         self._mask = mask
         return logits
-
-    @property
-    def goes_back(self) -> bool:
-        return self._layout.is_in_place
-
-    @property
-    def takes_drafts(self) -> bool:
-        return self.goes_back or "past" not in self._session.largest
 
     def select(self, rows: Array) -> None:
         self._past = {name: values[rows] for name, values in self._past.items()}
@@ -141,6 +135,7 @@ class DeviceDecoding:
         self, session: DecoderSession, past: Mapping[str, Array], embed: Embed | None = None
     ) -> None:
         self._session, self._layout = session, _Layout(session, embed)
+        self.goes_back, self.takes_drafts = self._layout.is_in_place, self._layout.takes_drafts
         self._names, self._cache = list(past), list[Any](self._layout.past(past).values())
         self._is_there = False  # on the device
         self._num_rows = 0  # of what is there
@@ -155,14 +150,6 @@ class DeviceDecoding:
 
     def run_all(self, ids: Array, mask: Array, positions: Array) -> Array:
         return self._run(ids, mask, self._layout.feeds(ids, mask, positions))
-
-    @property
-    def goes_back(self) -> bool:
-        return self._layout.is_in_place
-
-    @property
-    def takes_drafts(self) -> bool:
-        return self.goes_back or "past" not in self._session.largest
 
     def _run(self, ids: Array, mask: Array, feeds: dict[str, Array]) -> Array:
         self._num_rows, self._mask = len(ids), mask

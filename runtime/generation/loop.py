@@ -153,12 +153,12 @@ class Choice:
 
     @property
     def is_late(self) -> bool:
-        """Whether the time that it may take is over."""
+        """True after the time that it may take."""
         return time.monotonic() >= self._end
 
     @property
     def is_over(self) -> bool:
-        """Whether no row goes on."""
+        """True where every row has ended."""
         is_whole = self._count == self._how.max_new_tokens or not self._alive.any()
         return is_whole or self.is_late
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 import onnxruntime
 
 from internvl_edge.runtime.ort.pinned import PinnedPool
-from internvl_edge.runtime.ort.values import Place, array_of, is_value, value_of
+from internvl_edge.runtime.ort.values import Place, array_of, copied, is_value, value_of
 from internvl_edge.types import Array
 
 __all__ = ["MAX_GRAPHS", "UNCAPTURED", "Replays", "run_options"]
@@ -124,14 +124,7 @@ class _Captured:
 
     def run_device(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
         self._replay(feeds)
-        copies = {}
-        for name in names:
-            shape, dtype = self._like[name]
-            copies[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                shape, dtype, *self._place
-            )
-            copies[name].update_inplace(self._outputs[name])
-        return copies
+        return {name: copied(self._outputs[name], self._place) for name in names}
 
     def _replay(self, feeds: Mapping[str, Any]) -> None:
         for name, value in self._inputs.items():

@@ -18,7 +18,7 @@ from internvl_edge.runtime.generation.fixed_cache import PAST, PRESENT
 from internvl_edge.runtime.ort.values import value_of
 from internvl_edge.types import Array
 
-__all__ = ["OrtRows"]
+__all__ = ["FIRST", "OrtRows"]
 
 HOST = ("cpu", 0)
 FIRST = np.zeros(1, np.int64)  # position from which on a call has logits, where it does not say
@@ -44,7 +44,7 @@ class OrtRows:
         *,
         optional: bool,
         binding: Callable[[], Any],
-        run: Callable[[Any], object],
+        run: Callable[[Any], None],
     ) -> None:
         self.count, self.inputs = count, inputs
         self._logits, self._optional = logits, optional

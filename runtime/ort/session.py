@@ -60,7 +60,7 @@ from internvl_edge.runtime.ort.options import (
     native_options,
     place_of,
 )
-from internvl_edge.runtime.ort.rows import OrtRows
+from internvl_edge.runtime.ort.rows import FIRST, OrtRows
 from internvl_edge.runtime.ort.steps import Lent, Steps
 from internvl_edge.runtime.ort.values import (
     BFLOAT16,
@@ -94,7 +94,6 @@ QDQ_FUSION = "QDQSelectorActionTransformer"
 FP8_FUSED = re.compile(r"float8e4m3fn.*MatMulIntegerToFloat", re.DOTALL)
 # In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
 ROUNDING = b"QuantizeLinear"
-FIRST = np.zeros(1, np.int64)  # position from which on a call has logits, where it does not say
 NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
 
@@ -277,7 +276,7 @@ class OrtSession:
                 binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, *self._place)
-        return dict(zip(names, self._run_bound(binding), strict=True))
+        return dict(zip(names, self._outputs_of(binding), strict=True))
 
     def _replayed(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Replay a call whose outputs stay on the device, as copies of what the next one writes."""
@@ -327,10 +326,10 @@ class OrtSession:
             held.binding.bind_output(self._names[0], "cpu")
             for name in self._names[1:]:
                 held.binding.bind_output(name, *self._place)
-        outputs = self._run_bound(held.binding, is_in_place=is_in_place)
         if is_in_place:
+            self._run_bound(held.binding)
             return held.logits.numpy(), cache if isinstance(cache, Lent) else held
-        logits, *presents = outputs
+        logits, *presents = self._outputs_of(held.binding)
         return logits.numpy(), presents
 
     @property
@@ -349,13 +348,21 @@ class OrtSession:
             run=self._run_bound,
         )
 
-    def _run_bound(self, binding: Any, *, is_in_place: bool = False) -> list[Any]:
-        """Run a call that is bound; its outputs, which no other call writes to."""
+    def _run_bound(self, binding: Any) -> None:
         session, steps = self._opened(), self._steps
         with self._watched():
-            if steps is not None:
-                return steps.run(binding, is_in_place=is_in_place)
-            session.run_with_iobinding(binding)
+            if steps is None:
+                session.run_with_iobinding(binding)
+            else:
+                steps.run(binding)
+
+    def _outputs_of(self, binding: Any) -> list[Any]:
+        """Run a call that is bound; its outputs, which no other call writes to."""
+        if self._steps is not None:
+            self._opened()
+            with self._watched():
+                return self._steps.outputs_of(binding)
+        self._run_bound(binding)
         outputs: list[Any] = binding.get_outputs()
         return outputs
 

@@ -45,17 +45,17 @@ class Steps:
         self._idle: dict[int, list[_Step]] = {}  # by rows
         self._num_steps = 0
 
-    def run(self, binding: Any, *, is_in_place: bool = False) -> list[Any]:
-        """Run a call that is not captured.
+    def run(self, binding: Any) -> None:
+        """Run a call that is not captured, whose outputs lie in buffers of its own."""
+        with self._turn:
+            self._session.run_with_iobinding(binding, self._plain)
 
-        Returns:
-            Its outputs: copies, since steps write to the pool again that they lie in; but for those
-            that are written to where an input lies.
-        """
+    def outputs_of(self, binding: Any) -> list[Any]:
+        """Run a call that is not captured; copy its outputs out of the pool that steps write to."""
         with self._turn:
             self._session.run_with_iobinding(binding, self._plain)
             outputs: list[Any] = binding.get_outputs()
-            if is_in_place or self._place[0] != "cuda":
+            if self._place[0] != "cuda":
                 return outputs
             return [v if v.device_name() == "cpu" else copied(v, self._place) for v in outputs]
 
