@@ -248,5 +248,5 @@ def unsigned_graph(component: str) -> str:
 
 
 def cuda_graph(component: str) -> str:
-    """Name the graph in operators of ONNX Runtime's CUDA provider (``export.graph.cuda_form``)."""
+    """Name the graph in operators of ONNX Runtime's CUDA provider (``export.graph.cuda.tower``)."""
     return f"{component}.cuda.onnx"

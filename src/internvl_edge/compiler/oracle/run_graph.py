@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
-from internvl_edge.export.graph.cuda_decoder import take_norms_apart
-from internvl_edge.export.graph.cuda_form import take_cuda_form
+from internvl_edge.export.graph.cuda.decoder import GAINS
+from internvl_edge.export.graph.cuda.tower import take_cuda_form
 from internvl_edge.export.graph.repeat import keep_block
 from internvl_edge.export.graph.uint8_input import graph_feeds
 from internvl_edge.quantize.graph.qdq import bypass_activations
@@ -57,7 +58,6 @@ def run_part(
             infer_dtypes(model.graph)
             bypass_activations(model)
         compute_in_float32(model)
-    take_norms_apart(model)
     graph, options = runnable(model), OrtOptions(exact=True)
     with OrtSession(path, graph=graph, options=options) as session:
         # a cache has the graph's dtype, and one block's is one layer's
@@ -82,8 +82,55 @@ def run_as_reference(
 
 def runnable(model: ir.Model) -> bytes:
     """Change a graph, in place, to one that ONNX Runtime computes correctly on this CPU."""
+    take_norms_apart(model)
     widen(model)
     if products_saturate():
         take_unsigned_weights(model)
     graph: bytes = ir.to_proto(model).SerializeToString()
     return graph
+
+
+def take_norms_apart(model: ir.Model) -> None:
+    """Compute norms of heads by nodes of their own, in place: attention on a CPU has none."""
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+        if len(node.inputs) <= GAINS:
+            continue
+        qkv, gains = node.inputs[0], node.inputs[GAINS:]
+        heads, kv_heads = (node.attributes[n].as_int() for n in ("num_heads", "kv_num_heads"))
+        past = node.inputs[3]
+        assert past is not None and past.shape is not None
+        size = int(past.shape[3])  # type: ignore[arg-type]
+
+        def integers(*numbers: int) -> ir.Value:
+            name = f"{node.name}.integers.{'_'.join(map(str, numbers))}"  # noqa: B023
+            value = ir.Value(name=name, const_value=ir.tensor(np.array(numbers), name=name))
+            graph.initializers[name] = value
+            return value
+
+        made = [
+            ir.node(
+                "Split",
+                [qkv, integers(*(n * size for n in (heads, kv_heads, kv_heads)))],
+                {"axis": -1},
+                num_outputs=3,
+            )
+        ]
+        parts = list(made[0].outputs)
+        epsilon = node.attributes.pop("qk_norm_epsilon").as_float()
+        for at, (gain, count) in enumerate(zip(gains, (heads, kv_heads), strict=True)):
+            made.append(ir.node("Reshape", [parts[at], integers(0, 0, count, size)]))
+            made.append(
+                ir.node("RMSNormalization", [made[-1].outputs[0], gain], {"epsilon": epsilon})
+            )
+            made.append(ir.node("Reshape", [made[-1].outputs[0], integers(0, 0, count * size)]))
+            parts[at] = made[-1].outputs[0]
+        made.append(ir.node("Concat", parts, {"axis": -1}))
+        for number, one in enumerate(made):
+            one.name = f"{node.name}.apart.{number}"
+            for place, output in enumerate(one.outputs):
+                output.name = f"{one.name}.{place}"
+                output.type = qkv.type if qkv is not None else None
+        graph.insert_before(node, made)
+        node.replace_input_with(0, made[-1].outputs[0])
+        node.resize_inputs(GAINS - 4)

@@ -6,9 +6,9 @@ computes in 16 bits, which is what engines are built from. Where products are IN
 ``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.graph.unsigned``).
 
 Where nothing is quantized, towers at fp32 and bf16 have a second graph too, ``vision.cuda.onnx``,
-in ONNX Runtime's own operators for its CUDA provider (``export.graph.cuda_form``). Decoders whose
+in ONNX Runtime's own operators for its CUDA provider (``export.graph.cuda.tower``). Decoders whose
 cache is written in place have one where they are compiled for 16 bits, or of weights alone in 8 or
-4 bits (``export.graph.cuda_decoder``).
+4 bits (``export.graph.cuda.decoder``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from internvl_edge.compiler.steps.meta_model import AnyModel
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
-from internvl_edge.export.graph.cuda_decoder import cuda_decoder
-from internvl_edge.export.graph.cuda_form import take_cuda_form
+from internvl_edge.export.graph.cuda.decoder import cuda_decoder
+from internvl_edge.export.graph.cuda.tower import take_cuda_form
 from internvl_edge.export.precision import WEIGHT_ONLY, precision_of
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq

@@ -19,7 +19,7 @@ from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps import graphs
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.config.checkpoint import VisionConfig
-from internvl_edge.export.graph.cuda_form import take_cuda_form
+from internvl_edge.export.graph.cuda.tower import take_cuda_form
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import CPU, OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession, open_component
