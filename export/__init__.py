@@ -1,6 +1,6 @@
 """From a checkpoint to verified ONNX components and engines.
 
-    checkpoint  reads the files of a checkpoint; start here
+    checkpoint  reads the files of a checkpoint; start here;  convert  writes them in another form
     config      reads its ``config.json``
     models      the PyTorch reference;  components  the module of each part that is compiled
     graph       traces and rewrites ONNX graphs;  weights  writes or links their tensors

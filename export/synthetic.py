@@ -38,7 +38,6 @@ import ml_dtypes
 import numpy as np
 
 from internvl_edge.export.checkpoint.parameters import expected_shapes
-from internvl_edge.export.checkpoint.published import published_tensors
 from internvl_edge.export.components import language_config
 from internvl_edge.export.config.chat import ChatConfig
 from internvl_edge.export.config.checkpoint import (
@@ -49,6 +48,7 @@ from internvl_edge.export.config.checkpoint import (
     with_depth,
 )
 from internvl_edge.export.config.language import FAMILIES, LanguageConfig
+from internvl_edge.export.convert.published import published_tensors
 from internvl_edge.export.towers.blocks import LLAMA_NORMS, VISION_NORMS
 from internvl_edge.export.weights.writer import WeightsWriter
 from internvl_edge.types import Array

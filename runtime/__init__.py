@@ -4,7 +4,7 @@
     tasks       the same as functions: embed, compare, caption, chat
     components  the open components of a directory: sessions, tokenizer, image transforms
     session     the ``Session`` protocol, and the choice of a backend
-    feeds       what a session accepts
+    feeds       what a session accepts;  requests  what callers hand over, as lists and arrays
     ort, trt    ONNX Runtime, TensorRT and TensorRT-RTX as sessions;  gpu  CUDA for them
     generation  tokens one after the other on a decoder's cache
     images      pictures and videos to ``pixel_values``;  text  texts to ids, and back

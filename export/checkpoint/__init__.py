@@ -3,14 +3,10 @@
 checkpoint  a Hugging Face directory: its configuration and tensors; start here
 parameters  names and shapes that a configuration calls for
 names       the names that the files have, and what is packed in them
-published   the same the other way: a file's tensors made of ours
-relayout    a chat checkpoint written in the other published layout
 scope       what of them the chosen components read
 oddities    what else lies in such a directory, and what tensors are besides plain weights
 shards      its safetensors files
 side_files  tokenizer and settings besides the weights, and which links are followed
 tokenizer   which of the tokenizer's files are passed on, and that they are this model's
 load        our PyTorch model of it; the others need no PyTorch
-convert     pickle files to safetensors, on request
-pickles     one of them, in a process of its own
 """

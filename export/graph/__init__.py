@@ -5,6 +5,7 @@ lower        exchanges operators without an ONNX form, in place of PyTorch's exp
 repeat       copies blocks, so that a tower is traced only a few blocks deep
 bind         points initializers at their stored tensors
 dtypes       decides the type of each parameter at each precision
+signature    what a graph takes and gives
 last_logits  lets a call choose of which positions it wants logits
 uint8_input  moves normalisation into the graph
 join_pairs   joins pairs of linear layers that read one tensor, to save a builder's memory

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from internvl_edge.errors import InternVLError, UsageError, shortened
+from internvl_edge.runtime.text.padding import left_padded
 from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
@@ -151,17 +152,6 @@ class Prompt:
     # Where the positions of long texts begin, and so the length of the longest short one; 0: all
     # texts have the same. See ``export.models.llama``.
     long_positions: int = 0
-
-
-def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-    """Pad rows of ids on the left, int64 [B,T]; also the mask, 0 where they are padded."""
-    width = max(map(len, rows))
-    ids = np.zeros((len(rows), width), np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
-    return ids, mask
 
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:

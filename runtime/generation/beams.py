@@ -24,7 +24,7 @@ from internvl_edge.runtime.generation.batch import (
     repetition_of,
     without,
 )
-from internvl_edge.runtime.tasks.vectors import largest
+from internvl_edge.runtime.generation.largest import largest
 from internvl_edge.types import Array
 
 IMPOSSIBLE = -1e9  # the sum of a beam that is a copy of another one, before the first step

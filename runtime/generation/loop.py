@@ -33,7 +33,7 @@ from internvl_edge.runtime.generation.batch import (
 )
 from internvl_edge.runtime.generation.beams import beam_search
 from internvl_edge.runtime.generation.drafts import Lookup
-from internvl_edge.runtime.tasks.vectors import largest
+from internvl_edge.runtime.generation.largest import largest
 from internvl_edge.types import Array
 
 __all__ = ["Choice", "generate", "generate_all", "stream"]

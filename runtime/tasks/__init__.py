@@ -5,6 +5,5 @@ compare   classification, retrieval and matching
 caption   text about images;  chat  conversations;  chat_images  their images;
           chat_prompt  how they are spelled;  chat_decoder  ids after ids
 keywords  names of arguments that other libraries have
-requests  what callers hand over, as lists and arrays
 vectors   unit length, softmax, order
 """

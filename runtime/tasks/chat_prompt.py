@@ -17,7 +17,7 @@ from typing import Any
 
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
-from internvl_edge.runtime.tasks.requests import text_problem
+from internvl_edge.runtime.requests import text_problem
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE, PLACE, spelled
 from internvl_edge.runtime.text.templates import (
     NATIVE,

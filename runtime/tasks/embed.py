@@ -36,7 +36,7 @@ from internvl_edge.runtime.images.video import (
     sample_frames,
     stream_frames,
 )
-from internvl_edge.runtime.tasks.requests import (
+from internvl_edge.runtime.requests import (
     Template,
     batches_of,
     distinct_labels,

@@ -29,15 +29,14 @@ from numpy.typing import NDArray
 
 from internvl_edge.errors import ArtifactError, MediaError, UsageError, shortened
 from internvl_edge.files.reading import read_file
-from internvl_edge.runtime.generation.batch import left_padded
-from internvl_edge.runtime.tasks.requests import require_choice, text_problem
+from internvl_edge.runtime.requests import require_choice, text_problem
+from internvl_edge.runtime.text.padding import PAD_ID, left_padded, right_padded
 from internvl_edge.types import Array
 
 Ids: TypeAlias = NDArray[np.int64]
 PadTo = Literal["longest", "max_length"]
 OnLong = Literal["truncate", "error"]
 
-PAD_ID = 0
 PREFIX = "summarize:"
 CAPTION_PROMPT = "English caption:"  # of the published captioning results
 TOKENIZER_FILE = "tokenizer.model"  # in a checkpoint, and in a compiled directory
@@ -99,7 +98,7 @@ class Tokenizer:
             UsageError: ``max_length``, ``pad_to`` or ``on_long`` cannot be.
         """
         rows = self._closed(_checked(texts), max_length, prefix, on_long)
-        return _right_padded(rows, _width(rows, max_length, pad_to))
+        return right_padded(rows, _width(rows, max_length, pad_to))
 
     def match(
         self,
@@ -110,7 +109,7 @@ class Tokenizer:
     ) -> Ids:
         """Encode texts for image-text matching: as `contrastive`, without a prefix."""
         rows = self._closed(_checked(texts), max_length, "", on_long)
-        return _right_padded(rows, _width(rows, max_length, pad_to))
+        return right_padded(rows, _width(rows, max_length, pad_to))
 
     def prompt(self, texts: str | Iterable[str]) -> tuple[Ids, Ids]:
         """Encode texts that a decoder continues.
@@ -256,10 +255,3 @@ def _width(rows: list[list[int]], max_length: int, pad_to: str) -> int:
     if pad_to not in ("longest", "max_length"):
         raise UsageError(f"pad_to must be 'longest' or 'max_length', found {pad_to!r}")
     return max_length if pad_to == "max_length" else max(map(len, rows))
-
-
-def _right_padded(rows: list[list[int]], width: int) -> Ids:
-    ids = np.full((len(rows), width), PAD_ID, np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids

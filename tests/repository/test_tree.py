@@ -45,21 +45,44 @@ def module_of(path: Path) -> str:
     )
 
 
-def test_no_module_leans_on_many_others() -> None:
-    """Names of modules of ours that a module's imports spell, at the top or inside functions."""
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """Module → the modules of ours that it imports, at the top or inside functions."""
     files = {
         module_of(path): path
         for top in PRODUCT
         for path in (ROOT / top).rglob("*.py")
         if not any(parent.is_symlink() for parent in path.parents)
     }
+    found = {name: set[str]() for name in files}
     for name, path in files.items():
-        imported = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("internvl_edge"):
                 spelled = [f"{node.module}.{alias.name}" for alias in node.names]
-                imported |= {one if one in files else node.module for one in spelled}
-        assert len(imported) <= MOST_IMPORTS, f"{name} imports {len(imported)} modules"
+                found[name] |= {one if one in files else str(node.module) for one in spelled}
+    return found
+
+
+def test_no_module_leans_on_many_others(imports: dict[str, set[str]]) -> None:
+    crowded = {name: len(others) for name, others in imports.items() if len(others) > MOST_IMPORTS}
+    assert not crowded
+
+
+def test_no_two_rooms_import_each_other(imports: dict[str, set[str]]) -> None:
+    """A folder and one inside it may: it is the whole, and calls its parts."""
+    doors = {name for name in imports if any(other.startswith(f"{name}.") for other in imports)}
+
+    def room(name: str) -> str:
+        return name if name in doors else name.rpartition(".")[0]
+
+    edges = {(room(name), room(other)) for name, others in imports.items() for other in others}
+    mutual = {
+        (one, other)
+        for one, other in edges
+        if one < other and (other, one) in edges and not f"{other}.".startswith(f"{one}.")
+    }
+    assert len(doors) > 30
+    assert not mutual
 
 
 @pytest.mark.parametrize("top", [*PRODUCT, "tests"])

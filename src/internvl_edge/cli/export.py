@@ -275,8 +275,8 @@ def build(
 def convert(output: Output, source: Path, out: Path, layout: str | None, backend: str) -> None:
     """Turn a checkpoint of pickle files (.bin, .pth) into safetensors, in a subprocess."""
     require_packages()
-    from internvl_edge.export.checkpoint.convert import convert_pickles
-    from internvl_edge.export.checkpoint.relayout import convert_layout
+    from internvl_edge.export.convert.layout import convert_layout
+    from internvl_edge.export.convert.pickles import convert_pickles
 
     if layout is not None:
         with output.progress():

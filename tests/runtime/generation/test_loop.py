@@ -24,8 +24,8 @@ from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.runtime.generation.batch import Generation, Prompt, repetition_of
 from internvl_edge.runtime.generation.beams import _best_next
 from internvl_edge.runtime.generation.cache import start
+from internvl_edge.runtime.generation.largest import largest
 from internvl_edge.runtime.generation.loop import _nucleus, generate, stream
-from internvl_edge.runtime.tasks.vectors import largest
 from internvl_edge.types import Array
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,6 @@ from internvl_edge.compiler.oracle.expected import Expected, Part, Reference
 from internvl_edge.compiler.oracle.run_graph import run_part
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
-from internvl_edge.compiler.steps.graph_files import graph_capacity
 from internvl_edge.export.advice import advice
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
@@ -48,6 +47,7 @@ from internvl_edge.export.compare import (
     with_hidden_state,
     with_noise,
 )
+from internvl_edge.export.graph.signature import graph_capacity
 from internvl_edge.export.graph.uint8_input import on_levels
 from internvl_edge.export.precision import precision_of
 from internvl_edge.export.towers.streams import Samples

@@ -18,7 +18,6 @@ from internvl_edge.compiler.oracle.reference_block import block_outputs
 from internvl_edge.compiler.oracle.run_graph import open_graph, run_as_reference
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.progress import Progress, Report
-from internvl_edge.compiler.steps.graph_files import graph_capacity
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import agreement, component_feeds, sample_feeds, with_noise
 from internvl_edge.export.graph.one_block import (
@@ -28,6 +27,7 @@ from internvl_edge.export.graph.one_block import (
     isolate_front,
 )
 from internvl_edge.export.graph.repeat import blocks_of
+from internvl_edge.export.graph.signature import graph_capacity
 from internvl_edge.export.graph.uint8_input import on_levels, preprocessing_inside
 from internvl_edge.quantize.graph.qdq import bypass_activations
 from internvl_edge.types import Array

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from internvl_edge.artifact.components import COMPONENTS, engine_graph, find_component
 from internvl_edge.artifact.open import Manifest, TensorSpec
 from internvl_edge.export.engine.build import Prepare
-from internvl_edge.runtime.generation.fixed_cache import capacity_of
-
-if TYPE_CHECKING:  # building engines does not need it
-    import onnx_ir as ir
 
 COMPUTE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -71,21 +63,3 @@ def num_blocks(manifest: Manifest, component: str) -> int:
     if known.is_language and llama is not None:
         return int(llama["num_hidden_layers"])
     return int(manifest.model["vision"]["num_hidden_layers"])
-
-
-def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Describe a graph's inputs or outputs, without inputs that may be left out."""
-    return tuple(
-        TensorSpec(
-            name=str(value.name),
-            dtype=np.dtype(value.dtype.numpy()).name,  # type: ignore[union-attr]
-            shape=tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ()),
-        )
-        for value in values
-        if not value.is_initializer()
-    )
-
-
-def graph_capacity(model: ir.Model) -> int | None:
-    """Count the positions of a decoder's cache that is written in place; None: it grows."""
-    return capacity_of({spec.name: spec for spec in tensor_specs(model.graph.inputs)})

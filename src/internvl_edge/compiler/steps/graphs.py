@@ -27,13 +27,13 @@ from internvl_edge.artifact.components import (
 )
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
-from internvl_edge.compiler.steps.graph_files import tensor_specs
 from internvl_edge.compiler.steps.meta_model import AnyModel
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
 from internvl_edge.export.graph.cuda.decoder import cuda_decoder
 from internvl_edge.export.graph.cuda.tower import take_cuda_form
+from internvl_edge.export.graph.signature import tensor_specs
 from internvl_edge.export.precision import WEIGHT_ONLY, precision_of
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from internvl_edge.errors import did_you_mean
-from internvl_edge.runtime.tasks.requests import text_problem
+from internvl_edge.runtime.requests import text_problem
 from internvl_edge.serve.http.problems import Problem, bad_request, shown
 
 __all__ = ["MAX_TEXT", "Fields", "parsed", "require_text"]

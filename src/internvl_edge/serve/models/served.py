@@ -34,8 +34,8 @@ from internvl_edge.artifact.components import (
 from internvl_edge.runtime.images.transform import Transform, pixel_levels, pixel_values
 from internvl_edge.runtime.model import Model, load
 from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.requests import fill_template, masked, slices
 from internvl_edge.runtime.tasks.embed import TEXT_BATCH, image_embedder
-from internvl_edge.runtime.tasks.requests import fill_template, masked, slices
 from internvl_edge.runtime.tasks.vectors import softmax, unit
 from internvl_edge.serve.http.images import ImageUrl, decoded
 from internvl_edge.serve.http.meters import Meters, Stages

@@ -24,7 +24,6 @@ import numpy as np
 from internvl_edge.artifact.publish import staging
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from internvl_edge.export.checkpoint.published import Published, published_tensors
 from internvl_edge.export.checkpoint.side_files import (
     SIDE_FILES,
     read_preprocessing,
@@ -35,6 +34,7 @@ from internvl_edge.export.config.checkpoint import VisionConfig
 from internvl_edge.export.config.fields import read_json
 from internvl_edge.export.config.language import FAMILIES, LLAMA, LanguageConfig
 from internvl_edge.export.config.native import QK_NORM_EPS
+from internvl_edge.export.convert.published import Published, published_tensors
 from internvl_edge.export.weights.writer import WeightsWriter
 
 __all__ = ["convert_layout", "write_layout"]

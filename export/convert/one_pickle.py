@@ -1,6 +1,6 @@
-"""One pickle file to safetensors: run in a process of its own, by ``convert``.
+"""One pickle file to safetensors: run in a process of its own, by ``pickles``.
 
-    python -P -m internvl_edge.export.checkpoint.pickles PICKLE TARGET
+    python -P -m internvl_edge.export.convert.one_pickle PICKLE TARGET
 
 A pickle can run code when it is loaded. ``torch.load(weights_only=True)`` admits tensors and plain
 containers only; besides these, two kinds of plain data that trainers store are admitted, and there

@@ -22,11 +22,11 @@ from support.checkpoints import TINY, Written, write_chat_tokenizer, write_vit
 
 from internvl_edge.artifact.publish import placed
 from internvl_edge.errors import CheckpointError, UsageError
-from internvl_edge.export.checkpoint import convert
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
-from internvl_edge.export.checkpoint.convert import Conversion, convert_pickles
 from internvl_edge.export.checkpoint.oddities.table import CONTAINERS, LEFT_OUT
-from internvl_edge.export.checkpoint.pickles import convert_file
+from internvl_edge.export.convert import pickles
+from internvl_edge.export.convert.one_pickle import convert_file
+from internvl_edge.export.convert.pickles import Conversion, convert_pickles
 
 pytestmark = pytest.mark.slow
 
@@ -57,12 +57,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read.append(pickle.name)
         target = work.path / f"{len(read)}-{os.getpid()}-{time.monotonic_ns()}.safetensors"
         notes = convert_file(pickle, target)["notes"]
-        sha256 = convert.record(target).sha256
+        sha256 = pickles.record(target).sha256
         entry = {"file": target.name, "sha256": sha256, "notes": notes}
         work.finish(pickle.name, {"weights": [], **entry}, {})
         return entry
 
-    monkeypatch.setattr(convert, "_converted", converted)
+    monkeypatch.setattr(pickles, "_converted", converted)
     return read
 
 
@@ -300,7 +300,7 @@ def test_finished_files_are_taken_up(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(convert, "_place", fail)
+        patched.setattr(pickles, "_place", fail)
         with pytest.raises(KeyboardInterrupt):
             convert_pickles(source.path, out)
     assert len(here) == 2
@@ -325,7 +325,7 @@ def test_another_source_is_converted_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(convert, "_copy_side_files", fail)
+        patched.setattr(pickles, "_copy_side_files", fail)
         with pytest.raises(KeyboardInterrupt):
             convert_pickles(source.path, out)
     changed = {name: tensor + 1 for name, tensor in source.state.items()}
@@ -353,7 +353,7 @@ def test_a_kill_leaves_nothing_that_stands_in_the_way(source: Written) -> None:
     out = source.path.parent / "out"
     code = (
         "import sys; from pathlib import Path; "
-        "from internvl_edge.export.checkpoint.convert import convert_pickles; "
+        "from internvl_edge.export.convert.pickles import convert_pickles; "
         "print('begun', flush=True); convert_pickles(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     for delay in (0.05, 0.5, 1.5):

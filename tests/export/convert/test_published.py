@@ -9,8 +9,8 @@ import pytest
 from support.checkpoints.family import KINDS, write_family
 
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
-from internvl_edge.export.checkpoint.published import published_tensors
 from internvl_edge.export.config.chat import Layout
+from internvl_edge.export.convert.published import published_tensors
 
 
 @pytest.mark.parametrize(("layout", "name"), [("internvl_chat", "chat"), ("internvl_hf", "hf")])

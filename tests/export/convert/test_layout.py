@@ -13,10 +13,10 @@ from support.checkpoints.family import IMAGE_TOKEN_ID, KINDS, write_family
 from internvl_edge import cli
 from internvl_edge.errors import UsageError
 from internvl_edge.export import load_reference
-from internvl_edge.export.checkpoint import relayout
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
-from internvl_edge.export.checkpoint.relayout import convert_layout, write_layout
 from internvl_edge.export.config.chat import Layout
+from internvl_edge.export.convert import layout
+from internvl_edge.export.convert.layout import convert_layout, write_layout
 
 
 @pytest.mark.parametrize(("name", "target"), [("chat", "internvl_hf"), ("hf", "internvl_chat")])
@@ -60,7 +60,7 @@ def _header(path: Path) -> bytes:
 
 
 def test_large_models_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relayout, "MAX_SHARD_NBYTES", 100_000)
+    monkeypatch.setattr(layout, "MAX_SHARD_NBYTES", 100_000)
     source = open_checkpoint(write_family(tmp_path / "a", "qwen2", dtype=torch.bfloat16).path)
     (tmp_path / "b").mkdir()
     write_layout(source, tmp_path / "b", "internvl_hf")

@@ -1,4 +1,4 @@
-"""A chat checkpoint's tensors as one of the published layouts has them: the inverse of ``names``.
+"""A chat checkpoint's tensors as a published layout has them: ``checkpoint.names`` inverted.
 
 Each tensor of a file is made of tensors here, whole or rows of them one after the other:
 

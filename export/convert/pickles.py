@@ -1,6 +1,6 @@
 """Pickle checkpoints to safetensors, on explicit request.
 
-Each file is read in a process that holds nothing else (``pickles``), by PyTorch's restricted
+Each file is read in a process that holds nothing else (``one_pickle``), by PyTorch's restricted
 loader; PyTorch older than the last known fix of it is refused. Everything after this step reads
 safetensors. Files are named as transformers names them, so it can load the result too:
 
@@ -50,7 +50,7 @@ OLDEST_TORCH = (2, 10)  # CVE-2026-24747
 DISK_FULL = 28  # exit code of the subprocess
 CONFIG = "config.json"
 SIDE_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja")
-MODULE = "internvl_edge.export.checkpoint.pickles"
+MODULE = "internvl_edge.export.convert.one_pickle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
