@@ -7,7 +7,7 @@
 Every step runs as a process of its own. Measured of it: wall time, largest resident set (kernel),
 largest anonymous memory (sampled from /proc, mapped files not counted) and bytes written. The
 checkpoint is synthetic: real shapes, made-up weights. Peers get the same widths with few enough
-layers to live in memory; what they take per layer is what compares.
+layers to stay in memory; what they take per layer is what compares.
 
 Free disk is checked first; everything goes into a temporary directory that is removed.
 """

@@ -62,9 +62,9 @@ _NAIVE = Recipe(name="naive, max", range_method="max")
 _FOLDED = replace(_NAIVE, name="+ gains and LayerScale folded, mse", range_method="mse", fold=True)
 _ROTATED = replace(_FOLDED, name="+ rotations", rotate=True)
 _SMOOTHED = replace(_ROTATED, name="+ smoothing, alpha searched", smooth="auto")
-_SHIFTED = replace(_SMOOTHED, name="+ shift behind GELU", shift=True)
+_SHIFTED = replace(_SMOOTHED, name="+ shift after GELU", shift=True)
 _CHOSEN = replace(_SHIFTED, name="+ ranges with headroom, or by output error", range_method="auto")
-_SPREAD = replace(_CHOSEN, name="+ factors behind GELU", spread=True)
+_SPREAD = replace(_CHOSEN, name="+ factors after GELU", spread=True)
 RECIPES = (
     _NAIVE,
     replace(_NAIVE, name="SmoothQuant 0.5, mse", range_method="mse", smooth=0.5),

@@ -25,7 +25,7 @@ from internvl_edge.artifact.components import (
     VISION,
     Component,
 )
-from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,

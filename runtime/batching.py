@@ -25,7 +25,7 @@ from typing import Self
 
 import numpy as np
 
-from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError, ResourceError, SessionDead, UsageError
 from internvl_edge.runtime.session import Session
 from internvl_edge.types import Array
@@ -99,8 +99,8 @@ class Batcher:
         """
         if os.getpid() != self._process:  # before the lock, which a fork may have left taken
             raise UsageError(
-                "the batcher was opened before a fork, and its threads stayed behind; open one in "
-                "the process that runs it"
+                "the batcher was opened before a fork, and its threads did not come along; open "
+                "one in the process that runs it"
             )
         delay_s = self._max_delay_s if wait else 0.0
         request = _request(feeds, self._max_batch, time.monotonic() + delay_s)

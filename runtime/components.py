@@ -146,7 +146,7 @@ class OpenComponents:
         return int(llama["max_position_embeddings"] if capacity is None else capacity)
 
     def _renew_lock(self) -> None:
-        """Replace the lock, which a thread that stayed behind in a fork may hold."""
+        """Replace the lock, which a thread of the parent may have held at a fork."""
         self._lock = RLock()
 
     def close(self) -> None:

@@ -442,7 +442,7 @@ class Model:
         """Answer a question in a conversation about images.
 
         Of an InternVL-Chat the history is part of the prompt, and questions say ``<image>`` where
-        the next image stands; without it all images stand in front of the first question. An
+        the next image stands; without it all images stand before the first question. An
         InternVL-G answers ``Question: … Answer:`` about one image: it was trained on single
         questions, so its history is kept for the caller and not read; it has neither templates nor
         system sentences.

@@ -6,7 +6,7 @@ The safetensors headers of all shards are parsed and validated when a checkpoint
 tensors stay on disk as (file, offset, length) until something asks for one. Nothing is ever
 written there. A checkpoint that changes while we read it is refused in the end.
 
-Names are canonical: those of InternVL-14B, with ``vision_model.`` in front of a bare InternViT's.
+Names are canonical: those of InternVL-14B, with ``vision_model.`` before a bare InternViT's.
 InternVL-14B's ``lm_head`` and ``embed_tokens`` are never tied (docs/model.md, section 2.7).
 Pickle files are refused here; ``internvl-edge convert`` turns them into safetensors.
 """

@@ -6,7 +6,7 @@
 
 One tensor of the new files is in memory at a time. The language model is called what it is in the
 target layout: InternLM2 becomes the LLaMA that it is, unpacked, and stays one on the way back. What
-a layout cannot say (pixel shuffle v1, a resolution besides the stored one) is refused. Tokenizer
+a layout cannot say (pixel shuffle v1, another resolution than the stored one) is refused. Tokenizer
 files are copied, and not translated.
 """
 

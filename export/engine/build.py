@@ -3,7 +3,7 @@
 The two builders share one Python interface under two module names, so there is one code path; the
 module is passed in, and ``targets`` knows what differs.
 
-Precision lives in the graph. The network is strongly typed, so the builder picks no types: it
+Precision is in the graph. The network is strongly typed, so the builder picks no types: it
 fuses explicit Q/DQ pairs and refuses types that disagree. TF32 is off, so that float32 products
 are float32.
 
@@ -36,7 +36,7 @@ from typing import Any
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact.census import Census
-from internvl_edge.artifact.open import EngineRecord, FileRecord, TensorSpec
+from internvl_edge.artifact.manifest import EngineRecord, FileRecord, TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, Range, ShapeRanges, read_engine_info
 from internvl_edge.errors import (
     ArtifactError,
@@ -236,7 +236,7 @@ def _key(*parts: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Network:
-    """A parsed graph, and what must live as long: the parser owns the mapped weights."""
+    """A parsed graph, and what must last as long: the parser owns the mapped weights."""
 
     definition: Any
     builder: Any

@@ -158,7 +158,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries look at every vision token; the pre-norms live inside, positions do not exist."""
+    """Queries look at every vision token; the pre-norms are inside, positions do not exist."""
 
     def __init__(self, config: QLlamaConfig, vision_width: int) -> None:
         super().__init__()

@@ -133,7 +133,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """The inputs of QLLaMA's layers besides a batch's hidden states."""
+    """The inputs of QLLaMA's layers other than a batch's hidden states."""
 
     mask: Tensor | None
     rope: tuple[Tensor, Tensor]

@@ -4,7 +4,7 @@
 
     texts              a list, or a caption a line
     pairs              objects {image, caption} in a list or a line each; {image: caption};
-                       columns with a header, or an image's name in front of every line
+                       columns with a header, or an image's name at the start of every line
     COCO               {images: [{id, file_name}], annotations: [{image_id, caption}]}
     Karpathy's splits  {images: [{filename, sentences: [{raw}]}]}
     next to the images photo.txt or photo.caption for photo.jpg
@@ -478,7 +478,7 @@ class _Index:
     """Images by their paths and every end of these, in ever laxer spellings.
 
     A name means an image where one path is the end of the other: folders of another machine may
-    stand in front of the name, folders of this one in front of the image.
+    stand before the name, folders of this one before the image.
     """
 
     def __init__(self, images: Iterable[Path]) -> None:

@@ -97,7 +97,7 @@ class _Tokens(Iterator[Array]):
 def _require_process(process: int) -> None:
     if os.getpid() != process:
         raise UsageError(
-            "the slots were opened before a fork, and their thread stayed behind; load the "
+            "the slots were opened before a fork, and their thread did not come along; load the "
             "model in the process that runs it"
         )
 

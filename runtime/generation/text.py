@@ -215,7 +215,7 @@ def _decoded(
 
 
 def split_thought(text: str) -> tuple[str | None, str]:
-    """Split a text into the thought in front of it, None where there is none, and the answer.
+    """Split a text into the thought before it, None where there is none, and the answer.
 
     A thought that was cut off before its end has no answer after it.
     """

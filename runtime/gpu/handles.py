@@ -71,7 +71,7 @@ class PinnedBuffer(Resource):
         self._block = (ctypes.c_uint8 * nbytes).from_address(self.pointer)
 
     def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """View the beginning of the memory as an array; it lives as long as this buffer."""
+        """View the beginning of the memory as an array; it lasts as long as this buffer."""
         return np.ndarray(shape, dtype, memoryview(self._block))
 
 

@@ -29,7 +29,8 @@ except ImportError as error:
     raise MissingDependency.of("onnxruntime", "ort") from error
 
 from internvl_edge.artifact.components import cuda_graph, find_component, unsigned_graph
-from internvl_edge.artifact.open import Artifact, TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.artifact.pins import Watch
 from internvl_edge.errors import (
     ArtifactError,

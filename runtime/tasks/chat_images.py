@@ -4,7 +4,7 @@ An image is one square of S×S; with dynamic tiling (``dynamic_image_size``) it 
 size and aspect call for, followed by the whole of it as a thumbnail. ``cut`` makes these tiles, so
 that the places of their tokens are known before anything is computed.
 
-``chat_vision`` turns every tile into tokens, in front of which ``chat_queries`` puts those of a
+``chat_vision`` turns every tile into tokens, before which ``chat_queries`` puts those of a
 model with QLLaMA. ``see`` keeps them, so that the vision tower runs once per image however long the
 conversation becomes. It runs on a few tiles at a time, as many as memory and engine allow.
 

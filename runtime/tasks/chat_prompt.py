@@ -2,7 +2,7 @@
 
 ``<image>`` in a question is the place of the next image, ``<video>`` that of all images that no
 ``<image>`` of the conversation takes, each after ``Frame1:``, ``Frame2:`` and so on, as the models
-were trained; where no image is left, it is text. Without any place all images stand in front of
+were trained; where no image is left, it is text. Without any place all images stand before
 the first question.
 
 The system sentence is the first there is of: the caller's, the one that asks for a thought

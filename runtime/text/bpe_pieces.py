@@ -36,7 +36,7 @@ QWEN_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "None")
-FIRST, NEVER = "first", "never"  # when Metaspace puts a space in front of a run
+FIRST, NEVER = "first", "never"  # when Metaspace puts a space before a run
 
 
 class BpePieces:
@@ -99,7 +99,7 @@ class BpePieces:
         return [i for one in spelled for i in one]
 
     def opening(self, token: str) -> list[int]:
-        """Return the ids in front of a control token that a prompt begins with: none."""
+        """Return the ids before a control token that a prompt begins with: none."""
         return []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -190,7 +190,7 @@ def _begin(post_processor: Any, files: TokenFiles) -> list[int]:
 
 
 def _without_first(pre_tokenizer: Any) -> Any:
-    """Return pre-tokenizers in which none puts a space in front of the first run alone."""
+    """Return pre-tokenizers in which none puts a space before the first run alone."""
     if _type_of(pre_tokenizer) == "Sequence":
         inner = [_without_first(one) for one in pre_tokenizer.get("pretokenizers") or ()]
         return {**pre_tokenizer, "pretokenizers": inner}

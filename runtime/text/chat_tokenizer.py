@@ -63,7 +63,7 @@ class Pieces(Protocol):
         """Encode a run of text; ``is_first``: nothing stands before it."""
 
     def opening(self, token: str) -> list[int]:
-        """Return the ids in front of a control token that a prompt begins with."""
+        """Return the ids before a control token that a prompt begins with."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids of pieces; others decode to nothing."""

@@ -11,7 +11,7 @@ Where a text gets SentencePiece's own space in front:
     legacy       every run between two control tokens, where the model wants one at all
     not legacy   the first run of a prompt alone; white space at the start of a run is kept
 
-Of a tokenizer that is not legacy the original puts the space in front of everything, also where a
+Of a tokenizer that is not legacy the original puts the space before everything, also where a
 control token comes first: the prompt then begins with a lone ``▁``, unless that token has a role
 (``TokenFiles.named``).
 """
@@ -87,7 +87,7 @@ class SentencePieces:
         return self._ids(text, is_inside=text.startswith((SPACE, " ")))
 
     def opening(self, token: str) -> list[int]:
-        """Return the ids in front of a control token that a prompt begins with."""
+        """Return the ids before a control token that a prompt begins with."""
         if self._legacy or not self._add_space or token in self._roles:
             return []
         return self.encode("", is_first=True)

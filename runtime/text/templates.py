@@ -64,8 +64,8 @@ class Template:
     """The text around the turns of a conversation.
 
     The prompt is ``start``, the system sentence, ``after_system``, and for every turn ``user``, the
-    question, ``after_user``, ``assistant``, the answer, ``after_assistant``; it ends after the
-    last ``assistant``.
+    question, ``after_user``, ``assistant``, ``before_answer``, the answer, ``after_assistant``; it
+    ends after the last ``assistant``.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Template:
     user: str
     after_user: str
     assistant: str
+    before_answer: str = ""  # where there is one
     after_assistant: str
     stop: str  # the token that ends an answer
     image_start: str = "<img>"  # around the places of an image's tokens
@@ -119,6 +120,7 @@ TEMPLATES = {
             user="<human>: ",
             after_user=" ",
             assistant="<bot>:",
+            before_answer=" ",
             after_assistant="</s>",
             stop="</s>",
         ),
@@ -129,6 +131,7 @@ TEMPLATES = {
             user="USER: ",
             after_user=" ",
             assistant="ASSISTANT:",
+            before_answer=" ",
             after_assistant="</s>",
             stop="</s>",
             image_start="",
@@ -136,8 +139,6 @@ TEMPLATES = {
         ),
     )
 }
-# Where an answer follows ``role:``, a space stands between them.
-SPACED = ("internvl_zh", "vicuna_v1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +203,6 @@ def conversation(
             Piece(text=sentence, is_template=system is None, has_thoughts=True),
             Piece(text=template.after_system, is_template=True),
         ]
-    space = " " if template.name in SPACED else ""
     for turn in turns:
         # What is empty is written like what is yet to come: without an end.
         pieces += [
@@ -213,7 +213,7 @@ def conversation(
         ]
         if answer := turn.spelled_answer:
             pieces += [
-                Piece(text=space + answer, is_template=False, has_thoughts=True),
+                Piece(text=template.before_answer + answer, is_template=False, has_thoughts=True),
                 Piece(text=template.after_assistant, is_template=True),
             ]
     return [piece for piece in pieces if piece.text]

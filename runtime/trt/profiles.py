@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.errors import ArtifactError, FeedError
 from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.gpu.handles import Stream
@@ -143,7 +143,7 @@ def read_engine_spec(
     """Read what an engine says of itself, and compare it with what the manifest promises.
 
     Raises:
-        ArtifactError: other names or dtypes, or a tensor that lives on the host.
+        ArtifactError: other names or dtypes, or a tensor that is on the host.
     """
     trt, native = engine.trt, engine.native
     names = [native.get_tensor_name(index) for index in range(native.num_io_tensors)]

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError
 from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.gpu.device import Device
@@ -257,7 +257,7 @@ class Slot:
     def _passing(
         self, feeds: Mapping[str, Any], used_up: Sequence[DeviceArray], fetch: Sequence[str]
     ) -> tuple[_Call, Event]:
-        """Bind a call whose outputs live longer than it; also when they will be computed.
+        """Bind a call whose outputs last longer than it; also when they will be computed.
 
         What is written where it lies is the next call's too: its shapes and addresses come again.
         """

@@ -70,7 +70,7 @@ class VisionMean(nn.Module):
 def test_a_new_component_is_a_row_and_a_module(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    """It is forecast, traced, quantized, verified, opened and run, beside another or alone."""
+    """It is forecast, traced, quantized, verified, opened and run, next to another or alone."""
     monkeypatch.setitem(COMPONENTS, MADE_UP.name, MADE_UP)
     monkeypatch.setitem(MODULES, MADE_UP.name, VisionMean)
     checkpoint = write_internvl(tmp_path / "checkpoint").path

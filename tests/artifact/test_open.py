@@ -30,15 +30,14 @@ from support.artifacts import (
     write_artifact,
 )
 
-from internvl_edge.artifact.open import (
-    Artifact,
+from internvl_edge.artifact.manifest import (
     ComponentRecord,
     EngineRecord,
     FileRecord,
     Manifest,
     TensorSpec,
-    open_artifact,
 )
+from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.errors import ArtifactError, ResourceError, UsageError
 
 GOLDEN = """{

@@ -30,7 +30,8 @@ from support.artifacts import (
 )
 from support.paths import TESTS
 
-from internvl_edge.artifact.open import FileRecord, Manifest, open_artifact
+from internvl_edge.artifact.manifest import FileRecord, Manifest
+from internvl_edge.artifact.open import open_artifact
 from internvl_edge.artifact.publish import (
     os_errors,
     record,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge.artifact.census import Census
-from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.artifact.sidecar import (
     MAX_SIDECAR_NBYTES,
     EngineInfo,

@@ -234,7 +234,7 @@ class Killed(BaseException):
 
 @contextmanager
 def dying_after(steps: int) -> Iterator[list[tuple[Any, ...]]]:
-    """A run dies behind its so-many-th finished step; what it noted of each."""
+    """A run dies after its so-many-th finished step; what it noted of each."""
     finish, noted = Workspace.finish, list[tuple[Any, ...]]()
 
     def finish_some(self: Workspace, *args: Any) -> None:

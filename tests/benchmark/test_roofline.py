@@ -84,7 +84,7 @@ def test_the_graph_is_a_chain_of_products(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_the_graph_computes_what_it_says(kind: str) -> None:
-    """Beside the reference, and (float32) beside NumPy."""
+    """Compared with the reference, and (float32) with NumPy."""
     model, feeds = product_model(kind, 16), {"number": np.full((1, 1), 0.5, np.float32)}
     with open_graph_with("onnxruntime")(model) as session:
         found = session.run(feeds)["y"]

@@ -1,4 +1,4 @@
-"""Operations and bytes of graphs, beside counts made by hand and by another way."""
+"""Operations and bytes of graphs, compared with counts made by hand and by another way."""
 
 from __future__ import annotations
 

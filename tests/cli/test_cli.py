@@ -19,7 +19,8 @@ from PIL import Image
 from support.checkpoints import write_internvl, write_tokenizer, write_vit
 
 from internvl_edge import cli
-from internvl_edge.artifact.open import EngineRecord, open_artifact
+from internvl_edge.artifact.manifest import EngineRecord
+from internvl_edge.artifact.open import open_artifact
 from internvl_edge.artifact.sidecar import ShapeRanges
 from internvl_edge.benchmark.footprint import measure_footprint
 from internvl_edge.benchmark.limits import peaks
@@ -330,7 +331,7 @@ def test_benchmark(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_benchmark_of_the_whole_way(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From a picture and from arrays, beside another directory of the same checkpoint."""
+    """From a picture and from arrays, compared with another directory of the same checkpoint."""
     shutil.copytree(place / "out", tmp_path / "other")
     found = answer(
         capsys,

@@ -439,7 +439,7 @@ def test_a_fault_of_ours_says_how_to_see_where(
 # --- figures that cannot be trusted --------------------------------------------------------------
 
 
-def test_a_benchmark_beside_other_work(
+def test_a_benchmark_during_other_work(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (999.0, 1.0, 1.0))

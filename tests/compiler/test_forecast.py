@@ -1,4 +1,4 @@
-"""Forecasts beside what an export then writes."""
+"""Forecasts, compared with what an export then writes."""
 
 from __future__ import annotations
 

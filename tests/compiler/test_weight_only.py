@@ -118,7 +118,7 @@ def check_decoder(artifact: Artifact, tiny: Written) -> None:
 
 
 def test_rounding_kernels_stay_near_the_exact_ones(artifact: Artifact) -> None:
-    """ONNX Runtime's kernels may round x to int8; that is little beside the weights' rounding."""
+    """ONNX Runtime's kernels may round x to int8: little, compared with the weights' rounding."""
     rng = np.random.default_rng(0)
     path = artifact.onnx_path("text_embed")
     ids = rng.integers(3, 300, (2, 9))

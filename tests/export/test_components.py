@@ -238,7 +238,7 @@ def test_the_decoder_goes_on_from_any_cache(
     caches = input_names(COMPONENTS["decoder"], config)[3:]
     ids = np.random.default_rng(3).integers(3, 300, (2, 6))
     mask = np.ones((2, 6), np.int64)
-    mask[1, :2] = 0  # left padding, with nothing in front of it
+    mask[1, :2] = 0  # left padding, with nothing before it
     positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)
     empty = np.zeros((2, 3, 0, 16), np.float32)
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}

@@ -142,7 +142,7 @@ def test_what_needs_folding_is_refused_without(field: str) -> None:
         Recipe(name="mine", **{field: True})  # type: ignore[arg-type]
 
 
-def test_factors_behind_gelu_need_the_shift_beside_them() -> None:
+def test_factors_after_gelu_need_the_shift_too() -> None:
     with pytest.raises(InputError, match="recipe: shift must be true with spread"):
         Recipe(name="mine", fold=True, spread=True)
 

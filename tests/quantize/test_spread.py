@@ -1,4 +1,4 @@
-"""Outlier channels behind GELU: divided where that pays, and nothing in the graph elsewhere."""
+"""Outlier channels after GELU: divided where that pays, and nothing in the graph elsewhere."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_memory_does_not_grow_with_depth(measured: dict[Any, Any], step: str) ->
     assert ratio < 1.0, "allocators differ by some 0.3 GB from run to run"
 
 
-def test_memory_beside_the_model(measured: dict[Any, Any]) -> None:
+def test_memory_compared_with_the_model(measured: dict[Any, Any]) -> None:
     """ONNX Runtime's quantizer takes 6.6 times the bytes of these four layers in bfloat16."""
     ratio = measured["int8", DEPTHS[1]].peak_rss_nbytes / measured["size", DEPTHS[1]]
     assert ratio < 2.4

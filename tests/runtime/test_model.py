@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 from support.tiny_onnx import linear, open_directory
 
-from internvl_edge.artifact.open import Artifact, TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import (
     ArtifactError,
     HardwareError,

@@ -60,9 +60,9 @@ def test_a_run_costs_little_more_than_the_bare_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_runtime_adds_little_to_the_import_of_numpy() -> None:
-    """Some 45 ms beside NumPy's 50 on the machine of the figures; heavy packages take seconds.
+    """Some 45 ms where NumPy takes 50, on the machine of the figures; heavy packages take seconds.
 
-    Held against NumPy's own import in the same process, as a loaded machine slows down both.
+    Compared with NumPy's own import in the same process, as a loaded machine slows down both.
     """
     code = (
         "import time; start = time.process_time(); import numpy; middle = time.process_time(); "

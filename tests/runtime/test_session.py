@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.tiny_onnx import linear, open_directory, spec
 
 import internvl_edge
-from internvl_edge.artifact.open import EngineRecord, TensorSpec
+from internvl_edge.artifact.manifest import EngineRecord, TensorSpec
 from internvl_edge.errors import FeedError, HardwareError, MissingDependency, UsageError
 from internvl_edge.runtime import model as model_module
 from internvl_edge.runtime import session as sessions

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.artifact.open import (
+from internvl_edge.artifact.manifest import (
     ComponentRecord,
     EngineRecord,
     FileRecord,

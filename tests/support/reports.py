@@ -8,7 +8,7 @@ from typing import Any
 
 from support.artifacts import contents, manifest_of
 
-from internvl_edge.artifact.open import Manifest
+from internvl_edge.artifact.manifest import Manifest
 
 HOSTILE = '<script>alert("&")</script>'
 

@@ -11,7 +11,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.artifact.open import Artifact, ComponentRecord, FileRecord, Manifest, TensorSpec
+from internvl_edge.artifact.manifest import (
+    ComponentRecord,
+    FileRecord,
+    Manifest,
+    TensorSpec,
+)
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.types import Array
 
 FLOAT, INT64, BFLOAT16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BFLOAT16

@@ -59,17 +59,17 @@ def choose_safetensors(path: Path) -> Chosen:
     names = _listed(path, (".safetensors",))
     others = [name for name in names if name != WHOLE]
     if WHOLE in names:
-        notes = [*_beside(others), *_unread(path, others)]
+        notes = [*_left_out(others), *_unread(path, others)]
         return Chosen((path / WHOLE,), tuple(notes))
     if is_there(path / INDEX):  # one that leads nowhere is a broken download
         shards = _indexed(path / INDEX, ".safetensors", read_header)
         left = [name for name in others if name not in shards]
-        return Chosen(tuple(path / name for name in shards), tuple(_beside(left)))
+        return Chosen(tuple(path / name for name in shards), tuple(_left_out(left)))
     kept = [name for name in others if odd_file(name, LEFT_OUT) is None]
     if kept:
         _require_all_numbers(path, kept)
         left = [name for name in others if name not in kept]
-        return Chosen(tuple(path / name for name in kept), tuple(_beside(left)))
+        return Chosen(tuple(path / name for name in kept), tuple(_left_out(left)))
     raise CheckpointError(_without_weights(path, others))
 
 
@@ -84,9 +84,9 @@ def choose_pickles(path: Path) -> Chosen:
         inner = choose_pickles(path / PICKLE)
         note = f"{PICKLE} is a folder, as zero_to_fp32.py writes; its files are taken"
         left = [name for name in names if name != PICKLE]
-        return Chosen(inner.files, (note, *inner.notes, *_beside(left)))
+        return Chosen(inner.files, (note, *inner.notes, *_left_out(left)))
     if PICKLE in names:
-        return Chosen((path / PICKLE,), tuple(_beside(n for n in names if n != PICKLE)))
+        return Chosen((path / PICKLE,), tuple(_left_out(n for n in names if n != PICKLE)))
     index, shards = path / PICKLE_INDEX, list[str]()
     if is_there(index) and _says_shards(index):
         shards = _indexed(index, PICKLE_SUFFIXES, None)
@@ -96,7 +96,7 @@ def choose_pickles(path: Path) -> Chosen:
         raise CheckpointError(_without_pickles(path, names))
     _require_all_numbers(path, kept)
     left = [name for name in names if name not in kept]
-    return Chosen(tuple(path / name for name in kept), tuple(_beside(left)))
+    return Chosen(tuple(path / name for name in kept), tuple(_left_out(left)))
 
 
 def _listed(path: Path, suffixes: Sequence[str]) -> list[str]:
@@ -122,7 +122,7 @@ def _is_text(name: str) -> bool:
     return "\0" not in name
 
 
-def _beside(names: Iterable[str]) -> list[str]:
+def _left_out(names: Iterable[str]) -> list[str]:
     """Say what files are that lie next to the weights and are known not to be them."""
     return [
         f"{name} is left out: {oddity.what}; {oddity.remedy}"
@@ -137,9 +137,9 @@ def _unread(path: Path, others: Iterable[str]) -> list[str]:
     has_index = (path / INDEX).exists() and not _names_only(path / INDEX, WHOLE)
     if not shards and not has_index:
         return []
-    beside = [f"{len(shards)} other file(s) such as {shards[0]}"] if shards else []
-    beside += [INDEX] if has_index else []
-    return [f"{WHOLE} is taken, as transformers does, and not {' and '.join(beside)}"]
+    ignored = [f"{len(shards)} other file(s) such as {shards[0]}"] if shards else []
+    ignored += [INDEX] if has_index else []
+    return [f"{WHOLE} is taken, as transformers does, and not {' and '.join(ignored)}"]
 
 
 def _require_all_numbers(path: Path, names: Sequence[str]) -> None:

@@ -190,7 +190,7 @@ LEFT_OUT = (
     Oddity(
         what="the same weights in their authors' own format",
         markers=("consolidated*",),
-        remedy="nothing reads it beside the others",
+        remedy="nothing reads it where there are others",
     ),
     Oddity(
         what="averaged weights (EMA)",

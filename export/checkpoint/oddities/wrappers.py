@@ -118,7 +118,7 @@ def _hits(entries: Mapping[str, object], expected: Mapping[str, object]) -> int:
 
 
 def _beginnings(names: Iterable[str]) -> list[str]:
-    """List what stands in front of a model's own names, and every shorter beginning of it."""
+    """List what stands before a model's own names, and every shorter beginning of it."""
     found = {"": None}
     for name in names:
         if name.rpartition(".")[2] in ANCHORS:

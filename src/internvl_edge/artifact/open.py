@@ -30,8 +30,6 @@ from pathlib import Path
 from internvl_edge.artifact.manifest import (
     MANIFEST,
     MAX_NBYTES,
-    SCHEMA_VERSION,
-    ComponentRecord,
     EngineRecord,
     FileRecord,
     Manifest,
@@ -45,17 +43,7 @@ from internvl_edge.artifact.schema import check_schema
 from internvl_edge.errors import ArtifactError, UsageError, shortened
 from internvl_edge.files.disk import EXHAUSTED, FOLDER_FLAGS, open_regular, translated
 
-__all__ = [
-    "MANIFEST",
-    "SCHEMA_VERSION",
-    "Artifact",
-    "ComponentRecord",
-    "EngineRecord",
-    "FileRecord",
-    "Manifest",
-    "TensorSpec",
-    "open_artifact",
-]
+__all__ = ["Artifact", "open_artifact", "sha256"]
 
 CHECKPOINT_FILE = "config.json"  # of what is not compiled yet
 HASHING_THREADS = 2

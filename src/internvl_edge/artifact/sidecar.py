@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.artifact.census import Census
-from internvl_edge.artifact.open import Artifact, TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import ArtifactError, HardwareError, UsageError
 from internvl_edge.files.reading import parse_json, read_file
 

@@ -10,11 +10,10 @@ A journal line is written after what it speaks of was made durable, with the has
 last line that was cut short is dropped. What is taken up is hashed again: a disk that lost pages
 all the same, or a hand that changed something, is found, and then all of it is dropped. An engine
 has its hash in its sidecar. The directory is the user's own, and nobody else's to write to (0700);
-nothing in it is a link. Work under another key is never taken
-up: it is removed. The directory is locked while a run lives, so of two runs on one OUT the second
-is told at once. It goes when the run succeeds, or fails with nothing finished. A run that dies
-between publishing and that leaves in it the manifest of what it published, and the next one sees
-that it is done with.
+nothing in it is a link. Work under another key is never taken up: it is removed. The directory is
+locked while a run is at work, so of two runs on one OUT the second is told at once. It goes when
+the run succeeds, or fails with nothing finished. A run that dies between publishing and that leaves
+in it the manifest of what it published, and the next one sees that it is done with.
 """
 
 from __future__ import annotations

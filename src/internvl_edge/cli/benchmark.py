@@ -37,6 +37,7 @@ from internvl_edge.cli.options import (
 )
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.files.disk import write_atomically
+from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.session import require_device
 
 MAX_SECONDS = 86_400.0  # of one measurement
@@ -207,7 +208,6 @@ def benchmark(
     """
     _require_options_of(context, task)
     if task == "chat":
-        device = require_device(device)
         load = chat.ChatLoad(
             tiles=tiles,
             prompt_tokens=prompt,
@@ -216,27 +216,12 @@ def benchmark(
             slots=slots,
             seconds=seconds,
         )
-        if (warning := load_warning()) is not None:
-            output.say(warning)
         options = session_options(backend, threads, allow_slow=allow_slow)
-        chats = chat.run_chats(open_artifacts(outs), load, backend, device, options)
-        output.table(chat.COLUMNS, chat.rows_of(chats))
-        output.lines([chat.load_words(load)])
-        if markdown is not None:
-            write_atomically(markdown, chat.markdown(chats).encode())
-        output.result(chats.to_json())
+        _time_chats(output, outs, load, backend, require_device(device), options, markdown)
         return
     if isinstance(against, Path):
         outs, against = (*outs, against), None
-    if checkpoint is not None and against in (None, "openvino"):
-        raise UsageError(f"--checkpoint {checkpoint} requires --against pytorch or torch-compile")
-    if p99_ms is not None and scenario != "server":
-        raise UsageError(f"--p99 requires --scenario server (got --scenario {scenario})")
-    if streams is not None and scenario == SCENARIOS[0]:
-        raise UsageError(
-            f"--streams {streams}: --scenario {scenario} makes one call at a time; choose "
-            f"{', '.join(SCENARIOS[1:])}, or leave --streams out"
-        )
+    _require_together(against, checkpoint, scenario, streams, p99_ms)
     if forecast_gpu is None:
         device = require_device(device)
     artifacts = open_artifacts(outs)
@@ -258,9 +243,55 @@ def benchmark(
         has_memory=memory,
         has_roofline=roofline,
     )
-    if forecast_gpu is not None:
+    if forecast_gpu is None:
+        _time_components(output, settings, markdown, report)
+    else:
         _forecast(output, settings, forecast_gpu)
-        return
+
+
+def _require_together(
+    against: str | None,
+    checkpoint: Path | None,
+    scenario: str,
+    streams: int | None,
+    p99_ms: float | None,
+) -> None:
+    """Refuse options without those that they are about."""
+    if checkpoint is not None and against in (None, "openvino"):
+        raise UsageError(f"--checkpoint {checkpoint} requires --against pytorch or torch-compile")
+    if p99_ms is not None and scenario != "server":
+        raise UsageError(f"--p99 requires --scenario server (got --scenario {scenario})")
+    if streams is not None and scenario == SCENARIOS[0]:
+        raise UsageError(
+            f"--streams {streams}: --scenario {scenario} makes one call at a time; choose "
+            f"{', '.join(SCENARIOS[1:])}, or leave --streams out"
+        )
+
+
+def _time_chats(
+    output: Output,
+    outs: tuple[Path, ...],
+    load: chat.ChatLoad,
+    backend: str,
+    device: str,
+    options: OrtOptions | None,
+    markdown: Path | None,
+) -> None:
+    """Time conversations, and show them."""
+    if (warning := load_warning()) is not None:
+        output.say(warning)
+    chats = chat.run_chats(open_artifacts(outs), load, backend, device, options)
+    output.table(chat.COLUMNS, chat.rows_of(chats))
+    output.lines([chat.load_words(load)])
+    if markdown is not None:
+        write_atomically(markdown, chat.markdown(chats).encode())
+    output.result(chats.to_json())
+
+
+def _time_components(
+    output: Output, settings: Settings, markdown: Path | None, report: Path | None
+) -> None:
+    """Time every component, and show them."""
     if (warning := load_warning()) is not None:
         output.say(warning)
     measured = run_benchmark(settings)
@@ -268,12 +299,13 @@ def benchmark(
     if markdown is not None:
         write_atomically(markdown, table.markdown(measured).encode())
     if report is not None:
-        first = next(iter(artifacts.values()))
+        first = next(iter(settings.artifacts.values()))
         write_atomically(report, _report(first, measured).encode())
     output.result(measured.to_json())
 
 
 def _forecast(output: Output, settings: Settings, gpu: str) -> None:
+    """Estimate every component on a GPU that is not there, and show them."""
     from internvl_edge.benchmark.limits.forecast import COLUMNS, run_forecast
 
     rows = run_forecast(settings, gpu)

@@ -76,7 +76,7 @@ def chat(
 
     Of questions on stdin, one that fails is told and the next one asked; the exit code is that of
     the first failure. In a question, <image> is the place of an image, and <video> that of a
-    video's frames; without, they stand in front of the first one. An InternVL-G, as the bundled
+    video's frames; without, they stand before the first one. An InternVL-G, as the bundled
     demo, answers single questions about one image: what was said before is shown again with --json
     and not read by the model.
     """

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from internvl_edge.artifact.components import COMPONENTS
-from internvl_edge.artifact.open import CHECKPOINT_FILE, MANIFEST
+from internvl_edge.artifact.manifest import MANIFEST
+from internvl_edge.artifact.open import CHECKPOINT_FILE
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.inspect import (
     ENGINE_COLUMNS,

@@ -7,20 +7,14 @@ from typing import Any
 
 import click
 
-from internvl_edge.artifact.open import (
-    CHECKPOINT_FILE,
-    MANIFEST,
-    Artifact,
-    EngineRecord,
-    open_artifact,
-)
+from internvl_edge.artifact.manifest import MANIFEST, EngineRecord
+from internvl_edge.artifact.open import CHECKPOINT_FILE, Artifact, open_artifact
 from internvl_edge.artifact.sidecar import engine_info
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend
 from internvl_edge.errors import InputError, UsageError
-from internvl_edge.export import require_packages
 from internvl_edge.export.advice import advice_of
-from internvl_edge.files.packages import require
+from internvl_edge.files.packages import EXPORT, require
 from internvl_edge.files.reading import cache_hint
 
 FIGURES = ("cosine", "SQNR", "max |Δ|", "for engines")
@@ -71,7 +65,7 @@ def verify(
     if checkpoint is None and (calibration or min_sqnr is not None or max_drop is not None):
         raise UsageError("--calib, --min-sqnr and --max-drop are of a comparison; add --checkpoint")
     if checkpoint is not None:
-        require_packages()
+        require(*EXPORT)
         from internvl_edge import compiler
         from internvl_edge.demo.scenes import samples_of
 

@@ -1,4 +1,4 @@
-"""What a forked child must leave alone: threads stay behind in the parent, and locks stay taken.
+"""What a forked child must leave alone: threads stay in the parent, and locks stay taken.
 
 An object that waits for its threads when it is destroyed waits for ever in a child, which has none
 of them: when it is deleted, or at the child's exit. Such objects are never destroyed there, only
@@ -21,12 +21,12 @@ _actions: WeakKeyDictionary[Any, Callable[[Any], None]] = WeakKeyDictionary()
 
 
 def in_children(owner: T, action: Callable[[T], None]) -> None:
-    """Call ``action(owner)`` in every child that is forked while ``owner`` lives."""
+    """Call ``action(owner)`` in every child that is forked while there is ``owner``."""
     _actions[owner] = action
 
 
 def never_destroyed_in_children(native: Any) -> None:
-    """Keep an object that has threads for ever in every child that is forked while it lives."""
+    """Keep an object that has threads for ever in every child that is forked while it is there."""
     in_children(native, _keep_for_ever)
 
 

@@ -161,7 +161,7 @@ def test_an_export_has_one_and_lists_it(tmp_path: Path) -> None:
     assert sum(entry.stream == "image" for entry in found) == 2 * 4
     for entry in found:
         assert 0 < entry.clip <= entry.absmax * HEADROOM * 1.004  # as bfloat16 holds the scale
-        # behind GELU the middle of the range is not zero
+        # after GELU the middle of the range is not zero
         shift = entry.clip - entry.scale * 127
         assert shift == pytest.approx(0.0, abs=1e-5) or (
             "fc2" in entry.weight and 0 < shift < entry.clip

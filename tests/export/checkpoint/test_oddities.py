@@ -1,4 +1,4 @@
-"""What checkpoints are besides plain weights: each row of the tables is read, or named."""
+"""What checkpoints are other than plain weights: each row of the tables is read, or named."""
 
 from __future__ import annotations
 

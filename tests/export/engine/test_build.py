@@ -24,7 +24,7 @@ from support.gpu.fake_trt import (
 )
 
 from internvl_edge.artifact.census import Census
-from internvl_edge.artifact.open import EngineRecord, TensorSpec
+from internvl_edge.artifact.manifest import EngineRecord, TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, check_engine, read_engine_info
 from internvl_edge.errors import (
     ArtifactError,

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.disk import fill_disk
 
-from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges, check_engine, read_engine_info
 from internvl_edge.errors import BuildError, HardwareError, ResourceError
 from internvl_edge.export.engine import build, targets

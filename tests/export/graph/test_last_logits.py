@@ -72,7 +72,7 @@ def test_the_contract_does_not_name_the_input(out: Path) -> None:
         (np.array([1, 1]), "'logits_from': expected int64"),
         (np.array(1), "'logits_from': expected 1 dimensions"),
     ],
-    ids=["behind", "dtype", "two", "scalar"],
+    ids=["after", "dtype", "two", "scalar"],
 )
 def test_positions_that_cannot_be(out: Path, start: Array, message: str) -> None:
     with open_session(out, "decoder") as session, pytest.raises(FeedError, match=message):

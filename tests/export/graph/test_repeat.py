@@ -184,8 +184,8 @@ def an_output_of(index: int) -> Any:
     return change
 
 
-def read_behind(of: Any) -> Any:
-    """Something of a block is read behind the tower as well."""
+def read_after(of: Any) -> Any:
+    """Something of a block is read after the tower as well."""
 
     def change(blocks: list[list[ir.Node]]) -> None:
         graph: Any = blocks[0][0].graph
@@ -208,9 +208,9 @@ REFUSED = {
     "foreign node": a_foreign_node,
     "output of the block before": an_output_of(-2),
     "output of the first block": an_output_of(0),
-    "stream of the block before, behind": read_behind(lambda blocks: blocks[-2][-1].outputs[0]),
-    "stream of the first block, behind": read_behind(lambda blocks: blocks[0][-1].outputs[0]),
-    "parameter, behind": read_behind(lambda blocks: blocks[-1][0].inputs[1]),
+    "stream of the block before, after": read_after(lambda blocks: blocks[-2][-1].outputs[0]),
+    "stream of the first block, after": read_after(lambda blocks: blocks[0][-1].outputs[0]),
+    "parameter, after": read_after(lambda blocks: blocks[-1][0].inputs[1]),
     "no nodes": lambda blocks: [setattr(node, "name", f"x/{node.name}") for node in blocks[1]],
 }
 

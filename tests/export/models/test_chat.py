@@ -191,7 +191,7 @@ def test_llava_names_and_projector(tmp_path: Path) -> None:
         torch.testing.assert_close(model.encode_image(pixels), expected, atol=1e-5, rtol=0)
     key = "model.vision_tower.vision_tower.encoder.layers.0.attn.qkv.weight"
     torch.testing.assert_close(model.vision_model.encoder.layers[0].attn.qkv.weight, state[key])
-    # two of the three blocks: what select_layer -2 reads lies behind the second
+    # two of the three blocks: what select_layer -2 reads comes after the second
     assert len(model.vision_model.encoder.layers) == 2
 
 

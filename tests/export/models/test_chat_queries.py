@@ -1,4 +1,4 @@
-"""InternVL-Chat V1.0 with QLLaMA: query tokens in front of patches."""
+"""InternVL-Chat V1.0 with QLLaMA: query tokens before patches."""
 
 from __future__ import annotations
 
@@ -163,11 +163,11 @@ def test_calibration_sees_the_tokens_that_the_runtime_makes(
                 found = np.array(streams["chat"].hidden[0])
                 break
             for name, stream in streams.items():
-                behind = work.hidden(name)
+                after = work.hidden(name)
                 for x, context in zip(stream.hidden, stream.contexts, strict=True):
-                    behind.append(block.run(torch.from_numpy(x), context).detach().numpy())
+                    after.append(block.run(torch.from_numpy(x), context).detach().numpy())
                 stream.hidden.close()
-                stream.hidden = behind
+                stream.hidden = after
     assert found is not None
     expected = expected_tokens(written, samples.pixel_values[0]).numpy()
     np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=1e-4, rtol=0)

@@ -70,7 +70,7 @@ def test_operands_are_observed_with_the_query_scaled() -> None:
     with watching_attention({"a": core}) as observers:
         pass
     core(q, k, v)
-    assert not observers, "nothing is watched behind the context"
+    assert not observers, "nothing is watched after the context"
 
 
 def test_scales_are_found_among_others() -> None:
@@ -105,8 +105,8 @@ def test_both_graphs_have_four_pairs_per_block_and_no_attention_left(artifact: A
                 if name.startswith(stem) and name.endswith("/QuantizeLinear")
             }
             before = {f"{name}/Transpose/QuantizeLinear" for name in ("query", "key", "value")}
-            behind = "mixed/Reshape/QuantizeLinear"  # the projection's
-            assert pairs == before | {"softmax/Softmax/QuantizeLinear", behind}
+            after = "mixed/Reshape/QuantizeLinear"  # the projection's
+            assert pairs == before | {"softmax/Softmax/QuantizeLinear", after}
             scale = model.graph.initializers[f"{stem}.softmax/Softmax.scale"].const_value
             assert scale is not None
             assert scale.numpy() == np.float32(SOFTMAX_SCALE)

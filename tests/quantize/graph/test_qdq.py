@@ -34,7 +34,7 @@ WIDTH, OUT = 32, 48
 
 
 class Branches(nn.Module):
-    """A norm read by two linear layers, and a third behind an activation."""
+    """A norm read by two linear layers, and a third after an activation."""
 
     def __init__(self) -> None:
         super().__init__()

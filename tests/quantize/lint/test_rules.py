@@ -64,7 +64,7 @@ class Graph:
         return self.node("DequantizeLinear", *parts, axis=axis, **a)
 
     def linear(self, x: str, name: str = "w", features: int = WIDTH, dtype: Any = INT8) -> str:
-        """A bias behind a product of two pairs."""
+        """A bias after a product of two pairs."""
         product = self.node("MatMul", x, self.weight(name, WIDTH, features, dtype=dtype))
         return self.node("Add", product, self.constant(f"{name}.bias", np.zeros(features, "f4")))
 
@@ -375,8 +375,8 @@ def test_a_graph_that_breaks_one_rule(rule: str, tmp_path: Path) -> None:
     path = g.save(tmp_path / "m.onnx", BREAK[rule](g))
     findings = lint(path, "sm86" if rule == "fp8-target" else None)
     is_fp8 = any(c.dtype == FP8 for c in g.constants.values())
-    beside = {"fp8-hardware"} if is_fp8 and rule != "fp8-target" else set()
-    assert {found.rule for found in findings} == {rule} | beside
+    others = {"fp8-hardware"} if is_fp8 and rule != "fp8-target" else set()
+    assert {found.rule for found in findings} == {rule} | others
     (found, *_) = [f for f in findings if f.rule == rule]
     assert found.found
     assert found.node
@@ -431,7 +431,7 @@ def test_scales_of_a_tensor(shape: tuple[int, ...], tmp_path: Path) -> None:
 
 
 def tower(g: Graph, name: str, *paired: bool) -> str:
-    """Linear layers, one behind the other, with a pair on their inputs or without."""
+    """Linear layers, one after the other, with a pair on their inputs or without."""
     y = "x"
     for i, has_pair in enumerate(paired):
         y = g.linear(g.norm(y) if not has_pair else g.pair(g.norm(y)), f"{name}.{i}.fc.weight")

@@ -1,4 +1,4 @@
-"""GPTQ beside a naive reference, what it may never do, and whole exports that round by it."""
+"""GPTQ and a naive reference, what it may never do, and whole exports that round by it."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_products_of_parts_and_of_rows_that_were_changed() -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_weight_as_it_is_stored(fmt: str) -> None:
-    """Scales stay those of rounding to nearest; what is lost beside the weight is told."""
+    """Scales stay those of rounding to nearest; what is lost compared with the weight is told."""
     settings = {"weights": fmt, "activations": None if fmt == "int4" else fmt, "block_size": BLOCK}
     recipe = Recipe(name="r", **settings)  # type: ignore[arg-type]
     x, w = inputs(300, 48), weights(32, 48)

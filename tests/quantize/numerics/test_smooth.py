@@ -119,7 +119,7 @@ def test_types_are_kept_and_only_weights_are_changed() -> None:
 
 
 def int8_sqnr(x: Array, gain: Array, weights: list[Array], alpha: float | None) -> float:
-    """The output error of linear layers behind an RMSNorm, W8A8 at the maximum."""
+    """The output error of linear layers after an RMSNorm, W8A8 at the maximum."""
     exact = np.concatenate([norm(x, gain, None) @ w.T for w in weights], axis=-1)
     if alpha is not None:
         peaks = np.abs(norm(x, gain, None)).max(axis=0)

@@ -1,4 +1,4 @@
-"""A decoder whose cache is written in place, beside one whose cache grows."""
+"""A decoder whose cache is written in place, compared with one whose cache grows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ROOM = 40  # positions of the tiny models' caches here
 def test_masks_and_caches_are_those_that_grow(
     past: int, length: int, spare: int, seed: int
 ) -> None:
-    """Whatever lies behind the new positions, in the cache and in its mask."""
+    """Whatever lies after the new positions, in the cache and in its mask."""
     rng = np.random.default_rng(seed)
     rows, used = 3, past + length
     mask = torch.from_numpy(rng.integers(0, 2, (rows, used)))

@@ -63,7 +63,7 @@ def test_greedy_is_the_originals(original: Any, begin: Any, name: str, how: Any)
     cache = compiled.cache(ref["in.pixel_values"])
     decoding = begin(compiled.decoder, cache)
     found = generate(decoding, Prompt(rows=rows, past=8), Generation(**how))
-    np.testing.assert_array_equal(found, ref[f"gen.{name}"][:, 1:])  # behind the leading BOS
+    np.testing.assert_array_equal(found, ref[f"gen.{name}"][:, 1:])  # after the leading BOS
 
 
 @pytest.mark.parametrize("begin", [start, on_host])

@@ -521,7 +521,7 @@ def test_chat_from_the_shell(
     assert run([*command, "--stream"]) == 0
     lines = capsys.readouterr().out.split("\n")
     assert lines[:2] == [turn["answer"] for turn in turns]
-    assert lines[2] == lines[0], "nothing is remembered behind /clear"
+    assert lines[2] == lines[0], "nothing is remembered after /clear"
     assert not any(lines[3:])
 
 

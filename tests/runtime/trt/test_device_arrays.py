@@ -80,7 +80,7 @@ def test_an_output_of_one_run_is_an_input_of_the_next(bench: Bench) -> None:
 
 
 def test_arrays_live_until_the_gpu_is_done_with_them(bench: Bench) -> None:
-    """The caller drops them at once; runs queue up behind, and nothing is waited for."""
+    """The caller drops them at once; runs queue up after them, and nothing is waited for."""
     calls = [feeds_of(2, 3, seed) for seed in range(6)]
     with bench.open() as session, session.lease() as slot:
         for feeds in calls:

@@ -190,7 +190,7 @@ def write_llava_queries(path: Path, *, seed: int = 0, depth: int = 3) -> Written
     Args:
         path: the directory.
         seed: of the weights.
-        depth: of QLLaMA; the vision tower has three blocks, patches are read behind the second.
+        depth: of QLLaMA; the vision tower has three blocks, patches are read after the second.
     """
     plain = write_llava(path, seed=seed)
     raw = json.loads((path / "config.json").read_text())

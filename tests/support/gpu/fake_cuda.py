@@ -1,6 +1,6 @@
 """A stand-in for ``cuda.bindings.runtime``: a GPU of bytes, whose streams run late.
 
-Nothing queued in a stream happens before that stream, or an event recorded behind it, is
+Nothing queued in a stream happens before that stream, or an event recorded after it, is
 synchronised; copies read their source then, not when they were queued. So a missing wait, a
 staging buffer written too early or freed too soon gives wrong results or fails, as on a GPU.
 Memory has bounds: touching any other address is the sticky error 700.

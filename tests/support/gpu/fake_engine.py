@@ -24,7 +24,7 @@ import numpy as np
 from support.gpu.fake_cuda import FakeCuda, Fault
 from support.gpu.fake_trt import DataType, FakeTrt, Severity, _Base
 
-from internvl_edge.artifact.open import TensorSpec
+from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.types import Array
 
 Mode = enum.Enum("Mode", "INPUT OUTPUT")

@@ -13,7 +13,8 @@ from support.artifacts import file_record, manifest_of
 from support.gpu.fake_cuda import FakeCuda
 from support.gpu.fake_engine import KEY, LINEAR, Computation, FakeRuntimeTrt, expected
 
-from internvl_edge.artifact.open import Artifact, ComponentRecord, EngineRecord
+from internvl_edge.artifact.manifest import ComponentRecord, EngineRecord
+from internvl_edge.artifact.open import Artifact
 from internvl_edge.artifact.sidecar import EngineInfo, ShapeRanges
 from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import DeviceDecoding, HostDecoding, empty_cache, start

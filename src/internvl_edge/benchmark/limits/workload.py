@@ -269,7 +269,7 @@ def _attention(graph: Graph, node: onnx.NodeProto) -> int:
     else:  # (B, H, T, d)
         batch, heads, queries, keys = *query[:3], key[2]
         channels = query[3] + value[3]
-    if len(node.input) > 4 and node.input[4]:  # a cache stands in front of the keys
+    if len(node.input) > 4 and node.input[4]:  # a cache comes before the keys
         keys += graph.shape(node.input[4])[2]
     return 2 * batch * heads * queries * keys * channels
 

@@ -176,7 +176,7 @@ class Checker:
             for figures, (path, base) in zip(compared, graphs.items(), strict=True):
                 figures.append(self._compare(component, part, path, precision, base, expected))
             if fused is not None:
-                self._require_fused(component, part, next(iter(graphs)), fused, expected)
+                self._require_cuda_graph(component, part, next(iter(graphs)), fused, expected)
         blocks = self.reference.blocks(component)
         worst = (min(of_one, key=lambda f: float(f["sqnr_db"])) for of_one in compared)
         more: dict[str, Any] = {"blocks": blocks} if blocks else {}
@@ -242,7 +242,7 @@ class Checker:
         figures["simulated_sqnr_db"] = min(f.sqnr_db for f in rounded.values())
         return figures
 
-    def _require_fused(
+    def _require_cuda_graph(
         self, component: str, part: Part, path: Path, fused: Path, expected: Expected
     ) -> None:
         """Compare the graph for CUDA with the published one, or a block of both, in float32.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from internvl_edge.artifact.components import CHAT_DECODER, IMAGE_EMBED
-from internvl_edge.artifact.open import Manifest
+from internvl_edge.artifact.manifest import Manifest
 
 
 def readme(manifest: Manifest) -> str:

@@ -52,7 +52,7 @@ def health(service: Service, _: Request) -> Response:
 
 
 def live(_: Service, __: Request) -> Response:
-    """Say that the process lives."""
+    """Say that the process runs."""
     return json_response({"status": "live"})
 
 

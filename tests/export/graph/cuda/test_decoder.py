@@ -1,4 +1,4 @@
-"""Decoders in ONNX Runtime's own operators, beside the published graphs, on the CPU provider."""
+"""Decoders in ONNX Runtime's operators, compared with the published graphs on the CPU."""
 
 from __future__ import annotations
 
