@@ -11,11 +11,8 @@ takes them back as inputs: a decoder's cache never crosses to the host.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,18 +25,10 @@ except ImportError as error:
 
     raise MissingDependency.of("onnxruntime", "ort") from error
 
-from internvl_edge.artifact.components import cuda_graph, find_component, unsigned_graph
 from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.artifact.pins import Watch
-from internvl_edge.errors import (
-    ArtifactError,
-    FeedError,
-    HardwareError,
-    InternVLError,
-    ResourceError,
-    UsageError,
-)
+from internvl_edge.errors import InternVLError, UsageError
 from internvl_edge.files.forks import never_destroyed_in_children
 from internvl_edge.runtime.feeds import (
     LOGITS_FROM,
@@ -48,17 +37,13 @@ from internvl_edge.runtime.feeds import (
     check_feeds,
     check_outputs,
 )
-from internvl_edge.runtime.ort.cpu import products_saturate
+from internvl_edge.runtime.ort.choice import choose_graph
 from internvl_edge.runtime.ort.cuda_graphs import Replays
+from internvl_edge.runtime.ort.failures import run_error
+from internvl_edge.runtime.ort.opening import Graph, open_native
 from internvl_edge.runtime.ort.options import (
-    CPU,
-    CUDA,
     OrtOptions,
     captures,
-    choose_providers,
-    load_gpu_libraries,
-    names_of,
-    native_options,
     place_of,
 )
 from internvl_edge.runtime.ort.rows import FIRST, OrtRows
@@ -67,35 +52,12 @@ from internvl_edge.runtime.ort.values import (
     BFLOAT16,
     array_of,
     described,
+    is_numpy,
     is_value,
     spec_of,
     value_of,
 )
 from internvl_edge.types import Array
-
-OUT_OF_MEMORY = re.compile(
-    r"alloc.*(fail|memory)|fail.*to allocate|bad_alloc|out of memory|std::length_error",
-    re.IGNORECASE,
-)
-# Moving a float16 Q/DQ pair over a Transpose, they make the new one float32, and loading fails.
-# The latter pay where graphs are float32, which is wherever they run for their own sake.
-QDQ_PROPAGATION = "QDQPropagationTransformer"
-TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
-# An unsigned graph shifts its weights from int8 to uint8 by a node of its own. Folded at opening,
-# they are copied twice, and products of one row are 8 times as fast; unfolded, they stay in the
-# file's pages. So small components fold, and decoders; a tower of billions has to fit.
-CONSTANT_FOLDING = "ConstantFolding"
-MAX_FOLDED_NBYTES = 100_000_000
-FILES_IN_MEMORY = "add_external_initializers_from_files_in_memory"
-EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-# In what it says of a graph with kernels on the host between those on the GPU.
-CAPTURE = "graph capture"
-# Releases up to 1.31 make INT8 products of FP8 ones, and refuse them; unfused, weights stay FP8.
-QDQ_FUSION = "QDQSelectorActionTransformer"
-FP8_FUSED = re.compile(r"float8e4m3fn.*MatMulIntegerToFloat", re.DOTALL)
-# In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
-ROUNDING = b"QuantizeLinear"
-NO_KERNEL = re.compile(r"implementation for (\w+).* node with name '([^']*)'")
 
 
 class OrtSession:
@@ -127,80 +89,24 @@ class OrtSession:
         options: OrtOptions = OrtOptions(),
         pads: bool = True,
     ) -> None:
-        self._path, session, self.pads = Path(path), None, pads
-        self._folder = self._path.parent if folder is None else folder
-        self._watch = watch
-        while session is None:
-            try:
-                session = self._native(graph, device, options)
-            except _Again as other:  # outside of it, nothing holds what was opened
-                options = other.options
+        self._path, self.pads = Path(path), pads
+        folder = self._path.parent if folder is None else folder
+        given = Graph(path=self._path, folder=folder, data=graph, watch=watch)
+        session, providers = open_native(given, device, options)
         self._session: Any = session
         never_destroyed_in_children(session)
-        if options.copy:
-            self._watch = None  # nothing is mapped
+        self._watch = None if options.copy else watch  # where nothing is mapped
         self._process = os.getpid()
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
         self._optional = {v.name: spec_of(v) for v in session.get_overridable_initializers()}
         self._names = list(self._outputs)
         self.largest: Mapping[str, int] = {}  # nothing bounds a graph
-        self._place = place_of(self._providers)
-        self._is_numpy = _is_numpy(session)
-        is_in_place, has_graphs = WRITE_INDICES in self._inputs, captures(self._providers)
+        self._place = place_of(providers)
+        self._is_numpy = is_numpy(session)
+        is_in_place, has_graphs = WRITE_INDICES in self._inputs, captures(providers)
         self._replays = Replays(session, self._place) if has_graphs and not is_in_place else None
         self._steps = Steps(session, self._place) if has_graphs and is_in_place else None
-
-    def _native(self, graph: bytes | None, device: str, options: OrtOptions) -> Any:
-        """Open ONNX Runtime's session; raise _Again where it takes other options."""
-        self._providers = choose_providers(device, options)
-        missing = load_gpu_libraries() if self._providers != [CPU] else ""
-        native = native_options(options)
-        if graph is not None:
-            native.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self._folder))
-        maps = self._copy_weights(native) if options.copy else []
-        try:
-            session = onnxruntime.InferenceSession(
-                str(self._folder / self._path.name) if graph is None else graph,
-                native,
-                providers=self._providers,
-                disabled_optimizers=[
-                    QDQ_PROPAGATION,
-                    *(TRANSPOSES if options.exact else ()),
-                    *((CONSTANT_FOLDING,) if options.fold is False else ()),
-                    *(() if options.qdq else (QDQ_FUSION,)),
-                ],
-            )
-        except Exception as error:
-            if CAPTURE in str(error) and options.graphs:
-                raise _Again(replace(options, graphs=False)) from None
-            if FP8_FUSED.search(str(error)) and options.qdq:
-                raise _Again(replace(options, qdq=False)) from None
-            raise self._load_error(error) from error
-        del maps  # which ONNX Runtime copies from until the session is there
-        if len(session.get_providers()) < len(self._providers):  # it falls back without an error
-            raise HardwareError(
-                f"device {device!r}: ONNX Runtime could not start its GPU provider; its CUDA and "
-                'cuDNN libraries are missing or do not fit; run: pip install "internvl-edge'
-                f"[ort-gpu]\", or use device 'cpu'{missing and f' ({missing})'}"
-            )
-        names = {value.name for value in session.get_inputs()}
-        if captures(self._providers) and not _is_numpy(session) and WRITE_INDICES not in names:
-            # bfloat16 is not written to the memory that a graph reads
-            raise _Again(replace(options, graphs=False))
-        return session
-
-    def _copy_weights(self, native: Any) -> list[mmap]:
-        """Have ONNX Runtime copy external data from memory instead of mapping its files."""
-        if self._watch is None or not hasattr(native, FILES_IN_MEMORY):
-            raise UsageError(
-                "OrtOptions(copy=True): expected a component of a compiled directory, see "
-                f"open_session, and ONNX Runtime 1.26 or later, found {onnxruntime.__version__}"
-            )
-        files = self._watch.files
-        maps = [mmap(file.fileno(), 0, access=ACCESS_READ) for file in files.values()]
-        getattr(native, FILES_IN_MEMORY)([*files], maps, [len(one) for one in maps])
-        return maps
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -236,7 +142,7 @@ class OrtSession:
                 return replays.run(names, arrays)
             results = dict(zip(names, session.run(names, arrays), strict=True))
         except Exception as error:
-            raise self._run_error(error) from error
+            raise run_error(error, self._path) from error
         if watch is not None:
             watch.require_unchanged()
         return results
@@ -290,7 +196,7 @@ class OrtSession:
         except InternVLError:
             raise
         except Exception as error:
-            raise self._run_error(error) from error
+            raise run_error(error, self._path) from error
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
@@ -378,7 +284,7 @@ class OrtSession:
         except InternVLError:
             raise
         except Exception as error:
-            raise self._run_error(error) from error
+            raise run_error(error, self._path) from error
         if watch is not None:
             watch.require_unchanged()
 
@@ -411,37 +317,6 @@ class OrtSession:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _load_error(self, error: Exception) -> InternVLError:
-        message = _message(error).replace(f"{self._folder}/", f"{self._path.parent}/")
-        missing = NO_KERNEL.search(message)
-        if missing:
-            where = "CUDA" if CUDA in names_of(self._providers) else "CPU"
-            return HardwareError(
-                f"{self._path}: ONNX Runtime {onnxruntime.__version__} has no {where} kernel for "
-                f"{missing[1]} of node {missing[2]!r} in its dtype; bfloat16 needs a GPU, "
-                "export at fp32, fp16, int8 or fp8 to run there"
-            )
-        if _is_memory(error, message):
-            return ResourceError(f"not enough memory to open {self._path}: {message}")
-        return ArtifactError(f"ONNX Runtime cannot open {self._path}: {message}")
-
-    def _run_error(self, error: Exception) -> InternVLError:
-        message = _message(error)
-        if _is_memory(error, message):
-            return ResourceError(
-                f"not enough memory to run {self._path.name}: {message}; use a smaller batch"
-            )
-        if type(error).__name__ == "InvalidArgument":  # such as an id outside the vocabulary
-            return FeedError(f"{self._path.name} cannot run on these values: {message}")
-        return InternVLError(f"ONNX Runtime failed to run {self._path}: {message}")
-
-
-class _Again(Exception):
-    """ONNX Runtime refuses a graph that it takes with these options."""
-
-    def __init__(self, options: OrtOptions) -> None:
-        self.options = options
 
 
 class _Held(list[Any]):
@@ -483,58 +358,13 @@ def open_component(
     """
     if not isinstance(options, OrtOptions):
         raise UsageError(f"{backend}: expected OrtOptions, found {type(options).__name__}")
-    path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
-    files, fused = artifact.manifest.files, cuda_graph(component)
-    known = find_component(component)
-    is_cpu, is_fused = choose_providers(device, options) == [CPU], False
-    if not is_cpu and options.gpu_provider == "cuda":
-        if not options.allow_slow:
-            _require_fast(path, artifact.manifest.precision, component)
-        is_fused = options.contrib and fused in files
-        path = artifact.file(fused) if is_fused else path
-    # ONNX Runtime computes the masks of texts on the host, between kernels, and the shapes of a
-    # cache that grows change: CUDA graphs are made of what sees images alone, and of decoders
-    # without a mask.
-    pads = not (is_fused and known.takes_cache)
-    if not known.is_vision and pads:
-        options = replace(options, graphs=False)
-    if is_cpu and unsigned in files and products_saturate():
-        path = artifact.file(unsigned)
-        is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
-        if options.fold is None and is_large and not known.takes_cache:
-            options = replace(options, fold=False)
-    with artifact.held(path.name) as (folder, watch):
+    chosen = choose_graph(artifact, component, device, options)
+    with artifact.held(chosen.path.name) as (folder, watch):
         return OrtSession(
-            path, folder=folder, watch=watch, device=device, options=options, pads=pads
+            chosen.path,
+            folder=folder,
+            watch=watch,
+            device=device,
+            options=chosen.options,
+            pads=chosen.pads,
         )
-
-
-def _require_fast(path: Path, precision: str, component: str) -> None:
-    """Refuse 8-bit products, which ONNX Runtime's CUDA provider has not: it dequantizes weights.
-
-    Raises:
-        HardwareError: the graph rounds activations.
-    """
-    if ROUNDING in path.read_bytes():
-        raise HardwareError(
-            f"{path}: {component} multiplies in 8 bits ({precision}), and ONNX Runtime's CUDA "
-            "provider would dequantize all of its weights in every call, slower than bf16; on a "
-            "GPU, export at --precision bf16, or build an engine, internvl-edge build, for "
-            "8 bits; --allow-slow, OrtOptions(allow_slow=True), runs it all the same"
-        )
-
-
-def _is_numpy(session: Any) -> bool:
-    """Tell whether NumPy has a type for all that it takes and gives."""
-    values = (*session.get_inputs(), *session.get_outputs())
-    return all(spec_of(value).dtype != BFLOAT16 for value in values)
-
-
-def _message(error: Exception) -> str:
-    """Return ONNX Runtime's own words, on one line and without its prefix."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
-    return " ".join(text.split()) or type(error).__name__
-
-
-def _is_memory(error: Exception, message: str) -> bool:
-    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(message) is not None

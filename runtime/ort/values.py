@@ -25,6 +25,7 @@ __all__ = [
     "array_of",
     "copied",
     "described",
+    "is_numpy",
     "is_value",
     "spec_of",
     "value_like",
@@ -104,3 +105,9 @@ def _dtype(kind: str) -> str:
     inner = re.fullmatch(r"tensor\((\w+)\)", kind)
     name = inner[1] if inner else kind
     return NUMPY_NAMES.get(name, name)
+
+
+def is_numpy(session: Any) -> bool:
+    """Tell whether NumPy has a type for all that ONNX Runtime's session takes and gives."""
+    values = (*session.get_inputs(), *session.get_outputs())
+    return all(spec_of(value).dtype != BFLOAT16 for value in values)

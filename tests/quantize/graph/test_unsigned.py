@@ -17,7 +17,7 @@ from support.artifacts import MODEL, contents, write_artifact
 from internvl_edge.artifact.components import COMPONENTS, unsigned_graph
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
-from internvl_edge.runtime.ort import cpu
+from internvl_edge.runtime.ort import choice, cpu
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession, open_component
@@ -123,7 +123,7 @@ def test_a_cpu_opens_the_graph_it_needs(
 ) -> None:
     out = tmp_path / "out"
     write_artifact(out, contents() | ({unsigned_graph("vision"): MODEL} if has_graph else {}))
-    monkeypatch.setattr(sessions, "products_saturate", lambda: saturates)
+    monkeypatch.setattr(choice, "products_saturate", lambda: saturates)
     opened: list[str] = []
     monkeypatch.setattr(sessions, "OrtSession", lambda path, **_: opened.append(path.name))
     open_component(open_artifact(out), "vision", device="cpu")
@@ -146,8 +146,8 @@ def test_weights_of_a_large_component_are_not_copied(
     write_artifact(out, contents() | {unsigned_graph("vision"): MODEL})
     artifact = open_artifact(out)
     nbytes = artifact.manifest.components["vision"].nbytes
-    monkeypatch.setattr(sessions, "MAX_FOLDED_NBYTES", nbytes - 1 if is_large else nbytes)
-    monkeypatch.setattr(sessions, "products_saturate", lambda: True)
+    monkeypatch.setattr(choice, "MAX_FOLDED_NBYTES", nbytes - 1 if is_large else nbytes)
+    monkeypatch.setattr(choice, "products_saturate", lambda: True)
     opened: list[OrtOptions] = []
     monkeypatch.setattr(sessions, "OrtSession", lambda _, options, **__: opened.append(options))
     open_component(artifact, "vision", device="cpu", options=OrtOptions(fold=fold))

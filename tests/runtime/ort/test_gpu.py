@@ -17,7 +17,7 @@ from onnx import helper
 from support.tiny_onnx import BFLOAT16, FLOAT, linear, open_directory, write_onnx
 
 from internvl_edge.errors import HardwareError, ResourceError, UsageError
-from internvl_edge.runtime.ort import cuda_graphs
+from internvl_edge.runtime.ort import cuda_graphs, opening
 from internvl_edge.runtime.ort import options as ortoptions
 from internvl_edge.runtime.ort import session as ort
 from internvl_edge.runtime.ort.cuda_graphs import GRAPH_ID, Replays
@@ -87,7 +87,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, native: Native) -> Native:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(ortoptions, "gpu_count", lambda: 1)
     monkeypatch.setattr(ort, "place_of", lambda providers: PLACE)
-    monkeypatch.setattr(ort, "load_gpu_libraries", lambda: "")
+    monkeypatch.setattr(opening, "load_gpu_libraries", lambda: "")
     monkeypatch.setattr(onnxruntime, "InferenceSession", native.open)
     return native
 

@@ -23,8 +23,8 @@ from internvl_edge.errors import (
     ResourceError,
     UsageError,
 )
+from internvl_edge.runtime.ort import opening
 from internvl_edge.runtime.ort import options as ortoptions
-from internvl_edge.runtime.ort import session as ort
 from internvl_edge.runtime.ort.options import CPU, CUDA, OrtOptions, choose_providers
 from internvl_edge.runtime.ort.session import OrtSession, open_component
 from internvl_edge.types import Array
@@ -285,7 +285,7 @@ def test_a_provider_that_does_not_start_is_an_error(
     opened = onnxruntime.InferenceSession(
         linear(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"]
     )
-    monkeypatch.setattr(ort, "choose_providers", lambda device, name: [CUDA, CPU])
+    monkeypatch.setattr(opening, "choose_providers", lambda device, name: [CUDA, CPU])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened)
     with pytest.raises(HardwareError, match="could not start its GPU provider"):
         OrtSession(tmp_path / "g.onnx", device="cuda")

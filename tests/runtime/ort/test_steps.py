@@ -21,6 +21,7 @@ from internvl_edge.compiler import ExportOptions
 from internvl_edge.runtime.generation.batch import Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
 from internvl_edge.runtime.generation.loop import generate
+from internvl_edge.runtime.ort import choice
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import CPU, OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
@@ -165,7 +166,7 @@ def test_a_gpu_opens_it_where_contrib_is_on(out: Path, monkeypatch: pytest.Monke
         return [CPU] if device == "cpu" else [("CUDAExecutionProvider", {}), CPU]
 
     monkeypatch.setattr(sessions, "OrtSession", note)
-    monkeypatch.setattr(sessions, "choose_providers", providers)
+    monkeypatch.setattr(choice, "choose_providers", providers)
     artifact = open_artifact(out)
     for device, contrib in (("cpu", True), ("cuda", True), ("cuda", False)):
         sessions.open_component(artifact, "decoder", device, options=OrtOptions(contrib=contrib))

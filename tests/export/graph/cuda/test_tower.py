@@ -20,6 +20,7 @@ from internvl_edge.compiler.steps import graphs
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.config.checkpoint import VisionConfig
 from internvl_edge.export.graph.cuda.tower import take_cuda_form
+from internvl_edge.runtime.ort import choice
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import CPU, OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession, open_component
@@ -251,7 +252,7 @@ def test_only_the_cuda_provider_opens_it(
     expected: str,
 ) -> None:
     providers = [CPU] if device == "cpu" else [("CUDAExecutionProvider", {}), CPU]
-    monkeypatch.setattr(sessions, "choose_providers", lambda *_: providers)
+    monkeypatch.setattr(choice, "choose_providers", lambda *_: providers)
     opened: list[str] = []
     monkeypatch.setattr(sessions, "OrtSession", lambda path, **_: opened.append(path.name))
     open_component(open_artifact(vits["6b"]), "vision", device=device, options=options)
@@ -265,7 +266,7 @@ def test_a_directory_without_it_still_opens(
     manifest = artifact.manifest
     files = {name: file for name, file in manifest.files.items() if ".cuda." not in name}
     monkeypatch.setattr(type(artifact), "manifest", replace(manifest, files=files), raising=False)
-    monkeypatch.setattr(sessions, "choose_providers", lambda *_: [("CUDAExecutionProvider", {})])
+    monkeypatch.setattr(choice, "choose_providers", lambda *_: [("CUDAExecutionProvider", {})])
     opened: list[str] = []
     monkeypatch.setattr(sessions, "OrtSession", lambda path, **_: opened.append(path.name))
     open_component(artifact, "vision", device="cuda")

@@ -1,0 +1,75 @@
+"""Which graph of a component is opened, and with which options, where it has several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from internvl_edge.artifact.components import cuda_graph, find_component, unsigned_graph
+from internvl_edge.artifact.open import Artifact
+from internvl_edge.errors import HardwareError
+from internvl_edge.runtime.ort.cpu import products_saturate
+from internvl_edge.runtime.ort.options import CPU, OrtOptions, choose_providers
+
+__all__ = ["Choice", "choose_graph"]
+
+# An unsigned graph shifts its weights from int8 to uint8 by a node of its own. Folded at opening,
+# they are copied twice, and products of one row are 8 times as fast; unfolded, they stay in the
+# file's pages. So small components fold, and decoders; a tower of billions has to fit.
+MAX_FOLDED_NBYTES = 100_000_000
+# In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
+ROUNDING = b"QuantizeLinear"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A graph of a compiled directory, and how it is opened."""
+
+    path: Path
+    options: OrtOptions
+    pads: bool  # see ``DecoderSession.pads``
+
+
+def choose_graph(artifact: Artifact, component: str, device: str, options: OrtOptions) -> Choice:
+    """Choose the graph of a component for a device.
+
+    Raises:
+        UsageError: the directory has no such component.
+        HardwareError: the device is not there, or would run the graph slower than another.
+    """
+    path, unsigned = artifact.onnx_path(component), unsigned_graph(component)
+    files, fused = artifact.manifest.files, cuda_graph(component)
+    known = find_component(component)
+    is_cpu, is_fused = choose_providers(device, options) == [CPU], False
+    if not is_cpu and options.gpu_provider == "cuda":
+        if not options.allow_slow:
+            _require_fast(path, artifact.manifest.precision, component)
+        is_fused = options.contrib and fused in files
+        path = artifact.file(fused) if is_fused else path
+    # ONNX Runtime computes the masks of texts on the host, between kernels, and the shapes of a
+    # cache that grows change: CUDA graphs are made of what sees images alone, and of decoders
+    # without a mask.
+    pads = not (is_fused and known.takes_cache)
+    if not known.is_vision and pads:
+        options = replace(options, graphs=False)
+    if is_cpu and unsigned in files and products_saturate():
+        path = artifact.file(unsigned)
+        is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
+        if options.fold is None and is_large and not known.takes_cache:
+            options = replace(options, fold=False)
+    return Choice(path=path, options=options, pads=pads)
+
+
+def _require_fast(path: Path, precision: str, component: str) -> None:
+    """Refuse 8-bit products, which ONNX Runtime's CUDA provider has not: it dequantizes weights.
+
+    Raises:
+        HardwareError: the graph rounds activations.
+    """
+    if ROUNDING in path.read_bytes():
+        raise HardwareError(
+            f"{path}: {component} multiplies in 8 bits ({precision}), and ONNX Runtime's CUDA "
+            "provider would dequantize all of its weights in every call, slower than bf16; on a "
+            "GPU, export at --precision bf16, or build an engine, internvl-edge build, for "
+            "8 bits; --allow-slow, OrtOptions(allow_slow=True), runs it all the same"
+        )
