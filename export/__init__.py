@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_reference", "open_checkpoint", "require_packages"]
 
-_HOME = {"load_reference": "load", "open_checkpoint": "checkpoint"}
+_MODULES = {"load_reference": "load", "open_checkpoint": "checkpoint"}
 
 
 def require_packages() -> None:
@@ -42,6 +42,6 @@ def require_packages() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.checkpoint.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.checkpoint.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ import importlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from internvl_edge.artifact.manifest import TensorSpec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "Backend",
     "DecoderSession",
     "RowSession",
     "Rows",
@@ -34,11 +36,19 @@ __all__ = [
     "require_device",
 ]
 
-# Backend, as its package is named → the module whose ``open_component`` opens a session of it.
-BACKENDS = {
-    "onnxruntime": "internvl_edge.runtime.ort.session",
-    "tensorrt-rtx": "internvl_edge.runtime.trt.session",
-    "tensorrt": "internvl_edge.runtime.trt.session",
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """What computes a component."""
+
+    module: str  # whose ``open_component`` opens a session of it
+    needs_gpu: bool
+
+
+BACKENDS = {  # by the package that brings it, of ``files.packages``
+    "onnxruntime": Backend(module="internvl_edge.runtime.ort.session", needs_gpu=False),
+    "tensorrt-rtx": Backend(module="internvl_edge.runtime.trt.session", needs_gpu=True),
+    "tensorrt": Backend(module="internvl_edge.runtime.trt.session", needs_gpu=True),
 }
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -219,7 +229,7 @@ def open_component(
             f"{did_you_mean(component, present)}"
         )
     chosen, device = require_backend(backend), require_device(device)
-    module = importlib.import_module(BACKENDS[chosen])
+    module = importlib.import_module(BACKENDS[chosen].module)
     given = {} if options is None else {"options": options}
     session: Session = module.open_component(artifact, component, device, chosen, **given)
     return session
@@ -256,10 +266,10 @@ def require_backend(backend: str) -> str:
             f"{did_you_mean(backend, BACKENDS)}"
         )
     chosen = "onnxruntime" if backend == "auto" else backend
-    if chosen != "onnxruntime" and gpu_count() == 0:
+    if BACKENDS[chosen].needs_gpu and gpu_count() == 0:
         raise HardwareError(
             f"backend {backend!r} needs an NVIDIA GPU and found no CUDA device; "
             "use backend 'onnxruntime' on this machine"
         )
-    require(chosen)  # a backend is named as the package that brings it
+    require(chosen)
     return chosen

@@ -47,7 +47,7 @@ __all__ = [
     "verify",
 ]
 
-_HOME = {
+_MODULES = {
     "ExportOptions": "plan",
     "Plan": "plan",
     "Progress": "progress",
@@ -64,6 +64,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
