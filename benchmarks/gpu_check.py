@@ -39,7 +39,7 @@ from typing import Any
 
 from gpu_row import TORCH_TYPES
 
-from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.benchmark.inputs import seeded_feeds
 from internvl_edge.benchmark.limits.peaks import Peaks
 from internvl_edge.benchmark.limits.roofline import Roofline, component_workload, locate

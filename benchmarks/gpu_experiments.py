@@ -145,8 +145,8 @@ def torch_tower(job: Job) -> list[Row]:
     """Time the tower by ``torch.compile``, tensors on the GPU: ms, and µs per block."""
     import torch
 
+    from internvl_edge.artifact import open_artifact
     from internvl_edge.artifact.components import COMPONENTS
-    from internvl_edge.artifact.open import open_artifact
     from internvl_edge.export.checkpoint.load import build_model
     from internvl_edge.export.components import build_component
     from internvl_edge.export.config.checkpoint import CheckpointConfig
@@ -172,7 +172,7 @@ def torch_tower(job: Job) -> list[Row]:
 
 def tower(job: Job) -> list[Row]:
     """Time the compiled tower on ONNX Runtime, inputs and outputs on the GPU: µs per block."""
-    from internvl_edge.artifact.open import open_artifact
+    from internvl_edge.artifact import open_artifact
     from internvl_edge.benchmark.inputs import as_taken, seeded_feeds
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.session import open_component
@@ -213,7 +213,7 @@ def _on_device(session: Any, feeds: Any) -> Callable[[], Any]:
 def decoder(job: Job) -> list[Row]:
     """Time one token of a decoder whose cache is written in place: µs."""
     from internvl_edge import open_session
-    from internvl_edge.artifact.open import open_artifact
+    from internvl_edge.artifact import open_artifact
     from internvl_edge.runtime.generation.batch import Batch, Prompt
     from internvl_edge.runtime.generation.cache import start
     from internvl_edge.runtime.ort.options import OrtOptions

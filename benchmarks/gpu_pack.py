@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.artifact.manifest import MANIFEST
+from internvl_edge.artifact import MANIFEST
 
 WEIGHTS, HEADER = ".safetensors", ".header"
 SCALE = 0.005  # of quantized weights

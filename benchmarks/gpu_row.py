@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from internvl_edge import load
+from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.artifact.components import find_component
-from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.contenders import contender_of
 from internvl_edge.benchmark.inputs import as_taken, seeded_feeds, seeded_picture
 from internvl_edge.benchmark.limits.peaks import measure_backend

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.open import open_artifact
+from internvl_edge.artifact import open_artifact
 from internvl_edge.benchmark.contenders import contender_of
 from internvl_edge.benchmark.limits.peaks import (
     ARRAY_NBYTES,

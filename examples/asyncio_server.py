@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from internvl_edge.artifact.open import open_artifact
+from internvl_edge.artifact import open_artifact
 from internvl_edge.errors import InternVLError, SessionDead
 from internvl_edge.runtime.batching import Batcher
 from internvl_edge.runtime.images.transform import Preprocessing, pixel_levels, pixel_values

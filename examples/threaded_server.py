@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-from internvl_edge.artifact.open import open_artifact
+from internvl_edge.artifact import open_artifact
 from internvl_edge.errors import InternVLError, MediaError, ResourceError, SessionDead
 from internvl_edge.runtime.batching import Batcher
 from internvl_edge.runtime.images.transform import Preprocessing, pixel_levels, pixel_values

@@ -40,6 +40,7 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfi
 from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
+from internvl_edge.runtime.feeds import MASK, POSITIONS
 from internvl_edge.types import Array
 
 Arrays = Mapping[str, Array]
@@ -318,6 +319,14 @@ def _random_ids(
 ) -> Array:
     rng = np.random.default_rng(seed)
     return rng.integers(min(3, llama.vocab_size - 1), llama.vocab_size, (batch, length))
+
+
+def one_row(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Take the first row of a decoder's feeds, as if nothing in it were padding."""
+    row = {name: values[:1] for name, values in feeds.items()}
+    total, length = row[MASK].shape[1], row[POSITIONS].shape[1]
+    places = np.arange(total - length, total)[None]
+    return {**row, MASK: np.ones((1, total), np.int64), POSITIONS: places}
 
 
 def with_noise(

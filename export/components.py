@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.artifact.components import (
     CHAT_DECODER,
     CHAT_QUERIES,
@@ -25,7 +26,6 @@ from internvl_edge.artifact.components import (
     VISION,
     Component,
 )
-from internvl_edge.artifact.manifest import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.export.config.checkpoint import (
     CheckpointConfig,

@@ -25,7 +25,7 @@ from typing import Self
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError, ResourceError, SessionDead, UsageError
 from internvl_edge.runtime.session import Session
 from internvl_edge.types import Array

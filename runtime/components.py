@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import VISION, components_of
-from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.files.forks import in_children
 from internvl_edge.runtime.generation.answers import AnswerOptions, Answers
-from internvl_edge.runtime.generation.fixed_cache import capacity_of
 from internvl_edge.runtime.images.options import MEAN, STD, ImageOptions, image_options
 from internvl_edge.runtime.images.sources import (
     batches_of_images,
@@ -137,13 +136,6 @@ class OpenComponents:
                 "opened again in another process; load it there"
             )
         return self._opened_by
-
-    def positions(self, component: str) -> int:
-        """Count the positions of a decoder's cache: its capacity, or as many as its model has."""
-        record = self.artifact.manifest.components[component]
-        capacity = capacity_of({spec.name: spec for spec in record.inputs})
-        llama = self.artifact.manifest.language_model or {}
-        return int(llama["max_position_embeddings"] if capacity is None else capacity)
 
     def _renew_lock(self) -> None:
         """Replace the lock, which a thread of the parent may have held at a fork."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import FeedError, MissingDependency, UsageError, did_you_mean
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.types import Array

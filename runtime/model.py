@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.runtime.components import AnswerOptions, ImageOptions, OpenComponents
 from internvl_edge.runtime.session import (
     Session,

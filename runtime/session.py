@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-from internvl_edge.artifact.manifest import TensorSpec
-from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact import Artifact, TensorSpec, open_artifact
 from internvl_edge.errors import HardwareError, UsageError, did_you_mean, shortened
 from internvl_edge.files.packages import require
 from internvl_edge.runtime.gpu.probe import gpu_count

@@ -18,7 +18,7 @@ reason: builders word it differently. The sidecar counts both kinds. Where that 
 that are written where they lie are written apart (``unaliased``).
 
 Layers. What the builder made of the graph is in its log (``layers``) and goes into the sidecar. Who
-expects fused layers gets no engine that has lost some (``_require_fused``).
+expects fused layers gets no engine that has lost some (``require_fused``).
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge._version import __version__
-from internvl_edge.artifact.census import Census
-from internvl_edge.artifact.manifest import EngineRecord, FileRecord, TensorSpec
+from internvl_edge.artifact import EngineRecord, FileRecord, TensorSpec
 from internvl_edge.artifact.sidecar import EngineInfo, Range, ShapeRanges, read_engine_info
 from internvl_edge.errors import (
     ArtifactError,
@@ -46,7 +45,7 @@ from internvl_edge.errors import (
     ResourceError,
 )
 from internvl_edge.export.engine.decomposed import decomposable
-from internvl_edge.export.engine.layers import LayerLog
+from internvl_edge.export.engine.layers import LayerLog, require_fused
 from internvl_edge.export.engine.monitor import Monitor
 from internvl_edge.export.engine.targets import (
     Target,
@@ -150,7 +149,7 @@ def build_engine(
     if record.file in known and record.sidecar in known:
         if expect_fused:
             kept = read_engine_info(out_dir / f"{stem}.json")
-            _require_fused(component, kept.census)
+            require_fused(component, kept.census)
         return BuiltEngine(record=record)
 
     started = time.monotonic()
@@ -182,7 +181,7 @@ def build_engine(
                 expected_8_bit=_expected_8_bit(trt, network.definition) * len(ranges),
             )
             if expect_fused:
-                _require_fused(component, census)
+                require_fused(component, census)
             if signals:
                 raise BuildError(f"{component}: interrupted")  # the signal's own error follows
             plan.publish()
@@ -430,22 +429,6 @@ def _expected_8_bit(trt: Any, definition: Any) -> int:
     kinds = [definition.get_layer(index).type for index in range(definition.num_layers)]
     pairs = kinds.count(trt.LayerType.QUANTIZE)
     return min(pairs, 1) if trt.LayerType.SOFTMAX in kinds else math.ceil(IN_8_BITS * pairs)
-
-
-def _require_fused(component: str, census: Census | None) -> None:
-    """Refuse an engine that is slower than its graph allows.
-
-    Raises:
-        BuildError: attention was decomposed, or products are not in the types of the graph.
-    """
-    lost = ["the builder did not list its layers, so that nobody can tell"]
-    if census is not None:
-        lost = census.regressions()
-    if lost:
-        raise BuildError(
-            f"{component}: expected fused layers: {'; '.join(lost)}; leave --expect-fused out to "
-            "have this engine"
-        )
 
 
 def _failure(component: str, log: NativeLog) -> InternVLError:

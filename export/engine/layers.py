@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvl_edge.artifact.census import MAX_NAMES, WIDE, Census
+from internvl_edge.errors import BuildError
 
-__all__ = ["LayerLog", "census_of"]
+__all__ = ["LayerLog", "census_of", "require_fused"]
 
 LAYER = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], "
@@ -127,3 +128,19 @@ def _tensors(text: str) -> tuple[tuple[int, str], ...]:
         (math.prod(int(n) for n in dimensions.split(",") if int(n or 0) > 0), of)
         for dimensions, of in TENSOR.findall(text)
     )
+
+
+def require_fused(component: str, census: Census | None) -> None:
+    """Refuse an engine that is slower than its graph allows.
+
+    Raises:
+        BuildError: attention was decomposed, or products are not in the types of the graph.
+    """
+    lost = ["the builder did not list its layers, so that nobody can tell"]
+    if census is not None:
+        lost = census.regressions()
+    if lost:
+        raise BuildError(
+            f"{component}: expected fused layers: {'; '.join(lost)}; leave --expect-fused out to "
+            "have this engine"
+        )

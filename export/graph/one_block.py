@@ -54,6 +54,11 @@ def isolate_block(
     return list(outputs)
 
 
+def num_blocks(model: ir.Model, stack: str) -> int:
+    """Count the blocks of a tower in a component's graph."""
+    return len(blocks_of(model, stack))
+
+
 def isolate_front(model: ir.Model, stack: str) -> None:
     """Keep the nodes before a tower, in place; their output is ``BLOCK_INPUT``."""
     infer_dtypes(model.graph)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.runtime.generation.fixed_cache import capacity_of
 
 __all__ = ["graph_capacity", "tensor_specs"]

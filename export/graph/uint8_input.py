@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.artifact.manifest import Manifest, TensorSpec
+from internvl_edge.artifact import Manifest, TensorSpec
 from internvl_edge.runtime.images.transform import Preprocessing, nearest_levels, normalised
 from internvl_edge.types import Array
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from internvl_edge.artifact.manifest import FileRecord
+from internvl_edge.artifact import FileRecord
 from internvl_edge.artifact.safetensors import header_sha256
 from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint

@@ -35,7 +35,6 @@ from internvl_edge.types import Array
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 # The header is padded so that the data begins at a page: aligned offsets are aligned in memory.
-WEIGHTS_FILE = "weights.safetensors"  # of what is written
 DATA_ALIGNMENT = 4096
 PADDING = "__padding__"
 Layout = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]  # name → dtype and shape

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.feeds import MASK, WRITE_INDICES, numpy_dtype
 from internvl_edge.types import Array

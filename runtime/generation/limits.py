@@ -1,12 +1,21 @@
-"""The limits of a decoder's engine: rows at once, tokens of a prompt, positions before them."""
+"""The limits of a decoder: positions; of an engine rows at once, tokens of a prompt too."""
 
 from __future__ import annotations
 
+from internvl_edge.artifact import Manifest
 from internvl_edge.errors import ContextLengthError, UsageError
 from internvl_edge.runtime.generation.batch import Generation
+from internvl_edge.runtime.generation.fixed_cache import capacity_of
 from internvl_edge.runtime.session import Session
 
-__all__ = ["require_room", "rows_at_once"]
+__all__ = ["num_positions", "require_room", "rows_at_once"]
+
+
+def num_positions(manifest: Manifest, component: str) -> int:
+    """Count the positions of a decoder's cache: its capacity, or as many as its model has."""
+    capacity = capacity_of({spec.name: spec for spec in manifest.components[component].inputs})
+    llama = manifest.language_model or {}
+    return int(llama["max_position_embeddings"] if capacity is None else capacity)
 
 
 def rows_at_once(session: Session, batch_size: int, how: Generation) -> int:

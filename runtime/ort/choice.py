@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import cuda_graph, find_component, unsigned_graph
-from internvl_edge.artifact.open import Artifact
 from internvl_edge.errors import HardwareError
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.options import CPU, OrtOptions, choose_providers

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.runtime.feeds import LOGITS_FROM, numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import PAST, PRESENT
 from internvl_edge.runtime.ort.values import value_of

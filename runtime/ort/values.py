@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.gpu.device_array import DeviceArray
 from internvl_edge.runtime.gpu.dlpack import CPU, CUDA, capsule_of

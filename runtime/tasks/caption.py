@@ -24,7 +24,7 @@ from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.answers import Opening
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import start
-from internvl_edge.runtime.generation.limits import require_room, rows_at_once
+from internvl_edge.runtime.generation.limits import num_positions, require_room, rows_at_once
 from internvl_edge.runtime.generation.loop import generate_all
 from internvl_edge.runtime.generation.text import TextStream, Usage, until_end, usage_of
 from internvl_edge.runtime.images.sources import (
@@ -272,7 +272,7 @@ def _prompt(rows: list[list[int]], cache: Mapping[str, Array], first: int = 0) -
 
 
 def _require_room(components: OpenComponents, rows: list[list[int]], how: Generation) -> None:
-    room = components.positions(DECODER)
+    room = num_positions(components.artifact.manifest, DECODER)
     image = components.artifact.manifest.model["internvl"]["num_query_token"]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     need = image + len(rows[longest]) + how.max_new_tokens - 1  # the last token is not read

@@ -17,7 +17,7 @@ from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.answers import Opening
 from internvl_edge.runtime.generation.batch import Decoding, Generation, Prompt
 from internvl_edge.runtime.generation.cache import empty_cache, start
-from internvl_edge.runtime.generation.limits import require_room, rows_at_once
+from internvl_edge.runtime.generation.limits import num_positions, require_room, rows_at_once
 from internvl_edge.runtime.generation.loop import generate_all
 from internvl_edge.runtime.generation.prefixes import marks_of
 from internvl_edge.runtime.requests import id_rows, require_vocabulary, slices
@@ -138,7 +138,7 @@ def require_chat_room(components: OpenComponents, lengths: Sequence[int], how: G
     Raises:
         UsageError: how many there are, and how many are needed.
     """
-    room, longest = components.positions(CHAT_DECODER), max(lengths)
+    room, longest = num_positions(components.artifact.manifest, CHAT_DECODER), max(lengths)
     need = longest + how.max_new_tokens - 1  # the last token is not read
     if need > room:
         raise ContextLengthError(
@@ -155,7 +155,7 @@ def fitting(components: OpenComponents, length: int) -> int:
     Of a model with other rotary positions for long texts (LongRoPE), an answer keeps to those of
     short ones where it is not cut short by that.
     """
-    rooms = [CHAT_TOKENS, components.positions(CHAT_DECODER) - length + 1]
+    rooms = [CHAT_TOKENS, num_positions(components.artifact.manifest, CHAT_DECODER) - length + 1]
     largest = components.session(CHAT_DECODER).largest
     if "past" in largest:
         rooms.append(largest["past"] - length + 2)

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
-from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact import Artifact
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.text.bpe_pieces import BpePieces
 from internvl_edge.runtime.text.sentence_pieces import SentencePieces

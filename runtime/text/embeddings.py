@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.pins import Watch
 from internvl_edge.artifact.safetensors import MalformedFile, TensorPlace, read_places
 from internvl_edge.errors import ArtifactError, UsageError

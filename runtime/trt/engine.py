@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import FileRecord
-from internvl_edge.artifact.open import Artifact, sha256
+from internvl_edge.artifact import Artifact, FileRecord
+from internvl_edge.artifact.open import sha256
 from internvl_edge.artifact.pins import Pin, changed
 from internvl_edge.artifact.sidecar import check_engine, engine_info
 from internvl_edge.errors import (

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import ArtifactError, FeedError
 from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.gpu.handles import Stream

@@ -30,8 +30,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
-from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact import Artifact, TensorSpec
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.feeds import check_feeds, check_outputs, numpy_dtype
 from internvl_edge.runtime.gpu.device import GB, Device

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.errors import FeedError, InternVLError
 from internvl_edge.runtime.feeds import check_feeds, check_outputs
 from internvl_edge.runtime.gpu.device import Device

@@ -16,6 +16,7 @@ from support.paths import ROOT
 
 import internvl_edge
 from internvl_edge import compiler
+from internvl_edge.artifact.components import WEIGHTS_FILE
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps.calibration.samples import chat_ids
@@ -24,7 +25,6 @@ from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.models import Chat
-from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.checkpoints import TINY, write_vit
 
+from internvl_edge.artifact.components import WEIGHTS_FILE
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.compiler.steps import quantize
@@ -20,7 +21,6 @@ from internvl_edge.errors import VerificationError
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.synthetic import Synthesis, write_checkpoint
-from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.quantize import recipe
 
 LAYERS = TINY.vision.num_hidden_layers

@@ -13,6 +13,7 @@ sidecar      what is written down about a built engine;  census  its layers
 """
 
 from internvl_edge.artifact.manifest import (
+    CHECKPOINT_FILE,
     MANIFEST,
     SCHEMA_VERSION,
     ComponentRecord,
@@ -24,6 +25,7 @@ from internvl_edge.artifact.manifest import (
 from internvl_edge.artifact.open import Artifact, open_artifact
 
 __all__ = [
+    "CHECKPOINT_FILE",
     "MANIFEST",
     "SCHEMA_VERSION",
     "Artifact",

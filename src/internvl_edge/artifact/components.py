@@ -236,6 +236,8 @@ def embedder_of(names: Collection[str]) -> str | None:
 
 # --- the files of a component's graphs, all on the same weights ----------------------------------
 
+WEIGHTS_FILE = "weights.safetensors"  # what is written, and not the checkpoint's own
+
 
 def engine_graph(component: str, base: str) -> str:
     """Name the graph that engines are built from, where it is not the component's own."""

@@ -17,6 +17,7 @@ from internvl_edge.files.reading import parse_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+CHECKPOINT_FILE = "config.json"  # of what is not compiled yet
 MAX_NBYTES = 16 * 2**20
 FOLDERS = ("engines", "reports")  # the only ones a directory may have
 SHARD_SUFFIX = ".safetensors"

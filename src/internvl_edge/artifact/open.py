@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from internvl_edge.artifact.manifest import (
+    CHECKPOINT_FILE,
     MANIFEST,
     MAX_NBYTES,
     EngineRecord,
@@ -45,7 +46,6 @@ from internvl_edge.files.disk import EXHAUSTED, FOLDER_FLAGS, open_regular, tran
 
 __all__ = ["Artifact", "open_artifact", "sha256"]
 
-CHECKPOINT_FILE = "config.json"  # of what is not compiled yet
 HASHING_THREADS = 2
 
 

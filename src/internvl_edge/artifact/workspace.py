@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from internvl_edge.artifact.components import WEIGHTS_FILE
 from internvl_edge.artifact.manifest import MANIFEST
 from internvl_edge.artifact.publish import hold, make_parents, placed
 from internvl_edge.artifact.safetensors import TensorPlace, read_places
@@ -43,7 +44,6 @@ logger = logging.getLogger(__name__)
 BLOCK_NBYTES = 512  # of st_blocks, stat(2)
 PRIVATE = 0o700  # the mode of the directory: nobody else writes what is taken up
 CHUNK_NBYTES = 8 << 20
-WEIGHTS = "weights.safetensors"
 KEY, JOURNAL, STATES, ENGINES = "key.json", "journal.jsonl", "states", "engines"
 
 
@@ -69,6 +69,11 @@ class Workspace:
     def is_calibrated(self) -> bool:
         """True where finished blocks are among it, which take longer than converting weights."""
         return any("activations" in entry for entry in self.entries)
+
+    @property
+    def weights(self) -> Path:
+        """Where the weights are written."""
+        return self.path / WEIGHTS_FILE
 
     @property
     def engines(self) -> Path:
@@ -319,11 +324,11 @@ def _damage(path: Path) -> str | None:
     for noted in entries:
         weights |= dict(noted.get("weights") or {})
     if weights:
-        with open_regular(path / WEIGHTS) as file:
+        with open_regular(path / WEIGHTS_FILE) as file:
             places = read_places(file)
             for name, sha256 in weights.items():
                 if _sha256_at(file, places[name]) != sha256:
-                    return f"{WEIGHTS}: {name} has another sha256"
+                    return f"{WEIGHTS_FILE}: {name} has another sha256"
     return None
 
 

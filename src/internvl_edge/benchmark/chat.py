@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import CHAT_DECODER, DECODER, find_component
-from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.table import environment_words, markdown_row
 from internvl_edge.benchmark.timing import Distribution

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from internvl_edge.artifact.open import open_artifact
+from internvl_edge.artifact import open_artifact
 from internvl_edge.benchmark.inputs import as_taken, seeded_feeds
 from internvl_edge.errors import InternVLError
 from internvl_edge.files.helper import run_helper

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
-from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact import Artifact, TensorSpec
 from internvl_edge.runtime.feeds import numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import WRITE_INDICES, capacity_of
 from internvl_edge.types import Array

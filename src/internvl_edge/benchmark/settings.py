@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.artifact.components import embedder_of
-from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.benchmark.contenders import AGAINST, Contender, contender_of
 from internvl_edge.benchmark.inputs import seeded_picture
 from internvl_edge.errors import InputError, UsageError, did_you_mean

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark import chat, table
 from internvl_edge.benchmark.load import SCENARIOS
 from internvl_edge.benchmark.machine import load_warning
@@ -299,8 +298,7 @@ def _time_components(
     if markdown is not None:
         write_atomically(markdown, table.markdown(measured).encode())
     if report is not None:
-        first = next(iter(settings.artifacts.values()))
-        write_atomically(report, _report(first, measured).encode())
+        write_atomically(report, _report(settings, measured).encode())
     output.result(measured.to_json())
 
 
@@ -330,8 +328,8 @@ def _show(output: Output, measured: Benchmark) -> None:
         output.say(warning)
 
 
-def _report(artifact: Artifact, measured: Benchmark) -> str:
-    """Render the directory's report with a section on speed."""
+def _report(settings: Settings, measured: Benchmark) -> str:
+    """Render the first directory's report with a section on speed."""
     from internvl_edge.compiler.report.report import report_with, speed_figures
 
     names = table.columns(measured.measurements)
@@ -342,7 +340,8 @@ def _report(artifact: Artifact, measured: Benchmark) -> str:
         ratios=[table.comparison_line(comparison) for comparison in measured.comparisons],
         environment=table.environment_words(measured.environment),
     )
-    return report_with(artifact.path, artifact.manifest, speed=figures)
+    first = next(iter(settings.artifacts.values()))
+    return report_with(first.path, first.manifest, speed=figures)
 
 
 def _rival(name: str | None) -> str | Path | None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
+from internvl_edge.artifact import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.artifact.components import COMPONENTS
-from internvl_edge.artifact.manifest import MANIFEST
-from internvl_edge.artifact.open import CHECKPOINT_FILE
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.inspect import (
     ENGINE_COLUMNS,
@@ -311,7 +310,7 @@ def _dry_build(
     components: tuple[str, ...] | None,
     profile: Any,
 ) -> None:
-    from internvl_edge.artifact.open import open_artifact
+    from internvl_edge.artifact import open_artifact
     from internvl_edge.compiler.steps.engines import forecast_build, require_buildable
 
     manifest = open_artifact(out, hash_files=False).manifest

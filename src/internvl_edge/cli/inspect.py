@@ -7,8 +7,13 @@ from typing import Any
 
 import click
 
-from internvl_edge.artifact.manifest import MANIFEST, EngineRecord
-from internvl_edge.artifact.open import CHECKPOINT_FILE, Artifact, open_artifact
+from internvl_edge.artifact import (
+    CHECKPOINT_FILE,
+    MANIFEST,
+    Artifact,
+    EngineRecord,
+    open_artifact,
+)
 from internvl_edge.artifact.sidecar import engine_info
 from internvl_edge.cli.console import Output
 from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend

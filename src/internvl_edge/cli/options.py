@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from internvl_edge.artifact.manifest import MANIFEST
-from internvl_edge.artifact.open import CHECKPOINT_FILE
+from internvl_edge.artifact import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
 from internvl_edge.demo import bundled
 from internvl_edge.errors import UsageError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from internvl_edge._version import __version__
-from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.artifact.publish import staging
 from internvl_edge.artifact.workspace import drop_published, workspace
 from internvl_edge.compiler.pipeline import require_fit, steps, total

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from internvl_edge.artifact.components import COMPONENTS
+from internvl_edge.artifact.components import COMPONENTS, WEIGHTS_FILE
 from internvl_edge.artifact.publish import check_out, check_parent
 from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.errors import CalibrationError, UsageError
@@ -21,7 +21,6 @@ from internvl_edge.export.components import choose_components, language_config
 from internvl_edge.export.config.checkpoint import check_image_size
 from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
-from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.fold import source_of, without_layer_scale
 from internvl_edge.quantize.recipe import Recipe, load_recipe

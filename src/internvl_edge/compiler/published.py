@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.artifact.manifest import Manifest
-from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact import Artifact, Manifest, open_artifact
 from internvl_edge.compiler.oracle.checker import Checker
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import (

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import EMBEDDERS
-from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler.compile import export
 from internvl_edge.compiler.oracle.rounded_towers import RoundedTowers
 from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan, require_choice

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact import Artifact
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint

@@ -14,6 +14,7 @@ import torch
 from support.checkpoints import CHAT, write_chat, write_llava
 
 from internvl_edge import compiler, open_session
+from internvl_edge.artifact.components import WEIGHTS_FILE
 from internvl_edge.compiler import ExportOptions, make_plan
 from internvl_edge.compiler.progress import silent
 from internvl_edge.compiler.steps import trace
@@ -29,7 +30,6 @@ from internvl_edge.export.graph.last_logits import take_last_logits
 from internvl_edge.export.models import Chat
 from internvl_edge.export.models.chat import pixel_shuffle
 from internvl_edge.export.models.llama import Llama, llama_tables
-from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.quantize.fold import folded
 from internvl_edge.quantize.numerics.rotation import rotation
 from internvl_edge.runtime.tasks.caption import generation

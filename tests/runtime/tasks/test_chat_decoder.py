@@ -20,12 +20,14 @@ def of(
     """Components as far as lengths and padding need them."""
     padding = own.pop("padding_id", None)
     manifest = SimpleNamespace(
-        language_model=own, files=dict.fromkeys(files), model={"chat": {"padding_id": padding}}
+        components={"chat_decoder": SimpleNamespace(inputs=())},
+        language_model=own | {"max_position_embeddings": room},
+        files=dict.fromkeys(files),
+        model={"chat": {"padding_id": padding}},
     )
     session = SimpleNamespace(largest=largest or {})
     made: Any = SimpleNamespace(
         artifact=SimpleNamespace(manifest=manifest),
-        positions=lambda name: room,
         session=lambda name: session,
     )
     return cast(OpenComponents, made)

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import cuda_graph
-from internvl_edge.artifact.open import Artifact
 from internvl_edge.benchmark.inputs import seeded_feeds
 from internvl_edge.benchmark.limits.workload import CONVERSIONS, COUNTS, Graph, Shapes, read_graph
 from internvl_edge.benchmark.settings import Settings

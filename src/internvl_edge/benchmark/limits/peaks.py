@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.artifact.manifest import FileRecord, TensorSpec
+from internvl_edge.artifact import FileRecord, TensorSpec
 from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.handles import Buffer, Stream

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from internvl_edge.artifact.open import Artifact
+from internvl_edge.artifact import Artifact
 from internvl_edge.benchmark.limits.peaks import Peaks
 from internvl_edge.benchmark.limits.workload import Workload, read_workload
 from internvl_edge.compiler.steps.graph_files import graph_file

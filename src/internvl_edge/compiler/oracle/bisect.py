@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.artifact.components import engine_graph, find_component
-from internvl_edge.artifact.open import Artifact, open_artifact
 from internvl_edge.compiler.oracle.graph_blocks import GraphBlocks
 from internvl_edge.compiler.oracle.readings import GraphReading
 from internvl_edge.compiler.oracle.simulate import Quantization

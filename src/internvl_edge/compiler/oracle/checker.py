@@ -23,7 +23,6 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.artifact.components import COMPONENTS, cuda_graph, engine_graph
@@ -40,6 +39,7 @@ from internvl_edge.export.compare import (
     agrees,
     component_feeds,
     floor_db,
+    one_row,
     require_agreement,
     require_cost,
     sample_feeds,
@@ -51,9 +51,7 @@ from internvl_edge.export.graph.signature import graph_capacity
 from internvl_edge.export.graph.uint8_input import on_levels
 from internvl_edge.export.precision import precision_of
 from internvl_edge.export.towers.streams import Samples
-from internvl_edge.runtime.feeds import MASK, POSITIONS
 from internvl_edge.runtime.images.transform import Preprocessing
-from internvl_edge.types import Array
 
 SAMPLES = 4  # of the calibration set, to compare quantized components on
 SAME_DB = 70.0  # compared with the simulation: the same numbers
@@ -256,7 +254,7 @@ class Checker:
         if COMPONENTS[component].takes_cache:
             if block is not None:
                 return
-            feeds = _one_row(feeds)
+            feeds = one_row(feeds)
         published = run_part(path, tower, block, feeds, self.preprocessing, unrounded=True)
         if block is None:
             actual = run_part(fused, tower, None, feeds, self.preprocessing, unrounded=True)
@@ -292,11 +290,3 @@ class Checker:
         is_rounded = expected.simulated is not None
         reference = "the simulation of its quantization" if is_rounded else "PyTorch"
         require_agreement(found, where, base, reference)
-
-
-def _one_row(feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Take the first row of a decoder's feeds, as if nothing in it were padding."""
-    row = {name: values[:1] for name, values in feeds.items()}
-    total, length = row[MASK].shape[1], row[POSITIONS].shape[1]
-    places = np.arange(total - length, total)[None]
-    return {**row, MASK: np.ones((1, total), np.int64), POSITIONS: places}

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import COMPONENTS
-from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler.oracle.readings import (
     BlockReading,
     GraphReading,
@@ -25,8 +25,8 @@ from internvl_edge.export.graph.one_block import (
     BLOCK_OUTPUT,
     isolate_block,
     isolate_front,
+    num_blocks,
 )
-from internvl_edge.export.graph.repeat import blocks_of
 from internvl_edge.export.graph.signature import graph_capacity
 from internvl_edge.export.graph.uint8_input import on_levels, preprocessing_inside
 from internvl_edge.quantize.graph.qdq import bypass_activations
@@ -54,7 +54,7 @@ class GraphBlocks:
         tower = COMPONENTS[component].tower
         assert tower is not None
         model = ir.load(self.path)
-        self.tower, self.depth = tower, len(blocks_of(model, tower))
+        self.tower, self.depth = tower, num_blocks(model, tower)
         self.preprocessing = preprocessing_inside(artifact.manifest)
         feeds = _feeds(checkpoint, artifact.manifest.image_size, component, graph_capacity(model))
         self.feeds = on_levels(feeds, self.preprocessing)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import streams_of
-from internvl_edge.artifact.open import Artifact
 from internvl_edge.artifact.workspace import Workspace
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress, Report

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from internvl_edge.artifact.components import WEIGHTS_FILE
 from internvl_edge.compiler.oracle.rounding import (
     require_scales,
     rounded_attention,
@@ -33,7 +34,6 @@ from internvl_edge.compiler.oracle.site_factors import move_factors, readers_aft
 from internvl_edge.errors import ArtifactError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.shards import read_header
-from internvl_edge.export.weights.writer import WEIGHTS_FILE
 from internvl_edge.files.reading import read_json
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from internvl_edge.artifact import Manifest
 from internvl_edge.artifact.components import CHAT_DECODER, IMAGE_EMBED
-from internvl_edge.artifact.manifest import Manifest
 
 
 def readme(manifest: Manifest) -> str:

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.artifact.manifest import Manifest
+from internvl_edge.artifact import Manifest
 from internvl_edge.artifact.publish import record
 from internvl_edge.artifact.sidecar import EngineInfo, read_engine_info
 from internvl_edge.compiler.report.plots import (

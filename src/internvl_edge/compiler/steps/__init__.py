@@ -4,7 +4,8 @@ step         the protocol: what a step states and does; start here
 trace        every component as a graph whose weights have no data yet;  meta_model  traced models
 weights      the weights file, written as the checkpoint has them, or
 quantize     with the towers' weights quantized;  calibration  samples, and the pass over the blocks
-graphs       one ONNX graph per component, bound to the weights;  graph_files  their names
+graphs       one ONNX graph per component, bound to the weights;  graph_files  their names;
+             cuda_graphs  in ONNX Runtime's own operators
 verify       every component compared with PyTorch, of a directory that is published too
 engines      TensorRT engines, for a directory that is published already too;  profiles  shapes
 publish      the list of files, the report, the manifest

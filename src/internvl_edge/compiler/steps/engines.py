@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_edge.artifact.manifest import EngineRecord, Manifest
+from internvl_edge.artifact import EngineRecord, Manifest
 from internvl_edge.artifact.publish import record, sound_engines, update, write_manifest
 from internvl_edge.compiler.cost import Cost, Forecast
 from internvl_edge.compiler.progress import Progress, Report, silent

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 
+from internvl_edge.artifact import Manifest, TensorSpec
 from internvl_edge.artifact.components import COMPONENTS, engine_graph, find_component
-from internvl_edge.artifact.manifest import Manifest, TensorSpec
 from internvl_edge.export.engine.build import Prepare
 
 COMPUTE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}

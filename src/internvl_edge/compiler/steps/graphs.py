@@ -3,12 +3,8 @@
 A quantized component has two graphs on the same weights: ``vision.onnx`` computes in float32
 around its 8-bit products, which is what ONNX Runtime's CPU kernels fuse; ``vision.fp16.onnx``
 computes in 16 bits, which is what engines are built from. Where products are INT8 there is a third,
-``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.graph.unsigned``).
-
-Where nothing is quantized, towers at fp32 and bf16 have a second graph too, ``vision.cuda.onnx``,
-in ONNX Runtime's own operators for its CUDA provider (``export.graph.cuda.tower``). Decoders whose
-cache is written in place have one where they are compiled for 16 bits, or of weights alone in 8 or
-4 bits (``export.graph.cuda.decoder``).
+``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.graph.unsigned``). For ONNX
+Runtime's CUDA provider there may be ``vision.cuda.onnx`` (``cuda_graphs``).
 """
 
 from __future__ import annotations
@@ -27,20 +23,16 @@ from internvl_edge.artifact.components import (
 )
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
+from internvl_edge.compiler.steps.cuda_graphs import cuda_form
 from internvl_edge.compiler.steps.meta_model import AnyModel
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
-from internvl_edge.export.graph.cuda.decoder import cuda_decoder
-from internvl_edge.export.graph.cuda.tower import take_cuda_form
 from internvl_edge.export.graph.signature import tensor_specs
-from internvl_edge.export.precision import WEIGHT_ONLY, precision_of
 from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_attention_qdq, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.quantize.numerics.int4 import block_of
-
-DECODER_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,25 +79,10 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
     if take_unsigned_weights(model):
         save(model, directory / unsigned_graph(name))
     if file == f"{name}.onnx":
-        fused = _fused(plan, name, model)
+        fused = cuda_form(plan, name, model)
         if fused is not None:
             save(fused, directory / cuda_graph(name))
     return emitted
-
-
-def _fused(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
-    """Make the graph for ONNX Runtime's CUDA provider, where there is one; ``model`` is used up."""
-    if COMPONENTS[component].takes_cache:
-        # of INT4 and INT8, ONNX Runtime has products in float16 alone
-        is_narrow = precision_of(plan.options.precision, component) in WEIGHT_ONLY
-        narrow = DECODER_DTYPES.get("fp16" if is_narrow else plan.base)
-        return None if narrow is None else cuda_decoder(model, narrow)
-    return model if _is_of_one_type(plan) and take_cuda_form(model) else None
-
-
-def _is_of_one_type(plan: Plan) -> bool:
-    """Tell whether a component computes in one type throughout."""
-    return plan.recipe is None and plan.base in ("fp32", "bf16")
 
 
 def drop_ones(model: ir.Model, build: Build) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 
+from internvl_edge.artifact import Manifest
 from internvl_edge.artifact.components import find_component
-from internvl_edge.artifact.manifest import Manifest
 from internvl_edge.artifact.sidecar import Range
 from internvl_edge.errors import UsageError
 from internvl_edge.export.engine.build import ShapeRanges

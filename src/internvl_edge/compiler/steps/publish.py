@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from internvl_edge._version import __version__
-from internvl_edge.artifact.manifest import ComponentRecord, Manifest
+from internvl_edge.artifact import ComponentRecord, Manifest
 from internvl_edge.artifact.publish import record, write_manifest
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan

@@ -12,7 +12,7 @@ from internvl_edge.compiler.steps.calibration.cost import cost_of_calibration
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import copy_rest, cost_of_writing, require_as_planned
 from internvl_edge.compiler.weights.plan import WeightsPlan
-from internvl_edge.export.weights.writer import WEIGHTS_FILE, StoredTensor, WeightsWriter
+from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
 from internvl_edge.files.disk import link_or_copy
 from internvl_edge.quantize.numerics.statistics import write_statistics
 
@@ -29,7 +29,7 @@ class Quantize:
     def run(self, plan: Plan, build: Build) -> None:
         require_as_planned(self.weights, build)
         build.stored, build.scales = quantize_weights(plan, self.weights, build)
-        link_or_copy(build.work.path / WEIGHTS_FILE, build.directory / WEIGHTS_FILE)
+        link_or_copy(build.work.weights, build.directory / build.work.weights.name)
         write_scales(build.directory, build.scales)
         rows = [row for entry in build.work.entries for row in entry["statistics"]]
         write_statistics(build.directory, rows)
@@ -50,7 +50,7 @@ def quantize_weights(
     """
     layout, work = weights.layout, build.work
     done = {name for entry in work.entries for name in entry["weights"]}
-    path = work.path / WEIGHTS_FILE
+    path = work.weights
     with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
         activations = quantize_blocks(plan, writer, build)
         rest = {name: layout[name][0] for name in writer.pending}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from internvl_edge.artifact.manifest import Manifest, TensorSpec
+from internvl_edge.artifact import Manifest, TensorSpec
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.progress import Report
 from internvl_edge.errors import InternVLError

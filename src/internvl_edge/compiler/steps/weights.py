@@ -31,7 +31,7 @@ from internvl_edge.errors import InternVLError
 from internvl_edge.export.checkpoint.names import Joined
 from internvl_edge.export.graph.bind import weights_without_data
 from internvl_edge.export.weights.link import bring_shards, way_of
-from internvl_edge.export.weights.writer import WEIGHTS_FILE, Layout, StoredTensor, WeightsWriter
+from internvl_edge.export.weights.writer import Layout, StoredTensor, WeightsWriter
 from internvl_edge.quantize.fold import Derived
 
 logger = logging.getLogger(__name__)
@@ -143,11 +143,11 @@ def _written(plan: Plan, layout: Layout, build: Build) -> dict[str, StoredTensor
             len(layout),
             work.path,
         )
-    path = work.path / WEIGHTS_FILE
+    path = work.weights
     with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
         dtypes = {name: dtype for name, (dtype, _) in layout.items()}
         copy_rest(plan, writer, dtypes, build.report, work)
-    work.hand_over(WEIGHTS_FILE, build.directory)
+    work.hand_over(path.name, build.directory)
     return writer.stored
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.artifact.components import COMPONENTS
+from internvl_edge.artifact.components import COMPONENTS, WEIGHTS_FILE
 from internvl_edge.compiler.plan import ExportOptions, Plan
 from internvl_edge.compiler.weights.layout import (
     CHAT_TOKENS,
@@ -23,7 +23,7 @@ from internvl_edge.export.checkpoint.shards import DTYPES, TensorEntry
 from internvl_edge.export.components import build_component
 from internvl_edge.export.graph.dtypes import POLICIES
 from internvl_edge.export.models import Chat, InternViT, InternVL
-from internvl_edge.export.weights.writer import WEIGHTS_FILE, Layout
+from internvl_edge.export.weights.writer import Layout
 from internvl_edge.quantize.fold import Derived
 
 

@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from internvl_edge.artifact.manifest import TensorSpec
+from internvl_edge.artifact import TensorSpec
 from internvl_edge.runtime.batching import Batcher
 from internvl_edge.runtime.session import Session
 from internvl_edge.serve.http.meters import Stages

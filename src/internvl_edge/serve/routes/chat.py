@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from internvl_edge.artifact.components import CHAT_DECODER, DECODER, IMAGE_QUERIES, VISION
+from internvl_edge.runtime.generation.limits import num_positions
 from internvl_edge.runtime.tasks.chat import ANSWER_TOKENS
 from internvl_edge.serve.http.events import EventStream
 from internvl_edge.serve.http.exchange import Call
@@ -154,7 +155,7 @@ def _usual_length(served: ServedModel) -> int:
     """Choose the most tokens of an InternVL-G's answer whose length was not asked for."""
     if not served.components.has(DECODER):
         return ANSWER_TOKENS  # it is refused for that
-    return min(ANSWER_TOKENS, served.components.positions(DECODER) // 2)
+    return min(ANSWER_TOKENS, num_positions(served.components.artifact.manifest, DECODER) // 2)
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

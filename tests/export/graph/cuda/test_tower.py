@@ -16,7 +16,7 @@ from internvl_edge import compiler
 from internvl_edge.artifact.components import cuda_graph
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.steps import graphs
+from internvl_edge.compiler.steps import cuda_graphs
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.config.checkpoint import VisionConfig
 from internvl_edge.export.graph.cuda.tower import take_cuda_form
@@ -141,7 +141,7 @@ def test_verification_refuses_a_wrong_one(
         nodes[0].replace_input_with(input_index, value)
         return is_done
 
-    monkeypatch.setattr(graphs, "take_cuda_form", wrong)
+    monkeypatch.setattr(cuda_graphs, "take_cuda_form", wrong)
     with pytest.raises(VerificationError, match=r"vision\.cuda\.onnx.* vision\.onnx"):
         export_vit(tmp_path, TINY.vision, "fp32", verify="auto")
 
