@@ -112,7 +112,8 @@ def _trace(plan: Plan, name: str, config: CheckpointConfig, model: AnyModel) -> 
     """Trace one component of a model on the meta device, or clone the trace of an equal one."""
     linear = next((p for n, p in model.named_parameters() if n.endswith("q_proj.weight")), None)
     compute = "float32" if linear is None else str(linear.dtype).removeprefix("torch.")
-    component, capacity = COMPONENTS[name], plan.options.cache_capacity
+    component = COMPONENTS[name]
+    capacity = plan.options.cache_capacity if component.takes_cache else None
     module = build_component(component, model)
 
     def traced() -> ir.Model:
