@@ -1,17 +1,19 @@
 """Lower a captured program to operators that have an ONNX form, without running it again.
 
-PyTorch's exporter lowers a program by running it twice more on symbolic tensors, and it reads the
-sources of five hundred operators anew for each program: two thirds of the time of a trace. Of what
-our models record, only a few operators have no ONNX form that the exporter takes as it is:
+PyTorch's exporter lowers a program by running it twice more on symbolic tensors, makes types equal
+by running it once more, and reads the sources of five hundred operators anew for each program: two
+thirds of the time of a trace. Of what our models record, only a few operators have no ONNX form
+that the exporter takes as it is:
 
     x.to(dtype)                   x itself if it has that dtype, else ``_to_copy``
     x.flatten(…), x.unflatten(…)  a reshape to the sizes that were recorded
     x & y, x | y                  ``bitwise_and``, ``bitwise_or``, which take booleans too
 
 ``lower`` replaces these. Where a program has another operator without an ONNX form, or one that
-writes into its input, the exporter lowers it. Either way the graph is the same.
+writes into its input, the exporter lowers it. Types are made equal by the exporter's own rules, on
+the values that were recorded: only what changes is run. Either way the graph is the same.
 
-The exporter offers no place to plug this in, so two of its functions are replaced while a trace
+The exporter offers no place to plug this in, so three of its functions are replaced while a trace
 runs. A PyTorch without these functions goes its own way, and takes its time.
 """
 
@@ -54,6 +56,7 @@ def quick_lowering() -> Iterator[None]:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         decompose, set_up = passes.decompose_with_registry, ONNXRegistry.from_torchlib
+        promote, promoted = passes.insert_type_promotion_nodes, _promotion()
     except (ImportError, AttributeError):
         yield
         return
@@ -64,17 +67,48 @@ def quick_lowering() -> Iterator[None]:
 
     with _replacing:
         passes.decompose_with_registry = lowered
+        passes.insert_type_promotion_nodes = promoted
         ONNXRegistry.from_torchlib = staticmethod(functools.partial(_once, set_up))  # type: ignore[method-assign]
         try:
             yield
         finally:
             passes.decompose_with_registry = decompose
+            passes.insert_type_promotion_nodes = promote
             ONNXRegistry.from_torchlib = set_up  # type: ignore[method-assign]
 
 
 @functools.cache
 def _once(set_up: Callable[..., Any], opset_version: int) -> Any:
     return set_up(opset_version=opset_version)
+
+
+@functools.cache
+def _promotion() -> Callable[[fx.GraphModule], None]:
+    """Make the exporter's pass that makes types equal, without running what it leaves as it is.
+
+    Raises:
+        ImportError, AttributeError: this PyTorch has no such pass.
+    """
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    find_rule = type_promotion.get_type_promotion_rule
+
+    class OnRecorded(type_promotion._TypePromotionInterpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            with self._set_current_node(n):
+                if rule := find_rule(n, self.type_promotion_table):
+                    self._maybe_promote_node(n, rule)
+            if n.op == "call_function" and "val" in n.meta:
+                return n.meta["val"]
+            return fx.Interpreter.run_node(self, n)
+
+    def promoted(graph_module: fx.GraphModule) -> None:
+        for module in graph_module.modules():
+            insert = type_promotion.InsertTypePromotion(module)
+            insert.interpreter = OnRecorded(module, insert.interpreter.type_promotion_table)
+            insert.run()
+
+    return promoted
 
 
 def lower(program: ExportedProgram, has_form: Callable[[Any], bool]) -> bool:
