@@ -107,6 +107,17 @@ class ChatConfig:
         """The projector's name in a checkpoint."""
         return "mm_projector" if self.layout == "llava" else "mlp1"
 
+    def of_graphs(self, *, has_language: bool) -> ChatConfig:
+        """Leave out what no graph depends on: prompts, tiles, names; or the language model too."""
+        return ChatConfig(
+            llama=self.llama if has_language else None,
+            language_width=self.language_width,
+            downsample_ratio=self.downsample_ratio,
+            ps_version=self.ps_version,
+            num_queries=self.num_queries,
+            num_blocks_behind=self.num_blocks_behind,
+        )
+
     @property
     def unsupported(self) -> str:
         """The message about a language model of no known family."""

@@ -16,6 +16,7 @@ from support.checkpoints import (
     write_llava_queries,
     write_vit,
 )
+from support.checkpoints.family import write_family
 from support.runs.traces import SharedTraces
 
 from internvl_edge import compiler
@@ -174,6 +175,24 @@ def test_folding_a_tower_is_not_seen_from_outside(
     assert {n: serialized(m) for n, m in shared.items()} == {
         n: serialized(m) for n, m in alone.items()
     }
+
+
+@pytest.mark.slow
+def test_the_vision_side_of_a_chat_is_traced_once(
+    tmp_path: Path, kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its language model is, the capacity of that one's cache, and how it is asked."""
+    qwen = write_family(tmp_path / "qwen2", "qwen2")
+    others = [qwen, write_family(tmp_path / "phi3", "phi3", "hf")]
+    plans = [plan_of(one, tmp_path / "out", components=("chat_vision",)) for one in others]
+    shared = [serialized(traced(plan)["chat_vision"]) for plan in plans]
+    traced(plan_of(qwen, tmp_path / "out", cache_capacity=40))
+    assert [inputs.partition(",")[0] for inputs in kept] == ["pixel_values", "inputs_embeds"]
+    monkeypatch.setattr(trace, "_kept", trace._Kept(0))
+    assert [serialized(traced(plan)["chat_vision"]) for plan in plans] == shared
+    wide = write_family(tmp_path / "wide", "qwen2", language={"hidden_size": 96})
+    plan = plan_of(wide, tmp_path / "out", components=("chat_vision",))
+    assert serialized(traced(plan)["chat_vision"]) != shared[0]
 
 
 @pytest.mark.slow

@@ -128,9 +128,11 @@ def _trace(plan: Plan, name: str, config: CheckpointConfig, model: AnyModel) -> 
         set_constants(graph, rotary_constants(config))
         return simplify(graph)
 
-    dtypes = tuple((key, value.dtype) for key, value in module.state_dict().items())
+    parameters = tuple((k, v.dtype, tuple(v.shape)) for k, v in module.state_dict().items())
     read = config if hasattr(module, "vision_model") else _as_read_outside(config)
-    return _kept.get((component, capacity, read, plan.image_size, compute, dtypes), traced)
+    if read.chat is not None and read.queries is None:
+        read = replace(read, chat=read.chat.of_graphs(has_language=component.takes_cache))
+    return _kept.get((component, capacity, read, plan.image_size, compute, parameters), traced)
 
 
 # --- traces that are kept ------------------------------------------------------------------------
