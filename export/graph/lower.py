@@ -67,7 +67,7 @@ def quick_lowering() -> Iterator[None]:
 
     with _replacing:
         passes.decompose_with_registry = lowered
-        passes.insert_type_promotion_nodes = promoted
+        passes.insert_type_promotion_nodes = promoted  # type: ignore[assignment]
         ONNXRegistry.from_torchlib = staticmethod(functools.partial(_once, set_up))  # type: ignore[method-assign]
         try:
             yield
@@ -104,6 +104,7 @@ def _promotion() -> Callable[[fx.GraphModule], None]:
 
     def promoted(graph_module: fx.GraphModule) -> None:
         for module in graph_module.modules():
+            assert isinstance(module, fx.GraphModule)  # as the exporter has it
             insert = type_promotion.InsertTypePromotion(module)
             insert.interpreter = OnRecorded(module, insert.interpreter.type_promotion_table)
             insert.run()

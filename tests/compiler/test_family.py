@@ -32,35 +32,39 @@ pytestmark = pytest.mark.slow
 GOLDEN = ROOT.parent / "shared" / "golden_family"
 MIXED = "chat_vision=int8,chat_decoder=int4-wo"
 DEEP = {"num_hidden_layers": 4}  # enough for a tower to be traced in part
-NEVER = 1 << 30  # an id that ends nothing
+BOTH = ("chat_vision", "chat_decoder")
 
 
-def exported(path: Path, out: Path, precision: str, pictures: Path | None = None) -> Artifact:
+def exported(
+    path: Path, out: Path, precision: str, pictures: Path | None = None, **more: Any
+) -> Artifact:
     is_quantized = precision not in ("fp32", "fp16", "bf16")
     calibration = pictures if is_quantized else None
-    options = ExportOptions(checkpoint=path, out=out, precision=precision, calibration=calibration)
+    options = ExportOptions(
+        checkpoint=path, out=out, precision=precision, calibration=calibration, **more
+    )
     return compiler.export(options)
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"),
+    ("kind", "precision", "components"),
     [
-        # the others compute what a LLaMA does
-        *((kind, "int8") for kind in ("internlm2", "qwen2", "qwen3", "phi3")),
-        *((kind, "int4-wo") for kind in ("internlm2", "qwen2", "qwen3", "phi3")),
-        *(("qwen3", precision) for precision in ("bf16", "fp8", MIXED)),
-        *(("qwen2", precision) for precision in ("fp16", "int8-wo")),
+        # the others compute what a LLaMA does; one tower is theirs all
+        *((kind, "int8", BOTH[1:]) for kind in ("internlm2", "qwen2", "phi3")),
+        *((kind, "int4-wo", BOTH[1:]) for kind in ("internlm2", "qwen2", "phi3")),
+        *(("qwen3", precision, BOTH) for precision in ("int8", "int4-wo", "bf16", "fp8", MIXED)),
+        *(("qwen2", precision, BOTH) for precision in ("fp16", "int8-wo")),
     ],
 )
 def test_every_kind_compiles_and_agrees(
-    kind: str, precision: str, pictures: Path, tmp_path: Path
+    kind: str, precision: str, components: tuple[str, ...], pictures: Path, tmp_path: Path
 ) -> None:
     """An export holds every graph against PyTorch, and quantized ones against their simulation."""
     path = write_family(tmp_path / "c", kind, vision=DEEP, language=DEEP).path
-    artifact = exported(path, tmp_path / "out", precision, pictures)
+    artifact = exported(path, tmp_path / "out", precision, pictures, components=components)
     figures = {name: c.verification for name, c in artifact.manifest.components.items()}
     least = {"int8": 20.0, "fp16": 50.0}.get(precision, 8.0)
-    assert set(figures) == {"chat_vision", "chat_decoder"}
+    assert set(figures) == set(components)
     assert min(figure["sqnr_db"] for figure in figures.values()) > least, figures
 
 
@@ -119,20 +123,40 @@ def test_tokens_are_the_originals(kind: str, layout: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-wo"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_engines_are_built(kind: str, precision: str, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision", "components"),
+    [
+        # Decoders of other operators than a LLaMA's: biases, norms of heads, two rotary tables;
+        # and one of each kind. There are two vision towers, LLaMA's and everybody else's.
+        *(("llama", precision, BOTH) for precision in ("fp16", "int8", "int4-wo")),
+        *(("qwen2", precision, BOTH) for precision in ("fp16", "int8", "int4-wo")),
+        *(("qwen3", precision, BOTH[1:]) for precision in ("fp16", "int8", "int4-wo")),
+        *(("phi3", precision, BOTH[1:]) for precision in ("fp16", "int8", "int4-wo")),
+        *((kind, "int4-wo", BOTH[1:]) for kind in ("internlm2", "internlm3")),
+    ],
+)
+def test_engines_are_built(
+    kind: str, precision: str, components: tuple[str, ...], pictures: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     options = ExportOptions(
         checkpoint=write_family(tmp_path / "c", kind).path,
         out=tmp_path / "out",
         precision=precision,
+        components=components,
         calibration=None if precision == "fp16" else pictures,
         targets=("onnx", "tensorrt-rtx"),
         verify="none",
     )
     engines = compiler.export(options).manifest.engines
-    assert {engine.component for engine in engines} == {"chat_vision", "chat_decoder"}
+    assert {engine.component for engine in engines} == set(components)
+
+
+def test_every_kind_has_its_engines() -> None:
+    (cases,) = (m.args[1] for m in test_engines_are_built.pytestmark if m.name == "parametrize")
+    assert {kind for kind, _, _ in cases} == set(KINDS)
+    towers = {json.dumps(KINDS[kind].tower) for kind, _, parts in cases if parts == BOTH}
+    assert towers == {json.dumps(kind.tower) for kind in KINDS.values()}
 
 
 def test_texts_to_calibrate_on_are_the_models_own_ids(tmp_path: Path) -> None:
