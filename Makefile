@@ -42,13 +42,13 @@ test-fast: install
 
 # Whole commands under injected faults, by strace; FAULT_POINTS=6 for less
 test-faults: install
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/repository/faults
 
 # The real Triton, unpacked from NVIDIA's wheel, on the bundled models: 700 MB in out/triton, which
 # has a Python of its own, as Triton reads BYTES by NumPy 1. Needs glibc 2.35
 TRITON := out/triton
 test-triton: $(TRITON)/.made $(TRITON)/int8 $(TRITON)/chat
-	TRITON=$(abspath $(TRITON)) $(TRITON)/venv/bin/python -m pytest tests/tritonserver $(FLAGS)
+	TRITON=$(abspath $(TRITON)) $(TRITON)/venv/bin/python -m pytest tests/integrations/tritonserver $(FLAGS)
 
 $(TRITON)/.made: pyproject.toml
 	$(PYTHON) -m venv --clear $(TRITON)/venv

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.triton import backend_utils
-from support.triton.configs import as_json, config_of
+from support.web.triton import backend_utils
+from support.web.triton.configs import as_json, config_of
 
 import internvl_edge
 from internvl_edge.integrations.triton.options import RepositoryOptions

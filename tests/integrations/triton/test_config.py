@@ -6,7 +6,7 @@ import pytest
 from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
-from support.triton.configs import parsed
+from support.web.triton.configs import parsed
 
 from internvl_edge.integrations.triton.config import Word, entries, text_of
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.triton import backend_utils as pb
-from support.triton.backend_utils import Request, Sender
+from support.web.triton import backend_utils as pb
+from support.web.triton.backend_utils import Request, Sender
 
 import internvl_edge
 from internvl_edge.errors import ResourceError, SessionDead, UsageError

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from onnx import TensorProto
-from support.triton.configs import as_json, config_of
-from support.triton.directories import EMBEDDING, SIZE, engine, graph_of, write_directory
+from support.web.triton.configs import as_json, config_of
+from support.web.triton.directories import EMBEDDING, SIZE, engine, graph_of, write_directory
 
 from internvl_edge import cli
 from internvl_edge.artifact import open_artifact

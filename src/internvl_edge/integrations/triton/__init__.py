@@ -3,9 +3,8 @@
 repository   ``internvl-edge triton OUT -o REPO``: what is written, whole or not at all; start here
 options      what it can be told, and what it refuses
 tasks        the table of what is served: tensors, the class, the components that it needs
-config       ``config.pbtxt``, in the text format of Protocol Buffers
-component    the image component, run by Triton's own ONNX Runtime or TensorRT
-readme       what the repository's README.md says
+front        a task as a model in Python;  component  the one that Triton's own backends run
+folder       a model's folder before it is written;  config  ``config.pbtxt``;  readme  README.md
 models       ``EmbedImage``, ``EmbedText``, ``Classify``, ``Generate``: called by Triton
 requests     tensors of requests, and errors as Triton has them
 bridge       a session whose component is another model of the same Triton

@@ -26,8 +26,8 @@ import tritonclient.http
 from google.protobuf import text_format
 from PIL import Image
 from support.paths import ROOT, TESTS
-from support.triton import server
-from support.triton.server import MISSING_BACKEND, Triton
+from support.web.triton import server
+from support.web.triton.server import MISSING_BACKEND, Triton
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
