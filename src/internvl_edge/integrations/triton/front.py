@@ -41,15 +41,14 @@ def front_model(
     """
     needed = task.needs(artifact.manifest, options.mode)
     asked = component if component is not None and component.name in needed else None
+    rows = options.max_batch if asked is None else asked.max_batch
     # A first request cannot stream, nor ask a model that Triton opens meanwhile.
     is_warmed = not task.is_stream and asked is None
     first = [t for t in task.inputs if is_warmed and not t.is_optional]
     config: dict[str, Any] = {
         "name": task.name,
         "backend": "python",
-        "max_batch_size": 0
-        if task.is_stream
-        else (asked.max_batch if asked else options.max_batch),
+        "max_batch_size": 0 if task.is_stream else rows,
         "input": [_tensor(artifact.manifest, task, tensor) for tensor in task.inputs],
         "output": [_tensor(artifact.manifest, task, tensor) for tensor in task.outputs],
         "instance_group": [instance_group(options, gpu=options.front_gpu)],
@@ -106,14 +105,14 @@ def _counted(data: bytes) -> bytes:
 def _tensor(manifest: Manifest, task: Task, tensor: Tensor) -> dict[str, Any]:
     dims, is_optional = [*tensor.dims], tensor.is_optional
     if dims == [EMBEDDING]:
-        dims = [_embedding_size(manifest, task)]
+        dims = [_embedding_size(manifest)]
     if task.is_stream and tensor.name == "image" and not is_chat(manifest):
         dims, is_optional = [1], False
     field = {"name": tensor.name, "data_type": Word(f"TYPE_{tensor.data_type}"), "dims": dims}
     return field | ({"optional": True} if is_optional else {})
 
 
-def _embedding_size(manifest: Manifest, task: Task) -> int:
+def _embedding_size(manifest: Manifest) -> int:
     (size,) = {
         spec.shape[-1]
         for record in manifest.components.values()
