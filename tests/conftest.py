@@ -42,6 +42,34 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled directory of an InternVL with every component and a tokenizer."""
+    from support.checkpoints import write_internvl, write_tokenizer
+
+    from internvl_edge.compiler import ExportOptions, export
+
+    root = tmp_path_factory.mktemp("compiled")
+    written = write_internvl(root / "checkpoint", seed=3)
+    write_tokenizer(written.path)
+    export(ExportOptions(checkpoint=written.path, out=root / "tiny", verify="none"))
+    return root / "tiny"
+
+
+@pytest.fixture(scope="session")
+def compiled_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled directory of an InternVL-Chat."""
+    from support.checkpoints import write_chat, write_chat_tokenizer
+
+    from internvl_edge.compiler import ExportOptions, export
+
+    root = tmp_path_factory.mktemp("compiled-chat")
+    write_chat(root / "checkpoint", seed=3)
+    write_chat_tokenizer(root / "checkpoint")
+    export(ExportOptions(checkpoint=root / "checkpoint", out=root / "talk", verify="none"))
+    return root / "talk"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _traces_are_shared(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Trace each graph once in a run, whichever worker needs it; where tests import the tracer."""

@@ -71,6 +71,7 @@ def test_summary() -> None:
         inputs=("x",),
         outputs=("y",),
         external_locations=("w.bin",),
+        data_types=frozenset({FLOATS}),
     )
 
 

@@ -6,6 +6,7 @@ schema       what is read of the objects in it
 open         a directory that is checked before anything in it is used
 pins         what was verified, compared again when it is used
 publish      a directory that appears whole or not at all
+subset       the same with fewer components, for a machine that needs no more
 workspace    what an interrupted compilation has finished, for the same command to go on
 onnx_gate    an ONNX file, judged before a native parser reads it;  onnx_wire  its bytes
 safetensors  headers of weights files, parsed and validated

@@ -40,6 +40,7 @@ BITS |= {25: 2, 26: 2, 27: 6, 28: 6}
 LISTS = {1: ("float_data", 1), 14: ("float_data", 2), 11: ("double_data", 1)}
 LISTS |= {15: ("double_data", 2), 7: ("int64_data", 1), 12: ("uint64_data", 1)}
 LISTS |= {13: ("uint64_data", 1)}
+FLOAT8 = 17  # float8_e4m3fn
 Called = tuple[str, str, str]  # a function's domain, name and overload
 VALUES = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
@@ -56,6 +57,7 @@ class OnnxSummary:
     inputs: tuple[str, ...]  # that are no initializers
     outputs: tuple[str, ...]
     external_locations: tuple[str, ...]  # files that hold its tensors
+    data_types: frozenset[int]  # of its tensors, FLOAT8 or others of DataType
 
 
 def scan(
@@ -100,10 +102,10 @@ def _summary(model: Message, files: Mapping[str, int]) -> OnnxSummary:
     functions = model.get("functions", [])
     graphs = [part for root in (graph, *functions) for part in _graphs(root)]
     _check_nodes(graph, functions)
+    tensors = [tensor for part in graphs for tensor in _tensors(part)]
     ranges: set[tuple[str, int, int]] = set()
-    for part in graphs:
-        for tensor in _tensors(part):
-            ranges |= _check_tensor(tensor, files)
+    for tensor in tensors:
+        ranges |= _check_tensor(tensor, files)
     _check_overlap(ranges)
     initializers = _initializer_names(graph)
     nodes = [node for part in graphs for node in part.get("nodes", [])]
@@ -116,6 +118,7 @@ def _summary(model: Message, files: Mapping[str, int]) -> OnnxSummary:
         inputs=tuple(n for n in _names(graph, "inputs") if n not in initializers),
         outputs=tuple(_names(graph, "outputs")),
         external_locations=tuple(sorted({location for location, _, _ in ranges})),
+        data_types=frozenset(tensor.get("data_type", 0) for tensor in tensors),
     )
 
 

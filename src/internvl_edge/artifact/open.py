@@ -42,7 +42,7 @@ from internvl_edge.artifact.pins import Pin, Watch, changed
 from internvl_edge.artifact.safetensors import header_sha256
 from internvl_edge.artifact.schema import check_schema
 from internvl_edge.errors import ArtifactError, UsageError, shortened
-from internvl_edge.files.disk import EXHAUSTED, FOLDER_FLAGS, open_regular, translated
+from internvl_edge.files.disk import EXHAUSTED, FOLDER_FLAGS, link_or_copy, open_regular, translated
 
 __all__ = ["Artifact", "open_artifact", "sha256"]
 
@@ -120,6 +120,23 @@ class Artifact:
         """
         with self._now() as directory:
             return self._watched(directory, names)
+
+    def bring(self, name: str, target: Path) -> None:
+        """Give a listed file a second name, a hard link where there can be one, else a copy.
+
+        Raises:
+            ArtifactError: it is not listed, or no longer what was opened.
+            OSError: the file cannot be written.
+        """
+        with closing(self.watched(name)) as watch:
+            link_or_copy(self.path / name, target)
+            with open_regular(target) as file:
+                if Pin.of(file).has_content_of(watch.pins[name]):
+                    return  # the very file
+                try:
+                    _check_content(target, file, self.manifest.files[name], whole=True)
+                except ArtifactError as error:
+                    raise changed(self.path, f"{name} is another file") from error
 
     @contextmanager
     def held(self, graph: str) -> Iterator[tuple[Path, Watch]]:

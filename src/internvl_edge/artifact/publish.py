@@ -25,6 +25,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from internvl_edge.artifact.manifest import FOLDERS, MANIFEST, FileRecord, Manifest
@@ -52,6 +53,7 @@ __all__ = [
     "check_out",
     "check_parent",
     "hold",
+    "is_compiled",
     "make_parents",
     "os_errors",
     "placed",
@@ -71,16 +73,30 @@ ATTEMPTS = 16
 FILE_MODE, FOLDER_MODE = 0o644, 0o755  # at most, whatever the umask
 
 
+def is_compiled(directory: Path) -> bool:
+    """Tell whether a directory has a manifest of ours; a damaged one counts."""
+    try:
+        with open_regular(directory / MANIFEST) as file:
+            return b'"schema_version"' in file.read(256)
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def staging(
-    out: Path, *, force: bool, check: Callable[[Path], None] | None = None
+    out: Path,
+    *,
+    force: bool,
+    check: Callable[[Path], None] | None = None,
+    is_ours: Callable[[Path], bool] = is_compiled,
 ) -> Iterator[Path]:
     """Give a directory to write into, which becomes ``out`` if the block succeeds.
 
     Args:
         out: what to publish; its parents are created.
-        force: replace a compiled directory of that name, with all that is in it.
+        force: replace a directory of ours of that name, with all that is in it.
         check: makes sure that it is complete; None: that it is what its manifest lists.
+        is_ours: tells whether a directory may be replaced.
 
     Raises:
         UsageError: before the block: ``out`` exists or cannot be written. After it: another run
@@ -94,7 +110,7 @@ def staging(
             make_parents(out.parent, cleanup)
             _restore(out)
             _reclaim(out)
-            check_out(out, force=force)
+            check_out(out, force=force, is_ours=is_ours)
             held = hold(out, cleanup) if out.exists() else None
             directory = _make_staging(out, cleanup)
         with work_errors(out, directory):
@@ -103,7 +119,8 @@ def staging(
             (check or _check_complete)(directory)
             _limit_modes(directory)
             sync_tree(directory)
-            _publish(directory, out, force, held, cleanup)
+            check_again = partial(check_out, out, force=force, is_ours=is_ours)
+            _publish(directory, out, check_again, held, cleanup)
             sync(out.parent)
 
 
@@ -256,7 +273,7 @@ def _remove_if_empty(path: Path) -> None:
         path.rmdir()
 
 
-def check_out(out: Path, *, force: bool) -> None:
+def check_out(out: Path, *, force: bool, is_ours: Callable[[Path], bool] = is_compiled) -> None:
     """Refuse whatever is at ``out`` unless it is a directory of ours and may be replaced.
 
     Raises:
@@ -273,17 +290,8 @@ def check_out(out: Path, *, force: bool) -> None:
         raise UsageError(f"{out} exists; pass --force to replace it, or choose another name")
     if os.path.ismount(out):
         raise UsageError(f"{out} is a mount point and cannot be replaced; choose a folder in it")
-    if any(out.iterdir()) and not _is_ours(out):
+    if any(out.iterdir()) and not is_ours(out):
         raise UsageError(f"{out} was not written by internvl-edge; remove it or choose another")
-
-
-def _is_ours(out: Path) -> bool:
-    """Tell whether a directory has a manifest of ours; a damaged one counts."""
-    try:
-        with open_regular(out / MANIFEST) as file:
-            return b'"schema_version"' in file.read(256)
-    except FileNotFoundError:
-        return False
 
 
 def hold(directory: Path, cleanup: ExitStack) -> int:
@@ -415,13 +423,19 @@ def _same_compilation(before: Manifest, after: Manifest) -> bool:
     return old == new
 
 
-def _publish(directory: Path, out: Path, force: bool, held: int | None, cleanup: ExitStack) -> None:
+def _publish(
+    directory: Path,
+    out: Path,
+    check_again: Callable[[], None],
+    held: int | None,
+    cleanup: ExitStack,
+) -> None:
     """Give the directory its name; an old one of that name is left under the staging name."""
     for _ in range(ATTEMPTS):
         try:
             rename_new(directory, out)
         except FileExistsError:
-            check_out(out, force=force)
+            check_again()
         else:
             return
         try:

@@ -6,7 +6,7 @@ and SIGTERM with 143, both after cleaning up.
 
     export     export, build, convert;  inspect  verify, inspect;  debug  lint, bisect
     embed      embed, classify, retrieve, match;  text  caption, answer;  chat  chat
-    serve      serve;  benchmark  benchmark;  doctor  doctor
+    serve      serve, triton;  benchmark  benchmark;  doctor  doctor
     console    answers, progress and errors on the terminal;  options  shared options
     inputs     pictures, texts and labels that a command line names
 """
@@ -66,6 +66,7 @@ for command in (
     text.answer,
     chat.chat,
     serve.serve,
+    serve.triton,
     benchmark.benchmark,
     doctor.doctor,
 ):

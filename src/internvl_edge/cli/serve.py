@@ -1,4 +1,4 @@
-"""``serve``: compiled directories over HTTP, and a page to try them on."""
+"""``serve``: compiled directories over HTTP; ``triton``: a model repository for NVIDIA's Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import DIRECTORY, allow_slow, answers, backend
+from internvl_edge.cli.options import DIRECTORY, allow_slow, answers, backend, names, one_of
 from internvl_edge.files.packages import require
 
 
@@ -117,3 +117,49 @@ def run(output: Output, places: dict[str, Path], options: Any) -> int:
         output.result({"url": url, "models": list(places)})
 
     return serve(service, listener, opened)
+
+
+@click.command()
+@click.argument("out", type=DIRECTORY)
+@click.option("-o", "--repo", type=DIRECTORY, required=True, help="The model repository to write.")
+@click.option(
+    "--backend",
+    type=one_of("python", "onnxruntime", "tensorrt"),
+    default="python",
+    show_default=True,
+    help="What runs the image component: this package, or Triton itself as one more model.",
+)
+@click.option("--tasks", callback=names, help="Comma-separated; default: all that OUT can do.")
+@click.option(
+    "--mode", type=one_of("c", "g"), default="c", show_default=True, help="Of image embeddings."
+)
+@click.option("--max-batch", type=int, default=32, show_default=True, help="Rows of a batch.")
+@click.option(
+    "--instances", type=int, default=1, show_default=True, help="Processes of each model."
+)
+@click.option(
+    "--threads", type=int, default=1, show_default=True, help="Of each process, on the processor."
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
+@click.option(
+    "--self-contained", is_flag=True, help="Put the files that a model needs into its folder."
+)
+@click.option("--max-delay-us", type=int, help="How long a request waits for others; default: not.")
+@click.option(
+    "--max-queued",
+    type=int,
+    help="Requests that may wait, by a queue policy, which makes some lone requests slower.",
+)
+@click.option("--force", is_flag=True, help="Replace REPO, once the new one is complete.")
+@answers
+def triton(output: Output, out: Path, repo: Path, **how: Any) -> None:
+    """Write a model repository for NVIDIA's Triton: every task that OUT can do is a model.
+
+    Triton is not needed to write it. Within Triton, models in Python need this package.
+    """
+    from internvl_edge.integrations.triton.options import RepositoryOptions
+    from internvl_edge.integrations.triton.repository import write_repository
+
+    models = write_repository(RepositoryOptions(out=out, repo=repo, **how))
+    output.lines([f"{repo}: {', '.join(models)}"])
+    output.result({"repo": repo, "models": models})
