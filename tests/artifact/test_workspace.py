@@ -280,7 +280,7 @@ def test_interrupted_runs_end_byte_identical(
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_an_interrupted_conversion_goes_on_behind_its_last_piece(
+def test_an_interrupted_conversion_goes_on_after_its_last_piece(
     checkpoint: Path,
     tmp_path: Path,
     after: int,

@@ -54,7 +54,7 @@ def test_a_call_begins_when_the_host_is_done(tmp_path: Path) -> None:
     assert seen == [(step, True, True) for step in steps]
 
 
-def test_nothing_is_left_behind_by_a_failure(tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     feeds = feeds_of(batch=2, length=5)
 

@@ -357,6 +357,7 @@ def test_streams_that_cannot_be_used(command: str, code: int, told: bytes) -> No
     assert said[0].startswith(told) if told else not said, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_answer_that_is_cut_short_is_no_success(tmp_path: Path, unbuffered: str) -> None:
     answer = tmp_path / "answer"

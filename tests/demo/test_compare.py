@@ -10,6 +10,7 @@ from internvl_edge.demo.compare import compare
 from internvl_edge.errors import InternVLError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cores", [1, 2])
 def test_a_precision_that_fails_is_named_and_ends_the_others(
     tmp_path: Path,

@@ -104,6 +104,7 @@ def test_answers_follow_from_the_caption(seed: int, count: int) -> None:
 # --- scenes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_scan_is_in_both_splits() -> None:
     train, held_out = scenes.scans("train"), scenes.scans("held-out")
     assert sum(map(len, train)) + sum(map(len, held_out)) == 1797
@@ -256,6 +257,7 @@ def test_a_text_is_positive_for_every_scene_it_is_true_of(
             assert bool(batch.positives[row, column]) == truth
 
 
+@pytest.mark.slow
 def test_training_forward_agrees_with_inference(
     reference: ReferenceModel, tokenizer: spm.SentencePieceProcessor
 ) -> None:
@@ -314,10 +316,12 @@ def test_it_classifies_and_retrieves(reference: ReferenceModel, mode: str) -> No
     assert evaluate.retrieval_recall_at_1(reference, 100, mode) >= 0.8
 
 
+@pytest.mark.slow
 def test_it_matches(reference: ReferenceModel) -> None:
     assert evaluate.matching_accuracy(reference, 200) >= 0.95
 
 
+@pytest.mark.slow
 def test_it_captions_and_answers(reference: ReferenceModel) -> None:
     assert evaluate.caption_exact_match(reference, 100) >= 0.85
     assert evaluate.vqa_accuracy(reference, 100) >= 0.85

@@ -159,7 +159,7 @@ def test_what_cannot_be_written(
     assert message in capsys.readouterr().err
 
 
-def test_outliers_behind_gelu(tmp_path: Path) -> None:
+def test_outliers_after_gelu(tmp_path: Path) -> None:
     config = CheckpointConfig(kind="vit", vision=TINY.vision)
     write_checkpoint(Synthesis(config=config, gelu=True), tmp_path / "gelu")
     model = load_reference(tmp_path / "gelu")

@@ -25,7 +25,7 @@ def test_a_signal_waits_for_the_end(number: signal.Signals) -> None:
         signal.signal(number, before)
 
 
-def test_ctrl_c_is_raised_behind_the_block_even_if_it_failed(
+def test_ctrl_c_is_raised_after_the_block_even_if_it_failed(
     request: pytest.FixtureRequest,
 ) -> None:
     # a shell that starts a job in the background lets it ignore Ctrl-C

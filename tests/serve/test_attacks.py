@@ -492,7 +492,7 @@ def test_pictures_that_are_bombs_or_none(attacked: Served, picture: bytes) -> No
 @pytest.mark.parametrize(
     "more", [chunk_of(b"zTXt", b"a\0\0" + zlib.compress(bytes(50 << 20))), b""]
 )
-def test_what_stands_beside_the_pixels_is_not_unpacked(attacked: Served, more: bytes) -> None:
+def test_what_comes_with_the_pixels_is_not_unpacked(attacked: Served, more: bytes) -> None:
     picture = png_of(16, 16, more, data=bytes(60 << 20))
     content = {"input": data_url(picture), "modality": "image"}
     began = time.monotonic()

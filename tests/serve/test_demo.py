@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import serve_demo
 
 
+@pytest.mark.slow
 def test_the_demo_is_compiled_and_drawn_once(
     tmp_path: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -395,6 +395,7 @@ def test_sigterm_within_a_stream_and_under_load(compiled: Path) -> None:
             assert set(statuses) == {200}
 
 
+@pytest.mark.slow
 def test_a_grace_that_runs_out(compiled_chat: Path) -> None:
     arguments = (f"talk={compiled_chat}", "--drain", "0", "--grace", "0")
     with process(*arguments) as served:

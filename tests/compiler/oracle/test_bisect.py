@@ -131,13 +131,13 @@ def test_one_weight_of_a_graph_that_is_not_quantized(vit: Path, tmp_path: Path) 
     assert first_bad(bisect(out, vit / "checkpoint")) == [f"{LAYERS}.3.attn.proj"]
 
 
-def test_what_is_in_front_of_the_tower(vit: Path, tmp_path: Path) -> None:
+def test_what_comes_before_the_tower(vit: Path, tmp_path: Path) -> None:
     out = copied(vit, "fp32", tmp_path)
     change(out, "vision_model.embeddings.class_embedding", lambda values: values.fill(1))
     assert first_bad(bisect(out, vit / "checkpoint")) == ["embeddings"]
 
 
-def test_the_language_tower_and_what_is_behind_it(tmp_path: Path) -> None:
+def test_the_language_tower_and_what_comes_after_it(tmp_path: Path) -> None:
     checkpoint = write_internvl(tmp_path / "checkpoint", DEEP).path
     names = "text_embed", "image_queries"
     out = tmp_path / "out"

@@ -249,7 +249,7 @@ def test_names_that_are_none_of_the_models_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", LEFT_OUT, ids=lambda row: row.markers[0])
-def test_files_beside_the_weights_are_left_out_and_said(
+def test_files_next_to_the_weights_are_left_out_and_said(
     tmp_path: Path, row: Oddity, caplog: pytest.LogCaptureFixture
 ) -> None:
     written = write_vit(tmp_path / "vit")

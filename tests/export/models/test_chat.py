@@ -89,7 +89,7 @@ def test_logits_and_greedy_ids_are_the_originals(golden: Path, reference: dict[s
     np.testing.assert_array_equal(found.numpy(), greedy)
 
 
-def test_padding_in_front_changes_nothing(golden: Path, reference: dict[str, Any]) -> None:
+def test_padding_at_the_start_changes_nothing(golden: Path, reference: dict[str, Any]) -> None:
     model = load_reference(golden / "tiny/chat_v2")
     assert isinstance(model, Chat)
     pixels, ids = (

@@ -80,7 +80,7 @@ def tokens_of(out: Path, pixels: Array) -> Array:
     return np.concatenate((looked, seen["image_tokens"]), axis=1)
 
 
-def test_queries_stand_in_front_of_patches(written: Written) -> None:
+def test_queries_stand_before_patches(written: Written) -> None:
     model = load_reference(written.path)
     assert isinstance(model, Chat)
     pixels = pixels_of(2)
@@ -90,7 +90,7 @@ def test_queries_stand_in_front_of_patches(written: Written) -> None:
     torch.testing.assert_close(found, expected_tokens(written, pixels), atol=1e-5, rtol=0)
 
 
-def test_patches_of_the_last_block_leave_none_behind(tmp_path: Path) -> None:
+def test_patches_of_the_last_block_leave_none_after_it(tmp_path: Path) -> None:
     written = write_llava_queries(tmp_path / "c")
     raw = json.loads((written.path / "config.json").read_text()) | {"mm_vision_select_layer": -1}
     (written.path / "config.json").write_text(json.dumps(raw))

@@ -67,7 +67,7 @@ def test_in_a_folder_of_annotations(tmp_path: Path, file: str, text: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".caption"])
-def test_captions_beside_their_images(tmp_path: Path, suffix: str) -> None:
+def test_captions_next_to_their_images(tmp_path: Path, suffix: str) -> None:
     write_images(tmp_path, "pets/dog.jpg", "boats.jpg")
     (tmp_path / f"pets/dog{suffix}").write_text(f"{DOG}\nmore\n")
     (tmp_path / f"boats{suffix}").write_text(BOATS)
@@ -247,7 +247,7 @@ def test_other_pictures_are_counted(tmp_path: Path) -> None:
         load_calibration(tmp_path, 4)
 
 
-def test_folders_behind_links_are_searched_once(tmp_path: Path) -> None:
+def test_folders_that_links_lead_to_are_searched_once(tmp_path: Path) -> None:
     write_images(tmp_path / "far", "1.png", "2.png")
     (tmp_path / "near").mkdir()
     (tmp_path / "near/cats").symlink_to(tmp_path / "far")

@@ -453,7 +453,7 @@ def test_weights_alone_in_one_of_two_towers(
     assert is_clean(findings) == (rules != {"missing-pair"})
 
 
-def test_weights_alone_beside_pairs_without_names(tmp_path: Path) -> None:
+def test_weights_alone_next_to_pairs_without_names(tmp_path: Path) -> None:
     g = Graph()
     g.linear(g.pair("x"), "onnx::MatMul_12")
     y = g.node("Add", g.nodes[-1].output[0], g.linear("x", "onnx::MatMul_13"))
@@ -498,7 +498,7 @@ def test_values_that_no_scale_may_have(value: float, says: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("transposed", "axis", "clean"), [(1, 0, True), (1, 1, False)])
-def test_axes_behind_transposes(transposed: int, axis: int, clean: bool, tmp_path: Path) -> None:
+def test_axes_after_transposes(transposed: int, axis: int, clean: bool, tmp_path: Path) -> None:
     """(N, K) weights that a Transpose brings to the product, and a Gemm that transposes itself."""
     g = Graph()
     weight = g.node("Transpose", g.weight("w", 64, WIDTH, axis=axis), perm=[1, 0])
@@ -735,7 +735,7 @@ STEPS: dict[str, Callable[[Graph, str], str]] = {
 
 
 @pytest.mark.parametrize("steps", [*([step] for step in STEPS), ["Identity", "Reshape", "Cast"]])
-def test_constants_behind_steps(steps: list[str], tmp_path: Path) -> None:
+def test_constants_after_steps(steps: list[str], tmp_path: Path) -> None:
     """What follows from stored values alone is a constant: scales, and zero points."""
     g = Graph()
     scale, zero = g.constant("s", SCALE), g.node("Identity", g.constant("z", np.int8(0)))
@@ -748,7 +748,7 @@ def test_constants_behind_steps(steps: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["Identity", "Reshape", "Cast", "Squeeze", "Constant"])
-def test_values_behind_steps_are_judged(step: str, tmp_path: Path) -> None:
+def test_values_after_steps_are_judged(step: str, tmp_path: Path) -> None:
     g = Graph()
     scales = [STEPS[step](g, g.constant(name, v)) for name, v in (("s", SCALE), ("t", 2 * SCALE))]
     zero = g.node("Identity", g.constant("z", np.int8(3)))
@@ -780,7 +780,7 @@ def test_scales_that_do_not_follow_from_constants(source: str, tmp_path: Path) -
     assert "scale-constant" in {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))}
 
 
-def test_a_weight_behind_steps_is_a_weight(tmp_path: Path) -> None:
+def test_a_weight_after_steps_is_a_weight(tmp_path: Path) -> None:
     g = Graph()
     weight = g.constant("w", np.ones((WIDTH, WIDTH), np.int8))
     names = [g.node("Identity", weight), g.constant("s", np.full(WIDTH, 0.01, np.float32))]

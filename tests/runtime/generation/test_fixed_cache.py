@@ -241,7 +241,7 @@ def test_capacities_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mask_that_looks_behind_the_new_tokens_is_found(
+def test_a_mask_that_looks_beyond_the_new_tokens_is_found(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def careless(mask: torch.Tensor, length: int, first: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,7 @@ def test_a_plan_is_read_where_no_memory_can_be_locked(
         assert bench.trt.staged == {False}
 
 
-def test_a_plan_behind_a_link_is_never_opened(bench: Bench) -> None:
+def test_a_plan_that_a_link_leads_to_is_never_opened(bench: Bench) -> None:
     elsewhere = bench.path / "elsewhere"
     bench.plan.rename(elsewhere)
     bench.plan.symlink_to(elsewhere)

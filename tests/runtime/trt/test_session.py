@@ -32,6 +32,7 @@ def test_it_computes_what_the_engine_does(bench: Bench) -> None:
     assert not bench.trt.runtimes[0].engine_host_code_allowed
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     calls=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 6)), min_size=1, max_size=12),

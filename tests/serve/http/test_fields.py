@@ -21,6 +21,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(JSON)
 def test_json_is_read(value: Any) -> None:
     assert parsed(json.dumps(value).encode()) == value

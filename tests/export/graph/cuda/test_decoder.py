@@ -27,7 +27,7 @@ from internvl_edge.types import Array
 pytestmark = pytest.mark.slow
 
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
-CAPACITY, FIRST, PROMPT, TOKENS = 32, 5, 7, 4
+CAPACITY, FIRST, PROMPT, TOKENS = 40, 5, 7, 4
 # How their layers differ: heads of queries alone; grouped; biases; norms of heads; a tied head.
 KINDS: dict[str, dict[str, Any]] = {
     "qllama": {},
