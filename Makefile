@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-faults test-triton check check-deploy format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
+.PHONY: install demo test test-fast test-faults test-triton test-optimum check check-deploy format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
 
 install: $(VENV)/.installed
 
@@ -63,6 +63,16 @@ $(TRITON)/int8: | install
 
 $(TRITON)/chat: | install
 	$(BIN)/internvl-edge export demo-chat -o $@
+
+# The layout optimum by optimum itself, in out/optimum: 1.5 GB, as it wants another transformers
+OPTIMUM := out/optimum
+test-optimum: $(OPTIMUM)/.made
+	$(OPTIMUM)/bin/python -m pytest tests/integrations/optimum $(FLAGS)
+
+$(OPTIMUM)/.made: pyproject.toml
+	$(PYTHON) -m venv --clear $(OPTIMUM)
+	$(OPTIMUM)/bin/pip install --quiet torch==2.13.0 pytest --editable ".[export,quantize,demo,chat,optimum]"
+	touch $@
 
 check: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

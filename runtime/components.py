@@ -254,6 +254,17 @@ class OpenComponents:
         )
 
     @cached_property
+    def embedding_size(self) -> int | None:
+        """The numbers of an embedding, E; None where nothing is embedded."""
+        sizes = (
+            int(spec.shape[-1])
+            for record in self.artifact.manifest.components.values()
+            for spec in record.outputs
+            if spec.name in ("image_embeds", "text_embeds")
+        )
+        return next(sizes, None)
+
+    @cached_property
     def preprocessing(self) -> Preprocessing:
         """The transforms of the directory."""
         from internvl_edge.runtime.images.transform import Preprocessing

@@ -249,6 +249,9 @@ def unsigned_graph(component: str) -> str:
     return f"{component}.u8.onnx"
 
 
+JOINED_GRAPH = "model.onnx"  # of ``EMBEDDERS``, as transformers' classes open it
+
+
 def cuda_graph(component: str) -> str:
     """Name the graph in operators of ONNX Runtime's CUDA provider (``export.graph.cuda.tower``)."""
     return f"{component}.cuda.onnx"

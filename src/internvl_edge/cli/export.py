@@ -76,6 +76,12 @@ EXPECT_FUSED = "Refuse an engine that lost fused attention or 8-bit products; in
 )
 @click.option("--expect-fused", is_flag=True, help=EXPECT_FUSED)
 @click.option(
+    "--layout",
+    type=one_of("optimum"),
+    help="Also write model.onnx, a CLIP of both towers, and what optimum and transformers open it "
+    "with.",
+)
+@click.option(
     "--weights",
     type=one_of("auto", "link", "copy"),
     default="auto",
@@ -170,13 +176,15 @@ def _is_searched(precision: str, max_drop: float | None, metric: str | None) -> 
 
 def _require_checkpoint(path: Path | None) -> None:
     """Tell a folder of another kind from a checkpoint; what is wrong inside one is said later."""
-    if path is None or not path.is_dir() or (path / CHECKPOINT_FILE).exists():
+    if path is None or not path.is_dir():
         return
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists():  # with --layout optimum it has a file of the other name too
         raise CheckpointError(
             f"{path} is a compiled directory ({MANIFEST}); expected a checkpoint, the folder "
             f"with {CHECKPOINT_FILE} and the weights it was made from"
         )
+    if (path / CHECKPOINT_FILE).exists():
+        return
     if "snapshots" in {path.name, *(file.name for file in path.iterdir())}:
         return  # of a Hugging Face cache: opening it says which snapshot to name
     is_pictures = any(file.suffix.lower() in SUFFIXES for file in path.iterdir())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
+from internvl_edge import compiler
 from internvl_edge.artifact import (
     CHECKPOINT_FILE,
     MANIFEST,
@@ -71,7 +73,6 @@ def verify(
         raise UsageError("--calib, --min-sqnr and --max-drop are of a comparison; add --checkpoint")
     if checkpoint is not None:
         require(*EXPORT)
-        from internvl_edge import compiler
         from internvl_edge.demo.scenes import samples_of
 
         with output.progress() as report:
@@ -112,7 +113,7 @@ def inspect(output: Output, path: Path, backend: str) -> None:
     if not (path / CHECKPOINT_FILE).exists():
         raise InputError(_neither(path))
     require("ml-dtypes")
-    from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+    from internvl_edge.export import open_checkpoint
     from internvl_edge.export.checkpoint.side_files import side_file_problem
     from internvl_edge.export.config.checkpoint import available_components
 
@@ -220,7 +221,15 @@ def show_artifact(output: Output, artifact: Artifact) -> None:
             "them, onnx.checker and onnx-ir refuse files of two names; --weights copy makes files "
             "of their own"
         )
-    output.result({"out": artifact.path, **manifest.to_json()})
+    opened = compiler.openers(manifest)
+    output.lines(
+        [
+            f"without this runtime: {', '.join(one.files)}: {one.program}; {one.place}"
+            for one in opened
+        ]
+    )
+    opens = [dataclasses.asdict(one) for one in opened]
+    output.result({"out": artifact.path, **manifest.to_json(), "opens": opens})
 
 
 def figures_row(verification: dict[str, Any]) -> tuple[str, ...]:

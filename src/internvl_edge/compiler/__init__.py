@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
     from internvl_edge.compiler.published import verify
+    from internvl_edge.compiler.report.elsewhere import openers
     from internvl_edge.compiler.search import export_auto
     from internvl_edge.compiler.steps.engines import build
     from internvl_edge.compiler.steps.profiles import profile_from, ranges_from
@@ -41,6 +42,7 @@ __all__ = [
     "export_auto",
     "forecast",
     "make_plan",
+    "openers",
     "profile_from",
     "ranges_from",
     "rehearse",
@@ -56,6 +58,7 @@ _MODULES = {
     "export_auto": "search",
     "forecast": "pipeline",
     "make_plan": "plan",
+    "openers": "report.elsewhere",
     "profile_from": "steps.profiles",
     "ranges_from": "steps.profiles",
     "rehearse": "compile",

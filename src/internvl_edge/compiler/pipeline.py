@@ -10,7 +10,7 @@ from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
 from internvl_edge.compiler.steps.engines import BuildEngines
 from internvl_edge.compiler.steps.graphs import WriteGraphs
 from internvl_edge.compiler.steps.meta_model import shallow_model
-from internvl_edge.compiler.steps.publish import ListFiles, Publish
+from internvl_edge.compiler.steps.publish import CopyFiles, ListFiles, Publish, WriteClip
 from internvl_edge.compiler.steps.quantize import Quantize
 from internvl_edge.compiler.steps.step import Step
 from internvl_edge.compiler.steps.trace import Trace
@@ -29,6 +29,8 @@ def steps(plan: Plan) -> list[Step]:
         StoreWeights(weights=weights) if plan.recipe is None else Quantize(weights=weights),
         WriteGraphs(model=model),
         *([] if plan.options.verify == "none" else [Verify()]),
+        CopyFiles(),
+        *([WriteClip()] if plan.options.layout == "optimum" else []),
         ListFiles(),
         *([_engines(plan, weights)] if plan.engine_targets else []),
         Publish(),

@@ -29,6 +29,7 @@ from internvl_edge.runtime.images.transform import MAX_SIZE, Preprocessing
 logger = logging.getLogger(__name__)
 
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+LAYOUTS = ("optimum",)
 Verify = Literal["auto", "full", "none"]
 Input = Literal["float32", "uint8"]
 DrawSamples = Callable[[int, int], CalibrationSet]  # how many, seed → samples to calibrate on
@@ -55,6 +56,7 @@ class ExportOptions:
     calibration: Path | None = None  # a folder of images to calibrate on
     samples: DrawSamples | None = None  # without a folder; None: a bundled sample set
     targets: tuple[str, ...] = ("onnx",)
+    layout: str | None = None  # "optimum": also what transformers' classes for CLIP open
     expect_fused: bool = False  # refuse engines that lost fused attention or 8-bit products
     weights: Transfer = "auto"
     align: int | None = None  # of every weight in its file; None: to its item size
@@ -105,6 +107,8 @@ def make_plan(options: ExportOptions) -> Plan:
     default = recipe_of(options.precision)
     for target in options.targets:
         require_choice("target", target, TARGETS)
+    if options.layout is not None:
+        require_choice("layout", options.layout, LAYOUTS)
     check_parent(options.out)
     check_out(options.out, force=options.force)
     recipe = _recipe(options, default)

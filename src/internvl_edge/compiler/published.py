@@ -102,6 +102,8 @@ def verify(
             engine_base,
             artifact.manifest.files,
         )
+    if whole:
+        checker.check_joined(out, artifact.manifest.files)
     return figures
 
 

@@ -45,11 +45,14 @@ def names(plan: Plan) -> list[str]:
 
 
 def test_the_steps_of_an_export(written: Written, tmp_path: Path) -> None:
-    plain = ["Trace", "StoreWeights", "WriteGraphs", "Verify", "ListFiles", "Publish"]
+    plain = ["Trace", "StoreWeights", "WriteGraphs", "Verify"]
+    plain += ["CopyFiles", "ListFiles", "Publish"]
     plan = plan_of(written, tmp_path / "out")
     assert names(plan) == plain
     engines = replace(plan, options=replace(plan.options, targets=("tensorrt-rtx",)))
     assert names(engines) == [*plain[:-1], "BuildEngines", "Publish"]
+    clip = replace(plan, options=replace(plan.options, layout="optimum"))
+    assert names(clip) == [*plain[:5], "WriteClip", *plain[5:]]
     quantized = plan_of(written, tmp_path / "out", precision="int8", verify="none")
     assert names(quantized) == ["Trace", "Quantize", *plain[2:3], *plain[4:]]
     rows = [cost.name for cost in pipeline.forecast_plan(quantized).steps]

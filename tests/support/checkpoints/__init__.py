@@ -275,8 +275,8 @@ def randomised(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
-    """Train a tiny SentencePiece model into a checkpoint directory."""
+def write_tokenizer(path: Path, vocab_size: int = 300, *, normalises: bool = True) -> None:
+    """Train a tiny SentencePiece model into a checkpoint directory; LLaMA's normalises nothing."""
     import sentencepiece
 
     texts = [
@@ -298,6 +298,8 @@ def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
             eos_id=2,
             hard_vocab_limit=False,
             minloglevel=2,
+            normalization_rule_name="nmt_nfkc" if normalises else "identity",
+            remove_extra_whitespaces=normalises,
         )
 
 

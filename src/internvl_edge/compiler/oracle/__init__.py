@@ -8,6 +8,7 @@ run_graph        a graph run as its reference is
 checker          a component's graphs compared with all of that
 scales           the numbers of a quantized graph, compared with the calibration
 bisect           block by block, the first tensor that is wrong
+joined           the graph of both towers, compared with them
 graph_blocks     a graph's blocks, one after the other;  readings  of their tensors
 reference_block  what a block of the reference computes inside
 """

@@ -27,6 +27,7 @@ import onnx_ir as ir
 
 from internvl_edge.artifact.components import COMPONENTS, cuda_graph, engine_graph
 from internvl_edge.compiler.oracle.expected import Expected, Part, Reference
+from internvl_edge.compiler.oracle.joined import require_joined
 from internvl_edge.compiler.oracle.run_graph import run_part
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
@@ -152,6 +153,10 @@ class Checker:
         has_fused = fused.exists() if listed is None else fused.name in listed
         figures, *others = self._check(component, graphs, precision, fused if has_fused else None)
         return figures | ({"engine_graph": others[0]} if others else {})
+
+    def check_joined(self, directory: Path, listed: Container[str]) -> None:
+        """Compare the graph that joins two components with them; see ``require_joined``."""
+        require_joined(directory, self.feeds, listed)
 
     def _check(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from internvl_edge.artifact import Manifest
-from internvl_edge.artifact.components import CHAT_DECODER, IMAGE_EMBED
+from internvl_edge.artifact.components import CHAT_DECODER, IMAGE_EMBED, JOINED_GRAPH
+from internvl_edge.compiler.report.elsewhere import openers
+from internvl_edge.runtime.text.tokenizer import MAX_TEXT_LENGTH
 
 
 def readme(manifest: Manifest) -> str:
@@ -27,7 +29,11 @@ import internvl_edge
 
 {_example(manifest)}
 ```
-{_links(manifest)}
+{_links(manifest)}{_clip(manifest)}
+## Without this runtime
+
+{_openers(manifest)}
+
 `manifest.json` lists every file with its size and sha256, shards that were linked with that of
 their header; `internvl-edge verify` checks them, with `--full` every byte.
 Engines under `engines/` are bound to the TensorRT version they were built with and, like any
@@ -44,6 +50,40 @@ checkpoint's own files. **What edits the one edits the other.** ONNX Runtime and
 them; `onnx.checker`, `onnx.load` and onnx-ir refuse files of two names. A plain copy of this
 directory (`cp -r`) has files of its own, as has an export with `--weights copy`.
 """
+
+
+def _clip(manifest: Manifest) -> str:
+    if JOINED_GRAPH not in manifest.files:
+        return ""
+    return f"""
+## With optimum and transformers
+
+`{JOINED_GRAPH}` has both towers, and the inputs and outputs of a CLIP:
+
+```python
+from optimum.onnxruntime import ORTModelForZeroShotImageClassification
+from transformers import AutoImageProcessor, AutoTokenizer, pipeline
+
+classify = pipeline(
+    "zero-shot-image-classification",
+    model=ORTModelForZeroShotImageClassification.from_pretrained("this directory"),
+    tokenizer=AutoTokenizer.from_pretrained("this directory"),
+    image_processor=AutoImageProcessor.from_pretrained("this directory"),
+)
+classify("photo.jpg", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {{}}")
+```
+
+`config.json` says `clip` for that alone. Labels of more than {MAX_TEXT_LENGTH} tokens need
+`tokenizer_kwargs={{"truncation": True}}`.
+"""
+
+
+def _openers(manifest: Manifest) -> str:
+    rows = [
+        f"| {', '.join(f'`{file}`' for file in one.files)} | {one.program} | {one.place} |"
+        for one in openers(manifest)
+    ]
+    return "\n".join(["| graphs | open with | on |", "|---|---|---|", *rows])
 
 
 def _example(manifest: Manifest) -> str:

@@ -8,5 +8,5 @@ graphs       one ONNX graph per component, bound to the weights;  graph_files  t
              cuda_graphs  in ONNX Runtime's own operators
 verify       every component compared with PyTorch, of a directory that is published too
 engines      TensorRT engines, for a directory that is published already too;  profiles  shapes
-publish      the list of files, the report, the manifest
+publish      copied files, the list of all, the report, the manifest; what CLIP's classes open
 """

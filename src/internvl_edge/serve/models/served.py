@@ -82,15 +82,7 @@ class ServedModel:
         components = self.components = self.model.components
         manifest = components.artifact.manifest
         self.is_chat = bool(manifest.model.get("chat"))
-        self.embedding_size = next(
-            (
-                int(spec.shape[-1])
-                for record in manifest.components.values()
-                for spec in record.outputs
-                if spec.name in ("image_embeds", "text_embeds")
-            ),
-            None,
-        )
+        self.embedding_size = components.embedding_size
 
     # --- opening and closing ---------------------------------------------------------------------
 

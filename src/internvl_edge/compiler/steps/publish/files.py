@@ -1,4 +1,4 @@
-"""Everything published besides graphs and weights: list of files, report, manifest."""
+"""Everything published besides graphs and weights: copied files, the list, report, manifest."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from internvl_edge.export.checkpoint.shards import source_files
 from internvl_edge.export.checkpoint.side_files import passed_on, read_side_file
 from internvl_edge.files.terminal import printable
 
+README = "README.md"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListFiles:
-    """Copy what a runtime reads besides the graphs, and list it all; what was brought is known."""
+class CopyFiles:
+    """Copy what a runtime reads besides the graphs."""
 
     def costs(self, plan: Plan) -> tuple[Cost, ...]:
         return ()
@@ -29,17 +31,28 @@ class ListFiles:
         for name in passed_on(plan.checkpoint.path, plan.checkpoint.config):
             if (data := read_side_file(plan.checkpoint.path, name)) is not None:
                 (build.directory / name).write_bytes(data)
-        manifest = _described(plan, build)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListFiles:
+    """List every file, and say in README.md what they are; what was brought is known."""
+
+    def costs(self, plan: Plan) -> tuple[Cost, ...]:
+        return ()
+
+    def run(self, plan: Plan, build: Build) -> None:
         for name, text in plan.options.notes.items():
             (build.directory / name).write_text(text, encoding="utf-8")
-        (build.directory / "README.md").write_text(readme(manifest), encoding="utf-8")
         brought = build.brought
         files = {
             path.name: brought[path.name].record if path.name in brought else record(path)
             for path in sorted(build.directory.iterdir())
             if path.is_file()
         }
-        build.manifest = replace(manifest, files=files)
+        manifest = replace(_described(plan, build), files=files)
+        path = build.directory / README
+        path.write_text(readme(manifest), encoding="utf-8")
+        build.manifest = replace(manifest, files={**files, README: record(path)})
 
 
 def _described(plan: Plan, build: Build) -> Manifest:
