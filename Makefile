@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-faults test-triton test-optimum check check-deploy format lock bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
+.PHONY: install demo test test-fast test-faults test-optimum test-ray test-triton check check-deploy format lock bench-bulk bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
 
 install: $(VENV)/.installed
 
@@ -74,6 +74,17 @@ $(OPTIMUM)/.made: pyproject.toml
 	$(OPTIMUM)/bin/pip install --quiet torch==2.13.0 pytest --editable ".[export,quantize,demo,chat,optimum]"
 	touch $@
 
+# Ray on this machine, in out/ray: 650 MB; actors, drivers and replicas are killed
+RAY := out/ray
+test-ray: install $(RAY)/.made
+	$(BIN)/internvl-edge export demo -o $(RAY)/int8 --precision int8 --force --quiet
+	INTERNVL_EDGE_TEST_MODEL=$(RAY)/int8 $(RAY)/venv/bin/python -m pytest tests/integrations/cluster
+
+$(RAY)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(RAY)/venv
+	$(RAY)/venv/bin/pip install --quiet --constraint constraints.txt --editable ".[ort,ray,ray-serve]" ray==2.60.0 pytest
+	touch $@
+
 check: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy -p internvl_edge
@@ -128,6 +139,10 @@ bench-decode: install
 # On a quiet machine; OpenVINO joins where openvino and nncf are installed
 bench-runtime: install
 	$(BIN)/python benchmarks/runtime.py $(FLAGS)
+
+# Pictures per second of `embed SOURCE OUT -o DEST`, on what `make serve` compiled; a quiet machine
+bench-bulk: install
+	$(BIN)/python benchmarks/bulk.py out/serve/int8 --json benchmarks/results/bulk.json $(FLAGS)
 
 # What HTTP costs and does under load, on what `make serve` compiled
 bench-serve: install

@@ -23,6 +23,7 @@ import click
 import internvl_edge
 from internvl_edge import artifact, compiler, errors, export, runtime
 from internvl_edge.cli import app
+from internvl_edge.integrations import bulk, ray
 from internvl_edge.runtime.generation.text import Usage
 from internvl_edge.runtime.tasks.chat import Reply
 
@@ -112,11 +113,15 @@ COMPILER: tuple[Any, ...] = (
     *(compiler.export, compiler.ExportOptions, compiler.verify, compiler.build),
     *(export.load_reference, artifact.open_artifact),
 )
+BULK: tuple[Any, ...] = (bulk.open_source, bulk.embed, bulk.How, bulk.Done, bulk.Progress)
+RAY: tuple[Any, ...] = (ray.EmbedImages, ray.EmbedTexts, ray.embed, ray.connected, ray.deployment)
 
 
 def python_page() -> str:
     """Write the classes and functions that applications import."""
     lines = [PYTHON, "## Run a compiled directory", "", *_members(RUNTIME)]
+    lines += ["## Embed in bulk", "", 'With `pip install ".[ort,parquet]"`.', "", *_members(BULK)]
+    lines += ["## On Ray", "", 'With `pip install ".[ort,ray]"`.', "", *_members(RAY)]
     lines += ["## Compile", "", 'With `pip install ".[export,quantize]"`.', "", *_members(COMPILER)]
     return "\n".join(lines)
 
@@ -128,7 +133,7 @@ def _members(members: tuple[Any, ...]) -> Iterator[str]:
 
 def _home(member: Any) -> str:
     """Find the shortest module that a name is imported from."""
-    for door in (internvl_edge, compiler, export, artifact, runtime):
+    for door in (internvl_edge, compiler, export, artifact, runtime, bulk, ray):
         if member.__name__ in door.__all__ and getattr(door, member.__name__) is member:
             return door.__name__
     return str(member.__module__)

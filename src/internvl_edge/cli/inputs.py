@@ -22,6 +22,7 @@ import click
 from internvl_edge.cli.console import Output, error_line
 from internvl_edge.errors import InputError, InternVLError, MediaError, ResourceError, UsageError
 from internvl_edge.files.cores import usable_cores
+from internvl_edge.runtime.images.folder import SUBFOLDERS, folder_pictures
 from internvl_edge.runtime.images.formats import SUFFIXES
 
 if TYPE_CHECKING:
@@ -71,45 +72,20 @@ def expand(output: Output, paths: Sequence[Path], *, recursive: bool = False) ->
         if path == STDIN or not path.is_dir():
             found.paths.append(path)
             continue
-        inside, left_out = _listed(path, recursive=recursive)
+        inside, left_out = folder_pictures(path, recursive=recursive)
         told = ", ".join(f"{name} {count}" for name, count in sorted(left_out.items()))
         if not inside:
-            hint = "; add --recursive" if "subfolders" in left_out else ""
+            hint = "; add --recursive" if SUBFOLDERS in left_out else ""
             raise MediaError(
                 f"{path}: expected images ({', '.join(SUFFIXES)}) in it, found "
                 f"{told or 'none'}{hint}"
             )
         if told:
-            hint = "; --recursive looks into subfolders" if "subfolders" in left_out else ""
+            hint = "; --recursive looks into subfolders" if SUBFOLDERS in left_out else ""
             output.say(f"{path}: {len(inside)} images; left out: {told}{hint}")
         found.paths += inside
         found.left_out += left_out
     return found
-
-
-def _listed(folder: Path, *, recursive: bool) -> tuple[list[Path], Counter[str]]:
-    """List the images of a folder, and count what is left out."""
-    inside: list[Path] = []
-    left_out: Counter[str] = Counter()
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise MediaError(f"{folder}: the folder cannot be read: {error.strerror}") from error
-    for path in entries:
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if recursive and not path.is_symlink():  # a link may lead back
-                images, others = _listed(path, recursive=True)
-                inside += images
-                left_out += others
-            else:
-                left_out["subfolders"] += 1
-        elif path.suffix.lower() in SUFFIXES:
-            inside.append(path)
-        else:
-            left_out[path.suffix.lower() or "without a suffix"] += 1
-    return inside, left_out
 
 
 def one_picture(path: Path) -> Any:

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -135,6 +135,12 @@ class Running:
 
         options = session_options(self.backend, self.threads, allow_slow=self.allow_slow)
         return load(out, self.backend, self.device, options=options, images=self.images)
+
+    def for_pool(self) -> Running:
+        """Return the same for a pool of threads, each of which runs the model by itself."""
+        if self.backend not in ("auto", "onnxruntime"):
+            return self
+        return replace(self, threads=1)
 
 
 def session_options(

@@ -56,6 +56,8 @@ PACKAGES = {
         ("starlette", "starlette", "serve", "serve over HTTP"),
         ("uvicorn", "uvicorn", "serve", None),
         ("prometheus-client", "prometheus_client", "serve", None),
+        ("pyarrow", "pyarrow", "parquet", "embed into Parquet"),
+        ("ray", "ray", "ray", "embed on several machines"),
     )
 }
 

@@ -1,0 +1,192 @@
+"""A batch of rows with its embeddings: the same columns, computed here or on other machines.
+
+    …            the columns that came along, as they were
+    embedding    FixedSizeList<float32>[E], which every reader of Parquet knows; null after an error
+    error        why a row has no embedding; null where it has one
+
+A picture or a text that cannot be embedded costs no other row anything. What concerns them all,
+such as a device that failed, is raised.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from internvl_edge.artifact.components import TEXT_EMBED
+from internvl_edge.errors import InputError, ResourceError, UsageError
+from internvl_edge.integrations.bulk.job import Problem
+from internvl_edge.integrations.bulk.sources.source import (
+    CONTENT,
+    EMBEDDING,
+    ERROR,
+    PATH,
+    PROBLEM,
+    Content,
+)
+from internvl_edge.runtime.tasks.embed import encode_text, image_embedder
+from internvl_edge.runtime.tasks.requests import require_flag, text_problem
+from internvl_edge.runtime.tasks.vectors import unit
+from internvl_edge.types import Array
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.components import OpenComponents
+    from internvl_edge.runtime.images.transform import Transform
+
+__all__ = ["Embedder", "embedding_type", "joined", "problems_of"]
+
+OUTPUTS = ("image_embeds", "text_embeds")
+NO_PICTURE, NO_TEXT = "expected a picture, found none", "expected text, found none"
+
+
+class Embedder:
+    """Embeds batches with an open model; thread-safe.
+
+    Args:
+        components: of the model.
+        content: what batches hold.
+        mode: of pictures: ``"c"`` or ``"g"``.
+        transform: of pictures, instead of the model's own.
+        normalize: scale every embedding to length one.
+
+    Raises:
+        UsageError: the model cannot compute it, or an option that cannot be.
+    """
+
+    def __init__(
+        self,
+        components: OpenComponents,
+        content: Content,
+        *,
+        mode: str = "c",
+        transform: Transform | None = None,
+        normalize: bool = False,
+    ) -> None:
+        require_flag("normalize", normalize)
+        self._components, self._content = components, content
+        self._transform, self._normalize = transform, normalize
+        if content is Content.TEXTS:
+            components.require(TEXT_EMBED)
+            _ = components.tokenizer  # which it may lack
+        else:
+            from internvl_edge.runtime.images.transform import TRANSFORMS
+
+            if transform is not None and transform not in TRANSFORMS:
+                raise UsageError(
+                    f"transform {transform!r}: expected one of {', '.join(TRANSFORMS)}"
+                )
+            self._embed = image_embedder(components, mode)
+        self.size = _embedding_size(components)
+
+    def __call__(self, contents: Sequence[Any]) -> tuple[Array, list[str | None]]:
+        """Embed pictures (bytes, or paths) or texts.
+
+        Returns:
+            float32 [B,E], zeros where there is an error; and the errors, None where there is none.
+        """
+        prepare = self._texts if self._content is Content.TEXTS else self._pictures
+        found, errors = prepare(contents)
+        embeddings = np.zeros((len(contents), self.size), np.float32)
+        if len(found):
+            rows = [i for i, error in enumerate(errors) if error is None]
+            embeddings[rows] = unit(found) if self._normalize else found
+        return embeddings, errors
+
+    def _pictures(self, contents: Sequence[Any]) -> tuple[Array, list[str | None]]:
+        """Embed the pictures that decode; one thread, as there is another for each batch."""
+        from internvl_edge.runtime.images.transform import normalised, pixel_levels
+
+        components = self._components
+        side = components.preprocessing.size
+        levels = np.empty((len(contents), 3, side, side), np.uint8)
+        errors: list[str | None] = []
+        good = 0
+        for content in contents:
+            if content is None:
+                errors.append(NO_PICTURE)
+                continue
+            try:
+                levels[good] = pixel_levels(
+                    [content], components.preprocessing, self._transform, options=components.images
+                )[0]
+            except (InputError, ResourceError) as error:
+                errors.append(str(error))
+            else:
+                errors.append(None)
+                good += 1
+        if not good:
+            return levels[:0], errors
+        pixels: Array = levels[:good]
+        if not components.takes_levels:
+            pixels = normalised(levels[:good], components.preprocessing)
+        return self._embed(pixels), errors
+
+    def _texts(self, contents: Sequence[Any]) -> tuple[Array, list[str | None]]:
+        errors: list[str | None] = []
+        good = []
+        for text in contents:
+            problem = NO_TEXT if text is None else text_problem(text)
+            if problem is None and not text.strip():
+                problem = NO_TEXT
+            errors.append(problem)
+            if problem is None:
+                good.append(text)
+        found = np.empty((0, self.size), np.float32)
+        return (encode_text(self._components, good) if good else found), errors
+
+    def embedded(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Embed a batch of a source: its columns that are kept, then embeddings and errors."""
+        embeddings, errors = self(self._contents_of(batch.column(CONTENT)))
+        if PROBLEM in batch.schema.names:
+            known = batch.column(PROBLEM).to_pylist()
+            errors = [problem or error for problem, error in zip(known, errors, strict=True)]
+        kept = [name for name in batch.schema.names if name not in (CONTENT, PROBLEM)]
+        return joined(batch.select(kept), embeddings, errors)
+
+    def _contents_of(self, column: Any) -> list[Any]:
+        """Take what is embedded out of its column."""
+        values: list[Any] = column.to_pylist()
+        if self._content is Content.FILES:
+            return [None if name is None else Path(os.fsdecode(name)) for name in values]
+        return values
+
+
+def embedding_type(size: int) -> pa.DataType:
+    """Return the type of the column ``embedding``."""
+    return pa.list_(pa.float32(), size)
+
+
+def joined(kept: pa.RecordBatch, embeddings: Array, errors: Sequence[str | None]) -> pa.RecordBatch:
+    """Add embeddings, float32 [B,E], and errors to the columns that are kept."""
+    missing = pa.array([error is not None for error in errors], pa.bool_())
+    kind = embedding_type(embeddings.shape[1])
+    flat = pa.array(np.ascontiguousarray(embeddings).reshape(-1))
+    vectors = pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=missing)
+    fields = [*kept.schema, pa.field(EMBEDDING, kind), pa.field(ERROR, pa.string())]
+    columns = [*kept.columns, vectors, pa.array(errors, pa.string())]
+    return pa.record_batch(columns, schema=pa.schema(fields))
+
+
+def problems_of(batch: pa.RecordBatch) -> list[Problem]:
+    """List the rows of a result that have an error."""
+    errors = batch.column(ERROR)
+    if errors.null_count == len(batch):
+        return []
+    both = zip(batch.column(PATH).to_pylist(), errors.to_pylist(), strict=True)
+    return [Problem(path=path, message=error) for path, error in both if error is not None]
+
+
+def _embedding_size(components: OpenComponents) -> int:
+    """Look up E in the manifest."""
+    sizes = (
+        spec.shape[-1]
+        for record in components.artifact.manifest.components.values()
+        for spec in record.outputs
+        if spec.name in OUTPUTS
+    )
+    return int(next(sizes))

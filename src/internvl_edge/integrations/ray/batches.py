@@ -1,0 +1,196 @@
+"""A batch of Ray Data with its embeddings: classes for ``Dataset.map_batches``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+import internvl_edge
+from internvl_edge.errors import UsageError
+from internvl_edge.integrations.bulk.job import How
+from internvl_edge.integrations.bulk.rows import Embedder, embedding_type
+from internvl_edge.integrations.bulk.sources.source import (
+    CONTENT,
+    EMBEDDING,
+    ERROR,
+    Content,
+    require_column,
+)
+from internvl_edge.integrations.bulk.sources.tables import bytes_of
+from internvl_edge.integrations.bulk.staging import Recipe, with_recipe
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.images.options import ImageOptions
+    from internvl_edge.runtime.images.transform import Transform
+    from internvl_edge.runtime.model import Model
+    from internvl_edge.types import Array
+
+__all__ = ["EmbedImages", "EmbedTexts", "Rows", "make_embedder"]
+
+BATCH = 32  # rows that are computed at a time
+
+
+class EmbedImages:
+    """Embeds a column of pictures: a class for ``Dataset.map_batches``.
+
+    The batch comes back as an Arrow table: its other columns as they were, ``embedding``
+    (FixedSizeList<float32>[E]) and ``error``. A picture that cannot be embedded has a null and an
+    error that says why, and fails no block.
+
+    Args:
+        out: the compiled directory, at this path on every machine.
+        column: of pictures: bytes, or structs of ``bytes`` and ``path`` as Hugging Face has them.
+        mode: ``"c"`` or ``"g"``.
+        transform: instead of the model's own.
+        normalize: scale every embedding to length one.
+        batch_size: rows that are computed at a time, however many come.
+        num_threads: of this actor; ask Ray for as many with ``num_cpus``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; a GPU is Ray's to give, with ``num_gpus``.
+
+    Raises:
+        InternVLError: a directory or an option that cannot be.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        column: str = "bytes",
+        mode: str = "c",
+        transform: Transform | None = None,
+        normalize: bool = False,
+        batch_size: int = BATCH,
+        num_threads: int = 1,
+        device: str = "auto",
+    ) -> None:
+        how = How(mode=mode, transform=transform, normalize=normalize, batch_size=batch_size)
+        self._column = column
+        self._rows = Rows(os.fspath(out), Content.PICTURES, how, num_threads, device)
+
+    def __call__(self, batch: Any) -> pa.Table:
+        """Embed a batch: a dict of arrays, an Arrow table or a pandas frame."""
+        return self._rows(_with_content(batch, self._column))
+
+
+class EmbedTexts:
+    """Embeds a column of texts, as ``EmbedImages`` does pictures.
+
+    Args:
+        out: the compiled directory, at this path on every machine.
+        column: of texts.
+        normalize: scale every embedding to length one.
+        batch_size: rows that are computed at a time, however many come.
+        num_threads: of this actor; ask Ray for as many with ``num_cpus``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; a GPU is Ray's to give, with ``num_gpus``.
+
+    Raises:
+        InternVLError: a directory or an option that cannot be.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        column: str = "text",
+        normalize: bool = False,
+        batch_size: int = BATCH,
+        num_threads: int = 1,
+        device: str = "auto",
+    ) -> None:
+        how = How(normalize=normalize, batch_size=batch_size)
+        self._column = column
+        self._rows = Rows(os.fspath(out), Content.TEXTS, how, num_threads, device)
+
+    def __call__(self, batch: Any) -> pa.Table:
+        """Embed a batch: a dict of arrays, an Arrow table or a pandas frame."""
+        return self._rows(_with_content(batch, self._column))
+
+
+class Rows:
+    """An actor of ``embed``: an open model that embeds the batches of a source."""
+
+    def __init__(
+        self,
+        out: str,
+        content: Content,
+        how: How,
+        num_threads: int,
+        device: str,
+        images: ImageOptions | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        options = internvl_edge.OrtOptions(num_threads=num_threads, spin=False)
+        self._model = internvl_edge.load(out, device=device, options=options, images=images)
+        self._how, self._recipe = how, recipe
+        self._embedder = make_embedder(self._model, content, how)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.combine_chunks().to_batches(self._how.batch_size)
+        if not rows:
+            table = self._none(batch)
+        else:
+            table = pa.Table.from_batches([self._embedder.embedded(some) for some in rows])
+        if self._recipe is None:
+            return table
+        return table.replace_schema_metadata(with_recipe(table.schema, self._recipe).metadata)
+
+    def _none(self, batch: pa.Table) -> pa.Table:
+        """Make the result of a batch without rows, which Ray may ask for."""
+        kept = batch.drop_columns([CONTENT])
+        missing = pa.array([], embedding_type(self._embedder.size))
+        return kept.append_column(EMBEDDING, missing).append_column(
+            ERROR, pa.array([], pa.string())
+        )
+
+
+def make_embedder(model: Model, content: Content, how: How) -> Embedder:
+    return Embedder(
+        model.components,
+        content,
+        mode=how.mode,
+        transform=how.transform,
+        normalize=how.normalize,
+    )
+
+
+def _with_content(batch: Any, column: str) -> pa.Table:
+    """Return a batch as a table whose column to embed is ``CONTENT``, its last.
+
+    Raises:
+        UsageError: there is no such column, or one is called like those that are added.
+    """
+    table = _table_of(batch)
+    names = table.column_names
+    require_column(Path("the batch"), column, names, "column")
+    if taken := {EMBEDDING, ERROR}.intersection(names):
+        raise UsageError(
+            f"the batch has a column {', '.join(sorted(taken))} of its own, as the result will "
+            "have; rename it"
+        )
+    content = bytes_of(pa.concat_arrays(table.column(column).chunks))
+    return table.drop_columns([column]).append_column(CONTENT, content)
+
+
+def _table_of(batch: Any) -> pa.Table:
+    if isinstance(batch, pa.Table):
+        return batch
+    if hasattr(batch, "columns") and hasattr(batch, "iloc"):  # of pandas
+        return pa.Table.from_pandas(batch, preserve_index=False)
+    if not isinstance(batch, Mapping):
+        raise UsageError(
+            "expected a batch of columns (a dict, a table or a frame), found "
+            f"{type(batch).__name__}"
+        )
+    return pa.table({name: _arrow_of(values) for name, values in batch.items()})
+
+
+def _arrow_of(values: Array | Sequence[Any]) -> pa.Array:
+    array = np.asarray(values) if not isinstance(values, np.ndarray) else values
+    if array.dtype.kind in "OSU":  # of Python's own: bytes, structs, texts
+        return pa.array(list(values))
+    return pa.array(array if array.ndim == 1 else array.tolist())

@@ -1,0 +1,86 @@
+"""A model, and sources of every kind with the same pictures, for tests of embedding in bulk."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from internvl_edge.artifact.components import (
+    IMAGE_EMBED,
+    IMAGE_POOL,
+    IMAGE_QUERIES,
+    TEXT_EMBED,
+    VISION,
+)
+
+BROKEN = b"no picture"
+EMBEDDING = (IMAGE_EMBED, TEXT_EMBED, VISION, IMAGE_POOL, IMAGE_QUERIES)
+
+
+def write_compiled(root: Path) -> Path:
+    """A compiled directory that embeds pictures, in both modes, and texts."""
+    from support.checkpoints import write_internvl, write_tokenizer
+
+    from internvl_edge.compiler import ExportOptions, export
+
+    written = write_internvl(root / "checkpoint", seed=3)
+    write_tokenizer(written.path)
+    out = root / "tiny"
+    export(ExportOptions(checkpoint=written.path, out=out, verify="none", components=EMBEDDING))
+    return out
+
+
+def picture(seed: int) -> bytes:
+    """A small PNG."""
+    levels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_folder(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
+    """Pictures 00000.png and so on, of which some are none."""
+    folder.mkdir()
+    for i in range(count):
+        data = BROKEN if i in broken else picture(i)
+        (folder / f"{i:05d}.png").write_bytes(data)
+    return folder
+
+
+def write_table(path: Path, count: int, *, group: int = 4, structs: bool = True) -> Path:
+    """The same pictures as Hugging Face's datasets hold them, with an id and a caption."""
+    data = [picture(i) for i in range(count)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    given = [{"bytes": one, "path": f"/etc/{i}"} for i, one in enumerate(data)]
+    images = pa.array(given, kind) if structs else pa.array(data, pa.large_binary())
+    table = pa.table(
+        {
+            "id": pa.array(range(count), pa.int64()),
+            "image": images,
+            "caption": [f"picture {i}" for i in range(count)],
+        }
+    )
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def write_shard(path: Path, samples: list[dict[str, bytes]], *, kind: str = "w") -> Path:
+    """A tar file of samples: suffix → contents, under the keys 0000 and so on."""
+    with tarfile.open(path, kind) as archive:
+        for i, sample in enumerate(samples):
+            for suffix, data in sample.items():
+                add(archive, f"{i:04d}.{suffix}", data)
+    return path
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a member."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
