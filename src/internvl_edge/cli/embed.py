@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 import numpy as np
 
-from internvl_edge.artifact.open import MANIFEST
+from internvl_edge.artifact.manifest import MANIFEST
 from internvl_edge.cli.console import Output, error_line, human
 from internvl_edge.cli.inputs import (
     Pictures,
