@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.runs.bulk import BROKEN, picture, write_compiled, write_folder
+from support.runs.bulk import BROKEN, picture, write_folder
 
 import internvl_edge
 from internvl_edge.errors import InternVLError, MissingDependency, UsageError
@@ -29,11 +29,6 @@ from internvl_edge.integrations.ray.serving import Served
 from internvl_edge.runtime.model import Model
 
 PICTURES = [picture(0), BROKEN, picture(1), picture(2)]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_compiled(tmp_path_factory.mktemp("ray"))
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ from internvl_edge.integrations.bulk.sources.source import (
     PROBLEM,
     Content,
 )
+from internvl_edge.runtime.requests import require_flag, text_problem
 from internvl_edge.runtime.tasks.embed import encode_text, image_embedder
-from internvl_edge.runtime.tasks.requests import require_flag, text_problem
 from internvl_edge.runtime.tasks.vectors import unit
 from internvl_edge.types import Array
 
