@@ -34,9 +34,10 @@ from internvl_edge.files.disk import exchange, os_errors, rename_new, sync, sync
 from internvl_edge.files.packages import require
 from internvl_edge.integrations.bulk.job import Done, How, make_recipe
 from internvl_edge.integrations.bulk.parts import counted
+from internvl_edge.integrations.bulk.rows import Embedder
 from internvl_edge.integrations.bulk.sources.source import PATH, Piece, Source
 from internvl_edge.integrations.bulk.staging import check_dest, is_done, remove_staging, staging
-from internvl_edge.integrations.ray.batches import BATCH, Rows, make_embedder
+from internvl_edge.integrations.ray.batches import Rows
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.images.options import ImageOptions
@@ -52,7 +53,7 @@ def embed(
     source: Source,
     out: str | os.PathLike[str],
     dest: str | os.PathLike[str],
-    how: How = How(batch_size=BATCH),
+    how: How = How(),
     *,
     actors: int | None = None,
     num_threads: int = 1,
@@ -88,7 +89,7 @@ def embed(
     path, place = placed(Path(dest)), os.path.abspath(out)
     check_dest(path, resume=resume, force=force, folder=True)
     with internvl_edge.load(place, images=images) as model:
-        make_embedder(model, source.content, how)  # which refuses what cannot be
+        Embedder(model.components, source.content, how)  # which refuses what cannot be
         digest = model.components.artifact.digest
         recipe = make_recipe(digest, source, how, model.components.images)
     if resume and is_done(path, recipe):
