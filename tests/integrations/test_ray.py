@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import uvicorn
 from support.runs.bulk import BROKEN, picture, write_folder
+from uvicorn.lifespan.on import LifespanOn
 
 import internvl_edge
 from internvl_edge.errors import InternVLError, MissingDependency, UsageError
@@ -151,16 +153,11 @@ def test_without_ray_it_says_what_to_install(compiled: Path, tmp_path: Path) -> 
 
 
 async def _asked(served: Served) -> list[dict[str, Any]]:
-    """Begin, ask for the models, and end, as Ray Serve does."""
+    """Begin, ask for the models, and end, with what Ray Serve begins and ends an application by."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
-
-    events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
-
-    async def receive() -> dict[str, Any]:
-        return next(events)
 
     async def nothing() -> dict[str, Any]:
         return {"type": "http.request", "body": b""}
@@ -173,21 +170,21 @@ async def _asked(served: Served) -> list[dict[str, Any]]:
         "query_string": b"",
         "headers": [(b"host", b"127.0.0.1")],
     }
-    await served.app(scope, nothing, send)
-    await served.app({"type": "lifespan"}, receive, send)
+    life = LifespanOn(uvicorn.Config(served, lifespan="on", log_config=None, access_log=False))
+    await life.startup()
+    assert not life.should_exit
+    await served(scope, nothing, send)
+    await life.shutdown()
+    assert not life.should_exit
     return sent
 
 
 def test_a_replica_answers_and_ends(compiled: Path) -> None:
     served = Served("tiny", str(compiled), {"num_threads": 1})
     served.check_health()
-    head, body, *events = asyncio.run(_asked(served))
+    head, body = asyncio.run(_asked(served))
     assert head["status"] == 200
     assert b'"tiny"' in body["body"]
-    assert [event["type"] for event in events] == [
-        "lifespan.startup.complete",
-        "lifespan.shutdown.complete",
-    ]
     served._service.state = "dead"
     with pytest.raises(InternVLError, match="a new replica"):
         served.check_health()
