@@ -127,14 +127,16 @@ def test_an_actor_gives_the_rows_of_one_process(
     assert found.schema.remove_metadata() == expected.schema.remove_metadata()
 
 
-def test_rows_that_are_there_twice_are_found(tmp_path: Path) -> None:
+def test_rows_that_are_missing_or_there_twice_are_found(tmp_path: Path) -> None:
     table = pa.table({"path": ["a", "b"], "error": pa.array([None, "no"], pa.string())})
     pq.write_table(table, tmp_path / "1.parquet")
-    assert cluster._checked(tmp_path) == (2, 1)
+    assert cluster._checked(tmp_path, 2) == (2, 1)
+    with pytest.raises(InternVLError, match="3 rows are missing"):
+        cluster._checked(tmp_path, 5)
     pq.write_table(table.slice(1), tmp_path / "2.parquet")
     with pytest.raises(InternVLError, match="1 rows are there twice"):
-        cluster._checked(tmp_path)
-    assert cluster._checked(tmp_path / "nothing") == (0, 0)
+        cluster._checked(tmp_path, 2)
+    assert cluster._checked(tmp_path / "nothing", None) == (0, 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
