@@ -181,6 +181,7 @@ async def _asked(served: Served) -> list[dict[str, Any]]:
     return sent
 
 
+@pytest.mark.slow
 def test_a_replica_answers_and_ends(compiled: Path) -> None:
     served = Served("tiny", str(compiled), {"num_threads": 1})
     served.check_health()

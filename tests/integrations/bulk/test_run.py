@@ -134,6 +134,7 @@ def failing(after: int, error: BaseException) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_whatever_is_interrupted_is_taken_up(
     folder: Path, whole: pa.Table, model: Model, tmp_path: Path
 ) -> None:
