@@ -13,16 +13,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from support.runs.bulk import write_compiled, write_folder, write_table
+from support.runs.bulk import write_folder, write_table
 
 from internvl_edge.cli import run
 from internvl_edge.integrations.bulk.staging import staging_of
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
+    """Ten pictures, one of them broken, and a link to a compiled directory."""
     folder = tmp_path_factory.mktemp("bulk-cli")
-    write_compiled(folder)
+    (folder / "tiny").symlink_to(compiled)
     write_folder(folder / "pictures", 10, broken=(5,))
     return folder
 

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.runs.bulk import BROKEN, picture, write_compiled, write_folder
+import uvicorn
+from support.runs.bulk import BROKEN, picture, write_folder
+from uvicorn.lifespan.on import LifespanOn
 
 import internvl_edge
 from internvl_edge.errors import InternVLError, MissingDependency, UsageError
@@ -29,11 +31,6 @@ from internvl_edge.integrations.ray.serving import Served
 from internvl_edge.runtime.model import Model
 
 PICTURES = [picture(0), BROKEN, picture(1), picture(2)]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_compiled(tmp_path_factory.mktemp("ray"))
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +127,16 @@ def test_an_actor_gives_the_rows_of_one_process(
     assert found.schema.remove_metadata() == expected.schema.remove_metadata()
 
 
-def test_rows_that_are_there_twice_are_found(tmp_path: Path) -> None:
+def test_rows_that_are_missing_or_there_twice_are_found(tmp_path: Path) -> None:
     table = pa.table({"path": ["a", "b"], "error": pa.array([None, "no"], pa.string())})
     pq.write_table(table, tmp_path / "1.parquet")
-    assert cluster._checked(tmp_path) == (2, 1)
+    assert cluster._checked(tmp_path, 2) == (2, 1)
+    with pytest.raises(InternVLError, match="3 rows are missing"):
+        cluster._checked(tmp_path, 5)
     pq.write_table(table.slice(1), tmp_path / "2.parquet")
     with pytest.raises(InternVLError, match="1 rows are there twice"):
-        cluster._checked(tmp_path)
-    assert cluster._checked(tmp_path / "nothing") == (0, 0)
+        cluster._checked(tmp_path, 2)
+    assert cluster._checked(tmp_path / "nothing", None) == (0, 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
@@ -156,16 +155,11 @@ def test_without_ray_it_says_what_to_install(compiled: Path, tmp_path: Path) -> 
 
 
 async def _asked(served: Served) -> list[dict[str, Any]]:
-    """Begin, ask for the models, and end, as Ray Serve does."""
+    """Begin, ask for the models, and end, with what Ray Serve begins and ends an application by."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
-
-    events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
-
-    async def receive() -> dict[str, Any]:
-        return next(events)
 
     async def nothing() -> dict[str, Any]:
         return {"type": "http.request", "body": b""}
@@ -178,21 +172,22 @@ async def _asked(served: Served) -> list[dict[str, Any]]:
         "query_string": b"",
         "headers": [(b"host", b"127.0.0.1")],
     }
-    await served.app(scope, nothing, send)
-    await served.app({"type": "lifespan"}, receive, send)
+    life = LifespanOn(uvicorn.Config(served, lifespan="on", log_config=None, access_log=False))
+    await life.startup()
+    assert not life.should_exit
+    await served(scope, nothing, send)
+    await life.shutdown()
+    assert not life.should_exit
     return sent
 
 
+@pytest.mark.slow
 def test_a_replica_answers_and_ends(compiled: Path) -> None:
     served = Served("tiny", str(compiled), {"num_threads": 1})
     served.check_health()
-    head, body, *events = asyncio.run(_asked(served))
+    head, body = asyncio.run(_asked(served))
     assert head["status"] == 200
     assert b'"tiny"' in body["body"]
-    assert [event["type"] for event in events] == [
-        "lifespan.startup.complete",
-        "lifespan.shutdown.complete",
-    ]
     served._service.state = "dead"
     with pytest.raises(InternVLError, match="a new replica"):
         served.check_health()

@@ -5,7 +5,8 @@ everything else on stderr. Exit codes are those of ``internvl_edge.errors``; Ctr
 and SIGTERM with 143, both after cleaning up.
 
     export     export, build, convert;  inspect  verify, inspect;  debug  lint, bisect
-    embed      embed, classify, retrieve, match;  text  caption, answer;  chat  chat
+    embed      embed, classify, retrieve, match;  bulk  embed with -o
+    text       caption, answer;  chat  chat
     serve      serve, triton;  benchmark  benchmark;  doctor  doctor
     console    answers, progress and errors on the terminal;  options  shared options
     inputs     pictures, texts and labels that a command line names

@@ -107,6 +107,12 @@ def test_modes_and_transforms(tmp_path: Path, folder: Path, model: Model) -> Non
         How(batch_size=0)
 
 
+def test_batches_are_smaller_where_pictures_are_larger() -> None:
+    assert [How().rows_at_once(side) for side in (48, 112, 224, 448, 4096)] == [32, 32, 8, 2, 1]
+    assert How().rows_at_once() == 32
+    assert How(batch_size=5).rows_at_once(448) == 5
+
+
 # --- interrupted ---------------------------------------------------------------------------------
 
 
@@ -128,6 +134,7 @@ def failing(after: int, error: BaseException) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_whatever_is_interrupted_is_taken_up(
     folder: Path, whole: pa.Table, model: Model, tmp_path: Path
 ) -> None:

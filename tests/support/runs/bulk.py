@@ -1,4 +1,4 @@
-"""A model, and sources of every kind with the same pictures, for tests of embedding in bulk."""
+"""Sources of every kind with the same pictures, for the tests of embedding in bulk."""
 
 from __future__ import annotations
 
@@ -11,29 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from internvl_edge.artifact.components import (
-    IMAGE_EMBED,
-    IMAGE_POOL,
-    IMAGE_QUERIES,
-    TEXT_EMBED,
-    VISION,
-)
-
 BROKEN = b"no picture"
-EMBEDDING = (IMAGE_EMBED, TEXT_EMBED, VISION, IMAGE_POOL, IMAGE_QUERIES)
-
-
-def write_compiled(root: Path) -> Path:
-    """A compiled directory that embeds pictures, in both modes, and texts."""
-    from support.checkpoints import write_internvl, write_tokenizer
-
-    from internvl_edge.compiler import ExportOptions, export
-
-    written = write_internvl(root / "checkpoint", seed=3)
-    write_tokenizer(written.path)
-    out = root / "tiny"
-    export(ExportOptions(checkpoint=written.path, out=out, verify="none", components=EMBEDDING))
-    return out
 
 
 def picture(seed: int) -> bytes:

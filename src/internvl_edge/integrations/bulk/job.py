@@ -17,6 +17,7 @@ __all__ = ["Done", "How", "Problem", "Progress", "Report", "make_recipe"]
 
 FORMAT = 1  # of recipes and parts; another where a run of before could not be taken up
 MOST_BATCH = 4096
+BATCH, BATCH_PIXELS = 32, 8 * 224 * 224
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +31,19 @@ class How:
     mode: str = "c"
     transform: Transform | None = None
     normalize: bool = False
-    batch_size: int = 8  # rows that a thread computes at a time
+    # Rows that a thread, or an actor, computes at a time; None: 32, and of pictures larger than 112
+    # by 112 as many as have the pixels of 8 of 224 by 224, so that each thread's memory is bounded.
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.batch_size <= MOST_BATCH:
+        if self.batch_size is not None and not 1 <= self.batch_size <= MOST_BATCH:
             raise UsageError(f"batch_size {self.batch_size}: expected 1 to {MOST_BATCH}")
+
+    def rows_at_once(self, side: int = 1) -> int:
+        """Return how many rows are computed at a time, of pictures those of side × side."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return max(1, min(BATCH, BATCH_PIXELS // side**2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from internvl_edge.artifact.components import TEXT_EMBED
 from internvl_edge.errors import InputError, ResourceError, UsageError
-from internvl_edge.integrations.bulk.job import Problem
+from internvl_edge.integrations.bulk.job import How, Problem
 from internvl_edge.integrations.bulk.sources.source import (
     CONTENT,
     EMBEDDING,
@@ -36,7 +36,6 @@ from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.components import OpenComponents
-    from internvl_edge.runtime.images.transform import Transform
 
 __all__ = ["Embedder", "embedding_type", "joined", "problems_of"]
 
@@ -50,9 +49,7 @@ class Embedder:
     Args:
         components: of the model.
         content: what batches hold.
-        mode: of pictures: ``"c"`` or ``"g"``.
-        transform: of pictures, instead of the model's own.
-        normalize: scale every embedding to length one.
+        how: it embeds them.
 
     Raises:
         UsageError: the model cannot compute it, or an option that cannot be.
@@ -62,26 +59,25 @@ class Embedder:
         self,
         components: OpenComponents,
         content: Content,
-        *,
-        mode: str = "c",
-        transform: Transform | None = None,
-        normalize: bool = False,
+        how: How,
     ) -> None:
-        require_flag("normalize", normalize)
+        require_flag("normalize", how.normalize)
         self._components, self._content = components, content
-        self._transform, self._normalize = transform, normalize
+        self._transform, self._normalize = how.transform, how.normalize
         if content is Content.TEXTS:
             components.require(TEXT_EMBED)
             _ = components.tokenizer  # which it may lack
+            self.rows_at_once = how.rows_at_once()
         else:
             from internvl_edge.runtime.images.transform import TRANSFORMS
 
-            if transform is not None and transform not in TRANSFORMS:
+            if how.transform is not None and how.transform not in TRANSFORMS:
                 raise UsageError(
-                    f"transform {transform!r}: expected one of {', '.join(TRANSFORMS)}"
+                    f"transform {how.transform!r}: expected one of {', '.join(TRANSFORMS)}"
                 )
-            self._embed = image_embedder(components, mode)
-        self.size = _embedding_size(components)
+            self._embed = image_embedder(components, how.mode)
+            self.rows_at_once = how.rows_at_once(components.preprocessing.size)
+        self.size = _embedding_size(components)  # E
 
     def __call__(self, contents: Sequence[Any]) -> tuple[Array, list[str | None]]:
         """Embed pictures (bytes, or paths) or texts.

@@ -77,9 +77,7 @@ def embed(
     path = placed(Path(dest))
     check_dest(path, resume=resume, force=force)
     components = model.components
-    embedder = Embedder(
-        components, source.content, mode=how.mode, transform=how.transform, normalize=how.normalize
-    )
+    embedder = Embedder(components, source.content, how)
     recipe = make_recipe(components.artifact.digest, source, how, components.images)
     if resume and is_done(path, recipe):
         remove_staging(path)
@@ -90,7 +88,7 @@ def embed(
         parts = Parts(folder)
         kept, problems = parts.position.rows, list[Problem]()
         try:
-            _fill(parts, source, embedder, how, threads or usable_cores(), report, problems)
+            _fill(parts, source, embedder, threads or usable_cores(), report, problems)
         except (KeyboardInterrupt, InternVLError) as error:
             if not isinstance(error, ResourceError):
                 with suppress(InternVLError):
@@ -128,7 +126,6 @@ def _fill(
     parts: Parts,
     source: Source,
     embedder: Embedder,
-    how: How,
     threads: int,
     report: Report,
     problems: list[Problem],
@@ -136,7 +133,7 @@ def _fill(
     """Embed the rows that are not there yet."""
     start, began = parts.position, time.monotonic()
     before = _share(source, start.piece, 0.0)
-    with closing(_computed(source, embedder, how.batch_size, threads, start)) as computed:
+    with closing(_computed(source, embedder, threads, start)) as computed:
         for batch, found in computed:
             parts.add(found, batch.piece, batch.row)
             if len(problems) < MAX_PROBLEMS:
@@ -156,13 +153,13 @@ def _fill(
 
 
 def _computed(
-    source: Source, embedder: Embedder, size: int, threads: int, start: Position
+    source: Source, embedder: Embedder, threads: int, start: Position
 ) -> Generator[tuple[Batch, pa.RecordBatch], None, None]:
     """Yield batches and what became of them, in order; a bounded number is under way."""
     waiting: deque[tuple[Batch, Future[pa.RecordBatch]]] = deque()
     with ThreadPoolExecutor(threads, "embed") as pool:
         try:
-            for batch in _batches(source, start, size):
+            for batch in _batches(source, start, embedder.rows_at_once):
                 waiting.append((batch, pool.submit(embedder.embedded, batch.rows)))
                 if len(waiting) >= threads * (1 + AHEAD):
                     first, future = waiting.popleft()

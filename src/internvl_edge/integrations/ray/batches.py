@@ -27,12 +27,9 @@ from internvl_edge.integrations.bulk.staging import Recipe, with_recipe
 if TYPE_CHECKING:
     from internvl_edge.runtime.images.options import ImageOptions
     from internvl_edge.runtime.images.transform import Transform
-    from internvl_edge.runtime.model import Model
     from internvl_edge.types import Array
 
-__all__ = ["EmbedImages", "EmbedTexts", "Rows", "make_embedder"]
-
-BATCH = 32  # rows that are computed at a time
+__all__ = ["EmbedImages", "EmbedTexts", "Rows"]
 
 
 class EmbedImages:
@@ -48,7 +45,7 @@ class EmbedImages:
         mode: ``"c"`` or ``"g"``.
         transform: instead of the model's own.
         normalize: scale every embedding to length one.
-        batch_size: rows that are computed at a time, however many come.
+        batch_size: rows that are computed at a time, however many come; None: see ``How``.
         num_threads: of this actor; ask Ray for as many with ``num_cpus``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``; a GPU is Ray's to give, with ``num_gpus``.
 
@@ -64,7 +61,7 @@ class EmbedImages:
         mode: str = "c",
         transform: Transform | None = None,
         normalize: bool = False,
-        batch_size: int = BATCH,
+        batch_size: int | None = None,
         num_threads: int = 1,
         device: str = "auto",
     ) -> None:
@@ -84,7 +81,7 @@ class EmbedTexts:
         out: the compiled directory, at this path on every machine.
         column: of texts.
         normalize: scale every embedding to length one.
-        batch_size: rows that are computed at a time, however many come.
+        batch_size: rows that are computed at a time, however many come; None: see ``How``.
         num_threads: of this actor; ask Ray for as many with ``num_cpus``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``; a GPU is Ray's to give, with ``num_gpus``.
 
@@ -98,7 +95,7 @@ class EmbedTexts:
         *,
         column: str = "text",
         normalize: bool = False,
-        batch_size: int = BATCH,
+        batch_size: int | None = None,
         num_threads: int = 1,
         device: str = "auto",
     ) -> None:
@@ -126,11 +123,11 @@ class Rows:
     ) -> None:
         options = internvl_edge.OrtOptions(num_threads=num_threads, spin=False)
         self._model = internvl_edge.load(out, device=device, options=options, images=images)
-        self._how, self._recipe = how, recipe
-        self._embedder = make_embedder(self._model, content, how)
+        self._recipe = recipe
+        self._embedder = Embedder(self._model.components, content, how)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.combine_chunks().to_batches(self._how.batch_size)
+        rows = batch.combine_chunks().to_batches(self._embedder.rows_at_once)
         if not rows:
             table = self._none(batch)
         else:
@@ -146,16 +143,6 @@ class Rows:
         return kept.append_column(EMBEDDING, missing).append_column(
             ERROR, pa.array([], pa.string())
         )
-
-
-def make_embedder(model: Model, content: Content, how: How) -> Embedder:
-    return Embedder(
-        model.components,
-        content,
-        mode=how.mode,
-        transform=how.transform,
-        normalize=how.normalize,
-    )
 
 
 def _with_content(batch: Any, column: str) -> pa.Table:

@@ -34,17 +34,19 @@ from internvl_edge.files.disk import exchange, os_errors, rename_new, sync, sync
 from internvl_edge.files.packages import require
 from internvl_edge.integrations.bulk.job import Done, How, make_recipe
 from internvl_edge.integrations.bulk.parts import counted
+from internvl_edge.integrations.bulk.rows import Embedder
 from internvl_edge.integrations.bulk.sources.source import PATH, Piece, Source
 from internvl_edge.integrations.bulk.staging import check_dest, is_done, remove_staging, staging
-from internvl_edge.integrations.ray.batches import BATCH, Rows, make_embedder
+from internvl_edge.integrations.ray.batches import Rows
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.images.options import ImageOptions
 
 __all__ = ["connected", "embed"]
 
-BLOCK = 256  # rows of a Ray block that is read at a time
+BLOCK = 64  # rows that are read at a time
 ROWS, CHECKPOINT = "rows", "checkpoint"
+NO_ROWS = "the source has no rows"
 USAGE_STATS = "RAY_USAGE_STATS_ENABLED"  # reports to Ray's makers; off unless the user said so
 
 
@@ -52,7 +54,7 @@ def embed(
     source: Source,
     out: str | os.PathLike[str],
     dest: str | os.PathLike[str],
-    how: How = How(batch_size=BATCH),
+    how: How = How(),
     *,
     actors: int | None = None,
     num_threads: int = 1,
@@ -88,13 +90,15 @@ def embed(
     path, place = placed(Path(dest)), os.path.abspath(out)
     check_dest(path, resume=resume, force=force, folder=True)
     with internvl_edge.load(place, images=images) as model:
-        make_embedder(model, source.content, how)  # which refuses what cannot be
+        Embedder(model.components, source.content, how)  # which refuses what cannot be
         digest = model.components.artifact.digest
         recipe = make_recipe(digest, source, how, model.components.images)
     if resume and is_done(path, recipe):
         remove_staging(path)
         rows, errors = counted(path)
         return Done(rows=rows, errors=errors, kept_rows=rows)
+    if not source.pieces:
+        raise MediaError(f"{NO_ROWS}; there is nothing to embed")
     began = time.monotonic()
     arguments = {
         "out": place,
@@ -107,10 +111,10 @@ def embed(
     with staging(path, recipe, resume=resume, force=force, holds=f"{ROWS}/*") as folder:
         kept = _count(folder / ROWS)
         _run(source, folder, arguments, actors, device)
-        rows, errors = _checked(folder / ROWS)
+        rows, errors = _checked(folder / ROWS, source.rows)
         if errors == rows:
             shutil.rmtree(folder)
-            why = f"none of {rows} rows can be embedded" if rows else "the source has no rows"
+            why = f"none of {rows} rows can be embedded" if rows else NO_ROWS
             raise MediaError(f"{why}; there is nothing to write")
         with os_errors(path):
             _publish(folder / ROWS, path)
@@ -201,16 +205,24 @@ def _count(rows: Path) -> int:
     return total
 
 
-def _checked(rows: Path) -> tuple[int, int]:
-    """Count rows and errors, and make sure that no row is there twice.
+def _checked(rows: Path, expected: int | None) -> tuple[int, int]:
+    """Count rows and errors, and make sure that each row is there once.
+
+    Args:
+        rows: the folder of their files.
+        expected: how many the source has; None: nobody knows.
 
     Raises:
-        InternVLError: some are; a process of an interrupted run went on writing.
+        InternVLError: a process of an interrupted run went on writing, or one lost what it wrote.
     """
     if not _files(rows):
         return 0, 0
     paths = pq.read_table(rows, columns=[PATH]).column(PATH)
     twice = len(paths) - len(pc.unique(paths))
+    if expected is not None and len(paths) - twice < expected:
+        raise InternVLError(
+            f"{rows}: {expected - len(paths) + twice} rows are missing; --force begins anew"
+        )
     if twice:
         raise InternVLError(f"{rows}: {twice} rows are there twice; --force begins anew")
     return counted(rows)

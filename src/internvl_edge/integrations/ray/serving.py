@@ -56,7 +56,7 @@ def deployment(
             self._served = Served(named, place, given)
 
         def __serve_build_asgi_app__(self) -> Any:
-            return self._served.app
+            return self._served
 
         def check_health(self) -> None:
             self._served.check_health()
@@ -93,7 +93,7 @@ class Served:
         if self._service.state == "dead":
             raise SessionDead("the device failed; a new replica has to take over")
 
-    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request; Ray Serve also says when it begins and ends."""
         if scope["type"] != "lifespan":
             await self._app(scope, receive, send)
