@@ -124,6 +124,7 @@ def test_components_of_each_kind_of_checkpoint() -> None:
     assert not {*components_of("internvl")} & {*of_chat}
 
 
+@pytest.mark.slow
 def test_there_is_no_other_table() -> None:
     """No other module of the product lists two components, by their names or by constants."""
     tables = {
@@ -132,6 +133,7 @@ def test_there_is_no_other_table() -> None:
     assert tables == {TABLE, TABLE_OF_MODULES}
 
 
+@pytest.mark.slow
 def test_names_are_written_in_the_table_alone() -> None:
     written = {
         (place, node.value)

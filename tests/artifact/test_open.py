@@ -438,6 +438,7 @@ def test_round_trip(manifest: Manifest) -> None:
     assert data.isascii()
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=60) | OBJECT.map(lambda o: json.dumps(o).encode()))
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ArtifactError):

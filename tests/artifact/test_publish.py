@@ -136,6 +136,7 @@ def test_nothing_is_there_before_the_end(out: Path) -> None:
     assert is_now(out, OLD)
 
 
+@pytest.mark.slow
 def test_exchange_is_one_step(out: Path) -> None:
     """A reader sees the old or the new one at every moment, never none."""
     publish(out, OLD)
@@ -341,6 +342,7 @@ def test_fault_at_every_step(fast_disk: Path, fault: str, mode: str) -> None:
         assert not any(key.endswith("absent") for key in result["seen"])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(fast_disk: Path) -> None:
     seen = drive(fast_disk, "KILL", "random")["seen"]
     assert sum(seen.values()) == 40

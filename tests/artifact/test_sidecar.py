@@ -86,6 +86,7 @@ infos = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(infos)
 def test_json_gives_back_what_was_written(info: EngineInfo) -> None:
     assert EngineInfo.from_json(json.loads(json.dumps(info.to_json()))) == info

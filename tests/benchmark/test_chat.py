@@ -16,6 +16,8 @@ from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,14 +56,12 @@ def test_each_number_of_callers_has_its_figures(outs: Path) -> None:
         assert each.tokens_per_second > 0
 
 
-@pytest.mark.slow
 def test_an_internvl_g_is_asked_single_questions(outs: Path) -> None:
     (one,) = measured(outs / "single-out", ChatLoad(prompt_tokens=3, callers=(1,))).results
     assert (one.slots, one.reused) == (0, 0)
     assert one.stages["vision"].max > 0
 
 
-@pytest.mark.slow
 def test_the_command_writes_json_and_markdown(
     outs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

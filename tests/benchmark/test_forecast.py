@@ -140,6 +140,7 @@ def test_a_type_that_a_gpu_lacks_is_refused() -> None:
         find_gpu("b200")
 
 
+@pytest.mark.slow
 def test_a_forecast_needs_no_gpu_and_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

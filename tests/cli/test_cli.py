@@ -121,6 +121,7 @@ def test_inspecting_needs_no_framework(place: Path, name: str) -> None:
     assert not {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_verify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(capsys, "verify", place / "out")["ok"] is True
     found = answer(capsys, "verify", place / "out", "--checkpoint", place / "checkpoint")
@@ -556,6 +557,7 @@ cli.main(["verify", "x"])
     assert cleaned.exists()
 
 
+@pytest.mark.slow
 def test_build_needs_no_pytorch() -> None:
     """Engines are built from graphs: neither its memory nor its absence matters."""
     code = (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.checkpoints import write_chat_tokenizer
 from support.checkpoints.family import IMAGE_TOKEN_ID, KINDS, write_family
-from support.paths import ROOT
+from support.golden import FAMILY
 
 import internvl_edge
 from internvl_edge import compiler
@@ -29,7 +29,6 @@ from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
 
 pytestmark = pytest.mark.slow
 
-GOLDEN = ROOT.parent / "shared" / "golden_family"
 MIXED = "chat_vision=int8,chat_decoder=int4-wo"
 DEEP = {"num_hidden_layers": 4}  # enough for a tower to be traced in part
 BOTH = ("chat_vision", "chat_decoder")
@@ -94,12 +93,12 @@ def test_weights_stay_in_the_checkpoints_files(kind: str, layout: str, tmp_path:
     np.testing.assert_array_equal(found, expected.numpy())
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the family's golden data is not here")
+@pytest.mark.skipif(not FAMILY.is_dir(), reason="needs golden_family")
 @pytest.mark.parametrize("kind", ["llama", "llama3", "internlm2", "qwen2", "qwen3", "phi3"])
 @pytest.mark.parametrize("layout", ["chat", "hf"])
 def test_tokens_are_the_originals(kind: str, layout: str, tmp_path: Path) -> None:
-    wanted = np.load(GOLDEN / kind / "reference.npz")
-    exported(GOLDEN / kind / layout, tmp_path / "out", "fp32")
+    wanted = np.load(FAMILY / kind / "reference.npz")
+    exported(FAMILY / kind / layout, tmp_path / "out", "fp32")
     pixels, ids = wanted["pixel_values"], wanted["input_ids"]
     end = (int(wanted["ended.eos"]),)
     rows = wanted["batch.pixel_values"], wanted["batch.input_ids"]

@@ -22,6 +22,8 @@ from internvl_edge.quantize.numerics.int4 import block_of, dequantize_blocks, ro
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
 
+pytestmark = pytest.mark.slow
+
 MIXED = "vision=int8,decoder=int4-wo"
 LANGUAGE = ("text_embed", "matcher", "decoder")
 LAYER = "qllama.model.layers.1.self_attn.o_proj"  # nothing can be folded into it
@@ -58,7 +60,6 @@ def test_only_weights_of_the_language_model_are_dequantized(artifact: Artifact) 
     assert ("QuantizeLinear" in operators(artifact.onnx_path("vision"), "")) == is_mixed
 
 
-@pytest.mark.slow
 def test_graphs_keep_every_rule(artifact: Artifact) -> None:
     for path in artifact.path.glob("*.onnx"):
         if path.name.endswith(".u8.onnx"):  # of CPUs, not of builders
@@ -82,7 +83,6 @@ def test_stored_weights_are_the_checkpoints_rounded(artifact: Artifact, tiny: Wr
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.slow
 def test_a_directory_can_be_verified_again(artifact: Artifact, tiny: Written) -> None:
     figures = compiler.verify(artifact.path, tiny.path)
     assert figures["decoder"]["simulated_sqnr_db"] > 60

@@ -81,6 +81,7 @@ def test_every_answer_is_the_right_one(seed: int, one: int, two: int, is_pair: b
         assert turn.answer == truth_of(asked, dialogue.pictures)
 
 
+@pytest.mark.slow
 def test_training_the_vocabulary_again_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

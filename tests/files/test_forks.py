@@ -174,6 +174,7 @@ def test_sessions_share_the_threads_of_a_process_that_says_so(tmp_path: Path) ->
     assert counts[0] >= 5
 
 
+@pytest.mark.slow
 def test_sessions_have_threads_of_their_own_elsewhere(tmp_path: Path) -> None:
     counts = threads_after_each(tmp_path, shared=False)
     assert [b - a for a, b in pairwise(counts)] == [4, 4, 4]  # the caller's thread computes too

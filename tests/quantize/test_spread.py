@@ -23,6 +23,8 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig
 from internvl_edge.export.synthetic import Synthesis, write_checkpoint
 from internvl_edge.quantize import recipe
 
+pytestmark = pytest.mark.slow
+
 LAYERS = TINY.vision.num_hidden_layers
 CHANNELS = (5, 77)
 FACTOR = 60.0
@@ -76,7 +78,6 @@ def test_they_are_the_outliers(artifact: Artifact) -> None:
         assert (factors <= 1).all()
 
 
-@pytest.mark.slow
 def test_what_they_are_worth(
     checkpoint: Path, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +118,6 @@ def test_factors_that_weights_do_not_have_are_found(
         exported(checkpoint, tmp_path / "out")
 
 
-@pytest.mark.slow
 @pytest.mark.rtx
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"

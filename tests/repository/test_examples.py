@@ -83,6 +83,7 @@ def running(name: str, out: Path) -> Iterator[int]:
             server.terminate()
 
 
+@pytest.mark.slow
 def test_the_application(place: Path) -> None:
     pictures = [str(place / f"{i}.png") for i in range(2)]
     command = [sys.executable, str(EXAMPLES / "embed_app.py"), str(place / "out"), "a b"]

@@ -47,6 +47,7 @@ def test_a_copy_of_made_up_weights_opens_and_computes(tmp_path: Path, precision:
     assert np.isfinite(values).all() and values.any()
 
 
+@pytest.mark.slow
 def test_another_size_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

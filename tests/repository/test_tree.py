@@ -107,6 +107,7 @@ def imported(path: Path) -> set[str]:
     return parts
 
 
+@pytest.mark.slow
 def test_tests_import_support_and_not_each_other() -> None:
     modules = list(TESTS.rglob("*.py"))
     tests = {path.stem for path in modules if path.name.startswith("test_")} | {"conftest"}

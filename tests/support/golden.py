@@ -9,6 +9,7 @@ from pathlib import Path
 from support.paths import ROOT, TESTS
 
 PACKED = TESTS / "golden" / "tiny.tar.xz"
+CHAT_PICTURES = TESTS / "golden" / "chat_pictures.json"
 SHARED = Path(os.environ.get("INTERNVL_EDGE_SHARED", ROOT.parent / "shared"))
 WHOLE = SHARED / "golden"  # larger; an extra for who has it
 FAMILY = SHARED / "golden_family"  # tiny models of every kind of the chat family; the same

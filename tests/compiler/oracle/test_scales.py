@@ -87,6 +87,7 @@ def weights_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights.formats, "weight_scale", broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

@@ -43,6 +43,7 @@ def initializers_of(graph: Path) -> dict[str, ir.ExternalTensor]:
     return {n: v.const_value for n, v in values if isinstance(v.const_value, ir.ExternalTensor)}
 
 
+@pytest.mark.slow
 def test_two_layers_of_a_block_are_written_and_the_others_stay_linked(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +67,7 @@ def test_two_layers_of_a_block_are_written_and_the_others_stay_linked(
         assert not any(name.endswith((".ls1", ".ls2")) for name in places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "weights"), [("bf16", "copy"), ("fp16", "auto")], ids=["kept", "float16"]
 )

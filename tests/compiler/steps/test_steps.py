@@ -67,6 +67,7 @@ def test_engines_cost_what_an_export_with_them_says(written: Written, tmp_path: 
     assert later == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_one_model_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str

@@ -98,6 +98,7 @@ def test_auto_reflinks_where_it_can(half: Written, monkeypatch: pytest.MonkeyPat
     onnx.checker.check_model(str(artifact.onnx_path("image_pool")))
 
 
+@pytest.mark.slow
 def test_another_resolution_writes_its_positions(half: Written) -> None:
     artifact = exported(half.path, components=("vision",), image_size=42, weights="link")
     assert weights_of(artifact) == [*SHARDS, "weights.safetensors"]

@@ -148,6 +148,7 @@ PRODUCTS = {  # of the layer before attention and the two after it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 def test_a_real_engine(tmp_path: Path, rtx: Any, precision: str) -> None:
     phases: set[str] = set()
@@ -182,6 +183,7 @@ def test_a_real_engine_with_weights_in_another_file(tmp_path: Path, rtx: Any) ->
         build_real(tmp_path, graph, "fp16")
 
 
+@pytest.mark.slow
 def test_a_real_fallback_to_decomposed_attention(
     tmp_path: Path, rtx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +214,7 @@ def test_a_real_type_error_names_its_node(tmp_path: Path, rtx: Any) -> None:
         build_real(tmp_path, graph, "fp16")
 
 
+@pytest.mark.slow
 def test_a_real_graph_that_is_too_new_for_a_gpu(tmp_path: Path, rtx: Any) -> None:
     graph = tiny_graph(tmp_path, "int8", base="bf16")
     assert build_real(tmp_path, graph, "int8").compute_capabilities == ()

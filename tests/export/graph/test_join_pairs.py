@@ -50,6 +50,7 @@ def names(out: Path) -> set[str]:
     return {path.name for path in out.rglob("*")}
 
 
+@pytest.mark.slow
 def test_weights_of_another_type_are_joined_before_their_cast(out: Path, tmp_path: Path) -> None:
     """float32 shards that were linked, read by a float16 graph."""
     options = ExportOptions(

@@ -117,6 +117,7 @@ def test_the_linter_finds_nothing(artifact: Artifact) -> None:
         assert [f for f in lint(path) if f.severity == "error"] == []
 
 
+@pytest.mark.slow
 def test_one_block_may_be_left_out(vit: Written, tmp_path: Path) -> None:
     recipe = replace(RECIPE, exclude=(STEM.format(1).replace(".", r"\."),))
     model = graphs(exported(vit, tmp_path / "out", recipe))[0]

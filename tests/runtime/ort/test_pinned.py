@@ -44,6 +44,7 @@ def pool_of(driver: Driver | None, values: np.ndarray[Any, Any]) -> PinnedPool:
     return PinnedPool(values.nbytes, driver)
 
 
+@pytest.mark.slow
 def test_a_block_is_used_again_once_nothing_shows_it() -> None:
     driver, values = Driver(), np.arange(6, dtype=np.float32).reshape(2, 3)
     pool = pool_of(driver, values)
