@@ -268,7 +268,10 @@ def test_tensorrt_has_a_plan_for_each_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"backend": "onnxrt"}, "--backend onnxrt: expected python, .* did you mean 'onnxruntime'"),
+        (
+            {"backend": "onnxruntim"},
+            "--backend onnxruntim: expected python, .* did you mean 'onnxruntime'",
+        ),
         ({"tasks": ("embed_imag",)}, "--tasks embed_imag: .* did you mean 'embed_image'"),
         ({"tasks": ()}, "found none"),
         ({"mode": "x"}, "--mode x"),
