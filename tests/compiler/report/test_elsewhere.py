@@ -43,8 +43,10 @@ def test_float_graphs_open_anywhere() -> None:
 
 
 def test_bfloat16_needs_a_gpu() -> None:
-    program, place = opened(directory("bf16", ["vision"]))["vision.onnx"]
-    assert (program, place.split(";")[0]) == (OLD, "NVIDIA GPUs")
+    found = opened(directory("bf16", ["image_embed", "text_embed"], "model.onnx"))
+    for program, place in found.values():
+        assert (program, place.split(";")[0]) == (OLD, "NVIDIA GPUs")
+    assert len(found) == 3
 
 
 def test_int8_has_one_graph_for_every_processor() -> None:
@@ -88,6 +90,11 @@ def test_each_tower_has_its_own_precision() -> None:
         directory("vision=int8,decoder=int4-wo", ["vision", "decoder"], "vision.u8.onnx")
     )
     assert found["vision.u8.onnx"][0] == NEW
+    two = ["image_embed", "text_embed"]
+    mixed = directory("vision=fp8,decoder=int8", two, "text_embed.u8.onnx", "model.onnx")
+    assert opened(mixed)["model.onnx"] == opened(mixed)["image_embed.onnx"]
+    mixed = directory("vision=int8", two, "image_embed.u8.onnx", "model.onnx")
+    assert opened(mixed)["model.onnx"] == opened(mixed)["image_embed.u8.onnx"]
     assert found["decoder.onnx"] == (OLD, EVERY)
 
 

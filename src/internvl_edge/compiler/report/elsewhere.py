@@ -72,7 +72,7 @@ def openers(manifest: Manifest) -> tuple[Opener, ...]:
 
 def _graphs(manifest: Manifest) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield every graph that there may be, with program and place."""
-    joined = (_from(OLDEST), ANY)
+    joined: list[tuple[str, str]] = []
     for name, record in manifest.components.items():
         own, unsigned = _own(manifest, name), unsigned_graph(name)
         if unsigned in manifest.files:
@@ -81,9 +81,11 @@ def _graphs(manifest: Manifest) -> Iterator[tuple[str, tuple[str, str]]]:
         for base in BASES:
             yield engine_graph(name, base), ENGINES
         yield cuda_graph(name), CUDA
-        if name in EMBEDDERS and own[0] != joined[0]:
-            joined = own[0], RIGHT_ON_ALL if unsigned in manifest.files else own[1]
-    yield JOINED_GRAPH, joined
+        if name in EMBEDDERS:
+            place = RIGHT_ON_ALL if unsigned in manifest.files else own[1]
+            joined.append((own[0], place))
+    if joined:
+        yield JOINED_GRAPH, max(joined)  # what the newer release opens
 
 
 def _own(manifest: Manifest, component: str) -> tuple[str, str]:
