@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from support.reports import manifest
 
-from internvl_edge.artifact.manifest import FileRecord, Manifest
+from internvl_edge.artifact.manifest import FileRecord, Manifest, TensorSpec
 from internvl_edge.compiler.report.elsewhere import openers
 from internvl_edge.compiler.report.readme import readme
 
@@ -43,8 +43,10 @@ def test_float_graphs_open_anywhere() -> None:
 
 
 def test_bfloat16_needs_a_gpu() -> None:
-    program, place = opened(directory("bf16", ["vision"]))["vision.onnx"]
-    assert (program, place.split(";")[0]) == (OLD, "NVIDIA GPUs")
+    found = opened(directory("bf16", ["image_embed", "text_embed"], "model.onnx"))
+    for program, place in found.values():
+        assert (program, place.split(";")[0]) == (OLD, "NVIDIA GPUs")
+    assert len(found) == 3
 
 
 def test_int8_has_one_graph_for_every_processor() -> None:
@@ -63,8 +65,24 @@ def test_int8_has_one_graph_for_every_processor() -> None:
 def test_fp8_needs_a_new_runtime_or_one_optimizer_less() -> None:
     found = opened(directory("fp8", ["image_embed", "image_pool", "text_embed"], "model.onnx"))
     assert found["image_embed.onnx"] == found["model.onnx"]
-    assert found["image_embed.onnx"][0].startswith("ONNX Runtime 1.32 or later; from 1.24.1 on")
+    assert found["image_embed.onnx"][0].startswith("ONNX Runtime 1.32.0 or later; from 1.24.1 on")
     assert found["image_pool.onnx"] == (OLD, EVERY)
+
+
+@pytest.mark.parametrize(
+    ("precision", "program"),
+    [
+        ("fp16", "ONNX Runtime 1.25.0 or later"),
+        ("int8", "ONNX Runtime 1.25.0 or later"),
+        ("fp8", "ONNX Runtime 1.32.0 or later; from 1.25.0 on"),
+    ],
+)
+def test_a_cache_in_place_needs_a_newer_runtime(precision: str, program: str) -> None:
+    of = directory(precision, ["decoder"], *["decoder.u8.onnx"] * (precision == "int8"))
+    indices = TensorSpec(name="write_indices", dtype="int64", shape=("batch",))
+    record = replace(of.components["decoder"], inputs=(indices,))
+    found = opened(replace(of, components={"decoder": record}))
+    assert {one[0].split(" with ")[0] for one in found.values()} == {program}
 
 
 def test_each_tower_has_its_own_precision() -> None:
@@ -72,6 +90,11 @@ def test_each_tower_has_its_own_precision() -> None:
         directory("vision=int8,decoder=int4-wo", ["vision", "decoder"], "vision.u8.onnx")
     )
     assert found["vision.u8.onnx"][0] == NEW
+    two = ["image_embed", "text_embed"]
+    mixed = directory("vision=fp8,decoder=int8", two, "text_embed.u8.onnx", "model.onnx")
+    assert opened(mixed)["model.onnx"] == opened(mixed)["image_embed.onnx"]
+    mixed = directory("vision=int8", two, "image_embed.u8.onnx", "model.onnx")
+    assert opened(mixed)["model.onnx"] == opened(mixed)["image_embed.u8.onnx"]
     assert found["decoder.onnx"] == (OLD, EVERY)
 
 
