@@ -347,6 +347,17 @@ def in_a_shell(command: str, **environment: str) -> subprocess.CompletedProcess[
         ("$IE doctor --json <&- >/dev/null", 0, b""),
         ("$IE doctor | true", 141, b""),
         ("$IE doctor --json | true", 141, b""),
+        ("$IE --version >&-", 5, b"error: stdout is closed"),
+        ("$IE --help >&- 2>&-", 5, b""),
+        ("$IE caption --help >&-", 5, b"error: stdout is closed"),
+        ("$IE >&-", 5, b"error: stdout is closed"),
+        ("$IE --help >/dev/full", 5, b"error: stdout: the answer cannot be written: No space"),
+        ("$IE >/dev/full", 5, b"error: stdout: the answer cannot be written: No space"),
+        ("$IE --version >/dev/full", 5, b"error: stdout: the answer cannot be written: No space"),
+        ("$IE --help | true", 141, b""),
+        ("$IE --version | true", 141, b""),
+        ("$IE --help | head -1 >/dev/null", 0, b""),  # which was all there when it left
+        ("$IE --version | head -1 >/dev/null", 0, b""),
     ],
 )
 def test_streams_that_cannot_be_used(command: str, code: int, told: bytes) -> None:
@@ -355,6 +366,8 @@ def test_streams_that_cannot_be_used(command: str, code: int, told: bytes) -> No
     assert codes.split()[1] == str(code).encode()
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
     assert said[0].startswith(told) if told else not said, done.stderr
+    if b"stdout" in told:
+        assert b"redirect it to a file" in said[0]  # what to do
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
