@@ -57,7 +57,9 @@ class OrtOptions:
     # Constants are computed once, at opening: faster, and they are copies. None: but those of large
     # graphs with unsigned weights, where no decoder reads them for a token at a time.
     fold: bool | None = None
-    spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
+    # Threads wait for the next operator of a run in a loop: faster where the cores are free, and
+    # much slower where other programs compute on them. Between runs they sleep either way.
+    spin: bool = True
     gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
     # Copy weights into memory of this process instead of mapping the directory's files: what is
     # written to the files later, or cut off, reaches no run.
@@ -109,8 +111,8 @@ def share_threads() -> None:
 
     For programs whose only ONNX Runtime sessions are ours, as the command line and a server are:
     ONNX Runtime then refuses sessions with threads of their own, which other libraries open. The
-    pool has as many threads as the first session asks for. Without it, each component has a pool,
-    whose threads sleep while others compute. Not to be combined with a fork after the first run.
+    pool has as many threads as the first session asks for. Without it, each component has a pool of
+    so many, which sleep between its runs. Not to be combined with a fork after the first run.
     """
     _POOL.want()
 
@@ -130,6 +132,8 @@ def native_options(options: OrtOptions) -> Any:
     native.enable_cpu_mem_arena = options.arena
     native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
     native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
+    # Threads sleep after a run: else they take their cores from the next component for 10-20 ms.
+    native.add_session_config_entry("session.force_spinning_stop", "1")
     level = str(EXACT_PRODUCTS if options.exact else ROUNDED_PRODUCTS)
     native.add_session_config_entry(PRODUCTS_ACCURACY, level)
     return native
