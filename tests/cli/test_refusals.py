@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.checkpoints import write_internvl, write_tokenizer, write_vit
 
-from internvl_edge.cli import run
+from internvl_edge.cli import app, run
 from internvl_edge.cli.inputs import read_labels, read_texts
 from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime.ort import session
+from internvl_edge.runtime.ort.options import OrtOptions
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +319,60 @@ def test_seconds_of_a_benchmark_are_a_time(
     vit: Path, capsys: pytest.CaptureFixture[str], seconds: str
 ) -> None:
     assert "--seconds" in refused(capsys, 2, "benchmark", vit / "out", "--seconds", seconds)
+
+
+# --- what runs it -------------------------------------------------------------------------------
+
+COMPUTES = {"verify", "bisect", "embed", "classify", "retrieve", "match", "caption", "answer"}
+COMPUTES |= {"chat", "serve", "benchmark"}
+
+
+@pytest.mark.parametrize("name", sorted(app.commands))
+def test_commands_that_run_a_model_take_a_device_and_threads(name: str) -> None:
+    options = {option for given in app.commands[name].params for option in given.opts}
+    assert ({"--device", "--threads"} <= options) == (name in COMPUTES)
+
+
+@pytest.mark.parametrize("command", ["verify", "bisect"])
+def test_comparisons_compute_with_the_threads_that_are_asked_for(
+    vit: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    used: set[tuple[int | None, int]] = set()
+    native = session.native_options
+
+    def noticed(options: OrtOptions) -> Any:
+        used.add((options.num_threads, torch.get_num_threads()))
+        return native(options)
+
+    monkeypatch.setattr(session, "native_options", noticed)
+    before = torch.get_num_threads()
+    arguments = [command, str(vit / "out"), "--checkpoint", str(vit / "checkpoint"), "--threads"]
+    assert run([*arguments, "3"]) == 0
+    assert used == {(3, 3)}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("command", ["verify", "bisect"])
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--threads", "0"], 2, "0 is not in the range"),
+        (["--device", "gpu"], 2, "device 'gpu': expected 'auto', 'cpu'"),
+        (["--device", "cuda"], 4, "found no CUDA device; use device 'cpu'"),
+    ],
+)
+def test_a_device_or_threads_that_are_not_there(
+    vit: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    arguments: list[str],
+    code: int,
+    told: str,
+) -> None:
+    monkeypatch.setattr("internvl_edge.runtime.ort.options.gpu_count", lambda: 0)
+    given = [command, vit / "out", "--checkpoint", vit / "checkpoint", *arguments]
+    assert told in refused(capsys, code, *given)
 
 
 # --- streams -------------------------------------------------------------------------------------

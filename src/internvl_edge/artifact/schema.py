@@ -23,8 +23,10 @@ MOST = 2**31  # of anything that is counted
 MOST_TILES = 1024
 # Texts that others define, each a closed set; "" is a chat template that nobody knows.
 MODELS = tuple(dict.fromkeys(kind for known in COMPONENTS.values() for kind in known.kinds))
-TEMPLATES = ("Hermes-2", "internlm2-chat", "internvl2_5", "internvl-hf", "phi3-chat")
-TEMPLATES += ("internvl_zh", "vicuna_v1", "")
+TEMPLATES = (
+    *("Hermes-2", "internlm2-chat", "internvl2_5", "internvl-hf"),
+    *("phi3-chat", "internvl_zh", "vicuna_v1", ""),
+)
 TRANSFORMS = ("retrieval", "classification", "clip")
 TRANSFERS = ("reflink", "hard link", "copy")
 TARGETS = ("tensorrt-rtx", "tensorrt")

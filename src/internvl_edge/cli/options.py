@@ -162,6 +162,20 @@ threads = click.option(
     type=click.IntRange(1, MAX_THREADS),
     help="On the processor, at once; default: the cores that this process may use.",
 )
+
+
+def on_hardware(function: Function) -> Function:
+    """Add the options of a command that compares graphs with PyTorch."""
+    chosen = click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        callback=lambda _, __, value: require_device(value),
+        help="What runs the graphs: auto, cpu, cuda, or cuda:1 of several. PyTorch is on cpu.",
+    )
+    return chosen(threads(function))
+
+
 allow_slow = click.option(
     "--allow-slow",
     is_flag=True,
