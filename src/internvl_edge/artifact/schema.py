@@ -127,6 +127,7 @@ FIGURES_OPTIONAL: dict[str, Kind] = {
     "samples": _natural,
     "inputs": _one_of(SAMPLES),
 }
+LAYER: dict[str, Kind] = {"layer": _text, "input_sqnr_db": _number, "weight_sqnr_db": _number}
 RECIPE: dict[str, Kind] = {
     "engine_base": _one_of(FLOATS[1:]),
     "base": _one_of(FLOATS),
@@ -199,10 +200,19 @@ def _check_verification(figures: Mapping[str, Any] | None, where: str) -> None:
     if "cosine" in figures:
         _keys(figures, FIGURES, where)
         _optional(figures, FIGURES_OPTIONAL, where)
-    if figures.get("blocks") is not None and type(figures["blocks"]) is not list:
-        raise _wrong(f"{where}.blocks", "a list", figures["blocks"])
-    if type(figures.get("engine_graph")) is dict:
-        _check_verification(figures["engine_graph"], f"{where}.engine_graph")
+    _optional(figures, {"simulated_sqnr_db": _number}, where)
+    for key in ("blocks", "costly_layers"):
+        if figures.get(key) is not None and type(figures[key]) is not list:
+            raise _wrong(f"{where}.{key}", "a list", figures[key])
+    for i, layer in enumerate(figures.get("costly_layers") or ()):
+        place = f"{where}.costly_layers[{i}]"
+        if type(layer) is not dict:
+            raise _wrong(place, "an object", layer)
+        _keys(layer, LAYER, place)
+    bounds = _object(figures, "bounds", where, optional=True) or {}
+    _keys(bounds, dict.fromkeys(bounds, _number), f"{where}.bounds")
+    other = _object(figures, "engine_graph", where, optional=True)
+    _check_verification(other, f"{where}.engine_graph")
 
 
 def _object(parent: Mapping[str, Any], key: str, where: str, *, optional: bool = False) -> Any:
