@@ -41,13 +41,18 @@ GPU_PROVIDERS = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 ERRORS, FATAL_ONLY = 3, 4
+MAX_THREADS = 1024
 PRODUCTS_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 EXACT_PRODUCTS, ROUNDED_PRODUCTS = 1, 4  # MatMulNBits' accuracy_level: float32 and int8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrtOptions:
-    """How ONNX Runtime computes; the defaults are the fastest of a process that has the cores."""
+    """How ONNX Runtime computes; the defaults are the fastest of a process that has the cores.
+
+    Raises:
+        UsageError: a number of threads that is none.
+    """
 
     # Within an operator; None: OMP_NUM_THREADS, else every core this process may use. Each session
     # has so many, or all of them together: share_threads.
@@ -75,6 +80,13 @@ class OrtOptions:
     qdq: bool = True  # make products of 8 bits of what DequantizeLinear stands around
     # Weight-only products: rounding x to int8 by blocks is faster; exact: x stays in float32.
     exact: bool = False
+
+    def __post_init__(self) -> None:
+        count = self.num_threads
+        if count is not None and (type(count) is not int or not 1 <= count <= MAX_THREADS):
+            raise UsageError(
+                f"num_threads {count!r}: expected a whole number from 1 to {MAX_THREADS}, or None"
+            )
 
 
 class _Pool:

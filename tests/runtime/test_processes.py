@@ -81,3 +81,17 @@ def test_threads_sleep_between_two_runs(out: Path) -> None:
             time.sleep(0.05)
             idle_s += time.process_time() - began
     assert idle_s < 0.01
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, "2", True, 10**6])
+def test_a_number_of_threads_that_is_none(count: Any) -> None:
+    with pytest.raises(UsageError, match=r"num_threads .*: expected a whole number from 1 to 1024"):
+        internvl_edge.OrtOptions(num_threads=count)
+
+
+@pytest.mark.parametrize("options", [{"num_threads": 1}, 4, internvl_edge.TrtOptions()])
+def test_options_of_another_kind_are_refused_when_the_model_is_loaded(
+    out: Path, options: Any
+) -> None:
+    with pytest.raises(UsageError, match=r"onnxruntime: options: expected OrtOptions"):
+        internvl_edge.load(out, options=options)

@@ -20,7 +20,7 @@ from internvl_edge.cli.console import Output
 from internvl_edge.demo import bundled
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.images.options import ImageOptions
-from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.options import MAX_THREADS, OrtOptions
 from internvl_edge.runtime.session import BACKENDS, require_device
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 CHOICES = ("auto", *BACKENDS)
 OURS = (CHECKPOINT_FILE, MANIFEST)  # either is in a folder that a command takes
-MAX_THREADS = 1024
 
 
 class Place(click.Path):
