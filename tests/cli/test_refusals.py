@@ -22,8 +22,8 @@ from support.checkpoints import write_internvl, write_tokenizer, write_vit
 from internvl_edge.cli import app, run
 from internvl_edge.cli.inputs import read_labels, read_texts
 from internvl_edge.errors import MediaError, UsageError
-from internvl_edge.runtime.ort import session
 from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.session import OrtSession
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_seconds_of_a_benchmark_are_a_time(
 # --- what runs it -------------------------------------------------------------------------------
 
 COMPUTES = {"verify", "bisect", "embed", "classify", "retrieve", "match", "caption", "answer"}
-COMPUTES |= {"chat", "serve", "benchmark"}
+COMPUTES |= {"chat", "serve", "triton", "benchmark"}
 
 
 @pytest.mark.parametrize("name", sorted(app.commands))
@@ -338,13 +338,12 @@ def test_comparisons_compute_with_the_threads_that_are_asked_for(
     vit: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     used: set[tuple[int | None, int]] = set()
-    native = session.native_options
 
-    def noticed(options: OrtOptions) -> Any:
+    def noticed(*given: Any, options: OrtOptions, **more: Any) -> OrtSession:
         used.add((options.num_threads, torch.get_num_threads()))
-        return native(options)
+        return OrtSession(*given, options=options, **more)
 
-    monkeypatch.setattr(session, "native_options", noticed)
+    monkeypatch.setattr("internvl_edge.compiler.oracle.run_graph.OrtSession", noticed)
     before = torch.get_num_threads()
     arguments = [command, str(vit / "out"), "--checkpoint", str(vit / "checkpoint"), "--threads"]
     assert run([*arguments, "3"]) == 0

@@ -81,8 +81,7 @@ def bisect(
     """
     require_packages()
     from internvl_edge.compiler.oracle.bisect import bisect as bisect_graphs
-    from internvl_edge.compiler.oracle.run_graph import Hardware
-    from internvl_edge.compiler.plan import demo_checkpoint
+    from internvl_edge.compiler.plan import Hardware, demo_checkpoint
 
     hardware = Hardware(device=device, num_threads=threads)
     with output.progress() as report:

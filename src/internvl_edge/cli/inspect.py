@@ -75,7 +75,6 @@ def verify(
     if checkpoint is not None:
         require(*EXPORT)
         from internvl_edge import compiler
-        from internvl_edge.compiler.oracle.run_graph import Hardware
         from internvl_edge.demo.scenes import samples_of
 
         with output.progress() as report:
@@ -87,7 +86,7 @@ def verify(
                 max_drop=max_drop,
                 calibration=calibration,
                 samples=samples_of(checkpoint),
-                hardware=Hardware(device=device, num_threads=threads),
+                hardware=compiler.Hardware(device=device, num_threads=threads),
             )
         rows = [(name, *figures_row(f)) for name, f in figures.items()]
         output.table(("component", *FIGURES), rows)

@@ -7,11 +7,11 @@ from typing import Any
 
 from internvl_edge.artifact import Artifact, Manifest, open_artifact
 from internvl_edge.compiler.oracle.checker import Checker
-from internvl_edge.compiler.oracle.run_graph import Hardware
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import (
     DrawSamples,
     ExportOptions,
+    Hardware,
     Plan,
     demo_checkpoint,
     require_bounds,

@@ -35,8 +35,8 @@ from internvl_edge.artifact import Artifact, open_artifact
 from internvl_edge.artifact.components import engine_graph, find_component
 from internvl_edge.compiler.oracle.graph_blocks import GraphBlocks
 from internvl_edge.compiler.oracle.readings import GraphReading
-from internvl_edge.compiler.oracle.run_graph import Hardware
 from internvl_edge.compiler.oracle.simulate import Quantization
+from internvl_edge.compiler.plan import Hardware
 from internvl_edge.compiler.progress import Report, silent
 from internvl_edge.compiler.source import open_source, quantization_of
 from internvl_edge.errors import UsageError, did_you_mean
@@ -81,9 +81,15 @@ def bisect(
         for file, base in _graphs(artifact, name, quantization):
             bound = _bound(base, quantization) if min_sqnr_db is None else min_sqnr_db
             source = _form_of(artifact.file(file), opened, quantization)
-            is_wide = base == "fp32"
             graph = GraphBlocks(
-                artifact, source, quantization, name, file, is_wide=is_wide, hardware=hardware
+                artifact,
+                source,
+                quantization,
+                name,
+                file,
+                is_wide=base == "fp32",
+                device=hardware.device,
+                num_threads=hardware.num_threads,
             )
             with hardware.threads_of_torch():
                 readings.append(graph.read(bound, report))

@@ -28,9 +28,10 @@ import onnx_ir as ir
 
 from internvl_edge.artifact.components import COMPONENTS, cuda_graph, engine_graph
 from internvl_edge.compiler.oracle.expected import Expected, Part, Reference
-from internvl_edge.compiler.oracle.run_graph import Hardware, run_part
+from internvl_edge.compiler.oracle.run_graph import run_part
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
+from internvl_edge.compiler.plan import Hardware
 from internvl_edge.export.advice import advice
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
@@ -92,7 +93,12 @@ class Checker:
         hardware: Hardware = Hardware(),
     ) -> None:
         self.bounds = bounds or CostBounds()
-        self._run_part = partial(run_part, preprocessing=preprocessing, hardware=hardware)
+        self._run_part = partial(
+            run_part,
+            preprocessing=preprocessing,
+            device=hardware.device,
+            num_threads=hardware.num_threads,
+        )
         # Noise leaves the ranges that were calibrated, so that it has no say on what is left
         self.has_floor = quantization is None or samples is not None
         self.inputs = "noise" if samples is None else "calibration"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
@@ -22,42 +19,9 @@ from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
 from internvl_edge.runtime.generation.fixed_cache import MASK, capacity_of, grown, in_place
 from internvl_edge.runtime.images.transform import Preprocessing
 from internvl_edge.runtime.ort.cpu import products_saturate
-from internvl_edge.runtime.ort.options import OrtOptions, choose_providers
+from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
 from internvl_edge.types import Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hardware:
-    """What graphs are run on; PyTorch, which they are compared with, is on the processor.
-
-    Raises:
-        UsageError: an unknown device.
-        InternVLError: one that is not here.
-    """
-
-    device: str = "cpu"
-    num_threads: int | None = None  # of ONNX Runtime and of PyTorch; None: their own numbers
-
-    def __post_init__(self) -> None:
-        choose_providers(self.device)
-
-    def open(self, path: Path, graph: bytes, *, exact: bool = False) -> OrtSession:
-        """Open a graph; on a GPU quantized ones, too, as slow as they may be there."""
-        options = OrtOptions(
-            num_threads=self.num_threads, exact=exact, allow_slow=True, graphs=False
-        )
-        return OrtSession(path, graph=graph, device=self.device, options=options)
-
-    @contextmanager
-    def threads_of_torch(self) -> Iterator[None]:
-        """Let PyTorch have as many threads, for a while."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.num_threads or before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
 
 def run_part(
@@ -69,7 +33,8 @@ def run_part(
     *,
     unrounded: bool = False,
     fused: bool = False,
-    hardware: Hardware = Hardware(),
+    device: str = "cpu",
+    num_threads: int | None = None,
 ) -> dict[str, Array]:
     """Run the graph at ``path``, of its tower's blocks only one if it is given.
 
@@ -81,7 +46,8 @@ def run_part(
         preprocessing: of graphs that take levels.
         unrounded: compute in float32, and round no activation; weights stay as they are stored.
         fused: run it in the form that ONNX Runtime's CUDA provider is given.
-        hardware: what runs it.
+        device: what runs it.
+        num_threads: of the processor; None: every core.
 
     Raises:
         InternVLError: a mistake of ours: the graph has such a form, and a block of it has none.
@@ -96,14 +62,24 @@ def run_part(
             infer_dtypes(model.graph)
             bypass_activations(model)
         compute_in_float32(model)
-    with hardware.open(path, runnable(model), exact=True) as session:
+    with _open(path, model, device, num_threads, exact=True) as session:
         # a cache has the graph's dtype, and one block's is one layer's
         return run_as_reference(session, feeds, preprocessing)
 
 
-def open_graph(path: Path, model: ir.Model, hardware: Hardware = Hardware()) -> OrtSession:
+def open_graph(
+    path: Path, model: ir.Model, device: str = "cpu", num_threads: int | None = None
+) -> OrtSession:
     """Open a graph that was changed in memory; its weights lie next to ``path``."""
-    return hardware.open(path, runnable(model))
+    return _open(path, model, device, num_threads)
+
+
+def _open(
+    path: Path, model: ir.Model, device: str, num_threads: int | None, *, exact: bool = False
+) -> OrtSession:
+    """Open a graph; on a GPU quantized ones, too, as slow as they may be there."""
+    options = OrtOptions(num_threads=num_threads, exact=exact, allow_slow=True, graphs=False)
+    return OrtSession(path, graph=runnable(model), device=device, options=options)
 
 
 def run_as_reference(
