@@ -1034,3 +1034,15 @@ def test_the_command_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "error fp8-target: 1 place(s)" in capsys.readouterr().out
     assert run(["lint", path, "--gpu", "sm1"]) == 2
     assert "sm86 (Ampere)" in capsys.readouterr().err
+
+
+def test_tensors_of_many_dimensions_are_refused_before_a_parser_multiplies_them(
+    tmp_path: Path,
+) -> None:
+    g = Graph()
+    path = g.save(tmp_path / "m.onnx", block(g))
+    model = onnx.load(path)
+    model.graph.initializer[0].dims.extend([1] * 50_000)
+    onnx.save(model, path)
+    with pytest.raises(ArtifactError, match=r"m\.onnx: tensor '.*': 5000\d dimensions, at most 64"):
+        lint(path)
