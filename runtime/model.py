@@ -20,6 +20,7 @@ from internvl_edge.runtime.session import (
     open_component,
     require_backend,
     require_device,
+    require_options,
 )
 from internvl_edge.runtime.tasks import caption as captions
 from internvl_edge.runtime.tasks import chat as chats
@@ -66,7 +67,7 @@ def load(
         ArtifactError: the directory is not what its manifest says.
         UsageError, MissingDependency, HardwareError: the backend, unknown or not to be had here.
     """
-    require_backend(backend)
+    require_options(require_backend(backend), options)
     device = require_device(device)
     artifact = open_artifact(out)
     return Model(

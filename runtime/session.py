@@ -251,6 +251,23 @@ def require_device(device: object) -> str:
     return name
 
 
+def require_options(backend: str, options: object) -> None:
+    """Refuse options of another kind than those of a backend; None is its defaults.
+
+    Raises:
+        UsageError: says which are expected.
+    """
+    if options is None:
+        return
+    from internvl_edge.runtime.ort.options import OrtOptions
+    from internvl_edge.runtime.trt.options import TrtOptions
+
+    known: type = OrtOptions if backend == "onnxruntime" else TrtOptions
+    if not isinstance(options, known):
+        found = type(options).__name__
+        raise UsageError(f"{backend}: options: expected {known.__name__}(...), found {found}")
+
+
 def require_backend(backend: str) -> str:
     """Return the backend that a name stands for, once its package and hardware are found.
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from internvl_edge.artifact.onnx_gate import check_sizes
 from internvl_edge.artifact.onnx_wire import MAX_NBYTES, read_message
 from internvl_edge.errors import ArtifactError, InternVLError, UsageError
 from internvl_edge.files.disk import open_regular
@@ -85,6 +86,7 @@ def lint(path: Path, gpu: str | None = None) -> list[Finding]:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
         message = read_message(data, "Model")
+        check_sizes(message)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     if not message.get("graph", {}).get("nodes"):

@@ -9,12 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.quantize.lint.rules import Finding, Severity, finding
+from internvl_edge.quantize.lint.specification import is_about_quantization, is_unknown
 from internvl_edge.quantize.lint.view import (
     ATTENTIONS,
+    FUSED,
     MAX_SCORE_STEPS,
     MOVES,
     PRODUCTS,
     SCORE_STEPS,
+    STANDARD_DOMAINS,
     AttentionCore,
     Operand,
     Product,
@@ -37,6 +40,10 @@ NORMS |= {"InstanceNormalization", "BatchNormalization", "ReduceMean", "Pow", "S
 ACTIVATIONS = {"Gelu", "FastGelu", "BiasGelu", "QuickGelu", "Relu", "Erf", "Tanh", "Sigmoid"}
 ACTIVATIONS |= {"Swish", "HardSwish", "LeakyRelu", "Clip", "Elu", "Mish"}
 NONLINEAR = NORMS | ACTIVATIONS | {"Softmax", "LogSoftmax"}
+# Operators that multiply in 8 bits themselves, and which of their inputs is the weight.
+WEIGHT_INPUTS = {"QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "QAttention": 1}
+WEIGHT_INPUTS |= {"MatMulInteger": 1, "ConvInteger": 1, "MatMulIntegerToFloat": 1}
+WEIGHT_INPUTS |= {"DynamicQuantizeMatMul": 1, "QOrderedMatMul": 2}
 
 
 def check_products(view: View) -> Iterator[Finding]:
@@ -63,6 +70,45 @@ def check_products(view: View) -> Iterator[Finding]:
                 yield finding("narrow-product", product.node, size)
             if product.node.op_type == "Conv" and _reads_pixels(product.operands):
                 yield finding("patch-embed", product.node, "a quantized Conv of the graph's input")
+
+
+def check_operators(view: View) -> Iterator[Finding]:
+    """Report operators of others that read pairs, and narrow ones that multiply in 8 bits."""
+    for node in view.nodes:
+        is_pair = any(map(_is_dequantized, node.inputs))
+        if is_pair and is_unknown(node, view.functions):
+            name = f"{node.domain or 'ai.onnx'}.{node.op_type}"
+            if node.op_type in FUSED:
+                yield finding("fused-operator", node, name)
+            elif node.op_type not in ATTENTIONS | NONLINEAR and not is_about_quantization(node):
+                yield finding("not-judged", node, name)
+        sizes = _sizes_of_operator(node)
+        if sizes is not None and min(sizes) < MIN_FEATURES:
+            size = f"{sizes[0]} inputs and {sizes[1]} outputs"
+            yield finding("narrow-product", node, size)
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    maker = None if value is None else origin(value).producer()
+    return maker is not None and maker.op_type == "DequantizeLinear"
+
+
+def _sizes_of_operator(node: ir.Node) -> tuple[int, int] | None:
+    """Count inputs and outputs of an operator that multiplies in 8 bits or fewer, where known."""
+    if node.op_type.startswith("MatMulNBits") and {"K", "N"} <= set(node.attributes):
+        return node.attributes["K"].as_int(), node.attributes["N"].as_int()
+    index = WEIGHT_INPUTS.get(node.op_type, len(node.inputs))
+    weight = node.inputs[index] if index < len(node.inputs) else None
+    if weight is None or weight.shape is None or not is_constant(weight):
+        return None
+    sizes = [d if isinstance(d, int) else MIN_FEATURES for d in weight.shape]
+    if "Conv" in node.op_type and sizes:
+        return int(np.prod(sizes[1:])), sizes[0]
+    if len(sizes) < 2:
+        return None
+    attribute = node.attributes.get("transB")
+    is_transposed = attribute is not None and bool(attribute.value)
+    return (sizes[-1], sizes[-2]) if is_transposed else (sizes[-2], sizes[-1])
 
 
 def _is_weight_only(product: Product) -> bool:
@@ -149,7 +195,7 @@ def _kind_of_reader(maker: ir.Node | None, node: ir.Node | None) -> str:
         return "nonlinear"
     if node.op_type == "Add" and not _is_bias(node):
         return "addition"
-    return "other"
+    return "other" if node.domain in STANDARD_DOMAINS else "product"  # a tool's own may be one
 
 
 def _is_bias(node: ir.Node) -> bool:
@@ -241,6 +287,7 @@ def check_norms(view: View) -> Iterator[Finding]:
 
 CHECKS = (
     check_products,
+    check_operators,
     check_pairs,
     check_shared,
     check_attention,

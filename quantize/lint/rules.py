@@ -71,7 +71,8 @@ RULES: dict[str, Rule] = {
         says="Scales per channel came with opset 13, float8 and 16-bit scales with 19, INT4, "
         "blocks and QuantizeLinear's output_dtype with 21, FP4, DequantizeLinear's output_dtype "
         "and float32 scales of 16-bit values with 23.",
-        fix="Export with opset 23 or newer.",
+        fix="Raise the opset to the one that is named, or a newer one: export again, or convert "
+        "with onnx.version_converter.",
     ),
     "specification": Rule(
         severity="error",
@@ -88,10 +89,16 @@ RULES: dict[str, Rule] = {
     ),
     "not-judged": Rule(
         severity="warning",
-        says="This operator quantizes in a tool's own way. No rule here judges it; runtimes other "
-        "than that tool's refuse it or need a plugin.",
+        says="This operator is a tool's own, and quantizes or reads what a pair rounded. No rule "
+        "here judges it; runtimes other than that tool's refuse it or need a plugin.",
         fix="Convert to the QDQ format (QuantizeLinear, DequantizeLinear) where it shall run "
         "elsewhere; else judge it with its tool.",
+    ),
+    "fused-operator": Rule(
+        severity="warning",
+        says="ONNX Runtime's optimizer wrote this product for itself. It is judged as the product "
+        "that it was, but builders do not parse it.",
+        fix="Take the graph that was not optimized (without optimized_model_filepath).",
     ),
     "not-quantized": Rule(
         severity="note",

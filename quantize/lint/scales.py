@@ -17,6 +17,7 @@ from internvl_edge.quantize.lint.specification import (
 )
 from internvl_edge.quantize.lint.view import (
     KEEPS,
+    MAX_CONSTANT_STEPS,
     Operand,
     View,
     constant,
@@ -111,16 +112,19 @@ def _check_scale(node: ir.Node, given: ir.Value) -> Iterator[Finding]:
             found = f"{given.name!r} is computed from the inputs, or one of them"
             yield finding("scale-constant", node, found)
         return
-    dtype = dtype_of(scale)
+    dtype, is_half = dtype_of(scale), ir.DataType.FLOAT16 in _types_of_casts(given)
     if dtype == ir.DataType.FLOAT16:
         yield finding("scale-type", node, f"{scale.name!r} is float16", "note")
+    elif is_half:
+        yield finding("scale-type", node, f"{scale.name!r} is cast to float16", "note")
     elif dtype is not None and dtype not in SCALE_TYPES and not _is_block_scale(dtype):
         yield finding("scale-type", node, f"{scale.name!r} is {dtype.name}")
-    values = constant(scale)
+    values = constant(given)  # as the node has it: a cast to 16 bits may leave nothing of it
     if values is None:
         return
     wide = values.astype(np.float64).ravel()
-    smallest = float(np.finfo(np.float16 if dtype == ir.DataType.FLOAT16 else np.float32).tiny)
+    is_half = is_half or dtype == ir.DataType.FLOAT16
+    smallest = float(np.finfo(np.float16 if is_half else np.float32).tiny)
     for kind, wrong in (
         ("NaN or infinite", ~np.isfinite(wide)),
         ("zero or negative", wide <= 0),
@@ -130,6 +134,19 @@ def _check_scale(node: ir.Node, given: ir.Value) -> Iterator[Finding]:
             first = int(np.flatnonzero(wrong)[0])
             count = f"{int(wrong.sum())} of {wide.size} {kind}, the first {wide[first]} at {first}"
             yield finding("scale-value", node, f"{scale.name!r}: {count}")
+
+
+def _types_of_casts(value: ir.Value) -> set[ir.DataType]:
+    """Collect the types that a stored value is cast to on its way."""
+    types = set()
+    for _ in range(MAX_CONSTANT_STEPS):
+        node = value.producer()
+        if node is None or node.op_type not in KEEPS or not node.inputs or node.inputs[0] is None:
+            break
+        if node.op_type == "Cast" and "to" in node.attributes:
+            types.add(ir.DataType(node.attributes["to"].as_int()))
+        value = node.inputs[0]
+    return types
 
 
 def _is_block_scale(dtype: ir.DataType) -> bool:

@@ -39,7 +39,9 @@ KEEPS = {
 }  # all values
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"}
 RANDOM |= {"Multinomial", "Dropout"}
-PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
+# Products as ONNX Runtime's optimizer writes them, together with what stood around them.
+FUSED = {"FusedMatMul", "TransposeMatMul", "GemmFastGelu", "FusedGemm", "FusedConv"}
+PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose"} | FUSED
 ATTENTIONS = {"Attention", "MultiHeadAttention"}
 SCORE_STEPS = {"Mul", "Div", "Add", "Where", "Cast", "Identity", "QuantizeLinear"}
 SCORE_STEPS |= {"DequantizeLinear"}  # between the scores and their softmax
@@ -282,19 +284,20 @@ def _product(node: ir.Node) -> Product:
 
 def _axes(node: ir.Node, index: int, value: ir.Value) -> tuple[int | None, int | None]:
     """Return the axes of the product's outputs and inputs in an input, if it were the weight."""
-    if node.op_type == "Conv":
+    if node.op_type in ("Conv", "FusedConv"):
         return 0, 1
     if node.op_type == "ConvTranspose":
         return 1, 0
-    if node.op_type == "Gemm":
-        attribute = node.attributes.get("transB" if index else "transA")
-        is_transposed = attribute is not None and bool(attribute.value)
+    attribute = node.attributes.get("transB" if index else "transA")
+    is_transposed = attribute is not None and bool(attribute.value)
+    if node.op_type in ("Gemm", "FusedGemm"):
         first = bool(index) == is_transposed
         return (0, 1) if first else (1, 0)
     rank = None if value.shape is None else len(value.shape)
     if rank is None or rank < 2:
         return None, None
-    return (rank - 1, rank - 2) if index else (rank - 2, rank - 1)
+    last = bool(index) != is_transposed  # only a fused MatMul says that it transposes
+    return (rank - 1, rank - 2) if last else (rank - 2, rank - 1)
 
 
 def _operand(value: ir.Value, output_axis: int | None, input_axis: int | None) -> Operand:

@@ -41,13 +41,18 @@ GPU_PROVIDERS = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 ERRORS, FATAL_ONLY = 3, 4
+MAX_THREADS = 1024
 PRODUCTS_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 EXACT_PRODUCTS, ROUNDED_PRODUCTS = 1, 4  # MatMulNBits' accuracy_level: float32 and int8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrtOptions:
-    """How ONNX Runtime computes; the defaults are the fastest of a process that has the cores."""
+    """How ONNX Runtime computes; the defaults are the fastest of a process that has the cores.
+
+    Raises:
+        UsageError: a number of threads that is none.
+    """
 
     # Within an operator; None: OMP_NUM_THREADS, else every core this process may use. Each session
     # has so many, or all of them together: share_threads.
@@ -57,7 +62,9 @@ class OrtOptions:
     # Constants are computed once, at opening: faster, and they are copies. None: but those of large
     # graphs with unsigned weights, where no decoder reads them for a token at a time.
     fold: bool | None = None
-    spin: bool = True  # threads wait for the next operator in a loop: faster, and never idle
+    # Threads wait for the next operator of a run in a loop: faster where the cores are free, and
+    # much slower where other programs compute on them. Between runs they sleep either way.
+    spin: bool = True
     gpu_provider: str = "cuda"  # a name in GPU_PROVIDERS
     # Copy weights into memory of this process instead of mapping the directory's files: what is
     # written to the files later, or cut off, reaches no run.
@@ -73,6 +80,13 @@ class OrtOptions:
     qdq: bool = True  # make products of 8 bits of what DequantizeLinear stands around
     # Weight-only products: rounding x to int8 by blocks is faster; exact: x stays in float32.
     exact: bool = False
+
+    def __post_init__(self) -> None:
+        count = self.num_threads
+        if count is not None and (type(count) is not int or not 1 <= count <= MAX_THREADS):
+            raise UsageError(
+                f"num_threads {count!r}: expected a whole number from 1 to {MAX_THREADS}, or None"
+            )
 
 
 class _Pool:
@@ -109,8 +123,8 @@ def share_threads() -> None:
 
     For programs whose only ONNX Runtime sessions are ours, as the command line and a server are:
     ONNX Runtime then refuses sessions with threads of their own, which other libraries open. The
-    pool has as many threads as the first session asks for. Without it, each component has a pool,
-    whose threads sleep while others compute. Not to be combined with a fork after the first run.
+    pool has as many threads as the first session asks for. Without it, each component has a pool of
+    so many, which sleep between its runs. Not to be combined with a fork after the first run.
     """
     _POOL.want()
 
@@ -130,6 +144,8 @@ def native_options(options: OrtOptions) -> Any:
     native.enable_cpu_mem_arena = options.arena
     native.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
     native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
+    # Threads sleep after a run: else they take their cores from the next component for 10-20 ms.
+    native.add_session_config_entry("session.force_spinning_stop", "1")
     level = str(EXACT_PRODUCTS if options.exact else ROUNDED_PRODUCTS)
     native.add_session_config_entry(PRODUCTS_ACCURACY, level)
     return native

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from support.artifacts import contents, manifest_of, write_artifact
 
+from internvl_edge.artifact import schema
+from internvl_edge.artifact.components import components_of
 from internvl_edge.artifact.manifest import Manifest
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.artifact.schema import check_schema
+from internvl_edge.compiler.plan import TARGETS
 from internvl_edge.errors import ArtifactError
+from internvl_edge.export.weights.link import How
+from internvl_edge.quantize.recipe import Base, EngineBase
+from internvl_edge.runtime.images.transform import TRANSFORMS
+from internvl_edge.runtime.text.templates import TEMPLATES
 
 LANGUAGE = {
     "vocab_size": 480,
@@ -54,16 +62,20 @@ FIGURES = {
     "max_abs": 0.0,
     "against": "PyTorch float32",
     "samples": 4,
+    "inputs": "calibration",
+    "simulated_sqnr_db": 40.0,
+    "costly_layers": [{"layer": "blocks.0", "input_sqnr_db": 30.0, "weight_sqnr_db": 40.0}],
+    "bounds": {"min_sqnr_db": 20.0},
     "blocks": [1],
     "engine_graph": {"cosine": 1.0, "sqnr_db": 90.0, "max_abs": 0.0},
 }
 # Keys that may be left out.
-OPTIONAL = {"eos_token_id", "pad_token_id", "more_eos_ids", "image_token_id", "hidden_size", "kind"}
+OPTIONAL = {"eos_token_id", "pad_token_id", "more_eos_ids", "image_token_id", "hidden_size"}
 OPTIONAL |= {"internvl", "chat", "weights", "against", "samples", "blocks", "engine_graph"}
 OPTIONAL |= {"llama", "skipped", "cosine"}
 OPTIONAL |= {"padding_id", "system"}
-UNREAD = {"kind", "hidden_size"}
-TEXTS = {"template", "system"}
+UNREAD = {"hidden_size"}
+TEXTS = {"system"}
 
 
 def manifest(**changed: Any) -> Manifest:
@@ -129,6 +141,7 @@ def test_a_key_that_is_read_must_be_there(path: tuple[str, ...]) -> None:
         (("files", "model.safetensors", "header_sha256"), None),
         (("weights",), "copy"),
         (("weights", "model.safetensors"), 1),
+        (("weights", "model.safetensors"), "symbolic link"),
     ],
 )
 def test_a_wrong_source_is_refused(path: tuple[str, ...], wrong: Any) -> None:
@@ -145,8 +158,19 @@ def test_a_wrong_source_is_refused(path: tuple[str, ...], wrong: Any) -> None:
         ("max_abs", float("inf")),
         ("against", 4),
         ("samples", "four"),
+        ("inputs", "guesses"),
         ("blocks", 3),
         ("engine_graph", {"cosine": []}),
+        ("engine_graph", True),
+        ("engine_graph", [1]),
+        ("simulated_sqnr_db", "high"),
+        ("costly_layers", {}),
+        ("costly_layers", [1]),
+        ("costly_layers", [{}]),
+        ("costly_layers", [{"layer": 1, "input_sqnr_db": 30.0, "weight_sqnr_db": 40.0}]),
+        ("costly_layers", [{"layer": "a", "input_sqnr_db": "", "weight_sqnr_db": 40.0}]),
+        ("bounds", [20.0]),
+        ("bounds", {"min_sqnr_db": "20"}),
         ("skipped", []),
     ],
 )
@@ -160,13 +184,48 @@ def test_wrong_figures_are_refused(key: str, wrong: Any) -> None:
         check_schema(manifest(components={"vision": bad}))
 
 
-def test_a_recipe_of_another_kind_is_refused() -> None:
-    with pytest.raises(ArtifactError, match=r"recipe\.engine_base: expected a text"):
-        check_schema(manifest(recipe={"engine_base": 16}))
+@pytest.mark.parametrize("wrong", [16, "fp32", "bfloat16", ""])
+def test_a_recipe_of_another_kind_is_refused(wrong: Any) -> None:
+    with pytest.raises(ArtifactError, match=r"recipe\.engine_base: expected one of 'fp16', 'bf16'"):
+        check_schema(manifest(recipe={"engine_base": wrong}))
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (("model", "kind"), "VIT"),
+        (("model", "kind"), "internvl-c"),
+        (("model", "chat", "template"), "internvl2-5"),
+        (("preprocessing", "transform"), "Retrieval"),
+        (("preprocessing", "transform"), ["retrieval"]),
+        (("preprocessing", "size"), 0),
+        (("preprocessing", "size"), ...),
+        (("preprocessing", "mean"), [0.5, 0.5]),
+        (("preprocessing", "std"), 0.5),
+        (("preprocessing", "std"), [0.5, "0.5", 0.5]),
+        (("engines", 0, "target"), "onnxruntime"),
+        (("engines", 0, "target"), "TensorRT"),
+    ],
+)
+def test_a_text_of_a_closed_set_is_one_of_it(path: tuple[Any, ...], wrong: Any) -> None:
+    raw = manifest_of(contents(engine=b"plan"), model=MODEL, source=SOURCE).to_json()
+    check_schema(Manifest.from_json(raw))
+    shown = re.escape(f"{path[0]}[0].target" if path[0] == "engines" else ".".join(path[:-1]))
+    with pytest.raises(ArtifactError, match=f"{shown}.*expected"):
+        check_schema(Manifest.from_json(changed(raw, path, wrong)))
+
+
+def test_the_sets_are_those_of_the_modules_that_read_them() -> None:
+    assert set(schema.TEMPLATES) == {*TEMPLATES, ""}
+    assert schema.TRANSFORMS == TRANSFORMS
+    assert set(schema.TRANSFERS) == set(get_args(How))
+    assert {"onnx", *schema.TARGETS} == set(TARGETS)
+    assert get_args(Base) == schema.FLOATS and schema.FLOATS[1:] == get_args(EngineBase)
+    assert all(components_of(kind) for kind in schema.MODELS if kind != "chat")
 
 
 def test_opening_a_directory_checks_it(tmp_path: Path) -> None:
-    out = write_artifact(tmp_path / "out", contents(), model={"vision": 5})
+    out = write_artifact(tmp_path / "out", contents(), model={"kind": "vit", "vision": 5})
     with pytest.raises(ArtifactError, match=r"manifest\.json: model\.vision: expected an object"):
         open_artifact(out)
 

@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.checkpoints import write_internvl, write_tokenizer, write_vit
 
-from internvl_edge.cli import run
+from internvl_edge.cli import app, run
 from internvl_edge.cli.inputs import read_labels, read_texts
 from internvl_edge.errors import MediaError, UsageError
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.session import OrtSession
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +321,59 @@ def test_seconds_of_a_benchmark_are_a_time(
     assert "--seconds" in refused(capsys, 2, "benchmark", vit / "out", "--seconds", seconds)
 
 
+# --- what runs it -------------------------------------------------------------------------------
+
+COMPUTES = {"verify", "bisect", "embed", "classify", "retrieve", "match", "caption", "answer"}
+COMPUTES |= {"chat", "serve", "triton", "benchmark"}
+
+
+@pytest.mark.parametrize("name", sorted(app.commands))
+def test_commands_that_run_a_model_take_a_device_and_threads(name: str) -> None:
+    options = {option for given in app.commands[name].params for option in given.opts}
+    assert ({"--device", "--threads"} <= options) == (name in COMPUTES)
+
+
+@pytest.mark.parametrize("command", ["verify", "bisect"])
+def test_comparisons_compute_with_the_threads_that_are_asked_for(
+    vit: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    used: set[tuple[int | None, int]] = set()
+
+    def noticed(*given: Any, options: OrtOptions, **more: Any) -> OrtSession:
+        used.add((options.num_threads, torch.get_num_threads()))
+        return OrtSession(*given, options=options, **more)
+
+    monkeypatch.setattr("internvl_edge.compiler.oracle.run_graph.OrtSession", noticed)
+    before = torch.get_num_threads()
+    arguments = [command, str(vit / "out"), "--checkpoint", str(vit / "checkpoint"), "--threads"]
+    assert run([*arguments, "3"]) == 0
+    assert used == {(3, 3)}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("command", ["verify", "bisect"])
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--threads", "0"], 2, "0 is not in the range"),
+        (["--device", "gpu"], 2, "device 'gpu': expected 'auto', 'cpu'"),
+        (["--device", "cuda"], 4, "found no CUDA device; use device 'cpu'"),
+    ],
+)
+def test_a_device_or_threads_that_are_not_there(
+    vit: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    arguments: list[str],
+    code: int,
+    told: str,
+) -> None:
+    monkeypatch.setattr("internvl_edge.runtime.ort.options.gpu_count", lambda: 0)
+    given = [command, vit / "out", "--checkpoint", vit / "checkpoint", *arguments]
+    assert told in refused(capsys, code, *given)
+
+
 # --- streams -------------------------------------------------------------------------------------
 
 
@@ -347,6 +403,17 @@ def in_a_shell(command: str, **environment: str) -> subprocess.CompletedProcess[
         ("$IE doctor --json <&- >/dev/null", 0, b""),
         ("$IE doctor | true", 141, b""),
         ("$IE doctor --json | true", 141, b""),
+        ("$IE --version >&-", 5, b"error: stdout is closed"),
+        ("$IE --help >&- 2>&-", 5, b""),
+        ("$IE caption --help >&-", 5, b"error: stdout is closed"),
+        ("$IE >&-", 5, b"error: stdout is closed"),
+        ("$IE --help >/dev/full", 5, b"error: stdout: the answer cannot be written: No space"),
+        ("$IE >/dev/full", 5, b"error: stdout: the answer cannot be written: No space"),
+        ("$IE --version >/dev/full", 5, b"error: stdout: the answer cannot be written: No space"),
+        ("$IE --help | true", 141, b""),
+        ("$IE --version | true", 141, b""),
+        ("$IE --help | head -1 >/dev/null", 0, b""),  # which was all there when it left
+        ("$IE --version | head -1 >/dev/null", 0, b""),
     ],
 )
 def test_streams_that_cannot_be_used(command: str, code: int, told: bytes) -> None:
@@ -355,6 +422,8 @@ def test_streams_that_cannot_be_used(command: str, code: int, told: bytes) -> No
     assert codes.split()[1] == str(code).encode()
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
     assert said[0].startswith(told) if told else not said, done.stderr
+    if b"stdout" in told:
+        assert b"redirect it to a file" in said[0]  # what to do
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""A model that is sent to another process: its path and options, opened there again."""
+"""Models in processes and threads: sent to another process, and idle between two runs."""
 
 from __future__ import annotations
 
 import multiprocessing
 import pickle
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,30 @@ def test_a_model_that_load_did_not_open_says_so(tmp_path: Path) -> None:
     model = Model(open_directory(tmp_path, ["vision"]), open_one)
     with pytest.raises(UsageError, match="was not opened by load"):
         pickle.dumps(model)
+
+
+def test_threads_sleep_between_two_runs(out: Path) -> None:
+    """Else the pools of all components take the cores from the one that computes: 10-30 ms each."""
+    options = internvl_edge.OrtOptions(num_threads=3)
+    idle_s = 0.0
+    with internvl_edge.load(out, device="cpu", options=options) as model:
+        for _ in range(5):
+            run(model)
+            began = time.process_time()
+            time.sleep(0.05)
+            idle_s += time.process_time() - began
+    assert idle_s < 0.01
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, "2", True, 10**6])
+def test_a_number_of_threads_that_is_none(count: Any) -> None:
+    with pytest.raises(UsageError, match=r"num_threads .*: expected a whole number from 1 to 1024"):
+        internvl_edge.OrtOptions(num_threads=count)
+
+
+@pytest.mark.parametrize("options", [{"num_threads": 1}, 4, internvl_edge.TrtOptions()])
+def test_options_of_another_kind_are_refused_when_the_model_is_loaded(
+    out: Path, options: Any
+) -> None:
+    with pytest.raises(UsageError, match=r"onnxruntime: options: expected OrtOptions"):
+        internvl_edge.load(out, options=options)

@@ -81,6 +81,18 @@ def scan(
         raise ArtifactError(f"{name}: {error}") from error
 
 
+def check_sizes(model: Message) -> None:
+    """Refuse tensors that no model has: of many dimensions, or of more elements than any disk.
+
+    Raises:
+        ArtifactError: names the tensor.
+    """
+    for root in (model.get("graph", {}), *model.get("functions", [])):
+        for graph in _graphs(root):
+            for tensor in _tensors(graph):
+                _element_count(tensor, f"tensor {tensor.get('name', '')!r}")
+
+
 def _read(path: Path) -> bytes:
     try:
         with open_regular(path) as file:

@@ -3,14 +3,16 @@
 ``model``, ``source``, ``verification`` and ``recipe`` are objects of the compiler's, which writes
 more than a runtime reads. Here is every key that is read, with its kind; a directory whose keys
 are missing or of another kind is refused when it is opened, and not in the middle of a caption.
+A text that is one of a few, such as the name of a transform, is compared with those.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.artifact.manifest import Manifest
 from internvl_edge.errors import ArtifactError
 
@@ -19,6 +21,17 @@ __all__ = ["check_schema"]
 Kind = Callable[[Any], bool]
 MOST = 2**31  # of anything that is counted
 MOST_TILES = 1024
+# Texts that others define, each a closed set; "" is a chat template that nobody knows.
+MODELS = tuple(dict.fromkeys(kind for known in COMPONENTS.values() for kind in known.kinds))
+TEMPLATES = (
+    *("Hermes-2", "internlm2-chat", "internvl2_5", "internvl-hf"),
+    *("phi3-chat", "internvl_zh", "vicuna_v1", ""),
+)
+TRANSFORMS = ("retrieval", "classification", "clip")
+TRANSFERS = ("reflink", "hard link", "copy")
+TARGETS = ("tensorrt-rtx", "tensorrt")
+FLOATS = ("fp32", "fp16", "bf16")
+SAMPLES = ("calibration", "noise")
 
 
 def _whole(value: Any) -> bool:
@@ -57,6 +70,20 @@ def _size(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+def _triple(value: Any) -> bool:
+    return type(value) is list and len(value) == 3 and all(map(_number, value))
+
+
+def _one_of(names: Sequence[str]) -> Kind:
+    """Make the check of a text that is one of a few, and its words."""
+
+    def is_one(value: Any) -> bool:
+        return type(value) is str and value in names
+
+    WORDS[is_one] = f"one of {', '.join(map(repr, names))}"
+    return is_one
+
+
 WORDS: dict[Kind, str] = {
     _whole: "a whole number",
     _natural: "a whole number from 0",
@@ -67,6 +94,7 @@ WORDS: dict[Kind, str] = {
     _text: "a text",
     _flag: "true or false",
     _ids: "a list of token ids",
+    _triple: "a list of three numbers",
 }
 VISION: dict[str, Kind] = {"num_hidden_layers": _positive}
 LANGUAGE: dict[str, Kind] = {
@@ -80,7 +108,7 @@ LANGUAGE_OPTIONAL: dict[str, Kind] = {
     "more_eos_ids": _ids,
 }
 CHAT: dict[str, Kind] = {
-    "template": _text,
+    "template": _one_of(TEMPLATES),
     "pad2square": _flag,
     "dynamic_image_size": _flag,
     "use_thumbnail": _flag,
@@ -94,7 +122,23 @@ CHAT_OPTIONAL: dict[str, Kind] = {
     "system": _text,
 }
 FIGURES: dict[str, Kind] = {"cosine": _number, "sqnr_db": _number, "max_abs": _number}
-FIGURES_OPTIONAL: dict[str, Kind] = {"against": _text, "samples": _natural}
+FIGURES_OPTIONAL: dict[str, Kind] = {
+    "against": _text,
+    "samples": _natural,
+    "inputs": _one_of(SAMPLES),
+}
+LAYER: dict[str, Kind] = {"layer": _text, "input_sqnr_db": _number, "weight_sqnr_db": _number}
+RECIPE: dict[str, Kind] = {
+    "engine_base": _one_of(FLOATS[1:]),
+    "base": _one_of(FLOATS),
+    "name": _text,
+}
+PREPROCESSING: dict[str, Kind] = {"size": _positive}
+PREPROCESSING_OPTIONAL: dict[str, Kind] = {
+    "mean": _triple,
+    "std": _triple,
+    "transform": _one_of(TRANSFORMS),
+}
 
 
 def check_schema(manifest: Manifest) -> None:
@@ -106,12 +150,18 @@ def check_schema(manifest: Manifest) -> None:
     _check_model(manifest.model)
     _check_source(manifest.source)
     if manifest.recipe is not None:
-        _optional(manifest.recipe, {"engine_base": _text, "base": _text, "name": _text}, "recipe")
+        _optional(manifest.recipe, RECIPE, "recipe")
+    _keys(manifest.preprocessing, PREPROCESSING, "preprocessing")
+    _optional(manifest.preprocessing, PREPROCESSING_OPTIONAL, "preprocessing")
+    for i, engine in enumerate(manifest.engines):
+        if engine.target not in TARGETS:
+            raise _wrong(f"engines[{i}].target", f"one of {', '.join(TARGETS)}", engine.target)
     for name, record in manifest.components.items():
         _check_verification(record.verification, f"components[{name!r}].verification")
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
+    _keys(model, {"kind": _one_of(MODELS)}, "model")
     _keys(_object(model, "vision", "model"), VISION, "model.vision")
     internvl = _object(model, "internvl", "model", optional=True)
     if internvl is not None:
@@ -140,7 +190,7 @@ def _check_source(source: Mapping[str, Any]) -> None:
             _object(files, name, "source.files"), {"nbytes": _size, "header_sha256": _text}, where
         )
     weights = _object(source, "weights", "source", optional=True) or {}
-    _keys(weights, dict.fromkeys(weights, _text), "source.weights")
+    _keys(weights, dict.fromkeys(weights, _one_of(TRANSFERS)), "source.weights")
 
 
 def _check_verification(figures: Mapping[str, Any] | None, where: str) -> None:
@@ -150,10 +200,19 @@ def _check_verification(figures: Mapping[str, Any] | None, where: str) -> None:
     if "cosine" in figures:
         _keys(figures, FIGURES, where)
         _optional(figures, FIGURES_OPTIONAL, where)
-    if figures.get("blocks") is not None and type(figures["blocks"]) is not list:
-        raise _wrong(f"{where}.blocks", "a list", figures["blocks"])
-    if type(figures.get("engine_graph")) is dict:
-        _check_verification(figures["engine_graph"], f"{where}.engine_graph")
+    _optional(figures, {"simulated_sqnr_db": _number}, where)
+    for key in ("blocks", "costly_layers"):
+        if figures.get(key) is not None and type(figures[key]) is not list:
+            raise _wrong(f"{where}.{key}", "a list", figures[key])
+    for i, layer in enumerate(figures.get("costly_layers") or ()):
+        place = f"{where}.costly_layers[{i}]"
+        if type(layer) is not dict:
+            raise _wrong(place, "an object", layer)
+        _keys(layer, LAYER, place)
+    bounds = _object(figures, "bounds", where, optional=True) or {}
+    _keys(bounds, dict.fromkeys(bounds, _number), f"{where}.bounds")
+    other = _object(figures, "engine_graph", where, optional=True)
+    _check_verification(other, f"{where}.engine_graph")
 
 
 def _object(parent: Mapping[str, Any], key: str, where: str, *, optional: bool = False) -> Any:

@@ -114,8 +114,7 @@ def run(arguments: list[str]) -> int:
     except ReaderGone:
         return READER_GONE
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help())
-        return 0
+        return run([*error.ctx.command_path.split()[1:], "--help"])
     except click.ClickException as error:
         return _fail(output, error.format_message(), error.exit_code, "UsageError")
     except (click.Abort, KeyboardInterrupt) as stop:  # click makes Aborts of KeyboardInterrupts

@@ -188,6 +188,35 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | type(None)) else str(value)
 
 
+class _Stdout(io.TextIOWrapper):
+    """stdout, where what cannot be written is an error of ours, whoever writes it.
+
+    click prints help and the version itself, and takes a closed pipe for an end of its own.
+    """
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _lost(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _lost(error) from error
+
+
+class _Closed(io.TextIOBase):
+    """stdout that was closed before the start: an answer without a reader is no success."""
+
+    def write(self, text: str) -> int:
+        raise ResourceError(
+            "stdout is closed: the answer cannot be printed; redirect it to a file or a pipe, or "
+            "to /dev/null where only the exit code counts"
+        )
+
+
 def _echo(value: str | bytes, *, end: bool = True) -> None:
     """Write to stdout at once.
 
@@ -195,18 +224,14 @@ def _echo(value: str | bytes, *, end: bool = True) -> None:
         ReaderGone: nobody reads it any more.
         ResourceError: it cannot be written.
     """
-    if sys.stdout is None:
-        raise ResourceError("stdout is closed: the answer cannot be printed")
     try:
         click.echo(value, nl=end)
-    except OSError as error:
+    except OSError as error:  # of bytes, which pass by the text stream
         raise _lost(error) from error
 
 
 def flush() -> None:
     """Let what cannot be written fail here, where it is expected, and not at interpreter exit."""
-    if sys.stdout is None:
-        return
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -219,15 +244,18 @@ def _lost(error: OSError) -> Exception:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return ReaderGone()
-    return ResourceError(f"stdout: the answer cannot be written: {error.strerror or error}")
+    return ResourceError(
+        f"stdout: the answer cannot be written: {error.strerror or error}; redirect it to a file "
+        "on a disk with space, or to a pipe"
+    )
 
 
 def prepare_streams() -> None:
     """Make stdin, stdout and stderr such that no name and no text ends in an error.
 
     What a stream's encoding lacks is spelled out. Where one was closed its descriptor is taken, as
-    the next file that is opened would else stand there, and be written to. Where Python was told
-    to buffer nothing (PYTHONUNBUFFERED), stdout gets a buffer again: without one the rest of a
+    the next file that is opened would else stand there, and be written to. stdout has a buffer,
+    also where Python was told to buffer nothing (PYTHONUNBUFFERED): without one the rest of a
     write that the system cut short is lost without an error.
     """
     for descriptor in (0, 1, 2):
@@ -235,9 +263,13 @@ def prepare_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    if isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, io.RawIOBase):
-        buffered = io.BufferedWriter(io.FileIO(sys.stdout.fileno(), "w", closefd=False))
-        sys.stdout = io.TextIOWrapper(buffered, encoding=sys.stdout.encoding)
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        with suppress(io.UnsupportedOperation):  # of a program that keeps what is printed
+            raw = io.FileIO(sys.stdout.fileno(), "w", closefd=False)
+            sys.stdout.flush()
+            sys.stdout = _Stdout(io.BufferedWriter(raw), encoding=sys.stdout.encoding)
     for stream, errors in (
         (sys.stdin, "surrogateescape"),
         (sys.stdout, "backslashreplace"),

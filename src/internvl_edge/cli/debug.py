@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend
+from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend, on_hardware
 from internvl_edge.errors import VerificationError
 from internvl_edge.export import require_packages
 
@@ -62,6 +62,7 @@ def _verdict(counts: dict[str, int], clean: bool) -> str:
 @click.option("--checkpoint", type=CHECKPOINT, help="What OUT was made from; default: the demo's.")
 @click.option("--component", help="One of OUT's; default: all that run through a tower.")
 @click.option("--min-sqnr", type=float, help="In dB, of every tensor; default: by precision.")
+@on_hardware
 @no_backend
 @answers
 def bisect(
@@ -71,6 +72,8 @@ def bisect(
     checkpoint: Path | None,
     component: str | None,
     min_sqnr: float | None,
+    device: str,
+    threads: int | None,
 ) -> None:
     """Name the first tensor of OUT that is not what PyTorch or the simulated quantization has.
 
@@ -78,10 +81,13 @@ def bisect(
     """
     require_packages()
     from internvl_edge.compiler.oracle.bisect import bisect as bisect_graphs
-    from internvl_edge.compiler.plan import demo_checkpoint
+    from internvl_edge.compiler.plan import Hardware, demo_checkpoint
 
+    hardware = Hardware(device=device, num_threads=threads)
     with output.progress() as report:
-        graphs = bisect_graphs(out, checkpoint or demo_checkpoint(), component, min_sqnr, report)
+        graphs = bisect_graphs(
+            out, checkpoint or demo_checkpoint(), component, min_sqnr, report, hardware
+        )
     for graph in graphs:
         output.lines(
             [f"{graph.file}: SQNR in dB against PyTorch; of tensors, against {graph.against}"]

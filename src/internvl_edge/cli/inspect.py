@@ -18,7 +18,7 @@ from internvl_edge.artifact import (
 )
 from internvl_edge.artifact.sidecar import engine_info
 from internvl_edge.cli.console import Output
-from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend
+from internvl_edge.cli.options import CHECKPOINT, DIRECTORY, answers, no_backend, on_hardware
 from internvl_edge.errors import InputError, UsageError
 from internvl_edge.export.advice import advice_of
 from internvl_edge.files.packages import EXPORT, require
@@ -40,6 +40,7 @@ ENGINE_COLUMNS = ("component", "target", "profile", "size", "", "file")
     "--max-drop", type=click.FloatRange(0.0, 1.0), help="As at an export; default: what OUT's had."
 )
 @click.option("--full", is_flag=True, help="Hash the checkpoint's own linked files whole, too.")
+@on_hardware
 @no_backend
 @answers
 def verify(
@@ -50,6 +51,8 @@ def verify(
     min_sqnr: float | None,
     max_drop: float | None,
     full: bool,
+    device: str,
+    threads: int | None,
     backend: str,
 ) -> None:
     """Check that OUT is what its manifest says, and with --checkpoint that it computes it.
@@ -84,6 +87,7 @@ def verify(
                 max_drop=max_drop,
                 calibration=calibration,
                 samples=samples_of(checkpoint),
+                hardware=compiler.Hardware(device=device, num_threads=threads),
             )
         rows = [(name, *figures_row(f)) for name, f in figures.items()]
         output.table(("component", *FIGURES), rows)

@@ -20,7 +20,7 @@ from internvl_edge.cli.console import Output
 from internvl_edge.demo import bundled
 from internvl_edge.errors import UsageError
 from internvl_edge.runtime.images.options import ImageOptions
-from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.options import MAX_THREADS, OrtOptions, choose_providers
 from internvl_edge.runtime.session import BACKENDS, require_device
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 CHOICES = ("auto", *BACKENDS)
 OURS = (CHECKPOINT_FILE, MANIFEST)  # either is in a folder that a command takes
-MAX_THREADS = 1024
 
 
 class Place(click.Path):
@@ -168,6 +167,28 @@ threads = click.option(
     type=click.IntRange(1, MAX_THREADS),
     help="On the processor, at once; default: the cores that this process may use.",
 )
+
+
+def _found(_: click.Context, __: click.Parameter, value: str) -> str:
+    """Refuse a device that is not here, before any work."""
+    device = require_device(value)
+    if device != "cpu":
+        choose_providers(device)
+    return device
+
+
+def on_hardware(function: Function) -> Function:
+    """Add the options of a command that compares graphs with PyTorch."""
+    chosen = click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        callback=_found,
+        help="What runs the graphs: auto, cpu, cuda, or cuda:1 of several. PyTorch is on cpu.",
+    )
+    return chosen(threads(function))
+
+
 allow_slow = click.option(
     "--allow-slow",
     is_flag=True,

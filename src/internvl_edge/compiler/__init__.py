@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from internvl_edge.compiler.compile import export, rehearse
     from internvl_edge.compiler.pipeline import forecast
-    from internvl_edge.compiler.plan import ExportOptions, Plan, make_plan
+    from internvl_edge.compiler.plan import ExportOptions, Hardware, Plan, make_plan
     from internvl_edge.compiler.progress import Progress
     from internvl_edge.compiler.published import verify
     from internvl_edge.compiler.report.elsewhere import openers
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExportOptions",
+    "Hardware",
     "Plan",
     "Progress",
     "build",
@@ -51,6 +52,7 @@ __all__ = [
 
 _MODULES = {
     "ExportOptions": "plan",
+    "Hardware": "plan",
     "Plan": "plan",
     "Progress": "progress",
     "build": "steps.engines",

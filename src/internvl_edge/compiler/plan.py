@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -67,6 +68,26 @@ class ExportOptions:
     memory_budget: int | None = None  # bytes resident; None: what the machine has
     force: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)  # text files to publish along
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What runs graphs that are compared with PyTorch, which is on the processor."""
+
+    device: str = "cpu"
+    num_threads: int | None = None  # of ONNX Runtime and of PyTorch; None: their own numbers
+
+    @contextmanager
+    def threads_of_torch(self) -> Iterator[None]:
+        """Let PyTorch have as many threads, for a while."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

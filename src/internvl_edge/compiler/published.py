@@ -11,6 +11,7 @@ from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import (
     DrawSamples,
     ExportOptions,
+    Hardware,
     Plan,
     demo_checkpoint,
     require_bounds,
@@ -36,6 +37,7 @@ def verify(
     max_drop: float | None = None,
     calibration: Path | None = None,
     samples: DrawSamples | None = None,
+    hardware: Hardware = Hardware(),
 ) -> dict[str, dict[str, Any]]:
     """Check a published directory again, and with a checkpoint, compare it with PyTorch.
 
@@ -50,6 +52,7 @@ def verify(
         max_drop: of the worst row's cosine; None: as at its export.
         calibration: the folder that it was calibrated on; None: it may be a bundled set.
         samples: draws the set that it was calibrated on, as ``ExportOptions.samples``.
+        hardware: what runs the graphs.
 
     Returns:
         Component → figures; empty dictionaries without a checkpoint.
@@ -81,29 +84,31 @@ def verify(
     elif calibration is not None:
         raise UsageError(f"--calib {calibration}: {out} is compared without images; leave it out")
     is_repeated = whole and (quantization is None or same is not None)
-    checker = Checker(
-        opened,
-        artifact.manifest.image_size,
-        same,
-        quantization,
-        whole=whole,
-        preprocessing=preprocessing_inside(artifact.manifest),
-        bounds=asked or (_recorded_bounds(artifact.manifest) if is_repeated else None),
-    )
     figures: dict[str, dict[str, Any]] = {}
-    for done, name in enumerate(artifact.manifest.components):
-        total = len(artifact.manifest.components)
-        report(Progress(step="verify", detail=name, done=done, total=total))
-        figures[name] = checker.check_both(
-            name,
-            artifact.onnx_path(name),
-            artifact.manifest.precision,
-            base,
-            engine_base,
-            artifact.manifest.files,
+    with hardware.threads_of_torch():
+        checker = Checker(
+            opened,
+            artifact.manifest.image_size,
+            same,
+            quantization,
+            whole=whole,
+            preprocessing=preprocessing_inside(artifact.manifest),
+            bounds=asked or (_recorded_bounds(artifact.manifest) if is_repeated else None),
+            hardware=hardware,
         )
-    if whole:
-        checker.check_joined(out, artifact.manifest.files)
+        for done, name in enumerate(artifact.manifest.components):
+            total = len(artifact.manifest.components)
+            report(Progress(step="verify", detail=name, done=done, total=total))
+            figures[name] = checker.check_both(
+                name,
+                artifact.onnx_path(name),
+                artifact.manifest.precision,
+                base,
+                engine_base,
+                artifact.manifest.files,
+            )
+        if whole:
+            checker.check_joined(out, artifact.manifest.files)
     return figures
 
 

@@ -22,11 +22,13 @@ from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.errors import ArtifactError, UsageError
 from internvl_edge.quantize.lint import RULES, is_clean, lint
+from internvl_edge.quantize.lint.view import FUSED
 from internvl_edge.types import Array
 
 WIDTH = 32
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 INT8 = np.dtype(np.int8)
+MICROSOFT = "com.microsoft"
 SCALE, SOFTMAX = np.float32(0.1), np.float32(1 / 448)
 
 
@@ -141,6 +143,11 @@ def breaks(rule: str) -> Callable[[Callable[[Graph], str]], Callable[[Graph], st
 def _(g: Graph) -> str:
     g.opset = 17
     return g.linear(g.pair("x", dtype=FP8), dtype=FP8)
+
+
+@breaks("fused-operator")
+def _(g: Graph) -> str:
+    return g.node("FusedMatMul", g.pair("x"), g.weight("w", WIDTH, WIDTH), domain=MICROSOFT)
 
 
 @breaks("specification")
@@ -409,6 +416,118 @@ def test_a_gpu_that_is_not_known(target: str, tmp_path: Path) -> None:
     path = g.save(tmp_path / "m.onnx", block(g))
     with pytest.raises(UsageError, match=r"--gpu: expected one of sm75 \(Turing\), .*sm121"):
         lint(path, target)
+
+
+# --- operators of ONNX Runtime and of other tools ------------------------------------------------
+
+
+@pytest.mark.parametrize("op", sorted(FUSED - {"FusedConv"}))
+@pytest.mark.parametrize("features", [8, WIDTH])
+def test_fused_products_are_judged_as_products(op: str, features: int, tmp_path: Path) -> None:
+    g = Graph()
+    y = g.node(op, g.pair("x"), g.weight("w", WIDTH, features), domain=MICROSOFT)
+    rules = {f.rule: f.found for f in lint(g.save(tmp_path / "m.onnx", y))}
+    assert rules.pop("fused-operator") == f"{MICROSOFT}.{op}"
+    assert rules == ({"narrow-product": "32 inputs and 8 outputs"} if features == 8 else {})
+
+
+@pytest.mark.parametrize(("axis", "rules"), [(0, set()), (1, {"weight-axis"})])
+def test_the_axis_of_a_weight_that_a_fused_product_transposes(
+    axis: int, rules: set[str], tmp_path: Path
+) -> None:
+    g = Graph()
+    weight = g.weight("w", 64, WIDTH, axis=axis)
+    y = g.node("FusedMatMul", g.pair("x"), weight, transB=1, domain=MICROSOFT)
+    found = {f.rule for f in lint(g.save(tmp_path / "m.onnx", y))}
+    assert found == {"fused-operator", *rules}
+
+
+@pytest.mark.parametrize("op", ["MyProduct", "SkipSomething"])
+def test_an_operator_that_reads_a_pair_is_not_judged(op: str, tmp_path: Path) -> None:
+    g = Graph()
+    y = g.node(op, g.pair("x"), domain="mine")
+    (found,) = lint(g.save(tmp_path / "m.onnx", y))
+    assert (found.rule, found.found) == ("not-judged", f"mine.{op}")
+
+
+def _nbits(g: Graph, features: int) -> str:
+    parts = [
+        g.constant("w", np.zeros((features, 1, 16), np.uint8)),
+        g.constant("w.scales", np.ones(features, np.float32)),
+    ]
+    sizes = {"K": WIDTH, "N": features, "bits": 4, "block_size": WIDTH}
+    return g.node("MatMulNBits", "x", *parts, domain=MICROSOFT, **sizes)
+
+
+def _integer(op: str) -> Callable[[Graph, int], str]:
+    def build(g: Graph, features: int) -> str:
+        shape = (features, WIDTH) if op == "QGemm" else (WIDTH, features)
+        weight = g.constant("w", np.ones(shape, np.int8))
+        ends = g.constant("s", SCALE), g.constant("z", np.int8(0))
+        x = g.node("QuantizeLinear", "x", *ends)
+        if op == "MatMulInteger":
+            return g.node(op, x, weight)
+        if op == "QGemm":
+            return g.node(op, x, *ends, weight, *ends, transB=1, domain=MICROSOFT)
+        return g.node(op, x, *ends, weight, *ends, *ends)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "build",
+    [_nbits, *map(_integer, ("QLinearMatMul", "QGemm", "MatMulInteger"))],
+    ids=["MatMulNBits", "QLinearMatMul", "QGemm", "MatMulInteger"],
+)
+@pytest.mark.parametrize("features", [15, 16])
+def test_operators_that_multiply_in_8_bits_are_narrow_too(
+    build: Callable[[Graph, int], str], features: int, tmp_path: Path
+) -> None:
+    g = Graph()
+    found = lint(g.save(tmp_path / "m.onnx", build(g, features)))
+    narrow = [f.found for f in found if f.rule == "narrow-product"]
+    assert narrow == ["32 inputs and 15 outputs"] * (features < 16)
+
+
+@pytest.mark.parametrize(
+    ("stored", "to", "rules"),
+    [
+        (np.float32(0.1), TensorProto.FLOAT16, ["scale-type"]),
+        (np.float32(3e-5), TensorProto.FLOAT16, ["scale-type", "scale-value"]),  # denormal
+        (np.float32(1e-8), TensorProto.FLOAT16, ["scale-type", "scale-value"]),  # zero
+        (np.float32(1e5), TensorProto.FLOAT16, ["scale-type", "scale-value"]),  # infinite
+        (np.float32(1e-8), TensorProto.BFLOAT16, []),
+        (np.float16(0.1), TensorProto.FLOAT, ["scale-type"]),
+        (np.float16(3e-5), TensorProto.FLOAT, ["scale-type", "scale-value"]),
+    ],
+)
+def test_scales_that_are_cast_are_judged_as_they_arrive(
+    stored: Any, to: int, rules: list[str], tmp_path: Path
+) -> None:
+    g = Graph()
+    cast = g.node("Cast", g.constant("s", stored), to=to)
+    scale = g.node("Identity", cast)
+    x = "x" if to == TensorProto.FLOAT else g.node("Cast", "x", to=to)
+    zero = g.constant("z", np.int8(0))
+    pair = g.node("DequantizeLinear", g.node("QuantizeLinear", x, scale, zero), scale, zero)
+    found = lint(g.save(tmp_path / "m.onnx", g.node("MatMul", pair, pair)))
+    assert [f.rule for f in found if f.rule.startswith("scale-")] == rules
+    assert all(f.severity == "note" for f in found if f.rule == "scale-type")
+
+
+@pytest.mark.parametrize(
+    ("opset", "dtype", "needed"), [(12, INT8, 13), (17, FP8, 19), (19, "int4", 21)]
+)
+def test_the_advice_of_the_opset_names_the_one_that_is_needed(
+    opset: int, dtype: Any, needed: int, tmp_path: Path
+) -> None:
+    g = Graph()
+    g.opset = opset
+    kind = np.dtype(ml_dtypes.int4) if isinstance(dtype, str) else dtype
+    path = g.save(tmp_path / "m.onnx", g.node("MatMul", "x", g.weight("w", 64, 64, dtype=kind)))
+    (found,) = [f for f in lint(path) if f.rule == "opset"]
+    assert found.found.endswith(f"in opset {opset}; it needs {needed}")
+    assert "the one that is named" in RULES["opset"].fix
 
 
 @pytest.mark.parametrize("shape", [(WIDTH, 1), (1, WIDTH), (1, 1)])
@@ -915,3 +1034,15 @@ def test_the_command_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "error fp8-target: 1 place(s)" in capsys.readouterr().out
     assert run(["lint", path, "--gpu", "sm1"]) == 2
     assert "sm86 (Ampere)" in capsys.readouterr().err
+
+
+def test_tensors_of_many_dimensions_are_refused_before_a_parser_multiplies_them(
+    tmp_path: Path,
+) -> None:
+    g = Graph()
+    path = g.save(tmp_path / "m.onnx", block(g))
+    model = onnx.load(path)
+    model.graph.initializer[0].dims.extend([1] * 50_000)
+    onnx.save(model, path)
+    with pytest.raises(ArtifactError, match=r"m\.onnx: tensor '.*': 5000\d dimensions, at most 64"):
+        lint(path)

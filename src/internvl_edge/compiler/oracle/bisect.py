@@ -36,6 +36,7 @@ from internvl_edge.artifact.components import engine_graph, find_component
 from internvl_edge.compiler.oracle.graph_blocks import GraphBlocks
 from internvl_edge.compiler.oracle.readings import GraphReading
 from internvl_edge.compiler.oracle.simulate import Quantization
+from internvl_edge.compiler.plan import Hardware
 from internvl_edge.compiler.progress import Report, silent
 from internvl_edge.compiler.source import open_source, quantization_of
 from internvl_edge.errors import UsageError, did_you_mean
@@ -53,6 +54,7 @@ def bisect(
     component: str | None = None,
     min_sqnr_db: float | None = None,
     report: Report = silent,
+    hardware: Hardware = Hardware(),
 ) -> list[GraphReading]:
     """Compare every block of every graph of a directory with PyTorch.
 
@@ -62,6 +64,7 @@ def bisect(
         component: one that runs through a tower; None: all of these.
         min_sqnr_db: what a tensor must reach; None: the bound of the graph's precision.
         report: told before each block.
+        hardware: what runs the graphs.
 
     Raises:
         ArtifactError: the directory is not what its manifest says.
@@ -78,8 +81,18 @@ def bisect(
         for file, base in _graphs(artifact, name, quantization):
             bound = _bound(base, quantization) if min_sqnr_db is None else min_sqnr_db
             source = _form_of(artifact.file(file), opened, quantization)
-            graph = GraphBlocks(artifact, source, quantization, name, file, is_wide=base == "fp32")
-            readings.append(graph.read(bound, report))
+            graph = GraphBlocks(
+                artifact,
+                source,
+                quantization,
+                name,
+                file,
+                is_wide=base == "fp32",
+                device=hardware.device,
+                num_threads=hardware.num_threads,
+            )
+            with hardware.threads_of_torch():
+                readings.append(graph.read(bound, report))
     return readings
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from internvl_edge.compiler.oracle.joined import require_joined
 from internvl_edge.compiler.oracle.run_graph import run_part
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
+from internvl_edge.compiler.plan import Hardware
 from internvl_edge.export.advice import advice
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
@@ -73,6 +75,7 @@ class Checker:
         preprocessing: of graphs that take levels; None: they take normalised values.
         bounds: on what a precision may cost. With a quantization and without samples they are held
             on noise, which is wider than what ranges were measured on.
+        hardware: what runs the graphs.
 
     Raises:
         VerificationError: a range is wider than what calibration saw.
@@ -88,8 +91,15 @@ class Checker:
         whole: bool = True,
         preprocessing: Preprocessing | None = None,
         bounds: CostBounds | None = None,
+        hardware: Hardware = Hardware(),
     ) -> None:
         self.bounds = bounds or CostBounds()
+        self._run_part = partial(
+            run_part,
+            preprocessing=preprocessing,
+            device=hardware.device,
+            num_threads=hardware.num_threads,
+        )
         # Noise leaves the ranges that were calibrated, so that it has no say on what is left
         self.has_floor = quantization is None or samples is not None
         self.inputs = "noise" if samples is None else "calibration"
@@ -224,7 +234,7 @@ class Checker:
     ) -> dict[str, Any]:
         feeds, reference, simulated = expected.feeds, expected.reference, expected.simulated
         tower = COMPONENTS[component].tower
-        actual = run_part(path, tower, part.block, feeds, self.preprocessing)
+        actual = self._run_part(path, tower, part.block, feeds)
         measured = agreements(reference, actual)
         where = component if part.block is None else f"{component}, block {part.block}"
         rounded = measured if simulated is None else agreements(simulated, actual)
@@ -260,13 +270,11 @@ class Checker:
             if block is not None:
                 return
             feeds = one_row(feeds)
-        published = run_part(path, tower, block, feeds, self.preprocessing, unrounded=True)
+        published = self._run_part(path, tower, block, feeds, unrounded=True)
         if block is None:
-            actual = run_part(fused, tower, None, feeds, self.preprocessing, unrounded=True)
+            actual = self._run_part(fused, tower, None, feeds, unrounded=True)
         else:
-            actual = run_part(
-                path, tower, block, feeds, self.preprocessing, unrounded=True, fused=True
-            )
+            actual = self._run_part(path, tower, block, feeds, unrounded=True, fused=True)
         where = fused.name if block is None else f"{fused.name}, block {block}"
         require_agreement(agreements(published, actual), where, "fp32", path.name)
 
@@ -288,9 +296,7 @@ class Checker:
         has_twin = expected.simulated is not None or base != "fp32"
         if has_twin:
             tower = COMPONENTS[component].tower
-            actual = run_part(
-                path, tower, part.block, expected.feeds, self.preprocessing, unrounded=True
-            )
+            actual = self._run_part(path, tower, part.block, expected.feeds, unrounded=True)
             found = agreements(expected.unrounded(), actual)
         is_rounded = expected.simulated is not None
         reference = "the simulation of its quantization" if is_rounded else "PyTorch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import onnx_ir as ir
 
@@ -47,7 +48,10 @@ class GraphBlocks:
         file: str,
         *,
         is_wide: bool,
+        device: str = "cpu",
+        num_threads: int | None = None,
     ) -> None:
+        self._open = partial(open_graph, device=device, num_threads=num_threads)
         self.checkpoint, self.component = checkpoint, component
         self.is_wide = is_wide  # in 16 bits, roundings to the other side are many
         self.quantization, self.path = quantization, artifact.path / file
@@ -114,7 +118,7 @@ class GraphBlocks:
         model = ir.load(self.path)
         isolate_block(model, self.tower, index, names, with_tail=is_last)
         feeds = {**self.feeds, BLOCK_INPUT: given}
-        with open_graph(self.path, model) as session:
+        with self._open(self.path, model) as session:
             actual = run_as_reference(session, feeds, self.preprocessing)
             feeds[BLOCK_INPUT] = drifting
             drifted = run_as_reference(session, feeds, self.preprocessing)[BLOCK_OUTPUT]
@@ -127,7 +131,7 @@ class GraphBlocks:
         return actual, unrounded[BLOCK_OUTPUT], drifted
 
     def _session_outputs(self, model: ir.Model, feeds: Mapping[str, Array]) -> Arrays:
-        with open_graph(self.path, model) as session:
+        with self._open(self.path, model) as session:
             return run_as_reference(session, feeds, self.preprocessing)
 
     def _tensors(

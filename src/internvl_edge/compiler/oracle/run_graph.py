@@ -33,6 +33,8 @@ def run_part(
     *,
     unrounded: bool = False,
     fused: bool = False,
+    device: str = "cpu",
+    num_threads: int | None = None,
 ) -> dict[str, Array]:
     """Run the graph at ``path``, of its tower's blocks only one if it is given.
 
@@ -44,6 +46,8 @@ def run_part(
         preprocessing: of graphs that take levels.
         unrounded: compute in float32, and round no activation; weights stay as they are stored.
         fused: run it in the form that ONNX Runtime's CUDA provider is given.
+        device: what runs it.
+        num_threads: of the processor; None: every core.
 
     Raises:
         InternVLError: a mistake of ours: the graph has such a form, and a block of it has none.
@@ -58,15 +62,24 @@ def run_part(
             infer_dtypes(model.graph)
             bypass_activations(model)
         compute_in_float32(model)
-    graph, options = runnable(model), OrtOptions(exact=True)
-    with OrtSession(path, graph=graph, options=options) as session:
+    with _open(path, model, device, num_threads, exact=True) as session:
         # a cache has the graph's dtype, and one block's is one layer's
         return run_as_reference(session, feeds, preprocessing)
 
 
-def open_graph(path: Path, model: ir.Model) -> OrtSession:
+def open_graph(
+    path: Path, model: ir.Model, device: str = "cpu", num_threads: int | None = None
+) -> OrtSession:
     """Open a graph that was changed in memory; its weights lie next to ``path``."""
-    return OrtSession(path, graph=runnable(model))
+    return _open(path, model, device, num_threads)
+
+
+def _open(
+    path: Path, model: ir.Model, device: str, num_threads: int | None, *, exact: bool = False
+) -> OrtSession:
+    """Open a graph; on a GPU quantized ones, too, as slow as they may be there."""
+    options = OrtOptions(num_threads=num_threads, exact=exact, allow_slow=True, graphs=False)
+    return OrtSession(path, graph=runnable(model), device=device, options=options)
 
 
 def run_as_reference(
