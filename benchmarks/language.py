@@ -35,6 +35,8 @@ PRECISIONS = ("fp32", "int8", "int8-wo", "int4-wo", "vision=int8,decoder=int4-wo
 VARIANTS: dict[str, tuple[str, Recipe | None]] = {
     **{name: (name, None) for name in PRECISIONS},
     "int4-wo without AWQ's factors": ("int4-wo", replace(recipe_for("int4-wo"), smooth=None)),
+    "int8-wo, int8 head": ("int8-wo", replace(recipe_for("int8-wo"), head="int8")),
+    "int4-wo, int8 head": ("int4-wo", replace(recipe_for("int4-wo"), head="int8")),
     "int8, gptq": ("int8", replace(recipe_for("int8"), rounding="gptq")),
     "int8-wo, gptq": ("int8-wo", replace(recipe_for("int8-wo"), rounding="gptq")),
     "int4-wo, gptq": ("int4-wo", replace(recipe_for("int4-wo"), rounding="gptq")),

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from internvl_edge.artifact.manifest import Manifest
 from internvl_edge.benchmark import chat, table
 from internvl_edge.benchmark.load import SCENARIOS
 from internvl_edge.benchmark.machine import load_warning
@@ -45,7 +46,7 @@ OF_CHAT = ("tiles", "prompt", "answer", "callers", "slots")  # options of that t
 # And of the other one.
 OF_COMPONENTS = (
     *("against", "checkpoint", "scenario", "streams", "p99_ms", "components", "image", "batch"),
-    *("roofline", "memory", "report", "forecast_gpu"),
+    *("roofline", "memory", "forecast_gpu"),
 )
 STREAMS = 2  # calls at once, unless asked otherwise
 
@@ -216,7 +217,8 @@ def benchmark(
             seconds=seconds,
         )
         options = session_options(backend, threads, allow_slow=allow_slow)
-        _time_chats(output, outs, load, backend, require_device(device), options, markdown)
+        device = require_device(device)
+        _time_chats(output, outs, load, backend, device, options, markdown, report)
         return
     if isinstance(against, Path):
         outs, against = (*outs, against), None
@@ -275,15 +277,20 @@ def _time_chats(
     device: str,
     options: OrtOptions | None,
     markdown: Path | None,
+    report: Path | None,
 ) -> None:
     """Time conversations, and show them."""
+    artifacts = open_artifacts(outs)
     if (warning := load_warning()) is not None:
         output.say(warning)
-    chats = chat.run_chats(open_artifacts(outs), load, backend, device, options)
+    chats = chat.run_chats(artifacts, load, backend, device, options)
     output.table(chat.COLUMNS, chat.rows_of(chats))
     output.lines([chat.load_words(load)])
     if markdown is not None:
         write_atomically(markdown, chat.markdown(chats).encode())
+    if report is not None:
+        first = next(iter(artifacts.values()))
+        write_atomically(report, _chat_report(first.path, first.manifest, chats).encode())
     output.result(chats.to_json())
 
 
@@ -342,6 +349,20 @@ def _report(settings: Settings, measured: Benchmark) -> str:
     )
     first = next(iter(settings.artifacts.values()))
     return report_with(first.path, first.manifest, speed=figures)
+
+
+def _chat_report(out: Path, manifest: Manifest, measured: chat.ChatBenchmark) -> str:
+    """Render the directory's report with a section on what somebody waits for who chats."""
+    from internvl_edge.compiler.report.report import chat_figures, report_with
+
+    figures = chat_figures(
+        measured.to_json(),
+        columns=chat.COLUMNS,
+        rows=chat.rows_of(measured),
+        load=chat.load_words(measured.load),
+        environment=table.environment_words(measured.environment),
+    )
+    return report_with(out, manifest, speed=figures)
 
 
 def _rival(name: str | None) -> str | Path | None:
