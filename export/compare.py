@@ -40,6 +40,7 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfi
 from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
+from internvl_edge.export.precision import precision_of
 from internvl_edge.export.towers.streams import embed_chats
 from internvl_edge.runtime.feeds import MASK, POSITIONS
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
@@ -63,9 +64,9 @@ FLOOR_DB = 10.0  # an error of a third of the signal: little is left that is of 
 FLOORS_DB = {"fp8": 3.0, "int4-wo": 0.0}
 
 
-def floor_db(precision: str) -> float:
-    """Return the SQNR below which a component of a precision is refused."""
-    return FLOORS_DB.get(precision, FLOOR_DB)
+def floor_db(precision: str, component: str) -> float:
+    """Return the SQNR below which a component is refused, whose towers may differ in precision."""
+    return FLOORS_DB.get(precision_of(precision, component), FLOOR_DB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from internvl_edge.compiler.oracle.run_graph import run_part
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import Hardware
-from internvl_edge.export.advice import advice
+from internvl_edge.export.advice import advice, advice_of
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import (
     Agreement,
@@ -52,7 +52,6 @@ from internvl_edge.export.compare import (
 )
 from internvl_edge.export.graph.signature import graph_capacity
 from internvl_edge.export.graph.uint8_input import on_levels
-from internvl_edge.export.precision import precision_of
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.runtime.images.transform import Preprocessing
 
@@ -243,9 +242,9 @@ class Checker:
         if not agrees(rounded, base):
             self._require_same(component, part, path, base, expected, rounded)
         if part.block is None:
-            own = precision_of(precision, component)
-            floor = floor_db(own)
-            words = advice(own if simulated is not None else base, self._costly(component))
+            floor, costly = floor_db(precision, component), self._costly(component)
+            is_rounded = simulated is not None
+            words = advice_of(precision, component, costly) if is_rounded else advice(base, costly)
             require_cost(
                 measured, where, self.bounds, floor if self.has_floor else -math.inf, words
             )
