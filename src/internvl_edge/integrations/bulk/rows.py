@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedder", "embedding_type", "joined", "problems_of"]
 
-OUTPUTS = ("image_embeds", "text_embeds")
 NO_PICTURE, NO_TEXT = "expected a picture, found none", "expected text, found none"
 
 
@@ -77,7 +76,7 @@ class Embedder:
                 )
             self._embed = image_embedder(components, how.mode)
             self.rows_at_once = how.rows_at_once(components.preprocessing.size)
-        self.size = _embedding_size(components)  # E
+        self.size = components.embedding_size or 0  # E; the components that are required have it
 
     def __call__(self, contents: Sequence[Any]) -> tuple[Array, list[str | None]]:
         """Embed pictures (bytes, or paths) or texts.
@@ -175,14 +174,3 @@ def problems_of(batch: pa.RecordBatch) -> list[Problem]:
         return []
     both = zip(batch.column(PATH).to_pylist(), errors.to_pylist(), strict=True)
     return [Problem(path=path, message=error) for path, error in both if error is not None]
-
-
-def _embedding_size(components: OpenComponents) -> int:
-    """Look up E in the manifest."""
-    sizes = (
-        spec.shape[-1]
-        for record in components.artifact.manifest.components.values()
-        for spec in record.outputs
-        if spec.name in OUTPUTS
-    )
-    return int(next(sizes))

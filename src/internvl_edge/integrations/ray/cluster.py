@@ -249,7 +249,7 @@ def connected(address: str | None = None, *, quiet: bool = False) -> Iterator[No
 
     Args:
         address: of a cluster, or ``"auto"`` for the one of this machine; None: start a Ray of this
-            machine alone, which listens on the loopback address and ends with the block.
+            machine alone, which ends with the block; its ports ask for Ray's token.
         quiet: show none of Ray's own progress and remarks.
 
     Raises:
@@ -269,7 +269,6 @@ def connected(address: str | None = None, *, quiet: bool = False) -> Iterator[No
             how = {
                 "address": "local",
                 "include_dashboard": False,
-                "_node_ip_address": "127.0.0.1",
                 "_temp_dir": folder,
             }
         try:
