@@ -3,6 +3,7 @@
     python benchmarks/fullsize.py                              # InternViT-6B: all steps, peers
     python benchmarks/fullsize.py --preset internvl-14b-224 --steps synthetic,bf16
     python benchmarks/fullsize.py --layers 4 --steps synthetic,int8,run --no-peers
+    python benchmarks/fullsize.py --preset internvl3-8b --steps synthetic,bf16,int4-wo --no-peers
 
 Every step runs as a process of its own. Measured of it: wall time, largest resident set (kernel),
 largest anonymous memory (sampled from /proc, mapped files not counted) and bytes written. The
@@ -34,7 +35,7 @@ import peers
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fullsize.json"
-PRECISIONS = ("bf16", "fp16", "int8", "fp8")
+PRECISIONS = ("bf16", "fp16", "int8", "fp8", "int4-wo")
 STEPS = ("synthetic", *PRECISIONS, "run", "forwards", *(f"engine-{p}" for p in PRECISIONS))
 PEERS = ("torch.onnx.export", "onnxruntime quantize_static", "modelopt")
 PEER_LAYERS = 4
@@ -43,7 +44,7 @@ KILLED = "exit status -9"
 LABELS = {
     "synthetic": "write the checkpoint",
     "bf16": "`export -p bf16 --weights link --verify none`",
-    **{p: f"`export -p {p} --verify none`" for p in ("fp16", "int8", "fp8")},
+    **{p: f"`export -p {p} --verify none`" for p in PRECISIONS[1:]},
     "forwards": "block forwards of the calibration alone",
     "run": "INT8: one image on ONNX Runtime, CPU",
     **{f"engine-{p}": f"`build`: {p} engine" for p in PRECISIONS},
@@ -52,7 +53,11 @@ LABELS = {
     "onnxruntime quantize_static": "ONNX Runtime `quantize_static`",
 }
 TOOL = [sys.executable, "-m", "internvl_edge"]
-ENGINE_BATCH = "1,1,4"  # of engines: smallest, typical and largest
+ENGINES = {  # what is built of each kind; a batch is smallest, typical and largest
+    "vit": ["--components", "vision", "--batch", "1,1,4"],
+    "internvl": ["--components", "image_queries", "--batch", "1,1,4"],
+    "chat": ["--components", "chat_vision,chat_decoder"],
+}
 PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt-rtx", "nvidia-modelopt")
 
 
@@ -137,8 +142,6 @@ def run_steps(
 
     python, checkpoint = sys.executable, work / "checkpoint"
     worker = [python, __file__, "--worker"]
-    of_kind = {"vit": "vision", "internvl": "image_queries", "chat": "chat_decoder"}
-    component = of_kind[PRESETS[preset].kind]
     commands = {
         "synthetic": [python, "-m", "internvl_edge.export.synthetic", preset, str(checkpoint),
                       "--layers", str(layers)],
@@ -148,8 +151,8 @@ def run_steps(
         commands[precision] = [*TOOL, *_export(work, precision)]
         if precision == "int8":
             commands["run"] = [*worker, "run", str(work / "int8")]
-        build = [*TOOL, "build", str(work / precision), "--components", component]
-        commands[f"engine-{precision}"] = [*build, "--batch", ENGINE_BATCH]
+        build = [*TOOL, "build", str(work / precision), *ENGINES[PRESETS[preset].kind]]
+        commands[f"engine-{precision}"] = build
     for step in (s for s in commands if s in steps):
         precision = step.removeprefix("engine-")
         said = None
@@ -361,7 +364,8 @@ def _require_disk(preset: str, layers: int, steps: list[str], directory: Path | 
         sys.exit(f"--preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
     shapes = expected_shapes(shrink(PRESETS[preset], layers)).values()
     checkpoint = 2 * sum(math.prod(shape) for shape in shapes)
-    part = {"bf16": 0.0, "fp16": 1.0, "int8": 0.5, "fp8": 0.5}  # of the checkpoint, per export
+    # of the checkpoint, per export; embeddings keep 16 bits, and so does a tower at int4-wo
+    part = {"bf16": 0.0, "fp16": 1.0, "int8": 0.5, "fp8": 0.5, "int4-wo": 0.5}
     kept = sum(part[p] for p in PRECISIONS if p in steps and f"engine-{p}" not in steps)
     engines = [part[p] + (1.0 if "16" in p else 0.5) for p in PRECISIONS if f"engine-{p}" in steps]
     peer = 4.0 if set(PEERS) & set(steps) else 0.0  # a float32 graph, and what is made of it

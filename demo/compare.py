@@ -112,7 +112,7 @@ def export(
         checkpoint=bundled(model),
         out=out / precision,
         precision=precision,
-        samples=scenes.calibration_set,
+        samples=scenes.samples_of(bundled(model)),
         force=force,
     )
     artifact = compiler.export(options, _by_step(precision, say))

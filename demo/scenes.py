@@ -36,6 +36,7 @@ from internvl_edge.errors import MissingDependency
 from internvl_edge.quantize.calibration.images import CalibrationSet
 
 CANVAS = 48  # pixels, both ways
+CALIBRATION_TURNS = 3  # of a conversation
 HELD_OUT_SHARE = 0.2
 SPLIT_SEED = 20
 COUNT_SHARES = (0.35, 0.4, 0.25)  # of scenes with one, two and three digits
@@ -217,11 +218,43 @@ def calibration_set(count: int, seed: int) -> CalibrationSet:
     )
 
 
+def chat_calibration_set(count: int, seed: int) -> CalibrationSet:
+    """Draw what the chat demo is calibrated on: conversations about one image and two in turns."""
+    chosen = [scene("train", seed, i) for i in range(count)]
+    rng = np.random.default_rng((seed, count))
+    conversations, first = [], 0
+    while first < count:
+        number = 2 if len(conversations) % 2 and first + 1 < count else 1
+        truths = [s.truth for s in chosen[first : first + number]]
+        dialogue = (
+            about_two((truths[0], truths[1]), CALIBRATION_TURNS, rng)
+            if number == 2
+            else about_one(truths[0], CALIBRATION_TURNS, rng)
+        )
+        places = "<image>\n" * number
+        conversations.append(
+            tuple(
+                (turn.question if i else places + turn.question, turn.answer)
+                for i, turn in enumerate(dialogue.turns)
+            )
+        )
+        first += number
+    return CalibrationSet.from_arrays(
+        [s.image for s in chosen],
+        [s.caption for s in chosen],
+        conversations=conversations,
+        name="demo training scenes",
+    )
+
+
 def samples_of(checkpoint: Path | None) -> Callable[[int, int], CalibrationSet] | None:
-    """Return ``calibration_set`` for a bundled model, which None is too; None for any other."""
-    models = [path.resolve() for path in map(bundled, MODELS) if path is not None]
-    is_ours = checkpoint is None or checkpoint.resolve() in models
-    return calibration_set if is_ours else None
+    """Return what draws a bundled model's calibration set; None for any other checkpoint."""
+    if checkpoint is None:
+        return calibration_set
+    found = {path.resolve(): name for name in MODELS if (path := bundled(name)) is not None}
+    return {"demo": calibration_set, "demo-chat": chat_calibration_set}.get(
+        found.get(checkpoint.resolve(), "")
+    )
 
 
 def calibration_images(n: int, seed: int = 6) -> list[Pixels]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from internvl_edge.artifact.components import COMPONENTS, IMAGE_QUERIES, VISION
 from internvl_edge.errors import VerificationError
@@ -40,13 +40,16 @@ from internvl_edge.export.config.checkpoint import CheckpointConfig, QLlamaConfi
 from internvl_edge.export.config.language import LanguageConfig
 from internvl_edge.export.models import Chat, InternViT, InternVL
 from internvl_edge.export.models.chat import require_llama
+from internvl_edge.export.towers.streams import embed_chats
 from internvl_edge.runtime.feeds import MASK, POSITIONS
+from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.types import Array
 
 Arrays = Mapping[str, Array]
 PAST = "past_key_values"
 
 NOISE_PAST = 12  # positions in a chat model's cache, and also the number of new ones
+COMPARED_TOKENS = 12  # the last of a conversation
 NARROW = 4  # outputs with fewer columns than this are one row as a whole
 # What computes the same in other arithmetic: its type → smallest cosine of any row, SQNR in dB
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -301,17 +304,33 @@ def with_hidden_state(
 
 @torch.inference_mode()
 def _chat_feeds(model: Chat, feeds: Arrays) -> dict[str, Array]:
-    """Make a text's feeds for a chat model, with the cache of its image's tokens."""
+    """Make the feeds of a conversation's last tokens, with the cache of all before them.
+
+    Conversations are those that calibration saw, cut to one length, or random ids after an image.
+    """
     llama = require_llama(model)
-    tokens = model.encode_image(torch.from_numpy(feeds["pixel_values"]))
-    batch, count, _ = tokens.shape
+    images = model.encode_image(torch.from_numpy(feeds["pixel_values"]))
+    if "chat_ids" in feeds:
+        ids = torch.from_numpy(feeds["chat_ids"])
+        ids = ids[_until(ids == PLACE, len(images))]
+        images = images[-int((ids == PLACE).sum()) :]
+    else:
+        ids = torch.from_numpy(np.insert(_random_ids(llama.config, len(images)), 0, PLACE, axis=1))
+    embeds, is_known = embed_chats(llama.model.embed_tokens, ids, iter(images))
+    batch, length = len(ids), int(is_known.sum(dim=1).min())
+    count = max(length - COMPARED_TOKENS, 0)
     prompt = {n: torch.from_numpy(v) for n, v in _mask_and_positions(batch, 0, count).items()}
-    _, cache = llama(tokens, *prompt.values(), llama.empty_cache(batch))
-    ids = torch.from_numpy(_random_ids(llama.config, batch))
+    _, cache = llama(embeds[:, :count], *prompt.values(), llama.empty_cache(batch))
     flat = [tensor.numpy() for pair in cache for tensor in pair]
     past = dict(zip(cache_names(model.checkpoint_config, PAST), flat, strict=True))
-    embeds = llama.model.embed_tokens(ids).numpy()
-    return {"inputs_embeds": embeds, **_mask_and_positions(batch, count, ids.shape[1]), **past}
+    last = embeds[:, count:length].numpy()
+    return {"inputs_embeds": last, **_mask_and_positions(batch, count, length - count), **past}
+
+
+def _until(is_image: Tensor, images: int) -> slice:
+    """Select the last rows (B, T) that are about so many images at most."""
+    counts = is_image.sum(dim=1).flip(0).cumsum(0)
+    return slice(len(counts) - int((counts <= images).sum()), None)
 
 
 def _random_ids(

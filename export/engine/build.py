@@ -95,6 +95,7 @@ def build_engine(
     compute_capabilities: Sequence[str] | None = None,
     known: Container[str] = (),
     prepared: Prepare = nullcontext,
+    base: str = "fp32",
     expect_fused: bool = False,
     progress: ReportPhase | None = None,
     trt: Any = None,
@@ -113,6 +114,7 @@ def build_engine(
         compute_capabilities: as ``("SM89", "SM120")``; None: every GPU that the target reaches.
         known: files of the directory; an engine among them is not built again.
         prepared: makes of the graph, for as long as the build takes, the one that is parsed.
+        base: what the graph computes in where the precision quantizes another tower alone.
         expect_fused: refuse an engine that lost fused attention or 8-bit products.
         progress: told (phase, steps done, steps); raising stops the build and comes back.
         trt: the builder's module; None imports the target's.
@@ -175,8 +177,9 @@ def build_engine(
                     break
             if error is not None:
                 raise error
+            own = precision_of(precision, component)
             census = log.layers.census(
-                precision_of(precision, component),
+                base if own == "fp32" else own,
                 expected_attention=expected * len(ranges),  # a builder lists each profile
                 expected_8_bit=_expected_8_bit(trt, network.definition) * len(ranges),
             )

@@ -13,7 +13,7 @@ stream with its own ranges:
     text      causal text                            text_embed
     match     queries and text, all seeing all       matcher
     caption   text after the queries, causal         decoder
-    chat      image tokens, then text, causal        chat_decoder, of a chat model's LLaMA
+    chat      conversations about images, causal     chat_decoder, of a chat model's LLaMA
 
 A batch's hidden states change from block to block; they are kept in a spool, in memory or on disk.
 The other inputs of its blocks (masks, rotary tables, the image) are its context.
@@ -21,7 +21,7 @@ The other inputs of its blocks (masks, rotary tables, the image) are its context
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.load import load_into, read_torch
@@ -52,7 +53,10 @@ from internvl_edge.export.towers.blocks import (
     vision_blocks,
 )
 from internvl_edge.files.spool import Spool
+from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.types import Array
+
+NO_TOKEN = -1  # pads rows of chats, whose vocabularies have a token of every id from 0 up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,9 @@ class Samples:
     input_ids: Sequence[Tensor] = ()  # (B, T) each, as for text embedding
     match_ids: Sequence[Tensor] = ()  # (B, T) each, as for matching; pairs with pixel_values
     caption_ids: Sequence[Tensor] = ()  # (B, T) each, prompt and caption; pairs with pixel_values
+    # (B, T) each, of chat models: conversations, right-padded by NO_TOKEN. A PLACE in them is that
+    # of the next image of pixel_values
+    chat_ids: Sequence[Tensor] = ()
 
 
 @dataclass(slots=True)
@@ -204,7 +211,7 @@ def _chat_streams(
     *,
     resumed: bool,
 ) -> dict[str, SampleStream]:
-    """Make the stream of a chat model's prompts: the tokens of an image, then a text."""
+    """Make the stream of a chat model's conversations."""
     with torch.device("meta"):
         front = Chat(with_depth(checkpoint.config, 1, 1, 1))
     front.vision_model = front.queries = nn.Identity()  # type: ignore[assignment]
@@ -212,20 +219,53 @@ def _chat_streams(
     llama.model.layers, llama.lm_head = nn.ModuleList(), None
     load_into(front, checkpoint, "", torch.float32)
 
-    def prompt(states: Array, ids: Tensor, queries: Tensor | None) -> tuple[Tensor, Context]:
-        tokens = front.project(torch.from_numpy(states))
-        if queries is not None:
-            tokens = torch.cat((front.project_queries(queries), tokens), dim=1)
-        x = llama.entered(torch.cat((tokens, llama.model.embed_tokens(ids)), dim=1))
-        rows = F.pad(ids > 0, (tokens.shape[1], 0), value=True)
-        mask = causal_mask(x.shape[1], x.device) & padding_mask(rows)
-        positions = llama.positions_of(torch.ones(1, x.shape[1], dtype=torch.long))
-        return x, Context(mask=mask, rope=llama.rope(positions), rows=rows)
-
     config = checkpoint.config.queries
     queries = [None] * len(image) if config is None else _query_states(checkpoint, config, image)
-    triples = zip(image, samples.input_ids, queries, strict=True)
-    return _started({"chat": (prompt(*triple) for triple in triples)}, store, resumed=resumed)
+
+    def seen() -> Iterator[Tensor]:
+        for states, looked in zip(image, queries, strict=True):
+            tokens = front.project(torch.from_numpy(states))
+            if looked is not None:
+                tokens = torch.cat((front.project_queries(looked), tokens), dim=1)
+            yield from tokens
+
+    def prompt(ids: Tensor, images: Iterator[Tensor]) -> tuple[Tensor, Context]:
+        embeds, is_known = embed_chats(llama.model.embed_tokens, ids, images)
+        x = llama.entered(embeds)
+        mask = causal_mask(x.shape[1], x.device) & padding_mask(is_known)
+        positions = llama.positions_of(torch.ones(1, x.shape[1], dtype=torch.long))
+        return x, Context(mask=mask, rope=llama.rope(positions), rows=is_known)
+
+    images = seen()
+    batches = (prompt(ids, images) for ids in samples.chat_ids)
+    return _started({"chat": batches}, store, resumed=resumed)
+
+
+def embed_chats(
+    embed: Callable[[Tensor], Tensor], ids: Tensor, images: Iterator[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Embed conversations, with the tokens of an image in each of its places.
+
+    Args:
+        embed: looks ids (N,) up in the table of embeddings → (N, D).
+        ids: (B, T), of ``Samples.chat_ids``.
+        images: the tokens (N, D) of the images, in the order of their places; as many are taken.
+
+    Returns:
+        Embeddings (B, T', D), right-padded by zeros, and what is not padding, (B, T').
+    """
+    rows = []
+    for row in ids:
+        known = row[row != NO_TOKEN]
+        embeds = embed(known.clamp(min=0))
+        parts = [
+            next(images) if i == PLACE else embeds[at : at + 1]
+            for at, i in enumerate(known.tolist())
+        ]
+        rows.append(torch.cat(parts))
+    lengths = torch.tensor([len(row) for row in rows])
+    is_known = torch.arange(int(lengths.max())) < lengths[:, None]
+    return pad_sequence(rows, batch_first=True), is_known
 
 
 def _query_states(

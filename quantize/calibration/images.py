@@ -1,4 +1,4 @@
-"""Calibration sets: images and captions whose activations decide the ranges.
+"""Calibration sets: images and texts whose activations decide the ranges.
 
 A set comes from a folder of images (``load_calibration``), from installed packages that contain
 images (``sample_set``), or from arrays. Nothing is fetched from a network.
@@ -36,6 +36,7 @@ from internvl_edge.quantize.calibration.captions import find_captions, paired
 from internvl_edge.runtime.images.decode import MAX_NBYTES, load_image
 
 Image = NDArray[np.uint8]  # (height, width, 3)
+Turns = tuple[tuple[str, str], ...]  # questions and their answers
 T = TypeVar("T")
 
 # Of the files that load_image can decode, and of pictures that it cannot.
@@ -66,11 +67,17 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CalibrationSet:
-    """Images, a caption for each, and a digest that identifies them."""
+    """Images, a caption for each, and a digest that identifies them.
+
+    Chat models are calibrated on conversations. A set has its own, or each caption answers
+    ``DESCRIBE`` (of ``compiler.steps.calibration``).
+    """
 
     name: str
     sources: tuple[ImageFile | Image, ...]
     captions: tuple[str, ...]  # as many as images
+    # ``<image>`` in a question is the place of the next image, as many as there are places
+    conversations: tuple[Turns, ...] = ()
     skipped: tuple[str, ...] = ()  # files that did not decode, relative to the folder
     notes: tuple[str, ...] = ()  # on what was left out, and why
     digest: str  # SHA-256 over images and captions, in order
@@ -82,6 +89,7 @@ class CalibrationSet:
         captions: Sequence[str],
         *,
         name: str,
+        conversations: Sequence[Turns] = (),
         skipped: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> CalibrationSet:
@@ -92,11 +100,14 @@ class CalibrationSet:
                 f"images and {len(captions)} captions"
             )
         captions = tuple(captions[i % len(captions)] for i in range(len(sources)))
-        digest = hashlib.sha256(json.dumps([[_sha256(s) for s in sources], captions]).encode())
+        contents: list[Any] = [[_sha256(s) for s in sources], captions]
+        contents += [conversations] if conversations else []
+        digest = hashlib.sha256(json.dumps(contents).encode())
         return cls(
             name=name,
             sources=tuple(sources),
             captions=captions,
+            conversations=tuple(conversations),
             skipped=tuple(skipped),
             notes=tuple(notes),
             digest=digest.hexdigest(),
@@ -104,7 +115,12 @@ class CalibrationSet:
 
     @classmethod
     def from_arrays(
-        cls, images: Sequence[Image], captions: Sequence[str], *, name: str
+        cls,
+        images: Sequence[Image],
+        captions: Sequence[str],
+        *,
+        name: str,
+        conversations: Sequence[Turns] = (),
     ) -> CalibrationSet:
         """Make a set of images in memory.
 
@@ -117,7 +133,7 @@ class CalibrationSet:
                     f"calibration set {name!r}, image {i}: expected uint8 (height, width, 3), "
                     f"found {image.dtype} {image.shape}"
                 )
-        return cls.of(images, captions, name=name)
+        return cls.of(images, captions, name=name, conversations=conversations)
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -47,6 +47,8 @@ IMAGE = "<image>"
 IMAGE_TOKEN = "<IMG_CONTEXT>"  # how a place is spelled
 PLACE = -200  # the id of an image token's place, as in LLaVA
 THOUGHT = re.compile("</?think>")
+# Classes that put every run to SentencePiece as it is; their files' ``legacy`` is no key of theirs
+AS_THE_MODEL_SAYS = ("InternLM2Tokenizer", "InternLM3Tokenizer")
 
 
 class Pieces(Protocol):
@@ -217,7 +219,8 @@ def load_chat_tokenizer(files: TokenFiles) -> ChatTokenizer:
     if files.kind == SENTENCEPIECE:
         pieces = SentencePieces(
             files.vocabulary,
-            legacy=config.get("legacy", True) is not False,
+            legacy=config.get("tokenizer_class") in AS_THE_MODEL_SAYS
+            or config.get("legacy", True) is not False,
             add_space=config.get("add_prefix_space", True) is not False,
             roles=files.named,
             barred=frozenset(token.id for token in files.added if token.text.strip()),

@@ -19,13 +19,14 @@ from internvl_edge import compiler
 from internvl_edge.artifact.components import WEIGHTS_FILE
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.steps.calibration.samples import chat_ids
+from internvl_edge.compiler.steps.calibration.samples import DESCRIBE, chat_ids
 from internvl_edge.export import load_reference
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
 from internvl_edge.export.checkpoint.shards import read_header
 from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.models import Chat
-from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
+from internvl_edge.quantize.calibration.images import CalibrationSet
+from internvl_edge.runtime.text.chat_tokenizer import PLACE, load_chat_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -161,16 +162,28 @@ def test_every_kind_has_its_engines() -> None:
 def test_texts_to_calibrate_on_are_the_models_own_ids(tmp_path: Path) -> None:
     path = write_family(tmp_path, "llama", language={"vocab_size": 400}).path
     write_chat_tokenizer(path)
-    plan: Any = SimpleNamespace(checkpoint=open_checkpoint(path))
-    ids = chat_ids(plan, ["a red seven", "blue"])
+    plan: Any = SimpleNamespace(checkpoint=open_checkpoint(path), recipe=None)
+    ids = chat_ids(plan, photographs("a red seven", "blue"))
     files = token_files(path, plan.checkpoint.config)
-    assert ids is not None and files is not None
+    assert files is not None
     tokenizer = load_chat_tokenizer(files)
-    assert [tokenizer.decode(row[row > 0]).strip() for row in ids] == ["a red seven", "blue"]
-    bare: Any = SimpleNamespace(
-        checkpoint=open_checkpoint(write_family(tmp_path / "b", "qwen2").path)
+    for row, caption in zip(ids, ["a red seven", "blue"], strict=True):
+        assert (row == PLACE).sum() == 1
+        question, answer = tokenizer.decode(row[row >= 0]).split("assistant\n")
+        assert question.endswith(f"user\n\n{DESCRIBE}") and answer == caption
+
+
+def test_without_a_tokenizer_random_ids_follow_an_image(tmp_path: Path) -> None:
+    plan: Any = SimpleNamespace(
+        checkpoint=open_checkpoint(write_family(tmp_path, "qwen2").path), recipe=None
     )
-    assert chat_ids(bare, ["blue"]) is None
+    ids = chat_ids(plan, photographs("blue", "red", "green"))
+    assert ids.shape[0] == 3 and (ids[:, 0] == PLACE).all() and (ids[:, 1:] >= 0).all()
+
+
+def photographs(*captions: str) -> CalibrationSet:
+    images = [np.zeros((8, 8, 3), np.uint8)] * len(captions)
+    return CalibrationSet.from_arrays(images, captions, name="test")
 
 
 def test_a_mixture_of_experts_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -118,6 +118,11 @@ class Plan:
         """The same in the graphs that engines are built from."""
         return self.options.precision if self.recipe is None else self.recipe.engine_base
 
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The types that a component's graphs compute in: a graph, and another for engines."""
+        return tuple(dict.fromkeys((self.base, self.engine_base)))
+
 
 def make_plan(options: ExportOptions) -> Plan:
     """Check every option against the checkpoint.

@@ -132,7 +132,7 @@ def test_a_cache_in_place_builds_where_it_is_written_apart(
     assert info.census.fused_attention == 2 * 2  # of either profile
 
 
-@pytest.mark.parametrize("precision", ["bf16", "vision=int8,chat_decoder=int4-wo"])
+@pytest.mark.parametrize("precision", ["bf16", "int4-wo", "vision=int8,chat_decoder=int4-wo"])
 def test_chat_builds(tmp_path: Path, precision: str) -> None:
     written = write_chat(tmp_path / "checkpoint", seed=6)
     write_chat_tokenizer(written.path)

@@ -69,7 +69,10 @@ def test_a_manifest_of_before_is_read() -> None:
         ("qwen2", {"rope_scaling": {"rope_type": "dynamic"}}, "dynamic needs factor"),
         ("qwen2", {"rope_scaling": {"full_attention": {}}}, "one object for all layers"),
         ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1"),
+        ("qwen2", {"rope_parameters": {"rope_type": "spiral"}}, "rope_scaling must be one of"),
         ("qwen2", {"moe_config": {"num_experts": 8}}, "mixtures of experts"),
+        ("qwen3", {"num_experts": 128}, "num_experts 128: mixtures of experts"),
+        ("llama", {"num_local_experts": 8}, "num_local_experts 8: mixtures of experts"),
         ("qwen2", {"model_type": "qwen3"}, "found architectures Qwen2ForCausalLM and model_type"),
         ("qwen3", {"attention_bias": True}, "attention_bias: expected false"),
         ("internlm2", {"bias": True}, "bias: expected false"),
@@ -93,14 +96,18 @@ def test_another_value_is_refused_by_name(
 
 
 def test_a_flash_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"an InternVL3\.5-Flash"):
-        load(tmp_path, "qwen3", {"flash_relative_threshold": 0.85})
+    flash = {"flash_relative_threshold": 0.85}, {"architectures": ["InternVLChatFlashModel"]}
+    for more in flash:
+        with pytest.raises(CheckpointError, match=r"an InternVL3\.5-Flash"):
+            load(tmp_path, "qwen3", more)
 
 
-def test_a_mixture_of_experts_is_named(tmp_path: Path) -> None:
-    chat = load(tmp_path, "qwen3", architectures=["Qwen3MoeForCausalLM"], model_type="").chat
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
+def test_a_mixture_of_experts_is_named(name: str, tmp_path: Path) -> None:
+    """Of InternVL3.5: the 30B-A3B and 241B-A28B, and the 20B on GPT-OSS."""
+    chat = load(tmp_path, "qwen3", architectures=[name], model_type="").chat
     assert chat.llama is None
-    assert "Qwen3MoeForCausalLM, a mixture of experts" in chat.unsupported
+    assert f"{name}, a mixture of experts" in chat.unsupported
 
 
 def test_the_default_layer_is_that_of_the_config_class(tmp_path: Path) -> None:

@@ -321,6 +321,17 @@ def test_who_expects_fused_layers_gets_no_other_engine(
     assert build(tmp_path, trt, precision=precision).file  # it can be had
 
 
+def test_a_tower_that_is_not_quantized_is_held_to_its_graphs_type(
+    tmp_path: Path, trt: FakeTrt
+) -> None:
+    """At int4-wo the vision tower's graph for engines is in 16 bits."""
+    trt.listed = "\n".join([FUSED, line("f_myl0_2", "gemm", "Float Float", "Float")])
+    asked: dict[str, Any] = {"precision": "int4-wo", "expect_fused": True}
+    assert build(tmp_path, trt, **asked).file  # of a graph in float32 that is no loss
+    with pytest.raises(BuildError, match="1 products read or write Float"):
+        build(tmp_path, trt, **asked, base="fp16", onnx_sha256="cd" * 32)
+
+
 def test_the_layers_are_in_the_sidecar(tmp_path: Path, trt: FakeTrt) -> None:
     """A fusion that ends in a cast to float32 writes what the graph asks for."""
     trt.layers = [attention("a", DataType.HALF, -1, 4, 65, 64), Layer(LayerType.QUANTIZE)]

@@ -10,17 +10,20 @@ import pytest
 import torch
 from support.calibration import STREAMS, calibrate
 from support.checkpoints import TINY, write_internvl, write_vit
+from support.checkpoints.family import IMAGE_TOKEN_ID, write_family
 
 from internvl_edge.errors import CalibrationError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import load_model, load_reference
-from internvl_edge.export.models import InternViT, InternVL
-from internvl_edge.export.towers.streams import Samples
+from internvl_edge.export.models import Chat, InternViT, InternVL
+from internvl_edge.export.models.chat import require_llama
+from internvl_edge.export.towers.streams import NO_TOKEN, Samples
 from internvl_edge.quantize.calibration.block import CalibratedBlock
 from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.quantize.fold import source_of
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.quantize.recipe import Recipe, recipe_for
+from internvl_edge.runtime.text.chat_tokenizer import PLACE
 
 
 @pytest.fixture
@@ -37,6 +40,34 @@ def samples() -> Samples:
     return Samples(
         pixel_values=[pixels[:4], pixels[4:]], input_ids=[ids[:4], ids[4:]], match_ids=[ids[:4]]
     )
+
+
+def test_conversations_flow_as_the_whole_model_does(tmp_path: Path) -> None:
+    """Also of two images, over the ends of batches, and with id 0, which is "!" in some."""
+    path = write_family(tmp_path / "c", "qwen2").path
+    model = load_reference(path)
+    assert isinstance(model, Chat)
+    llama, side = require_llama(model), model.checkpoint_config.vision.image_size
+    pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(3))
+    rows = [[7, PLACE, 8, 0], [7, PLACE, 9, PLACE, 0, 0, 11], [PLACE, 5], [PLACE, 6, 0]]
+    ids = torch.full((4, 7), NO_TOKEN)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    chats = Samples(pixel_values=[pixels[:2], pixels[2:]], chat_ids=[ids[:3], ids[3:]])
+    checkpoint = open_checkpoint(path)
+    _, states = calibrate(checkpoint, chats, recipe_for("int4-wo"), {"image", "chat"})
+    images = iter(pixels)
+    assert llama.lm_head is not None
+    for row, known in zip(rows, [*states["chat"][0], *states["chat"][1]], strict=True):
+        shown = torch.stack([next(images) for _ in range(row.count(PLACE))])
+        tokens = model.encode_image(shown).shape[1]
+        counts = torch.tensor([tokens if i == PLACE else 1 for i in row])
+        ids = torch.tensor([IMAGE_TOKEN_ID if i == PLACE else i for i in row])
+        prompt = ids.repeat_interleave(counts)[None]
+        with torch.inference_mode():
+            logits = model(shown, prompt, None, IMAGE_TOKEN_ID)[0]
+            found = llama.lm_head(llama.model.norm(known[: prompt.shape[1]]))
+        torch.testing.assert_close(found, logits)
 
 
 def test_results_do_not_depend_on_the_memory_budget(

@@ -92,8 +92,10 @@ def test_the_prompt_is_what_the_model_reads(model: Model, options: dict[str, Any
 
 def test_prompts_of_a_model_without_any(tmp_path: Path) -> None:
     compiler.export(ExportOptions(out=tmp_path / "out", components=("vision",), verify="none"))
-    with load(tmp_path / "out") as demo, pytest.raises(UsageError, match="expected an InternVL-Ch"):
-        demo.chat_prompt(None, "why")
+    with load(tmp_path / "out") as demo:
+        for options in ({}, {"template": "Hermes-2"}):  # which a model without text cannot have
+            with pytest.raises(UsageError, match="expected an InternVL-Ch"):
+                demo.chat_prompt(None, "why", **options)
 
 
 def test_padding_is_no_letter(model: Model) -> None:

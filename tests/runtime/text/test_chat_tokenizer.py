@@ -193,6 +193,21 @@ def test_only_the_first_run_gets_a_space_without_legacy(tmp_path: Path) -> None:
         assert spelling == ("▁red" if legacy else "red")
 
 
+@pytest.mark.parametrize("name", ["InternLM2Tokenizer", "InternLM3Tokenizer"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_classes_that_leave_spaces_to_the_model(tmp_path: Path, name: str, legacy: bool) -> None:
+    """They split at control tokens and give SentencePiece every run as it is."""
+    WRITERS["internlm3"](tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": name, "legacy": legacy}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    start, end = (pieces.piece_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
+    expected = [1, start, *pieces.encode("user\na red panda"), end, *pieces.encode("\n")]
+    tokenizer = open_tokenizer(tmp_path)
+    assert written(tokenizer, "<|im_start|>user\na red panda<|im_end|>\n") == expected
+
+
 def test_thoughts_are_tokens_in_answers_and_systems(
     all_tokenizers: dict[str, ChatTokenizer],
 ) -> None:

@@ -76,6 +76,21 @@ def write_internlm2(path: Path) -> Path:
     return path
 
 
+def write_internlm3(path: Path) -> Path:
+    """Control tokens are user-defined pieces; a ``legacy`` that its class does not read."""
+    path.mkdir(parents=True, exist_ok=True)
+    own = ["<|im_start|>", "<|im_end|>"]
+    data = sentencepiece_model(user_defined_symbols=own)
+    (path / "tokenizer.model").write_bytes(data)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
+    size = pieces.get_piece_size()
+    tokens = {pieces.piece_to_id(token): rules(token) for token in own}
+    tokens |= {size + i: rules(token) for i, token in enumerate(IMAGE_TOKENS)}
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    write_config(path, tokens, tokenizer_class="InternLM3Tokenizer", legacy=False, **roles)
+    return path
+
+
 def write_yi(path: Path) -> Path:
     """Control tokens are user-defined pieces themselves; no beginning, ``legacy``."""
     path.mkdir(parents=True, exist_ok=True)
@@ -192,6 +207,7 @@ def write_llama3(path: Path) -> Path:
 
 WRITERS = {
     "internlm2": write_internlm2,
+    "internlm3": write_internlm3,
     "yi": write_yi,
     "phi3": write_phi3,
     "qwen": write_qwen,

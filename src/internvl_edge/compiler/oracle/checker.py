@@ -117,6 +117,8 @@ class Checker:
             )
             if samples.caption_ids:
                 self.feeds["caption_ids"] = samples.caption_ids[-1][-SAMPLES:].numpy()
+            if samples.chat_ids:
+                self.feeds["chat_ids"] = samples.chat_ids[-1][-SAMPLES:].numpy()
         self.preprocessing = preprocessing
         self.feeds = on_levels(self.feeds, preprocessing)
         self.reference = Reference(checkpoint, quantization, whole=whole)

@@ -23,6 +23,7 @@ from internvl_edge.export.towers.blocks import Block
 from internvl_edge.export.towers.streams import Samples, calibration_blocks
 from internvl_edge.files.spool import Budget
 from internvl_edge.quantize.sensitivity import Sensitivity
+from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.types import Array
 
 SAMPLES = 4  # that the towers are run on
@@ -133,16 +134,19 @@ def _forward(block: Block, contexts: Sequence[Any], inputs: Sequence[Array]) -> 
 
 
 def _few(samples: Samples) -> Samples:
-    """Take the first samples of each kind, one batch."""
+    """Take the first samples of each kind, one batch; of images as many as chats are about."""
+    chats = [batch[:SAMPLES] for batch in samples.chat_ids[:1]]
+    pictures = max([SAMPLES, *(int((chat == PLACE).sum()) for chat in chats)])
 
     def first(batches: Sequence[Tensor]) -> list[Tensor]:
         return [batch[:SAMPLES] for batch in batches[:1]]
 
     return Samples(
-        pixel_values=first(samples.pixel_values),
+        pixel_values=[torch.cat([*samples.pixel_values])[:pictures]],
         input_ids=first(samples.input_ids),
         match_ids=first(samples.match_ids),
         caption_ids=first(samples.caption_ids),
+        chat_ids=chats,
     )
 
 

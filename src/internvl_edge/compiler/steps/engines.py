@@ -14,6 +14,7 @@ from internvl_edge.compiler.progress import Progress, Report, silent
 from internvl_edge.compiler.steps.graph_files import (
     engine_inputs,
     fingerprint,
+    graph_base,
     graph_file,
     num_blocks,
     preparation,
@@ -273,6 +274,7 @@ def _add_engine(
         onnx_sha256=fingerprint(manifest, source),
         known={*manifest.files, *known},
         prepared=preparation(name),
+        base=graph_base(manifest, name),
         expect_fused=expect_fused,
         progress=_phases(name, report),
     )

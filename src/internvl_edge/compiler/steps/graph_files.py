@@ -21,6 +21,14 @@ def graph_file(manifest: Manifest, component: str) -> str:
     return other if other in manifest.files else manifest.components[component].file
 
 
+def graph_base(manifest: Manifest, component: str) -> str:
+    """Name what the graph that engines are built from computes in, products in 8 bits apart."""
+    if manifest.recipe is None:
+        return manifest.precision
+    is_published = graph_file(manifest, component) == manifest.components[component].file
+    return str(manifest.recipe["base" if is_published else "engine_base"] or "fp32")
+
+
 def engine_inputs(manifest: Manifest, component: str, source: str) -> tuple[TensorSpec, ...]:
     """List the component's inputs; of a graph for engines, a cache has its compute type."""
     record, base = manifest.components[component], source.split(".")[1]

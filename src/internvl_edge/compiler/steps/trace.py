@@ -56,7 +56,7 @@ class Trace:
 
     def costs(self, plan: Plan) -> tuple[Cost, ...]:
         """State what all graphs need, those for engines too, which are traced when written."""
-        graphs = 1 if plan.base == plan.engine_base else 2
+        graphs = len(plan.bases)
         blocks = len(block_sizes(plan))
         cost = Cost(
             name="trace",
@@ -79,14 +79,15 @@ def trace_all(plan: Plan, model: AnyModel, base: str, report: Report) -> dict[st
         plan: what is compiled.
         model: of ``shallow_model``; its parameters get the dtypes of ``base``.
         base: a key of ``POLICIES``.
-        report: told before each component.
+        report: told before each component, of the graphs of all bases together.
     """
     config = plan.source.config
+    total, before = len(plan.bases) * len(plan.components), plan.bases.index(base)
     shallow = shallow_config(config)
     apply_policy(model, POLICIES[base])
     traced = {}
-    for done, name in enumerate(plan.components):
-        report(Progress(step="trace", detail=name, done=done, total=len(plan.components)))
+    for done, name in enumerate(plan.components, before * len(plan.components)):
+        report(Progress(step="trace", detail=name, done=done, total=total))
         traced[name] = _trace(plan, name, shallow, model)
         if not stamp_towers(traced[name], config):
             logger.info("%s: blocks that differ, traced one by one", name)

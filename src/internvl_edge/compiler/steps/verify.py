@@ -50,13 +50,14 @@ class Verify:
         )
         precision, budget = plan.options.precision, plan.options.memory_budget
         remedy = "raise the budget, or choose --verify none"
-        for done, (name, graph) in enumerate(build.graphs.items()):
-            total = len(build.graphs)
+        total, done = len(plan.bases) * len(build.graphs), 0
+        for name, graph in build.graphs.items():
             build.report(Progress(step="verify", detail=name, done=done, total=total))
             build.figures[name] = checker.check_both(
                 name, build.directory / graph.file, precision, plan.base, plan.engine_base
             )
-            require_within_budget(budget, done + 1, total, "components verified", remedy)
+            done += len(plan.bases)  # graphs of a component are compared with one reference
+            require_within_budget(budget, done, total, "graphs verified", remedy)
 
 
 def reference_nbytes(checkpoint: Checkpoint) -> int:
@@ -80,7 +81,7 @@ def _cost(plan: Plan) -> Cost:
         other -= sum(math.prod(plan.source.tensors[n].shape) for n in _unread(plan.checkpoint))
         compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
         seconds = 3.0
-    graphs = 1 if plan.base == plan.engine_base else 2
+    graphs = len(plan.bases)
     is_by_choice = plan.options.verify == "full" and not is_compared_whole(plan.checkpoint, "auto")
     remedy = "--verify auto compares one block at a time, " if is_by_choice else ""
     copies = VERIFY_COPIES["quantized" if plan.recipe is not None else plan.base]

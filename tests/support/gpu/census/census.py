@@ -138,6 +138,7 @@ def traced(config: CheckpointConfig, component: str, base: str, capacity: int | 
     plan = SimpleNamespace(
         source=SimpleNamespace(config=config),
         components=(component,),
+        bases=(base,),
         image_size=size,
         options=SimpleNamespace(cache_capacity=capacity, input="float32"),
     )

@@ -32,6 +32,7 @@ MAX_SPOOLED_NBYTES = 300_000_000
 FORWARD_OVERHEAD = 1.15  # of a block's forward over its matrix products
 QUANTIZE_SECONDS_PER_PARAMETER = 12e-9  # reading, folding, rounding and writing it
 USUAL_TEXT_LENGTH = 16  # tokens of a caption
+USUAL_CHAT_LENGTH = 80  # tokens of a system sentence, a question and its answer
 
 
 def spool_budget(plan: Plan) -> Budget:
@@ -55,9 +56,9 @@ def cost_of_calibration(plan: Plan) -> Cost:
         both = 2 if DECODER in plan.components else 1
         tokens[LLAMA_PREFIX] = (1 + both) * images * (queries + USUAL_TEXT_LENGTH)
     if plan.source.config.chat is not None:
-        # an image's tokens and a text, with four patches or one to a token
+        # an image's tokens in a conversation, with four patches or one to a token
         places = vision.num_tokens(plan.image_size) // plan.source.config.chat.shuffle**2
-        tokens[CHAT_PREFIX] = images * (places + USUAL_TEXT_LENGTH)
+        tokens[CHAT_PREFIX] = images * (places + USUAL_CHAT_LENGTH)
     blocks = block_sizes(plan)
     parameters = {
         prefix: sum(n for name, n in blocks.items() if name.startswith(prefix)) for prefix in tokens

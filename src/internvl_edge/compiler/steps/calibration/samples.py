@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,17 +13,18 @@ from internvl_edge.compiler.plan import Plan
 from internvl_edge.errors import MissingDependency
 from internvl_edge.export.checkpoint.tokenizer import token_files
 from internvl_edge.export.components import language_config
-from internvl_edge.export.towers.streams import Samples
+from internvl_edge.export.towers.streams import NO_TOKEN, Samples
 from internvl_edge.files.reading import is_there
 from internvl_edge.quantize.calibration.images import (
     CalibrationSet,
+    Turns,
     list_images,
     load_calibration,
     sample_set,
 )
 from internvl_edge.runtime.images.transform import pixel_values
-from internvl_edge.runtime.text.chat_tokenizer import load_chat_tokenizer
-from internvl_edge.runtime.text.templates import TEMPLATES, Piece
+from internvl_edge.runtime.text.chat_tokenizer import IMAGE, PLACE, load_chat_tokenizer
+from internvl_edge.runtime.text.templates import TEMPLATES, Turn, conversation
 from internvl_edge.runtime.text.tokenizer import (
     CAPTION_PROMPT,
     MAX_TEXT_LENGTH,
@@ -33,7 +35,9 @@ from internvl_edge.types import Array
 
 logger = logging.getLogger(__name__)
 
-TEXT_TEMPLATE = "internvl2_5"  # where a checkpoint names none; it spells nothing here
+TEXT_TEMPLATE = "internvl2_5"  # where a checkpoint names none
+DESCRIBE = "Please describe the image shortly."  # as model cards do
+MAX_CHAT_LENGTH = 256  # tokens of a conversation; an image in it is one
 BATCH = 8  # samples that flow through the blocks together
 
 
@@ -66,10 +70,7 @@ def load_samples(plan: Plan) -> CalibrationSet:
 def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | None:
     """Make ids for text embedding, matching and captioning, right-padded; None: no tokenizer."""
     path, config = plan.checkpoint.path / TOKENIZER_FILE, plan.checkpoint.config
-    if config.chat is not None:
-        ids = chat_ids(plan, captions)
-        return None if ids is None else (ids,) * 3
-    if language_config(config) is None or not is_there(path):
+    if config.internvl is None or not is_there(path):
         return None
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > language_config(plan.checkpoint.config).vocab_size:  # type: ignore[union-attr]
@@ -81,24 +82,42 @@ def tokenize(plan: Plan, captions: list[str]) -> tuple[Array, Array, Array] | No
     )
 
 
-def chat_ids(plan: Plan, captions: list[str]) -> Array | None:
-    """Make ids of texts after an image, by a chat model's own tokenizer; None: it has none."""
+def chat_ids(plan: Plan, calibration: CalibrationSet) -> Array:
+    """Spell conversations as a chat model reads them, template and all.
+
+    Args:
+        plan: of a chat model; without a tokenizer, random ids follow each image.
+        calibration: its conversations, or a question about each image that its caption answers.
+
+    Returns:
+        (B, T), ``PLACE`` in the place of an image, right-padded by ``NO_TOKEN``.
+    """
     folder, config = plan.checkpoint.path, plan.checkpoint.config
+    assert config.chat is not None
     files = None if language_config(config) is None else token_files(folder, config)
-    if files is None or config.chat is None:
-        return None
+    tokenizer = None
     try:
-        tokenizer = load_chat_tokenizer(files)
+        tokenizer = None if files is None else load_chat_tokenizer(files)
     except MissingDependency as error:
         logger.warning("calibration sees random ids and no texts: %s", error)
-        return None
+    if tokenizer is None:
+        ids = random_ids(plan, len(calibration))
+        return np.insert(ids, 0, PLACE, axis=1)
     template = TEMPLATES.get(config.chat.template, TEMPLATES[TEXT_TEMPLATE])
-    pieces = ([Piece(text=f"\n{caption}", is_template=False)] for caption in captions)
-    rows = [tokenizer.encode(some, (), template)[:MAX_TEXT_LENGTH] for some in pieces]
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    rows = []
+    for turns in calibration.conversations or _descriptions(calibration.captions):
+        spelled = [Turn(question=question, answer=answer) for question, answer in turns]
+        pieces = conversation(template, spelled, config.chat.system)
+        places = [1] * sum(question.count(IMAGE) for question, _ in turns)
+        rows.append(tokenizer.encode(pieces, places, template)[:MAX_CHAT_LENGTH])
+    ids = np.full((len(rows), max(map(len, rows))), NO_TOKEN, np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     return ids
+
+
+def _descriptions(captions: Sequence[str]) -> list[Turns]:
+    return [((f"{IMAGE}\n{DESCRIBE}", caption),) for caption in captions]
 
 
 def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
@@ -106,11 +125,13 @@ def samples_for(plan: Plan, calibration: CalibrationSet) -> Samples:
     count = len(calibration)
     # one by one: photographs are large until they are resized
     each = [pixel_values(calibration.image(i), plan.preprocessing) for i in range(count)]
-    pixels = np.concatenate(each)
+    pixels = _batches(np.concatenate(each))
+    if plan.checkpoint.config.chat is not None:
+        return Samples(pixel_values=pixels, chat_ids=_batches(chat_ids(plan, calibration)))
     ids = tokenize(plan, list(calibration.captions))
     text, match, caption = ids or (random_ids(plan, count),) * 3
     return Samples(
-        pixel_values=_batches(pixels),
+        pixel_values=pixels,
         input_ids=_batches(text),
         match_ids=_batches(match),
         caption_ids=_batches(caption),
