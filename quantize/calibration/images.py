@@ -34,6 +34,7 @@ from internvl_edge.files.reading import read_file, require_unicode
 from internvl_edge.files.terminal import printable
 from internvl_edge.quantize.calibration.captions import find_captions, paired
 from internvl_edge.runtime.images.decode import MAX_NBYTES, load_image
+from internvl_edge.runtime.text.chat_tokenizer import IMAGE
 
 Image = NDArray[np.uint8]  # (height, width, 3)
 Turns = tuple[tuple[str, str], ...]  # questions and their answers
@@ -76,7 +77,7 @@ class CalibrationSet:
     name: str
     sources: tuple[ImageFile | Image, ...]
     captions: tuple[str, ...]  # as many as images
-    # ``<image>`` in a question is the place of the next image, as many as there are places
+    # each ``<image>`` in a question is the place of the next image
     conversations: tuple[Turns, ...] = ()
     skipped: tuple[str, ...] = ()  # files that did not decode, relative to the folder
     notes: tuple[str, ...] = ()  # on what was left out, and why
@@ -98,6 +99,12 @@ class CalibrationSet:
             raise CalibrationError(
                 f"calibration set {name!r}: expected images and captions, found {len(sources)} "
                 f"images and {len(captions)} captions"
+            )
+        places = sum(question.count(IMAGE) for turns in conversations for question, _ in turns)
+        if conversations and places != len(sources):
+            raise CalibrationError(
+                f"calibration set {name!r}: expected a place ({IMAGE}) in the conversations for "
+                f"each of {len(sources)} images, found {places}"
             )
         captions = tuple(captions[i % len(captions)] for i in range(len(sources)))
         contents: list[Any] = [[_sha256(s) for s in sources], captions]

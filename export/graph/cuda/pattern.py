@@ -47,11 +47,17 @@ class Linear:
     block: int = 0  # 0: one scale a column
     bias: ir.Value | None = None
 
+    @property
+    def width(self) -> int:
+        """The number of outputs, N."""
+        return shape_of(self.weight)[0 if self.scale is None else 1]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """The weights of a decoder's layer."""
 
+    index: int
     norms: tuple[Norm, Norm]  # before attention, before gate and up
     qkv: tuple[Linear, Linear, Linear]
     head_norms: tuple[Norm, Norm] | None  # of q and k
@@ -113,9 +119,10 @@ class _Reader:
             taken = tuple(self._constant(value, rank=1) for value in bounds)
             _require(taken[0].name == LOGITS_FROM and self._integers(taken[2], 1) == [1])
         norm, x = self._norm(x)
-        depth = sum(str(name).startswith("past_key_values.") for name in self._inputs) // 2
+        names = (str(name).split(".") for name in self._inputs)
+        indices = {int(parts[1]) for parts in names if parts[0] == "past_key_values"}
         layers = list[Layer]()
-        for index in reversed(range(depth)):
+        for index in sorted(indices, reverse=True):  # of a part of a decoder, not from 0 on
             layer, x = self._layer(x, index)
             layers.insert(0, layer)
         _require(len(self._masks) == len(self._ropes) == 1)
@@ -184,6 +191,7 @@ class _Reader:
         qkv = (q_linear, k_linear, v_linear)
         _require(len({(one.scale is None, one.bias is None, one.block) for one in qkv}) == 1)
         return Layer(
+            index=index,
             norms=(first, second),
             qkv=qkv,
             head_norms=None if q_norm is None or k_norm is None else (q_norm, k_norm),

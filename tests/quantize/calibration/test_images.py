@@ -259,6 +259,15 @@ def test_an_empty_set_is_refused() -> None:
         CalibrationSet.from_arrays([np.zeros((1, 1, 3), np.uint8)], [], name="mine")
 
 
+@pytest.mark.parametrize("question", ["what is it?", "<image> and <image>?"])
+def test_conversations_have_a_place_for_every_image(question: str) -> None:
+    image = np.zeros((1, 1, 3), np.uint8)
+    with pytest.raises(CalibrationError, match=r"for each of 1 images, found [02]"):
+        CalibrationSet.from_arrays(
+            [image], ["a"], name="mine", conversations=[((question, "a cat"),)]
+        )
+
+
 def test_photographs() -> None:
     pytest.importorskip("skimage")
     sample = sample_set("photographs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,19 @@ import onnx_ir as ir
 
 from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
-from internvl_edge.export.graph.cuda.decoder import GAINS
+from internvl_edge.export.graph.cuda.decoder import DIVISOR, GAINS, cuda_decoder
 from internvl_edge.export.graph.cuda.tower import take_cuda_form
 from internvl_edge.export.graph.repeat import keep_block
 from internvl_edge.export.graph.uint8_input import graph_feeds
 from internvl_edge.quantize.graph.qdq import bypass_activations
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
-from internvl_edge.runtime.generation.fixed_cache import MASK, capacity_of, grown, in_place
+from internvl_edge.runtime.generation.fixed_cache import (
+    MASK,
+    WRITE_INDICES,
+    capacity_of,
+    grown,
+    in_place,
+)
 from internvl_edge.runtime.images.transform import Preprocessing
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.options import OrtOptions
@@ -55,8 +61,11 @@ def run_part(
     model = ir.load(path)
     if block is not None and tower is not None:
         keep_block(model, tower, block)
-    if fused and not take_cuda_form(model):
-        raise InternVLError(f"{path}: block {block} alone has no form of its own for CUDA")
+    if fused:
+        whole = _cuda_form(model)
+        if whole is None:
+            raise InternVLError(f"{path}: block {block} alone has no form of its own for CUDA")
+        model = whole
     if unrounded:
         if any(node.op_type == "QuantizeLinear" for node in model.graph):
             infer_dtypes(model.graph)
@@ -65,6 +74,13 @@ def run_part(
     with _open(path, model, device, num_threads, exact=True) as session:
         # a cache has the graph's dtype, and one block's is one layer's
         return run_as_reference(session, feeds, preprocessing)
+
+
+def _cuda_form(model: ir.Model) -> ir.Model | None:
+    """Rewrite a graph for ONNX Runtime's CUDA provider; a decoder in float32, scaled as float16."""
+    if any(value.name == WRITE_INDICES for value in model.graph.inputs):
+        return cuda_decoder(model, ir.DataType.FLOAT, DIVISOR)
+    return model if take_cuda_form(model) else None
 
 
 def open_graph(
@@ -104,46 +120,90 @@ def runnable(model: ir.Model) -> bytes:
 
 
 def take_norms_apart(model: ir.Model) -> None:
-    """Compute norms of heads by nodes of their own, in place: attention on a CPU has none."""
+    """Compute norms that a CPU has no kernels for by nodes of their own, in place.
+
+    Those of heads inside of attention, and gated ones, which compute in float32 at any type.
+    """
     graph = model.graph
-    for node in [node for node in graph if node.op_type == "GroupQueryAttention"]:
-        if len(node.inputs) <= GAINS:
-            continue
-        qkv, gains = node.inputs[0], node.inputs[GAINS:]
-        heads, kv_heads = (node.attributes[n].as_int() for n in ("num_heads", "kv_num_heads"))
-        past = node.inputs[3]
-        assert past is not None and past.shape is not None
-        size = int(past.shape[3])  # type: ignore[arg-type]
+    for node in [*graph]:
+        if node.op_type == "GroupQueryAttention" and len(node.inputs) > GAINS:
+            _take_head_norms(graph, node)
+        if node.op_type == "GatedRMSNorm":
+            _take_gated_norm(graph, node)
 
-        def integers(*numbers: int) -> ir.Value:
-            name = f"{node.name}.integers.{'_'.join(map(str, numbers))}"  # noqa: B023
-            value = ir.Value(name=name, const_value=ir.tensor(np.array(numbers), name=name))
-            graph.initializers[name] = value
-            return value
 
-        made = [
-            ir.node(
-                "Split",
-                [qkv, integers(*(n * size for n in (heads, kv_heads, kv_heads)))],
-                {"axis": -1},
-                num_outputs=3,
-            )
-        ]
-        parts = list(made[0].outputs)
-        epsilon = node.attributes.pop("qk_norm_epsilon").as_float()
-        for at, (gain, count) in enumerate(zip(gains, (heads, kv_heads), strict=True)):
-            made.append(ir.node("Reshape", [parts[at], integers(0, 0, count, size)]))
-            made.append(
-                ir.node("RMSNormalization", [made[-1].outputs[0], gain], {"epsilon": epsilon})
-            )
-            made.append(ir.node("Reshape", [made[-1].outputs[0], integers(0, 0, count * size)]))
-            parts[at] = made[-1].outputs[0]
-        made.append(ir.node("Concat", parts, {"axis": -1}))
-        for number, one in enumerate(made):
-            one.name = f"{node.name}.apart.{number}"
-            for place, output in enumerate(one.outputs):
-                output.name = f"{one.name}.{place}"
-                output.type = qkv.type if qkv is not None else None
-        graph.insert_before(node, made)
-        node.replace_input_with(0, made[-1].outputs[0])
-        node.resize_inputs(GAINS - 4)
+class _Apart:
+    """Nodes that are put in front of another, and compute a part of it."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self._graph, self._node, self._count = graph, node, 0
+
+    def add(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, object] = {},
+        outputs: int = 1,
+        dtype: ir.DataType | None = None,
+    ) -> Sequence[ir.Value]:
+        """Add a node; its values have the type of the first input, or ``dtype``."""
+        made = ir.node(op_type, list(inputs), attributes, num_outputs=outputs)
+        made.name = f"{self._node.name}.apart.{self._count}"
+        self._count += 1
+        first = inputs[0]
+        for place, output in enumerate(made.outputs):
+            output.name = f"{made.name}.{place}"
+            output.type = first.type if first is not None else None
+            if dtype is not None:
+                output.type = ir.TensorType(dtype)
+        self._graph.insert_before(self._node, made)
+        return made.outputs
+
+    def integers(self, *numbers: int) -> ir.Value:
+        name = f"{self._node.name}.integers.{'_'.join(map(str, numbers))}"
+        value = ir.Value(name=name, const_value=ir.tensor(np.array(numbers), name=name))
+        self._graph.initializers[name] = value
+        return value
+
+    def cast(self, value: ir.Value | None, dtype: ir.DataType) -> ir.Value:
+        (output,) = self.add("Cast", [value], {"to": int(dtype)}, dtype=dtype)
+        return output
+
+
+def _take_head_norms(graph: ir.Graph, node: ir.Node) -> None:
+    apart, gains, past = _Apart(graph, node), node.inputs[GAINS:], node.inputs[3]
+    heads, kv_heads = (node.attributes[n].as_int() for n in ("num_heads", "kv_num_heads"))
+    assert past is not None and past.shape is not None
+    size = int(past.shape[3])  # type: ignore[arg-type]
+    sizes = apart.integers(*(count * size for count in (heads, kv_heads, kv_heads)))
+    parts = [*apart.add("Split", [node.inputs[0], sizes], {"axis": -1}, outputs=3)]
+    epsilon = node.attributes.pop("qk_norm_epsilon").as_float()
+    for at, (gain, count) in enumerate(zip(gains, (heads, kv_heads), strict=True)):
+        (x,) = apart.add("Reshape", [parts[at], apart.integers(0, 0, count, size)])
+        (x,) = apart.add("RMSNormalization", [x, gain], {"epsilon": epsilon})
+        (parts[at],) = apart.add("Reshape", [x, apart.integers(0, 0, count * size)])
+    (joined,) = apart.add("Concat", parts, {"axis": -1})
+    node.replace_input_with(0, joined)
+    node.resize_inputs(GAINS - 4)
+
+
+def _take_gated_norm(graph: ir.Graph, node: ir.Node) -> None:
+    apart, dtype = _Apart(graph, node), ir.DataType.FLOAT
+    x, scale, gate = (apart.cast(value, dtype) for value in node.inputs)
+    given = node.inputs[1]
+    assert given is not None and given.shape is not None and node.inputs[0] is not None
+    size = int(given.shape[0])  # type: ignore[arg-type]
+    (x,) = apart.add("Reshape", [x, apart.integers(0, 0, -1, size)])
+    (x,) = apart.add(
+        "RMSNormalization", [x, scale], {"epsilon": node.attributes["epsilon"].as_float()}
+    )
+    (flat,) = apart.add("Reshape", [x, apart.integers(0, 0, -1)])
+    (opened,) = apart.add("Sigmoid", [gate])
+    (silu,) = apart.add("Mul", [gate, opened])
+    (y,) = apart.add("Mul", [flat, silu])
+    kind = given.dtype
+    assert kind is not None
+    ir.convenience.replace_all_uses_with(
+        node.outputs[0], apart.cast(y, kind), replace_graph_outputs=True
+    )
+    graph.remove(node, safe=True)

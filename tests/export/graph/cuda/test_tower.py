@@ -19,7 +19,7 @@ from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.steps import cuda_graphs
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.config.checkpoint import VisionConfig
-from internvl_edge.export.graph.cuda.tower import take_cuda_form
+from internvl_edge.export.graph.cuda.tower import take_cuda_form, take_patches
 from internvl_edge.runtime.ort import choice
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import CPU, OrtOptions
@@ -144,6 +144,24 @@ def test_verification_refuses_a_wrong_one(
     monkeypatch.setattr(cuda_graphs, "take_cuda_form", wrong)
     with pytest.raises(VerificationError, match=r"vision\.cuda\.onnx.* vision\.onnx"):
         export_vit(tmp_path, TINY.vision, "fp32", verify="auto")
+
+
+@pytest.mark.slow
+def test_patches_are_compared_where_blocks_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvl_edge.compiler.steps.verify.MAX_WHOLE_NBYTES", 0)
+    export_vit(tmp_path / "sound", TINY.vision, "fp32", verify="auto")
+
+    def wrong(graph: ir.Graph, node: ir.Node) -> bool:
+        is_done = take_patches(graph, node)
+        turned = next(one for one in graph if one.op_type == "Transpose")
+        turned.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 4, 1, 5, 3])
+        return is_done
+
+    monkeypatch.setattr("internvl_edge.export.graph.cuda.tower.take_patches", wrong)
+    with pytest.raises(VerificationError, match=r"vision\.cuda\.onnx, block 0"):
+        export_vit(tmp_path / "wrong", TINY.vision, "fp32", verify="auto")
 
 
 def test_quantized_and_float16_graphs_have_none(tmp_path: Path) -> None:

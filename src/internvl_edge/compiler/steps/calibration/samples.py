@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_TEMPLATE = "internvl2_5"  # where a checkpoint names none
 DESCRIBE = "Please describe the image shortly."  # as model cards do
-MAX_CHAT_LENGTH = 256  # tokens of a conversation; an image in it is one
+MAX_CHAT_LENGTH = 128  # tokens of a conversation after its last image
 BATCH = 8  # samples that flow through the blocks together
 
 
@@ -109,7 +109,9 @@ def chat_ids(plan: Plan, calibration: CalibrationSet) -> Array:
         spelled = [Turn(question=question, answer=answer) for question, answer in turns]
         pieces = conversation(template, spelled, config.chat.system)
         places = [1] * sum(question.count(IMAGE) for question, _ in turns)
-        rows.append(tokenizer.encode(pieces, places, template)[:MAX_CHAT_LENGTH])
+        row = tokenizer.encode(pieces, places, template)
+        last = max((at for at, i in enumerate(row) if i == PLACE), default=0)
+        rows.append(row[: last + 1 + MAX_CHAT_LENGTH])
     ids = np.full((len(rows), max(map(len, rows))), NO_TOKEN, np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
