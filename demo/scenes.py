@@ -33,7 +33,7 @@ from internvl_edge.demo.language import (
     random_question,
 )
 from internvl_edge.errors import MissingDependency
-from internvl_edge.quantize.calibration.images import CalibrationSet
+from internvl_edge.quantize.calibration.images import CalibrationSet, Turns
 
 CANVAS = 48  # pixels, both ways
 CALIBRATION_TURNS = 3  # of a conversation
@@ -222,7 +222,7 @@ def chat_calibration_set(count: int, seed: int) -> CalibrationSet:
     """Draw what the chat demo is calibrated on: conversations about one image and two in turns."""
     chosen = [scene("train", seed, i) for i in range(count)]
     rng = np.random.default_rng((seed, count))
-    conversations, first = [], 0
+    conversations, first = list[Turns](), 0
     while first < count:
         number = 2 if len(conversations) % 2 and first + 1 < count else 1
         truths = [s.truth for s in chosen[first : first + number]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from internvl_edge import load
 from internvl_edge.cli import run
-from internvl_edge.demo import evaluate, language, scenes
+from internvl_edge.demo import bundled, evaluate, language, scenes
 from internvl_edge.demo.dialogues import FOLLOW_UP, Dialogue, about_one, about_two
 from internvl_edge.demo.training import talk
 from internvl_edge.demo.training.batches import IGNORED
@@ -151,3 +151,15 @@ def test_the_bundled_model_talks(tmp_path: Path) -> None:
     assert run([*command, "-q"]) == 0
     with load(tmp_path / "out") as model:
         assert evaluate.dialogue_accuracy(model, 20) > 0.65
+
+
+def test_the_chat_demo_is_calibrated_on_conversations() -> None:
+    draw = scenes.samples_of(bundled("demo-chat"))
+    assert draw is scenes.chat_calibration_set
+    assert scenes.samples_of(bundled("demo")) is scenes.samples_of(None) is scenes.calibration_set
+    assert scenes.samples_of(Path("elsewhere")) is None
+    drawn = draw(7, 3)
+    about = [turns[0][0].count("<image>") for turns in drawn.conversations]
+    assert about == [1, 2, 1, 2, 1], "every image in a conversation"
+    assert all("<image>" not in question for t in drawn.conversations for question, _ in t[1:])
+    assert drawn.digest == draw(7, 3).digest != draw(7, 4).digest

@@ -142,7 +142,7 @@ class _Apart:
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
-        attributes: Mapping[str, object] = {},
+        attributes: Mapping[str, int | float] | None = None,
         outputs: int = 1,
         dtype: ir.DataType | None = None,
     ) -> Sequence[ir.Value]:

@@ -32,7 +32,7 @@ from internvl_edge.export.graph.cuda.decoder import cuda_decoder
 from internvl_edge.export.graph.cuda.tower import CONTRIB, VERSION, take_cuda_form, take_patches
 from internvl_edge.export.synthetic import PRESETS, shrink
 from internvl_edge.export.weights.writer import StoredTensor
-from internvl_edge.quantize.graph.qdq import QuantizedLinear, insert_qdq
+from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
 
 HERE = Path(__file__).parent
 PACKAGES = ("onnxruntime-gpu==1.31.1", "nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*")
@@ -147,7 +147,7 @@ def traced(config: CheckpointConfig, component: str, base: str, capacity: int | 
 
 
 def hollow(model: ir.Model, folder: Path) -> None:
-    """Bind a graph to weights that are a file of holes."""
+    """Bind a graph to weights that are a file of holes, and to scales of one."""
     stored, end = {}, 0
     for name, value in model.graph.initializers.items():
         if value.const_value is None and value.shape is not None:
@@ -167,6 +167,11 @@ def hollow(model: ir.Model, folder: Path) -> None:
     bind(model, stored, folder)
     with (folder / WEIGHTS).open("ab") as file:
         file.truncate(max(end, file.tell()))
+    with (folder / WEIGHTS).open("r+b") as file:
+        for name, tensor in stored.items():
+            if name.endswith(SCALE_SUFFIX):  # of a decoder, which are read: none may be too small
+                file.seek(tensor.offset)
+                file.write(np.ones(tensor.shape, tensor.dtype).tobytes())
 
 
 def launches_of(graph: Path, site: Path, folder: Path) -> Counter[str]:
