@@ -26,6 +26,7 @@ Rounding = Literal["nearest", "gptq"]
 
 MAX_FILE_NBYTES = 1 << 20
 VISION = "vision_model."  # prefix of the vision tower's parameters
+HEADS = ("qllama.lm_head", "language_model.lm_head")  # products with all of a vocabulary
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {
         "activations": "int8",
@@ -53,6 +54,11 @@ _CHOICES: dict[str, Any] = {
 }
 
 
+def is_head(name: str) -> bool:
+    """Tell whether a linear layer, or its weight, is a language model's vocabulary head."""
+    return name.removesuffix(".weight") in HEADS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """The choices that decide how linear layers are quantized and calibrated."""
@@ -78,6 +84,9 @@ class Recipe:
     correct_bias: bool = False  # subtract the mean error of a linear layer's output from its bias
     # Also both products of the vision tower's attention; fp8 only; see ``calibration.attention``
     attention: Literal["fp8"] | None = None
+    # Of the vocabulary's product, weights alone, an output at a time; None: as it is stored. Where
+    # the token embedding is the head too, it stays as it is
+    head: Literal["int8"] | None = None
     exclude: tuple[str, ...] = ()  # regular expressions; linears with a match keep 16 or 32 bits
     base: Base | None = None  # type of unquantized parts in ONNX Runtime's graphs; None: fp32
     engine_base: EngineBase = "fp16"  # the same in TensorRT's engines
@@ -91,6 +100,7 @@ class Recipe:
             _require_choice(field, getattr(self, field), get_args(_CHOICES[field]))
         _require_choice("activations", self.activations, (None, *get_args(FormatName)))
         _require_choice("base", self.base, (None, *get_args(Base)))
+        _require_choice("head", self.head, (None, "int8"))
         self._check_formats()
         self._check_attention()
         _require(isinstance(self.name, str) and self.name != "", "name", "a name", self.name)
@@ -155,7 +165,10 @@ class Recipe:
 
     def of(self, name: str) -> Recipe:
         """Return the recipe that applies to a linear layer or parameter."""
-        return self if self.language is None or name.startswith(VISION) else self.language
+        own = self if self.language is None or name.startswith(VISION) else self.language
+        if own.head is None or not is_head(name):
+            return own
+        return Recipe(name=own.name, activations=None, weights=own.head, head=own.head)
 
     def excludes(self, linear_name: str) -> bool:
         """Tell whether the linear layer called ``linear_name`` keeps its precision."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,63 @@ def test_a_recipe_file_must_be_of_the_precision(
                 checkpoint=tiny.path, out=tmp_path / "out", precision="int8-wo", recipe=recipe
             )
         )
+
+
+# --- the vocabulary's head ------------------------------------------------------------------------
+
+HEAD = "qllama.lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def with_head(tiny: Written, pictures: Path, tmp_path_factory: Any) -> Artifact:
+    """A decoder whose head is INT8; verified, as everything is that is published."""
+    out = tmp_path_factory.mktemp("head") / "out"
+    return exported(tiny, pictures, out, "int4-wo", components=("decoder",), head="int8")
+
+
+@pytest.mark.slow
+def test_a_head_in_8_bits_is_the_checkpoints_rounded(with_head: Artifact, tiny: Written) -> None:
+    weight = tiny.state[HEAD].numpy()
+    stored = load_file(with_head.path / "weights.safetensors")
+    found = stored[HEAD].T * stored[f"{HEAD}_scale"][:, None]
+    np.testing.assert_array_equal(found, rounded(weight, "int8", 0))
+    assert stored[HEAD].dtype == np.int8
+    assert with_head.manifest.recipe is not None and with_head.manifest.recipe["head"] == "int8"
+    assert f"{HEAD}/DequantizeLinear" in {
+        node.name for node in ir.load(with_head.onnx_path("decoder")).graph
+    }
+
+
+@pytest.mark.slow
+def test_a_wrong_scale_of_a_head_is_caught(
+    with_head: Artifact, tiny: Written, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(with_head.path, copy)
+    tensors = load_file(copy / "weights.safetensors")
+    start = json.loads(header_of(copy))[f"{HEAD}_scale"]["data_offsets"][0]
+    with (copy / "weights.safetensors").open("r+b") as file:
+        file.seek(8 + len(header_of(copy)) + start)
+        file.write((tensors[f"{HEAD}_scale"] * np.float32(1.5)).tobytes())
+    with pytest.raises(VerificationError, match=rf"decoder|{HEAD}: expected scales"):
+        check_decoder(replace(with_head, path=copy), tiny)
+
+
+def header_of(directory: Path) -> bytes:
+    data = (directory / "weights.safetensors").read_bytes()
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+def test_a_head_goes_with_a_precision_that_quantizes(tiny: Written, tmp_path: Path) -> None:
+    options = ExportOptions(checkpoint=tiny.path, out=tmp_path / "out", head="int8")
+    with pytest.raises(UsageError, match="--head int8 goes with a precision that quantizes"):
+        compiler.make_plan(options)
+
+
+def test_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    written = write_vit(tmp_path / "vit")
+    options = ExportOptions(
+        checkpoint=written.path, out=tmp_path / "out", precision="int8", head="int8"
+    )
+    with pytest.raises(UsageError, match="expected a vocabulary head of its own"):
+        compiler.make_plan(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from internvl_edge.errors import InputError, UsageError
 from internvl_edge.quantize.numerics.formats import FORMATS, WEIGHT_FORMATS
 from internvl_edge.quantize.numerics.observers import RANGE_METHODS
 from internvl_edge.quantize.recipe import (
+    HEADS,
     PRESETS,
     FormatName,
     Recipe,
@@ -112,6 +114,8 @@ BAD: list[dict[str, Any]] = [
     {"rotate": 1},
     {"correct_bias": "yes"},
     {"rotation_seed": -1},
+    {"head": "int4"},
+    {"head": True},
     {"exclude": "fc2"},
     {"exclude": [3]},
     {"exclude": ["("]},
@@ -214,3 +218,13 @@ def test_the_recipe_of_the_docs_is_one() -> None:
     found = load_recipe(ROOT / "docs" / "reference" / "recipes" / "demo-auto.json")
     assert len(found.exclude) == 4
     assert dataclasses.replace(found, name="int8", exclude=()) == recipe_for("int8")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_has_a_recipe_of_its_own(name: str) -> None:
+    inner = replace(recipe_for("int4-wo"), head="int8", fold=True, rotate=True)
+    outer = replace(recipe_for("int8"), language=inner)
+    for recipe in (outer.of(name), outer.of(f"{name}.weight")):
+        assert (recipe.weights, recipe.activations, recipe.rounding) == ("int8", None, "nearest")
+    assert outer.of("language_model.model.layers.0.mlp.up_proj") is inner
+    assert replace(outer, language=None).of(name).head is None  # as it is stored

@@ -153,7 +153,7 @@ class _Writer:
             x, stream = self._skip(stream, x, norm, f"{name}.end")
         if decoder.taken:
             x = self._add("Slice", (x, *(self._kept(value) for value in decoder.taken)), "taken")
-        logits = self._product(x, (Linear(weight=decoder.head),), "head")
+        logits = self._product(x, (decoder.head,), "head")
         if logits.dtype != ir.DataType.FLOAT:
             logits = self._add("Cast", (logits,), "logits", to=int(ir.DataType.FLOAT))
         logits.name = "logits"

@@ -69,7 +69,7 @@ class Decoder:
     table: ir.Value | None  # of token embeddings; None: they are the input
     layers: tuple[Layer, ...]
     norm: Norm
-    head: ir.Value  # (V, D)
+    head: Linear  # (V, D), or quantized (D, V)
     taken: tuple[ir.Value, ...]  # of the positions that have logits: first, end and axis, if any
     rope: tuple[ir.Value, ir.Value]  # tables of cos and sin
 
@@ -106,7 +106,7 @@ class _Reader:
 
     def read(self) -> Decoder:
         _require("write_indices" in self._inputs and "logits" in self._outputs)
-        x, head = self._head(self._outputs["logits"])
+        x, head = self._linear(self._outputs["logits"])
         taken: tuple[ir.Value, ...] = ()
         if self._is(x, "Slice"):
             x, *bounds = _given(self._node(x, "Slice"), 4)
@@ -234,12 +234,6 @@ class _Reader:
             _require(_attribute(node, "axis") == 1 and weight.dtype == ir.DataType.INT8)
             _require(shape_of(scale) == (columns,) and rows % BLOCKS[-1] == 0)
         return x, Linear(weight=weight, scale=scale, block=block)
-
-    def _head(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Read the vocabulary's product, which is never quantized."""
-        x, linear = self._linear(logits)
-        _require(linear.scale is None)
-        return x, linear.weight
 
     def _norm(self, value: ir.Value) -> tuple[Norm, ir.Value]:
         node = self._node(value, "RMSNormalization", axis=-1, stash_type=1)

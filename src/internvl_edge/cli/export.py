@@ -99,6 +99,12 @@ EXPECT_FUSED = "Refuse an engine that lost fused attention or 8-bit products; in
 )
 @click.option("--recipe", type=DIRECTORY, help="Quantization recipe (JSON).")
 @click.option(
+    "--head",
+    type=one_of("int8"),
+    help="Also quantize the vocabulary's product, the largest weight of a small language model: "
+    "int8, its inputs are not rounded. Default: as stored.",
+)
+@click.option(
     "--min-sqnr",
     type=click.FloatRange(0.0),
     help="Refuse a component below so many dB compared with PyTorch; default: say how many.",

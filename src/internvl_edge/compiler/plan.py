@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from internvl_edge.export.precision import QUANTIZED
 from internvl_edge.export.weights.link import Transfer
 from internvl_edge.quantize.calibration.images import CalibrationSet
 from internvl_edge.quantize.fold import source_of, without_layer_scale
-from internvl_edge.quantize.recipe import Recipe, load_recipe
+from internvl_edge.quantize.recipe import Recipe, is_head, load_recipe
 from internvl_edge.runtime.images.transform import MAX_SIZE, Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class ExportOptions:
     min_sqnr: float | None = None  # dB that every component must keep; None: any
     max_drop: float | None = None  # of the worst row's cosine; None: any
     recipe: Path | Recipe | None = None
+    head: Literal["int8"] | None = None  # of the vocabulary's product; None: as the recipe says
     memory_budget: int | None = None  # bytes resident; None: what the machine has
     force: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)  # text files to publish along
@@ -132,7 +133,7 @@ def make_plan(options: ExportOptions) -> Plan:
         require_choice("layout", options.layout, LAYOUTS)
     check_parent(options.out)
     check_out(options.out, force=options.force)
-    recipe = _recipe(options, default)
+    recipe = _with_head(options, _recipe(options, default))
     _check_bounds(options)
     if options.calibration is not None and not options.calibration.is_dir():
         raise CalibrationError(f"{options.calibration}: expected a folder of images")
@@ -155,6 +156,7 @@ def make_plan(options: ExportOptions) -> Plan:
     readers = [name for name in components if COMPONENTS[name].reads_text]
     check_side_files(checkpoint.path, checkpoint.config, readers)
     _require_layers(options.precision, recipe, checkpoint)
+    _require_head(options, checkpoint)
     if options.recipe is not None and recipe is not None:
         _warn_of_patterns(recipe, checkpoint)
     return Plan(
@@ -212,6 +214,15 @@ def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoin
         raise UsageError(
             f"--precision {precision}: expected linear layers to quantize, found none; "
             f"{checkpoint.path} has no such tower, or the recipe excludes all of it"
+        )
+
+
+def _require_head(options: ExportOptions, checkpoint: Checkpoint) -> None:
+    """Refuse to quantize a vocabulary head that is not there, or is the token embedding too."""
+    if options.head is not None and not any(map(is_head, checkpoint.tensors)):
+        raise UsageError(
+            f"--head {options.head}: expected a vocabulary head of its own in {checkpoint.path}, "
+            "found none; leave --head out"
         )
 
 
@@ -301,6 +312,19 @@ def _recipe(options: ExportOptions, default: Recipe | None) -> Recipe | None:
             f"says {_formats(default)}"
         )
     return recipe
+
+
+def _with_head(options: ExportOptions, recipe: Recipe | None) -> Recipe | None:
+    """Let a recipe quantize the vocabulary head too, where the options say so."""
+    if options.head is None:
+        return recipe
+    if recipe is None:
+        raise UsageError(
+            f"--head {options.head} goes with a precision that quantizes, --precision "
+            f"{options.precision} does not; use {', '.join(QUANTIZED)}"
+        )
+    language = recipe.language and replace(recipe.language, head=options.head)
+    return replace(recipe, head=options.head, language=language)
 
 
 def _formats(recipe: Recipe) -> str:

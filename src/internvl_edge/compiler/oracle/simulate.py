@@ -39,7 +39,7 @@ from internvl_edge.quantize.calibration.attention import scales_by_attention
 from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.statistics import LayerStatistics, read_statistics
-from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.recipe import Recipe, is_head
 from internvl_edge.types import Array
 
 STORED_SUFFIXES = (".bias", ".shift", ".spread")  # of parameters that calibration sets
@@ -105,7 +105,8 @@ class Quantization:
             stored={
                 name: entry.read()
                 for name, entry in entries.items()
-                if ".layers." in name and name.endswith(SET_BY_CALIBRATION)
+                if _may_be_quantized(name.removesuffix(SCALE_SUFFIX))
+                and name.endswith(SET_BY_CALIBRATION)
             },
             source=source,
             statistics=read_statistics(directory, listed),
@@ -132,7 +133,7 @@ class Quantization:
         with ExitStack() as stack, torch.no_grad():
             for name, parameter in parameters.items():
                 is_stored = name in stored and name.endswith(STORED_SUFFIXES)
-                if is_stored or (name.removesuffix(".weight") != name and ".layers." in name):
+                if is_stored or (name.endswith(".weight") and _may_be_quantized(name)):
                     stack.callback(_restore, parameter, parameter.clone())
                 if is_stored:
                     parameter.copy_(torch.from_numpy(np.array(stored[name], np.float32)))
@@ -162,6 +163,10 @@ class Quantization:
                     hook = rounded_attention(attention)
                     stack.callback(core.register_forward_hook(hook).remove)
             yield
+
+
+def _may_be_quantized(name: str) -> bool:
+    return ".layers." in name or is_head(name)
 
 
 def _restore(parameter: Tensor, values: Tensor) -> None:

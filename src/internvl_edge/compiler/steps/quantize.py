@@ -9,6 +9,7 @@ from internvl_edge.compiler.oracle.simulate import write_scales
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.steps.calibration.blocks import quantize_blocks
 from internvl_edge.compiler.steps.calibration.cost import cost_of_calibration
+from internvl_edge.compiler.steps.calibration.heads import quantize_heads
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import copy_rest, cost_of_writing, require_as_planned
 from internvl_edge.compiler.weights.plan import WeightsPlan
@@ -53,6 +54,7 @@ def quantize_weights(
     path = work.weights
     with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
         activations = quantize_blocks(plan, writer, build)
+        quantize_heads(plan, weights, writer, build, activations)
         rest = {name: layout[name][0] for name in writer.pending}
         copy_rest(plan, writer, rest, build.report)
     return writer.stored, activations

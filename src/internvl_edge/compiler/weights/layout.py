@@ -29,7 +29,7 @@ from internvl_edge.quantize.calibration.block import is_quantized
 from internvl_edge.quantize.calibration.folding import SMOOTHING_SUFFIX
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.weights import stored_layout
-from internvl_edge.quantize.recipe import Recipe
+from internvl_edge.quantize.recipe import Recipe, is_head
 
 CHAT_TOKENS = "language_model.model.embed_tokens.weight"
 TOWERS = tuple(f"{prefix}." for prefix in PREFIXES)
@@ -81,14 +81,20 @@ def shape_of(plan: Plan, name: str) -> tuple[int, ...]:
     return plan.source.tensors[name].shape
 
 
+def has_quantized_head(recipe: Recipe, name: str) -> bool:
+    """Tell whether a parameter is the weight of a vocabulary head that a recipe quantizes."""
+    return is_head(name) and recipe.of(name).head is not None
+
+
 def quantized_layers(checkpoint: Checkpoint, recipe: Recipe, needed: Iterable[str]) -> list[str]:
-    """List the weights that a recipe puts into 8 bits: the towers' linear layers."""
+    """List the weights that a recipe puts into few bits: the towers' linear layers, and heads."""
     prefixes = tuple(f"{prefix}." for prefix in PREFIXES)
     layers = []
     for name in needed:
         shape = checkpoint.tensors[name].shape
         layer = name.removesuffix(".weight")
-        is_linear = name.startswith(prefixes) and layer != name and len(shape) == 2
+        is_inside = name.startswith(prefixes) or has_quantized_head(recipe, name)
+        is_linear = is_inside and layer != name and len(shape) == 2
         if is_linear and is_quantized(recipe, layer, shape[1], shape[0]):
             layers.append(name)
     return layers

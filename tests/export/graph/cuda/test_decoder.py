@@ -27,6 +27,7 @@ from internvl_edge.types import Array
 pytestmark = pytest.mark.slow
 
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+HEAD = ", int8 head"
 CAPACITY, FIRST, PROMPT, TOKENS = 40, 5, 7, 4
 # How their layers differ: heads of queries alone; grouped; biases; norms of heads; a tied head.
 KINDS: dict[str, dict[str, Any]] = {
@@ -46,6 +47,8 @@ def export(root: Path, kind: str, precision: str, **more: Any) -> Path:
         write_family(checkpoint, kind, language=KINDS[kind])
     component = "decoder" if kind == "qllama" else "chat_decoder"
     options = {"components": (component,), "cache_capacity": CAPACITY, "verify": "none"} | more
+    if precision.endswith(HEAD):
+        precision, options["head"] = precision.removesuffix(HEAD), "int8"
     compiler.export(ExportOptions(checkpoint=checkpoint, out=out, precision=precision, **options))
     return out / f"{component}.onnx"
 
@@ -117,6 +120,7 @@ CASES = [
     pytest.param("qllama", "fp32", id="qllama", marks=pytest.mark.slow),
     pytest.param("qllama", "int8-wo", id="qllama-int8", marks=pytest.mark.slow),
     pytest.param("qwen2", "int4-wo", id="qwen2-int4", marks=pytest.mark.slow),
+    pytest.param("llama", f"int4-wo{HEAD}", id="llama-int8-head", marks=pytest.mark.slow),
 ]
 
 
