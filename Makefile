@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-faults test-optimum test-ray test-triton check check-deploy format lock bench-bulk bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
+.PHONY: install demo test test-fast test-faults test-optimum test-ray test-triton check check-deploy format lock bench-bulk bench-answers bench-decode bench-demo bench-fullsize bench-language bench-quant bench-runtime bench-serve docs gpu-census gpu-check serve clean
 
 install: $(VENV)/.installed
 
@@ -131,6 +131,11 @@ bench-quant: install
 
 bench-language: install
 	$(BIN)/python benchmarks/language.py $(FLAGS)
+
+# On a quiet machine; llama.cpp and OpenVINO join where llama-cpp-python and gguf, openvino and nncf
+# are installed. FLAGS="--work DIR" keeps the files, "--only int4-wo" and "--layers 2" are less
+bench-answers: install
+	$(BIN)/python benchmarks/answers.py $(FLAGS)
 
 # On a quiet machine; FLAGS="--layers 2" for less
 bench-decode: install

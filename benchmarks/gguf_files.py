@@ -1,0 +1,153 @@
+"""A chat checkpoint as llama.cpp's files: the language model, and the tower with its projector.
+
+Two files of the layout that llama.cpp's own converter gives InternVL checkpoints, for Qwen2
+language models and 300M towers. The vocabulary is made up: bytes, and numbers for the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from internvl_edge.export.checkpoint.load import read_torch
+from internvl_edge.types import Array
+
+TYPES = {"Q8_0": Type.Q8_0, "Q4_0": Type.Q4_0}
+LANGUAGE = "language_model."
+LANGUAGE_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+VISION_NAMES = {
+    "vision_model.embeddings.class_embedding": "v.class_embd",
+    "vision_model.embeddings.position_embedding": "v.position_embd.weight",
+    "vision_model.embeddings.patch_embedding": "v.patch_embd",
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "ls1": "ls1.weight",
+    "ls2": "ls2.weight",
+    "attn.proj": "attn_out",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # that stand for themselves
+
+
+def write_language(checkpoint: Path, path: Path, kind: str) -> None:
+    """Write the language model, its matrices quantized to ``kind``.
+
+    The vocabulary's product is Q8_0 in both kinds: llama.cpp gives it 6 bits in blocks of 256
+    where ``kind`` is Q4_0, or 8 bits where 256 does not divide its inputs, as here.
+    """
+    source = open_checkpoint(checkpoint)
+    assert source.config.chat is not None and source.config.chat.llama is not None
+    llama = source.config.chat.llama
+    writer = gguf.GGUFWriter(str(path), "qwen2")
+    writer.add_context_length(llama.max_position_embeddings)
+    writer.add_embedding_length(llama.hidden_size)
+    writer.add_block_count(llama.num_hidden_layers)
+    writer.add_feed_forward_length(llama.intermediate_size)
+    writer.add_head_count(llama.num_attention_heads)
+    writer.add_head_count_kv(llama.num_key_value_heads)
+    writer.add_rope_freq_base(llama.rope_theta)
+    writer.add_layer_norm_rms_eps(llama.rms_norm_eps)
+    _add_vocabulary(writer, llama.vocab_size)
+    for name in source.tensors:
+        if name.startswith(LANGUAGE):
+            stem, _, leaf = name.removeprefix(LANGUAGE).rpartition(".")
+            new = f"{_in_block(stem, 'model.layers.', 'blk.', LANGUAGE_NAMES)}.{leaf}"
+            _add(writer, new, _read(source, name), "Q8_0" if stem == "lm_head" else kind)
+    _finish(writer)
+
+
+def write_vision(checkpoint: Path, path: Path, kind: str) -> None:
+    """Write the vision tower and its projector, their matrices quantized to ``kind``."""
+    source = open_checkpoint(checkpoint)
+    config, chat = source.config.vision, source.config.chat
+    assert chat is not None
+    writer = gguf.GGUFWriter(str(path), "clip")
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("internvl")
+    writer.add_vision_image_size(config.image_size)
+    writer.add_vision_patch_size(config.patch_size)
+    writer.add_vision_embedding_length(config.hidden_size)
+    writer.add_vision_feed_forward_length(config.intermediate_size)
+    writer.add_vision_block_count(config.num_hidden_layers)
+    writer.add_vision_head_count(config.num_attention_heads)
+    writer.add_vision_projection_dim(chat.language_width)
+    writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
+    writer.add_vision_use_gelu(True)
+    writer.add_vision_projector_scale_factor(chat.shuffle)
+    writer.add_vision_image_mean([0.485, 0.456, 0.406])
+    writer.add_vision_image_std([0.229, 0.224, 0.225])
+    for name in source.tensors:
+        if name.startswith("mlp1."):
+            kept = "F32" if name.startswith("mlp1.0.") else kind
+            _add(writer, name.replace("mlp1.", "mm.model.mlp."), _read(source, name), kept)
+        elif ".attn.qkv." in name:
+            block = _in_block(name, "vision_model.encoder.layers.", "v.blk.", {})
+            for part, values in zip("qkv", np.split(_read(source, name), 3), strict=True):
+                _add(writer, block.replace(".attn.qkv.", f".attn_{part}."), values, kind)
+        elif name.startswith("vision_model."):
+            stem, _, leaf = name.rpartition(".")
+            stem, leaf = (name, "") if leaf not in ("weight", "bias") else (stem, f".{leaf}")
+            new = _in_block(stem, "vision_model.encoder.layers.", "v.blk.", VISION_NAMES)
+            kept = kind if ".blk." in new else "F32"
+            _add(writer, new + leaf, np.squeeze(_read(source, name)), kept)
+    _finish(writer)
+
+
+def _add_vocabulary(writer: Any, size: int) -> None:
+    """Add a byte-level vocabulary: every byte, the marks of an image, and numbers."""
+    shifted = [byte for byte in range(256) if byte not in BYTES]
+    letters = [*map(chr, BYTES), *(chr(256 + i) for i in range(len(shifted)))]
+    tokens = [*letters, "<img>", "</img>", *(f"[{i}]" for i in range(size))][:size]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * size)  # each a normal one
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+
+
+def _in_block(name: str, prefix: str, new: str, names: dict[str, str]) -> str:
+    """Rename a tensor, or one inside a block."""
+    match = re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(.*)", name)
+    return names[name] if match is None else f"{new}{match[1]}.{names.get(match[2], match[2])}"
+
+
+def _read(source: Checkpoint, name: str) -> Array:
+    values: Array = read_torch(source, name).numpy()
+    return values
+
+
+def _add(writer: Any, name: str, values: Array, kind: str) -> None:
+    """Add a tensor: a matrix as ``kind`` says, others in float32."""
+    quantized = TYPES.get(kind) if values.ndim == 2 else None
+    if quantized is None:
+        writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
+    else:
+        writer.add_tensor(name, gguf.quants.quantize(values, quantized), raw_dtype=quantized)
+
+
+def _finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
