@@ -211,13 +211,13 @@ class Slots:
         """Free rows, give them away, and wait where nothing is to be done; False: it is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._order or self._queue or self._is_closed)
-            for answer in list(self._order):
-                if answer.is_over:
-                    self._end(answer)
-            if self._is_closed:
-                closed = UsageError("the model was closed before the answer ended")
-                for answer in list(self._order):
-                    self._end(answer, closed)
+            is_closed = self._is_closed
+        closed = UsageError("the model was closed before the answer ended") if is_closed else None
+        for answer in list(self._order):  # without the lock: a cache that is kept is copied
+            if answer.is_over or is_closed:
+                self._end(answer, None if answer.is_over else closed)
+        with self._changed:
+            if is_closed:
                 while self._queue:
                     self._queue.popleft().tokens.put(closed)
                 return False

@@ -289,6 +289,26 @@ def test_broken_images_are_each_callers_own(model: Model, alone: Model) -> None:
                 assert job.result() == expected
 
 
+def test_nobody_waits_for_a_cache_to_be_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeping, kept = threading.Event(), threading.Event()
+
+    def keep(*_: Any) -> None:
+        keeping.set()
+        assert kept.wait(20)
+
+    monkeypatch.setattr(model.components.answers.prefixes, "keep", keep)
+    stream = model.chat_stream(None, "why", max_new_tokens=250, stop_ids=())
+    next(stream)
+    stream.close()
+    assert keeping.wait(20)
+    lock = slots_of(model)._changed
+    try:
+        assert lock.acquire(timeout=5)  # as whoever asks next does
+        lock.release()
+    finally:
+        kept.set()
+
+
 def test_closing_under_load_ends_every_answer(out: Path) -> None:
     model = load(out, answers=AnswerOptions(slots=2))
     streams = [model.chat_stream(None, "why", max_new_tokens=250, stop_ids=()) for _ in range(4)]
