@@ -68,13 +68,18 @@ def test_the_command_writes_json_and_markdown(
     options = ["--prompt", "4", "--answer", "3", "--callers", "2", "--seconds", "0", "--tiles", "0"]
     file = tmp_path / "table.md"
     command = ["benchmark", str(outs / "chat-out"), "--task", "chat", *options]
-    assert run([*command, "--markdown", str(file), "--json"]) == 0
+    report = tmp_path / "report.html"
+    assert run([*command, "--markdown", str(file), "--report", str(report), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     (figures,) = told["results"]
     assert (told["task"], figures["callers"], told["load"]["tiles"]) == ("chat", 2, 0)
     assert figures["inter_token_latency"]["unit"] == "ms"
     head, _, row, *_ = file.read_text().splitlines()
     assert head.count("|") == row.count("|") == len(COLUMNS) + 1
+    drawn = report.read_text()
+    for waits in ("first token", "first token of the next turn", "prefill", "next token"):
+        assert f"chat-out, callers 2: {waits}: min " in drawn
+    assert "answers of 3 tokens" in drawn
 
 
 @pytest.mark.parametrize(

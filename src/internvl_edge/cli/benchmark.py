@@ -45,7 +45,7 @@ OF_CHAT = ("tiles", "prompt", "answer", "callers", "slots")  # options of that t
 # And of the other one.
 OF_COMPONENTS = (
     *("against", "checkpoint", "scenario", "streams", "p99_ms", "components", "image", "batch"),
-    *("roofline", "memory", "report", "forecast_gpu"),
+    *("roofline", "memory", "forecast_gpu"),
 )
 STREAMS = 2  # calls at once, unless asked otherwise
 
@@ -216,7 +216,8 @@ def benchmark(
             seconds=seconds,
         )
         options = session_options(backend, threads, allow_slow=allow_slow)
-        _time_chats(output, outs, load, backend, require_device(device), options, markdown)
+        device = require_device(device)
+        _time_chats(output, outs, load, backend, device, options, markdown, report)
         return
     if isinstance(against, Path):
         outs, against = (*outs, against), None
@@ -275,15 +276,30 @@ def _time_chats(
     device: str,
     options: OrtOptions | None,
     markdown: Path | None,
+    report: Path | None,
 ) -> None:
     """Time conversations, and show them."""
+    artifacts = open_artifacts(outs)
     if (warning := load_warning()) is not None:
         output.say(warning)
-    chats = chat.run_chats(open_artifacts(outs), load, backend, device, options)
+    chats = chat.run_chats(artifacts, load, backend, device, options)
     output.table(chat.COLUMNS, chat.rows_of(chats))
     output.lines([chat.load_words(load)])
     if markdown is not None:
         write_atomically(markdown, chat.markdown(chats).encode())
+    if report is not None:
+        from internvl_edge.compiler.report.report import chat_figures, report_with
+
+        first = next(iter(artifacts.values()))
+        figures = chat_figures(
+            chats.to_json(),
+            columns=chat.COLUMNS,
+            rows=chat.rows_of(chats),
+            load=chat.load_words(load),
+            environment=table.environment_words(chats.environment),
+        )
+        drawn = report_with(first.path, first.manifest, speed=figures)
+        write_atomically(report, drawn.encode())
     output.result(chats.to_json())
 
 

@@ -122,7 +122,9 @@ def test_a_component_above_the_peaks() -> None:
 
 
 def test_latencies_share_a_logarithmic_axis() -> None:
-    plot = latency_plot([result("a").to_json(), result("b", scale=10.0).to_json()])
+    plot = latency_plot(
+        [(n, result(n, scale=s).to_json()["latency"]) for n, s in (("a", 1.0), ("b", 10.0))]
+    )
     a, b = plot.rows
     assert a.fastest < a.p50 < a.p90 < a.p99
     decade = plot.ticks[1][0] - plot.ticks[0][0]

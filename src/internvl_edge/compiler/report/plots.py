@@ -278,14 +278,17 @@ class LatencyPlot:
     rows: tuple[LatencyRow, ...]
 
 
-def latency_plot(results: Sequence[Mapping[str, Any]]) -> LatencyPlot:
-    """Draw a row for each result: from the fastest call to p99, p50 to p90 marked."""
-    values = [result["latency"][name] for result in results for name in ("min", "p99")]
+def measurement_name(result: Mapping[str, Any]) -> str:
+    """Name what a measurement is of."""
+    return f"{result['out']} {result['component']}, batch {result['batch_size']}"
+
+
+def latency_plot(latencies: Sequence[tuple[str, Mapping[str, Any]]]) -> LatencyPlot:
+    """Draw a row for each (name, distribution): from the fastest to p99, p50 to p90 marked."""
+    values = [latency[name] for _, latency in latencies for name in ("min", "p99")]
     x, ticks = _log_axis(values, LATENCY_LEFT, WIDTH - MARGIN)
     rows = []
-    for i, result in enumerate(results):
-        latency = result["latency"]
-        name = f"{result['out']} {result['component']}, batch {result['batch_size']}"
+    for i, (name, latency) in enumerate(latencies):
         figures = ", ".join(f"{key} {latency[key]:.3g} ms" for key in ("min", "p50", "p90", "p99"))
         rows.append(
             LatencyRow(
@@ -300,7 +303,7 @@ def latency_plot(results: Sequence[Mapping[str, Any]]) -> LatencyPlot:
         )
     return LatencyPlot(
         width=WIDTH,
-        height=AXIS_HEIGHT + len(results) * ROW_HEIGHT + 4,
+        height=AXIS_HEIGHT + len(latencies) * ROW_HEIGHT + 4,
         left=LATENCY_LEFT,
         ticks=tuple((x(value), f"{value:g} ms") for value in ticks),
         rows=tuple(rows),
@@ -330,7 +333,7 @@ def roofline_plot(
         roofline = result.get("roofline")
         if roofline is not None and roofline["operations"]:
             per_s = roofline["operations"] / (result["latency"]["p50"] / 1e3)
-            name = f"{result['out']} {result['component']}, batch {result['batch_size']}"
+            name = measurement_name(result)
             points.append((roofline["intensity"], per_s, name))
     operations = peaks["operations"]
     if not points or not operations:

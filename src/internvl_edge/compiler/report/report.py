@@ -32,6 +32,7 @@ from internvl_edge.compiler.report.plots import (
     heat_map,
     latency_plot,
     legend,
+    measurement_name,
     range_plots,
     read_frontier,
     roofline_plot,
@@ -55,6 +56,13 @@ ORDER = (  # of a block's layers, as it runs them
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 WORST = 5  # layers that are listed
+WAITS = {  # of somebody who chats
+    "time_to_first_token": "first token",
+    "time_to_first_token_of_next_turn": "first token of the next turn",
+    "vision": "vision",
+    "prefill": "prefill",
+    "inter_token_latency": "next token",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,8 +210,33 @@ def speed_figures(
         rows=tuple(map(tuple, rows)),
         ratios=tuple(ratios),
         environment=tuple(environment.items()),
-        latencies=latency_plot(results),
+        latencies=latency_plot([(measurement_name(one), one["latency"]) for one in results]),
         roofline=roofline_plot(results, answer["peaks"]) if answer["peaks"] else None,
+    )
+
+
+def chat_figures(
+    answer: Mapping[str, Any],
+    *,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    load: str,
+    environment: Mapping[str, str],
+) -> SpeedFigures:
+    """Draw what ``benchmark --task chat --json`` prints, and keep the texts of its table."""
+    latencies = [
+        (f"{one['out']}, callers {one['callers']}: {words}", one[key])
+        for one in answer["results"]
+        for key, words in WAITS.items()
+        if key in one
+    ]
+    return SpeedFigures(
+        columns=tuple(columns),
+        rows=tuple(map(tuple, rows)),
+        ratios=(load,),
+        environment=tuple(environment.items()),
+        latencies=latency_plot(latencies),
+        roofline=None,
     )
 
 
