@@ -1,13 +1,19 @@
-"""A decoder's cache: handed through the host as arrays, or left on the device between steps."""
+"""A decoder's cache: handed through the host as arrays, or left on the device between steps.
+
+**Long prompts** are read in pieces. Attention of T tokens to P positions holds T · P scores for
+every head: 15 GB for a prompt of 16,384 tokens and 14 heads. A piece of ``PIECE`` tokens holds few,
+and does not compute the scores of those after it, half of a prompt's, which the mask leaves out.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from internvl_edge.files.memory import available_memory
 from internvl_edge.runtime.feeds import LOGITS_FROM, POSITIONS, WRITE_INDICES, numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import (
     MASK,
@@ -23,6 +29,9 @@ from internvl_edge.types import Array
 Embed = Callable[[Array], Array]  # ids [B,T] → embeddings float32 [B,T,D]
 NO_MASK = np.ones((1, 0), np.int64)
 LAST = np.full(1, -1)  # position, whose logits alone a prompt needs
+PIECE, LEAST = 512, 64  # tokens of a prompt at a time: so many, or fewer where memory is short
+SHARE = 8  # of the memory that is free, one part in so many for a piece's scores
+SCORE_NBYTES = 12  # float32, its softmax and its place in the mask
 
 
 def start(
@@ -81,6 +90,31 @@ class _Layout:
         if self._capacity is not None:
             where = positions_of(mask, first, self._capacity)
         return {**tokens, "position_ids": positions, **where}
+
+    def pieces(
+        self, feeds: Mapping[str, Array], mask: Array, size: int
+    ) -> Iterator[dict[str, Array]]:
+        """Divide the feeds of tokens that a mask [B,P+T] goes with, ``size`` of them at a time."""
+        length = feeds[POSITIONS].shape[1]
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            piece = {
+                n: v if n in (MASK, WRITE_INDICES) else v[:, start:end] for n, v in feeds.items()
+            }
+            if self.is_in_place:
+                piece[WRITE_INDICES] = feeds[WRITE_INDICES] + start
+            else:
+                piece[MASK] = np.ascontiguousarray(mask[:, : mask.shape[1] - length + end])
+            yield {name: np.ascontiguousarray(values) for name, values in piece.items()}
+
+    def piece_size(self, rows: int, positions: int) -> int:
+        """Choose how many tokens of a prompt to read at a time, by the memory that is free."""
+        key = next(spec for name, spec in self._inputs.items() if name.startswith(PAST))
+        heads, width = int(key.shape[1]), int(key.shape[3])
+        if "inputs_embeds" in self._inputs:  # keys and values may be of fewer heads than queries
+            heads = max(heads, int(self._inputs["inputs_embeds"].shape[2]) // width)
+        room = available_memory() // SHARE // (SCORE_NBYTES * rows * heads * positions)
+        return max(LEAST, min(PIECE, room // LEAST * LEAST))
 
 
 def _seen(mask: Array, count: int) -> slice | Array:
@@ -143,10 +177,18 @@ class DeviceDecoding:
         self._mask = NO_MASK  # of the last call
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        feeds = self._layout.feeds(ids, mask, positions)
-        if ids.shape[1] > 1 and LOGITS_FROM in self._session.optional:
-            feeds[LOGITS_FROM] = LAST
-        return self._run(ids, mask, feeds)[:, -1]
+        feeds, length = self._layout.feeds(ids, mask, positions), ids.shape[1]
+        if length == 1 or LOGITS_FROM not in self._session.optional:
+            return self._run(ids, mask, feeds)[:, -1]
+        size = length
+        if length > LEAST and self._session.pads:
+            size = self._layout.piece_size(len(ids), mask.shape[1])
+        end = mask.shape[1] - length
+        for piece in self._layout.pieces(feeds, mask, size):
+            some = piece[POSITIONS].shape[1]
+            end += some
+            logits = self._run(ids[:, :some], mask[:, :end], {**piece, LOGITS_FROM: LAST})
+        return logits[:, -1]
 
     def run_all(self, ids: Array, mask: Array, positions: Array) -> Array:
         return self._run(ids, mask, self._layout.feeds(ids, mask, positions))
