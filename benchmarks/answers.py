@@ -229,8 +229,12 @@ def opened(names: Sequence[str], work: Path, threads: int) -> Iterator[list[Proc
 def measured(names: Sequence[str], work: Path, args: Any) -> dict[str, dict[str, Any]]:
     """Let each contender do everything once a round, and one round more for warming up."""
     samples: dict[str, dict[str, list[Any]]] = {name: {} for name in names}
+    begun = time.monotonic()
     with opened(names, work, args.threads) as processes:
         for number in range(args.rounds + 1):
+            if number > 1 and time.monotonic() - begun > 60 * args.minutes:
+                say(f"{args.minutes:g} minutes are over after {number - 1} round(s)")
+                break
             start = number % len(processes)
             for process in (*processes[start:], *processes[:start]):
                 time.sleep(SETTLE_S)
@@ -313,7 +317,7 @@ def run(args: Any, work: Path) -> None:
         "command": " ".join(["python", *sys.argv]),
         "preset": PRESET,
         "layers": args.layers,
-        "rounds": args.rounds,
+        "rounds": args.rounds,  # at most; samples say how many
         "threads": args.threads,
         "results": measured(names, work, args),
         "skipped": skipped,
@@ -328,6 +332,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep checkpoint and files here")
     parser.add_argument("--only", nargs="+", choices=[*CONTENDERS], metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no round after these")
     parser.add_argument("--layers", type=int, help="keep the widths, take fewer layers")
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--json", type=Path, default=RESULTS)

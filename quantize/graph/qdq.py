@@ -25,7 +25,8 @@ fusion breaks INT8.
 Placement follows the vendor's rules:
 - both inputs of each GEMM carry a pair, outputs never do (the residual stream stays 16/32-bit);
 - readers of one tensor, such as q, k and v after a norm, share one pair, so that the
-  quantization can fuse into the norm's epilogue;
+  quantization can fuse into the norm's epilogue; but in INT8 graphs of float32, which ONNX Runtime
+  runs: its kernels take unsigned activations, and it turns a pair unsigned that has one reader;
 - scales are symmetric, and numbers that bfloat16 holds (``numerics.formats``);
 - GEMMs with K or N below 16, patch embedding, pools and heads stay as they are.
 
@@ -86,7 +87,7 @@ def insert_qdq(model: ir.Model, linears: Mapping[str, QuantizedLinear]) -> int:
     Raises:
         InternVLError: a listed weight is used in another way than by one linear layer's MatMul.
     """
-    shared: dict[tuple[str, float, str], ir.Value] = {}
+    shared: dict[tuple[str, float, str, str], ir.Value] = {}
     count = 0
     for name, linear in linears.items():
         weight = model.graph.initializers.get(name)
@@ -202,7 +203,7 @@ def _rewrite(
     graph: ir.Graph,
     weight: ir.Value,
     linear: QuantizedLinear,
-    shared: dict[tuple[str, float, str], ir.Value],
+    shared: dict[tuple[str, float, str, str], ir.Value],
 ) -> None:
     transpose, matmul = _linear_nodes(weight)
     activation = matmul.inputs[0]
@@ -212,7 +213,9 @@ def _rewrite(
 
     if linear.activation_scale is not None:
         product = _product_type(compute)
-        key = (str(activation.name), linear.activation_scale, linear.format)
+        is_alone = linear.format == "int8" and compute == ir.DataType.FLOAT
+        reader = str(weight.name) if is_alone else ""
+        key = (str(activation.name), linear.activation_scale, linear.format, reader)
         if key not in shared:
             shared[key] = _activation_pair(
                 graph,
@@ -222,6 +225,7 @@ def _rewrite(
                 linear.activation_scale,
                 product,
                 product,
+                reader,
             )
         matmul.replace_input_with(0, shared[key])
         _multiply_in(graph, matmul, product, compute)
@@ -304,8 +308,9 @@ def _activation_pair(
     activation_scale: float,
     scale_type: ir.DataType,
     result_type: ir.DataType,
+    reader: str = "",
 ) -> ir.Value:
-    """Quantize and dequantize an activation; return the value that all its readers share.
+    """Quantize and dequantize an activation; return the value that its readers share.
 
     Args:
         graph: gets the nodes.
@@ -315,8 +320,9 @@ def _activation_pair(
         activation_scale: of the tensor; a number that ``scale_type`` holds.
         scale_type: of the DequantizeLinear's scale; the QuantizeLinear's is float32.
         result_type: of the value that is returned.
+        reader: the weight of its only reader; empty: all readers share it.
     """
-    stem = str(activation.name)
+    stem = str(activation.name) if not reader else f"{reader.removesuffix('.weight')}.input"
     scale = narrow = _constant(graph, f"{stem}.scale", np.float32(activation_scale))
     if scale_type != ir.DataType.FLOAT:
         values = scale_type.numpy().type(activation_scale)

@@ -9,6 +9,7 @@ from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import cuda_graph, find_component, unsigned_graph
 from internvl_edge.errors import HardwareError
 from internvl_edge.runtime.ort.cpu import products_saturate
+from internvl_edge.runtime.ort.opening import ROUNDING
 from internvl_edge.runtime.ort.options import CPU, OrtOptions, choose_providers
 
 __all__ = ["Choice", "choose_graph"]
@@ -17,8 +18,6 @@ __all__ = ["Choice", "choose_graph"]
 # they are copied twice, and products of one row are 8 times as fast; unfolded, they stay in the
 # file's pages. So small components fold, and decoders; a tower of billions has to fit.
 MAX_FOLDED_NBYTES = 100_000_000
-# In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
-ROUNDING = b"QuantizeLinear"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,11 @@ __all__ = ["Graph", "open_native"]
 QDQ_PROPAGATION = "QDQPropagationTransformer"
 TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 CONSTANT_FOLDING = "ConstantFolding"
+# It joins the pairs of an activation's readers, and then the products of none are fused: their
+# kernels take unsigned activations, and ONNX Runtime turns only a pair of one reader unsigned.
+COMMON_SUBEXPRESSIONS = "CommonSubexpressionElimination"
+# In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
+ROUNDING = b"QuantizeLinear"
 FILES_IN_MEMORY = "add_external_initializers_from_files_in_memory"
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 # In what it says of a graph with kernels on the host between those on the GPU.
@@ -92,6 +97,7 @@ def _opened(graph: Graph, device: str, options: OrtOptions) -> tuple[Any, Sequen
                 *(TRANSPOSES if options.exact else ()),
                 *((CONSTANT_FOLDING,) if options.fold is False else ()),
                 *(() if options.qdq else (QDQ_FUSION,)),
+                *((COMMON_SUBEXPRESSIONS,) if providers == [CPU] and _rounds(graph) else ()),
             ],
         )
     except Exception as error:
@@ -112,6 +118,16 @@ def _opened(graph: Graph, device: str, options: OrtOptions) -> tuple[Any, Sequen
         # bfloat16 is not written to the memory that a graph reads
         raise _Again(replace(options, graphs=False))
     return session, providers
+
+
+def _rounds(graph: Graph) -> bool:
+    """Tell whether a graph rounds activations."""
+    if graph.data is not None:
+        return ROUNDING in graph.data
+    try:
+        return ROUNDING in (graph.folder / graph.path.name).read_bytes()
+    except OSError:  # which ONNX Runtime says better
+        return False
 
 
 def _copy_weights(watch: Watch | None, native: Any) -> list[mmap]:

@@ -105,7 +105,7 @@ def test_pairs_in_8_bits_are_joined_by_column(
     pictures: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both graphs of a component: around float32, and around the 16 bits of engines. To the bit."""
+    """Graphs around the 16 bits of engines, and around float32. To the bit."""
     options = ExportOptions(
         checkpoint=out.parent / "checkpoint",
         out=tmp_path / "out",
@@ -118,7 +118,8 @@ def test_pairs_in_8_bits_are_joined_by_column(
     ids = np.random.default_rng(0).integers(3, 300, (2, 6))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     exact = OrtOptions(exact=True)
-    graphs = [tmp_path / "out" / f"text_embed.{kind}" for kind in ("onnx", "fp16.onnx")]
+    kinds = ["fp16.onnx", *(["onnx"] if precision != "int8" else [])]  # whose readers share a pair
+    graphs = [tmp_path / "out" / f"text_embed.{kind}" for kind in kinds]
     monkeypatch.setattr(join_pairs, "_CHUNK", 1000)  # a few rows at a time, and fewer in the end
     os.link(tmp_path / "out" / "weights.safetensors", tmp_path / "second name")
     before, layers = names(tmp_path / "out"), 0
