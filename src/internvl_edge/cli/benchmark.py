@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from internvl_edge.artifact.manifest import Manifest
 from internvl_edge.benchmark import chat, table
 from internvl_edge.benchmark.load import SCENARIOS
 from internvl_edge.benchmark.machine import load_warning
@@ -289,8 +288,18 @@ def _time_chats(
     if markdown is not None:
         write_atomically(markdown, chat.markdown(chats).encode())
     if report is not None:
+        from internvl_edge.compiler.report.report import chat_figures, report_with
+
         first = next(iter(artifacts.values()))
-        write_atomically(report, _chat_report(first.path, first.manifest, chats).encode())
+        figures = chat_figures(
+            chats.to_json(),
+            columns=chat.COLUMNS,
+            rows=chat.rows_of(chats),
+            load=chat.load_words(load),
+            environment=table.environment_words(chats.environment),
+        )
+        drawn = report_with(first.path, first.manifest, speed=figures)
+        write_atomically(report, drawn.encode())
     output.result(chats.to_json())
 
 
@@ -349,20 +358,6 @@ def _report(settings: Settings, measured: Benchmark) -> str:
     )
     first = next(iter(settings.artifacts.values()))
     return report_with(first.path, first.manifest, speed=figures)
-
-
-def _chat_report(out: Path, manifest: Manifest, measured: chat.ChatBenchmark) -> str:
-    """Render the directory's report with a section on what somebody waits for who chats."""
-    from internvl_edge.compiler.report.report import chat_figures, report_with
-
-    figures = chat_figures(
-        measured.to_json(),
-        columns=chat.COLUMNS,
-        rows=chat.rows_of(measured),
-        load=chat.load_words(measured.load),
-        environment=table.environment_words(measured.environment),
-    )
-    return report_with(out, manifest, speed=figures)
 
 
 def _rival(name: str | None) -> str | Path | None:

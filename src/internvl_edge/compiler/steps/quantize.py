@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.oracle.simulate import write_scales
 from internvl_edge.compiler.plan import Plan
-from internvl_edge.compiler.progress import Progress
 from internvl_edge.compiler.steps.calibration.blocks import quantize_blocks
 from internvl_edge.compiler.steps.calibration.cost import cost_of_calibration
+from internvl_edge.compiler.steps.calibration.heads import quantize_heads
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.steps.weights import copy_rest, cost_of_writing, require_as_planned
-from internvl_edge.compiler.weights.layout import has_quantized_head
 from internvl_edge.compiler.weights.plan import WeightsPlan
-from internvl_edge.compiler.weights.tensors import convert, read_tensor
 from internvl_edge.export.weights.writer import StoredTensor, WeightsWriter
 from internvl_edge.files.disk import link_or_copy
-from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX
 from internvl_edge.quantize.numerics.statistics import write_statistics
-from internvl_edge.quantize.numerics.weights import quantize_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,29 +54,7 @@ def quantize_weights(
     path = work.weights
     with WeightsWriter(path, layout, align=plan.options.align, done=done) as writer:
         activations = quantize_blocks(plan, writer, build)
-        _quantize_heads(plan, weights, writer, build, activations)
+        quantize_heads(plan, weights, writer, build, activations)
         rest = {name: layout[name][0] for name in writer.pending}
         copy_rest(plan, writer, rest, build.report)
     return writer.stored, activations
-
-
-def _quantize_heads(
-    plan: Plan,
-    weights: WeightsPlan,
-    writer: WeightsWriter,
-    build: Build,
-    activations: dict[str, dict[str, float | None]],
-) -> None:
-    """Write the vocabulary heads that a recipe quantizes, and note that their inputs are not."""
-    assert plan.recipe is not None
-    recipe = plan.recipe
-    for name in [name for name in writer.pending if has_quantized_head(recipe, name)]:
-        build.report(Progress(step="quantize", detail=name, done=0, total=1))
-        layer, wide = name.removesuffix(".weight"), np.dtype(np.float32)
-        held = quantize_weight(convert(read_tensor(plan, name), wide), layer, recipe.of(name))
-        writer.write(name, held.values)
-        writer.write(name + SCALE_SUFFIX, held.scales)
-        for component, read in weights.reads.items():
-            stream = COMPONENTS[component].stream
-            if name in read and stream is not None:
-                activations[stream][name] = None
