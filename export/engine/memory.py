@@ -3,8 +3,10 @@
 TensorRT-RTX reads weights from the mapped file and keeps the engine's bytes in memory until the
 last of them is written. Of linear layers that read one tensor (q, k and v, gate and up) it makes
 one product, whose weight is one more copy; gate and up are joined on disk before
-(``graph.join_pairs``), where they are not in 4 bits. Measured with TensorRT-RTX 1.7 at the widths
-of InternViT-6B and QLLaMA; see ``docs/LOG.md``.
+(``graph.join_pairs``), where they are not in 4 bits. A decoder has a profile for prompts and one
+for tokens: in 16 bits its engine holds merged weights and single ones, and merged ones are copied
+for either; in fewer it has not been measured. By TensorRT-RTX 1.7 at the widths of InternViT-6B,
+QLLaMA and InternVL2.5-2B; see ``docs/LOG.md``.
 """
 
 from __future__ import annotations
@@ -40,12 +42,26 @@ def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
     return int((JOINED_SHARE_8_BITS if is_quantized else JOINED_SHARE) * weights_nbytes)
 
 
+def engine_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
+    """Compute the bytes of the weights that a component's engine holds."""
+    is_double = _holds_both(component, precision)
+    return weights_nbytes + (int(MERGED_SHARE * weights_nbytes) if is_double else 0)
+
+
+def _holds_both(component: str, precision: str) -> bool:
+    is_narrow = precision_of(precision, component) in QUANTIZED
+    return find_component(component).takes_cache and not is_narrow
+
+
 def builder_nbytes(component: str, weights_nbytes: int, num_blocks: int, precision: str) -> int:
     """Compute the anonymous memory that building a component's engine takes."""
     merged = int(MERGED_SHARE * weights_nbytes) if find_component(component).is_language else 0
-    merged -= joined_nbytes(component, weights_nbytes, precision)
+    if _holds_both(component, precision):
+        merged *= 2
+    else:
+        merged -= joined_nbytes(component, weights_nbytes, precision)
     own = BUILDER_NBYTES + BUILDER_NBYTES_PER_BLOCK * num_blocks
-    return own + weights_nbytes + merged
+    return own + engine_nbytes(component, weights_nbytes, precision) + merged
 
 
 def require_memory_to_build(

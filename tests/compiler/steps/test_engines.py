@@ -237,3 +237,5 @@ def test_merged_weights_count_twice() -> None:
         assert nbytes("text_embed", precision) == pytest.approx(1.254 + more)
     assert nbytes("text_embed", "vision=int8, decoder = int4-wo") == pytest.approx(1.254 + 0.66)
     assert nbytes("chat_queries", "int8") == pytest.approx(1.254 + 0.24)
+    for decoder in ("decoder", "chat_decoder"):  # in the engine, and for either of its profiles
+        assert nbytes(decoder, "bf16") == pytest.approx(1.254 + 3 * 0.66)

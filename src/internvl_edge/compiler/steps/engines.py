@@ -25,6 +25,7 @@ from internvl_edge.errors import BuildError, ResourceError, UsageError, did_you_
 from internvl_edge.export.engine.build import ShapeRanges, build_engine
 from internvl_edge.export.engine.memory import (
     builder_nbytes,
+    engine_nbytes,
     joined_nbytes,
     require_memory_to_build,
 )
@@ -90,6 +91,7 @@ class BuildEngines:
         nbytes, depth = self.weights[component], self.depths[component]
         mapped = nbytes + BUILDER_MAPPED_NBYTES  # the graph's weights
         joined = joined_nbytes(component, nbytes, self.precision)
+        held = engine_nbytes(component, nbytes, self.precision)
         taken = builder_nbytes(component, nbytes, depth, self.precision)
         seconds = BUILD_SECONDS + BUILD_SECONDS_PER_BLOCK * depth
         seconds += nbytes / BUILD_NBYTES_PER_SECOND + joined / JOINED_NBYTES_PER_SECOND
@@ -97,7 +99,7 @@ class BuildEngines:
             name=f"build {component}",
             memory_nbytes=mapped + taken,
             mapped_nbytes=mapped,
-            disk_nbytes=(nbytes + ENGINE_NBYTES) * len(self.targets),
+            disk_nbytes=(held + ENGINE_NBYTES) * len(self.targets),
             scratch_nbytes=joined,
             seconds=len(self.targets) * seconds,
         )
