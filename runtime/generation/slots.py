@@ -152,13 +152,17 @@ class Slots:
         answer = _Answer(cache, prompt, how, embed, marks, keep)
         with self._changed:
             self._require_open()
-            if len(self._queue) >= self._max_queued:
+            if self._is_full():
                 self._drop_those_over()
-            if len(self._queue) >= self._max_queued:
+            if self._is_full():
                 raise ResourceError(f"{len(self._queue)} answers are waiting; try again later")
             self._queue.append(answer)
             self._changed.notify_all()
         return _Tokens(answer)
+
+    def _is_full(self) -> bool:
+        """Tell whether as many wait as may, without those who will have a free row at once."""
+        return len(self._queue) >= self._max_queued + self._taken.count(None)
 
     @property
     def queue_length(self) -> int:

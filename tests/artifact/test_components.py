@@ -52,6 +52,7 @@ SECTIONS = {
     ("runtime/text/bpe_pieces.py", "decoder"),  # a key of tokenizer.json
     ("compiler/steps/publish/fast_tokenizer.py", "decoder"),  # the same
     ("benchmark/chat.py", "vision"),  # a stage of an answer
+    ("compiler/report/report.py", "vision"),  # the same
 }
 
 

@@ -503,7 +503,7 @@ def test_budget_binds_verification(
     chosen = ExportOptions(
         checkpoint=checkpoint, out=tmp_path / "out", components=("vision",), memory_budget=10**11
     )
-    with pytest.raises(ResourceError, match="after 1 of 1 components verified; raise the budget"):
+    with pytest.raises(ResourceError, match="after 1 of 1 graphs verified; raise the budget"):
         compiler.export(chosen)
     assert not (tmp_path / "out").exists()
 

@@ -45,6 +45,7 @@ COMMANDS = [
     "answer",
     "chat",
     "serve",
+    "triton",
     "benchmark",
     "doctor",
 ]

@@ -33,7 +33,7 @@ A new component is a row of this table, and its PyTorch module in ``export.compo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 # Towers, by the prefix of their blocks' parameters: the vision tower, QLLaMA, the LLaMA of a chat
@@ -232,6 +232,29 @@ def streams_of(names: Iterable[str]) -> set[str]:
 def embedder_of(names: Collection[str]) -> str | None:
     """Choose the component that maps whole pictures to embeddings, or else to patches; or None."""
     return next((name for name in (IMAGE_EMBED, VISION) if name in names), None)
+
+
+# --- what a task runs -----------------------------------------------------------------------------
+
+
+def to_embed_images(has: Collection[str], mode: str) -> tuple[str, ...]:
+    """List what maps images to embeddings in a mode, of a directory that has these components."""
+    if mode == "g":
+        return VISION, IMAGE_POOL, IMAGE_QUERIES
+    if VISION in has and IMAGE_POOL in has and IMAGE_EMBED not in has:
+        return VISION, IMAGE_POOL
+    return (IMAGE_EMBED,)
+
+
+def to_answer(chat: Mapping[str, object] | None) -> tuple[str, ...]:
+    """List what writes a text about images.
+
+    Args:
+        chat: the configuration of a chat model; None: an InternVL-G.
+    """
+    if not chat:
+        return VISION, IMAGE_QUERIES, DECODER
+    return components_of("chat", [key for key, value in chat.items() if value])
 
 
 # --- the files of a component's graphs, all on the same weights ----------------------------------

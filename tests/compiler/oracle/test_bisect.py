@@ -107,11 +107,8 @@ def test_one_wrong_scale_of_a_weight(vit: Path, layer: str, tmp_path: Path) -> N
 def test_a_wrong_scale_of_an_activation(vit: Path, tmp_path: Path) -> None:
     out = copied(vit, "int8", tmp_path)
     model = onnx.load(out / "vision.onnx", load_external_data=False)
-    (scale,) = (
-        t
-        for t in model.graph.initializer
-        if t.name.startswith(f"{LAYERS}.3.attn.core/") and t.name.endswith(".scale")
-    )
+    name = f"{LAYERS}.3.attn.proj.input.scale"
+    (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
     doubled = numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(2), scale.name)
     scale.CopyFrom(doubled)
     data = model.SerializeToString()

@@ -15,18 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from internvl_edge.artifact.components import (
-    CHAT_DECODER,
-    CHAT_QUERIES,
-    CHAT_VISION,
-    DECODER,
-    IMAGE_EMBED,
-    IMAGE_POOL,
-    IMAGE_QUERIES,
-    TEXT_EMBED,
-    VISION,
-    components_of,
-)
+from internvl_edge.artifact.components import TEXT_EMBED, to_answer, to_embed_images
 from internvl_edge.artifact.manifest import Manifest
 
 __all__ = ["EMBEDDING", "TASKS", "Task", "Tensor", "is_chat"]
@@ -73,13 +62,7 @@ def is_chat(manifest: Manifest) -> bool:
 
 
 def _image(manifest: Manifest, mode: str) -> tuple[str, ...]:
-    """Choose as ``runtime.tasks.embed.image_embedder`` does."""
-    has = manifest.components
-    if mode == "g":
-        return VISION, IMAGE_POOL, IMAGE_QUERIES
-    if VISION in has and IMAGE_POOL in has and IMAGE_EMBED not in has:
-        return VISION, IMAGE_POOL
-    return (IMAGE_EMBED,)
+    return to_embed_images(manifest.components, mode)
 
 
 def _text(manifest: Manifest, mode: str) -> tuple[str, ...]:
@@ -87,11 +70,7 @@ def _text(manifest: Manifest, mode: str) -> tuple[str, ...]:
 
 
 def _generate(manifest: Manifest, mode: str) -> tuple[str, ...]:
-    if not is_chat(manifest):
-        return VISION, IMAGE_QUERIES, DECODER
-    chat = manifest.model["chat"]
-    possible = components_of("chat", [key for key, value in chat.items() if value])
-    return tuple(n for n in (CHAT_VISION, CHAT_QUERIES, CHAT_DECODER) if n in possible)
+    return to_answer(manifest.model.get("chat"))
 
 
 IMAGE, TEXT = Tensor(name="image", data_type="STRING"), Tensor(name="text", data_type="STRING")
