@@ -27,7 +27,7 @@ from internvl_edge.integrations.bulk.job import How
 from internvl_edge.integrations.bulk.rows import Embedder, embedding_type
 from internvl_edge.integrations.bulk.sources.opening import open_source
 from internvl_edge.integrations.bulk.sources.source import Content
-from internvl_edge.integrations.ray import cluster, serving
+from internvl_edge.integrations.ray import cluster
 from internvl_edge.integrations.ray.batches import Rows
 from internvl_edge.integrations.ray.serving import Served
 from internvl_edge.runtime.model import Model
@@ -244,7 +244,7 @@ def test_the_key_of_replicas_is_theirs(compiled: Path, monkeypatch: pytest.Monke
 
     stand_in = SimpleNamespace(serve=SimpleNamespace(deployment=same, ingress=same))
     monkeypatch.setitem(sys.modules, "ray", stand_in)
-    monkeypatch.setattr(serving, "require", lambda *_: None)
+    monkeypatch.setattr("internvl_edge.integrations.ray.serving.require", lambda *_: None)
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     outside = {"host": "0.0.0.0"}
 
