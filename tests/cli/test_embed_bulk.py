@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 from support.runs.bulk import write_folder, write_table
 
 from internvl_edge.cli import run
+from internvl_edge.integrations import ray
+from internvl_edge.integrations.bulk.job import Done
 from internvl_edge.integrations.bulk.staging import staging_of
 
 
@@ -75,6 +78,10 @@ def test_several_tables_and_columns(place: Path, capsys: pytest.CaptureFixture[s
         (["pictures", "tiny", "-o", "z.parquet", "--text", "a"], "--text does not go with -o"),
         (["pictures", "tiny", "-o", "z.parquet", "--save", "a.npz"], "--save does not go"),
         (["pictures", "tiny", "-o", "z.parquet", "--actors", "2"], "--actors goes with --ray"),
+        (
+            ["pictures", "tiny", "-o", "z.parquet", "--ray", "--backend", "tensorrt"],
+            "--backend tensorrt: the actors of --ray run ONNX Runtime",
+        ),
         (["pictures", "-o", "z.parquet"], "expected SOURCE and OUT"),
         (["pictures", "tiny", "-o", "z.npz"], "ends in .parquet"),
         (["pictures", "tiny", "-o", "z.parquet", "--column", "a"], "pictures have no columns"),
@@ -93,6 +100,25 @@ def test_refusals(
     assert message in capsys.readouterr().err
     assert not (place / "z.parquet").exists()
     assert not staging_of(place / "z.parquet").exists()
+
+
+def test_actors_are_told_to_allow_what_is_slow(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def embedded(*_: Any, **how: Any) -> Done:
+        seen.update(how)
+        return Done(rows=1, errors=0)
+
+    monkeypatch.setattr("internvl_edge.cli.bulk.require", lambda *_: None)
+    monkeypatch.setattr(ray, "connected", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(ray, "embed", embedded)
+    arguments = (place / "pictures", place / "tiny", "-o", place / "z.parquet", "-q", "--ray")
+    assert embed("--allow-slow", *arguments) == 0
+    assert seen["allow_slow"]
+    assert embed(*arguments) == 0
+    assert not seen["allow_slow"]
 
 
 def test_a_package_that_is_missing(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,14 @@ from internvl_edge.errors import InternVLError, MissingDependency, UsageError
 from internvl_edge.integrations import ray
 from internvl_edge.integrations.bulk import run
 from internvl_edge.integrations.bulk.job import How
-from internvl_edge.integrations.bulk.rows import embedding_type
+from internvl_edge.integrations.bulk.rows import Embedder, embedding_type
 from internvl_edge.integrations.bulk.sources.opening import open_source
 from internvl_edge.integrations.bulk.sources.source import Content
 from internvl_edge.integrations.ray import cluster
 from internvl_edge.integrations.ray.batches import Rows
 from internvl_edge.integrations.ray.serving import Served
 from internvl_edge.runtime.model import Model
+from internvl_edge.serve.options import KEY_VARIABLE
 
 PICTURES = [picture(0), BROKEN, picture(1), picture(2)]
 
@@ -82,9 +85,21 @@ def test_every_form_of_a_batch_gives_the_same(images: ray.EmbedImages) -> None:
 
 
 def test_a_batch_without_rows(images: ray.EmbedImages) -> None:
-    table = images(pa.table({"bytes": pa.array([], pa.binary()), "id": pa.array([], pa.int64())}))
-    assert table.schema.equals(images({"bytes": PICTURES[:1], "id": [1]}).schema)
-    assert len(table) == 0
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    ids = pa.chunked_array([], pa.int64())
+    expected = images({"bytes": PICTURES[:1], "id": [1]}).schema
+    for column in (pa.array([], pa.binary()), pa.chunked_array([], kind), pa.array([], "double")):
+        table = images(pa.table({"bytes": column, "id": ids}))
+        assert table.schema.equals(expected)
+        assert len(table) == 0
+
+
+def test_rows_that_are_missing(images: ray.EmbedImages) -> None:
+    for column in ([None, None], pa.nulls(2, pa.string())):
+        table = images(
+            {"bytes": column} if isinstance(column, list) else pa.table([column], ["bytes"])
+        )
+        assert table.column("error").to_pylist() == ["expected a picture, found none"] * 2
 
 
 def test_texts(compiled: Path, model: Model) -> None:
@@ -100,14 +115,67 @@ def test_texts(compiled: Path, model: Model) -> None:
 def test_what_is_refused(compiled: Path, images: ray.EmbedImages) -> None:
     with pytest.raises(UsageError, match="did you mean 'bytes'"):
         ray.EmbedImages(compiled, column="byte")({"bytes": PICTURES})
-    with pytest.raises(UsageError, match="rename it"):
-        images({"bytes": PICTURES, "error": [""] * 4})
+    for name in ("error", "embedding", "__content__", "__problem__"):
+        with pytest.raises(UsageError, match=f"{name} of its own.*rename it"):
+            images({"bytes": PICTURES, name: [""] * 4})
     with pytest.raises(UsageError, match="expected a batch of columns"):
         images(PICTURES)
     with pytest.raises(UsageError, match="mode"):
         ray.EmbedImages(compiled, mode="x")
     with pytest.raises(InternVLError):
         ray.EmbedImages(compiled / "nothing")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["/etc/hostname"]),
+        pa.array(["data:image/png;base64,aGk="]),
+        pa.array([{"path": "/etc/hostname"}]),
+        pa.array([{"path": "/etc/hostname", "other": b"a"}]),
+        pa.array([1]),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_only_bytes_are_pictures(images: ray.EmbedImages, column: Any) -> None:
+    """A string of a dataset opens no file of the machine."""
+    with pytest.raises(UsageError, match="column bytes: expected bytes"):
+        images(pa.table({"bytes": column}))
+
+
+def test_only_texts_are_texts(compiled: Path) -> None:
+    texts = ray.EmbedTexts(compiled)
+    with pytest.raises(UsageError, match="column text: expected texts, found binary"):
+        texts({"text": [b"a"]})
+    coded = pa.table({"text": pa.array(["a", "a"]).dictionary_encode()})
+    assert texts(coded).column("error").null_count == 2
+
+
+def test_an_embedder_opens_only_files_of_a_source(model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(PICTURES[0])
+    of_tables = Embedder(model.components, Content.PICTURES, How())
+    _, errors = of_tables([PICTURES[0], str(file), file])
+    assert [error is None for error in errors] == [True, False, False]
+    assert str(errors[1]).endswith("found str")
+    of_files = Embedder(model.components, Content.FILES, How())
+    _, errors = of_files([file, str(file), PICTURES[0]])
+    assert [error is None for error in errors] == [True, False, False]
+
+
+def test_an_actor_is_told_to_allow_what_is_slow(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    load = internvl_edge.load
+
+    def noted(out: str, **how: Any) -> Model:
+        seen.update(how)
+        return load(out, **how)
+
+    monkeypatch.setattr(internvl_edge, "load", noted)
+    Rows(str(compiled), Content.FILES, How(), 1, "cpu", allow_slow=True)
+    assert seen["options"].allow_slow
 
 
 def test_an_actor_gives_the_rows_of_one_process(
@@ -139,6 +207,20 @@ def test_rows_that_are_missing_or_there_twice_are_found(tmp_path: Path) -> None:
     assert cluster._checked(tmp_path / "nothing", None) == (0, 0)
 
 
+def test_a_folder_that_another_run_wrote_stays(tmp_path: Path) -> None:
+    rows, dest = tmp_path / "rows", tmp_path / "a.parquet"
+    for folder, text in ((rows, "new"), (dest, "old")):
+        folder.mkdir()
+        (folder / "1").write_text(text)
+    with pytest.raises(UsageError, match="written by another run meanwhile"):
+        cluster._publish(rows, dest, force=False)
+    assert ((rows / "1").read_text(), (dest / "1").read_text()) == ("new", "old")
+    cluster._publish(rows, dest, force=True)
+    assert ((rows / "1").read_text(), (dest / "1").read_text()) == ("old", "new")
+    cluster._publish(rows, tmp_path / "b.parquet", force=True)
+    assert (tmp_path / "b.parquet" / "1").read_text() == "old"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_without_ray_it_says_what_to_install(compiled: Path, tmp_path: Path) -> None:
     source = open_source([write_folder(tmp_path / "pictures", 1)])
@@ -152,6 +234,31 @@ def test_without_ray_it_says_what_to_install(compiled: Path, tmp_path: Path) -> 
 
 
 # --- a replica of Ray Serve, as the application that it is ----------------------------------------
+
+
+def test_the_key_of_replicas_is_theirs(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked for in what the deployment gives them, then here."""
+
+    def same(**_: Any) -> Any:
+        return lambda replica: replica
+
+    stand_in = SimpleNamespace(serve=SimpleNamespace(deployment=same, ingress=same))
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    monkeypatch.setattr("internvl_edge.integrations.ray.serving.require", lambda *_: None)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    outside = {"host": "0.0.0.0"}
+
+    def actors(key: str) -> dict[str, Any]:
+        return {"num_cpus": 1, "runtime_env": {"env_vars": {KEY_VARIABLE: key}}}
+
+    ray.deployment(compiled, serving=outside, ray_actor_options=actors("k" * 40))
+    with pytest.raises(UsageError, match="key 1 has 5 characters"):
+        ray.deployment(compiled, serving=outside, ray_actor_options=actors("short"))
+    for nothing in (None, {"num_cpus": 1}, {"runtime_env": None}):
+        with pytest.raises(UsageError, match=KEY_VARIABLE):
+            ray.deployment(compiled, serving=outside, ray_actor_options=nothing)
+    monkeypatch.setenv(KEY_VARIABLE, "k" * 40)
+    ray.deployment(compiled, serving=outside)
 
 
 async def _asked(served: Served) -> list[dict[str, Any]]:

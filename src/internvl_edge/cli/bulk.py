@@ -135,6 +135,11 @@ def embed_source(
     if bulk.actors is not None and bulk.ray is None:
         raise UsageError("--actors goes with --ray; add that or leave it out")
     sources, out = _source_and_out(places)
+    if bulk.ray is not None and running.backend not in ("auto", "onnxruntime"):
+        raise UsageError(
+            f"--backend {running.backend}: the actors of --ray run ONNX Runtime; leave one of them "
+            "out"
+        )
     if bulk.ray is not None:  # whose workers have other current folders
         sources = tuple(Path(os.path.abspath(source)) for source in sources)
     staging.check_dest(dest, resume=bulk.resume, force=force, folder=bulk.ray is not None)
@@ -205,6 +210,7 @@ def _on_ray(
             num_threads=running.threads or 1,
             device=running.device,
             images=running.images,
+            allow_slow=running.allow_slow,
             **again,
         )
 

@@ -234,6 +234,15 @@ def asked(url: str, data: bytes) -> tuple[int, Any]:
         return 0, str(error)
 
 
+def test_a_deployment_takes_the_key_of_its_replicas(compiled: Path) -> None:
+    actors = {"runtime_env": {"env_vars": {"INTERNVL_EDGE_API_KEY": "k" * 40}}}
+    outside = {"host": "0.0.0.0"}
+    served = ray.deployment(compiled, serving=outside, ray_actor_options=actors)
+    assert served.ray_actor_options["runtime_env"] == actors["runtime_env"]
+    with pytest.raises(UsageError, match="INTERNVL_EDGE_API_KEY"):
+        ray.deployment(compiled, serving=outside)
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_replica_is_killed_under_load(compiled: Path, model: Model) -> None:
     from ray import serve

@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedder", "embedding_type", "joined", "problems_of"]
 
+# Nothing else is opened: a string of a table could name any file of the machine.
+PICTURE_TYPES: dict[Content, type] = {Content.FILES: Path, Content.PICTURES: bytes}
 NO_PICTURE, NO_TEXT = "expected a picture, found none", "expected text, found none"
+NO_BYTES = "expected a picture's bytes, or the path of a source's file"
 
 
 class Embedder:
@@ -79,7 +82,7 @@ class Embedder:
         self.size = components.embedding_size or 0  # E; the components that are required have it
 
     def __call__(self, contents: Sequence[Any]) -> tuple[Array, list[str | None]]:
-        """Embed pictures (bytes, or paths) or texts.
+        """Embed pictures (bytes, or the paths of ``Content.FILES``) or texts.
 
         Returns:
             float32 [B,E], zeros where there is an error; and the errors, None where there is none.
@@ -104,6 +107,9 @@ class Embedder:
         for content in contents:
             if content is None:
                 errors.append(NO_PICTURE)
+                continue
+            if not isinstance(content, PICTURE_TYPES[self._content]):
+                errors.append(f"{NO_BYTES}, found {type(content).__name__}")
                 continue
             try:
                 levels[good] = pixel_levels(

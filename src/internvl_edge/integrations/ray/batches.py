@@ -18,10 +18,11 @@ from internvl_edge.integrations.bulk.sources.source import (
     CONTENT,
     EMBEDDING,
     ERROR,
+    PROBLEM,
     Content,
     require_column,
 )
-from internvl_edge.integrations.bulk.sources.tables import bytes_of
+from internvl_edge.integrations.bulk.sources.tables import bytes_of, content_of
 from internvl_edge.integrations.bulk.staging import Recipe, with_recipe
 
 if TYPE_CHECKING:
@@ -70,8 +71,12 @@ class EmbedImages:
         self._rows = Rows(os.fspath(out), Content.PICTURES, how, num_threads, device)
 
     def __call__(self, batch: Any) -> pa.Table:
-        """Embed a batch: a dict of arrays, an Arrow table or a pandas frame."""
-        return self._rows(_with_content(batch, self._column))
+        """Embed a batch: a dict of arrays, an Arrow table or a pandas frame.
+
+        Raises:
+            UsageError: it lacks the column, or that holds no pictures; paths are not opened.
+        """
+        return self._rows(_with_content(batch, self._column, Content.PICTURES))
 
 
 class EmbedTexts:
@@ -104,8 +109,12 @@ class EmbedTexts:
         self._rows = Rows(os.fspath(out), Content.TEXTS, how, num_threads, device)
 
     def __call__(self, batch: Any) -> pa.Table:
-        """Embed a batch: a dict of arrays, an Arrow table or a pandas frame."""
-        return self._rows(_with_content(batch, self._column))
+        """Embed a batch: a dict of arrays, an Arrow table or a pandas frame.
+
+        Raises:
+            UsageError: it lacks the column, or that holds no texts.
+        """
+        return self._rows(_with_content(batch, self._column, Content.TEXTS))
 
 
 class Rows:
@@ -120,8 +129,11 @@ class Rows:
         device: str,
         images: ImageOptions | None = None,
         recipe: Recipe | None = None,
+        allow_slow: bool = False,
     ) -> None:
-        options = internvl_edge.OrtOptions(num_threads=num_threads, spin=False)
+        options = internvl_edge.OrtOptions(
+            num_threads=num_threads, spin=False, allow_slow=allow_slow
+        )
         self._model = internvl_edge.load(out, device=device, options=options, images=images)
         self._recipe = recipe
         self._embedder = Embedder(self._model.components, content, how)
@@ -145,22 +157,30 @@ class Rows:
         )
 
 
-def _with_content(batch: Any, column: str) -> pa.Table:
+def _with_content(batch: Any, column: str, content: Content) -> pa.Table:
     """Return a batch as a table whose column to embed is ``CONTENT``, its last.
 
     Raises:
-        UsageError: there is no such column, or one is called like those that are added.
+        UsageError: there is no such column, it holds something else, or one is called like those
+            that are added.
     """
     table = _table_of(batch)
     names = table.column_names
     require_column(Path("the batch"), column, names, "column")
-    if taken := {EMBEDDING, ERROR}.intersection(names):
+    if taken := {EMBEDDING, ERROR, CONTENT, PROBLEM}.intersection(names):
         raise UsageError(
-            f"the batch has a column {', '.join(sorted(taken))} of its own, as the result will "
-            "have; rename it"
+            f"the batch has a column {', '.join(sorted(taken))} of its own, a name that the result "
+            "needs; rename it"
         )
-    content = bytes_of(pa.concat_arrays(table.column(column).chunks))
-    return table.drop_columns([column]).append_column(CONTENT, content)
+    values = table.column(column)
+    if values.null_count == len(values):  # of any type
+        found = pa.nulls(len(values))
+    elif content_of(values.type) is content:
+        found = bytes_of(values)
+    else:
+        wanted = "texts" if content is Content.TEXTS else "bytes, or a struct with bytes"
+        raise UsageError(f"column {column}: expected {wanted}, found {values.type}")
+    return table.drop_columns([column]).append_column(CONTENT, found)
 
 
 def _table_of(batch: Any) -> pa.Table:

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 import internvl_edge
 from internvl_edge.artifact.publish import placed
-from internvl_edge.errors import InternVLError, MediaError
+from internvl_edge.errors import InternVLError, MediaError, UsageError
 from internvl_edge.files.disk import exchange, os_errors, rename_new, sync, sync_tree
 from internvl_edge.files.packages import require
 from internvl_edge.integrations.bulk.job import Done, How, make_recipe
@@ -60,6 +60,7 @@ def embed(
     num_threads: int = 1,
     device: str = "auto",
     images: ImageOptions | None = None,
+    allow_slow: bool = False,
     resume: bool = False,
     force: bool = False,
 ) -> Done:
@@ -77,6 +78,7 @@ def embed(
         num_threads: of each actor.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: GPUs where the cluster has any.
         images: how pictures are read.
+        allow_slow: on a GPU, let ONNX Runtime run what it is slow at; see ``OrtOptions``.
         resume: go on after what an interrupted run of the same recipe left, if there is anything.
         force: replace the folder, and whatever an interrupted run left.
 
@@ -89,7 +91,8 @@ def embed(
     require("ray")
     path, place = placed(Path(dest)), os.path.abspath(out)
     check_dest(path, resume=resume, force=force, folder=True)
-    with internvl_edge.load(place, images=images) as model:
+    options = internvl_edge.OrtOptions(num_threads=num_threads, allow_slow=allow_slow)
+    with internvl_edge.load(place, options=options, images=images) as model:
         Embedder(model.components, source.content, how)  # which refuses what cannot be
         digest = model.components.artifact.digest
         recipe = make_recipe(digest, source, how, model.components.images)
@@ -107,6 +110,7 @@ def embed(
         "num_threads": num_threads,
         "images": images,
         "recipe": recipe,
+        "allow_slow": allow_slow,
     }
     with staging(path, recipe, resume=resume, force=force, holds=f"{ROWS}/*") as folder:
         kept = _count(folder / ROWS)
@@ -117,7 +121,7 @@ def embed(
             why = f"none of {rows} rows can be embedded" if rows else NO_ROWS
             raise MediaError(f"{why}; there is nothing to write")
         with os_errors(path):
-            _publish(folder / ROWS, path)
+            _publish(folder / ROWS, path, force=force)
             shutil.rmtree(folder, ignore_errors=True)
     seconds = time.monotonic() - began
     return Done(rows=rows, errors=errors, kept_rows=kept, seconds=seconds)
@@ -228,13 +232,21 @@ def _checked(rows: Path, expected: int | None) -> tuple[int, int]:
     return counted(rows)
 
 
-def _publish(rows: Path, dest: Path) -> None:
-    """Give the rows their own name, in one step; what was there before goes."""
+def _publish(rows: Path, dest: Path, *, force: bool) -> None:
+    """Give the rows their own name, in one step; with ``force``, they take that of what is there.
+
+    Raises:
+        UsageError: the folder is there by now, and not to be replaced.
+    """
     sync_tree(rows)
-    if dest.exists():  # and is to be replaced
-        exchange(rows, dest)
-    else:
+    try:
         rename_new(rows, dest)
+    except FileExistsError as error:
+        if not force:
+            raise UsageError(
+                f"{dest} was written by another run meanwhile; move it away, and pass --resume"
+            ) from error
+        exchange(rows, dest)
     sync(dest.parent)
 
 

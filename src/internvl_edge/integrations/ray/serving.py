@@ -45,7 +45,8 @@ def deployment(
 
     place = os.path.abspath(out)
     given = {"num_threads": 1, "page": False, **(serving or {})}
-    ServeOptions(keys=read_keys(None, os.environ), **given)  # refused here, not on a replica
+    keys = read_keys(None, _environment(options))
+    ServeOptions(keys=keys, **given)  # refused here, not on a replica
     open_artifact(place, hash_files=False)
     named = name or Path(place).name
 
@@ -62,6 +63,13 @@ def deployment(
             self._served.check_health()
 
     return Replica
+
+
+def _environment(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that replicas will have, as far as their deployment says so."""
+    actors = options.get("ray_actor_options") or {}
+    own = (actors.get("runtime_env") or {}).get("env_vars") or {}
+    return {**os.environ, **own}
 
 
 class Served:

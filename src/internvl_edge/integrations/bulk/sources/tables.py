@@ -28,7 +28,7 @@ from internvl_edge.integrations.bulk.sources.source import (
     require_free_names,
 )
 
-__all__ = ["bytes_of", "tables_source"]
+__all__ = ["bytes_of", "content_of", "tables_source"]
 
 PIECE = 256  # rows at least, as many whole row groups as that takes
 BYTES = "bytes"  # the field of a struct that holds a picture
@@ -148,12 +148,19 @@ def _chosen(file: Path, schema: pa.Schema, column: str | None) -> str:
         return str(pictures[0])
     require_column(file, column, schema.names, "--column")
     kind = schema.field(column).type
-    if not (_is_picture(kind) or _is_text(kind)):
+    if content_of(kind) is None:
         raise UsageError(
             f"--column {column}: expected bytes, or a struct with bytes, or texts, found {kind} in "
             f"{file}"
         )
     return column
+
+
+def content_of(kind: pa.DataType) -> Content | None:
+    """Tell what a column of a type holds that can be embedded; None: nothing."""
+    if _is_picture(kind):
+        return Content.PICTURES
+    return Content.TEXTS if _is_text(kind) else None
 
 
 def _is_binary(kind: pa.DataType) -> bool:
