@@ -215,6 +215,13 @@ def test_a_text_of_a_closed_set_is_one_of_it(path: tuple[Any, ...], wrong: Any) 
         check_schema(Manifest.from_json(changed(raw, path, wrong)))
 
 
+def test_a_language_model_of_no_known_family_has_any_template() -> None:
+    model = changed(MODEL, ("chat", "template"), "internvl3_5_gpt_oss")
+    with pytest.raises(ArtifactError, match=r"model\.chat\.template: expected one of"):
+        check_schema(manifest(model=model))
+    check_schema(manifest(model=changed(model, ("chat", "llama"), None)))
+
+
 def test_the_sets_are_those_of_the_modules_that_read_them() -> None:
     assert set(schema.TEMPLATES) == {*TEMPLATES, ""}
     assert schema.TRANSFORMS == TRANSFORMS

@@ -108,7 +108,7 @@ LANGUAGE_OPTIONAL: dict[str, Kind] = {
     "more_eos_ids": _ids,
 }
 CHAT: dict[str, Kind] = {
-    "template": _one_of(TEMPLATES),
+    "template": _text,
     "pad2square": _flag,
     "dynamic_image_size": _flag,
     "use_thumbnail": _flag,
@@ -116,6 +116,8 @@ CHAT: dict[str, Kind] = {
     "max_dynamic_patch": _tiles,
     "num_queries": _natural,
 }
+# Of a language model of no known family, the template may be one of its own.
+TALKS: dict[str, Kind] = {"template": _one_of(TEMPLATES)}
 CHAT_OPTIONAL: dict[str, Kind] = {
     "image_token_id": _whole,
     "padding_id": _whole,
@@ -173,6 +175,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
         _optional(chat, CHAT_OPTIONAL, "model.chat")
         language = _object(chat, "llama", "model.chat", optional=True)
         if language is not None:
+            _keys(chat, TALKS, "model.chat")
             _language(language, "model.chat.llama")
 
 
