@@ -29,6 +29,7 @@ LANGUAGE = {
     "vocab_size": 480,
     "max_position_embeddings": 256,
     "num_hidden_layers": 4,
+    "num_attention_heads": 4,
     "eos_token_id": 2,
     "pad_token_id": -1,
     "more_eos_ids": [3],
@@ -73,7 +74,7 @@ FIGURES = {
 OPTIONAL = {"eos_token_id", "pad_token_id", "more_eos_ids", "image_token_id", "hidden_size"}
 OPTIONAL |= {"internvl", "chat", "weights", "against", "samples", "blocks", "engine_graph"}
 OPTIONAL |= {"llama", "skipped", "cosine"}
-OPTIONAL |= {"padding_id", "system"}
+OPTIONAL |= {"padding_id", "system", "num_attention_heads"}
 UNREAD = {"hidden_size"}
 TEXTS = {"system"}
 

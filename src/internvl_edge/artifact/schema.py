@@ -103,6 +103,7 @@ LANGUAGE: dict[str, Kind] = {
     "num_hidden_layers": _positive,
 }
 LANGUAGE_OPTIONAL: dict[str, Kind] = {
+    "num_attention_heads": _positive,
     "eos_token_id": _whole,
     "pad_token_id": _whole,
     "more_eos_ids": _ids,
