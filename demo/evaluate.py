@@ -1,9 +1,9 @@
 """How well a model does the demo's tasks, on scenes of scans that it was never trained on.
 
 The functions take anything with the methods of a loaded model: a compiled directory on any
-backend, at any precision, or the ``ReferenceModel`` of ``demo/training``. Every figure
-is a share of right answers in 0..1, or a perplexity, on scenes that ``seed`` decides. ``…_hits``
-tell which answers are right, (n,), so that two models can be compared scene by scene.
+backend, at any precision, or the ``ReferenceModel`` of ``demo/training``. Every figure is a share
+of right answers in 0..1, on scenes that ``seed`` decides. ``…_hits`` tell which answers are right,
+(n,), so that two models can be compared scene by scene.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Matches(Protocol):
 
 
 class Sees(Protocol):
-    """The methods that the perplexity of captions needs."""
+    """The methods that the probabilities of captions need."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -112,19 +112,6 @@ def caption_hits(model: Speaks, n: int, seed: int) -> Hits:
     """Tell scene by scene which answer is right, (n,)."""
     images, captions = scenes.caption_scenes(n, seed)
     return _exact(model.caption(images, num_beams=1, max_new_tokens=MAX_NEW_TOKENS), captions)
-
-
-def caption_perplexity(model: Sees, decoder: Session, n: int = 300, seed: int = 3) -> float:
-    """Exp of the mean −log p of the tokens of held-out captions, and their ends, on their images.
-
-    Args:
-        model: of the directory.
-        decoder: its session.
-        n: scenes.
-        seed: of the scenes.
-    """
-    logs, ids = caption_logs(model, decoder, n, seed)
-    return float(np.exp(-logs[np.arange(len(ids)), ids].mean()))
 
 
 def caption_logs(

@@ -166,9 +166,10 @@ class Recipe:
     def of(self, name: str) -> Recipe:
         """Return the recipe that applies to a linear layer or parameter."""
         own = self if self.language is None or name.startswith(VISION) else self.language
-        if own.head is None or not is_head(name):
+        head = own.head or self.head
+        if head is None or not is_head(name):
             return own
-        return Recipe(name=own.name, activations=None, weights=own.head, head=own.head)
+        return Recipe(name=own.name, activations=None, weights=head, head=head)
 
     def excludes(self, linear_name: str) -> bool:
         """Tell whether the linear layer called ``linear_name`` keeps its precision."""

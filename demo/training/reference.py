@@ -23,6 +23,7 @@ from internvl_edge.demo.training.batches import BOS, EOS, pad, pixel_values
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.checkpoint.load import load_reference
 from internvl_edge.export.models import InternVL
+from internvl_edge.runtime.text.padding import left_padded
 from internvl_edge.runtime.text.tokenizer import TOKENIZER_FILE
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoint"
@@ -84,7 +85,8 @@ class ReferenceModel:
         """Continue prompt i on image i greedily."""
         answers: list[str] = []
         for part, asked in zip(_parts(images), _parts(prompts), strict=True):
-            ids, mask = _left_padded([[BOS, *self.tokenizer.encode(text)] for text in asked])
+            rows = [[BOS, *self.tokenizer.encode(text)] for text in asked]
+            ids, mask = map(torch.from_numpy, left_padded(rows))
             new = self.model.generate(pixel_values(part), ids, mask, max_new_tokens)
             answers += [self._decode(row) for row in new.tolist()]
         return answers
@@ -113,12 +115,6 @@ def quality(model: Any) -> dict[str, float]:
 
 def _embeddings(embeds: Tensor, normalize: bool) -> Floats:
     return np.asarray((F.normalize(embeds, dim=-1) if normalize else embeds).numpy())
-
-
-def _left_padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Pad prompts on the left as generation wants them; ids and mask (B, T)."""
-    ids = pad([row[::-1] for row in rows]).flip(1)
-    return ids, (ids > 0).long()
 
 
 def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:

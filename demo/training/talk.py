@@ -38,7 +38,6 @@ from internvl_edge.export.models.chat import Chat, require_llama
 
 PLAN = Plan(vision_steps=400, steps=1600, batch_size=64)
 WIDTH = 128
-IMAGE_SCALE = 0.5  # of the projector's output at first, as token embeddings have
 
 
 def configuration(vocab_size: int, image_token_id: int) -> CheckpointConfig:

@@ -28,7 +28,8 @@ Placement follows the vendor's rules:
   quantization can fuse into the norm's epilogue; but in INT8 graphs of float32, which ONNX Runtime
   runs: its kernels take unsigned activations, and it turns a pair unsigned that has one reader;
 - scales are symmetric, and numbers that bfloat16 holds (``numerics.formats``);
-- GEMMs with K or N below 16, patch embedding, pools and heads stay as they are.
+- GEMMs with K or N below 16, patch embedding and pools stay as they are, and so do heads unless
+  the recipe has ``head``.
 
 Where the graph computes in 16 bits, the product is one in bfloat16:
 

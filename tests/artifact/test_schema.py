@@ -29,6 +29,7 @@ LANGUAGE = {
     "vocab_size": 480,
     "max_position_embeddings": 256,
     "num_hidden_layers": 4,
+    "num_attention_heads": 4,
     "eos_token_id": 2,
     "pad_token_id": -1,
     "more_eos_ids": [3],
@@ -73,7 +74,7 @@ FIGURES = {
 OPTIONAL = {"eos_token_id", "pad_token_id", "more_eos_ids", "image_token_id", "hidden_size"}
 OPTIONAL |= {"internvl", "chat", "weights", "against", "samples", "blocks", "engine_graph"}
 OPTIONAL |= {"llama", "skipped", "cosine"}
-OPTIONAL |= {"padding_id", "system"}
+OPTIONAL |= {"padding_id", "system", "num_attention_heads"}
 UNREAD = {"hidden_size"}
 TEXTS = {"system"}
 
@@ -213,6 +214,13 @@ def test_a_text_of_a_closed_set_is_one_of_it(path: tuple[Any, ...], wrong: Any) 
     shown = re.escape(f"{path[0]}[0].target" if path[0] == "engines" else ".".join(path[:-1]))
     with pytest.raises(ArtifactError, match=f"{shown}.*expected"):
         check_schema(Manifest.from_json(changed(raw, path, wrong)))
+
+
+def test_a_language_model_of_no_known_family_has_any_template() -> None:
+    model = changed(MODEL, ("chat", "template"), "internvl3_5_gpt_oss")
+    with pytest.raises(ArtifactError, match=r"model\.chat\.template: expected one of"):
+        check_schema(manifest(model=model))
+    check_schema(manifest(model=changed(model, ("chat", "llama"), None)))
 
 
 def test_the_sets_are_those_of_the_modules_that_read_them() -> None:

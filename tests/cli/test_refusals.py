@@ -103,6 +103,18 @@ def test_a_folder_in_place_of_a_file(
     assert message in refused(capsys, 3, *(names.get(word, word) for word in arguments))
 
 
+@pytest.mark.parametrize(
+    "option", ["--calib=.", "--min-sqnr=9", "--max-drop=0", "--device=cpu", "--threads=1"]
+)
+def test_options_of_a_comparison_without_one(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is read."""
+    message = refused(capsys, 2, "verify", tmp_path / "nowhere", option)
+    assert option.split("=")[0] in message
+    assert message.endswith("are of a comparison; add --checkpoint")
+
+
 # --- options of text and of speed ----------------------------------------------------------------
 
 

@@ -221,10 +221,12 @@ def test_the_recipe_of_the_docs_is_one() -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_has_a_recipe_of_its_own(name: str) -> None:
-    inner = replace(recipe_for("int4-wo"), head="int8", fold=True, rotate=True)
-    outer = replace(recipe_for("int8"), language=inner)
+@pytest.mark.parametrize("heads", [(None, "int8"), ("int8", None), ("int8", "int8")])
+def test_a_head_has_a_recipe_of_its_own(name: str, heads: tuple[Any, Any]) -> None:
+    """It may be of the language model's recipe, or of the one around it."""
+    inner = replace(recipe_for("int4-wo"), head=heads[1], fold=True, rotate=True)
+    outer = replace(recipe_for("int8"), language=inner, head=heads[0])
     for recipe in (outer.of(name), outer.of(f"{name}.weight")):
         assert (recipe.weights, recipe.activations, recipe.rounding) == ("int8", None, "nearest")
     assert outer.of("language_model.model.layers.0.mlp.up_proj") is inner
-    assert replace(outer, language=None).of(name).head is None  # as it is stored
+    assert replace(outer, language=None, head=None).of(name).head is None  # as it is stored

@@ -103,12 +103,13 @@ LANGUAGE: dict[str, Kind] = {
     "num_hidden_layers": _positive,
 }
 LANGUAGE_OPTIONAL: dict[str, Kind] = {
+    "num_attention_heads": _positive,
     "eos_token_id": _whole,
     "pad_token_id": _whole,
     "more_eos_ids": _ids,
 }
 CHAT: dict[str, Kind] = {
-    "template": _one_of(TEMPLATES),
+    "template": _text,
     "pad2square": _flag,
     "dynamic_image_size": _flag,
     "use_thumbnail": _flag,
@@ -116,6 +117,8 @@ CHAT: dict[str, Kind] = {
     "max_dynamic_patch": _tiles,
     "num_queries": _natural,
 }
+# Of a language model of no known family, the template may be one of its own.
+TALKS: dict[str, Kind] = {"template": _one_of(TEMPLATES)}
 CHAT_OPTIONAL: dict[str, Kind] = {
     "image_token_id": _whole,
     "padding_id": _whole,
@@ -173,6 +176,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
         _optional(chat, CHAT_OPTIONAL, "model.chat")
         language = _object(chat, "llama", "model.chat", optional=True)
         if language is not None:
+            _keys(chat, TALKS, "model.chat")
             _language(language, "model.chat.llama")
 
 

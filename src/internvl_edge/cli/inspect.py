@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from internvl_edge import compiler
 from internvl_edge.artifact import (
@@ -66,14 +67,19 @@ def verify(
     """
     from internvl_edge.artifact.publish import verify_whole
 
+    is_on_hardware = threads is not None or _is_given("device")
+    of_comparison = calibration or min_sqnr is not None or max_drop is not None or is_on_hardware
+    if checkpoint is None and of_comparison:
+        raise UsageError(
+            "--calib, --min-sqnr, --max-drop, --device and --threads are of a comparison; add "
+            "--checkpoint"
+        )
     recorded: tuple[str, ...] = ()
     if full:
         artifact, recorded = verify_whole(out)
     else:
         artifact = open_artifact(out, hash_files=checkpoint is None)
     figures: dict[str, Any] = {name: {} for name in artifact.manifest.components}
-    if checkpoint is None and (calibration or min_sqnr is not None or max_drop is not None):
-        raise UsageError("--calib, --min-sqnr and --max-drop are of a comparison; add --checkpoint")
     if checkpoint is not None:
         require(*EXPORT)
         from internvl_edge.demo.scenes import samples_of
@@ -147,6 +153,11 @@ def inspect(output: Output, path: Path, backend: str) -> None:
             "problem": problem,
         }
     )
+
+
+def _is_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def _neither(path: Path) -> str:

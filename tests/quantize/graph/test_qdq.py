@@ -24,6 +24,7 @@ from internvl_edge.export.models.vit import RMSNorm
 from internvl_edge.export.weights.writer import WeightsWriter
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq
 from internvl_edge.quantize.graph.unsigned import take_unsigned_weights
+from internvl_edge.quantize.lint import lint
 from internvl_edge.quantize.numerics import formats
 from internvl_edge.runtime.ort import opening
 from internvl_edge.runtime.ort.cpu import products_saturate
@@ -152,6 +153,13 @@ def test_every_product_of_8_bits_is_fused(
         counts = Counter(node.op_type for node in ir.load(optimized).graph)
     names = ("MatMulIntegerToFloat", "MatMul", "DequantizeLinear")
     assert [counts[name] for name in names] == [3, 0, 0]
+
+
+def test_a_pair_of_its_own_for_each_reader_keeps_the_rules(
+    module: Branches, tmp_path: Path
+) -> None:
+    path, _, _ = quantized(module, tmp_path, "int8")
+    assert "shared-pair" not in {found.rule for found in lint(path)}
 
 
 @pytest.mark.parametrize("fmt", ["int8", "fp8"])

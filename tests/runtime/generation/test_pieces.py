@@ -16,6 +16,8 @@ from internvl_edge.runtime.generation import cache as caches
 from internvl_edge.runtime.generation.batch import Batch, Generation, Prompt, left_padded
 from internvl_edge.runtime.generation.cache import empty_cache, start
 from internvl_edge.runtime.generation.loop import generate
+from internvl_edge.runtime.tasks.chat_decoder import opening_of
+from internvl_edge.runtime.tasks.chat_images import ChatSeen
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.runtime.text.embeddings import Embedding
 from internvl_edge.types import Array
@@ -99,9 +101,9 @@ def test_a_piece_is_as_long_as_memory_allows(
 ) -> None:
     """200 tokens of scores fit: 2 rows, 4 heads, 1000 positions, 12 bytes each, an eighth free."""
     session = model.components.session("chat_decoder")
-    layout = caches._Layout(session, None)
-    key = session.inputs["past_key_values.0.key"].shape
-    heads = session.inputs["inputs_embeds"].shape[2] // key[3]
-    assert heads >= key[1] and heads == 4
+    opening, _ = opening_of(model.components, ROWS[0], ChatSeen(tokens=()))
+    heads = opening.num_heads
+    assert heads == 4 > session.inputs["past_key_values.0.key"].shape[1]
+    layout = caches._Layout(session, None, heads)
     monkeypatch.setattr(caches, "available_memory", lambda: free)
     assert layout.piece_size(2, 1000) == expected

@@ -19,12 +19,14 @@ component where it is beyond a bound that the user set, or where no signal is le
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
 from internvl_edge.artifact.components import COMPONENTS, cuda_graph, engine_graph
 from internvl_edge.compiler.oracle.expected import Expected, Part, Reference
@@ -54,6 +56,8 @@ from internvl_edge.export.graph.signature import graph_capacity
 from internvl_edge.export.graph.uint8_input import on_levels
 from internvl_edge.export.towers.streams import Samples
 from internvl_edge.runtime.images.transform import Preprocessing
+from internvl_edge.runtime.text.chat_tokenizer import PLACE
+from internvl_edge.types import Array
 
 SAMPLES = 4  # of the calibration set, to compare quantized components on
 SAME_DB = 70.0  # compared with the simulation: the same numbers
@@ -111,13 +115,13 @@ class Checker:
             self.feeds = sample_feeds(
                 self.config,
                 image_size,
-                pixel_values=samples.pixel_values[-1][-SAMPLES:].numpy(),
-                input_ids=samples.input_ids[-1][-SAMPLES:].numpy() if samples.input_ids else None,
+                pixel_values=_last(samples.pixel_values, max(SAMPLES, _pictures(samples))),
+                input_ids=_last(samples.input_ids) if samples.input_ids else None,
             )
             if samples.caption_ids:
-                self.feeds["caption_ids"] = samples.caption_ids[-1][-SAMPLES:].numpy()
+                self.feeds["caption_ids"] = _last(samples.caption_ids)
             if samples.chat_ids:
-                self.feeds["chat_ids"] = samples.chat_ids[-1][-SAMPLES:].numpy()
+                self.feeds["chat_ids"] = _last(samples.chat_ids)
         self.preprocessing = preprocessing
         self.feeds = on_levels(self.feeds, preprocessing)
         self.reference = Reference(checkpoint, quantization, whole=whole)
@@ -300,3 +304,13 @@ class Checker:
         is_rounded = expected.simulated is not None
         reference = "the simulation of its quantization" if is_rounded else "PyTorch"
         require_agreement(found, where, base, reference)
+
+
+def _pictures(samples: Samples) -> int:
+    """Count the images that the last conversation is about."""
+    return int((samples.chat_ids[-1][-1] == PLACE).sum()) if samples.chat_ids else 0
+
+
+def _last(batches: Sequence[Tensor], count: int = SAMPLES) -> Array:
+    """Take the last samples, of as many batches as they are in."""
+    return torch.cat([*batches[-count:]])[-count:].numpy()

@@ -142,7 +142,7 @@ def _few(samples: Samples) -> Samples:
         return [batch[:SAMPLES] for batch in batches[:1]]
 
     return Samples(
-        pixel_values=[torch.cat([*samples.pixel_values])[:pictures]],
+        pixel_values=[torch.cat([*samples.pixel_values[:pictures]])[:pictures].clone()],
         input_ids=first(samples.input_ids),
         match_ids=first(samples.match_ids),
         caption_ids=first(samples.caption_ids),

@@ -24,6 +24,7 @@ from internvl_edge.quantize.calibration.images import (
 )
 from internvl_edge.runtime.images.transform import pixel_values
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE, PLACE, load_chat_tokenizer
+from internvl_edge.runtime.text.padding import right_padded
 from internvl_edge.runtime.text.templates import TEMPLATES, Turn, conversation
 from internvl_edge.runtime.text.tokenizer import (
     CAPTION_PROMPT,
@@ -112,10 +113,7 @@ def chat_ids(plan: Plan, calibration: CalibrationSet) -> Array:
         row = tokenizer.encode(pieces, places, template)
         last = max((at for at, i in enumerate(row) if i == PLACE), default=0)
         rows.append(row[: last + 1 + MAX_CHAT_LENGTH])
-    ids = np.full((len(rows), max(map(len, rows))), NO_TOKEN, np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids
+    return right_padded(rows, max(map(len, rows)), NO_TOKEN)
 
 
 def _descriptions(captions: Sequence[str]) -> list[Turns]:
