@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -177,6 +178,33 @@ def test_what_is_refused_of_parquet(tmp_path: Path) -> None:
     assert "a pipe" in refused([tmp_path / "f.parquet"])
     assert "one kind" in refused([table, tmp_path])
     assert "--recursive" in refused([table], recursive=True)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.table([[b"1"], ["a"], ["b"]], names=["image", "text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "more than one text" in refused([tmp_path / "a.parquet"])
+    assert "more than one text" in refused([tmp_path / "a.parquet"], column="text", keep=[])
+    assert rows_of(open_source([tmp_path / "a.parquet"], keep=[]))[0][CONTENT] == b"1"
+
+
+def test_memory_is_not_that_of_a_row_group(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).bytes(200 << 10)
+    data = [levels[i:] + levels[:i] for i in range(160)]
+    place = tmp_path / "a.parquet"
+    how: dict[str, Any] = {"use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.table({"image": data}), place, write_batch_size=4, **how)  # 40 pages
+    (piece,) = open_source([place]).pieces
+    before, most = pa.total_allocated_bytes(), 0
+    tracemalloc.start()  # what Arrow reads of a file in Python is of Python
+    try:
+        for batch, _ in piece.batches(4):
+            most = max(most, pa.total_allocated_bytes() - before)
+            del batch
+        most += tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < place.stat().st_size // 4
 
 
 def test_a_damaged_page_is_an_error_of_its_file(tmp_path: Path) -> None:
