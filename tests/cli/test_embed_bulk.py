@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.runs.bulk import write_folder, write_table
@@ -68,6 +69,15 @@ def test_several_tables_and_columns(place: Path, capsys: pytest.CaptureFixture[s
     texts = ["--column", "caption", "--force", "--normalize", "-q"]
     assert embed(*tables, place / "tiny", "-o", dest, *texts) == 0
     assert len(pq.read_table(dest)) == 10
+
+
+def test_texts_that_are_too_long(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"caption": ["a zero", "word " * 100]}), place / "long.parquet")
+    texts = [place / "long.parquet", place / "tiny", "--column", "caption", "--on-long", "error"]
+    assert embed(*texts, "-o", place / "d.parquet", "-q") == 3
+    told = capsys.readouterr()
+    assert "2 rows, 1 without an embedding" in told.out
+    assert "tokens, at most" in told.err
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from internvl_edge.integrations.bulk import run
 from internvl_edge.integrations.bulk.job import How
 from internvl_edge.integrations.bulk.rows import Embedder, embedding_type
 from internvl_edge.integrations.bulk.sources.opening import open_source
-from internvl_edge.integrations.bulk.sources.source import Content
+from internvl_edge.integrations.bulk.sources.source import Content, Source
+from internvl_edge.integrations.bulk.staging import staging_of, with_recipe
 from internvl_edge.integrations.ray import cluster
 from internvl_edge.integrations.ray.batches import Rows
 from internvl_edge.integrations.ray.serving import Served
@@ -68,6 +69,38 @@ def test_a_batch_of_arrays_comes_back_with_embeddings(
     assert [error is None for error in errors] == [True, False, True, True]
     assert table.column("id").to_pylist() == [0, 1, 2, 3]
     assert table.column("box").to_pylist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["another recipe", "the same"])
+def test_a_run_that_replaces_is_taken_up(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    source = open_source([write_folder(tmp_path / "pictures", 2)])
+    dest = tmp_path / "a.parquet"
+    written: list[
+        int
+    ] = []  # numbers of the rows that the next run writes before it is done or dies
+
+    def ran(_: Source, folder: Path, arguments: dict[str, Any], *__: Any) -> None:
+        for number in written:
+            rows = pa.table({"path": [f"{number}"], "error": pa.array([None], pa.string())})
+            (folder / cluster.ROWS).mkdir(exist_ok=True)
+            rows = rows.cast(with_recipe(rows.schema, arguments["recipe"]))
+            pq.write_table(rows, folder / cluster.ROWS / f"{number}.parquet")
+        if written == [0]:
+            raise InternVLError("killed")
+
+    monkeypatch.setattr(cluster, "require", lambda _: None)
+    monkeypatch.setattr(cluster, "_run", ran)
+    written[:] = [0, 1]
+    ray.embed(source, compiled, dest, How(normalize=old))
+    written[:] = [0]
+    with pytest.raises(InternVLError, match="killed"):
+        ray.embed(source, compiled, dest, force=True)
+    written[:] = [1]
+    assert ray.embed(source, compiled, dest, resume=True).kept_rows == 1
+    assert not staging_of(dest).exists()
+    assert ray.embed(source, compiled, dest, resume=True).kept_rows == 2  # it is done
 
 
 def test_every_form_of_a_batch_gives_the_same(images: ray.EmbedImages) -> None:

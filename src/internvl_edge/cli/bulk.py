@@ -153,7 +153,8 @@ def embed_source(
             done = _here(output, source, out, dest, settings, running, again)
     except (KeyboardInterrupt, InternVLError) as error:
         if not isinstance(error, UsageError) and staging.staging_of(dest).exists():
-            output.say("what is finished stays; the same command with --resume goes on")
+            option = "--resume in place of --force" if force else "--resume"
+            output.say(f"what is finished stays; the same command with {option} goes on")
         raise
     _tell(output, dest, done)
     if done.errors and not skip_errors:

@@ -111,7 +111,7 @@ def embed(
             (out, *images),
             bulk,
             running,
-            {"mode": mode, "normalize": normalize},
+            {"mode": mode, "normalize": normalize, "on_long": on_long},
             force=force,
             recursive=recursive,
             skip_errors=skip_errors,

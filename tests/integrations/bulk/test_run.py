@@ -89,6 +89,20 @@ def test_texts(tmp_path: Path, model: Model) -> None:
     np.testing.assert_allclose(np.array([rows[0], rows[3]]), expected, atol=1e-5)
 
 
+def test_texts_that_are_too_long(tmp_path: Path, model: Model) -> None:
+    pq.write_table(pa.table({"caption": ["a red zero", "word " * 100]}), tmp_path / "a.parquet")
+    source, dest = open_source([tmp_path / "a.parquet"], column="caption"), tmp_path / "b.parquet"
+    done = run.embed(source, model, dest, How(on_long="error"))
+    assert (done.rows, done.errors) == (2, 1)
+    rows = pq.read_table(dest)
+    assert "tokens, at most" in rows.column("error").to_pylist()[1]
+    assert rows.column("embedding").is_null().to_pylist() == [False, True]
+    with pytest.raises(UsageError, match="another on_long"):
+        run.embed(source, model, dest, How(), resume=True)
+    with pytest.raises(UsageError, match="on_long"):
+        run.embed(source, model, tmp_path / "c.parquet", How(on_long="x"))  # type: ignore[arg-type]
+
+
 def test_modes_and_transforms(tmp_path: Path, folder: Path, model: Model) -> None:
     source = open_source([folder / "00000.png", folder / "00001.png"])
     for mode, transform in (("g", None), ("c", "clip")):
@@ -232,6 +246,32 @@ def test_one_run_at_a_time(folder: Path, model: Model, tmp_path: Path) -> None:
     finally:
         os.close(held)
     assert embed(open_source([folder]), model, dest).rows == 30  # nothing was in it
+
+
+@pytest.mark.parametrize("old", [How(normalize=True), HOW], ids=["another recipe", "the same"])
+def test_a_run_that_replaces_is_taken_up(
+    folder: Path, whole: pa.Table, model: Model, tmp_path: Path, old: How
+) -> None:
+    source, dest = open_source([folder]), tmp_path / "a.parquet"
+    run.embed(source, model, dest, old)
+    before = dest.read_bytes()
+    interrupted(source, model, dest, force=True)
+    interrupted(source, model, dest, resume=True)
+    assert dest.read_bytes() == before
+    done = embed(source, model, dest, resume=True)
+    assert 0 < done.kept_rows < 30
+    assert pq.read_table(dest).equals(whole)
+    assert not staging_of(dest).exists()
+
+
+def test_what_came_meanwhile_is_not_replaced(folder: Path, model: Model, tmp_path: Path) -> None:
+    source, dest = open_source([folder]), tmp_path / "a.parquet"
+    run.embed(source, model, dest, How(normalize=True))
+    interrupted(source, model, dest, force=True)
+    run.embed(source, model, tmp_path / "b.parquet", How(mode="g"))
+    (tmp_path / "b.parquet").rename(dest)
+    with pytest.raises(UsageError, match="another mode"):
+        embed(source, model, dest, resume=True)
 
 
 def test_a_damaged_part_is_an_error(folder: Path, model: Model, tmp_path: Path) -> None:

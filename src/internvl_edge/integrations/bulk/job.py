@@ -12,6 +12,7 @@ from internvl_edge.integrations.bulk.sources.source import Content, Source
 if TYPE_CHECKING:
     from internvl_edge.runtime.images.options import ImageOptions
     from internvl_edge.runtime.images.transform import Transform
+    from internvl_edge.runtime.text.tokenizer import OnLong
 
 __all__ = ["Done", "How", "Problem", "Progress", "Report", "make_recipe"]
 
@@ -31,6 +32,7 @@ class How:
     mode: str = "c"
     transform: Transform | None = None
     normalize: bool = False
+    on_long: OnLong = "truncate"  # "error": a row of a text of too many tokens has no embedding
     # Rows that a thread, or an actor, computes at a time; None: 32, and of pictures larger than 112
     # by 112 as many as have the pixels of 8 of 224 by 224, so that each thread's memory is bounded.
     batch_size: int | None = None
@@ -112,6 +114,8 @@ def make_recipe(digest: str, source: Source, how: How, images: ImageOptions) -> 
         "content": str(source.content),
         "normalize": how.normalize,
     }
-    if source.content is not Content.TEXTS:
+    if source.content is Content.TEXTS:
+        recipe |= {"on_long": how.on_long}
+    else:
         recipe |= {"mode": how.mode, "transform": how.transform, "images": asdict(images)}
     return recipe

@@ -29,7 +29,7 @@ from internvl_edge.integrations.bulk.sources.source import (
     PROBLEM,
     Content,
 )
-from internvl_edge.runtime.requests import require_flag, text_problem
+from internvl_edge.runtime.requests import require_choice, require_flag, text_problem
 from internvl_edge.runtime.tasks.embed import encode_text, image_embedder
 from internvl_edge.runtime.tasks.vectors import unit
 from internvl_edge.types import Array
@@ -66,8 +66,10 @@ class Embedder:
         require_flag("normalize", how.normalize)
         self._components, self._content = components, content
         self._transform, self._normalize = how.transform, how.normalize
+        self._on_long = how.on_long
         if content is Content.TEXTS:
             components.require(TEXT_EMBED)
+            require_choice("on_long", how.on_long, ("truncate", "error"))
             _ = components.tokenizer  # which it may lack
             self.rows_at_once = how.rows_at_once()
         else:
@@ -132,13 +134,23 @@ class Embedder:
         good = []
         for text in contents:
             problem = NO_TEXT if text is None else text_problem(text)
-            if problem is None and not text.strip():
-                problem = NO_TEXT
+            if problem is None:
+                problem = self._length_problem(text) if text.strip() else NO_TEXT
             errors.append(problem)
             if problem is None:
                 good.append(text)
         found = np.empty((0, self.size), np.float32)
         return (encode_text(self._components, good) if good else found), errors
+
+    def _length_problem(self, text: str) -> str | None:
+        """Say that a text is too long, where such are not cut off."""
+        if self._on_long == "truncate":
+            return None
+        try:
+            self._components.tokenizer.contrastive([text], on_long="error")
+        except InputError as error:
+            return str(error)
+        return None
 
     def embedded(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Embed a batch of a source: its columns that are kept, then embeddings and errors."""

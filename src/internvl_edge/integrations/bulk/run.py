@@ -27,7 +27,13 @@ from internvl_edge.integrations.bulk.job import Done, How, Problem, Progress, Re
 from internvl_edge.integrations.bulk.parts import Parts, Position, counted
 from internvl_edge.integrations.bulk.rows import Embedder, problems_of
 from internvl_edge.integrations.bulk.sources.source import Source
-from internvl_edge.integrations.bulk.staging import check_dest, is_done, remove_staging, staging
+from internvl_edge.integrations.bulk.staging import (
+    check_dest,
+    is_done,
+    is_replacing,
+    remove_staging,
+    staging,
+)
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.model import Model
@@ -64,7 +70,8 @@ def embed(
         dest: the file; parts of it lie beside it until it is complete.
         how: rows are embedded.
         threads: of the pool; None: as many as there are cores.
-        resume: go on after what an interrupted run of the same recipe left, if there is anything.
+        resume: go on after what an interrupted run of the same recipe left, if there is anything;
+            what that was to replace is replaced.
         force: replace the file, and whatever an interrupted run left.
         report: is called after every batch.
 
@@ -79,12 +86,14 @@ def embed(
     components = model.components
     embedder = Embedder(components, source.content, how)
     recipe = make_recipe(components.artifact.digest, source, how, components.images)
-    if resume and is_done(path, recipe):
+    replaces = resume and is_replacing(path)
+    if resume and not replaces and is_done(path, recipe):
         remove_staging(path)
         rows, errors = counted(path)
         return Done(rows=rows, errors=errors, kept_rows=rows)
     began = time.monotonic()
     with staging(path, recipe, resume=resume, force=force) as folder:
+        force |= replaces  # as the interrupted run was told
         parts = Parts(folder)
         kept, problems = parts.position.rows, list[Problem]()
         try:

@@ -1,7 +1,7 @@
 """The folder that a run works in, next to its result, and the recipe by which it is known again.
 
     .DEST.parquet.partial/       locked while a run is at work
-        recipe.json              what the rows are made of, and how
+        recipe.json              what the rows are made of, and how; which DEST ``force`` replaces
 
 A result that is there has the recipe in the metadata of its Parquet. DEST is absent, the old one or
 the complete new one at any moment.
@@ -29,6 +29,7 @@ __all__ = [
     "Recipe",
     "check_dest",
     "is_done",
+    "is_replacing",
     "remove_staging",
     "staging",
     "staging_of",
@@ -39,6 +40,7 @@ Recipe: TypeAlias = Mapping[str, Any]  # as JSON writes it
 
 RECIPE_FILE = "recipe.json"
 RECIPE_KEY = b"internvl_edge.recipe"  # of a schema's metadata
+REPLACES = "replaces"  # of a recipe in a staging folder
 SUFFIX = ".parquet"
 MAX_RECIPE_NBYTES = 1 << 20
 FOLDER_MODE = 0o755
@@ -96,6 +98,15 @@ def is_done(dest: Path, recipe: Recipe) -> bool:
     return True
 
 
+def is_replacing(dest: Path) -> bool:
+    """Tell whether the result that is there is what an interrupted run with ``force`` replaces."""
+    written = staging_of(dest) / RECIPE_FILE
+    if not (written.exists() and dest.exists()):
+        return False
+    found = parse_json(read_file(written, MAX_RECIPE_NBYTES))
+    return isinstance(found, dict) and found.get(REPLACES) == _identity(dest)
+
+
 def with_recipe(schema: pa.Schema, recipe: Recipe) -> pa.Schema:
     """Write a recipe into a schema's metadata."""
     return schema.with_metadata({RECIPE_KEY: json.dumps(recipe, sort_keys=True)})
@@ -136,10 +147,13 @@ def staging(
                     "--force begins anew"
                 )
             found = parse_json(read_file(written, MAX_RECIPE_NBYTES))
+            if isinstance(found, dict):
+                found.pop(REPLACES, None)
             _require_same(dest, found, recipe)
         if not written.exists():
             _empty(folder)
-            write_atomically(written, json.dumps(recipe, sort_keys=True).encode())
+            marked = {**recipe, REPLACES: _identity(dest)} if force and dest.exists() else recipe
+            write_atomically(written, json.dumps(marked, sort_keys=True).encode())
             sync(folder.parent)
         try:
             yield folder
@@ -154,6 +168,12 @@ def remove_staging(dest: Path) -> None:
     folder = staging_of(dest)
     if is_abandoned(folder):  # a run that replaces DEST may be at work in it
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _identity(dest: Path) -> list[int]:
+    """Return what a new result of the same name has another of."""
+    status = dest.stat()
+    return [status.st_ino, status.st_mtime_ns]
 
 
 def _is_ours(dest: Path) -> bool:

@@ -36,7 +36,13 @@ from internvl_edge.integrations.bulk.job import Done, How, make_recipe
 from internvl_edge.integrations.bulk.parts import counted
 from internvl_edge.integrations.bulk.rows import Embedder
 from internvl_edge.integrations.bulk.sources.source import PATH, Piece, Source
-from internvl_edge.integrations.bulk.staging import check_dest, is_done, remove_staging, staging
+from internvl_edge.integrations.bulk.staging import (
+    check_dest,
+    is_done,
+    is_replacing,
+    remove_staging,
+    staging,
+)
 from internvl_edge.integrations.ray.batches import Rows
 
 if TYPE_CHECKING:
@@ -96,7 +102,8 @@ def embed(
         Embedder(model.components, source.content, how)  # which refuses what cannot be
         digest = model.components.artifact.digest
         recipe = make_recipe(digest, source, how, model.components.images)
-    if resume and is_done(path, recipe):
+    replaces = resume and is_replacing(path)
+    if resume and not replaces and is_done(path, recipe):
         remove_staging(path)
         rows, errors = counted(path)
         return Done(rows=rows, errors=errors, kept_rows=rows)
@@ -113,6 +120,7 @@ def embed(
         "allow_slow": allow_slow,
     }
     with staging(path, recipe, resume=resume, force=force, holds=f"{ROWS}/*") as folder:
+        force |= replaces  # as the interrupted run was told
         kept = _count(folder / ROWS)
         _run(source, folder, arguments, actors, device)
         rows, errors = _checked(folder / ROWS, source.rows)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import itertools
 import os
 import pickle
 import tarfile
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,20 +21,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.runs.bulk import add, picture, write_folder, write_shard, write_table
 
-from internvl_edge.errors import InternVLError, MediaError, UsageError
+from internvl_edge.errors import InternVLError, MediaError, ResourceError, UsageError
 from internvl_edge.integrations.bulk.sources.folder import Files
 from internvl_edge.integrations.bulk.sources.opening import open_source
-from internvl_edge.integrations.bulk.sources.shards import Shard
+from internvl_edge.integrations.bulk.sources.shards import Bounded, Shard
 from internvl_edge.integrations.bulk.sources.source import CONTENT, PATH, PROBLEM, Content, Source
 
 
 def rows_of(source: Source, size: int = 3) -> list[dict[str, Any]]:
-    return [
-        row
-        for piece in source.pieces
-        for batch, _ in piece.batches(size)
-        for row in batch.to_pylist()
-    ]
+    return list(rows_of_pieces(source, size))
+
+
+def rows_of_pieces(source: Source, size: int = 3) -> Iterator[dict[str, Any]]:
+    for piece in source.pieces:
+        for batch, _ in piece.batches(size):
+            yield from batch.to_pylist()
 
 
 def sources(folder: Path) -> dict[str, Source]:
@@ -174,6 +180,33 @@ def test_what_is_refused_of_parquet(tmp_path: Path) -> None:
     assert "--recursive" in refused([table], recursive=True)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.table([[b"1"], ["a"], ["b"]], names=["image", "text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "more than one text" in refused([tmp_path / "a.parquet"])
+    assert "more than one text" in refused([tmp_path / "a.parquet"], column="text", keep=[])
+    assert rows_of(open_source([tmp_path / "a.parquet"], keep=[]))[0][CONTENT] == b"1"
+
+
+def test_memory_is_not_that_of_a_row_group(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).bytes(200 << 10)
+    data = [levels[i:] + levels[:i] for i in range(160)]
+    place = tmp_path / "a.parquet"
+    how: dict[str, Any] = {"use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.table({"image": data}), place, write_batch_size=4, **how)  # 40 pages
+    (piece,) = open_source([place]).pieces
+    before, most = pa.total_allocated_bytes(), 0
+    tracemalloc.start()  # what Arrow reads of a file in Python is of Python
+    try:
+        for batch, _ in piece.batches(4):
+            most = max(most, pa.total_allocated_bytes() - before)
+            del batch
+        most += tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < place.stat().st_size // 4
+
+
 def test_a_damaged_page_is_an_error_of_its_file(tmp_path: Path) -> None:
     table = write_table(tmp_path / "a.parquet", 50, group=50)
     data = bytearray(table.read_bytes())
@@ -253,6 +286,88 @@ def test_a_damaged_archive_gives_what_is_before_and_says_so(tmp_path: Path, harm
     assert "damaged" in last[PROBLEM]
 
 
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A member's header of any size, as GNU writes large and negative ones."""
+    block = bytearray(tarfile.TarInfo(name).tobuf())
+    block[124:136] = (size % 2**96).to_bytes(12, "big")
+    block[124] = 0xFF if size < 0 else 0x80
+    block[156:157] = kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        header("back.png", -1024),
+        header("back", -1024, tarfile.DIRTYPE),
+        header("back", -1024, tarfile.SYMTYPE),
+        header("far.png", 1 << 62),
+        header("far.png", 1 << 64),
+        header("far.dat", 1 << 64),
+        header("long", -512, tarfile.GNUTYPE_LONGNAME),
+        header("long", 1 << 40, tarfile.GNUTYPE_LONGNAME),
+        header("long", 1 << 40, tarfile.XHDTYPE),
+        header("long", 1 << 64, tarfile.XHDTYPE),
+        (header("long", 2, tarfile.GNUTYPE_LONGNAME) + b"a\0".ljust(512, b"\0")) * 2000,
+        header("sparse.png", 0, tarfile.GNUTYPE_SPARSE)[:482] + b"\1".ljust(30, b"\0"),
+    ],
+    ids=lambda data: f"{data[:4].decode()}-{len(data)}-{data[124:136].hex()}-{data[156]}",
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_crafted_archive_is_a_row_with_an_error(
+    tmp_path: Path, crafted: bytes, zipped: bool
+) -> None:
+    place = write_shard(tmp_path / "a.tar", [{"png": picture(i)} for i in range(2)])
+    whole = place.read_bytes().rstrip(b"\0")
+    data = whole + bytes(-len(whole) % 512) + crafted
+    place.write_bytes(gzip.compress(data) if zipped else data)
+    first, *_, last = itertools.islice(rows_of_pieces(open_source([place])), 5)
+    assert first[PROBLEM] is None
+    assert "damaged" in last[PROBLEM]
+
+
+def test_no_header_makes_the_archive_be_read_whole(tmp_path: Path) -> None:
+    place = tmp_path / "a.tar.gz"
+    size = 64 << 20
+    place.write_bytes(gzip.compress(header("long", size, tarfile.XHDTYPE) + bytes(size), 1))
+    tracemalloc.start()
+    try:
+        (row,) = rows_of(open_source([place]))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "damaged" in row[PROBLEM]
+    assert most < 16 << 20
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source([write_shard(tmp_path / "a.tar", [{"png": picture(0)}])])
+
+    def failing(*_: Any) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Bounded, "read", failing)
+    with pytest.raises(ResourceError, match=r"a\.tar.*EIO"):
+        rows_of(source)
+
+
+def test_every_sample_has_a_key_of_its_own(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for key in ("a", "b", "a", "a#2", "a", "b"):
+            add(archive, f"{key}.png", picture(0))
+    rows = rows_of(open_source([tmp_path / "a.tar"]))
+    assert [row[PATH].rpartition("/")[2] for row in rows] == [
+        "a",
+        "b",
+        "a#2",
+        "a#2#2",
+        "a#3",
+        "b#2",
+    ]
+
+
 def test_compressed_archives_are_read(tmp_path: Path) -> None:
     samples = [{"png": picture(i)} for i in range(3)]
     write_shard(tmp_path / "a.tar.gz", samples, kind="w:gz")
@@ -278,6 +393,19 @@ def test_a_pattern_stands_for_what_it_matches(tmp_path: Path) -> None:
     assert files == [str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]
     assert "no file matches" in refused([tmp_path / "*.tar"])
     assert "found none" in refused([])
+
+
+def test_a_file_that_is_named_twice_is_there_once(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pictures", 2)
+    (tmp_path / "again").symlink_to(folder)
+    rows = rows_of(open_source([folder, folder / "00001.png", tmp_path / "again", folder]))
+    assert [row[PATH] for row in rows] == [f"{folder}/00000.png", f"{folder}/00001.png"]
+    (folder / "00002.png").symlink_to(folder / "00000.png")
+    assert len(rows_of(open_source(folder))) == 3  # a link has a name of its own
+    table = write_table(tmp_path / "a.parquet", 2)
+    assert open_source([table, folder / ".." / "a.parquet"]).rows == 2
+    shard = write_shard(tmp_path / "a.tar", [{"png": picture(0)}])
+    assert len(open_source([shard, shard]).pieces) == 1
 
 
 def test_a_folder_of_tables_is_told_how_to_name_them(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from internvl_edge.errors import MediaError, UsageError
@@ -30,6 +31,8 @@ def open_source(
 ) -> Source:
     """Open folders and files of pictures, Parquet files, or WebDataset shards; one of the three.
 
+    A file that is named twice, as itself and by its folder, say, is there once.
+
     Args:
         names: a path or several; what is not there and has a wildcard stands for what it matches.
         column: of Parquet, or field of a sample: what is embedded.
@@ -53,12 +56,12 @@ def open_source(
             raise UsageError(f"expected sources of one kind, found {named[0]} and {other}")
         if recursive:
             raise UsageError("--recursive is for folders of pictures; leave it out")
-        return opened(named, column, keep)
+        return opened(_once(named), column, keep)
     if column is not None or keep is not None:
         option = "--column" if column is not None else "--keep"
         raise UsageError(f"{option} is for Parquet and tar files; pictures have no columns")
     pictures = [picture for path in paths for picture in _pictures(path, recursive=recursive)]
-    return files_source(pictures)
+    return files_source(_once(pictures))
 
 
 def _expanded(name: str | os.PathLike[str]) -> list[Path]:
@@ -87,6 +90,15 @@ def _pictures(path: Path, *, recursive: bool) -> list[Path]:
             hint = f"; name the files in it: {path}/*{suffix}"
             break
     raise MediaError(f"{path}: expected images ({', '.join(SUFFIXES)}) in it, found {told}{hint}")
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """Leave out what comes again by another way to its folder; a link is a file of its own."""
+    resolved = functools.cache(os.path.realpath)
+    found: dict[str, Path] = {}
+    for path in paths:
+        found.setdefault(os.path.join(resolved(path.parent), path.name), path)
+    return list(found.values())
 
 
 def _ends(path: Path, suffixes: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@
 
 Members are read where they lie: nothing is unpacked, so that a name with ``..`` is a name, and a
 link, a device or a folder is no member. What is damaged gives a row that says so, and the other
-shards go on.
+shards go on; a disk that fails is an error, after which ``--resume`` reads the shard again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import IO, cast
 import pyarrow as pa
 
 from internvl_edge.errors import MediaError
+from internvl_edge.files.disk import os_errors
 from internvl_edge.files.reading import open_file
 from internvl_edge.integrations.bulk.sources.source import (
     CONTENT,
@@ -45,7 +46,51 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]+)", re.DOTALL)  # key, field
 BLOCK = 512  # bytes, of which archives are made; one of zeros ends it
-DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+HEADER_NBYTES = 1 << 20  # of all headers of a member: those with long names precede its own
+LAST_BYTE = 1 << 43  # of an archive; some file systems end at twice that
+DAMAGE = (
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    IndexError,  # as tarfile raises, of a sparse member that is cut off
+    OverflowError,
+    RecursionError,  # headers that precede each other without an end
+)
+
+
+class Bounded:
+    """An open archive of which no header makes ``tarfile`` read or seek more than is sensible."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.left = HEADER_NBYTES  # that may be read until this is set again
+
+    def read(self, size: int = -1) -> bytes:
+        """Read bytes.
+
+        Raises:
+            tarfile.ReadError: more than may be read, or all.
+        """
+        if not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"a header asks for {size} bytes, at most {self.left} are left")
+        self.left -= size
+        return self._file.read(size)
+
+    def seek(self, place: int) -> int:
+        """Go to a byte of the archive.
+
+        Raises:
+            tarfile.ReadError: no archive has it.
+        """
+        if not 0 <= place <= LAST_BYTE:
+            raise tarfile.ReadError(f"a member ends at byte {place}")
+        return self._file.seek(place)
+
+    def tell(self) -> int:
+        """Return the byte that is next."""
+        return self._file.tell()
 
 
 @dataclass(slots=True)
@@ -97,10 +142,12 @@ class Shard:
         sample: Sample | None = None
         try:
             with ExitStack() as closing:
+                closing.enter_context(os_errors(Path(self.file)))
                 raw = closing.enter_context(open_file(Path(self.file), MediaError))
-                opened = closing.enter_context(_unzipped(raw))
-                archive = closing.enter_context(tarfile.open(fileobj=opened, mode="r:"))
-                for member in _members(archive):
+                opened = Bounded(closing.enter_context(_unzipped(raw)))
+                readable = cast(IO[bytes], opened)
+                archive = closing.enter_context(tarfile.open(fileobj=readable, mode="r:"))
+                for member in _members(archive, opened):
                     split = NAME.fullmatch(member.name) if member.isreg() else None
                     if split is None:
                         continue
@@ -117,11 +164,11 @@ class Shard:
                             f"found {member.size}"
                         )
                     else:
-                        sample.read[name] = _contents(archive, member)
+                        sample.read[name] = _contents(archive, opened, member)
             if sample is not None:
                 yield _placed(sample, spelled, seen), 1.0
         except DAMAGE as error:
-            problem = f"the archive is damaged after {seen.total()} samples: {error}"
+            problem = f"the archive is damaged after {len(seen)} samples: {error}"
             yield Sample(spelled, problem=problem), 1.0
 
     def _batch(self, some: Sequence[Sample]) -> pa.RecordBatch:
@@ -201,20 +248,26 @@ def _require_field(files: Sequence[Path], shards: Sequence[Shard], column: str) 
                 return
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield members; tarfile itself takes a damaged header for the archive's end."""
+def _members(archive: tarfile.TarFile, opened: Bounded) -> Iterator[tarfile.TarInfo]:
+    """Yield members; tarfile itself takes a damaged header for the archive's end.
+
+    Raises:
+        tarfile.ReadError: there is such a header, or a member of a size that leads back.
+    """
     while (member := archive.next()) is not None:
+        if member.size < 0 or archive.offset <= member.offset:
+            raise tarfile.ReadError(f"a member of a negative size at byte {member.offset}")
         yield member
         archive.members = []  # type: ignore[attr-defined]  # it remembers every one
-    file = archive.fileobj
-    assert file is not None  # it was handed over
-    file.seek(archive.offset)
-    rest = file.read(BLOCK)
+        opened.left = HEADER_NBYTES
+    opened.seek(archive.offset)
+    rest = opened.read(BLOCK)
     if rest.strip(b"\0"):
         raise tarfile.ReadError(f"no header at byte {archive.offset}")
 
 
-def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _contents(archive: tarfile.TarFile, opened: Bounded, member: tarfile.TarInfo) -> bytes:
+    opened.left = member.size
     file = archive.extractfile(member)
     data = b"" if file is None else file.read()
     if len(data) != member.size:
@@ -231,9 +284,12 @@ def _unzipped(raw: IO[bytes]) -> IO[bytes]:
 
 def _placed(sample: Sample, shard: str, seen: Counter[str]) -> Sample:
     """Give a sample a key that no other row has, as ``path`` spells it."""
-    path = f"{shard}/{path_text(sample.key)}"
-    seen[path] += 1
-    sample.key = path if seen[path] == 1 else f"{path}#{seen[path]}"
+    path = first = f"{shard}/{path_text(sample.key)}"
+    while path in seen:
+        seen[first] += 1
+        path = f"{first}#{seen[first]}"
+    seen[path] = 1
+    sample.key = path
     return sample
 
 

@@ -5,6 +5,7 @@ The ``path`` of such a struct is never opened: it is a name on the machine that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from internvl_edge.integrations.bulk.sources.source import (
 __all__ = ["bytes_of", "content_of", "tables_source"]
 
 PIECE = 256  # rows at least, as many whole row groups as that takes
+AT_ONCE_NBYTES = 1 << 20  # of each column's pages; else whole row groups are read ahead
 BYTES = "bytes"  # the field of a struct that holds a picture
 
 
@@ -79,13 +81,14 @@ def tables_source(
 
     Raises:
         MediaError: a file is no Parquet, or has other columns than the first.
-        UsageError: there is no such column, or more than one that may be meant.
+        UsageError: there is no such column, or more than one that may be meant, or two of one name.
     """
     pieces: list[Groups] = []
     schema: pa.Schema | None = None
     for file in files:
         with _opened(file) as opened:
             own, metadata = opened.schema_arrow.remove_metadata(), opened.metadata
+        _require_distinct(file, own.names, own.names if keep is None else [column, *keep])
         if schema is None:
             schema = own
             column = _chosen(file, schema, column)
@@ -111,6 +114,17 @@ def tables_source(
         content=Content.TEXTS if _is_text(schema.field(column).type) else Content.PICTURES,
         fingerprint=fingerprint(files),
     )
+
+
+def _require_distinct(file: Path, names: Sequence[str], wanted: Sequence[str | None]) -> None:
+    """Refuse a file that has one of the columns that are read twice."""
+    if twice := sorted(
+        name for name, count in Counter(names).items() if count > 1 and name in wanted
+    ):
+        raise UsageError(
+            f"{file}: expected columns of different names, found more than one "
+            f"{', '.join(twice)}; name the columns to keep (--keep), without it"
+        )
 
 
 def _pieces(
@@ -191,7 +205,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file for the length of a block, in which it may turn out to be damaged."""
     with open_file(path, MediaError) as file:
         try:
-            with pq.ParquetFile(file) as opened:
+            with pq.ParquetFile(file, pre_buffer=False, buffer_size=AT_ONCE_NBYTES) as opened:
                 yield opened
         except (pa.ArrowException, OSError) as error:
             raise MediaError(f"{path}: expected a Parquet file: {error}") from error
