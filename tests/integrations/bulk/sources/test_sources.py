@@ -286,12 +286,13 @@ def test_a_damaged_archive_gives_what_is_before_and_says_so(tmp_path: Path, harm
     assert "damaged" in last[PROBLEM]
 
 
-def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, rest: bytes = b"") -> bytes:
     """A member's header of any size, as GNU writes large and negative ones."""
     block = bytearray(tarfile.TarInfo(name).tobuf())
     block[124:136] = (size % 2**96).to_bytes(12, "big")
     block[124] = 0xFF if size < 0 else 0x80
     block[156:157] = kind
+    block[512 - len(rest) :] = rest
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
@@ -311,7 +312,8 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
         header("long", 1 << 40, tarfile.XHDTYPE),
         header("long", 1 << 64, tarfile.XHDTYPE),
         (header("long", 2, tarfile.GNUTYPE_LONGNAME) + b"a\0".ljust(512, b"\0")) * 2000,
-        header("sparse.png", 0, tarfile.GNUTYPE_SPARSE)[:482] + b"\1".ljust(30, b"\0"),
+        header("sparse.png", 0, tarfile.GNUTYPE_SPARSE, b"\1".ljust(30, b"\0")),  # goes on
+        header("sparse.png", -512, tarfile.GNUTYPE_SPARSE),
     ],
     ids=lambda data: f"{data[:4].decode()}-{len(data)}-{data[124:136].hex()}-{data[156]}",
 )
