@@ -72,6 +72,22 @@ class Samples:
     chat_ids: Sequence[Tensor] = ()
 
 
+def last_samples(samples: Samples, count: int) -> Samples:
+    """Take the last samples of each kind, one batch; all images that the last chat is about."""
+    pictures = int((samples.chat_ids[-1][-1] == PLACE).sum()) if samples.chat_ids else 0
+
+    def last(batches: Sequence[Tensor], size: int = count) -> list[Tensor]:
+        return [torch.cat([*batches[-size:]])[-size:]] if batches else []
+
+    return Samples(
+        pixel_values=last(samples.pixel_values, max(count, pictures)),
+        input_ids=last(samples.input_ids),
+        match_ids=last(samples.match_ids),
+        caption_ids=last(samples.caption_ids),
+        chat_ids=last(samples.chat_ids),
+    )
+
+
 @dataclass(slots=True)
 class SampleStream:
     """All samples of one stream, between two blocks."""

@@ -19,14 +19,12 @@ component where it is beyond a bound that the user set, or where no signal is le
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from internvl_edge.artifact.components import COMPONENTS, cuda_graph, engine_graph
 from internvl_edge.compiler.oracle.expected import Expected, Part, Reference
@@ -54,10 +52,8 @@ from internvl_edge.export.compare import (
 )
 from internvl_edge.export.graph.signature import graph_capacity
 from internvl_edge.export.graph.uint8_input import on_levels
-from internvl_edge.export.towers.streams import Samples
+from internvl_edge.export.towers.streams import Samples, last_samples
 from internvl_edge.runtime.images.transform import Preprocessing
-from internvl_edge.runtime.text.chat_tokenizer import PLACE
-from internvl_edge.types import Array
 
 SAMPLES = 4  # of the calibration set, to compare quantized components on
 SAME_DB = 70.0  # compared with the simulation: the same numbers
@@ -112,16 +108,17 @@ class Checker:
             require_seen_ranges(quantization.statistics, quantization.scales, quantization.recipe)
         self.feeds = sample_feeds(self.config, image_size)
         if samples is not None:
+            last = last_samples(samples, SAMPLES)
             self.feeds = sample_feeds(
                 self.config,
                 image_size,
-                pixel_values=_last(samples.pixel_values, max(SAMPLES, _pictures(samples))),
-                input_ids=_last(samples.input_ids) if samples.input_ids else None,
+                pixel_values=last.pixel_values[0].numpy(),
+                input_ids=last.input_ids[0].numpy() if last.input_ids else None,
             )
-            if samples.caption_ids:
-                self.feeds["caption_ids"] = _last(samples.caption_ids)
-            if samples.chat_ids:
-                self.feeds["chat_ids"] = _last(samples.chat_ids)
+            if last.caption_ids:
+                self.feeds["caption_ids"] = last.caption_ids[0].numpy()
+            if last.chat_ids:
+                self.feeds["chat_ids"] = last.chat_ids[0].numpy()
         self.preprocessing = preprocessing
         self.feeds = on_levels(self.feeds, preprocessing)
         self.reference = Reference(checkpoint, quantization, whole=whole)
@@ -304,13 +301,3 @@ class Checker:
         is_rounded = expected.simulated is not None
         reference = "the simulation of its quantization" if is_rounded else "PyTorch"
         require_agreement(found, where, base, reference)
-
-
-def _pictures(samples: Samples) -> int:
-    """Count the images that the last conversation is about."""
-    return int((samples.chat_ids[-1][-1] == PLACE).sum()) if samples.chat_ids else 0
-
-
-def _last(batches: Sequence[Tensor], count: int = SAMPLES) -> Array:
-    """Take the last samples, of as many batches as they are in."""
-    return torch.cat([*batches[-count:]])[-count:].numpy()
