@@ -175,7 +175,7 @@ def _parsed(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = parse_json(data)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {not_json(data, error)}") from error
+        raise CheckpointError(f"{path}: {not_json(path, data, error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected one JSON object, found {type(value).__name__}")
     return value

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.errors import ArtifactError, CheckpointError, ResourceError
+from internvl_edge.errors import ArtifactError, CheckpointError, InputError, ResourceError
 from internvl_edge.files import reading
 from internvl_edge.files.reading import (
     cache_hint,
@@ -215,3 +215,12 @@ def test_what_json_wrote_is_read(value: Any) -> None:
     import json
 
     assert parse_json(json.dumps(value).encode()) == value
+
+
+def test_what_a_link_leads_to_is_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("the key is 42")
+    (tmp_path / "config.json").symlink_to("private")
+    with pytest.raises(InputError, match="not readable as JSON.*it is a text;"):
+        read_json(tmp_path / "config.json", 99)
+    with pytest.raises(InputError, match="a text that begins with 'the key is 42'"):
+        read_json(tmp_path / "private", 99)

@@ -104,15 +104,21 @@ def content_of(path: Path) -> Content | None:
             return Content("a folder", "name the folder that holds the files themselves")
         if not stat.S_ISREG(mode):
             return Content("a pipe or a device, not a regular file", AGAIN)
-        return content_of_bytes(os.read(descriptor, HEAD_NBYTES))
+        head = os.read(descriptor, HEAD_NBYTES)
+        return content_of_bytes(head, quotes=not os.path.islink(path))
     except OSError:
         return None
     finally:
         os.close(descriptor)
 
 
-def content_of_bytes(head: bytes) -> Content | None:
-    """Tell what a file is that begins with these bytes; None where they say nothing known."""
+def content_of_bytes(head: bytes, *, quotes: bool = True) -> Content | None:
+    """Tell what a file is that begins with these bytes; None where they say nothing known.
+
+    Args:
+        head: the first bytes.
+        quotes: quote a text that is nothing known; not what a link leads to, which may be private.
+    """
     if not head:
         return Content("an empty file, truncated", AGAIN)
     if head.startswith(b"\x80") and 2 <= int.from_bytes(head[1:2], "little") <= 5:
@@ -120,7 +126,7 @@ def content_of_bytes(head: bytes) -> Content | None:
         if head[8:9] != b"{":
             return _of_magic(b"\x80\x02")
         return None
-    return _of_magic(head) or _of_text(head)
+    return _of_magic(head) or _of_text(head, quotes)
 
 
 def _of_magic(head: bytes) -> Content | None:
@@ -130,7 +136,7 @@ def _of_magic(head: bytes) -> Content | None:
     return None
 
 
-def _of_text(head: bytes) -> Content | None:
+def _of_text(head: bytes, quotes: bool) -> Content | None:
     text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     for beginning, content in TEXTS.items():
         if text[: len(beginning)].lower() == beginning:
@@ -138,7 +144,7 @@ def _of_text(head: bytes) -> Content | None:
     shown = text[:MAX_SHOWN].split("\n", 1)[0].strip()
     if not shown or not shown.isprintable() or "\ufffd" in shown or text.startswith(("{", "[")):
         return None
-    return Content(f"a text that begins with {shown!r}", AGAIN)
+    return Content(f"a text that begins with {shown!r}" if quotes else "a text", AGAIN)
 
 
 def _detail(head: bytes, text: str) -> str:

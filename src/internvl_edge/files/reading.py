@@ -98,12 +98,12 @@ def read_json(
     try:
         return parse_json(data, unique=unique)
     except ValueError as problem:
-        raise error(f"{path}: {not_json(data, problem)}") from problem
+        raise error(f"{path}: {not_json(path, data, problem)}") from problem
 
 
-def not_json(data: bytes, problem: ValueError) -> str:
+def not_json(path: Path, data: bytes, problem: ValueError) -> str:
     """Say why a file is not JSON, and what it is instead where its first bytes tell."""
-    content = content_of_bytes(data[:HEAD_NBYTES])
+    content = content_of_bytes(data[:HEAD_NBYTES], quotes=not os.path.islink(path))
     instead = f"; it is {content.what}; {content.remedy}" if content is not None else ""
     return f"not readable as JSON: {problem}{instead}"
 
