@@ -220,7 +220,7 @@ def test_what_json_wrote_is_read(value: Any) -> None:
 def test_what_a_link_leads_to_is_not_quoted(tmp_path: Path) -> None:
     (tmp_path / "private").write_text("the key is 42")
     (tmp_path / "config.json").symlink_to("private")
-    with pytest.raises(InputError, match="not readable as JSON.*it is a text;"):
+    with pytest.raises(InputError, match=r"not readable as JSON.*it is a text;"):
         read_json(tmp_path / "config.json", 99)
     with pytest.raises(InputError, match="a text that begins with 'the key is 42'"):
         read_json(tmp_path / "private", 99)
