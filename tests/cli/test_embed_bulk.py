@@ -147,7 +147,14 @@ def test_a_signal_keeps_what_is_finished(
     source, dest = write_folder(tmp_path / "pictures", 3000), tmp_path / "a.parquet"
     arguments: list[Any] = ["embed", source, place / "tiny", "-o", dest, "--batch-size", "1"]
     command = [sys.executable, "-m", "internvl_edge", *arguments, "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored in the background
+    )
     assert process.stderr is not None
     first = process.stderr.readline()
     assert first.startswith("embed 1/3000")

@@ -88,11 +88,16 @@ def answers(function: Function) -> Function:
     @click.option("-q", "--quiet", is_flag=True, help="Say nothing but the answer and errors.")
     @functools.wraps(function)
     def wrapped(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
-        logging.getLogger("internvl_edge").setLevel(logging.ERROR if quiet else logging.NOTSET)
-        with warnings.catch_warnings():
-            if quiet:
-                warnings.simplefilter("ignore", UserWarning)
-            return function(*args, output=Output(as_json=as_json, quiet=quiet), **kwargs)
+        logger = logging.getLogger("internvl_edge")
+        before = logger.level
+        logger.setLevel(logging.ERROR if quiet else before)
+        try:
+            with warnings.catch_warnings():
+                if quiet:
+                    warnings.simplefilter("ignore", UserWarning)
+                return function(*args, output=Output(as_json=as_json, quiet=quiet), **kwargs)
+        finally:
+            logger.setLevel(before)
 
     return wrapped  # type: ignore[return-value]
 
