@@ -1,4 +1,4 @@
-"""What a graph takes and gives, as a manifest writes it down."""
+"""The inputs and outputs of a graph, as a manifest records them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from internvl_edge.artifact.components import (
     IMAGE_POOL,
     IMAGE_QUERIES,
     TEXT_EMBED,
-    VISION,
+    to_embed_images,
 )
 from internvl_edge.errors import UsageError, shortened
 from internvl_edge.runtime.components import OpenComponents
@@ -161,13 +161,12 @@ def image_embedder(components: OpenComponents, mode: str) -> Callable[[Array], A
     """
     if not isinstance(mode, str) or mode not in MODES:
         raise UsageError(f"mode {shortened(mode)}: expected 'c' (InternVL-C) or 'g' (InternVL-G)")
+    needed = to_embed_images(components.artifact.manifest.components, mode)
+    components.require(*needed)
     if mode == "g":
-        components.require(VISION, IMAGE_POOL, IMAGE_QUERIES)
         return lambda pixels: _embed_g(components, pixels)
-    has = components.has
-    if has(VISION) and has(IMAGE_POOL) and not has(IMAGE_EMBED):
+    if IMAGE_POOL in needed:
         return lambda pixels: _pool(components, components.hidden(pixels))
-    components.require(IMAGE_EMBED)
     return lambda pixels: components.run(IMAGE_EMBED, "image_embeds", pixel_values=pixels)
 
 

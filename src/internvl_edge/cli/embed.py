@@ -100,7 +100,7 @@ def embed(
 
     Of any number: embed SOURCE OUT -o DEST.parquet, where SOURCE is a folder, *.parquet with
     pictures or texts in a column, or WebDataset's *.tar. Rows that cannot be embedded say so in the
-    column "error". What an interrupted run finished stays beside DEST for --resume.
+    column "error". What an interrupted run finished stays next to DEST for --resume.
     """
     if bulk.dest is not None:
         if texts or save is not None:

@@ -24,10 +24,17 @@ import pyarrow.parquet as pq
 from internvl_edge.errors import InputError, UsageError
 from internvl_edge.files.disk import os_errors, rename_new, sync, write_atomically
 from internvl_edge.files.reading import parse_json
+from internvl_edge.integrations.bulk.job import Done
 from internvl_edge.integrations.bulk.sources.source import ERROR, PATH
-from internvl_edge.integrations.bulk.staging import Recipe, with_recipe
+from internvl_edge.integrations.bulk.staging import (
+    Recipe,
+    is_done,
+    is_replacing,
+    remove_staging,
+    with_recipe,
+)
 
-__all__ = ["Parts", "Position", "counted"]
+__all__ = ["Parts", "Position", "counted", "finished"]
 
 WHOLE = "whole"
 PART_KEY = b"internvl_edge.part"  # of a schema's metadata
@@ -128,6 +135,19 @@ class Parts:
     def discard(self) -> None:
         """Remove the rows, and the folder that they are in."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def finished(dest: Path, recipe: Recipe) -> Done | None:
+    """Tell of a result that is complete, without what its run left; None: there is more to do.
+
+    Raises:
+        UsageError: it is of another recipe.
+    """
+    if is_replacing(dest) or not is_done(dest, recipe):
+        return None
+    remove_staging(dest)
+    rows, errors = counted(dest)
+    return Done(rows=rows, errors=errors, kept_rows=rows)
 
 
 def counted(dest: Path) -> tuple[int, int]:

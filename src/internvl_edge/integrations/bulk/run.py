@@ -1,9 +1,9 @@
 """A source embedded by one process: batches through a pool of threads, rows in their order.
 
 Each thread decodes a batch, prepares it and runs the model on it with one thread of its own: no
-core waits for another within an operator, and decoding needs no cores beside. On a GPU the batches
-take turns there, while the next ones are decoded. How many are under way is bounded, so that memory
-does not grow with the source.
+core waits for another within an operator, and decoding needs no cores of its own. On a GPU the
+batches take turns there, while the next ones are decoded. How many are under way is bounded, so
+that memory does not grow with the source.
 """
 
 from __future__ import annotations
@@ -24,16 +24,10 @@ from internvl_edge.artifact.publish import placed
 from internvl_edge.errors import InternVLError, MediaError, ResourceError
 from internvl_edge.files.cores import usable_cores
 from internvl_edge.integrations.bulk.job import Done, How, Problem, Progress, Report, make_recipe
-from internvl_edge.integrations.bulk.parts import Parts, Position, counted
+from internvl_edge.integrations.bulk.parts import Parts, Position, finished
 from internvl_edge.integrations.bulk.rows import Embedder, problems_of
 from internvl_edge.integrations.bulk.sources.source import Source
-from internvl_edge.integrations.bulk.staging import (
-    check_dest,
-    is_done,
-    is_replacing,
-    remove_staging,
-    staging,
-)
+from internvl_edge.integrations.bulk.staging import check_dest, is_replacing, staging
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.model import Model
@@ -67,7 +61,7 @@ def embed(
     Args:
         source: of ``open_source``.
         model: open; it stays the caller's to close.
-        dest: the file; parts of it lie beside it until it is complete.
+        dest: the file; parts of it lie next to it until it is complete.
         how: rows are embedded.
         threads: of the pool; None: as many as there are cores.
         resume: go on after what an interrupted run of the same recipe left, if there is anything;
@@ -86,11 +80,9 @@ def embed(
     components = model.components
     embedder = Embedder(components, source.content, how)
     recipe = make_recipe(components.artifact.digest, source, how, components.images)
+    if resume and (done := finished(path, recipe)) is not None:
+        return done
     replaces = resume and is_replacing(path)
-    if resume and not replaces and is_done(path, recipe):
-        remove_staging(path)
-        rows, errors = counted(path)
-        return Done(rows=rows, errors=errors, kept_rows=rows)
     began = time.monotonic()
     with staging(path, recipe, resume=resume, force=force) as folder:
         force |= replaces  # as the interrupted run was told

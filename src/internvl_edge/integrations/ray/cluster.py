@@ -33,16 +33,10 @@ from internvl_edge.errors import InternVLError, MediaError, UsageError
 from internvl_edge.files.disk import exchange, os_errors, rename_new, sync, sync_tree
 from internvl_edge.files.packages import require
 from internvl_edge.integrations.bulk.job import Done, How, make_recipe
-from internvl_edge.integrations.bulk.parts import counted
+from internvl_edge.integrations.bulk.parts import counted, finished
 from internvl_edge.integrations.bulk.rows import Embedder
 from internvl_edge.integrations.bulk.sources.source import PATH, Piece, Source
-from internvl_edge.integrations.bulk.staging import (
-    check_dest,
-    is_done,
-    is_replacing,
-    remove_staging,
-    staging,
-)
+from internvl_edge.integrations.bulk.staging import check_dest, is_replacing, staging
 from internvl_edge.integrations.ray.batches import Rows
 
 if TYPE_CHECKING:
@@ -73,7 +67,7 @@ def embed(
     """Embed every row of a source into a new folder of Parquet files, with Ray's actors.
 
     The rows and their columns are those of ``bulk.run.embed``; their order is any. Checkpoints lie
-    beside DEST until it is complete. Ray is the one that this process is connected to.
+    next to DEST until it is complete. Ray is the one that this process is connected to.
 
     Args:
         source: of ``open_source``, by absolute paths: workers have other current folders.
@@ -102,11 +96,9 @@ def embed(
         Embedder(model.components, source.content, how)  # which refuses what cannot be
         digest = model.components.artifact.digest
         recipe = make_recipe(digest, source, how, model.components.images)
+    if resume and (done := finished(path, recipe)) is not None:
+        return done
     replaces = resume and is_replacing(path)
-    if resume and not replaces and is_done(path, recipe):
-        remove_staging(path)
-        rows, errors = counted(path)
-        return Done(rows=rows, errors=errors, kept_rows=rows)
     if not source.pieces:
         raise MediaError(f"{NO_ROWS}; there is nothing to embed")
     began = time.monotonic()

@@ -78,7 +78,7 @@ class RepositoryOptions:
 
     @property
     def front_gpu(self) -> int | None:
-        """The GPU of models in Python; None: the processor, where they stay beside a component."""
+        """The GPU of models in Python; None: the processor."""
         return self.gpu if self.backend == "python" else None
 
     @property

@@ -82,7 +82,7 @@ class Source:
     """Rows to embed."""
 
     pieces: tuple[Piece, ...]
-    kept: pa.Schema  # the columns beside the content, ``path`` first
+    kept: pa.Schema  # the columns without the content, ``path`` first
     content: Content
     fingerprint: str  # sha256 of its files' names, sizes and times
 
