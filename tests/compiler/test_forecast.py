@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from support.checkpoints import TINY, write_internvl, write_vit
 
 from internvl_edge.compiler import ExportOptions, export, forecast
-from internvl_edge.compiler.cost import Forecast
+from internvl_edge.compiler.cost import Cost, Forecast
 from internvl_edge.compiler.steps import verify
 from internvl_edge.compiler.steps.calibration import cost as calibration_cost
 from internvl_edge.errors import ResourceError
@@ -80,7 +80,7 @@ def test_products_of_inputs_are_counted(tmp_path: Path) -> None:
     options = ExportOptions(
         checkpoint=checkpoint, out=tmp_path / "out", precision="int8", recipe=plain
     )
-    rounded = dataclasses.replace(options, recipe=dataclasses.replace(plain, rounding="gptq"))
+    rounded = replace(options, recipe=replace(plain, rounding="gptq"))
     before, after = (
         next(step for step in forecast(found).steps if step.name == "quantize")
         for found in (options, rounded)
@@ -140,7 +140,7 @@ def test_a_cache_of_fixed_capacity_is_counted_where_it_is_compared(tmp_path: Pat
     options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", components=("decoder",))
     needs = {}
     for capacity in (None, 64, 65):
-        chosen = dataclasses.replace(options, cache_capacity=capacity)
+        chosen = replace(options, cache_capacity=capacity)
         (step,) = (step for step in forecast(chosen).steps if step.name == "verify")
         needs[capacity] = step.memory_nbytes
     llama = TINY.qllama
@@ -149,15 +149,32 @@ def test_a_cache_of_fixed_capacity_is_counted_where_it_is_compared(tmp_path: Pat
     assert needs[64] - needs[None] == 64 * (needs[65] - needs[64])
 
 
-def test_memory_that_verification_lacks_has_a_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def verification(options: ExportOptions) -> Cost:
+    (step,) = (step for step in forecast(options).steps if step.name == "verify")
+    return step
+
+
+def test_memory_that_verification_lacks_has_a_way_out(tmp_path: Path) -> None:
     checkpoint = write_internvl(tmp_path / "checkpoint").path
     options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", verify="full")
-    (step,) = (step for step in forecast(options).steps if step.name == "verify")
-    short = Forecast(steps=(step,))
-    with pytest.raises(ResourceError, match="GB are allowed by --memory-budget; --verify none lea"):
+    short = Forecast(steps=(verification(options),))
+    said = "by --memory-budget; --verify auto compares one block at a time where there is less, "
+    with pytest.raises(ResourceError, match=f"{said}--verify none leaves the comparison out"):
         short.require_fit(tmp_path, 1000)
-    monkeypatch.setattr(verify, "MAX_WHOLE_NBYTES", 0)
-    (step,) = (step for step in forecast(options).steps if step.name == "verify")
-    assert step.remedy.startswith("--verify auto compares one block at a time, --verify none")
+
+
+@pytest.mark.parametrize("is_budget", [True, False])
+def test_what_does_not_fit_whole_is_compared_by_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_budget: bool
+) -> None:
+    """A budget may be short, or what is free; who asks for the whole gets it all the same."""
+    checkpoint = write_internvl(tmp_path / "checkpoint").path
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out")
+    whole = verification(options)
+    short = whole.memory_nbytes - 1
+    if is_budget:
+        options = replace(options, memory_budget=short)
+    else:
+        monkeypatch.setattr(verify, "available_memory", lambda: short)
+    assert verification(options).memory_nbytes < whole.memory_nbytes
+    assert verification(replace(options, verify="full")).memory_nbytes == whole.memory_nbytes

@@ -14,7 +14,7 @@ from internvl_edge.compiler.steps.publish import CopyFiles, ListFiles, Publish, 
 from internvl_edge.compiler.steps.quantize import Quantize
 from internvl_edge.compiler.steps.step import Step
 from internvl_edge.compiler.steps.trace import Trace
-from internvl_edge.compiler.steps.verify import Verify
+from internvl_edge.compiler.steps.verify import Verify, plans_whole
 from internvl_edge.compiler.steps.weights import StoreWeights
 from internvl_edge.compiler.weights.layout import engine_nbytes, tower_depths
 from internvl_edge.compiler.weights.plan import WeightsPlan, plan_weights
@@ -24,13 +24,14 @@ def steps(plan: Plan) -> list[Step]:
     """List the steps of an export, in the order they run."""
     model = shallow_model(plan)
     weights = plan_weights(plan, model)
+    whole = plans_whole(plan)
     return [
         Trace(model=model),
         StoreWeights(weights=weights) if plan.recipe is None else Quantize(weights=weights),
         WriteGraphs(model=model),
-        *([] if plan.options.verify == "none" else [Verify()]),
+        *([] if plan.options.verify == "none" else [Verify(whole=whole)]),
         CopyFiles(),
-        *([WriteClip()] if plan.options.layout == "optimum" else []),
+        *([WriteClip(whole=whole)] if plan.options.layout == "optimum" else []),
         ListFiles(),
         *([_engines(plan, weights)] if plan.engine_targets else []),
         Publish(),

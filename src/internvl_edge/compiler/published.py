@@ -75,7 +75,8 @@ def verify(
     base = engine_base = artifact.manifest.precision
     if quantization is not None:
         base, engine_base = quantization.recipe.base or "fp32", quantization.recipe.engine_base
-    whole = is_compared_whole(opened, "auto")
+    kind = artifact.manifest.precision if quantization is None else "quantized"
+    whole = is_compared_whole(opened, kind)
     if not whole:
         require_no_bounds(asked, "which has no bound; leave them out")
     same = None

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-__all__ = ["default_threads", "quota_cores", "usable_cores"]
+__all__ = ["CGROUPS", "OWN_CGROUPS", "default_threads", "own_groups", "quota_cores", "usable_cores"]
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 OMP_THREADS = "OMP_NUM_THREADS"
@@ -56,26 +56,41 @@ def quota_cores(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
         root: where control groups are mounted.
         own: the file that names this process's groups.
     """
-    limits = []
+    limits = [
+        _limit_v2(folder) if version == 2 else _limit_v1(folder)
+        for version, folder in own_groups("cpu", root, own)
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def own_groups(
+    controller: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS
+) -> Iterator[tuple[int, Path]]:
+    """List this process's control groups that may limit something, and those around them.
+
+    In a container a group's path may be one of the host; the mount itself is then its own.
+
+    Args:
+        controller: what is limited: "cpu", "memory".
+        root: where control groups are mounted.
+        own: the file that names this process's groups.
+
+    Yields:
+        The version of control groups, and the folder of one.
+    """
     for line in (_text(own) or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
-            limits += _limits(root, group, _limit_v2)
-        elif "cpu" in controllers.split(","):
-            for mount in (root / controllers, root / "cpu"):
-                limits += _limits(mount, group, _limit_v1)
-    return min(limits, default=None)
-
-
-def _limits(mount: Path, group: str, read: Callable[[Path], float | None]) -> list[float]:
-    """Read the limits of a group and of those around it.
-
-    In a container the group's path may be one of the host; the mount itself is then its own.
-    """
-    folder = mount / group.strip("/")
-    folders = [folder, *(f for f in folder.parents if f.is_relative_to(mount))]
-    return [limit for f in folders if (limit := read(f)) is not None]
+            mounts, version = [root], 2
+        elif controller in controllers.split(","):
+            mounts, version = list(dict.fromkeys((root / controllers, root / controller))), 1
+        else:
+            continue
+        for mount in mounts:
+            folder = mount / group.strip("/")
+            for each in (folder, *(f for f in folder.parents if f.is_relative_to(mount))):
+                yield version, each
 
 
 def _limit_v2(folder: Path) -> float | None:

@@ -9,7 +9,6 @@ from internvl_edge.compiler.cost import FLOAT32_NBYTES, IMPORTS_NBYTES, Cost, re
 from internvl_edge.compiler.oracle.checker import Checker
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import Plan
-from internvl_edge.compiler.plan import Verify as Which
 from internvl_edge.compiler.progress import Progress
 from internvl_edge.compiler.steps.step import Build
 from internvl_edge.compiler.weights.layout import CHAT_TOKENS, LLAMA_HEAD, block_sizes
@@ -17,23 +16,26 @@ from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import CostBounds
 from internvl_edge.export.components import language_config
+from internvl_edge.files.memory import available_memory
 
 VERIFY_NBYTES_PER_SECOND = 200e6
 # What is compared, in float32: reference and graph, constants that are widened, and the simulation.
 VERIFY_COPIES = {"fp32": 2.5, "fp16": 4.7, "bf16": 4.7, "quantized": 5.2}
 VERIFIED_TEXTS = 2
 CACHE_COPIES = 3  # of a cache in place that is compared: as it is given, read and written
-MAX_WHOLE_NBYTES = 4_000_000_000  # of a float32 reference that --verify auto holds: 1 B parameters
+MAX_WHOLE_NBYTES = 4_000_000_000  # of a float32 reference that --verify auto holds at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verify:
     """Compare every component with PyTorch."""
 
+    whole: bool  # components at once, rather than one block of a tower at a time
+
     def costs(self, plan: Plan) -> tuple[Cost, ...]:
-        if not is_compared_whole(plan.checkpoint, plan.options.verify):
+        if not self.whole:
             require_no_bounds(_bounds(plan), "add --verify full")
-        return (_cost(plan),)
+        return (_cost(plan, self.whole),)
 
     def run(self, plan: Plan, build: Build) -> None:
         quantization = None
@@ -44,7 +46,7 @@ class Verify:
             plan.image_size,
             build.samples,
             quantization,
-            whole=is_compared_whole(plan.checkpoint, plan.options.verify),
+            whole=self.whole,
             preprocessing=plan.preprocessing if plan.options.input == "uint8" else None,
             bounds=_bounds(plan),
         )
@@ -66,13 +68,36 @@ def reference_nbytes(checkpoint: Checkpoint) -> int:
     return parameters * FLOAT32_NBYTES
 
 
-def is_compared_whole(checkpoint: Checkpoint, verify: Which) -> bool:
-    """Tell whether the whole reference is held in memory, rather than one block at a time."""
-    return verify == "full" or reference_nbytes(checkpoint) <= MAX_WHOLE_NBYTES
+def is_compared_whole(checkpoint: Checkpoint, kind: str, budget: int | None = None) -> bool:
+    """Tell whether --verify auto holds the whole reference in memory, or one block at a time.
+
+    It holds up to a billion parameters, where the memory that is free, or a budget, has room.
+
+    Args:
+        checkpoint: what is compared with.
+        kind: of graphs: a key of ``VERIFY_COPIES``.
+        budget: of memory, in bytes; None: what is free.
+    """
+    limit = available_memory() if budget is None else budget
+    reference = reference_nbytes(checkpoint)
+    return reference <= MAX_WHOLE_NBYTES and _whole_nbytes(reference, kind) <= limit
 
 
-def _cost(plan: Plan) -> Cost:
-    whole = is_compared_whole(plan.checkpoint, plan.options.verify)
+def plans_whole(plan: Plan) -> bool:
+    """Tell whether an export compares whole components; as it is asked, or ``auto``."""
+    asked, budget = plan.options.verify, plan.options.memory_budget
+    return asked == "full" or is_compared_whole(plan.checkpoint, _kind(plan), budget)
+
+
+def _kind(plan: Plan) -> str:
+    return "quantized" if plan.recipe is not None else plan.base
+
+
+def _whole_nbytes(compared: int, kind: str) -> int:
+    return IMPORTS_NBYTES + int(VERIFY_COPIES[kind] * compared)
+
+
+def _cost(plan: Plan, whole: bool) -> Cost:
     compared, seconds = reference_nbytes(plan.checkpoint), 1.0
     if not whole:
         # one block, and what comes before and after its tower
@@ -82,12 +107,12 @@ def _cost(plan: Plan) -> Cost:
         compared = FLOAT32_NBYTES * (max(blocks.values()) + other)
         seconds = 3.0
     graphs = len(plan.bases)
-    is_by_choice = plan.options.verify == "full" and not is_compared_whole(plan.checkpoint, "auto")
-    remedy = "--verify auto compares one block at a time, " if is_by_choice else ""
-    copies = VERIFY_COPIES["quantized" if plan.recipe is not None else plan.base]
+    remedy = ""
+    if plan.options.verify == "full":
+        remedy = "--verify auto compares one block at a time where there is less, "
     return Cost(
         name="verify",
-        memory_nbytes=IMPORTS_NBYTES + int(copies * compared) + _cache_nbytes(plan, whole=whole),
+        memory_nbytes=_whole_nbytes(compared, _kind(plan)) + _cache_nbytes(plan, whole=whole),
         disk_nbytes=0,
         remedy=f"{remedy}--verify none leaves the comparison out",
         seconds=graphs

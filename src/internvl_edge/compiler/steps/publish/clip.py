@@ -24,7 +24,6 @@ from internvl_edge.compiler.steps.publish.clip_settings import (
 from internvl_edge.compiler.steps.publish.fast_tokenizer import differing, fast_tokenizer
 from internvl_edge.compiler.steps.publish.joined_graph import join_towers
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.steps.verify import is_compared_whole
 from internvl_edge.errors import CheckpointError, UsageError, shortened
 from internvl_edge.export.checkpoint.side_files import read_side_file
 from internvl_edge.export.compare import sample_feeds
@@ -39,6 +38,8 @@ ADDED = "added_tokens.json"  # of transformers' slow tokenizer, which nothing he
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteClip:
     """Join both towers in one graph, and write the settings that it is opened with."""
+
+    whole: bool  # the graph is compared with what it is made of
 
     def costs(self, plan: Plan) -> tuple[Cost, ...]:
         """Refuse what such a graph cannot be made of; it costs too little for a row."""
@@ -60,8 +61,7 @@ class WriteClip:
         assert internvl is not None
         build.report(Progress(step="join", detail=JOINED_GRAPH, done=0, total=1))
         ir.save(join_towers(directory), directory / JOINED_GRAPH)
-        which = plan.options.verify
-        if which != "none" and is_compared_whole(plan.checkpoint, which):
+        if self.whole and plan.options.verify != "none":
             require_joined(directory, sample_feeds(plan.checkpoint.config, plan.image_size))
         fast = _said(_pieces(directory))
         for name, values in {
