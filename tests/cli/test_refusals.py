@@ -321,6 +321,9 @@ def test_stdin_is_a_picture_or_texts(
     typed(b"")
     assert "expected an image on stdin, found nothing" in refused(capsys, 3, "embed", out, "-")
     assert "stdin is read for questions" in refused(capsys, 2, "chat", out, "-")
+    told = refused(capsys, 3, "chat", out, str(place / "photos" / "0.png"), "how many digits?")
+    assert "how many digits?: expected an image, found no such file" in told
+    assert "a question is asked by --question" in told
     monkeypatch.setattr("sys.stdin", None)
     assert "found nothing" in refused(capsys, 3, "embed", out, "-")
     assert run(["chat", out, str(place / "photos" / "0.png"), "--json"]) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from internvl_edge.cli.console import Output, error_line
 from internvl_edge.cli.inputs import STDIN, expand, source_of
 from internvl_edge.cli.options import DIRECTORY, Running, answers, runs_model
 from internvl_edge.cli.text import as_typed, generation, show, stream_option
-from internvl_edge.errors import InternVLError, SessionDead, UsageError
+from internvl_edge.errors import InternVLError, MediaError, SessionDead, UsageError
 from internvl_edge.runtime.model import Model
 from internvl_edge.runtime.tasks.chat import remembered
 from internvl_edge.runtime.tasks.chat_prompt import VIDEO, has_place
@@ -93,6 +93,7 @@ def chat(
     paths = expand(output, images).paths
     if STDIN in paths and not questions:
         raise UsageError("-: stdin is read for questions; add --question, or name a file")
+    _require_files(paths)
     turns: list[dict[str, Any]] = []
     failed: list[InternVLError] = []
     with running.open(out) as model:
@@ -118,6 +119,19 @@ def chat(
     output.result({"images": paths, "video": video, "turns": turns})
     if failed and not _is_terminal():
         raise click.exceptions.Exit(failed[0].exit_code)
+
+
+def _require_files(paths: Sequence[Path]) -> None:
+    """Refuse what is no file before the model is opened: often it is the question.
+
+    Raises:
+        MediaError: with the option that asks.
+    """
+    for path in paths:
+        if path != STDIN and not path.exists():
+            raise MediaError(
+                f"{path}: expected an image, found no such file; a question is asked by --question"
+            )
 
 
 def _told(error: InternVLError) -> dict[str, Any]:
