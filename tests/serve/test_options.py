@@ -90,5 +90,7 @@ def test_names_of_what_is_served(tmp_path: Path) -> None:
     }
     with pytest.raises(UsageError, match="'a=b' cannot name a model"):
         served_names((str(tmp_path / "a=b"),))
+    with pytest.raises(UsageError, match="'Zoë' cannot name a model"):
+        served_names((out, f"Zoë={out}"))
     with pytest.raises(UsageError, match="would name both"):
         served_names((out, f"{out}/../out"))

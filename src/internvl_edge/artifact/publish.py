@@ -54,6 +54,7 @@ __all__ = [
     "check_parent",
     "hold",
     "is_compiled",
+    "limit_modes",
     "make_parents",
     "os_errors",
     "placed",
@@ -117,7 +118,7 @@ def staging(
             yield directory
         with os_errors(out):
             (check or _check_complete)(directory)
-            _limit_modes(directory)
+            limit_modes(directory)
             sync_tree(directory)
             check_again = partial(check_out, out, force=force, is_ours=is_ours)
             _publish(directory, out, check_again, held, cleanup)
@@ -370,7 +371,7 @@ def _check_complete(directory: Path) -> None:
         raise InternVLError(f"{directory}: written but not listed: {unlisted}")
 
 
-def _limit_modes(directory: Path) -> None:
+def limit_modes(directory: Path) -> None:
     """Take from others what an open umask gave them: files are 0644 at most, folders 0755.
 
     A file of two names, such as a checkpoint's own shard, is not only ours to change.

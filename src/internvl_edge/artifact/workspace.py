@@ -24,7 +24,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -35,14 +34,22 @@ from internvl_edge.artifact.manifest import MANIFEST
 from internvl_edge.artifact.publish import hold, make_parents, placed
 from internvl_edge.artifact.safetensors import TensorPlace, read_places
 from internvl_edge.errors import UsageError, VerificationError
-from internvl_edge.files.disk import link_or_copy, open_regular, os_errors, write_atomically
+from internvl_edge.files.disk import (
+    PRIVATE,
+    empty,
+    link_or_copy,
+    make_private,
+    open_regular,
+    os_errors,
+    strange_entry,
+    write_atomically,
+)
 from internvl_edge.files.reading import is_there
 from internvl_edge.files.spool import Budget, Spool
 
 logger = logging.getLogger(__name__)
 
 BLOCK_NBYTES = 512  # of st_blocks, stat(2)
-PRIVATE = 0o700  # the mode of the directory: nobody else writes what is taken up
 CHUNK_NBYTES = 8 << 20
 KEY, JOURNAL, STATES, ENGINES = "key.json", "journal.jsonl", "states", "engines"
 
@@ -244,7 +251,7 @@ def workspace(
                 raise UsageError(
                     f"another run is writing {out}; wait until it is done, or choose another OUT"
                 ) from error
-            _require_own(path, descriptor)
+            make_private(path, descriptor)
         try:
             wanted = key()
         except BaseException:
@@ -274,25 +281,6 @@ def workspace(
         _remove(path)
 
 
-def _require_own(path: Path, descriptor: int) -> None:
-    """Refuse a directory of somebody else; empty one that others could write to.
-
-    Raises:
-        UsageError: it is not this user's.
-    """
-    status = os.fstat(descriptor)
-    if status.st_uid != os.geteuid():
-        raise UsageError(
-            f"{path} belongs to another user (uid {status.st_uid}), whose work is not taken up; "
-            "remove it or choose another OUT"
-        )
-    if stat.S_IMODE(status.st_mode) & ~PRIVATE:
-        if any(path.iterdir()):
-            logger.warning("%s was open to others, and what is in it is dropped", path)
-        _empty(path)
-        os.fchmod(descriptor, PRIVATE)
-
-
 def _drop_damaged(path: Path) -> None:
     """Drop the work unless everything that its journal speaks of has the hashes noted there."""
     try:
@@ -308,12 +296,8 @@ def _drop_damaged(path: Path) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    for entry in path.rglob("*"):
-        status = entry.lstat()
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            return f"{entry.name} is neither a file nor a folder"
-        if status.st_uid != os.geteuid():
-            return f"{entry.name} belongs to another user"
+    if problem := strange_entry(path):
+        return problem
     entries = _read_journal(path / JOURNAL)
     latest = {s: saved for entry in entries for s, saved in entry["states"].items()}
     for saved in latest.values():
@@ -344,11 +328,7 @@ def _sha256_at(file: io.BufferedReader, place: TensorPlace) -> str:
 def _empty(path: Path) -> None:
     """Remove what is in the directory; the journal first, which speaks of the rest."""
     (path / JOURNAL).unlink(missing_ok=True)
-    for entry in path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    empty(path)
 
 
 def _remove(path: Path) -> None:

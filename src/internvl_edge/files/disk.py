@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import logging
 import os
 import secrets
 import shutil
@@ -24,6 +25,8 @@ from typing import Self
 
 from internvl_edge.errors import InternVLError, ResourceError, UsageError
 
+logger = logging.getLogger(__name__)
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 EXHAUSTED = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
@@ -32,6 +35,7 @@ NO_SUCH_RENAME = {errno.ENOSYS, errno.EINVAL}  # the kernel or the file system l
 NO_HARD_LINK = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+PRIVATE = 0o700  # the mode of a folder that work is taken up from: nobody else writes to it
 AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # renameat2(2)
 
 
@@ -136,6 +140,52 @@ def open_regular(path: str | Path, *, directory: int | None = None) -> io.Buffer
     return open(descriptor, "rb")
 
 
+# --- unfinished work ----------------------------------------------------------------------------
+
+
+def make_private(folder: Path, descriptor: int) -> None:
+    """Refuse a folder of somebody else; empty one that others could look into or write to.
+
+    Args:
+        folder: of work that a run may take up.
+        descriptor: of it, open.
+
+    Raises:
+        UsageError: it is not this user's.
+    """
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid():
+        raise UsageError(
+            f"{folder} belongs to another user (uid {status.st_uid}), whose work is not taken up; "
+            "remove it or choose another name"
+        )
+    if stat.S_IMODE(status.st_mode) & ~PRIVATE:
+        if any(folder.iterdir()):
+            logger.warning("%s was open to others, and what is in it is dropped", folder)
+        empty(folder)
+        os.fchmod(descriptor, PRIVATE)
+
+
+def strange_entry(folder: Path) -> str | None:
+    """Say what in a folder a run of this user would not have written; None: nothing is."""
+    for entry in folder.rglob("*"):
+        status = entry.lstat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            return f"{entry.name} is neither a file nor a folder"
+        if status.st_uid != os.geteuid():
+            return f"{entry.name} belongs to another user"
+    return None
+
+
+def empty(folder: Path) -> None:
+    """Remove everything in a folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 # --- durable writing -----------------------------------------------------------------------------
 
 
@@ -149,7 +199,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial = sibling(path, "partial")
     with os_errors(path):
         try:
-            with open(partial, "xb", opener=_opener) as file:
+            with open(partial, "xb", opener=new_file) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -160,8 +210,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         sync(path.parent)
 
 
-def _opener(name: str, flags: int) -> int:
-    """Open a new file that others may read at most, whatever the umask."""
+def new_file(name: str, flags: int) -> int:
+    """Open a new file that others may read at most, whatever the umask: an ``opener``."""
     return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
@@ -181,7 +231,7 @@ class StreamedFile:
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self.partial.unlink(missing_ok=True)  # of a run that died, or a link
-            self._file = open(self.partial, "xb", opener=_opener)  # noqa: SIM115
+            self._file = open(self.partial, "xb", opener=new_file)  # noqa: SIM115
         except OSError as error:
             raise self._failed(error) from error
 

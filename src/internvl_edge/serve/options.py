@@ -130,7 +130,7 @@ def served_names(given: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in given:
         name, equals, place = text.partition("=")
-        is_named = bool(equals) and NAME.fullmatch(name) is not None and not os.path.isdir(text)
+        is_named = bool(equals) and "/" not in name and not os.path.isdir(text)
         path = Path(place if is_named else text)
         if not is_named:
             name = path.resolve().name

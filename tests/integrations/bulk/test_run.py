@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,116 @@ def test_a_damaged_part_is_an_error(folder: Path, model: Model, tmp_path: Path) 
         embed(source, model, dest, resume=True)
 
 
+def lost_page(part: Path) -> None:
+    """The end of a part's embeddings, as a disk leaves it that never wrote it."""
+    data = bytearray(part.read_bytes())
+    data[200:216] = bytes(16)
+    part.write_bytes(data)
+
+
+def all_pages_lost(part: Path) -> None:
+    part.write_bytes(bytes(part.stat().st_size))
+
+
+def another_part(part: Path) -> None:
+    pq.write_table(pq.read_table(part).slice(1), part)
+
+
+def a_link(part: Path) -> None:
+    part.rename(part.parent.parent / "elsewhere")
+    part.symlink_to(part.parent.parent / "elsewhere")
+
+
+def a_pipe(part: Path) -> None:
+    part.unlink()
+    os.mkfifo(part)
+
+
+def a_folder(part: Path) -> None:
+    part.unlink()
+    part.mkdir()
+
+
+def no_recipe(part: Path) -> None:
+    (part.parent / "recipe.json").write_bytes(b"")
+
+
+def a_recipe_that_is_a_pipe(part: Path) -> None:
+    (part.parent / "recipe.json").unlink()
+    os.mkfifo(part.parent / "recipe.json")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lost_page,
+        all_pages_lost,
+        another_part,
+        a_link,
+        a_pipe,
+        a_folder,
+        no_recipe,
+        a_recipe_that_is_a_pipe,
+    ],
+)
+def test_what_is_not_as_it_was_left_is_not_taken_up(
+    harm: Callable[[Path], None], whole: pa.Table, folder: Path, model: Model, tmp_path: Path
+) -> None:
+    source, dest = open_source([folder]), tmp_path / "a.parquet"
+    interrupted(source, model, dest)
+    (part,) = staging_of(dest).glob("*.parquet")
+    harm(part)
+    with pytest.raises(InputError, match="--force begins anew"):
+        embed(source, model, dest, resume=True)
+    embed(source, model, dest, force=True)
+    assert pq.read_table(dest).equals(whole)
+
+
+def test_only_this_user_s_own_work_is_taken_up(
+    whole: pa.Table,
+    folder: Path,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source, dest = open_source([folder]), tmp_path / "a.parquet"
+    interrupted(source, model, dest)
+    assert staging_of(dest).stat().st_mode & 0o777 == 0o700
+    with monkeypatch.context() as other:
+        other.setattr(os, "geteuid", lambda: 12345)
+        with pytest.raises(UsageError, match="belongs to another user"):
+            embed(source, model, dest, resume=True)
+    staging_of(dest).chmod(0o777)
+    assert embed(source, model, dest, resume=True).kept_rows == 0
+    assert "was open to others" in caplog.text
+    assert pq.read_table(dest).equals(whole)
+
+
+def test_others_may_read_the_result_and_never_change_it(
+    folder: Path, model: Model, tmp_path: Path
+) -> None:
+    before = os.umask(0)
+    try:
+        embed(open_source([folder]), model, tmp_path / "a.parquet")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.parquet").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_result_that_is_damaged_is_not_counted(
+    folder: Path, model: Model, tmp_path: Path
+) -> None:
+    source, dest = open_source([folder]), tmp_path / "a.parquet"
+    embed(source, model, dest)
+    data = bytearray(dest.read_bytes())
+    footer = 8 + int.from_bytes(data[-8:-4], "little")
+    data[4:-footer] = bytes(len(data) - 4 - footer)
+    dest.write_bytes(data)
+    with pytest.raises(InputError, match="--force replaces it"):
+        embed(source, model, dest, resume=True)
+
+
 def test_a_full_disk_keeps_what_is_finished(
     folder: Path, whole: pa.Table, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +443,12 @@ def test_sources_of_which_nothing_comes(tmp_path: Path, model: Model) -> None:
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("a.npz", r"ends in \.parquet"), ("no/a.parquet", "missing"), ("d.parquet", "something else")],
+    [
+        ("a.npz", r"ends in \.parquet"),
+        ("no/a.parquet", "missing"),
+        ("d.parquet", "something else"),
+        ("a\udcff.parquet", "UTF-8"),
+    ],
 )
 def test_names_that_cannot_be(
     folder: Path, model: Model, tmp_path: Path, name: str, what: str

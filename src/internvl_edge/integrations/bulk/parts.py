@@ -1,15 +1,17 @@
 """Finished rows on disk: parts from which a killed run goes on, and the file made of them.
 
     .DEST.parquet.partial/       see ``staging``
-        000000.parquet …         rows in order; a part is synced before it gets its name
+        000000.HASH.parquet …    rows in order; a part is synced before it gets its name
         whole                    DEST while it is written, before it is synced and renamed
 
 Each part says where the next begins, so that after ``kill -9`` no row is missing or there twice: a
-run goes on after the last part.
+run goes on after the last part. Its name has its sha256, which is compared when it is taken up: a
+disk that lost pages all the same would put other numbers into rows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,11 +24,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from internvl_edge.errors import InputError, UsageError
-from internvl_edge.files.disk import os_errors, rename_new, sync, write_atomically
+from internvl_edge.files.disk import (
+    new_file,
+    open_regular,
+    os_errors,
+    rename_new,
+    sync,
+    write_atomically,
+)
 from internvl_edge.files.reading import parse_json
 from internvl_edge.integrations.bulk.job import Done
 from internvl_edge.integrations.bulk.sources.source import ERROR, PATH
 from internvl_edge.integrations.bulk.staging import (
+    SUFFIX,
     Recipe,
     is_done,
     is_replacing,
@@ -98,8 +108,10 @@ class Parts:
         table = table.replace_schema_metadata({PART_KEY: json.dumps(asdict(self.position))})
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer)
-        path = self._folder / f"{len(self._files):06d}.parquet"
-        write_atomically(path, buffer.getvalue().to_pybytes())
+        data = buffer.getvalue().to_pybytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = self._folder / f"{len(self._files):06d}.{sha256}.parquet"
+        write_atomically(path, data)
         self._files.append(path)
         self._waiting, self._nbytes = [], 0
         self._written_at = time.monotonic()
@@ -115,7 +127,7 @@ class Parts:
         whole = self._folder / WHOLE
         with os_errors(dest):
             whole.unlink(missing_ok=True)
-            with open(whole, "xb") as file:
+            with open(whole, "xb", opener=new_file) as file:
                 _join(self._files, file, recipe)
                 file.flush()
                 os.fsync(file.fileno())
@@ -151,8 +163,17 @@ def finished(dest: Path, recipe: Recipe) -> Done | None:
 
 
 def counted(dest: Path) -> tuple[int, int]:
-    """Count the rows of a result, a file or a folder of them, and those with an error."""
-    errors = pq.read_table(dest, columns=[ERROR]).column(ERROR)
+    """Count the rows of a result, a file or a folder of them, and those with an error.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        errors = pq.read_table(dest, columns=[ERROR]).column(ERROR)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise InputError(
+            f"{dest}: its rows cannot be read: {error}; --force replaces it"
+        ) from error
     return len(errors), len(errors) - errors.null_count
 
 
@@ -178,12 +199,19 @@ def _position(files: list[Path]) -> Position:
     if not files:
         return Position()
     problem: object = "some are missing"
-    if [file.stem for file in files] == [f"{i:06d}" for i in range(len(files))]:
+    if [file.name[:6] for file in files] == [f"{i:06d}" for i in range(len(files))]:
         try:
-            return Position(**parse_json(pq.read_schema(files[-1]).metadata[PART_KEY]))
+            if all(_sha256(file) == file.name[7:].removesuffix(SUFFIX) for file in files):
+                return Position(**parse_json(pq.read_schema(files[-1]).metadata[PART_KEY]))
+            problem = "one has another sha256 than its name says"
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
             problem = error
     raise InputError(
         f"{files[-1].parent}: the parts of an interrupted run are damaged: {problem}; --force "
         "begins anew"
     )
+
+
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

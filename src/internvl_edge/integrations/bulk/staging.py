@@ -1,6 +1,6 @@
 """The folder that a run works in, next to its result, and the recipe by which it is known again.
 
-    .DEST.parquet.partial/       locked while a run is at work
+    .DEST.parquet.partial/       locked while a run is at work; this user's own, mode 0700, no links
         recipe.json              what the rows are made of, and how; which DEST ``force`` replaces
 
 A result that is there has the recipe in the metadata of its Parquet. DEST is absent, the old one or
@@ -21,11 +21,22 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from internvl_edge.errors import UsageError
-from internvl_edge.files.disk import is_abandoned, lock, os_errors, sync, write_atomically
-from internvl_edge.files.reading import parse_json, read_file
+from internvl_edge.errors import InputError, UsageError
+from internvl_edge.files.disk import (
+    PRIVATE,
+    empty,
+    is_abandoned,
+    lock,
+    make_private,
+    os_errors,
+    strange_entry,
+    sync,
+    write_atomically,
+)
+from internvl_edge.files.reading import parse_json, read_json, require_unicode
 
 __all__ = [
+    "SUFFIX",
     "Recipe",
     "check_dest",
     "is_done",
@@ -43,7 +54,6 @@ RECIPE_KEY = b"internvl_edge.recipe"  # of a schema's metadata
 REPLACES = "replaces"  # of a recipe in a staging folder
 SUFFIX = ".parquet"
 MAX_RECIPE_NBYTES = 1 << 20
-FOLDER_MODE = 0o755
 
 
 def staging_of(dest: Path) -> Path:
@@ -63,6 +73,7 @@ def check_dest(dest: Path, *, resume: bool, force: bool, folder: bool = False) -
     Raises:
         UsageError: it says why.
     """
+    require_unicode(dest)
     if dest.suffix != SUFFIX:
         raise UsageError(f"{dest}: expected a name that ends in {SUFFIX}")
     if resume and force:
@@ -89,12 +100,10 @@ def is_done(dest: Path, recipe: Recipe) -> bool:
         return False
     files = sorted(dest.glob(f"*{SUFFIX}")) if dest.is_dir() else [dest]
     try:
-        found = (pq.read_schema(files[0]).metadata or {}).get(RECIPE_KEY)
-    except (pa.ArrowException, OSError, IndexError):
-        found = None
-    if found is None:
-        raise UsageError(f"{dest} exists, and is none of ours; choose another name")
-    _require_same(dest, parse_json(found), recipe)
+        found = parse_json((pq.read_schema(files[0]).metadata or {})[RECIPE_KEY])
+    except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as error:
+        raise UsageError(f"{dest} exists, and is none of ours; choose another name") from error
+    _require_same(dest, found, recipe)
     return True
 
 
@@ -103,7 +112,7 @@ def is_replacing(dest: Path) -> bool:
     written = staging_of(dest) / RECIPE_FILE
     if not (written.exists() and dest.exists()):
         return False
-    found = parse_json(read_file(written, MAX_RECIPE_NBYTES))
+    found = _written(written)
     return isinstance(found, dict) and found.get(REPLACES) == _identity(dest)
 
 
@@ -130,28 +139,33 @@ def staging(
     Raises:
         UsageError: another run holds it, it is of another recipe, or something is in it and neither
             ``resume`` nor ``force`` says what to do about that.
+        InputError: what is in it is damaged.
         ResourceError: the disk is full or fails.
     """
     folder = staging_of(dest)
     with contextlib.ExitStack() as held, os_errors(dest):
         with contextlib.suppress(FileExistsError):  # another run is as fast; the lock decides
-            folder.mkdir(mode=FOLDER_MODE)
-        held.callback(os.close, lock(folder))
+            folder.mkdir(mode=PRIVATE)
+        descriptor = lock(folder)
+        held.callback(os.close, descriptor)
+        make_private(folder, descriptor)
         written = folder / RECIPE_FILE
         if force:
-            _empty(folder)
+            empty(folder)
         elif written.exists():
             if not resume:
                 raise UsageError(
                     f"{dest}: an interrupted run left a part of it; --resume goes on from there, "
                     "--force begins anew"
                 )
-            found = parse_json(read_file(written, MAX_RECIPE_NBYTES))
+            if problem := strange_entry(folder):
+                raise InputError(f"{folder}: {problem}; --force begins anew")
+            found = _written(written)
             if isinstance(found, dict):
                 found.pop(REPLACES, None)
             _require_same(dest, found, recipe)
         if not written.exists():
-            _empty(folder)
+            empty(folder)
             marked = {**recipe, REPLACES: _identity(dest)} if force and dest.exists() else recipe
             write_atomically(written, json.dumps(marked, sort_keys=True).encode())
             sync(folder.parent)
@@ -181,13 +195,16 @@ def _is_ours(dest: Path) -> bool:
     return dest.is_dir() and all(path.suffix == SUFFIX for path in dest.iterdir())
 
 
-def _empty(folder: Path) -> None:
-    """Remove everything in a folder."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _written(path: Path) -> Any:
+    """Read the recipe in a staging folder.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return read_json(path, MAX_RECIPE_NBYTES)
+    except InputError as error:
+        raise InputError(f"{error}; --force begins anew") from error
 
 
 def _require_same(dest: Path, found: Any, recipe: Recipe) -> None:

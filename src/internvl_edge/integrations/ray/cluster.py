@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import internvl_edge
-from internvl_edge.artifact.publish import placed
+from internvl_edge.artifact.publish import limit_modes, placed
 from internvl_edge.errors import InternVLError, MediaError, UsageError
 from internvl_edge.files.disk import exchange, os_errors, rename_new, sync, sync_tree
 from internvl_edge.files.packages import require
@@ -238,6 +238,7 @@ def _publish(rows: Path, dest: Path, *, force: bool) -> None:
     Raises:
         UsageError: the folder is there by now, and not to be replaced.
     """
+    limit_modes(rows)
     sync_tree(rows)
     try:
         rename_new(rows, dest)
