@@ -28,6 +28,7 @@ from internvl_edge.export.checkpoint.side_files import (
     SIDE_FILES,
     read_preprocessing,
     read_side_file,
+    refuse_foreign,
 )
 from internvl_edge.export.config.chat import ChatConfig, Layout
 from internvl_edge.export.config.checkpoint import VisionConfig
@@ -41,7 +42,7 @@ __all__ = ["convert_layout", "write_layout"]
 
 LAYOUTS: dict[str, Layout] = {"internvl_chat": "internvl_chat", "internvl_hf": "internvl_hf"}
 MAX_SHARD_NBYTES = 5_000_000_000
-PROCESSOR = "preprocessor_config.json"
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 # Language models that transformers has under another name in this layout.
 NATIVE_TWINS = {"InternLM2ForCausalLM": LLAMA, "InternLM3ForCausalLM": LLAMA}
 TEMPLATE = "internvl2_5"  # spells prompts as transformers' own template, but for the system turn
@@ -70,7 +71,7 @@ def convert_layout(source: Path, out: Path, layout: str) -> int:
         layout: ``internvl_chat`` or ``internvl_hf``.
 
     Raises:
-        CheckpointError: ``source`` is not a checkpoint.
+        CheckpointError: ``source`` is not a checkpoint, or has links out of it.
         UsageError: as ``write_layout``, ``out`` exists, or no such layout.
         ResourceError: the disk is full.
     """
@@ -94,8 +95,11 @@ def write_layout(checkpoint: Checkpoint, directory: Path, layout: Layout) -> int
         layout: ``internvl_chat`` or ``internvl_hf``.
 
     Raises:
+        CheckpointError: a side file is a link out of its folder.
         UsageError: it is not a chat checkpoint, or has something that the layout cannot say.
     """
+    for name in (CONFIG, *SIDE_FILES):
+        refuse_foreign(checkpoint.path / name)
     source = _source(checkpoint, layout)
     architecture = source.chat.architecture
     if layout == "internvl_hf":
@@ -103,7 +107,7 @@ def write_layout(checkpoint: Checkpoint, directory: Path, layout: Layout) -> int
         config = _native_config(source, architecture)
     else:
         config = _chat_config(source, architecture)
-    _write_json(directory / "config.json", config)
+    _write_json(directory / CONFIG, config)
     _write_json(directory / PROCESSOR, _processor(source, layout))
     for name in SIDE_FILES:
         data = None if name == PROCESSOR else read_side_file(checkpoint.path, name)
@@ -140,7 +144,7 @@ def _source(checkpoint: Checkpoint, layout: Layout) -> _Source:
                 f"{checkpoint.path}: cannot be written in the layout internvl_hf, which has no "
                 f"place for: {', '.join(found)}"
             )
-    raw = read_json(checkpoint.path / "config.json")
+    raw = read_json(checkpoint.path / CONFIG)
     return _Source(checkpoint=checkpoint, chat=chat, llama=chat.llama, vision=vision, raw=raw)
 
 

@@ -53,6 +53,7 @@ class Decoding(Protocol):
 MAX_BEAMS = 128  # of a row, each with a cache of its own
 MAX_DRAFT = 64  # tokens
 MAX_PENALTY = 50.0  # a length to this power is a number still
+LARGEST = int(np.finfo(np.float64).max)  # a number that a float can hold
 TOP_K = 50  # of do_sample=True, transformers' default
 
 
@@ -168,8 +169,9 @@ def _require_integer(name: str, value: Any, low: int, high: int | None = None) -
 
 
 def _is_number(value: object) -> bool:
-    is_real = isinstance(value, int | float | np.integer | np.floating)
-    return is_real and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, float | np.integer | np.floating)
 
 
 class Batch:

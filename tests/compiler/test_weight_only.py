@@ -12,7 +12,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
-from support.checkpoints import Written, write_internvl, write_vit
+from support.checkpoints import (
+    CHAT,
+    Written,
+    write_chat,
+    write_chat_tokenizer,
+    write_internvl,
+    write_vit,
+)
 
 from internvl_edge import compiler
 from internvl_edge.artifact.open import Artifact
@@ -21,6 +28,7 @@ from internvl_edge.errors import UsageError, VerificationError
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
 from internvl_edge.quantize.lint import is_clean, lint
 from internvl_edge.quantize.numerics.int4 import block_of, dequantize_blocks, rounded, unpack
+from internvl_edge.quantize.recipe import recipe_for
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
 
@@ -241,3 +249,28 @@ def test_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="expected a vocabulary head of its own"):
         compiler.make_plan(options)
+
+
+def test_a_head_that_is_too_small_stays_as_it_is(tmp_path: Path, pictures: Path) -> None:
+    """A linear layer of fewer inputs than a recipe quantizes, as the towers' are."""
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    narrow = replace(CHAT, llama=replace(CHAT.llama, hidden_size=8, **heads))
+    written = write_chat(tmp_path / "chat", narrow)
+    write_chat_tokenizer(written.path)
+    with pytest.raises(UsageError, match=r"--head int8: expected 16 inputs .* found 8"):
+        compiler.make_plan(
+            ExportOptions(
+                checkpoint=written.path, out=tmp_path / "out", precision="int8", head="int8"
+            )
+        )
+    recipe = replace(recipe_for("int8"), head="int8")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    options = ExportOptions(
+        checkpoint=written.path,
+        out=tmp_path / "out",
+        precision="int8",
+        recipe=tmp_path / "recipe.json",
+        calibration=pictures,
+    )
+    stored = load_file(compiler.export(options).path / "weights.safetensors")
+    assert stored["language_model.lm_head.weight"].dtype == np.float32

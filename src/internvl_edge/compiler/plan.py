@@ -161,7 +161,7 @@ def make_plan(options: ExportOptions) -> Plan:
     readers = [name for name in components if COMPONENTS[name].reads_text]
     check_side_files(checkpoint.path, checkpoint.config, readers)
     _require_layers(options.precision, recipe, checkpoint)
-    _require_head(options, checkpoint)
+    _require_head(options, recipe, checkpoint)
     if options.recipe is not None and recipe is not None:
         _warn_of_patterns(recipe, checkpoint)
     return Plan(
@@ -222,9 +222,19 @@ def _require_layers(precision: str, recipe: Recipe | None, checkpoint: Checkpoin
         )
 
 
-def _require_head(options: ExportOptions, checkpoint: Checkpoint) -> None:
-    """Refuse to quantize a vocabulary head that is not there, or is the token embedding too."""
-    if options.head is not None and not any(map(is_head, checkpoint.tensors)):
+def _require_head(options: ExportOptions, recipe: Recipe | None, checkpoint: Checkpoint) -> None:
+    """Refuse to quantize a head that is not there, is the token embedding too, or is too small."""
+    if options.head is None or recipe is None:
+        return
+    heads = list(filter(is_head, checkpoint.tensors))
+    for name in heads:
+        features, least = min(checkpoint.tensors[name].shape), recipe.of(name).min_features
+        if features < least:
+            raise UsageError(
+                f"--head {options.head}: expected {least} inputs and outputs or more, found "
+                f"{features} of {name}; leave --head out"
+            )
+    if not heads:
         raise UsageError(
             f"--head {options.head}: expected a vocabulary head of its own in {checkpoint.path}, "
             "found none; leave --head out"

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.checkpoints import as_snapshot
 from support.checkpoints.family import IMAGE_TOKEN_ID, KINDS, write_family
 
 from internvl_edge import cli
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import CheckpointError, UsageError
 from internvl_edge.export import load_reference
 from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
 from internvl_edge.export.config.chat import Layout
@@ -52,6 +53,27 @@ def test_the_command_writes_all_or_nothing(
         convert_layout(path, tmp_path / "c", "internvl_hf")
     assert not (tmp_path / "c").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_not_copied(name: str, tmp_path: Path) -> None:
+    path = write_family(tmp_path / "a", "qwen2").path
+    file = path / name
+    (tmp_path / "another").write_text(file.read_text() if file.exists() else "{}")
+    file.unlink(missing_ok=True)
+    file.symlink_to(tmp_path / "another")
+    with pytest.raises(CheckpointError, match="link out of the folder"):
+        convert_layout(path, tmp_path / "b", "internvl_hf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "another"]
+
+
+def test_a_cache_s_links_are_files_of_the_checkpoint(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "a", "qwen2").path
+    (path / "tokenizer_config.json").write_text('{"model_max_length": 99}')
+    snapshot = as_snapshot(path, tmp_path / "cache")
+    convert_layout(snapshot, tmp_path / "b", "internvl_hf")
+    copied = tmp_path / "b" / "tokenizer_config.json"
+    assert json.loads(copied.read_text()) == {"model_max_length": 99} and not copied.is_symlink()
 
 
 def _header(path: Path) -> bytes:

@@ -6,7 +6,6 @@ A field that is ``null`` is one that was left out.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +122,7 @@ class Fields:
         if value is None:
             return None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:
+        if not is_number or not low <= value <= high:
             raise self.wrong(
                 key, f"expected a number from {low:g} to {high:g}, found {shown(value)}"
             )

@@ -6,7 +6,7 @@ from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.progress import Progress
 from internvl_edge.compiler.steps.step import Build
-from internvl_edge.compiler.weights.layout import FLOAT32, has_quantized_head
+from internvl_edge.compiler.weights.layout import FLOAT32, has_quantized_head, quantized_layers
 from internvl_edge.compiler.weights.plan import WeightsPlan
 from internvl_edge.compiler.weights.tensors import convert, read_tensor
 from internvl_edge.export.weights.writer import WeightsWriter
@@ -32,7 +32,8 @@ def quantize_heads(
     """
     assert plan.recipe is not None
     recipe = plan.recipe
-    for name in [name for name in writer.pending if has_quantized_head(recipe, name)]:
+    heads = [name for name in writer.pending if has_quantized_head(recipe, name)]
+    for name in quantized_layers(plan.source, recipe, heads):
         build.report(Progress(step="quantize", detail=name, done=0, total=1))
         values = convert(read_tensor(plan, name), FLOAT32)
         quantized = quantize_weight(values, name.removesuffix(".weight"), recipe.of(name))
