@@ -381,6 +381,9 @@ def test_models_of_others_are_not_removed(out: Path) -> None:
     repo = write(out)
     (repo / "resnet").mkdir()
     refused(out, "more than what internvl-edge wrote: resnet", force=True)
+    (repo / "resnet").rmdir()
+    (repo / "embed_text" / "2").mkdir()
+    refused(out, "more than what internvl-edge wrote: embed_text/2", force=True)
 
 
 def test_places_that_cannot_be(out: Path) -> None:

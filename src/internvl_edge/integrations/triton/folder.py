@@ -9,9 +9,9 @@ from typing import Any
 from internvl_edge.integrations.triton.config import Word
 from internvl_edge.integrations.triton.options import RepositoryOptions
 
-__all__ = ["CONFIG", "VERSION", "ModelFolder", "batching", "instance_group"]
+__all__ = ["CONFIG", "VERSION", "WARMUP", "ModelFolder", "batching", "instance_group"]
 
-CONFIG, VERSION = "config.pbtxt", "1"
+CONFIG, VERSION, WARMUP = "config.pbtxt", "1", "warmup"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

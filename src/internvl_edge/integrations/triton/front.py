@@ -10,6 +10,7 @@ from internvl_edge.artifact.open import Artifact
 from internvl_edge.integrations.triton.config import Word, entries
 from internvl_edge.integrations.triton.folder import (
     VERSION,
+    WARMUP,
     ModelFolder,
     batching,
     instance_group,
@@ -68,7 +69,7 @@ def front_model(
         config=config,
         written={
             f"{VERSION}/model.py": _source(task).encode("ascii"),
-            **{f"warmup/{t.name}": _counted(FIRST[t.name]) for t in first},
+            **{f"{WARMUP}/{t.name}": _counted(FIRST[t.name]) for t in first},
         },
         components=needed if options.self_contained else (),
     )

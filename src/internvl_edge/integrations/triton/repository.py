@@ -33,7 +33,7 @@ from internvl_edge.integrations.triton.component import (
     require_computable,
 )
 from internvl_edge.integrations.triton.config import text_of
-from internvl_edge.integrations.triton.folder import CONFIG, VERSION, ModelFolder
+from internvl_edge.integrations.triton.folder import CONFIG, VERSION, WARMUP, ModelFolder
 from internvl_edge.integrations.triton.front import front_model
 from internvl_edge.integrations.triton.options import RepositoryOptions
 from internvl_edge.integrations.triton.readme import MARK, README, readme
@@ -43,6 +43,7 @@ from internvl_edge.runtime.components import OpenComponents
 __all__ = ["write_repository"]
 
 OURS = (*TASKS, COMPONENT, README)  # what a repository of ours may have
+OURS_IN_MODEL = (CONFIG, VERSION, WARMUP)
 
 
 def write_repository(options: RepositoryOptions) -> tuple[str, ...]:
@@ -145,7 +146,7 @@ def _is_repository(directory: Path) -> bool:
     """Tell whether a folder was written here.
 
     Raises:
-        UsageError: it was, and has models of others.
+        UsageError: it was, and has models, or versions of them, of others.
     """
     try:
         with open_regular(directory / README) as file:
@@ -154,6 +155,9 @@ def _is_repository(directory: Path) -> bool:
     except FileNotFoundError:
         return False
     others = sorted(path.name for path in directory.iterdir() if path.name not in OURS)
+    for model in (*TASKS, COMPONENT):
+        found = sorted(path.name for path in (directory / model).glob("*"))
+        others += [f"{model}/{name}" for name in found if name not in OURS_IN_MODEL]
     if others:
         raise UsageError(
             f"{directory} has more than what internvl-edge wrote: {', '.join(others[:8])}; write "
