@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from support.tiny_onnx import publish_linear
 
 import internvl_edge
 from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact.pins import Watch
 from internvl_edge.errors import ArtifactError, InternVLError, UsageError
 from internvl_edge.runtime.ort import session as ort
 from internvl_edge.runtime.ort.options import OrtOptions
@@ -212,6 +215,27 @@ def test_nothing_stays_open_after_closing(out: Path) -> None:
         with internvl_edge.load(out) as model:
             result(model.session("vision"))  # type: ignore[arg-type]
     assert len(os.listdir("/proc/self/fd")) <= len(before) + 1
+
+
+def test_descriptors_that_run_out_leave_nothing_open(
+    out: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    before, dup, calls = len(os.listdir("/proc/self/fd")), os.dup, list[int]()
+
+    def second_fails(descriptor: int) -> int:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return dup(descriptor)
+
+    files = {name: (out / name).open("rb") for name in ("manifest.json", "weights.safetensors")}
+    monkeypatch.setattr(os, "dup", second_fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        Watch(out, files)
+    del files
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not recwarn.list
 
 
 def test_an_error_while_opening_names_the_directory_and_not_this_process_way(

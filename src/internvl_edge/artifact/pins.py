@@ -54,8 +54,10 @@ class Watch:
         """Take over open files, which are closed with the watch."""
         self._path = path
         # Descriptors: files that lie in one cycle with their owner may be finalized before it.
-        self._descriptors = [os.dup(file.fileno()) for file in files.values()]
+        self._descriptors: list[int] = []
+        self._expected: list[tuple[int, int, int, str]] = []
         for file in files.values():
+            self._descriptors.append(os.dup(file.fileno()))  # of which the process may have no more
             file.close()
         self.files = {
             name: open(descriptor, "rb", closefd=False)  # noqa: SIM115
