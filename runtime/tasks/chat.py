@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from internvl_edge.artifact.components import CHAT_DECODER
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import UsageError, shortened
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.generation.answers import Opening
 from internvl_edge.runtime.generation.batch import Generation
@@ -26,6 +26,7 @@ from internvl_edge.runtime.generation.text import (
     until_end,
     usage_of,
 )
+from internvl_edge.runtime.requests import require_whole
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import Seen
 from internvl_edge.runtime.tasks.chat_decoder import (
@@ -68,6 +69,7 @@ __all__ = [
 THINKING_DRAW = {"temperature": 0.6, "top_p": 0.95}  # as InternVL3.5 is recommended to think
 ANSWER_TOKENS = 128  # of an InternVL-G, and of a server's answers, where nobody says
 IMAGES_AT_ONCE = 8
+MOST_FRAMES = 1024  # of a video; a frame is 256 tokens
 NATIVE_LAYOUT = "internvl_hf"
 QUESTION = "Question: {} Answer:"  # of an InternVL-G, which was trained on single questions
 
@@ -114,9 +116,13 @@ def frames_of(
     Raises:
         MissingDependency: PyAV is not installed, and it is a video file.
         MediaError: it is no video.
-        UsageError: no frame is wanted.
+        UsageError: no frame is wanted, or more than any context holds.
     """
     from internvl_edge.runtime.images.video import load_chat_frames
+
+    require_whole("num_frames", num_frames, 1)
+    if num_frames > MOST_FRAMES:
+        raise UsageError(f"num_frames {shortened(num_frames)}: expected at most {MOST_FRAMES}")
 
     chat = components.artifact.manifest.model.get("chat") or {}
     return [*load_chat_frames(video, num_frames, native=chat.get("layout") == NATIVE_LAYOUT)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
-from internvl_edge.runtime.requests import text_problem
+from internvl_edge.runtime.requests import require_flag, text_problem
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE, PLACE, spelled
 from internvl_edge.runtime.text.templates import (
     NATIVE,
@@ -48,7 +48,7 @@ class ChatOptions:
     """How a question is put, where a caller wants it otherwise than the checkpoint.
 
     Raises:
-        UsageError: two system sentences.
+        UsageError: two system sentences, or a flag that is none.
     """
 
     template: str | None = None
@@ -58,6 +58,7 @@ class ChatOptions:
     fits: bool = False  # as many new tokens as there is room for, instead of a number
 
     def __post_init__(self) -> None:
+        require_flag("think", self.think)
         if self.think and self.system is not None:
             raise UsageError(
                 "system and think: expected one of the two; thinking is asked for by a system "

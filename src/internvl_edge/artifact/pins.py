@@ -56,9 +56,12 @@ class Watch:
         # Descriptors: files that lie in one cycle with their owner may be finalized before it.
         self._descriptors: list[int] = []
         self._expected: list[tuple[int, int, int, str]] = []
-        for file in files.values():
-            self._descriptors.append(os.dup(file.fileno()))  # of which the process may have no more
-            file.close()
+        try:
+            for file in files.values():  # of descriptors the process may have no more
+                self._descriptors.append(os.dup(file.fileno()))
+        finally:
+            for file in files.values():
+                file.close()
         self.files = {
             name: open(descriptor, "rb", closefd=False)  # noqa: SIM115
             for name, descriptor in zip(files, self._descriptors, strict=True)

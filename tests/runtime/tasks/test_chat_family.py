@@ -197,6 +197,14 @@ def test_a_videos_frames(model: Model, tmp_path: Path) -> None:
     assert said.history[0].question == typed
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.5, "8", None, True, 1025, 10**9, 10**400])
+def test_frames_that_cannot_be_so_many(model: Model, tmp_path: Path, count: Any) -> None:
+    picture(60, 60).save(tmp_path / "0.png")
+    with pytest.raises(UsageError, match=r"^num_frames .*: expected "):
+        model.chat_frames(tmp_path, count)
+    assert len(model.chat_frames(tmp_path, 1024)) == 1024
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,8 @@ def test_the_native_template_has_no_sentence_of_its_own(tokenizer: ChatTokenizer
 def test_two_system_sentences_are_refused(tokenizer: ChatTokenizer) -> None:
     with pytest.raises(UsageError, match="system and think: expected one of the two"):
         prompt(tokenizer, system="S", think=True)
+    with pytest.raises(UsageError, match="think must be True or False, found 'no'"):
+        ChatOptions(think="no")  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_whose_template_is_unknown(tokenizer: ChatTokenizer) -> None:
