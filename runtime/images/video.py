@@ -17,6 +17,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.errors import MediaError, MissingDependency, UsageError
 from internvl_edge.runtime.images.formats import SUFFIXES, other_format
-from internvl_edge.runtime.images.reading import open_regular
+from internvl_edge.runtime.images.reading import open_regular, path_of
 from internvl_edge.types import Array
 
 START = 4096  # bytes of a file that tell its container
@@ -123,12 +124,14 @@ def load_chat_frames(
             f"expected a video as the path of a file or a folder, found {type(video).__name__}; "
             "pass frames as images, with <video> in the question"
         )
+    video = path_of(video, "video", "pass its path")
     if Path(video).is_dir():
         files = read_frames(video)
         return [files[i] for i in chat_frames(len(files), num_frames, native=native)]
     count = sum(1 for _ in _decoded(video))
     wanted = chat_frames(count, num_frames, native=native)
-    frames = {i: _upright(frame) for i, frame in enumerate(_decoded(video)) if i in set(wanted)}
+    chosen = set(wanted)
+    frames = {i: _upright(frame, video) for i, frame in enumerate(_decoded(video)) if i in chosen}
     return [frames[i] for i in wanted]
 
 
@@ -193,14 +196,15 @@ def stream_frames(
     for i, frame in enumerate(_decoded(path)):
         is_empty = False
         if chosen is None or i in chosen:
-            yield _upright(frame)
+            yield _upright(frame, path)
     if is_empty:
         raise MediaError(f"{path}: expected a video, found no frames")
 
 
-def _upright(frame: Any) -> NDArray[np.uint8]:
+def _upright(frame: Any, path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """Return a frame as a player shows it: RGB, turned as its display matrix says."""
-    picture = np.asarray(frame.to_ndarray(format="rgb24"))
+    with _reading(path):
+        picture = np.asarray(frame.to_ndarray(format="rgb24"))
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             return np.ascontiguousarray(turned(picture, struct.unpack("=9i", bytes(data))))
@@ -230,18 +234,32 @@ def _decoded(path: str | os.PathLike[str]) -> Iterator[Any]:
     FFmpeg gets an open file and the format that its first bytes say, so that no playlist, address
     or other file is ever opened, and nothing but a container of ``CONTAINERS`` is parsed.
     """
+    with _reading(path) as av:
+        handle = open_regular(os.fspath(path), str(path), "a video file")
+        with open(handle, "rb") as file:
+            demuxer = _container_of(file.read(START), path)
+            file.seek(0)
+            with av.open(file, format=demuxer) as container:
+                yield from _budgeted(container, os.fstat(handle).st_size, path)
+
+
+@contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Give PyAV, whose errors in the block become those of a file that is no video.
+
+    Raises:
+        MissingDependency: it is not installed.
+        MediaError: a file that is none, or damaged.
+    """
     try:
         import av
     except ImportError as error:
         raise MissingDependency.of("PyAV, which reads video files,", "video") from error
     try:
-        handle = open_regular(os.fspath(path), str(path), "a video file")
-        with open(handle, "rb") as file:
-            container = av.open(file, format=_container_of(file.read(START), path))
-            with container:
-                yield from _budgeted(container, os.fstat(handle).st_size, path)
+        yield av
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-        raise MediaError(f"{path}: expected a video file: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{path}: expected a video file: {reason}") from error
 
 
 def _container_of(start: bytes, path: str | os.PathLike[str]) -> str:
@@ -259,6 +277,8 @@ def _budgeted(container: Any, nbytes: int, path: str | os.PathLike[str]) -> Iter
         raise MediaError(f"{path}: expected a video, found no video stream")
     stream = container.streams.video[0]
     budget = FREE_PIXELS + nbytes * PIXELS_PER_BYTE
+    if stream.codec_context is None:
+        raise MediaError(f"{path}: expected a video of a known codec, found none")
     _require_frame(stream.codec_context.width, stream.codec_context.height, path)
     for frame in container.decode(stream):
         _require_frame(frame.width, frame.height, path)

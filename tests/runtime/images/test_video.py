@@ -18,6 +18,9 @@ from support.golden import CHAT_PICTURES
 from internvl_edge.errors import MediaError, MissingDependency, UsageError
 from internvl_edge.runtime.images import video
 from internvl_edge.runtime.images.video import (
+    CONTAINERS,
+    START,
+    _upright,
     chat_frames,
     decode_frames,
     dual_softmax,
@@ -160,6 +163,58 @@ def test_a_video_file_gives_its_frames_in_order(film: Path) -> None:
     assert {frame.dtype.name for frame in frames} == {"uint8"}
     levels = [frame.mean() for frame in frames]
     np.testing.assert_allclose(levels, 20.0 * np.arange(12), atol=6.0)
+
+
+CODECS = {"mp4": "mpeg4", "matroska": "ffv1", "avi": "mjpeg", "mpegts": "mpeg2video"}
+CODECS |= {"mpeg": "mpeg2video"}
+
+
+def write_noise(path: Path, demuxer: str) -> list[np.ndarray]:
+    """A film of many times what is read of a file to tell its container; its frames."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    noise = np.random.default_rng(0).integers(0, 256, (16, 96, 128, 3), np.uint8)
+    with av.open(str(path), "w", format={"mpeg": "vob"}.get(demuxer, demuxer)) as container:
+        stream = container.add_stream(CODECS[demuxer], rate=25)
+        stream.width, stream.height = 128, 96
+        stream.pix_fmt = "yuvj420p" if demuxer == "avi" else "yuv420p"
+        for image in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert path.stat().st_size > 8 * START
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("demuxer", [container.demuxer for container in CONTAINERS])
+def test_every_container_is_read_from_its_beginning(demuxer: str, tmp_path: Path) -> None:
+    expected = write_noise(tmp_path / "film", demuxer)
+    found = decode_frames(tmp_path / "film")
+    assert len(found) == len(expected) == 16
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_codec_that_nobody_knows_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "film"
+    write_noise(path, "matroska")
+    path.write_bytes(path.read_bytes().replace(b"V_FFV1", b"V_ZZZZ"))
+    for read in (decode_frames, load_chat_frames):
+        with pytest.raises(MediaError, match="expected a video of a known codec"):
+            read(path)
+
+
+def test_pixels_that_cannot_be_converted_are_a_broken_video(film: Path) -> None:
+    class Frame:
+        def to_ndarray(self, format: str) -> None:
+            raise ValueError("Conversion to numpy array is not supported")
+
+    with pytest.raises(MediaError, match="expected a video file: Conversion"):
+        _upright(Frame(), film)
+
+
+@pytest.mark.parametrize("url", ["http://a.org/a.mp4", "rtsp://a.org/1"])
+def test_no_video_is_fetched_for_a_conversation(url: str) -> None:
+    with pytest.raises(MediaError, match="nothing is fetched from"):
+        load_chat_frames(url)
 
 
 def test_a_video_file_is_sampled_as_a_folder_is(film: Path) -> None:
