@@ -89,6 +89,34 @@ def test_texts(tmp_path: Path, model: Model) -> None:
     np.testing.assert_allclose(np.array([rows[0], rows[3]]), expected, atol=1e-5)
 
 
+def not_utf8(*texts: bytes) -> pa.Array:
+    """A column of strings as nobody checked it: Parquet's readers do not."""
+    return pa.Array.from_buffers(pa.string(), len(texts), pa.array(texts, pa.binary()).buffers())
+
+
+def test_a_text_that_is_no_utf_8_costs_no_other_row_anything(tmp_path: Path, model: Model) -> None:
+    column = not_utf8(b"a red seven", b"caf\xe9", b"a blue three")
+    told = "expected text in UTF-8, found byte 0xe9"
+    for i, texts in enumerate([column, column.dictionary_encode(), column.cast(pa.large_string())]):
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{i}.parquet")
+        dest = tmp_path / f"{i}-out.parquet"
+        embed(open_source([tmp_path / f"{i}.parquet"], "text", ()), model, dest)
+        rows = pq.read_table(dest)
+        assert rows.column("error").to_pylist() == [None, told, None]
+        found = np.array([row for row in rows.column("embedding").to_pylist() if row is not None])
+        expected = model.encode_text(["a red seven", "a blue three"])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_broken_picture_whose_name_is_no_utf_8(tmp_path: Path, model: Model) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture(0))
+    (tmp_path / "pictures" / "b\udcff.png").write_bytes(b"none")
+    done = embed(open_source([tmp_path / "pictures"]), model, tmp_path / "a.parquet")
+    assert (done.rows, done.errors) == (2, 1)
+    assert r"b\xff.png" in pq.read_table(tmp_path / "a.parquet").column("error").to_pylist()[1]
+
+
 def test_texts_that_are_too_long(tmp_path: Path, model: Model) -> None:
     pq.write_table(pa.table({"caption": ["a red zero", "word " * 100]}), tmp_path / "a.parquet")
     source, dest = open_source([tmp_path / "a.parquet"], column="caption"), tmp_path / "b.parquet"

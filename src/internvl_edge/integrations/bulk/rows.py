@@ -28,6 +28,8 @@ from internvl_edge.integrations.bulk.sources.source import (
     PATH,
     PROBLEM,
     Content,
+    message_text,
+    text_of,
 )
 from internvl_edge.runtime.requests import require_choice, require_flag, text_problem
 from internvl_edge.runtime.tasks.embed import encode_text, image_embedder
@@ -132,8 +134,10 @@ class Embedder:
     def _texts(self, contents: Sequence[Any]) -> tuple[Array, list[str | None]]:
         errors: list[str | None] = []
         good = []
-        for text in contents:
-            problem = NO_TEXT if text is None else text_problem(text)
+        for content in contents:
+            text, problem = text_of(content) if isinstance(content, bytes) else (content, None)
+            if problem is None:
+                problem = NO_TEXT if text is None else text_problem(text)
             if problem is None:
                 problem = self._length_problem(text) if text.strip() else NO_TEXT
             errors.append(problem)
@@ -162,7 +166,11 @@ class Embedder:
         return joined(batch.select(kept), embeddings, errors)
 
     def _contents_of(self, column: Any) -> list[Any]:
-        """Take what is embedded out of its column."""
+        """Take what is embedded out of its column; of texts the bytes, which may be none."""
+        if self._content is Content.TEXTS:
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            column = column.cast(pa.large_binary())
         values: list[Any] = column.to_pylist()
         if self._content is Content.FILES:
             return [None if name is None else Path(os.fsdecode(name)) for name in values]
@@ -181,7 +189,8 @@ def joined(kept: pa.RecordBatch, embeddings: Array, errors: Sequence[str | None]
     flat = pa.array(np.ascontiguousarray(embeddings).reshape(-1))
     vectors = pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=missing)
     fields = [*kept.schema, pa.field(EMBEDDING, kind), pa.field(ERROR, pa.string())]
-    columns = [*kept.columns, vectors, pa.array(errors, pa.string())]
+    told = [error if error is None else message_text(error) for error in errors]
+    columns = [*kept.columns, vectors, pa.array(told, pa.string())]
     return pa.record_batch(columns, schema=pa.schema(fields))
 
 

@@ -180,6 +180,14 @@ def test_what_is_refused_of_parquet(tmp_path: Path) -> None:
     assert "--recursive" in refused([table], recursive=True)
 
 
+def test_a_column_whose_name_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", 2)
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"caption", b"capti\xf6n"))
+    with pytest.raises(MediaError, match="expected a Parquet file"):
+        open_source([tmp_path / "a.parquet"])
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = pa.table([[b"1"], ["a"], ["b"]], names=["image", "text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")

@@ -36,6 +36,7 @@ from internvl_edge.integrations.bulk.sources.source import (
     path_text,
     require_column,
     require_free_names,
+    text_of,
 )
 from internvl_edge.runtime.images.formats import SUFFIXES
 from internvl_edge.runtime.images.reading import MAX_NBYTES
@@ -198,10 +199,7 @@ class Shard:
             return None, f"expected a field {wanted} of the sample, found {has}"
         if self.content is Content.PICTURES:
             return data, None
-        try:
-            return data.decode(), None
-        except UnicodeDecodeError as error:
-            return None, f"expected text in UTF-8, found byte {data[error.start]:#04x}"
+        return text_of(data)
 
 
 def shards_source(

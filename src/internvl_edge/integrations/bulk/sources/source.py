@@ -37,9 +37,11 @@ __all__ = [
     "Piece",
     "Source",
     "fingerprint",
+    "message_text",
     "path_text",
     "require_column",
     "require_free_names",
+    "text_of",
 ]
 
 PATH, EMBEDDING, ERROR = "path", "embedding", "error"  # columns of the result
@@ -101,6 +103,19 @@ class Source:
 def path_text(path: str | os.PathLike[str]) -> str:
     """Spell a path in UTF-8, for a column of text."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def message_text(message: str) -> str:
+    """Spell an error in UTF-8, whatever names it quotes, for a column of text."""
+    return message.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def text_of(data: bytes) -> tuple[str | None, str | None]:
+    """Decode a text; return it, or None and why it is none."""
+    try:
+        return data.decode(), None
+    except UnicodeDecodeError as error:
+        return None, f"expected text in UTF-8, found byte {data[error.start]:#04x}"
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -207,5 +207,5 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         try:
             with pq.ParquetFile(file, pre_buffer=False, buffer_size=AT_ONCE_NBYTES) as opened:
                 yield opened
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise MediaError(f"{path}: expected a Parquet file: {error}") from error
