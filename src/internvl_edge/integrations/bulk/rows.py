@@ -138,7 +138,7 @@ class Embedder:
             text, problem = text_of(content) if isinstance(content, bytes) else (content, None)
             if problem is None:
                 problem = NO_TEXT if text is None else text_problem(text)
-            if problem is None:
+            if problem is None and text is not None:
                 problem = self._length_problem(text) if text.strip() else NO_TEXT
             errors.append(problem)
             if problem is None:
