@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from support.checkpoints import write_chat, write_internvl, write_tokenizer
 
 from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact
+from internvl_edge.benchmark import chat
 from internvl_edge.benchmark.chat import COLUMNS, ChatLoad, run_chats
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
@@ -89,16 +91,34 @@ def test_the_command_writes_json_and_markdown(
         (["--task", "chat", "--p99", "2"], "--p99 is no option of --task chat"),
         (["--callers", "2"], "--callers is no option of --task components"),
         (["--task", "chat", "--callers", "0"], "--callers: expected positive numbers"),
+        (["--task", "chat", "--callers", "1,20000"], "--callers 20000: expected at most 1024"),
+        (["--scenario", "offline", "--streams", "20000"], "20000 is not in the range 1<=x<=1024"),
         (["--task", "chat", "--prompt", "400"], "the cache has 300 positions"),
         (["--task", "chat", "--tiles", "2"], "this model reads one square"),
     ],
-    ids=["batch", "p99", "callers", "none", "long", "tiles"],
+    ids=["batch", "p99", "callers", "none", "crowd", "streams", "long", "tiles"],
 )
 def test_what_cannot_be_asked(
     outs: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["benchmark", str(outs / "chat-out"), *options]) != 0
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_error_ends_all_callers(outs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many that would go on for an hour."""
+    converse, begun = chat._Chat.converse, time.monotonic()
+
+    def failing(self: Any, samples: Any, seed: int) -> None:
+        if seed == 9:  # the third conversation of the last of three callers
+            raise UsageError("this one fails")
+        converse(self, samples, seed)
+
+    monkeypatch.setattr(chat._Chat, "converse", failing)
+    load = ChatLoad(prompt_tokens=3, answer_tokens=3, callers=(3,), seconds=3600.0)
+    with pytest.raises(UsageError, match="this one fails"):
+        measured(outs / "chat-out", load)
+    assert time.monotonic() - begun < 60
 
 
 def test_a_directory_without_a_decoder_is_refused(tmp_path: Path) -> None:

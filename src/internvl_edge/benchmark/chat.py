@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -57,6 +57,9 @@ COLUMNS += tuple(f"{stage} p50" for stage in STAGES)
 COLUMNS += ("next token p50", "p99", "tokens/s", "reused", "peak RSS")
 
 
+MOST_CALLERS = 1024  # each is a thread
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatLoad:
     """What is asked, and by how many.
@@ -82,6 +85,8 @@ class ChatLoad:
         ):
             if value < low:
                 raise UsageError(f"--{name} {value}: expected at least {low}")
+        if max(self.callers) > MOST_CALLERS:
+            raise UsageError(f"--callers {max(self.callers)}: expected at most {MOST_CALLERS}")
 
 
 @dataclass(slots=True)
@@ -207,7 +212,12 @@ def _measure(name: str, model: Model, callers: int, load: ChatLoad) -> ChatFigur
             count += 1
 
     with ThreadPoolExecutor(callers) as pool:
-        list(pool.map(call, range(callers)))
+        try:
+            for done in as_completed([pool.submit(call, caller) for caller in range(callers)]):
+                done.result()
+        except BaseException:  # a caller's error, or a signal: the others need not go on
+            model.close()
+            raise
     seconds = time.perf_counter() - begun
     return ChatFigures(
         out=name,

@@ -41,6 +41,7 @@ from internvl_edge.runtime.session import require_device
 
 MAX_SECONDS = 86_400.0  # of one measurement
 TASKS = ("components", "chat")
+MOST_STREAMS = 1024  # each is a thread
 OF_CHAT = ("tiles", "prompt", "answer", "callers", "slots")  # options of that task alone
 # And of the other one.
 OF_COMPONENTS = (
@@ -112,7 +113,7 @@ STREAMS = 2  # calls at once, unless asked otherwise
 )
 @click.option(
     "--streams",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_STREAMS),
     help=f"Calls at once, of every scenario but the first; {STREAMS} by default.",
 )
 @click.option(
