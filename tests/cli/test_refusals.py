@@ -324,6 +324,7 @@ def test_stdin_is_a_picture_or_texts(
     told = refused(capsys, 3, "chat", out, str(place / "photos" / "0.png"), "how many digits?")
     assert "how many digits?: expected an image, found no such file" in told
     assert "a question is asked by --question" in told
+    assert "found no such file" in refused(capsys, 3, "chat", out, "many digits? " * 40)
     monkeypatch.setattr("sys.stdin", None)
     assert "found nothing" in refused(capsys, 3, "embed", out, "-")
     assert run(["chat", out, str(place / "photos" / "0.png"), "--json"]) == 0

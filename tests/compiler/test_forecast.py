@@ -15,7 +15,7 @@ from internvl_edge.compiler import ExportOptions, export, forecast
 from internvl_edge.compiler.cost import Cost, Forecast
 from internvl_edge.compiler.steps import verify
 from internvl_edge.compiler.steps.calibration import cost as calibration_cost
-from internvl_edge.errors import ResourceError
+from internvl_edge.errors import ResourceError, UsageError
 from internvl_edge.files.spool import Budget, Spool
 from internvl_edge.quantize.recipe import recipe_for
 
@@ -164,17 +164,20 @@ def test_memory_that_verification_lacks_has_a_way_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_budget", [True, False])
+@pytest.mark.parametrize("capacity", [None, 32])
 def test_what_does_not_fit_whole_is_compared_by_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_budget: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: int | None, is_budget: bool
 ) -> None:
-    """A budget may be short, or what is free; who asks for the whole gets it all the same."""
+    """A budget may be short, or the machine; who asks for the whole gets it all the same."""
     checkpoint = write_internvl(tmp_path / "checkpoint").path
-    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out")
+    options = ExportOptions(checkpoint=checkpoint, out=tmp_path / "out", cache_capacity=capacity)
     whole = verification(options)
     short = whole.memory_nbytes - 1
     if is_budget:
         options = replace(options, memory_budget=short)
     else:
-        monkeypatch.setattr(verify, "available_memory", lambda: short)
+        monkeypatch.setattr(verify, "total_memory", lambda: 2 * short)
     assert verification(options).memory_nbytes < whole.memory_nbytes
+    with pytest.raises(UsageError, match="more than half of the machine's memory, or the budget"):
+        verification(replace(options, min_sqnr=20.0))
     assert verification(replace(options, verify="full")).memory_nbytes == whole.memory_nbytes

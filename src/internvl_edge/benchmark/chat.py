@@ -27,6 +27,7 @@ from PIL import Image
 
 from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import CHAT_DECODER, DECODER, find_component
+from internvl_edge.benchmark.load import MOST_CALLERS
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.table import environment_words, markdown_row
 from internvl_edge.benchmark.timing import Distribution
@@ -55,9 +56,6 @@ STAGES = ("preprocess", "vision", "prefill")
 COLUMNS: tuple[str, ...] = ("out", "callers", "slots", "first token p50", "of next turn")
 COLUMNS += tuple(f"{stage} p50" for stage in STAGES)
 COLUMNS += ("next token p50", "p99", "tokens/s", "reused", "peak RSS")
-
-
-MOST_CALLERS = 1024  # each is a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,7 @@ __all__ = ["SCENARIOS", "highest_rate", "run_closed_loop", "run_scenario", "run_
 T = TypeVar("T")
 
 SCENARIOS = ("single-stream", "multi-stream", "offline", "server")
+MOST_CALLERS = 1024  # at once; each is a thread
 HALVINGS = 7  # of the range of rates: to 1 %
 P99 = 99.0
 DEFAULT_BOUND = 5  # of p99, in single calls

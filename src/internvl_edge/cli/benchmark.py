@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from internvl_edge.benchmark import chat, table
-from internvl_edge.benchmark.load import SCENARIOS
+from internvl_edge.benchmark.load import MOST_CALLERS, SCENARIOS
 from internvl_edge.benchmark.machine import load_warning
 from internvl_edge.benchmark.run import Benchmark, run_benchmark
 from internvl_edge.benchmark.settings import (
@@ -41,7 +41,6 @@ from internvl_edge.runtime.session import require_device
 
 MAX_SECONDS = 86_400.0  # of one measurement
 TASKS = ("components", "chat")
-MOST_STREAMS = 1024  # each is a thread
 OF_CHAT = ("tiles", "prompt", "answer", "callers", "slots")  # options of that task alone
 # And of the other one.
 OF_COMPONENTS = (
@@ -113,7 +112,7 @@ STREAMS = 2  # calls at once, unless asked otherwise
 )
 @click.option(
     "--streams",
-    type=click.IntRange(1, MOST_STREAMS),
+    type=click.IntRange(1, MOST_CALLERS),
     help=f"Calls at once, of every scenario but the first; {STREAMS} by default.",
 )
 @click.option(

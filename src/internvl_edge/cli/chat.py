@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -90,10 +91,10 @@ def chat(
     options = {"template": template, "system": system, **how}
     if think:
         options["think"] = True
+    _require_files(images)
     paths = expand(output, images).paths
     if STDIN in paths and not questions:
         raise UsageError("-: stdin is read for questions; add --question, or name a file")
-    _require_files(paths)
     turns: list[dict[str, Any]] = []
     failed: list[InternVLError] = []
     with running.open(out) as model:
@@ -128,7 +129,7 @@ def _require_files(paths: Sequence[Path]) -> None:
         MediaError: with the option that asks.
     """
     for path in paths:
-        if path != STDIN and not path.exists():
+        if path != STDIN and not os.path.exists(path):  # False, too, of a name that is too long
             raise MediaError(
                 f"{path}: expected an image, found no such file; a question is asked by --question"
             )

@@ -78,7 +78,7 @@ def verify(
     kind = artifact.manifest.precision if quantization is None else "quantized"
     whole = is_compared_whole(opened, kind)
     if not whole:
-        require_no_bounds(asked, "which has no bound; leave them out")
+        require_no_bounds(asked, "leave them out")
     same = None
     if quantization is not None and whole:
         same = _samples_again(artifact, opened, quantization, calibration, samples)

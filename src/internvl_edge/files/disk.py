@@ -162,8 +162,8 @@ def make_private(folder: Path, descriptor: int) -> None:
     if stat.S_IMODE(status.st_mode) & ~PRIVATE:
         if any(folder.iterdir()):
             logger.warning("%s was open to others, and what is in it is dropped", folder)
+        os.fchmod(descriptor, PRIVATE)  # first, so that nobody adds to what is emptied
         empty(folder)
-        os.fchmod(descriptor, PRIVATE)
 
 
 def strange_entry(folder: Path) -> str | None:

@@ -16,7 +16,7 @@ from internvl_edge.errors import UsageError
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.compare import CostBounds
 from internvl_edge.export.components import language_config
-from internvl_edge.files.memory import available_memory
+from internvl_edge.files.memory import available_memory, total_memory
 
 VERIFY_NBYTES_PER_SECOND = 200e6
 # What is compared, in float32: reference and graph, constants that are widened, and the simulation.
@@ -34,7 +34,7 @@ class Verify:
 
     def costs(self, plan: Plan) -> tuple[Cost, ...]:
         if not self.whole:
-            require_no_bounds(_bounds(plan), "add --verify full")
+            require_no_bounds(_bounds(plan), "add --verify full, or leave them out")
         return (_cost(plan, self.whole),)
 
     def run(self, plan: Plan, build: Build) -> None:
@@ -68,33 +68,40 @@ def reference_nbytes(checkpoint: Checkpoint) -> int:
     return parameters * FLOAT32_NBYTES
 
 
-def is_compared_whole(checkpoint: Checkpoint, kind: str, budget: int | None = None) -> bool:
+def is_compared_whole(
+    checkpoint: Checkpoint, kind: str, cache_nbytes: int = 0, budget: int | None = None
+) -> bool:
     """Tell whether --verify auto holds the whole reference in memory, or one block at a time.
 
-    It holds up to a billion parameters, where the memory that is free, or a budget, has room.
+    It holds up to a billion parameters, where a budget has room, or else half of the machine's
+    memory: of all, not of what is free, so that an export that goes on compares as it began.
 
     Args:
         checkpoint: what is compared with.
         kind: of graphs: a key of ``VERIFY_COPIES``.
-        budget: of memory, in bytes; None: what is free.
+        cache_nbytes: of a decoder's cache, in addition.
+        budget: of memory, in bytes; None: there is none.
     """
-    limit = available_memory() if budget is None else budget
+    limit = (total_memory() or 2 * available_memory()) // 2 if budget is None else budget
     reference = reference_nbytes(checkpoint)
-    return reference <= MAX_WHOLE_NBYTES and _whole_nbytes(reference, kind) <= limit
+    fits = _compared_nbytes(reference, kind) + cache_nbytes <= limit
+    return fits and reference <= MAX_WHOLE_NBYTES
 
 
 def plans_whole(plan: Plan) -> bool:
     """Tell whether an export compares whole components; as it is asked, or ``auto``."""
     asked, budget = plan.options.verify, plan.options.memory_budget
-    return asked == "full" or is_compared_whole(plan.checkpoint, _kind(plan), budget)
+    cache = _cache_nbytes(plan, whole=True)
+    return asked == "full" or is_compared_whole(plan.checkpoint, _kind(plan), cache, budget)
 
 
 def _kind(plan: Plan) -> str:
     return "quantized" if plan.recipe is not None else plan.base
 
 
-def _whole_nbytes(compared: int, kind: str) -> int:
-    return IMPORTS_NBYTES + int(VERIFY_COPIES[kind] * compared)
+def _compared_nbytes(reference: int, kind: str) -> int:
+    """Compute the memory of a comparison from the bytes of its reference in float32."""
+    return IMPORTS_NBYTES + int(VERIFY_COPIES[kind] * reference)
 
 
 def _cost(plan: Plan, whole: bool) -> Cost:
@@ -112,7 +119,7 @@ def _cost(plan: Plan, whole: bool) -> Cost:
         remedy = "--verify auto compares one block at a time where there is less, "
     return Cost(
         name="verify",
-        memory_nbytes=_whole_nbytes(compared, _kind(plan)) + _cache_nbytes(plan, whole=whole),
+        memory_nbytes=_compared_nbytes(compared, _kind(plan)) + _cache_nbytes(plan, whole=whole),
         disk_nbytes=0,
         remedy=f"{remedy}--verify none leaves the comparison out",
         seconds=graphs
@@ -147,6 +154,7 @@ def require_no_bounds(bounds: CostBounds, remedy: str) -> None:
     """Refuse bounds on a whole component where blocks are compared one at a time."""
     if bounds:
         raise UsageError(
-            f"--min-sqnr and --max-drop bound what whole components lose; this model is compared "
-            f"one block at a time, {remedy}"
+            "--min-sqnr and --max-drop bound what whole components lose; this model is compared "
+            "one block at a time, as it has more than a billion parameters, or would take more "
+            f"than half of the machine's memory, or the budget; {remedy}"
         )

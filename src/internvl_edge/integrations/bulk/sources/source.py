@@ -107,7 +107,11 @@ def path_text(path: str | os.PathLike[str]) -> str:
 
 def message_text(message: str) -> str:
     """Spell an error in UTF-8, whatever names it quotes, for a column of text."""
-    return message.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        data = message.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte of a name
+        data = message.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
 
 
 def text_of(data: bytes) -> tuple[str | None, str | None]:
