@@ -16,6 +16,7 @@ from internvl_edge.errors import MediaError, shortened
 __all__ = ["MAX_NBYTES", "contents", "open_regular", "path_of"]
 
 MAX_NBYTES = 64 << 20  # of a file
+LEAST_NBYTES = 4096  # that are asked for at once; some systems' files do not say their size
 # Where a flag does not exist, nothing needs it.
 READ_FLAGS = os.O_RDONLY | sum(
     getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
@@ -88,11 +89,28 @@ def open_regular(path: str, label: str, expected: str) -> int:
 
 def _read_path(path: str, label: str) -> bytes:
     try:
-        with open(open_regular(path, label, "an image file"), "rb") as file:
-            return file.read(MAX_NBYTES + 1)
+        handle = open_regular(path, label, "an image file")
+        try:
+            return _read_whole(handle)
+        finally:
+            os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise MediaError(f"{label}: the image cannot be read: {reason}") from error
+
+
+def _read_whole(handle: int) -> bytes:
+    """Read a file to its end, or to the first byte that is too much.
+
+    As many bytes at once as it has: asked for more, Python maps and unmaps memory for them, which
+    takes longer than reading a small file, and threads wait for each other in it.
+    """
+    pieces, left = [], MAX_NBYTES + 1
+    at_once = max(os.fstat(handle).st_size + 1, LEAST_NBYTES)
+    while left and (piece := os.read(handle, min(at_once, left))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 def _read_open(file: Any, label: str) -> bytes:

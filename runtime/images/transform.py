@@ -59,6 +59,7 @@ __all__ = [
     "normalised",
     "pixel_levels",
     "pixel_values",
+    "put_levels",
     "squared",
     "tile",
     "tile_grid",
@@ -203,8 +204,7 @@ def pixel_levels(
     out = np.empty((len(sources), 3, size, size), np.uint8)
 
     def prepare(i: int) -> None:
-        picture = _fit(load_image(sources[i], labels[i], options), size, transform)
-        out[i] = np.asarray(picture).transpose(2, 0, 1)  # (3, S, S)
+        put_levels(out[i], sources[i], labels[i], transform, options)
 
     if len(sources) == 1:
         prepare(0)
@@ -213,6 +213,32 @@ def pixel_levels(
         for done in [pool.submit(prepare, i) for i in range(len(sources))]:
             done.result()
     return out
+
+
+def put_levels(
+    out: NDArray[np.uint8],
+    source: ImageSource,
+    label: str,
+    transform: Transform,
+    options: ImageOptions = DEFAULTS,
+) -> None:
+    """Prepare one image in place, as one of ``pixel_levels``.
+
+    Args:
+        out: uint8 [3, S, S].
+        source: as `load_image` takes it.
+        label: how messages name it.
+        transform: of the model.
+        options: how pictures are read.
+
+    Raises:
+        MediaError: the image is not accepted.
+    """
+    picture = load_image(source, label, options)
+    size = out.shape[-1]
+    if picture.size != (size, size):  # of which every transform gives what it was given
+        picture = _fit(picture, size, transform)
+    out[...] = np.frombuffer(picture.tobytes(), np.uint8).reshape(size, size, 3).transpose(2, 0, 1)
 
 
 def normalised(levels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:

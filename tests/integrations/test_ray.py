@@ -145,12 +145,22 @@ def test_texts(compiled: Path, model: Model) -> None:
     assert table.column_names == ["embedding", "error"]
 
 
+def frame(names: list[str]) -> Any:
+    """A stand-in for a frame of pandas: what is looked at before pandas converts it."""
+    return SimpleNamespace(columns=names, iloc=None)
+
+
 def test_what_is_refused(compiled: Path, images: ray.EmbedImages) -> None:
     with pytest.raises(UsageError, match="did you mean 'bytes'"):
         ray.EmbedImages(compiled, column="byte")({"bytes": PICTURES})
     for name in ("error", "embedding", "__content__", "__problem__"):
         with pytest.raises(UsageError, match=f"{name} of its own.*rename it"):
             images({"bytes": PICTURES, name: [""] * 4})
+    for twice in (["id", "bytes", "id"], ["bytes", "bytes", "id"]):
+        columns = [pa.array(PICTURES)] * 3
+        for batch in (pa.table(columns, twice), frame(twice)):
+            with pytest.raises(UsageError, match=r"more than one column (id|bytes); rename"):
+                images(batch)
     with pytest.raises(UsageError, match="expected a batch of columns"):
         images(PICTURES)
     with pytest.raises(UsageError, match="mode"):
@@ -209,6 +219,10 @@ def test_an_actor_is_told_to_allow_what_is_slow(
     monkeypatch.setattr(internvl_edge, "load", noted)
     Rows(str(compiled), Content.FILES, How(), 1, "cpu", allow_slow=True)
     assert seen["options"].allow_slow
+    for embed in (ray.EmbedImages, ray.EmbedTexts):
+        for allowed in (True, False):
+            embed(compiled, allow_slow=allowed)
+            assert seen["options"].allow_slow is allowed
 
 
 def test_an_actor_gives_the_rows_of_one_process(

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.runs.bulk import picture, write_folder, write_shard, write_table
+from support.runs.bulk import LATE, STARTS, picture, write_folder, write_shard, write_table
 
 import internvl_edge
 from internvl_edge.errors import MediaError, UsageError
@@ -171,6 +171,19 @@ def is_below(process: int, above: int) -> bool:
     return False
 
 
+def begun(
+    what: list[Any], reached: Callable[[], Any], log: Path, seconds: float = 300
+) -> subprocess.Popen[bytes]:
+    """Start a command and wait until it has come somewhere, or has ended; see ``LATE``."""
+    for _ in range(STARTS):
+        with log.open("wb") as errors:
+            process = subprocess.Popen(what, stdout=subprocess.PIPE, stderr=errors)
+        waited_for(lambda: reached() or process.poll() is not None, "rows", seconds)  # noqa: B023
+        if not process.poll() or LATE not in log.read_text():
+            break
+    return process
+
+
 def waited_for(reached: Callable[[], Any], what: str, seconds: float = 180) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := reached()):
@@ -185,13 +198,13 @@ def written(dest: Path) -> int:
 
 def test_an_actor_is_killed(folder: Path, compiled: Path, whole: pa.Table, tmp_path: Path) -> None:
     dest = tmp_path / "a.parquet"
-    process = subprocess.Popen(command(folder, compiled, dest), stdout=subprocess.PIPE)
-    waited_for(lambda: written(dest) or process.poll() is not None, "rows")
+    log = tmp_path / "log"
+    process = begun(command(folder, compiled, dest), lambda: written(dest), log)
     actors = workers("Rows", process.pid)
-    assert actors, "no actor was found"
+    assert actors, log.read_text()
     os.kill(actors[0], signal.SIGKILL)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
+    assert process.returncode == 0, log.read_text()
     assert json.loads(out.splitlines()[-1])["rows"] == COUNT
     assert close(rows_of(dest), whole)
 
@@ -200,16 +213,18 @@ def test_the_driver_is_killed_and_resumed(
     folder: Path, compiled: Path, whole: pa.Table, tmp_path: Path
 ) -> None:
     dest = tmp_path / "a.parquet"
-    process = subprocess.Popen(command(folder, compiled, dest), stdout=subprocess.PIPE)
-    waited_for(lambda: written(dest) >= 2 or process.poll() is not None, "rows")
-    assert process.poll() is None
+    log = tmp_path / "log"
+    process = begun(command(folder, compiled, dest), lambda: written(dest) >= 2, log)
+    assert process.poll() is None, log.read_text()
     process.kill()
     process.communicate()
     assert not dest.exists()
     assert written(dest) > 0
     # its Ray ends by itself; a worker that still writes does so under a name that is known
-    done = subprocess.run(command(folder, compiled, dest), stdout=subprocess.PIPE, check=True)
-    result = json.loads(done.stdout.splitlines()[-1])
+    process = begun(command(folder, compiled, dest), lambda: False, log, 600)
+    out, _ = process.communicate()
+    assert process.returncode == 0, log.read_text()
+    result = json.loads(out.splitlines()[-1])
     assert result["rows"] == COUNT
     assert 0 < result["kept_rows"] < COUNT
     assert close(rows_of(dest), whole)

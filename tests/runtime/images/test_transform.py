@@ -27,6 +27,7 @@ from internvl_edge.runtime.images.options import ImageOptions
 from internvl_edge.runtime.images.transform import (
     Preprocessing,
     load_image,
+    pixel_levels,
     pixel_values,
     tile,
     tile_grid,
@@ -157,6 +158,14 @@ def test_transforms_equal_a_second_implementation(
     assert found.shape == (1, 3, size, size) and found.dtype == np.float32
     assert found.flags.c_contiguous
     np.testing.assert_array_equal(found[0], reference(array, size, transform))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_picture_of_the_models_size_is_left_as_it_is(transform: Any) -> None:
+    image = picture(28, 28)
+    (found,) = pixel_levels(encoded(image, "PNG"), PLAIN, transform)
+    np.testing.assert_array_equal(found.transpose(1, 2, 0), np.asarray(image))
+    np.testing.assert_array_equal(np.asarray(image.resize((28, 28), 3)), np.asarray(image))
 
 
 def test_a_transform_overrides_the_models_own() -> None:
@@ -368,6 +377,26 @@ def test_a_flood_of_chunks_is_refused_within_the_limits() -> None:
     chunks = png_chunk(b"tEXt", b"") * 100_000 + png_chunk(b"IDAT", b"") * 100_000
     with pytest.raises(MediaError, match="truncated or corrupt"):
         load_image(formats.PNG_MAGIC + chunks + png_chunk(b"IEND", b""))
+
+
+def test_a_file_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the system gives at once, and however long it says that the file is."""
+    data = bytes(range(256)) * 40
+    (tmp_path / "a").write_bytes(data)
+    read, asked = os.read, list[int]()
+
+    def some(handle: int, count: int) -> bytes:
+        asked.append(count)
+        return read(handle, min(count, 1000))
+
+    monkeypatch.setattr(os, "read", some)
+    assert reading.contents(tmp_path / "a", "a") == data
+    assert max(asked) == len(data) + 1  # no memory is taken for what is not there
+    monkeypatch.setattr(reading, "MAX_NBYTES", len(data))
+    assert reading.contents(tmp_path / "a", "a") == data
+    monkeypatch.setattr(reading, "MAX_NBYTES", len(data) - 1)
+    with pytest.raises(MediaError, match="bytes are accepted, found more"):
+        reading.contents(tmp_path / "a", "a")
 
 
 def test_a_file_above_the_limit_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 BROKEN = b"no picture"
+# Ray waits 30 s for its own processes, and cannot be told to wait longer: on a busy machine a start
+# that fails by this alone is made again.
+LATE, STARTS = "timed out during startup", 4
 
 
 def picture(seed: int) -> bytes:

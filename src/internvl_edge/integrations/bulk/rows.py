@@ -31,6 +31,7 @@ from internvl_edge.integrations.bulk.sources.source import (
     message_text,
     text_of,
 )
+from internvl_edge.runtime.images.sources import image_label
 from internvl_edge.runtime.requests import require_choice, require_flag, text_problem
 from internvl_edge.runtime.tasks.embed import encode_text, image_embedder
 from internvl_edge.runtime.tasks.vectors import unit
@@ -67,7 +68,7 @@ class Embedder:
     ) -> None:
         require_flag("normalize", how.normalize)
         self._components, self._content = components, content
-        self._transform, self._normalize = how.transform, how.normalize
+        self._normalize = how.normalize
         self._on_long = how.on_long
         if content is Content.TEXTS:
             components.require(TEXT_EMBED)
@@ -81,6 +82,7 @@ class Embedder:
                 raise UsageError(
                     f"transform {how.transform!r}: expected one of {', '.join(TRANSFORMS)}"
                 )
+            self._transform = how.transform or components.preprocessing.transform
             self._embed = image_embedder(components, how.mode)
             self.rows_at_once = how.rows_at_once(components.preprocessing.size)
         self.size = components.embedding_size or 0  # E; the components that are required have it
@@ -101,7 +103,7 @@ class Embedder:
 
     def _pictures(self, contents: Sequence[Any]) -> tuple[Array, list[str | None]]:
         """Embed the pictures that decode; one thread, as there is another for each batch."""
-        from internvl_edge.runtime.images.transform import normalised, pixel_levels
+        from internvl_edge.runtime.images.transform import normalised, put_levels
 
         components = self._components
         side = components.preprocessing.size
@@ -116,9 +118,8 @@ class Embedder:
                 errors.append(f"{NO_BYTES}, found {type(content).__name__}")
                 continue
             try:
-                levels[good] = pixel_levels(
-                    [content], components.preprocessing, self._transform, options=components.images
-                )[0]
+                label = image_label(content)
+                put_levels(levels[good], content, label, self._transform, components.images)
             except (InputError, ResourceError) as error:
                 errors.append(str(error))
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ class EmbedImages:
         batch_size: rows that are computed at a time, however many come; None: see ``How``.
         num_threads: of this actor; ask Ray for as many with ``num_cpus``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``; a GPU is Ray's to give, with ``num_gpus``.
+        allow_slow: on a GPU, let ONNX Runtime run what it is slow at; see ``OrtOptions``.
 
     Raises:
         InternVLError: a directory or an option that cannot be.
@@ -65,16 +67,20 @@ class EmbedImages:
         batch_size: int | None = None,
         num_threads: int = 1,
         device: str = "auto",
+        allow_slow: bool = False,
     ) -> None:
         how = How(mode=mode, transform=transform, normalize=normalize, batch_size=batch_size)
         self._column = column
-        self._rows = Rows(os.fspath(out), Content.PICTURES, how, num_threads, device)
+        self._rows = Rows(
+            os.fspath(out), Content.PICTURES, how, num_threads, device, allow_slow=allow_slow
+        )
 
     def __call__(self, batch: Any) -> pa.Table:
         """Embed a batch: a dict of arrays, an Arrow table or a pandas frame.
 
         Raises:
-            UsageError: it lacks the column, or that holds no pictures; paths are not opened.
+            UsageError: it lacks the column, has two of one name, or the column holds no pictures;
+            paths are not opened.
         """
         return self._rows(_with_content(batch, self._column, Content.PICTURES))
 
@@ -89,6 +95,7 @@ class EmbedTexts:
         batch_size: rows that are computed at a time, however many come; None: see ``How``.
         num_threads: of this actor; ask Ray for as many with ``num_cpus``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``; a GPU is Ray's to give, with ``num_gpus``.
+        allow_slow: on a GPU, let ONNX Runtime run what it is slow at; see ``OrtOptions``.
 
     Raises:
         InternVLError: a directory or an option that cannot be.
@@ -103,16 +110,19 @@ class EmbedTexts:
         batch_size: int | None = None,
         num_threads: int = 1,
         device: str = "auto",
+        allow_slow: bool = False,
     ) -> None:
         how = How(normalize=normalize, batch_size=batch_size)
         self._column = column
-        self._rows = Rows(os.fspath(out), Content.TEXTS, how, num_threads, device)
+        self._rows = Rows(
+            os.fspath(out), Content.TEXTS, how, num_threads, device, allow_slow=allow_slow
+        )
 
     def __call__(self, batch: Any) -> pa.Table:
         """Embed a batch: a dict of arrays, an Arrow table or a pandas frame.
 
         Raises:
-            UsageError: it lacks the column, or that holds no texts.
+            UsageError: it lacks the column, has two of one name, or the column holds no texts.
         """
         return self._rows(_with_content(batch, self._column, Content.TEXTS))
 
@@ -161,8 +171,8 @@ def _with_content(batch: Any, column: str, content: Content) -> pa.Table:
     """Return a batch as a table whose column to embed is ``CONTENT``, its last.
 
     Raises:
-        UsageError: there is no such column, it holds something else, or one is called like those
-            that are added.
+        UsageError: there is no such column, it holds something else, two have one name, or one is
+            called like those that are added.
     """
     table = _table_of(batch)
     names = table.column_names
@@ -185,8 +195,10 @@ def _with_content(batch: Any, column: str, content: Content) -> pa.Table:
 
 def _table_of(batch: Any) -> pa.Table:
     if isinstance(batch, pa.Table):
+        _require_distinct(batch.column_names)
         return batch
     if hasattr(batch, "columns") and hasattr(batch, "iloc"):  # of pandas
+        _require_distinct([str(name) for name in batch.columns])
         return pa.Table.from_pandas(batch, preserve_index=False)
     if not isinstance(batch, Mapping):
         raise UsageError(
@@ -194,6 +206,14 @@ def _table_of(batch: Any) -> pa.Table:
             f"{type(batch).__name__}"
         )
     return pa.table({name: _arrow_of(values) for name, values in batch.items()})
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    """Refuse a batch that has two columns of one name, of which Arrow finds neither."""
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UsageError(
+            f"the batch has more than one column {', '.join(twice)}; rename one, or leave it out"
+        )
 
 
 def _arrow_of(values: Array | Sequence[Any]) -> pa.Array:

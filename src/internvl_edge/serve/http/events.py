@@ -7,13 +7,13 @@ A client that leaves ends the answer. One that does not read is cut off by the c
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from internvl_edge.serve.http.fields import spelled
 from internvl_edge.serve.http.problems import ClientGone, Problem
 
 __all__ = ["EventStream"]
@@ -87,6 +87,5 @@ class EventStream(Response):
 
 
 def as_event(content: Any) -> bytes:
-    """Spell an event; JSON has no line breaks of its own."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    """Spell an event; its JSON has no line breaks."""
+    return f"data: {spelled(content)}\n\n".encode()

@@ -7,7 +7,6 @@ between two tokens.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from internvl_edge.serve.http.body import Bodies
-from internvl_edge.serve.http.fields import parsed
+from internvl_edge.serve.http.fields import parsed, spelled
 from internvl_edge.serve.http.meters import Stages
 from internvl_edge.serve.http.problems import ClientGone, Problem
 
@@ -47,8 +46,8 @@ def json_response(
     content: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Make an answer of JSON."""
-    body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(body.encode("utf-8"), status, headers, media_type="application/json")
+    body = spelled(content).encode("utf-8")
+    return Response(body, status, headers, media_type="application/json")
 
 
 class JsonRoute:

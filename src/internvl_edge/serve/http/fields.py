@@ -13,7 +13,7 @@ from internvl_edge.errors import did_you_mean
 from internvl_edge.runtime.requests import text_problem
 from internvl_edge.serve.http.problems import Problem, bad_request, shown
 
-__all__ = ["MAX_TEXT", "Fields", "parsed", "require_text"]
+__all__ = ["MAX_TEXT", "Fields", "parsed", "require_text", "spelled"]
 
 MAX_TEXT = 8192  # characters
 MAX_INTEGER = (1 << 63) - 1
@@ -31,7 +31,7 @@ def parsed(body: bytes) -> Any:
     """
     _require_few(body)
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        return DECODER.decode(body.decode("utf-8"))
     except RecursionError:
         raise bad_request("invalid_json", "the JSON is nested too deep") from None
     except UnicodeDecodeError as error:
@@ -45,6 +45,11 @@ def parsed(body: bytes) -> Any:
         raise bad_request("invalid_json", text) from None
 
 
+def spelled(content: Any) -> str:
+    """Write JSON, without blanks and without line breaks of its own."""
+    return ENCODER.encode(content)
+
+
 def _require_few(body: bytes) -> None:
     """Count what JSON is made of, without reading it: at most as many values as this."""
     quotes = body.count(b'"') - body.count(b'\\"')  # a string has two, one at least is not escaped
@@ -55,6 +60,11 @@ def _require_few(body: bytes) -> None:
 
 def _no_constant(name: str) -> float:
     raise ValueError(name)
+
+
+# Once: ``json.loads`` and ``json.dumps`` make new ones each time where they are told how
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class Fields:
