@@ -103,8 +103,8 @@ def _take_norm(graph: ir.Graph, norm: ir.Node) -> bool:
     graph.insert_before(added, fused)
     for value in fused.outputs[1:3]:  # statistics, which nothing reads
         value.name = ""
-    _replace(norm.outputs[0], fused.outputs[0])
-    _replace(added.outputs[0], fused.outputs[3])
+    replace(norm.outputs[0], fused.outputs[0])
+    replace(added.outputs[0], fused.outputs[3])
     return True
 
 
@@ -185,7 +185,7 @@ def take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
         node.name = node.outputs[0].name = f"{name}/{node.op_type}_{number}"
         node.outputs[0].type = pixels.type
     graph.insert_before(conv, made)
-    _replace(last.outputs[0], made[-1].outputs[0])
+    replace(last.outputs[0], made[-1].outputs[0])
     return True
 
 
@@ -266,7 +266,7 @@ def _rank(value: ir.Value | None) -> int:
     return len(_sizes(value))
 
 
-def _replace(old: ir.Value, new: ir.Value) -> None:
+def replace(old: ir.Value, new: ir.Value) -> None:
     """Let a new value stand for an old one, with its name."""
     name, new.type, new.shape = old.name, old.type, old.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
