@@ -25,7 +25,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from internvl_edge.export.graph.providers.pattern import shape_of
-from internvl_edge.export.graph.providers.tower import replace
+from internvl_edge.export.graph.providers.tower import constant, replace
 
 __all__ = ["take_cpu_form"]
 
@@ -125,7 +125,7 @@ def _join(graph: ir.Graph, linears: Sequence[_Linear]) -> None:
         bias = tape.op("Concat", [one.bias for one in linears], {"axis": 0})
         y = tape.op("Add", [y, bias])
     widths = [shape_of(one.weight)[1] for one in linears]
-    sizes = tape.op("Constant", [], {"value_ints": widths})
+    sizes = constant(graph, f"{product.name}/widths", widths)
     parts = tape.op_multi_out("Split", [y, sizes], {"axis": -1}, num_outputs=len(linears))
     graph.insert_before(product, tape.nodes)
     for linear, part in zip(linears, parts, strict=True):

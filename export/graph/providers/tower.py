@@ -173,9 +173,9 @@ def take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
         return False
     name, inner = str(conv.name), channels * patch * patch
     split = [0, channels, rows, patch, columns, patch]
-    made = [ir.node("Reshape", [pixels, _constant(graph, f"{name}.split", split)])]
+    made = [ir.node("Reshape", [pixels, constant(graph, f"{name}.split", split)])]
     made.append(ir.node("Transpose", made[-1].outputs, {"perm": [0, 2, 4, 1, 3, 5]}))
-    joined = _constant(graph, f"{name}.joined", [0, rows * columns, inner])
+    joined = constant(graph, f"{name}.joined", [0, rows * columns, inner])
     made.append(ir.node("Reshape", [made[-1].outputs[0], joined]))
     made.append(ir.node("MatMul", [made[-1].outputs[0], weight]))
     _become(made[-1], "FusedMatMul", {"transB": 1})
@@ -284,7 +284,7 @@ def _become(node: ir.Node, op_type: str, attributes: dict[str, int | float]) -> 
             node.attributes[name] = ir.AttrFloat32(name, value)
 
 
-def _constant(graph: ir.Graph, name: str, sizes: Sequence[int]) -> ir.Value:
+def constant(graph: ir.Graph, name: str, sizes: Sequence[int]) -> ir.Value:
     tensor = ir.tensor(np.array(sizes, np.int64), name=name)
     value = ir.Value(name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(tensor.dtype))
     value.const_value = tensor
