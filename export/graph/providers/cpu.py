@@ -30,6 +30,7 @@ from internvl_edge.export.graph.providers.tower import constant, replace
 __all__ = ["take_cpu_form"]
 
 QKV = 3  # products of one tensor that are joined
+WEIGHT_TYPES = (ir.DataType.INT8, ir.DataType.INT4)
 HEADS_FIRST = (0, 2, 1, 3)  # (B, T, heads, d) → (B, heads, T, d), and back
 
 
@@ -88,6 +89,8 @@ def _linear(product: ir.Node) -> _Linear | None:
     weight, scale, *zero = dequantize.inputs
     if weight is None or scale is None or zero or not weight.is_initializer():
         return None
+    if weight.dtype not in WEIGHT_TYPES or _is_rounded(x):
+        return None
     readers = [use.node for use in product.outputs[0].uses()]
     last = readers[0] if len(readers) == 1 else product
     biases = [value for value in last.inputs if value is not None and _is_stored(value)]
@@ -99,6 +102,11 @@ def _linear(product: ir.Node) -> _Linear | None:
         bias=biases[0] if has_bias else None,
         nodes=(dequantize, product, last) if has_bias else (dequantize, product),
     )
+
+
+def _is_rounded(x: ir.Value) -> bool:
+    node = x.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _is_stored(value: ir.Value) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
 from internvl_edge.export.graph.providers.cpu import take_cpu_form
 from internvl_edge.export.graph.providers.decoder import DIVISOR, GAINS, cuda_decoder
@@ -57,17 +56,13 @@ def run_part(
         form: run it as this rewrites it.
         device: what runs it.
         num_threads: of the processor; None: every core.
-
-    Raises:
-        InternVLError: a mistake of ours: the graph has such a form, and a block of it has none.
     """
     model = ir.load(path)
     if block is not None and tower is not None:
         keep_block(model, tower, block)
     if form is not None:
         whole = form(model)
-        if whole is None:
-            raise InternVLError(f"{path}: block {block} alone has no {form.__name__}")
+        assert whole is not None, f"{path}: block {block} alone has no {form.__name__}"
         model = whole
     if unrounded:
         if any(node.op_type == "QuantizeLinear" for node in model.graph):

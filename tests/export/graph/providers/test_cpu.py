@@ -110,7 +110,7 @@ def test_a_processor_runs_it_and_its_weights_are_the_published_ones(tmp_path: Pa
     assert artifact.weights[joined(path).name] == artifact.weights[path.name]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "fp8"])
 def test_other_precisions_have_none(precision: str, tmp_path: Path) -> None:
     path = export(tmp_path, "qwen2", precision)
     assert not joined(path).exists()
