@@ -10,6 +10,6 @@ last_logits  lets a call choose of which positions it wants logits
 uint8_input  moves normalisation into the graph
 join_pairs   joins pairs of linear layers that read one tensor, to save a builder's memory
 one_block    cuts one block out of a graph
-cuda         rewrites towers and decoders in operators of ONNX Runtime's CUDA provider
+providers    rewrites towers and decoders for one of ONNX Runtime's providers
 bf16_twin    rewrites a bfloat16 graph for machines without bfloat16 kernels
 """

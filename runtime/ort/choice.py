@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from internvl_edge.artifact import Artifact
-from internvl_edge.artifact.components import cuda_graph, find_component, unsigned_graph
+from internvl_edge.artifact.components import (
+    cpu_graph,
+    cuda_graph,
+    find_component,
+    unsigned_graph,
+)
 from internvl_edge.errors import HardwareError
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.opening import ROUNDING
@@ -51,6 +56,8 @@ def choose_graph(artifact: Artifact, component: str, device: str, options: OrtOp
     pads = not (is_fused and known.takes_cache)
     if not known.is_vision and pads:
         options = replace(options, graphs=False)
+    if is_cpu and cpu_graph(component) in files:
+        path = artifact.file(cpu_graph(component))
     if is_cpu and unsigned in files and products_saturate():
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES

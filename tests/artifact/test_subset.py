@@ -18,16 +18,16 @@ from internvl_edge.errors import ArtifactError
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     fused = graph_of(COMPONENTS["vision"], "Identity", TensorProto.FLOAT)
-    more = {"vision.cuda.onnx": fused, "notes.json": b"{}"}
+    more = {"vision.cpu.onnx": fused, "vision.cuda.onnx": fused, "notes.json": b"{}"}
     return write_directory(tmp_path / "out", components=["vision", "text_embed"], more=more)
 
 
 def test_what_belongs_to_a_component_goes_with_it(out: Path, tmp_path: Path) -> None:
     artifact = open_artifact(out)
-    assert graphs_of(artifact, "vision") == ("vision.onnx", "vision.cuda.onnx")
+    assert graphs_of(artifact, "vision") == ("vision.onnx", "vision.cpu.onnx", "vision.cuda.onnx")
     kept = set(subset(artifact, ["vision"]).files)
     shared = {"weights.bin", "tokenizer.model", "notes.json"}
-    assert kept == {"vision.onnx", "vision.cuda.onnx"} | shared
+    assert kept == {"vision.onnx", "vision.cpu.onnx", "vision.cuda.onnx"} | shared
     assert set(subset(artifact, ["text_embed"]).files) == {"text_embed.onnx"} | shared
 
 

@@ -276,5 +276,10 @@ JOINED_GRAPH = "model.onnx"  # of ``EMBEDDERS``, as transformers' classes open i
 
 
 def cuda_graph(component: str) -> str:
-    """Name the graph in operators of ONNX Runtime's CUDA provider (``export.graph.cuda.tower``)."""
+    """Name the graph in operators of ONNX Runtime's CUDA provider (``export.graph.providers``)."""
     return f"{component}.cuda.onnx"
+
+
+def cpu_graph(component: str) -> str:
+    """Name a decoder's graph with fewer products (``export.graph.providers.cpu``)."""
+    return f"{component}.cpu.onnx"

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from internvl_edge.artifact.components import cuda_graph, unsigned_graph
+from internvl_edge.artifact.components import cpu_graph, cuda_graph, unsigned_graph
 from internvl_edge.artifact.manifest import FOLDERS, Manifest
 from internvl_edge.artifact.open import Artifact
 from internvl_edge.artifact.publish import write_manifest
@@ -19,7 +19,7 @@ GRAPH, DOCUMENTS = ".onnx", (".md", ".html")
 def graphs_of(artifact: Artifact, component: str) -> tuple[str, ...]:
     """List the graphs of a component that ONNX Runtime may open, its own first."""
     own = artifact.manifest.components[component].file
-    others = (unsigned_graph(component), cuda_graph(component))
+    others = (unsigned_graph(component), cpu_graph(component), cuda_graph(component))
     return (own, *(name for name in others if artifact.has(name)))
 
 

@@ -42,6 +42,11 @@ def test_float_graphs_open_anywhere() -> None:
     assert set(found) == {"vision.onnx", "decoder.onnx", "vision.cuda.onnx"}
 
 
+def test_a_decoder_with_fewer_products_opens_as_its_own_graph_does() -> None:
+    found = opened(directory("int4-wo", ["decoder"], "decoder.cpu.onnx"))
+    assert found == {"decoder.onnx": (OLD, EVERY), "decoder.cpu.onnx": (OLD, EVERY)}
+
+
 def test_bfloat16_needs_a_gpu() -> None:
     found = opened(directory("bf16", ["image_embed", "text_embed"], "model.onnx"))
     for program, place in found.values():

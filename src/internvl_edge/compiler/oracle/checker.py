@@ -19,17 +19,17 @@ component where it is beyond a bound that the user set, or where no signal is le
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from internvl_edge.artifact.components import COMPONENTS, cuda_graph, engine_graph
+from internvl_edge.artifact.components import COMPONENTS, cpu_graph, cuda_graph, engine_graph
 from internvl_edge.compiler.oracle.expected import Expected, Part, Reference
 from internvl_edge.compiler.oracle.joined import require_joined
-from internvl_edge.compiler.oracle.run_graph import run_part
+from internvl_edge.compiler.oracle.run_graph import Form, cpu_form, cuda_form, run_part
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import Hardware
@@ -58,6 +58,8 @@ from internvl_edge.runtime.images.transform import Preprocessing
 SAMPLES = 4  # of the calibration set, to compare quantized components on
 SAME_DB = 70.0  # compared with the simulation: the same numbers
 COSTLY = 3  # layers that are named
+# Further graphs of a component, by the function that names them → how they are made.
+FORMS: Mapping[Callable[[str], str], Form] = {cuda_graph: cuda_form, cpu_graph: cpu_form}
 
 
 class Checker:
@@ -142,7 +144,7 @@ class Checker:
             VerificationError: it disagrees with the reference, or with the simulation of what
                 its quantization should do.
         """
-        (figures,) = self._check(component, {path: base}, precision)
+        (figures,) = self._check(component, {path: base}, precision, {})
         return figures
 
     def check_both(
@@ -161,9 +163,13 @@ class Checker:
         other = path.with_name(engine_graph(component, engine_base))
         has_other = other.exists() if listed is None else other.name in listed
         graphs = {path: base} | ({other: engine_base} if has_other else {})
-        fused = path.with_name(cuda_graph(component))
-        has_fused = fused.exists() if listed is None else fused.name in listed
-        figures, *others = self._check(component, graphs, precision, fused if has_fused else None)
+        forms = {path.with_name(name(component)): form for name, form in FORMS.items()}
+        fused = {
+            one: form
+            for one, form in forms.items()
+            if (one.exists() if listed is None else one.name in listed)
+        }
+        figures, *others = self._check(component, graphs, precision, fused)
         return figures | ({"engine_graph": others[0]} if others else {})
 
     def check_joined(self, directory: Path, listed: Container[str]) -> None:
@@ -175,11 +181,11 @@ class Checker:
         component: str,
         graphs: Mapping[Path, str],
         precision: str,
-        fused: Path | None = None,
+        fused: Mapping[Path, Form],
     ) -> list[dict[str, Any]]:
         """Compare graphs of a component, given with their bases, with one run of the reference.
 
-        The one for ONNX Runtime's CUDA provider, ``fused``, is compared with the first of them.
+        Those for ONNX Runtime's providers, ``fused``, are compared with the first of them.
         """
         for path in graphs:
             self._audit(component, path)
@@ -190,8 +196,8 @@ class Checker:
             expected = self.reference.expected(component, part, feeds)
             for figures, (path, base) in zip(compared, graphs.items(), strict=True):
                 figures.append(self._compare(component, part, path, precision, base, expected))
-            if fused is not None:
-                self._require_cuda_graph(component, part, next(iter(graphs)), fused, expected)
+            for other, form in fused.items():
+                self._require_form(component, part, next(iter(graphs)), other, form, expected)
         blocks = self.reference.blocks(component)
         worst = (min(of_one, key=lambda f: float(f["sqnr_db"])) for of_one in compared)
         more: dict[str, Any] = {"blocks": blocks} if blocks else {}
@@ -257,24 +263,24 @@ class Checker:
         figures["simulated_sqnr_db"] = min(f.sqnr_db for f in rounded.values())
         return figures
 
-    def _require_cuda_graph(
-        self, component: str, part: Part, path: Path, fused: Path, expected: Expected
+    def _require_form(
+        self, component: str, part: Part, path: Path, fused: Path, form: Form, expected: Expected
     ) -> None:
-        """Compare the graph for CUDA with the published one, or a block of both, in float32.
+        """Compare a provider's graph with the published one, or a block of both, in float32.
 
-        A decoder's is for rows without padding.
+        A decoder's for CUDA is for rows without padding.
 
         Raises:
             VerificationError: they differ.
         """
         tower, feeds, block = COMPONENTS[component].tower, expected.feeds, part.block
-        if COMPONENTS[component].takes_cache:
+        if COMPONENTS[component].takes_cache and form is cuda_form:
             feeds = one_row(feeds)
         published = self._run_part(path, tower, block, feeds, unrounded=True)
         if block is None:
             actual = self._run_part(fused, tower, None, feeds, unrounded=True)
         else:
-            actual = self._run_part(path, tower, block, feeds, unrounded=True, fused=True)
+            actual = self._run_part(path, tower, block, feeds, unrounded=True, form=form)
         where = fused.name if block is None else f"{fused.name}, block {block}"
         require_agreement(agreements(published, actual), where, "fp32", path.name)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.errors import InternVLError
 from internvl_edge.export.graph.bf16_twin import compute_in_float32, infer_dtypes, widen
-from internvl_edge.export.graph.cuda.decoder import DIVISOR, GAINS, cuda_decoder
-from internvl_edge.export.graph.cuda.tower import take_cuda_form
+from internvl_edge.export.graph.providers.cpu import take_cpu_form
+from internvl_edge.export.graph.providers.decoder import DIVISOR, GAINS, cuda_decoder
+from internvl_edge.export.graph.providers.tower import take_cuda_form
 from internvl_edge.export.graph.repeat import keep_block
 from internvl_edge.export.graph.uint8_input import graph_feeds
 from internvl_edge.quantize.graph.qdq import bypass_activations
@@ -29,6 +29,8 @@ from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
 from internvl_edge.types import Array
 
+Form = Callable[[ir.Model], ir.Model | None]  # which it rewrites; None: there is no such form
+
 
 def run_part(
     path: Path,
@@ -38,7 +40,7 @@ def run_part(
     preprocessing: Preprocessing | None,
     *,
     unrounded: bool = False,
-    fused: bool = False,
+    form: Form | None = None,
     device: str = "cpu",
     num_threads: int | None = None,
 ) -> dict[str, Array]:
@@ -51,20 +53,16 @@ def run_part(
         feeds: the reference's.
         preprocessing: of graphs that take levels.
         unrounded: compute in float32, and round no activation; weights stay as they are stored.
-        fused: run it in the form that ONNX Runtime's CUDA provider is given.
+        form: run it as this rewrites it.
         device: what runs it.
         num_threads: of the processor; None: every core.
-
-    Raises:
-        InternVLError: a mistake of ours: the graph has such a form, and a block of it has none.
     """
     model = ir.load(path)
     if block is not None and tower is not None:
         keep_block(model, tower, block)
-    if fused:
-        whole = _cuda_form(model)
-        if whole is None:
-            raise InternVLError(f"{path}: block {block} alone has no form of its own for CUDA")
+    if form is not None:
+        whole = form(model)
+        assert whole is not None, f"{path}: block {block} alone has no {form.__name__}"
         model = whole
     if unrounded:
         if any(node.op_type == "QuantizeLinear" for node in model.graph):
@@ -76,7 +74,12 @@ def run_part(
         return run_as_reference(session, feeds, preprocessing)
 
 
-def _cuda_form(model: ir.Model) -> ir.Model | None:
+def cpu_form(model: ir.Model) -> ir.Model | None:
+    """Rewrite a decoder's graph for ONNX Runtime's CPU provider."""
+    return model if take_cpu_form(model) else None
+
+
+def cuda_form(model: ir.Model) -> ir.Model | None:
     """Rewrite a graph for ONNX Runtime's CUDA provider; a decoder in float32, scaled as float16."""
     if any(value.name == WRITE_INDICES for value in model.graph.inputs):
         return cuda_decoder(model, ir.DataType.FLOAT, DIVISOR)

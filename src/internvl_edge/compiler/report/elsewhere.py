@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from internvl_edge.artifact.components import (
     EMBEDDERS,
     JOINED_GRAPH,
+    cpu_graph,
     cuda_graph,
     engine_graph,
     find_component,
@@ -78,6 +79,7 @@ def _graphs(manifest: Manifest) -> Iterator[tuple[str, tuple[str, str]]]:
         if unsigned in manifest.files:
             yield unsigned, (own[0], RIGHT_ON_ALL)
         yield record.file, own
+        yield cpu_graph(name), own
         for base in BASES:
             yield engine_graph(name, base), ENGINES
         yield cuda_graph(name), CUDA

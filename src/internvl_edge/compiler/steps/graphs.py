@@ -3,8 +3,8 @@
 A quantized component has two graphs on the same weights: ``vision.onnx`` computes in float32
 around its 8-bit products, which is what ONNX Runtime's CPU kernels fuse; ``vision.fp16.onnx``
 computes in 16 bits, which is what engines are built from. Where products are INT8 there is a third,
-``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.graph.unsigned``). For ONNX
-Runtime's CUDA provider there may be ``vision.cuda.onnx`` (``cuda_graphs``).
+``vision.u8.onnx``, the first one for CPUs without VNNI (``quantize.graph.unsigned``). There may be
+``vision.cuda.onnx`` and ``decoder.cpu.onnx`` for ONNX Runtime's providers (``provider_graphs``).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import onnx_ir as ir
 
 from internvl_edge.artifact.components import (
     COMPONENTS,
+    cpu_graph,
     cuda_graph,
     engine_graph,
     unsigned_graph,
 )
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
-from internvl_edge.compiler.steps.cuda_graphs import cuda_form
 from internvl_edge.compiler.steps.meta_model import AnyModel
+from internvl_edge.compiler.steps.provider_graphs import cpu_form, cuda_form
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
@@ -82,6 +83,9 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
         fused = cuda_form(plan, name, model)
         if fused is not None:
             save(fused, directory / cuda_graph(name))
+        joined = cpu_form(name, ir.load(directory / file))
+        if joined is not None:
+            save(joined, directory / cpu_graph(name))
     return emitted
 
 

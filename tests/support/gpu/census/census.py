@@ -28,8 +28,13 @@ from internvl_edge.compiler.steps.meta_model import meta_model, shallow_config
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.config.checkpoint import CheckpointConfig, VisionConfig
 from internvl_edge.export.graph.bind import bind, save
-from internvl_edge.export.graph.cuda.decoder import cuda_decoder
-from internvl_edge.export.graph.cuda.tower import CONTRIB, VERSION, take_cuda_form, take_patches
+from internvl_edge.export.graph.providers.decoder import cuda_decoder
+from internvl_edge.export.graph.providers.tower import (
+    CONTRIB,
+    VERSION,
+    take_cuda_form,
+    take_patches,
+)
 from internvl_edge.export.synthetic import PRESETS, shrink
 from internvl_edge.export.weights.writer import StoredTensor
 from internvl_edge.quantize.graph.qdq import SCALE_SUFFIX, QuantizedLinear, insert_qdq

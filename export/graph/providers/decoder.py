@@ -43,7 +43,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.export.graph.cuda.pattern import (
+from internvl_edge.export.graph.providers.pattern import (
     BLOCKS,
     Decoder,
     Layer,

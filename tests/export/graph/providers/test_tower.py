@@ -16,10 +16,10 @@ from internvl_edge import compiler
 from internvl_edge.artifact.components import cuda_graph
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions
-from internvl_edge.compiler.steps import cuda_graphs
+from internvl_edge.compiler.steps import provider_graphs
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.config.checkpoint import VisionConfig
-from internvl_edge.export.graph.cuda.tower import take_cuda_form, take_patches
+from internvl_edge.export.graph.providers.tower import take_cuda_form, take_patches
 from internvl_edge.runtime.ort import choice
 from internvl_edge.runtime.ort import session as sessions
 from internvl_edge.runtime.ort.options import CPU, OrtOptions
@@ -141,7 +141,7 @@ def test_verification_refuses_a_wrong_one(
         nodes[0].replace_input_with(input_index, value)
         return is_done
 
-    monkeypatch.setattr(cuda_graphs, "take_cuda_form", wrong)
+    monkeypatch.setattr(provider_graphs, "take_cuda_form", wrong)
     with pytest.raises(VerificationError, match=r"vision\.cuda\.onnx.* vision\.onnx"):
         export_vit(tmp_path, TINY.vision, "fp32", verify="auto")
 
@@ -159,7 +159,7 @@ def test_patches_are_compared_where_blocks_are(
         turned.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 4, 1, 5, 3])
         return is_done
 
-    monkeypatch.setattr("internvl_edge.export.graph.cuda.tower.take_patches", wrong)
+    monkeypatch.setattr("internvl_edge.export.graph.providers.tower.take_patches", wrong)
     with pytest.raises(VerificationError, match=r"vision\.cuda\.onnx, block 0"):
         export_vit(tmp_path / "wrong", TINY.vision, "fp32", verify="auto")
 

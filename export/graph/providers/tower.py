@@ -103,8 +103,8 @@ def _take_norm(graph: ir.Graph, norm: ir.Node) -> bool:
     graph.insert_before(added, fused)
     for value in fused.outputs[1:3]:  # statistics, which nothing reads
         value.name = ""
-    _replace(norm.outputs[0], fused.outputs[0])
-    _replace(added.outputs[0], fused.outputs[3])
+    replace(norm.outputs[0], fused.outputs[0])
+    replace(added.outputs[0], fused.outputs[3])
     return True
 
 
@@ -173,9 +173,9 @@ def take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
         return False
     name, inner = str(conv.name), channels * patch * patch
     split = [0, channels, rows, patch, columns, patch]
-    made = [ir.node("Reshape", [pixels, _constant(graph, f"{name}.split", split)])]
+    made = [ir.node("Reshape", [pixels, constant(graph, f"{name}.split", split)])]
     made.append(ir.node("Transpose", made[-1].outputs, {"perm": [0, 2, 4, 1, 3, 5]}))
-    joined = _constant(graph, f"{name}.joined", [0, rows * columns, inner])
+    joined = constant(graph, f"{name}.joined", [0, rows * columns, inner])
     made.append(ir.node("Reshape", [made[-1].outputs[0], joined]))
     made.append(ir.node("MatMul", [made[-1].outputs[0], weight]))
     _become(made[-1], "FusedMatMul", {"transB": 1})
@@ -185,7 +185,7 @@ def take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
         node.name = node.outputs[0].name = f"{name}/{node.op_type}_{number}"
         node.outputs[0].type = pixels.type
     graph.insert_before(conv, made)
-    _replace(last.outputs[0], made[-1].outputs[0])
+    replace(last.outputs[0], made[-1].outputs[0])
     return True
 
 
@@ -266,7 +266,7 @@ def _rank(value: ir.Value | None) -> int:
     return len(_sizes(value))
 
 
-def _replace(old: ir.Value, new: ir.Value) -> None:
+def replace(old: ir.Value, new: ir.Value) -> None:
     """Let a new value stand for an old one, with its name."""
     name, new.type, new.shape = old.name, old.type, old.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -284,7 +284,7 @@ def _become(node: ir.Node, op_type: str, attributes: dict[str, int | float]) -> 
             node.attributes[name] = ir.AttrFloat32(name, value)
 
 
-def _constant(graph: ir.Graph, name: str, sizes: Sequence[int]) -> ir.Value:
+def constant(graph: ir.Graph, name: str, sizes: Sequence[int]) -> ir.Value:
     tensor = ir.tensor(np.array(sizes, np.int64), name=name)
     value = ir.Value(name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(tensor.dtype))
     value.const_value = tensor

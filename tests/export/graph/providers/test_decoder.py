@@ -18,8 +18,8 @@ from internvl_edge.artifact.open import open_artifact
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.compiler.oracle.run_graph import take_norms_apart
 from internvl_edge.errors import VerificationError
-from internvl_edge.export.graph.cuda import decoder as module
-from internvl_edge.export.graph.cuda.decoder import cuda_decoder
+from internvl_edge.export.graph.providers import decoder as module
+from internvl_edge.export.graph.providers.decoder import cuda_decoder
 from internvl_edge.runtime.feeds import MASK, POSITIONS, WRITE_INDICES, numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import PAST, PRESENT
 from internvl_edge.runtime.ort.options import OrtOptions

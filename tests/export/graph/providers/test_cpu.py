@@ -1,0 +1,160 @@
+"""Decoders for ONNX Runtime's CPU provider, compared with the published graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support.checkpoints import write_internvl, write_tokenizer
+from support.checkpoints.family import write_family
+
+from internvl_edge import compiler
+from internvl_edge.artifact.open import open_artifact
+from internvl_edge.errors import VerificationError
+from internvl_edge.export.graph.providers.cpu import take_cpu_form
+from internvl_edge.runtime.feeds import MASK, POSITIONS, numpy_dtype
+from internvl_edge.runtime.generation.fixed_cache import PAST, in_place
+from internvl_edge.runtime.ort.choice import choose_graph
+from internvl_edge.runtime.ort.options import OrtOptions
+from internvl_edge.runtime.ort.session import OrtSession
+from internvl_edge.types import Array
+
+PAST_LENGTH, LENGTH, ROWS, CAPACITY = 5, 3, 2, 16
+
+
+def export(root: Path, kind: str, precision: str, **more: Any) -> Path:
+    """Export a decoder, and return its published graph."""
+    if kind == "qllama":
+        write_internvl(root / kind, seed=3)
+        write_tokenizer(root / kind)
+    else:
+        write_family(root / kind, kind)
+    component = "decoder" if kind == "qllama" else "chat_decoder"
+    options = {"components": (component,), "verify": "none"} | more
+    compiler.export(
+        compiler.ExportOptions(
+            checkpoint=root / kind, out=root / "out", precision=precision, **options
+        )
+    )
+    return root / "out" / f"{component}.onnx"
+
+
+def joined(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.cpu.onnx")
+
+
+def run(path: Path, *, exact: bool) -> Mapping[str, Array]:
+    """Read some tokens of two rows, one of them padded, after positions that are there."""
+    rng = np.random.default_rng(0)
+    with OrtSession(path, options=OrtOptions(exact=exact)) as session:
+        feeds: dict[str, Array] = {}
+        for name, spec in session.inputs.items():
+            if name.startswith(PAST):
+                shape = ROWS, spec.shape[1], PAST_LENGTH, spec.shape[3]
+                feeds[name] = rng.standard_normal(shape).astype(numpy_dtype(spec.dtype))
+            elif name == "inputs_embeds":
+                shape = ROWS, LENGTH, spec.shape[2]
+                feeds[name] = rng.standard_normal(shape).astype(np.float32)
+        if "input_ids" in session.inputs:
+            feeds["input_ids"] = rng.integers(3, 100, (ROWS, LENGTH))
+        feeds[MASK] = np.ones((ROWS, PAST_LENGTH + LENGTH), np.int64)
+        feeds[MASK][1, :2] = 0
+        places = np.arange(PAST_LENGTH, PAST_LENGTH + LENGTH)
+        feeds[POSITIONS] = np.stack([places, places - 2])
+        return session.run(in_place(feeds, session.inputs))
+
+
+def nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == op_type]
+
+
+def takes_cache(model: ir.Model) -> set[bool]:
+    """Tell whether attention has the cache among its inputs."""
+    return {len(node.inputs) == 6 for node in nodes(model, "Attention")}
+
+
+CASES = [
+    pytest.param("qwen2", "int4-wo", {}, id="biases"),
+    pytest.param("qwen3", "int4-wo", {}, id="norms-of-heads", marks=pytest.mark.slow),
+    pytest.param("qllama", "int8-wo", {}, id="int8", marks=pytest.mark.slow),
+    pytest.param("llama", "int4-wo", {"head": "int8"}, id="head", marks=pytest.mark.slow),
+    pytest.param("qwen2", "int4-wo", {"cache_capacity": CAPACITY}, id="in-place"),
+]
+
+
+@pytest.mark.parametrize("kind, precision, more", CASES)
+def test_every_output_is_the_published_one_bit_by_bit(
+    kind: str, precision: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    path = export(tmp_path, kind, precision, **more)
+    before, after = (ir.load(one) for one in (path, joined(path)))
+    layers = len(nodes(before, "Attention"))
+    assert len(nodes(after, "MatMul")) == len(nodes(before, "MatMul")) - 2 * layers > 0
+    assert takes_cache(after) == {"cache_capacity" not in more}
+    for exact in (True, False):
+        ours, published = (run(one, exact=exact) for one in (joined(path), path))
+        assert ours.keys() == published.keys()
+        for name, values in published.items():
+            np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+def test_a_processor_runs_it_and_its_weights_are_the_published_ones(tmp_path: Path) -> None:
+    path = export(tmp_path, "qwen2", "int4-wo")
+    artifact = open_artifact(path.parent)
+    chosen = choose_graph(artifact, "chat_decoder", "cpu", OrtOptions())
+    assert chosen.path.name == joined(path).name
+    assert artifact.weights[joined(path).name] == artifact.weights[path.name]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "fp8"])
+def test_other_precisions_have_none(precision: str, tmp_path: Path) -> None:
+    path = export(tmp_path, "qwen2", precision)
+    assert not joined(path).exists()
+
+
+def test_what_is_not_as_expected_stays(tmp_path: Path) -> None:
+    path = export(tmp_path, "qwen2", "int4-wo")
+    model = ir.load(path)
+    for node in nodes(model, "Transpose"):
+        node.attributes["perm"] = ir.AttrInt64s("perm", [0, 1, 2, 3])
+    assert take_cpu_form(model)
+    assert takes_cache(model) == {False}
+    model = ir.load(path)
+    for node in nodes(model, "DequantizeLinear"):
+        if ".k_proj." in str(node.name):
+            node.attributes["block_size"] = ir.AttrInt64("block_size", 16)
+    count = len(model.graph)
+    assert not take_cpu_form(model)
+    assert len(model.graph) == count
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_mistake_is_seen_by_verification(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swapped(model: ir.Model) -> bool:
+        is_done = take_cpu_form(model)
+        for node in model.graph:
+            if node.op_type == "Concat" and len(node.inputs) == 3:
+                key, value = node.inputs[1:]
+                node.replace_input_with(1, value)
+                node.replace_input_with(2, key)
+        return is_done
+
+    if not whole:
+        monkeypatch.setattr("internvl_edge.compiler.steps.verify.MAX_WHOLE_NBYTES", 0)
+    for place in ("steps.provider_graphs", "oracle.run_graph"):
+        monkeypatch.setattr(f"internvl_edge.compiler.{place}.take_cpu_form", swapped)
+    with pytest.raises(VerificationError, match=r"chat_decoder\.cpu\.onnx"):
+        export(tmp_path, "qwen2", "int4-wo", verify="full")
+
+
+def test_without_a_mistake_verification_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvl_edge.compiler.steps.verify.MAX_WHOLE_NBYTES", 0)
+    assert joined(export(tmp_path, "qwen2", "int4-wo", verify="full")).exists()
