@@ -16,7 +16,7 @@ if worker and hasattr(os, "sched_setaffinity"):  # before the libraries count th
 import numpy as np
 import pytest
 from PIL import Image
-from support.golden import SETS, WHOLE, unpack
+from support.golden import FAMILY_SETS, SETS, WHOLE, WHOLE_FAMILY, unpack, unpack_family
 
 import internvl_edge  # noqa: F401, before anything imports onnxruntime: telemetry is off
 
@@ -30,6 +30,17 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def golden(request: pytest.FixtureRequest, unpacked: Path) -> Path:
     """The reference outputs of the original implementation."""
     return unpacked if request.param == "small" else WHOLE
+
+
+@pytest.fixture(scope="session")
+def unpacked_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session", params=FAMILY_SETS)
+def family(request: pytest.FixtureRequest, unpacked_family: Path) -> Path:
+    """Tiny models of every kind of the chat family, with what transformers computed."""
+    return unpacked_family if request.param == "small" else WHOLE_FAMILY
 
 
 @pytest.fixture(scope="session")

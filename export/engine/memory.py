@@ -43,7 +43,7 @@ def joined_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
 
 
 def engine_nbytes(component: str, weights_nbytes: int, precision: str) -> int:
-    """Compute the bytes of the weights that a component's engine holds."""
+    """Compute the bytes of the weights that a component's engine holds, some of them twice."""
     is_double = _holds_both(component, precision)
     return weights_nbytes + (int(MERGED_SHARE * weights_nbytes) if is_double else 0)
 

@@ -34,7 +34,7 @@ def trees() -> dict[str, ast.Module]:
     }
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
+def names_in(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -42,19 +42,30 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every call, by the name that is called and its keywords' sources."""
+def calls_in(tree: ast.AST) -> Iterator[tuple[str, dict[str, str]]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), {k.arg or "": ast.unparse(k.value) for k in node.keywords}
+
+
+@cache
+def imports() -> dict[str, list[str]]:
+    """What each source imports."""
+    return {file: list(names_in(tree)) for file, tree in trees().items()}
+
+
+@cache
+def calls() -> dict[str, list[tuple[str, dict[str, str]]]]:
+    """Every call of each source, by the name that is called and its keywords' sources."""
+    return {file: list(calls_in(tree)) for file, tree in trees().items()}
 
 
 @pytest.mark.parametrize("module", sorted(GUARDED))
 def test_modules_that_fetch_or_run_code_of_others_are_not_imported(module: str) -> None:
     users = {
         file
-        for file, tree in trees().items()
-        for name in imported(tree)
+        for file, names in imports().items()
+        for name in names
         if name == module or name.startswith(f"{module}.")
         if name != "urllib.request.url2pathname"
     }
@@ -62,8 +73,8 @@ def test_modules_that_fetch_or_run_code_of_others_are_not_imported(module: str) 
 
 
 def test_no_text_of_others_is_run() -> None:
-    for file, tree in trees().items():
-        for name, keywords in calls(tree):
+    for file, called in calls().items():
+        for name, keywords in called:
             assert name not in RUNS_CODE, file
             assert keywords.get("shell", "False") == "False" and name != "os.system", file
             assert keywords.get("allow_pickle", "False") == "False", file
@@ -73,8 +84,8 @@ def test_no_text_of_others_is_run() -> None:
 def test_pickles_are_loaded_in_one_place_without_code() -> None:
     loads = [
         (file, keywords)
-        for file, tree in trees().items()
-        for name, keywords in calls(tree)
+        for file, called in calls().items()
+        for name, keywords in called
         if name == "torch.load"
     ]
     assert [file for file, _ in loads] == ["export/convert/one_pickle.py"]
@@ -82,9 +93,9 @@ def test_pickles_are_loaded_in_one_place_without_code() -> None:
 
 
 def test_weights_of_checkpoints_are_read_and_never_mapped() -> None:
-    for file, tree in trees().items():
+    for file, called in calls().items():
         if file.startswith(("export/", "quantize/", "src/internvl_edge/artifact/")):
-            names = {*imported(tree), *(name for name, _ in calls(tree))}
+            names = {*imports()[file], *(name for name, _ in called)}
             maps = {name for name in names if set(name.split(".")) & MAPS}
             assert not maps, file
 
@@ -100,5 +111,5 @@ def test_engines_get_no_host_code_and_no_plugins() -> None:
 
 
 def test_keys_are_compared_in_constant_time() -> None:
-    gate = trees()["src/internvl_edge/serve/http/gate.py"]
-    assert "hmac.compare_digest" in {name for name, _ in calls(gate)}
+    gate = calls()["src/internvl_edge/serve/http/gate.py"]
+    assert "hmac.compare_digest" in {name for name, _ in gate}

@@ -1,20 +1,24 @@
-"""Golden data: what the original implementation computed, in the repository and beside it."""
+"""Golden data: what other implementations computed, in the repository and outside it."""
 
 from __future__ import annotations
 
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from support.paths import ROOT, TESTS
 
 PACKED = TESTS / "golden" / "tiny.tar.xz"
+PACKED_FAMILY = TESTS / "golden" / "family.tar.xz"
 CHAT_PICTURES = TESTS / "golden" / "chat_pictures.json"
 SHARED = Path(os.environ.get("INTERNVL_EDGE_SHARED", ROOT.parent / "shared"))
 WHOLE = SHARED / "golden"  # larger; an extra for who has it
-FAMILY = SHARED / "golden_family"  # tiny models of every kind of the chat family; the same
+WHOLE_FAMILY = SHARED / "golden_family"  # the same
 REAL_TOKENIZERS = SHARED / "data" / "real_tokenizers"
 SETS = ["small", *(["whole"] if WHOLE.is_dir() else [])]
+FAMILY_SETS = ["small", *(["whole"] if WHOLE_FAMILY.is_dir() else [])]
+FAMILY = ("llama", "llama3", "internlm2", "qwen2", "qwen3", "phi3")
 
 
 def unpack(folder: Path) -> Path:
@@ -22,3 +26,30 @@ def unpack(folder: Path) -> Path:
     with tarfile.open(PACKED) as archive:
         archive.extractall(folder, filter="data")
     return folder
+
+
+def unpack_family(folder: Path) -> Path:
+    """Unpack the repository's family, and write its weights, which are drawn."""
+    from support.checkpoints.drawn import write_weights
+
+    with tarfile.open(PACKED_FAMILY) as archive:
+        archive.extractall(folder, filter="data")
+    for kind in FAMILY:
+        write_weights(folder / kind)
+    return folder
+
+
+def some(array: Any) -> Any:
+    """Numbers of a large array at equal distances, which no width divides; a small one whole.
+
+    Every row, column and head of the array has some of them.
+    """
+    flat = array.reshape(-1)
+    if len(flat) <= 1000:
+        return array
+    return flat[:: 101 if len(flat) > 50_000 else 7]
+
+
+def alike(actual: Any, expected: Any) -> Any:
+    """Those numbers of an array that a golden one has: all, or some of them."""
+    return actual if actual.shape == expected.shape else some(actual)

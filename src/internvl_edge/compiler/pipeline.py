@@ -16,7 +16,7 @@ from internvl_edge.compiler.steps.step import Step
 from internvl_edge.compiler.steps.trace import Trace
 from internvl_edge.compiler.steps.verify import Verify, plans_whole
 from internvl_edge.compiler.steps.weights import StoreWeights
-from internvl_edge.compiler.weights.layout import engine_nbytes, tower_depths
+from internvl_edge.compiler.weights.layout import tower_depths, weights_nbytes
 from internvl_edge.compiler.weights.plan import WeightsPlan, plan_weights
 
 
@@ -42,7 +42,7 @@ def _engines(plan: Plan, weights: WeightsPlan) -> BuildEngines:
     return BuildEngines(
         targets=plan.engine_targets,
         expect_fused=plan.options.expect_fused,
-        weights={name: engine_nbytes(plan, read) for name, read in weights.reads.items()},
+        weights={name: weights_nbytes(plan, read) for name, read in weights.reads.items()},
         depths=tower_depths(plan),
         precision=plan.options.precision,
     )

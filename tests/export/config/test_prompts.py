@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from support.chat.tokenizers import WRITERS, write_json
 from support.checkpoints.family import chat_config, native_config
-from support.golden import FAMILY
 
 from internvl_edge.errors import CheckpointError
 from internvl_edge.export.config.chat import ChatConfig
@@ -178,7 +177,6 @@ def test_a_checkpoint_without_a_chat_template(tmp_path: Path) -> None:
     assert find_template_name(tmp_path) == ""
 
 
-@pytest.mark.skipif(not FAMILY.is_dir(), reason="needs golden_family")
 @pytest.mark.parametrize("kind", ["llama", "llama3", "internlm2", "qwen2", "qwen3"])
-def test_chat_templates_of_the_family(kind: str) -> None:
-    assert find_template_name(FAMILY / kind / "hf") == NATIVE
+def test_chat_templates_of_the_family(family: Path, kind: str) -> None:
+    assert find_template_name(family / kind / "hf") == NATIVE

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import pytest
 from support.chat.tokenizers import WRITERS, open_tokenizer
-from support.golden import FAMILY
 
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
@@ -154,12 +153,11 @@ def test_histories_of_something_else(tokenizer: ChatTokenizer) -> None:
 # --- golden --------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not FAMILY.is_dir(), reason="needs golden_family")
 @pytest.mark.parametrize("layout", ["chat", "hf"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_equal_the_originals(kind: str, layout: str) -> None:
-    told = json.loads((FAMILY / kind / "prompt_cases.json").read_text(encoding="utf-8"))
-    own = open_tokenizer(FAMILY / kind / layout, fast_first=layout == "hf")
+def test_prompts_equal_the_originals(family: Path, kind: str, layout: str) -> None:
+    told = json.loads((family / kind / "prompt_cases.json").read_text(encoding="utf-8"))
+    own = open_tokenizer(family / kind / layout, fast_first=layout == "hf")
     template = NATIVE if layout == "hf" else told["template"]
     prefix = "hf_" if layout == "hf" else ""
     asked = {name: case for name, case in told["cases"].items() if f"{prefix}ids" in case}

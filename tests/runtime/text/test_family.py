@@ -1,4 +1,4 @@
-"""Ids and prompts of the golden family and of real vocabularies, exact; skipped without them."""
+"""Ids and prompts of the golden family and of real vocabularies, exact; the latter skip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from support.golden import FAMILY, REAL_TOKENIZERS
 from internvl_edge.runtime.text.chat_tokenizer import PLACE, ChatTokenizer, spelled
 from internvl_edge.runtime.text.templates import Piece, Turn, conversation, find_template
 
-KINDS = ("llama", "llama3", "internlm2", "qwen2", "qwen3", "phi3")
 # Where the original takes a user's text for a control token, on purpose otherwise here.
 TYPED = (
     *("im_end", "im_start", "endoftext", "bos", "img", "boxes", "unused", "phi", "think"),
@@ -23,7 +22,6 @@ TYPED = (
 )
 CHATML = find_template("Hermes-2")
 
-needs_family = pytest.mark.skipif(not FAMILY.is_dir(), reason="needs golden_family")
 needs_real = pytest.mark.skipif(not REAL_TOKENIZERS.is_dir(), reason="needs real vocabularies")
 
 
@@ -66,20 +64,18 @@ def check_prompt(tokenizer: ChatTokenizer, case: dict[str, Any], template: str, 
     assert tokenizer.ids[chosen.stop] == case["eos"]
 
 
-@needs_family
 @pytest.mark.parametrize("layout", ["chat", "hf"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_ids_of_the_family(kind: str, layout: str) -> None:
-    tokenizer = open_tokenizer(FAMILY / kind / layout, fast_first=layout == "hf")
-    texts = cases(FAMILY / kind / "tokenizer_cases.json")["cases"]
+@pytest.mark.parametrize("kind", FAMILY)
+def test_ids_of_the_family(family: Path, kind: str, layout: str) -> None:
+    tokenizer = open_tokenizer(family / kind / layout, fast_first=layout == "hf")
+    texts = cases(family / kind / "tokenizer_cases.json")["cases"]
     check_texts(tokenizer, texts, "hf_ids" if layout == "hf" else "ids")
 
 
-@needs_family
-@pytest.mark.parametrize("kind", KINDS)
-def test_prompts_of_the_family(kind: str) -> None:
-    tokenizer = open_tokenizer(FAMILY / kind / "chat")
-    told = cases(FAMILY / kind / "prompt_cases.json")
+@pytest.mark.parametrize("kind", FAMILY)
+def test_prompts_of_the_family(family: Path, kind: str) -> None:
+    tokenizer = open_tokenizer(family / kind / "chat")
+    told = cases(family / kind / "prompt_cases.json")
     asked = {name: case for name, case in told["cases"].items() if name != "one_image_implicit"}
     for case in asked.values():
         check_prompt(tokenizer, case, told["template"], told["tokens_per_tile"])

@@ -169,8 +169,8 @@ def _block_of(layer: str) -> str:
     return layer[: layer.index(".", len(prefix) + 1)]
 
 
-def engine_nbytes(plan: Plan, names: Collection[str]) -> int:
-    """Compute the bytes of parameters as an engine holds them."""
+def weights_nbytes(plan: Plan, names: Collection[str]) -> int:
+    """Compute the bytes of parameters in the types that an engine reads, each of them once."""
     entries = plan.source.tensors
     if plan.recipe is None:
         itemsize = int(DTYPES[STORED_AS[plan.options.precision]].itemsize)
