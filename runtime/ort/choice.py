@@ -56,7 +56,7 @@ def choose_graph(artifact: Artifact, component: str, device: str, options: OrtOp
     pads = not (is_fused and known.takes_cache)
     if not known.is_vision and pads:
         options = replace(options, graphs=False)
-    if is_cpu and cpu_graph(component) in files:
+    if is_cpu and options.fold is not False and cpu_graph(component) in files:  # joined at opening
         path = artifact.file(cpu_graph(component))
     if is_cpu and unsigned in files and products_saturate():
         path = artifact.file(unsigned)

@@ -28,19 +28,19 @@ def unpack(folder: Path) -> Path:
     return folder
 
 
-def unpack_family(folder: Path) -> Path:
-    """Unpack the repository's family, and write its weights, which are drawn."""
+def unpack_family(folder: Path, *, is_new: bool = False) -> Path:
+    """Unpack the repository's family, and write its weights, which are drawn; see write_weights."""
     from support.checkpoints.drawn import write_weights
 
     with tarfile.open(PACKED_FAMILY) as archive:
         archive.extractall(folder, filter="data")
     for kind in FAMILY:
-        write_weights(folder / kind)
+        write_weights(folder / kind, is_new=is_new)
     return folder
 
 
 def some(array: Any) -> Any:
-    """Numbers of a large array at equal distances, which no width divides; a small one whole.
+    """Choose numbers of a large array at equal distances, which no width divides; a small one whole.
 
     Every row, column and head of the array has some of them.
     """
@@ -51,5 +51,5 @@ def some(array: Any) -> Any:
 
 
 def alike(actual: Any, expected: Any) -> Any:
-    """Those numbers of an array that a golden one has: all, or some of them."""
+    """Choose those numbers of an array that a golden one has: all, or some of them."""
     return actual if actual.shape == expected.shape else some(actual)

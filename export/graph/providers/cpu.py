@@ -25,7 +25,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from internvl_edge.export.graph.providers.pattern import shape_of
-from internvl_edge.export.graph.providers.tower import constant, replace
+from internvl_edge.export.graph.providers.tower import constant, is_stored, replace
 
 __all__ = ["take_cpu_form"]
 
@@ -93,7 +93,7 @@ def _linear(product: ir.Node) -> _Linear | None:
         return None
     readers = [use.node for use in product.outputs[0].uses()]
     last = readers[0] if len(readers) == 1 else product
-    biases = [value for value in last.inputs if value is not None and _is_stored(value)]
+    biases = [value for value in last.inputs if value is not None and is_stored(value)]
     has_bias = last.op_type == "Add" and len(biases) == 1
     return _Linear(
         x=x,
@@ -107,13 +107,6 @@ def _linear(product: ir.Node) -> _Linear | None:
 def _is_rounded(x: ir.Value) -> bool:
     node = x.producer()
     return node is not None and node.op_type == "DequantizeLinear"
-
-
-def _is_stored(value: ir.Value) -> bool:
-    """Tell whether a value is a weight, or the cast of one."""
-    node = value.producer()
-    source = node.inputs[0] if node is not None and node.op_type == "Cast" else value
-    return source is not None and source.is_initializer()
 
 
 def _join(graph: ir.Graph, linears: Sequence[_Linear]) -> None:
@@ -193,6 +186,9 @@ def _below(value: ir.Value, *op_types: str) -> list[ir.Node]:
 def _is_expected(node: ir.Node) -> bool:
     if node.op_type == "Transpose":
         return node.attributes.get_ints("perm", ()) == HEADS_FIRST
+    if node.op_type == "Reshape":
+        shape = node.inputs[1]
+        return shape is not None and shape.const_value is not None
     return node.op_type != "Concat" or (node.attributes.get_int("axis", 0) == 2 == len(node.inputs))
 
 

@@ -69,7 +69,7 @@ def _added(norm: ir.Node) -> ir.Node | None:
     if norm.op_type not in SKIP_NORMS:
         return None
     added = _producer(norm.inputs[0], "Add")
-    is_sum = added is not None and not any(_is_stored(value) for value in added.inputs)
+    is_sum = added is not None and not any(is_stored(value) for value in added.inputs)
     return added if is_sum else None
 
 
@@ -113,8 +113,8 @@ def _unbiased(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]
     node = _producer(value, "Add")
     if node is None or len(node.outputs[0].uses()) != 1:
         return value, None
-    vectors = [term for term in node.inputs if _is_stored(term) and _rank(term) == 1]
-    others = [term for term in node.inputs if not _is_stored(term)]
+    vectors = [term for term in node.inputs if is_stored(term) and _rank(term) == 1]
+    others = [term for term in node.inputs if not is_stored(term)]
     return (others[0], vectors[0]) if len(vectors) == len(others) == 1 else (value, None)
 
 
@@ -125,9 +125,9 @@ def _take_product(product: ir.Node) -> bool:
     """Let a product of a stored matrix read it as it lies; products of activations stay."""
     transpose = _producer(product.inputs[1], "Transpose")
     if transpose is None:
-        return not _is_stored(product.inputs[1]) or _rank(product.inputs[1]) == 2
+        return not is_stored(product.inputs[1]) or _rank(product.inputs[1]) == 2
     weight = transpose.inputs[0]
-    if not _is_stored(weight):
+    if not is_stored(weight):
         return True
     if _rank(weight) != 2 or transpose.attributes.get_ints("perm", (1, 0)) != (1, 0):
         return False
@@ -146,13 +146,7 @@ def take_patches(graph: ir.Graph, conv: ir.Node) -> bool:
     flat = _only_reader(conv.outputs[0], "Reshape")
     last = None if flat is None else _only_reader(flat.outputs[0], "Transpose")
     sizes, kernel = _sizes(pixels), _sizes(weight)
-    if (
-        flat is None
-        or last is None
-        or len(sizes) != 4
-        or len(kernel) != 4
-        or not _is_stored(weight)
-    ):
+    if flat is None or last is None or len(sizes) != 4 or len(kernel) != 4 or not is_stored(weight):
         return False
     assert pixels is not None and weight is not None
     width, channels, patch, other = kernel
@@ -249,7 +243,7 @@ def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
     return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
 
 
-def _is_stored(value: ir.Value | None) -> bool:
+def is_stored(value: ir.Value | None) -> bool:
     """Tell whether a value is a weight or a constant, or a cast of one."""
     cast = _producer(value, "Cast")
     source = value if cast is None else cast.inputs[0]

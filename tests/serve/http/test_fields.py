@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.serve.http.fields import MAX_TEXT, Fields, parsed, require_text
+from internvl_edge.serve.http.fields import MAX_TEXT, Fields, require_text
+from internvl_edge.serve.http.json_text import parsed
 from internvl_edge.serve.http.problems import Problem
 
 JSON = st.recursive(

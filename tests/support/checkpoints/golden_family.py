@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python -m support.checkpoints.golden_family [--write] [FOLDER]
 
-FOLDER is an unpacked family; without one the repository's is unpacked, and packed again with
-``--write``. It wants transformers 5.23.0 and torch 2.13.0, of which the numbers are.
+FOLDER is an unpacked family; without one the repository's is unpacked, and with ``--write`` packed
+again. It wants transformers 5.23.0 and torch 2.13.0, of which the numbers are.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
+    if given.write and given.folder is not None:
+        parser.error("--write replaces the repository's numbers; leave FOLDER out")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
-        folder = given.folder or unpack_family(Path(work))
+        folder = given.folder or unpack_family(Path(work), is_new=given.write)
         for kind in sorted(path.parent for path in folder.glob("*/reference.npz")):
             known = dict(np.load(kind / "reference.npz"))
             new = computed(kind, known)
@@ -41,7 +43,7 @@ def main() -> None:
             if given.write:
                 thin = {n: a if is_input(n) else some(a) for n, a in new.items()}
                 np.savez(kind / "reference.npz", **thin)
-        if given.write and given.folder is None:
+        if given.write:
             pack(folder)
 
 
@@ -50,7 +52,7 @@ def is_input(name: str) -> bool:
 
 
 def computed(kind: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """Every number of a kind, of the inputs that are known."""
+    """Compute every number of a kind from the inputs that are known."""
     model = InternVLForConditionalGeneration.from_pretrained(
         kind / "hf", dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -109,7 +111,7 @@ def places(mask: torch.Tensor) -> torch.Tensor:
 
 
 def generated(model: Any, fed: dict[str, Any], **how: Any) -> tuple[torch.Tensor, float]:
-    """New ids, and the least difference of the two best logits that one was chosen from."""
+    """Generate: new ids, and the least difference of the two best logits that one was chosen from."""
     settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, **how}
     told = model.generate(
         **fed, **settings, pad_token_id=0, return_dict_in_generate=True, output_logits=True
@@ -120,7 +122,7 @@ def generated(model: Any, fed: dict[str, Any], **how: Any) -> tuple[torch.Tensor
 
 
 def difference(new: dict[str, Any], known: dict[str, Any]) -> str:
-    """What differs most, of floating point and of ids."""
+    """Say what differs most, of floating point and of ids."""
     worst: dict[str, float] = {}
     for name, array in known.items():
         if name not in new or name.endswith("gap"):

@@ -62,7 +62,7 @@ def run_part(
         keep_block(model, tower, block)
     if form is not None:
         whole = form(model)
-        assert whole is not None, f"{path}: block {block} alone has no {form.__name__}"
+        assert whole is not None, f"{path}: block {block} alone has no such form"
         model = whole
     if unrounded:
         if any(node.op_type == "QuantizeLinear" for node in model.graph):

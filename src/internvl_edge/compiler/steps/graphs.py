@@ -83,7 +83,7 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
         fused = cuda_form(plan, name, model)
         if fused is not None:
             save(fused, directory / cuda_graph(name))
-        joined = cpu_form(name, ir.load(directory / file))
+        joined = cpu_form(name, directory / file)
         if joined is not None:
             save(joined, directory / cpu_graph(name))
     return emitted

@@ -11,6 +11,8 @@ Decoders of weights alone in 8 or 4 bits have ``decoder.cpu.onnx``, with fewer p
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 
 from internvl_edge.artifact.components import COMPONENTS
@@ -36,6 +38,9 @@ def cuda_form(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
     return model if is_of_one_type and take_cuda_form(model) else None
 
 
-def cpu_form(component: str, model: ir.Model) -> ir.Model | None:
-    """Make the graph of a component for the CPU; ``model`` is used up. None: no such."""
-    return model if COMPONENTS[component].takes_cache and take_cpu_form(model) else None
+def cpu_form(component: str, path: Path) -> ir.Model | None:
+    """Make the graph of a component for the CPU from the one at ``path``. None: no such."""
+    if not COMPONENTS[component].takes_cache:
+        return None
+    model = ir.load(path)
+    return model if take_cpu_form(model) else None

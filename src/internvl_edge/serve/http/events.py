@@ -13,7 +13,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from internvl_edge.serve.http.fields import spelled
+from internvl_edge.serve.http.json_text import as_json
 from internvl_edge.serve.http.problems import ClientGone, Problem
 
 __all__ = ["EventStream"]
@@ -88,4 +88,4 @@ class EventStream(Response):
 
 def as_event(content: Any) -> bytes:
     """Spell an event; its JSON has no line breaks."""
-    return f"data: {spelled(content)}\n\n".encode()
+    return f"data: {as_json(content)}\n\n".encode()

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from internvl_edge.serve.http.body import Bodies
-from internvl_edge.serve.http.fields import parsed, spelled
+from internvl_edge.serve.http.json_text import as_json, parsed
 from internvl_edge.serve.http.meters import Stages
 from internvl_edge.serve.http.problems import ClientGone, Problem
 
@@ -46,7 +46,7 @@ def json_response(
     content: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Make an answer of JSON."""
-    body = spelled(content).encode("utf-8")
+    body = as_json(content).encode("utf-8")
     return Response(body, status, headers, media_type="application/json")
 
 
