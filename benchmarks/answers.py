@@ -34,6 +34,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -326,7 +327,7 @@ def run(args: Any, work: Path) -> None:
                 rows[name] = add(row, done)
             say(f"round {number + 1}, {name}: {skipped.get(name) or done}")
             everything[args.preset] = {
-                "command": " ".join(["python", *sys.argv]),
+                "command": shlex.join(["python", *sys.argv]).replace(str(args.work), "DIR"),
                 "layers": args.layers,
                 "threads": args.threads,
                 "results": rows,
