@@ -133,7 +133,8 @@ bench-language: install
 	$(BIN)/python benchmarks/language.py $(FLAGS)
 
 # On a quiet machine; llama.cpp and OpenVINO join where llama-cpp-python and gguf, openvino and nncf
-# are installed. FLAGS="--work DIR" keeps the files, "--only int4-wo" and "--layers 2" are less
+# are installed. FLAGS="--work DIR" keeps the files, "--preset internvl2_5-2b" is larger, "--again" begins
+# anew, "--only int4-wo" and "--layers 2" are less
 bench-answers: install
 	$(BIN)/python benchmarks/answers.py $(FLAGS)
 

@@ -31,6 +31,9 @@ from internvl_edge.types import Array
 
 CAPACITY = 2048  # positions, of those that are told before
 MOST_TOKENS = 64  # after a prompt
+TILE_TOKENS, TEXT_TOKENS = 256, 64
+PROMPTS = tuple(tiles * TILE_TOKENS + TEXT_TOKENS for tiles in (1, 7))
+ROOMS = (PROMPTS[0] + MOST_TOKENS, CAPACITY)  # of caches whose size is told before, for PROMPTS
 SIDE = 448
 SEED = 0
 
@@ -91,61 +94,78 @@ class Ours:
 
 
 class PyTorch:
-    """The reference, eager or compiled; with a cache that grows."""
+    """The reference in bfloat16: eager with a cache that grows, or compiled with one in place."""
 
-    def __init__(self, checkpoint: Path, threads: int, dtype: str, *, compiled: bool) -> None:
+    def __init__(self, checkpoint: Path, threads: int, *, compiled: bool) -> None:
         import torch
 
         from internvl_edge.export.checkpoint.load import load_reference
 
         torch.set_num_threads(threads)
-        self._dtype, model = (
-            getattr(torch, dtype),
-            load_reference(checkpoint, getattr(torch, dtype)),
-        )
-        self._llama: Any = model.language_model
+        model: Any = load_reference(checkpoint, torch.bfloat16)
+        self._llama, self._torch = model.language_model, torch
+        self._tower, self._step = model.encode_image, self._read_step
+        self._image = torch.from_numpy(pixels()).to(torch.bfloat16)
+        self._is_compiled = compiled
+        self.vision, self.prompt, self.token = self._vision, self._prompt, self._token
         if compiled:
-            for block in (*model.vision_model.encoder.layers, *self._llama.model.layers):
-                block.compile(dynamic=True)
-        image = torch.from_numpy(pixels()).to(self._dtype)
-        self.vision: Callable[[], object] = partial(self._run, model.encode_image, image)
-        self.prompt, self.token = self._prompt, self._token
+            # weights as constants, packed for their products: 40 % off a token, a copy a graph
+            torch._inductor.config.freezing = True
+            self._tower, self._step = (
+                torch.compile(call, dynamic=False, fullgraph=True)
+                for call in (self._tower, self._step)
+            )
+            self.vision()
+            for count in PROMPTS:
+                self.prompt(count)
+                self.token()
 
-    def _run(self, call: Callable[..., Any], *args: Any) -> Any:
-        import torch
-
-        with torch.inference_mode():
-            return call(*args)
+    def _vision(self) -> None:
+        with self._torch.inference_mode():
+            self._tower(self._image)
 
     def _prompt(self, count: int) -> None:
-        self._cache, self._used = self._llama.empty_cache(1), 0
-        self._read(ids_of(count, self._llama.config.vocab_size))
+        llama, config = self._llama, self._llama.config
+        room = 0
+        if self._is_compiled:
+            room = next(size for size in ROOMS if size >= count + MOST_TOKENS)
+        shape = (1, config.num_key_value_heads, room, config.head_dim)
+        like = llama.model.embed_tokens.weight
+        self._cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in llama.model.layers]
+        self._used = 0
+        self._read(ids_of(count, config.vocab_size))
 
     def _token(self) -> None:
         self._read([self._next])
 
     def _read(self, ids: list[int]) -> None:
-        import torch
+        first = self._torch.tensor([self._used])
+        self._used += len(ids)
+        with self._torch.inference_mode():
+            scores, grown = self._step(self._torch.tensor([ids]), first, self._cache)
+        self._cache = grown or self._cache
+        self._next = int(scores.argmax())
 
-        llama, self._used = self._llama, self._used + len(ids)
-        mask = torch.ones((1, self._used), dtype=torch.long)
-        positions = torch.arange(self._used - len(ids), self._used)[None]
-        with torch.inference_mode():
-            x = llama.model.embed_tokens(torch.tensor([ids]))
-            hidden, self._cache = self._hidden(x, mask, positions)
-            logits = torch.nn.functional.linear(hidden[:, -1], llama.lm_head.weight)
-            self._next = int(logits.argmax())
-
-    def _hidden(self, x: Any, mask: Any, positions: Any) -> tuple[Any, list[Any]]:
-        """Run the blocks alone, so that logits are of the last position, as others' are."""
+    def _read_step(self, ids: Any, first: Any, cache: list[Any]) -> tuple[Any, list[Any]]:
+        """Read tokens (1, T) from a position on; logits of the last one, and a cache that grew."""
         from internvl_edge.export.models.qllama import mask_on
 
-        llama, presents = self._llama, []
-        seen, rope = mask_on(self._cache, mask, x.shape[1]), llama.rope(positions)
-        for layer, past in zip(llama.model.layers, self._cache, strict=True):
-            x, present = layer(x, rope, seen, past)
+        torch, llama, count = self._torch, self._llama, ids.shape[1]
+        held = [(*pair, first) for pair in cache] if self._is_compiled else cache
+        seen = cache[0][0].shape[2] + (0 if self._is_compiled else count)
+        mask = mask_on(held, torch.ones((1, seen), dtype=torch.long), count)
+        rope = llama.rope(first[:, None] + torch.arange(count))
+        x, presents = llama.model.embed_tokens(ids), []
+        for layer, past in zip(llama.model.layers, held, strict=True):
+            x, present = layer(x, rope, mask, past)
             presents.append(present)
-        return llama.model.norm(x), presents
+        scores = torch.nn.functional.linear(llama.model.norm(x)[:, -1], llama.lm_head.weight)
+        if not self._is_compiled:
+            return scores, presents
+        for places, values in zip(cache, presents, strict=True):
+            for place, value in zip(places, values, strict=True):
+                place.copy_(value)
+        return scores, []
 
 
 class LlamaCpp:
@@ -228,11 +248,11 @@ class LlamaCpp:
 class OpenVino:
     """OpenVINO with a cache of its own, as its generative pipelines have it."""
 
-    def __init__(self, vision: Path, decoder: Path, table: Path, threads: int) -> None:
+    def __init__(self, vision: Path, decoder: Path, checkpoint: Path, threads: int) -> None:
         import openvino
 
-        from internvl_edge.artifact.open import open_artifact
-        from internvl_edge.runtime.text.embeddings import Embedding, open_table
+        from internvl_edge.export.checkpoint.checkpoint import open_checkpoint
+        from internvl_edge.runtime.text.embeddings import Embedding, TokenTable
 
         core: Any = openvino.Core()
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
@@ -240,7 +260,8 @@ class OpenVino:
         image = pixels()
         self.vision: Callable[[], object] = lambda: tower.infer({"pixel_values": image})
         self._request = core.compile_model(str(decoder), "CPU", options).create_infer_request()
-        rows = open_table(open_artifact(table))
+        stored = open_checkpoint(checkpoint).read("language_model.model.embed_tokens.weight")
+        rows = TokenTable(stored.view(np.uint16))  # bfloat16
         self._embed = Embedding(rows, np.zeros((0, rows.shape[1]), np.float32))
         self._vocabulary = rows.shape[0]
         self.prompt, self.token = self._prompt, self._token

@@ -1,23 +1,27 @@
-"""Answers of a chat model on the CPU, ours and others', in one interleaved run.
+"""Answers of a chat model on the CPU, ours and others', in interleaved rounds.
 
     python benchmarks/answers.py --work DIR                  # every contender that is installed
+    python benchmarks/answers.py --work DIR --preset internvl2_5-2b
     python benchmarks/answers.py --work DIR --only int4-wo "llama.cpp Q4_0" --rounds 3
     python benchmarks/answers.py --table                     # the tables of docs/performance.md
 
-The shapes of InternVL3-1B (a tower of 300M at 448 px, a Qwen2 language model of 0.5 B), synthetic
-weights: speed does not depend on them. Batch 1, one image tile, 256 image tokens and 64 of text;
-also seven tiles' tokens, 1792 and 64.
+The shapes of InternVL3-1B (a tower of 300M at 448 px, a Qwen2 language model of 0.5 B) or of
+InternVL2.5-2B (the same tower, an InternLM2 of 1.8 B), synthetic weights: speed does not depend on
+them. Batch 1, one image tile, 256 image tokens and 64 of text; also seven tiles' tokens, 1792 and
+64.
 
-    fp32, int8, int8-wo, int4-wo    compiled here, on ONNX Runtime; int8 rounds activations too;
+    int8, int8-wo, int4-wo          compiled here, on ONNX Runtime; int8 rounds activations too;
                                     the vocabulary's product as it is stored, or in INT8
     llama.cpp Q8_0, Q4_0            llama-cpp-python, files of the same weights (``gguf_files``)
     OpenVINO int8, int4             NNCF's compression of our float32 graphs (``openvino_files``)
-    PyTorch eager, compiled         the reference in float32, and in bfloat16
+    PyTorch eager, compiled         the reference in bfloat16; compiled by Inductor, whole, for each
+                                    length of prompt, with a cache of a fixed size written in place
 
-Each contender has a process of its own (``answer_peers``) with the same number of threads. In every
-round each of them does everything once, one after the other, while the rest sleep, the prompt of
-seven tiles in every second round; figures are medians over rounds, after one that warms up. A
-contender that is not installed is named, not measured.
+In every round each contender does everything once, in a process of its own (``answer_peers``) with
+the same number of threads, alone: it opens its files, warms up, and is measured; the prompt of
+seven tiles in every second round. Figures are medians over rounds. Every one is written down as it
+is done, and the next run goes on there: ``--minutes`` bounds a piece of it, ``--again`` forgets
+what was measured before. A contender that is not installed, or fails, is named.
 
     first token     vision, and the prompt of one tile
     tokens/s        at the median of single tokens after that prompt
@@ -30,6 +34,8 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,19 +48,20 @@ from pathlib import Path
 from typing import Any
 
 import answer_peers
+from answer_peers import PROMPTS
 
 from internvl_edge import compiler
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
+from internvl_edge.files.packages import versions
 from internvl_edge.quantize.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "answers.json"
-PRESET = "internvl3-1b"
-TILE_TOKENS, TEXT_TOKENS = 256, 64
-PROMPTS = {"1 tile": TILE_TOKENS + TEXT_TOKENS, "7 tiles": 7 * TILE_TOKENS + TEXT_TOKENS}
+MODELS = {"internvl3-1b": "InternVL3-1B", "internvl2_5-2b": "InternVL2.5-2B"}
+SHORT, LONG = PROMPTS
 TOKENS = 12  # a round
-SETTLE_S = 0.1  # between contenders
+PEERS = ("llama-cpp-python", "openvino", "nncf", "torch")
 TOWER, DECODER = "chat_vision", "chat_decoder"
 
 
@@ -95,10 +102,8 @@ def _quick(recipe: Recipe | None) -> Recipe | None:
 
 
 def ours(precision: str, head: str | None = None) -> Entry:
-    tower = "fp32" if precision == "fp32" else "int8"
-
     def made(work: Path) -> tuple[Path, Path]:
-        return compiled(work, tower, [TOWER]), compiled(work, precision, [DECODER], head)
+        return compiled(work, "int8", [TOWER]), compiled(work, precision, [DECODER], head)
 
     return Entry(
         packages=("onnxruntime",),
@@ -128,49 +133,56 @@ def llama_cpp(kind: str) -> Entry:
     return Entry(packages=("llama_cpp", "gguf"), make=make, open=opened)
 
 
+@contextmanager
+def removed(folder: Path) -> Iterator[Path]:
+    """Give a folder that is removed in the end."""
+    yield folder
+    shutil.rmtree(folder)
+
+
 def openvino(kind: str) -> Entry:
-    def make(work: Path) -> None:
+    def make(work: Path) -> None:  # of both kinds, since they come from the same large graph
         import openvino_files
 
-        decoder, tower = work / f"decoder-{kind}.xml", work / "vision-int8.xml"
-        if not decoder.exists():
-            graph = compiled(work, "fp32", [DECODER]) / f"{DECODER}.onnx"
-            openvino_files.write_decoder(graph, decoder, kind)
-        if not tower.exists():
-            graph = compiled(work, "fp32", [TOWER]) / f"{TOWER}.onnx"
-            openvino_files.write_vision(graph, tower, [answer_peers.pixels()])
+        if not (work / "decoder-int4.xml").exists():
+            with removed(compiled(work, "fp32", [DECODER])) as graphs:
+                for its in ("int8", "int4"):
+                    out = work / f"decoder-{its}.xml"
+                    openvino_files.write_decoder(graphs / f"{DECODER}.onnx", out, its)
+        if not (work / "vision-int8.xml").exists():
+            with removed(compiled(work, "fp32", [TOWER])) as graphs:
+                graph, image = graphs / f"{TOWER}.onnx", answer_peers.pixels()
+                openvino_files.write_vision(graph, work / "vision-int8.xml", [image])
 
     def opened(work: Path, threads: int) -> Any:
         files = work / "vision-int8.xml", work / f"decoder-{kind}.xml"
-        return answer_peers.OpenVino(*files, compiled(work, "fp32", [DECODER]), threads)
+        return answer_peers.OpenVino(*files, work / "checkpoint", threads)
 
     return Entry(packages=("openvino", "nncf"), make=make, open=opened)
 
 
-def pytorch(dtype: str, *, compiles: bool) -> Entry:
+def pytorch(*, compiles: bool) -> Entry:
     return Entry(
         packages=("torch",),
         make=lambda work: None,
         open=lambda work, threads: answer_peers.PyTorch(
-            work / "checkpoint", threads, dtype, compiled=compiles
+            work / "checkpoint", threads, compiled=compiles
         ),
     )
 
 
 CONTENDERS: Mapping[str, Entry] = {
-    "int4-wo": ours("int4-wo"),
     "int4-wo, int8 head": ours("int4-wo", "int8"),
-    "int8-wo": ours("int8-wo"),
+    "int4-wo": ours("int4-wo"),
     "int8-wo, int8 head": ours("int8-wo", "int8"),
+    "int8-wo": ours("int8-wo"),
     "int8": ours("int8"),
-    "fp32": ours("fp32"),
     "llama.cpp Q4_0": llama_cpp("Q4_0"),
     "llama.cpp Q8_0": llama_cpp("Q8_0"),
     "OpenVINO int4": openvino("int4"),
     "OpenVINO int8": openvino("int8"),
-    "PyTorch eager, float32": pytorch("float32", compiles=False),
-    "PyTorch eager, bfloat16": pytorch("bfloat16", compiles=False),
-    "PyTorch compiled, float32": pytorch("float32", compiles=True),
+    "PyTorch eager, bfloat16": pytorch(compiles=False),
+    "PyTorch compiled, bfloat16": pytorch(compiles=True),
 }
 
 
@@ -180,15 +192,18 @@ CONTENDERS: Mapping[str, Entry] = {
 class Process:
     """A contender in a process of its own, which sleeps until it is told what to do."""
 
-    def __init__(self, name: str, work: Path, threads: int, log: Path) -> None:
+    def __init__(self, name: str, work: Path, threads: int) -> None:
         command = [sys.executable, __file__, "--serve", name, "--work", str(work)]
+        log = work / "contender.log"
+        # what Inductor compiled is kept with the other files
+        kept = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
         self._process = subprocess.Popen(
             [*command, "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ | kept | {"OMP_NUM_THREADS": str(threads)},
         )
         self.name, self._log = name, log
         self._read()
@@ -213,66 +228,38 @@ class Process:
         self._process.wait()
 
 
-@contextmanager
-def opened(names: Sequence[str], work: Path, threads: int) -> Iterator[list[Process]]:
-    processes = []
-    try:
-        for name in names:
-            say(f"opening {name}")
-            processes.append(Process(name, work, threads, work / "contender.log"))
-        yield processes
-    finally:
-        for process in processes:
-            process.close()
-
-
-def measured(names: Sequence[str], work: Path, args: Any) -> dict[str, dict[str, Any]]:
-    """Let each contender do everything once a round, and one round more for warming up."""
-    samples: dict[str, dict[str, list[Any]]] = {name: {} for name in names}
-    begun = time.monotonic()
-    with opened(names, work, args.threads) as processes:
-        for number in range(args.rounds + 1):
-            if number > 1 and time.monotonic() - begun > 60 * args.minutes:
-                say(f"{args.minutes:g} minutes are over after {number - 1} round(s)")
-                break
-            start = number % len(processes)
-            for process in (*processes[start:], *processes[:start]):
-                time.sleep(SETTLE_S)
-                if number == 0:  # long prompts warm nothing up that short ones do not
-                    told = {"warm": process.ask("vision"), "up": process.ask("prompt 320")}
-                    process.ask("tokens 3")
-                else:
-                    told = once(process, is_long=number % 2 == 1)
-                    for what, seconds in told.items():
-                        samples[process.name].setdefault(what, []).append(seconds)
-                say(f"round {number}, {process.name}: {told}")
-        memory = {process.name: process.ask("memory") for process in processes}
-    return {name: figures(samples[name]) | {"peak_rss_bytes": memory[name]} for name in names}
-
-
-def once(process: Process, *, is_long: bool) -> dict[str, Any]:
+def measure(name: str, work: Path, threads: int, *, is_long: bool) -> dict[str, Any]:
     """Let a contender do everything once; the tokens come after the prompt of one tile."""
-    done = {"vision": process.ask("vision")}
-    if is_long:
-        done["7 tiles"] = process.ask(f"prompt {PROMPTS['7 tiles']}")
-    done["1 tile"] = process.ask(f"prompt {PROMPTS['1 tile']}")
-    seconds = process.ask(f"tokens {TOKENS}")
-    return done | {"token": None if seconds is None else statistics.median(seconds)}
+    begun = time.monotonic()
+    process = Process(name, work, threads)
+    done: dict[str, Any] = {"opening": time.monotonic() - begun}
+    try:
+        for warming in ("vision", f"prompt {SHORT}", "tokens 3"):
+            process.ask(warming)
+        done["vision"] = process.ask("vision")
+        if is_long:  # short prompts have warmed up what it needs
+            done["7 tiles"] = process.ask(f"prompt {LONG}")
+        done["1 tile"] = process.ask(f"prompt {SHORT}")
+        seconds = process.ask(f"tokens {TOKENS}")
+        done["token"] = None if seconds is None else statistics.median(seconds)
+        return done | {"peak_rss_bytes": process.ask("memory")}
+    finally:
+        process.close()
 
 
-def figures(samples: Mapping[str, list[float | None]]) -> dict[str, Any]:
-    """Compute medians over rounds, in milliseconds, with all samples."""
-    result: dict[str, Any] = {}
-    for what, seconds in samples.items():
-        known = [1e3 * one for one in seconds if one is not None]
-        if known:
-            result[f"{what} ms"] = statistics.median(known)
-            result[f"{what} samples_ms"] = known
-    if "token ms" in result:
+def add(row: dict[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a round to a contender's samples, in milliseconds, and compute its figures anew."""
+    samples = {what: [*its] for what, its in row.get("samples_ms", {}).items()}
+    for what, seconds in done.items():
+        if what != "peak_rss_bytes" and seconds is not None:
+            samples.setdefault(what, []).append(1e3 * seconds)
+    result: dict[str, Any] = {f"{what} ms": statistics.median(its) for what, its in samples.items()}
+    if "token" in samples:
         result["tokens_per_second"] = 1e3 / result["token ms"]
-    if "vision ms" in result and "1 tile ms" in result:
+    if "vision" in samples and "1 tile" in samples:
         result["first_token_ms"] = result["vision ms"] + result["1 tile ms"]
-    return result
+    most = max(done["peak_rss_bytes"], row.get("peak_rss_bytes", 0))
+    return result | {"peak_rss_bytes": most, "samples_ms": samples}
 
 
 def say(text: str) -> None:
@@ -281,12 +268,14 @@ def say(text: str) -> None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Write the results as Markdown."""
+    """Write the results of a preset as Markdown."""
     lines = [
         "| | first token | tower | prompt, 320 | prompt, 1856 | tokens/s | memory |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, row in result["results"].items():
+    rows = result["results"]
+    for name in (name for name in CONTENDERS if name in rows):
+        row = rows[name]
         stages = ("first_token_ms", "vision ms", "1 tile ms", "7 tiles ms")
         cells = [f"{row[key] / 1e3:.2f} s" if key in row else "–" for key in stages]
         cells.append(f"{row['tokens_per_second']:.1f}")
@@ -302,8 +291,10 @@ def missing(entry: Entry) -> str | None:
 
 
 def run(args: Any, work: Path) -> None:
+    """Make what is missing, and measure what the results file does not have yet."""
+    work.mkdir(parents=True, exist_ok=True)
     if not (work / "checkpoint").exists():
-        config = shrink(PRESETS[PRESET], args.layers)
+        config = shrink(PRESETS[args.preset], args.layers)
         write_checkpoint(Synthesis(config=config), work / "checkpoint")
     chosen = args.only or [*CONTENDERS]
     skipped = {name: why for name in chosen if (why := missing(CONTENDERS[name])) is not None}
@@ -313,40 +304,68 @@ def run(args: Any, work: Path) -> None:
         CONTENDERS[name].make(work)
     if args.make:
         return
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "preset": PRESET,
-        "layers": args.layers,
-        "rounds": args.rounds,  # at most; samples say how many
-        "threads": args.threads,
-        "results": measured(names, work, args),
-        "skipped": skipped,
-        "environment": environment(),
-    }
-    args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
+    everything = stored(args.json)
+    known = {} if args.again else everything.get(args.preset, {})
+    rows, skipped = known.get("results", {}), known.get("skipped", {}) | skipped
+    begun = time.monotonic()
+    for number in range(args.rounds):
+        start = number % len(names) if names else 0
+        for name in (*names[start:], *names[:start]):
+            row = rows.get(name, {})
+            is_over = time.monotonic() - begun > 60 * args.minutes
+            if (
+                name in skipped
+                or is_over
+                or len(row.get("samples_ms", {}).get("token", ())) > number
+            ):
+                continue
+            try:
+                done = measure(name, work, args.threads, is_long=number % 2 == 0)
+            except RuntimeError as error:
+                skipped[name] = str(error)
+            else:
+                rows[name] = add(row, done)
+            say(f"round {number + 1}, {name}: {skipped.get(name) or done}")
+            everything[args.preset] = {
+                "command": shlex.join(["python", *sys.argv]).replace(str(args.work), "DIR"),
+                "layers": args.layers,
+                "threads": args.threads,
+                "results": rows,
+                "skipped": skipped,
+                "environment": environment() | {"peers": versions(PEERS)},
+            }
+            args.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    print(table(everything[args.preset]))
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """Read the results of all presets."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--work", type=Path, help="keep checkpoint and files here")
+    parser.add_argument("--preset", choices=[*MODELS], default=next(iter(MODELS)))
+    parser.add_argument("--work", type=Path, help="keep checkpoints and files here")
     parser.add_argument("--only", nargs="+", choices=[*CONTENDERS], metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin no round after these")
+    parser.add_argument("--rounds", type=int, default=3, help="of each contender, in all")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing after these")
+    parser.add_argument("--again", action="store_true", help="forget what the preset measured")
     parser.add_argument("--layers", type=int, help="keep the widths, take fewer layers")
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--make", action="store_true", help="only make the files in --work")
-    parser.add_argument("--table", action="store_true", help="print the last run's table")
+    parser.add_argument("--table", action="store_true", help="print the tables of the results file")
     parser.add_argument("--serve", choices=[*CONTENDERS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(args.json.read_text(encoding="utf-8"))))
+        for preset, result in stored(args.json).items():
+            print(f"**{MODELS[preset]}**\n\n{table(result)}\n")
     elif args.serve:
         answer_peers.serve(CONTENDERS[args.serve].open(args.work, args.threads))
     elif args.work:
-        args.work.mkdir(parents=True, exist_ok=True)
-        run(args, args.work)
+        run(args, args.work / args.preset)
     else:
         with tempfile.TemporaryDirectory() as folder:
             run(args, Path(folder))

@@ -1,11 +1,13 @@
 """A chat checkpoint as llama.cpp's files: the language model, and the tower with its projector.
 
-Two files of the layout that llama.cpp's own converter gives InternVL checkpoints, for Qwen2
-language models and 300M towers. The vocabulary is made up: bytes, and numbers for the rest.
+Two files of the layout that llama.cpp's own converter gives InternVL checkpoints, for Qwen2 and
+InternLM2 language models and 300M towers. The vocabulary is made up: bytes, and numbers for the
+rest.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from llama_cpp._ggml import libggml
 
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from internvl_edge.export.checkpoint.load import read_torch
 from internvl_edge.types import Array
 
-TYPES = {"Q8_0": Type.Q8_0, "Q4_0": Type.Q4_0}
+TYPES = {"Q8_0": Type.Q8_0, "Q6_K": Type.Q6_K, "Q4_0": Type.Q4_0}
+ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "InternLM2ForCausalLM": "internlm2"}
 LANGUAGE = "language_model."
 LANGUAGE_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -52,19 +56,24 @@ BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # that stand for 
 def write_language(checkpoint: Path, path: Path, kind: str) -> None:
     """Write the language model, its matrices quantized to ``kind``.
 
-    The vocabulary's product is Q8_0 in both kinds: llama.cpp gives it 6 bits in blocks of 256
-    where ``kind`` is Q4_0, or 8 bits where 256 does not divide its inputs, as here.
+    The vocabulary's product gets what llama.cpp's own quantizer gives it: where ``kind`` is Q4_0,
+    6 bits in blocks of 256, or 8 bits where 256 does not divide its inputs, as Qwen2's 896.
     """
     source = open_checkpoint(checkpoint)
     assert source.config.chat is not None and source.config.chat.llama is not None
-    llama = source.config.chat.llama
-    writer = gguf.GGUFWriter(str(path), "qwen2")
+    llama, architecture = source.config.chat.llama, source.config.chat.architecture
+    output = "Q6_K" if kind == "Q4_0" and llama.hidden_size % 256 == 0 else "Q8_0"
+    # InternLM2's rotated pairs are neighbours there, and a head's halves in the checkpoint
+    heads = {"q_proj": llama.num_attention_heads, "k_proj": llama.num_key_value_heads}
+    paired = heads if architecture == "InternLM2ForCausalLM" else {}
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[architecture])
     writer.add_context_length(llama.max_position_embeddings)
     writer.add_embedding_length(llama.hidden_size)
     writer.add_block_count(llama.num_hidden_layers)
     writer.add_feed_forward_length(llama.intermediate_size)
     writer.add_head_count(llama.num_attention_heads)
     writer.add_head_count_kv(llama.num_key_value_heads)
+    writer.add_rope_dimension_count(llama.head_dim)
     writer.add_rope_freq_base(llama.rope_theta)
     writer.add_layer_norm_rms_eps(llama.rms_norm_eps)
     _add_vocabulary(writer, llama.vocab_size)
@@ -72,7 +81,11 @@ def write_language(checkpoint: Path, path: Path, kind: str) -> None:
         if name.startswith(LANGUAGE):
             stem, _, leaf = name.removeprefix(LANGUAGE).rpartition(".")
             new = f"{_in_block(stem, 'model.layers.', 'blk.', LANGUAGE_NAMES)}.{leaf}"
-            _add(writer, new, _read(source, name), "Q8_0" if stem == "lm_head" else kind)
+            values = _read(source, name)
+            if count := paired.get(stem.rpartition(".")[2]):
+                halves = values.reshape(count, 2, -1, values.shape[1])
+                values = halves.swapaxes(1, 2).reshape(values.shape)
+            _add(writer, new, values, output if stem == "lm_head" else kind)
     _finish(writer)
 
 
@@ -139,11 +152,21 @@ def _read(source: Checkpoint, name: str) -> Array:
 
 def _add(writer: Any, name: str, values: Array, kind: str) -> None:
     """Add a tensor: a matrix as ``kind`` says, others in float32."""
-    quantized = TYPES.get(kind) if values.ndim == 2 else None
-    if quantized is None:
-        writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
+    values = np.ascontiguousarray(values, np.float32)
+    if kind in TYPES and values.ndim == 2:
+        writer.add_tensor(name, _quantized(values, TYPES[kind]), raw_dtype=TYPES[kind])
     else:
-        writer.add_tensor(name, gguf.quants.quantize(values, quantized), raw_dtype=quantized)
+        writer.add_tensor(name, values)
+
+
+def _quantized(values: Array, kind: Type) -> Array:
+    """Round a matrix as llama.cpp does; the package ``gguf`` cannot, to 6 bits."""
+    (rows, columns), (block, nbytes) = values.shape, gguf.GGML_QUANT_SIZES[kind]
+    out = np.empty((rows, columns // block * nbytes), np.uint8)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (values, out))
+    sizes = (ctypes.c_int64(count) for count in (0, rows, columns))
+    libggml.ggml_quantize_chunk(ctypes.c_int(kind), *pointers, *sizes, None)
+    return out
 
 
 def _finish(writer: Any) -> None:

@@ -27,32 +27,32 @@ from internvl_edge import compiler
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.demo import evaluate, scenes
-from internvl_edge.quantize.recipe import Recipe, recipe_for
+from internvl_edge.quantize.recipe import Recipe
 from internvl_edge.types import Array
 
 RESULTS = Path(__file__).parent / "results" / "language.json"
 PRECISIONS = ("fp32", "int8", "int8-wo", "int4-wo", "vision=int8,decoder=int4-wo")
 
 
-def with_head(precision: str) -> Recipe:
-    """Make the recipe of a precision, the vocabulary's head in INT8."""
+def changed(precision: str, **choices: Any) -> Recipe:
+    """Make the recipe of a precision with other choices; what it leaves alone stays so."""
     recipe = recipe_of(precision)
     assert recipe is not None
-    return replace(recipe, head="int8")
+    return replace(recipe, **choices)
 
 
 # name → precision, and the recipe where it is not the precision's own
 VARIANTS: dict[str, tuple[str, Recipe | None]] = {
     **{name: (name, None) for name in PRECISIONS},
-    "int4-wo without AWQ's factors": ("int4-wo", replace(recipe_for("int4-wo"), smooth=None)),
-    "int8-wo, int8 head": ("int8-wo", with_head("int8-wo")),
-    "int4-wo, int8 head": ("int4-wo", with_head("int4-wo")),
-    "int8, gptq": ("int8", replace(recipe_for("int8"), rounding="gptq")),
-    "int8-wo, gptq": ("int8-wo", replace(recipe_for("int8-wo"), rounding="gptq")),
-    "int4-wo, gptq": ("int4-wo", replace(recipe_for("int4-wo"), rounding="gptq")),
+    "int4-wo without AWQ's factors": ("int4-wo", changed("int4-wo", smooth=None)),
+    "int8-wo, int8 head": ("int8-wo", changed("int8-wo", head="int8")),
+    "int4-wo, int8 head": ("int4-wo", changed("int4-wo", head="int8")),
+    "int8, gptq": ("int8", changed("int8", rounding="gptq")),
+    "int8-wo, gptq": ("int8-wo", changed("int8-wo", rounding="gptq")),
+    "int4-wo, gptq": ("int4-wo", changed("int4-wo", rounding="gptq")),
     "int4-wo, gptq, without AWQ's factors": (
         "int4-wo",
-        replace(recipe_for("int4-wo"), smooth=None, rounding="gptq"),
+        changed("int4-wo", smooth=None, rounding="gptq"),
     ),
 }
 COMPONENTS = ("vision", "image_queries", "decoder", "matcher")

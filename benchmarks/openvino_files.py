@@ -24,7 +24,7 @@ def write_decoder(graph: Path, out: Path, kind: str) -> None:
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    model: Any = openvino.Core().read_model(str(_of_last_logits(graph)))
+    model: Any = openvino.convert_model(str(_of_last_logits(graph)))
     model.reshape({value: _one_row(value.get_partial_shape()) for value in model.inputs})
     held = {
         name: name.replace("past_key_values.", "present.", 1)
@@ -47,7 +47,9 @@ def write_vision(graph: Path, out: Path, images: list[Array]) -> None:
     import openvino
 
     data = nncf.Dataset([{"pixel_values": image} for image in images])
-    model = openvino.Core().read_model(str(graph))
+    # A model that was only read has a Transpose between each weight and its product: NNCF rounds
+    # before it, and the product stays in 16 bits
+    model = openvino.convert_model(str(graph))
     kind = nncf.ModelType.TRANSFORMER
     model = nncf.quantize(model, data, subset_size=len(images), model_type=kind)
     openvino.save_model(model, str(out), compress_to_fp16=False)
