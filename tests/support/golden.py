@@ -40,7 +40,7 @@ def unpack_family(folder: Path, *, is_new: bool = False) -> Path:
 
 
 def some(array: Any) -> Any:
-    """Choose numbers of a large array at equal distances, which no width divides; a small one whole.
+    """Choose numbers of a large array at equal distances that no width divides; a small one whole.
 
     Every row, column and head of the array has some of them.
     """

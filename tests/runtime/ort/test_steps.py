@@ -156,7 +156,7 @@ def test_a_cache_in_bfloat16_comes_to_the_host(fused: OrtSession) -> None:
     np.testing.assert_array_equal(found, values)
 
 
-def test_a_gpu_opens_it_where_contrib_is_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_provider_opens_its_own_graph(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = list[tuple[str, bool, bool]]()
 
     def note(path: Path, *, options: OrtOptions, pads: bool, **_: Any) -> None:
@@ -168,10 +168,16 @@ def test_a_gpu_opens_it_where_contrib_is_on(out: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sessions, "OrtSession", note)
     monkeypatch.setattr(choice, "choose_providers", providers)
     artifact = open_artifact(out)
-    for device, contrib in (("cpu", True), ("cuda", True), ("cuda", False)):
-        sessions.open_component(artifact, "decoder", device, options=OrtOptions(contrib=contrib))
+    for device, options in (
+        ("cpu", OrtOptions()),
+        ("cpu", OrtOptions(fold=False)),
+        ("cuda", OrtOptions()),
+        ("cuda", OrtOptions(contrib=False)),
+    ):
+        sessions.open_component(artifact, "decoder", device, options=options)
     assert opened == [
-        ("decoder.onnx", False, True),
+        ("decoder.cpu.onnx", False, True),
+        ("decoder.onnx", False, True),  # weights are joined where constants are folded
         ("decoder.cuda.onnx", True, False),
         ("decoder.onnx", False, True),
     ]

@@ -111,7 +111,7 @@ def places(mask: torch.Tensor) -> torch.Tensor:
 
 
 def generated(model: Any, fed: dict[str, Any], **how: Any) -> tuple[torch.Tensor, float]:
-    """Generate: new ids, and the least difference of the two best logits that one was chosen from."""
+    """Generate ids, and tell the least gap of the two best logits that one was chosen from."""
     settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, **how}
     told = model.generate(
         **fed, **settings, pad_token_id=0, return_dict_in_generate=True, output_logits=True
