@@ -54,6 +54,7 @@ from internvl_edge import compiler
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.compiler.precision import recipe_of
 from internvl_edge.export.synthetic import PRESETS, Synthesis, shrink, write_checkpoint
+from internvl_edge.files.disk import write_atomically
 from internvl_edge.files.packages import versions
 from internvl_edge.quantize.recipe import Recipe
 
@@ -61,6 +62,7 @@ RESULTS = Path(__file__).parent / "results" / "answers.json"
 MODELS = {"internvl3-1b": "InternVL3-1B", "internvl2_5-2b": "InternVL2.5-2B"}
 SHORT, LONG = PROMPTS
 TOKENS = 12  # a round
+ABSENT = "not installed"
 PEERS = ("llama-cpp-python", "openvino", "nncf", "torch")
 TOWER, DECODER = "chat_vision", "chat_decoder"
 
@@ -287,7 +289,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def missing(entry: Entry) -> str | None:
     names = [name for name in entry.packages if importlib.util.find_spec(name) is None]
-    return f"{', '.join(names)} not installed" if names else None
+    return f"{', '.join(names)} {ABSENT}" if names else None
 
 
 def run(args: Any, work: Path) -> None:
@@ -306,7 +308,18 @@ def run(args: Any, work: Path) -> None:
         return
     everything = stored(args.json)
     known = {} if args.again else everything.get(args.preset, {})
-    rows, skipped = known.get("results", {}), known.get("skipped", {}) | skipped
+    measured = {
+        "layers": args.layers,
+        "threads": args.threads,
+        "environment": environment() | {"peers": versions(PEERS)},
+    }
+    if known and conditions(known) != conditions(measured):
+        raise SystemExit(
+            f"{args.json}: {args.preset} was measured on another machine, with other versions or "
+            "other options; --again forgets it, --json FILE writes to another file"
+        )
+    failed = {n: why for n, why in known.get("skipped", {}).items() if not why.endswith(ABSENT)}
+    rows, skipped = known.get("results", {}), failed | skipped
     begun = time.monotonic()
     for number in range(args.rounds):
         start = number % len(names) if names else 0
@@ -328,14 +341,19 @@ def run(args: Any, work: Path) -> None:
             say(f"round {number + 1}, {name}: {skipped.get(name) or done}")
             everything[args.preset] = {
                 "command": shlex.join(["python", *sys.argv]).replace(str(args.work), "DIR"),
-                "layers": args.layers,
-                "threads": args.threads,
                 "results": rows,
                 "skipped": skipped,
-                "environment": environment() | {"peers": versions(PEERS)},
+                **measured,
             }
-            args.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    print(table(everything[args.preset]))
+            write_atomically(args.json, (json.dumps(everything, indent=1) + "\n").encode())
+    print(table({"results": rows, "skipped": skipped}))
+
+
+def conditions(measured: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Choose what rounds of one table have in common."""
+    environment = measured["environment"]
+    machine = [environment.get(name) for name in ("cpu", "cores_usable", "packages", "peers")]
+    return (measured["layers"], measured["threads"], *machine)
 
 
 def stored(path: Path) -> dict[str, Any]:

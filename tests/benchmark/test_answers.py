@@ -101,5 +101,9 @@ def test_a_run_goes_on_where_the_last_one_stopped(
     stored = answers.stored(results)
     assert stored["internvl3-1b"] == {}
     told = stored["internvl2_5-2b"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--layers", "2"])
+    with pytest.raises(SystemExit, match="measured on another machine, with other versions or oth"):
+        answers.main()
+    assert answers.stored(results) == stored
     assert told["skipped"] == {"broken": "broken: no memory"}
     assert [len(told["results"][name]["samples_ms"]["token"]) for name in "ab"] == [2, 2]
