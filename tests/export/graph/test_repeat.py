@@ -336,6 +336,23 @@ def test_a_bare_tower_is_compared_block_by_block(
     assert figures["sqnr_db"] > 100
 
 
+def test_a_machine_with_little_memory_compares_by_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export and a verification later on, of what a larger machine compares whole."""
+    checkpoint = write_internvl(tmp_path / "checkpoint", deep(4, 2)).path
+    options = ExportOptions(
+        checkpoint=checkpoint, out=tmp_path / "out", components=("vision",), precision="int8"
+    )
+    monkeypatch.setattr(verify, "total_memory", lambda: 500_000_000)
+    figures = compiler.export(options).manifest.components["vision"].verification
+    assert figures is not None and figures["blocks"] == [0, 2, 3]
+    again = compiler.verify(tmp_path / "out", checkpoint)["vision"]
+    assert again["blocks"] == [0, 2, 3]
+    monkeypatch.setattr(verify, "total_memory", lambda: 24_000_000_000)
+    assert "blocks" not in compiler.verify(tmp_path / "out", checkpoint)["vision"]
+
+
 @pytest.mark.parametrize(
     ("precision", "said"),
     [("fp32", "vision, block 2"), ("int8", r"layers\.2\.mlp\.fc2\.weight: expected")],
