@@ -50,13 +50,13 @@ def calls_in(tree: ast.AST) -> Iterator[tuple[str, dict[str, str]]]:
 
 @cache
 def imports() -> dict[str, list[str]]:
-    """What each source imports."""
+    """List what each source imports."""
     return {file: list(names_in(tree)) for file, tree in trees().items()}
 
 
 @cache
 def calls() -> dict[str, list[tuple[str, dict[str, str]]]]:
-    """Every call of each source, by the name that is called and its keywords' sources."""
+    """List every call of each source, by the name that is called and its keywords' sources."""
     return {file: list(calls_in(tree)) for file, tree in trees().items()}
 
 

@@ -17,7 +17,15 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-__all__ = ["CGROUPS", "OWN_CGROUPS", "default_threads", "own_groups", "quota_cores", "usable_cores"]
+__all__ = [
+    "CGROUPS",
+    "OWN_CGROUPS",
+    "default_threads",
+    "own_groups",
+    "quota_cores",
+    "system_text",
+    "usable_cores",
+]
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 OMP_THREADS = "OMP_NUM_THREADS"
@@ -78,7 +86,7 @@ def own_groups(
     Yields:
         The version of control groups, and the folder of one.
     """
-    for line in (_text(own) or "").splitlines():
+    for line in system_text(own).splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
@@ -94,12 +102,12 @@ def own_groups(
 
 
 def _limit_v2(folder: Path) -> float | None:
-    quota, _, period = (_text(folder / "cpu.max") or "max").partition(" ")
+    quota, _, period = (system_text(folder / "cpu.max") or "max").partition(" ")
     return _cores(quota, period)
 
 
 def _limit_v1(folder: Path) -> float | None:
-    quota, period = (_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+    quota, period = (system_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     return _cores(quota, period)
 
 
@@ -111,8 +119,9 @@ def _cores(quota: str, period: str) -> float | None:
     return used / of if used > 0 and of > 0 else None  # v1: -1 is no limit
 
 
-def _text(path: Path) -> str | None:
+def system_text(path: Path) -> str:
+    """Read a file of /proc or /sys; "" where there is none."""
     try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return None
+        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
+    except OSError:
+        return ""

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_edge.files.cores import CGROUPS, OWN_CGROUPS, own_groups
+from internvl_edge.files.cores import CGROUPS, OWN_CGROUPS, own_groups, system_text
 
 __all__ = [
     "available_memory",
@@ -82,7 +82,7 @@ def group_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[tuple[in
         of = GROUP_FILES[version]
         limit, used = _number(folder / of.limit), _number(folder / of.used)
         if limit is not None and used is not None:
-            stat = _text(folder / "memory.stat")
+            stat = system_text(folder / "memory.stat")
             cached = [re.search(rf"^{name} (\d+)$", stat, re.MULTILINE) for name in of.cached]
             groups.append((limit, used - sum(int(match[1]) for match in cached if match)))
     return groups
@@ -106,17 +106,10 @@ def trim() -> None:
 
 
 def _proc_nbytes(file: str, field: str) -> int | None:
-    match = re.search(rf"^{field}:\s*(\d+) kB", _text(Path(file)), re.MULTILINE)
+    match = re.search(rf"^{field}:\s*(\d+) kB", system_text(Path(file)), re.MULTILINE)
     return int(match[1]) * KIB if match else None
 
 
 def _number(file: Path) -> int | None:
-    text = _text(file).strip()
+    text = system_text(file)
     return int(text) if text.isascii() and text.isdigit() else None  # "max": no limit
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
