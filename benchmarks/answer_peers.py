@@ -59,19 +59,20 @@ def ids_of(count: int, vocabulary: int) -> list[int]:
 class Ours:
     """Compiled directories; one of them may have the tower alone, the other the decoder."""
 
-    def __init__(self, vision: Path | None, decoder: Path | None, threads: int) -> None:
+    def __init__(
+        self, vision: Path | None, decoder: Path | None, threads: int, tower: str = "onnxruntime"
+    ) -> None:
         import internvl_edge
         from internvl_edge.runtime.ort.options import OrtOptions
+        from internvl_edge.runtime.session import options_for
         from internvl_edge.runtime.text.embeddings import Embedding
 
         options = OrtOptions(num_threads=threads)
         self.vision = self.prompt = self.token = None
         if vision is not None:
-            tower, image = (
-                internvl_edge.open_session(vision, "chat_vision", options=options),
-                pixels(),
-            )
-            self.vision = lambda: tower.run({"pixel_values": image})
+            image, how = pixels(), options_for(tower, threads)
+            session = internvl_edge.open_session(vision, "chat_vision", tower, options=how)
+            self.vision = lambda: session.run({"pixel_values": image})
         if decoder is not None:
             model = internvl_edge.load(decoder, options=options)
             self._session = model.components.session("chat_decoder")

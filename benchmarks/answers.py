@@ -11,7 +11,8 @@ them. Batch 1, one image tile, 256 image tokens and 64 of text; also seven tiles
 64.
 
     int8, int8-wo, int4-wo          compiled here, on ONNX Runtime; int8 rounds activations too;
-                                    the vocabulary's product as it is stored, or in INT8
+                                    the vocabulary's product as it is stored, or in INT8; "tower by
+                                    OpenVINO" is --backend openvino
     llama.cpp Q8_0, Q4_0            llama-cpp-python, files of the same weights (``gguf_files``)
     OpenVINO int8, int4             NNCF's compression of our float32 graphs (``openvino_files``)
     PyTorch eager, compiled         the reference in bfloat16; compiled by Inductor, whole, for each
@@ -103,14 +104,14 @@ def _quick(recipe: Recipe | None) -> Recipe | None:
     return replace(recipe, num_samples=1, smooth=None, language=_quick(recipe.language))
 
 
-def ours(precision: str, head: str | None = None) -> Entry:
+def ours(precision: str, head: str | None = None, tower: str = "onnxruntime") -> Entry:
     def made(work: Path) -> tuple[Path, Path]:
         return compiled(work, "int8", [TOWER]), compiled(work, precision, [DECODER], head)
 
     return Entry(
-        packages=("onnxruntime",),
+        packages=("onnxruntime", tower),
         make=lambda work: [*made(work)].clear(),
-        open=lambda work, threads: answer_peers.Ours(*made(work), threads),
+        open=lambda work, threads: answer_peers.Ours(*made(work), threads, tower),
     )
 
 
@@ -175,10 +176,12 @@ def pytorch(*, compiles: bool) -> Entry:
 
 CONTENDERS: Mapping[str, Entry] = {
     "int4-wo, int8 head": ours("int4-wo", "int8"),
+    "int4-wo, int8 head, tower by OpenVINO": ours("int4-wo", "int8", "openvino"),
     "int4-wo": ours("int4-wo"),
     "int8-wo, int8 head": ours("int8-wo", "int8"),
     "int8-wo": ours("int8-wo"),
     "int8": ours("int8"),
+    "int8, tower by OpenVINO": ours("int8", tower="openvino"),
     "llama.cpp Q4_0": llama_cpp("Q4_0"),
     "llama.cpp Q8_0": llama_cpp("Q8_0"),
     "OpenVINO int4": openvino("int4"),

@@ -2,6 +2,7 @@
 
     python benchmarks/scenes.py                    # results/scenes.json
     python benchmarks/scenes.py --work DIR         # keep the directories, and use those there
+    python benchmarks/scenes.py --backend openvino --json benchmarks/results/scenes-openvino.json
 
 A scene more or less of 300 is a third of a point. Most scenes are answered alike at two precisions,
 so that the difference is known far better than either share: both see the same scenes, and with d
@@ -31,9 +32,9 @@ AT_ONCE = 500  # scenes: images and caches of all would take memory
 SEEDS = {"zero-shot": 101, "matching": 104, "captions": 103, "answers": 105}
 
 
-def hits(out: Path, num_scenes: int) -> dict[str, evaluate.Hits]:
+def hits(out: Path, num_scenes: int, backend: str) -> dict[str, evaluate.Hits]:
     """Find which scenes a compiled directory gets right, by task."""
-    with internvl_edge.load(out) as model:
+    with internvl_edge.load(out, backend) as model:
         tasks = {
             "zero-shot": lambda n, seed: evaluate.zero_shot_hits(model, n, "c", seed),
             "matching": lambda n, seed: evaluate.matching_hits(model, n, seed),
@@ -66,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--precisions", nargs="+", default=["int8"])
     parser.add_argument("--scenes", type=int, default=NUM_SCENES)
+    parser.add_argument("--backend", default="auto", help="of the precisions; not of fp32")
     parser.add_argument("--work", type=Path, help="keep the directories here")
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
@@ -84,14 +86,20 @@ def main() -> None:
                         verify="none",
                     )
                 )
-            scored[precision] = hits(out, chosen.scenes)
+            backend = "auto" if precision == "fp32" else chosen.backend
+            scored[precision] = hits(out, chosen.scenes, backend)
     quality = {
         precision: {task: compared(scored["fp32"][task], right) for task, right in tasks.items()}
         for precision, tasks in scored.items()
         if precision != "fp32"
     }
     print(json.dumps(quality, indent=1))
-    report = {"scenes": chosen.scenes, "quality": quality, "environment": environment()}
+    report = {
+        "scenes": chosen.scenes,
+        "backend": chosen.backend,
+        "quality": quality,
+        "environment": environment(),
+    }
     chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -26,8 +26,8 @@ from internvl_edge.runtime.images.sources import (
     is_normalised,
     require_side,
 )
-from internvl_edge.runtime.requests import batches_of, require_whole, slices
 from internvl_edge.runtime.session import Session
+from internvl_edge.runtime.text.requests import batches_of, require_whole, slices
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:

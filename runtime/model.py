@@ -33,6 +33,7 @@ from internvl_edge.types import Array
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.images.transform import Preprocessing, Transform
+    from internvl_edge.runtime.openvino.options import OpenVinoOptions
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.tasks.caption import TextStream
     from internvl_edge.runtime.text.tokenizer import OnLong, Tokenizer
@@ -49,7 +50,7 @@ def load(
     backend: str = "auto",
     device: str = "auto",
     *,
-    options: OrtOptions | TrtOptions | None = None,
+    options: OrtOptions | OpenVinoOptions | TrtOptions | None = None,
     images: ImageOptions | None = None,
     answers: AnswerOptions | None = None,
 ) -> Model:
@@ -57,7 +58,8 @@ def load(
 
     Args:
         out: the directory that ``internvl-edge export`` published.
-        backend: ``"auto"``, ``"onnxruntime"``, ``"tensorrt-rtx"`` or ``"tensorrt"``.
+        backend: ``"auto"``, ``"onnxruntime"``, ``"openvino"``, ``"tensorrt-rtx"`` or
+            ``"tensorrt"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         options: of every session, see ``open_session``; None: the backend's defaults.
         images: how pictures are read: what stands under transparency, and how large they may be.

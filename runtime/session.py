@@ -19,6 +19,7 @@ from internvl_edge.runtime.gpu.probe import gpu_count
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:
+    from internvl_edge.runtime.openvino.options import OpenVinoOptions
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.trt.options import TrtOptions
 
@@ -31,8 +32,10 @@ __all__ = [
     "Session",
     "open_component",
     "open_session",
+    "options_for",
     "require_backend",
     "require_device",
+    "runs_engines",
 ]
 
 
@@ -46,6 +49,7 @@ class Backend:
 
 BACKENDS = {  # by the package that brings it, of ``files.packages``
     "onnxruntime": Backend(module="internvl_edge.runtime.ort.session", needs_gpu=False),
+    "openvino": Backend(module="internvl_edge.runtime.openvino.opening", needs_gpu=False),
     "tensorrt-rtx": Backend(module="internvl_edge.runtime.trt.session", needs_gpu=True),
     "tensorrt": Backend(module="internvl_edge.runtime.trt.session", needs_gpu=True),
 }
@@ -189,15 +193,15 @@ def open_session(
     backend: str = "auto",
     device: str = "auto",
     *,
-    options: OrtOptions | TrtOptions | None = None,
+    options: OrtOptions | OpenVinoOptions | TrtOptions | None = None,
 ) -> Session:
     """Open one component of a compiled directory.
 
     Args:
         out: the directory that ``internvl-edge export`` published.
         component: a name in its manifest, such as ``"vision"``.
-        backend: ``"onnxruntime"``, ``"tensorrt-rtx"``, ``"tensorrt"``, or ``"auto"``: ONNX
-            Runtime.
+        backend: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt-rtx"``, ``"tensorrt"``, or
+            ``"auto"``: ONNX Runtime.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: a GPU when both the backend
             and the machine have one.
         options: how the backend computes: its threads, or its slots, graphs and buckets; None:
@@ -218,7 +222,7 @@ def open_component(
     backend: str = "auto",
     device: str = "auto",
     *,
-    options: OrtOptions | TrtOptions | None = None,
+    options: OrtOptions | OpenVinoOptions | TrtOptions | None = None,
 ) -> Session:
     """Like ``open_session``, of a directory that is already open."""
     present = artifact.manifest.components
@@ -259,13 +263,46 @@ def require_options(backend: str, options: object) -> None:
     """
     if options is None:
         return
+    from internvl_edge.runtime.openvino.options import OpenVinoOptions
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.trt.options import TrtOptions
 
-    known: type = OrtOptions if backend == "onnxruntime" else TrtOptions
+    others: dict[str, type] = {"onnxruntime": OrtOptions, "openvino": OpenVinoOptions}
+    known = others.get(backend, TrtOptions)
     if not isinstance(options, known):
         found = type(options).__name__
         raise UsageError(f"{backend}: options: expected {known.__name__}(...), found {found}")
+
+
+def runs_engines(backend: str) -> bool:
+    """Tell whether a backend runs engines, on a GPU; else it opens graphs."""
+    return backend in BACKENDS and BACKENDS[backend].needs_gpu
+
+
+def options_for(
+    backend: str, threads: int | None = None, *, spin: bool = True, allow_slow: bool = False
+) -> OrtOptions | OpenVinoOptions | None:
+    """Make the options of a backend's sessions; None: the defaults of one that runs engines.
+
+    Args:
+        backend: its name, or ``"auto"``.
+        threads: within a call; None: every core this process may use.
+        spin: see ``OrtOptions``.
+        allow_slow: see ``OrtOptions``.
+
+    Raises:
+        UsageError: threads, or leave to be slow, of engines.
+    """
+    if runs_engines(backend):
+        given = {"--threads": threads is not None, "--allow-slow": allow_slow}
+        for option in (option for option, is_given in given.items() if is_given):
+            raise UsageError(f"{option}: {backend} computes on a GPU; leave {option} out")
+        return None
+    from internvl_edge.runtime.openvino.options import OpenVinoOptions
+    from internvl_edge.runtime.ort.options import OrtOptions
+
+    own = OrtOptions(num_threads=threads, spin=spin, allow_slow=allow_slow)
+    return OpenVinoOptions(num_threads=threads, language=own) if backend == "openvino" else own
 
 
 def require_backend(backend: str) -> str:

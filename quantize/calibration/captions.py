@@ -31,7 +31,7 @@ from urllib.parse import unquote
 from internvl_edge.errors import CalibrationError, shortened
 from internvl_edge.files.reading import parse_json, read_file
 from internvl_edge.files.terminal import printable
-from internvl_edge.runtime.requests import text_problem
+from internvl_edge.runtime.text.requests import text_problem
 
 __all__ = ["FILES", "Captions", "find_captions", "paired"]
 

@@ -28,6 +28,7 @@ __all__ = [
     "names_of",
     "native_options",
     "place_of",
+    "require_threads",
     "share_threads",
 ]
 
@@ -82,11 +83,19 @@ class OrtOptions:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        count = self.num_threads
-        if count is not None and (type(count) is not int or not 1 <= count <= MAX_THREADS):
-            raise UsageError(
-                f"num_threads {count!r}: expected a whole number from 1 to {MAX_THREADS}, or None"
-            )
+        require_threads(self.num_threads)
+
+
+def require_threads(count: object) -> None:
+    """Refuse a number of threads that is none.
+
+    Raises:
+        UsageError: says what was expected.
+    """
+    if count is not None and (type(count) is not int or not 1 <= count <= MAX_THREADS):
+        raise UsageError(
+            f"num_threads {count!r}: expected a whole number from 1 to {MAX_THREADS}, or None"
+        )
 
 
 class _Pool:

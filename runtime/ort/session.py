@@ -28,7 +28,7 @@ except ImportError as error:
 from internvl_edge.artifact import Artifact, TensorSpec
 from internvl_edge.artifact.pins import Watch
 from internvl_edge.errors import InternVLError, UsageError
-from internvl_edge.files.forks import never_destroyed_in_children
+from internvl_edge.files.forks import never_destroyed_in_children, require_own_process
 from internvl_edge.runtime.feeds import (
     LOGITS_FROM,
     POSITIONS,
@@ -299,12 +299,7 @@ class OrtSession:
         session = self._session  # a close() by another thread waits for this reference
         if session is None:
             raise UsageError(f"the session of {self._path} is closed; open it again")
-        if os.getpid() != self._process:
-            raise UsageError(
-                f"the session of {self._path} was opened before a fork and its threads did not "
-                "come along; open it in the process that runs it: load the model in each worker, "
-                "as in gunicorn without --preload, or start workers by spawn"
-            )
+        require_own_process(self._process, f"the session of {self._path}")
         return session
 
     def close(self) -> None:

@@ -33,8 +33,8 @@ from internvl_edge.runtime.images.sources import (
     image_list,
     image_stream,
 )
-from internvl_edge.runtime.requests import require_vocabulary, slices, text_list
 from internvl_edge.runtime.tasks.keywords import unknown_keyword
+from internvl_edge.runtime.text.requests import require_vocabulary, slices, text_list
 from internvl_edge.types import Array
 
 __all__ = [

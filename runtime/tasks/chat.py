@@ -26,7 +26,6 @@ from internvl_edge.runtime.generation.text import (
     until_end,
     usage_of,
 )
-from internvl_edge.runtime.requests import require_whole
 from internvl_edge.runtime.tasks import caption
 from internvl_edge.runtime.tasks.caption import Seen
 from internvl_edge.runtime.tasks.chat_decoder import (
@@ -45,6 +44,7 @@ from internvl_edge.runtime.tasks.chat_prompt import (
     require_question,
 )
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE
+from internvl_edge.runtime.text.requests import require_whole
 from internvl_edge.runtime.text.templates import Turn
 
 __all__ = [

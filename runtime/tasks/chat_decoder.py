@@ -20,10 +20,10 @@ from internvl_edge.runtime.generation.cache import empty_cache, start
 from internvl_edge.runtime.generation.limits import num_positions, require_room, rows_at_once
 from internvl_edge.runtime.generation.loop import generate_all
 from internvl_edge.runtime.generation.prefixes import marks_of
-from internvl_edge.runtime.requests import id_rows, require_vocabulary, slices
 from internvl_edge.runtime.tasks.chat_images import ChatSeen, see
 from internvl_edge.runtime.text.chat_tokenizer import PLACE
 from internvl_edge.runtime.text.embeddings import Embedding
+from internvl_edge.runtime.text.requests import id_rows, require_vocabulary, slices
 from internvl_edge.types import Array
 
 __all__ = ["continued", "fitting", "joined", "opening_of", "padding_of", "require_chat_room"]

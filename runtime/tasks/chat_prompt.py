@@ -17,8 +17,8 @@ from typing import Any
 
 from internvl_edge.errors import MediaError, UsageError
 from internvl_edge.runtime.components import OpenComponents
-from internvl_edge.runtime.requests import require_flag, text_problem
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE, PLACE, spelled
+from internvl_edge.runtime.text.requests import require_flag, text_problem
 from internvl_edge.runtime.text.templates import (
     NATIVE,
     TEMPLATES,

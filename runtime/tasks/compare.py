@@ -19,14 +19,6 @@ from internvl_edge.errors import MediaError, UsageError, shortened
 from internvl_edge.runtime.components import OpenComponents
 from internvl_edge.runtime.images.sources import Stream, image_list, image_stream, is_readable
 from internvl_edge.runtime.images.video import dual_softmax
-from internvl_edge.runtime.requests import (
-    Template,
-    distinct_labels,
-    masked,
-    one_place_templates,
-    require_whole,
-    text_list,
-)
 from internvl_edge.runtime.tasks.embed import (
     encode_image,
     encode_text,
@@ -35,6 +27,14 @@ from internvl_edge.runtime.tasks.embed import (
     text_classifier,
 )
 from internvl_edge.runtime.tasks.vectors import ranked, softmax
+from internvl_edge.runtime.text.requests import (
+    Template,
+    distinct_labels,
+    masked,
+    one_place_templates,
+    require_whole,
+    text_list,
+)
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:

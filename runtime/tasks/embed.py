@@ -36,7 +36,8 @@ from internvl_edge.runtime.images.video import (
     sample_frames,
     stream_frames,
 )
-from internvl_edge.runtime.requests import (
+from internvl_edge.runtime.tasks.vectors import unit
+from internvl_edge.runtime.text.requests import (
     Template,
     batches_of,
     distinct_labels,
@@ -48,7 +49,6 @@ from internvl_edge.runtime.requests import (
     require_whole,
     text_list,
 )
-from internvl_edge.runtime.tasks.vectors import unit
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """Texts to token ids and back.
 
+requests         what callers hand over, as lists and arrays
 tokenizer        InternVL's LLaMA tokenizer; start here
 chat_tokenizer   the ids of a chat's prompt
 sentence_pieces  a chat model's vocabulary in SentencePiece

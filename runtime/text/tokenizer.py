@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from internvl_edge.errors import ArtifactError, MediaError, UsageError, shortened
 from internvl_edge.files.reading import read_file
-from internvl_edge.runtime.requests import require_choice, text_problem
 from internvl_edge.runtime.text.padding import PAD_ID, left_padded, right_padded
+from internvl_edge.runtime.text.requests import require_choice, text_problem
 from internvl_edge.types import Array
 
 Ids: TypeAlias = NDArray[np.int64]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.generation.answers import AnswerOptions
     from internvl_edge.runtime.images.options import ImageOptions
     from internvl_edge.runtime.model import load
+    from internvl_edge.runtime.openvino.options import OpenVinoOptions
     from internvl_edge.runtime.ort.options import OrtOptions, share_threads
     from internvl_edge.runtime.session import open_session
     from internvl_edge.runtime.trt.options import TrtOptions
@@ -28,6 +29,7 @@ __all__ = [
     "AnswerOptions",
     "ImageOptions",
     "InternVLError",
+    "OpenVinoOptions",
     "OrtOptions",
     "TrtOptions",
     "__version__",
@@ -46,6 +48,7 @@ _LAZY = {
     "ImageOptions": "internvl_edge.runtime.images.options",
     "load": "internvl_edge.runtime.model",
     "open_session": "internvl_edge.runtime.session",
+    "OpenVinoOptions": "internvl_edge.runtime.openvino.options",
     "OrtOptions": "internvl_edge.runtime.ort.options",
     "share_threads": "internvl_edge.runtime.ort.options",
     "TrtOptions": "internvl_edge.runtime.trt.options",

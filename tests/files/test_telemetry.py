@@ -30,6 +30,7 @@ for command in (
     ["doctor"],
     ["embed", out, picture, "--text", "a red seven"],
     ["classify", out, picture, "--labels", "seven,eight"],
+    ["classify", out, picture, "--labels", "seven,eight", "--backend", "openvino"],
     ["benchmark", out, "--components", "image_embed", "--seconds", "0.1", "--no-roofline"],
 ):
     assert run(command) == 0, command
@@ -102,6 +103,28 @@ def test_an_onnxruntime_that_was_imported_before_sends_nothing_from_then_on(
         monkeypatch.setenv("ORT_DISABLE_TELEMETRY", decided)
     telemetry.turn_off()
     assert len(called) == calls
+
+
+def test_openvino_is_imported_without_what_reports_that_it_was() -> None:
+    script = """
+import sys
+import internvl_edge.runtime.openvino.session
+import openvino
+assert callable(openvino.convert_model), "something is missing"
+assert "openvino_telemetry" not in sys.modules, "it is there"
+import openvino_telemetry  # by who means it
+"""
+    environment_after(script)
+
+
+def test_a_reporter_that_the_program_imported_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "some_reporter", module)  # type: ignore[arg-type]
+    with telemetry.without_reports("some_reporter"):
+        import some_reporter  # type: ignore[import-not-found]
+    assert some_reporter is sys.modules["some_reporter"] is module
 
 
 def test_scripts_import_ours_before_onnxruntime() -> None:

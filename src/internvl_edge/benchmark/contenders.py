@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from internvl_edge.errors import HardwareError, MissingDependency, UsageError
+from internvl_edge.errors import HardwareError, UsageError
 from internvl_edge.export import require_packages
 from internvl_edge.files.cores import default_threads
-from internvl_edge.files.packages import is_installed
 from internvl_edge.types import Array, Feeds
 
 __all__ = ["AGAINST", "Contender", "contender_of"]
@@ -51,23 +49,11 @@ def contender_of(
 
 
 def _openvino(artifact: Any) -> Contender:
-    if not is_installed("openvino"):
-        raise MissingDependency("openvino is not installed; run: pip install openvino")
-    import openvino
-
-    core = openvino.Core()
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": default_threads()}
+    from internvl_edge.runtime.openvino.session import OpenVinoSession, fastest_dtype
 
     def contender(component: str) -> Callable[[Feeds], object]:
-        compiled = core.compile_model(str(artifact.onnx_path(component)), "CPU", options)
-        local = threading.local()  # a request runs one call at a time
-
-        def run(feeds: Feeds) -> object:
-            if not hasattr(local, "request"):
-                local.request = compiled.create_infer_request()
-            return local.request.infer(dict(feeds))
-
-        return run
+        path, record = artifact.onnx_path(component), artifact.manifest.components[component]
+        return OpenVinoSession(path, path, record.inputs, record.outputs, dtype=fastest_dtype()).run
 
     return contender
 

@@ -14,8 +14,7 @@ from internvl_edge.files.helper import run_helper
 from internvl_edge.files.memory import peak_rss_nbytes, rss_nbytes
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.probe import gpu_count
-from internvl_edge.runtime.ort.options import OrtOptions
-from internvl_edge.runtime.session import open_component
+from internvl_edge.runtime.session import open_component, options_for, runs_engines
 
 __all__ = ["Footprint", "measure_footprint"]
 
@@ -69,8 +68,9 @@ def measure_footprint(
 def main() -> None:
     """Measure in the new process: its arguments are a command's, its figures go to stdout."""
     out, component, backend, batch, device, threads = sys.argv[1:]
-    own = OrtOptions(num_threads=int(threads) or None, allow_slow=True)  # as slow as it was allowed
-    options = own if backend == "onnxruntime" else None
+    options = None
+    if not runs_engines(backend):  # as slow as it was allowed
+        options = options_for(backend, int(threads) or None, allow_slow=True)
     artifact = open_artifact(out)
     feeds = seeded_feeds(artifact, component, int(batch))
     gpu = _gpu()

@@ -26,7 +26,7 @@ from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.settings import Settings
 from internvl_edge.benchmark.timing import Distribution, Ratio, Timing, measure_many, ratio_of
 from internvl_edge.files.packages import is_installed
-from internvl_edge.runtime.session import Session, open_component, require_backend
+from internvl_edge.runtime.session import Session, open_component, require_backend, runs_engines
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:  # both need onnx
@@ -210,7 +210,7 @@ def _phases(
     settings: Settings, sessions: Mapping[str, Session], feeds: Mapping[str, Mapping[str, Array]]
 ) -> dict[str, dict[str, Distribution]]:
     """Measure the GPU's part of a call, of engines."""
-    if require_backend(settings.backend) == "onnxruntime":
+    if not runs_engines(settings.backend):
         return {}
     from internvl_edge.benchmark.gpu_phases import measure_phases
     from internvl_edge.runtime.trt.session import TrtSession

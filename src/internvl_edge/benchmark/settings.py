@@ -11,8 +11,9 @@ from internvl_edge.artifact.components import embedder_of
 from internvl_edge.benchmark.contenders import AGAINST, Contender, contender_of
 from internvl_edge.benchmark.inputs import seeded_picture
 from internvl_edge.errors import InputError, UsageError, did_you_mean
+from internvl_edge.runtime.openvino.options import OpenVinoOptions
 from internvl_edge.runtime.ort.options import OrtOptions
-from internvl_edge.runtime.session import require_backend
+from internvl_edge.runtime.session import require_backend, runs_engines
 
 __all__ = [
     "AGAINST",
@@ -36,7 +37,7 @@ class Settings:
     reference: Contender | None  # of that name
     backend: str
     device: str
-    options: OrtOptions | None  # of every session; None: the backend's defaults
+    options: OrtOptions | OpenVinoOptions | None  # of every session; None: the backend's defaults
     scenario: str
     streams: int
     seconds: float
@@ -111,7 +112,7 @@ def reference_of(
 
 
 def _runs_on_gpu(backend: str, device: str) -> bool:
-    if require_backend(backend) != "onnxruntime":
+    if runs_engines(require_backend(backend)):
         return True
     from internvl_edge.runtime.ort.options import CPU, choose_providers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -31,13 +32,11 @@ from internvl_edge.cli.options import (
     device,
     names,
     one_of,
-    session_options,
     threads,
 )
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.files.disk import write_atomically
-from internvl_edge.runtime.ort.options import OrtOptions
-from internvl_edge.runtime.session import require_device
+from internvl_edge.runtime.session import options_for, require_device
 
 MAX_SECONDS = 86_400.0  # of one measurement
 TASKS = ("components", "chat")
@@ -215,7 +214,7 @@ def benchmark(
             slots=slots,
             seconds=seconds,
         )
-        options = session_options(backend, threads, allow_slow=allow_slow)
+        options = options_for(backend, threads, allow_slow=allow_slow)
         device = require_device(device)
         _time_chats(output, outs, load, backend, device, options, markdown, report)
         return
@@ -235,7 +234,7 @@ def benchmark(
         reference=reference_of(against, checkpoint, artifacts, backend, device),
         backend=backend,
         device=device,
-        options=session_options(backend, threads, allow_slow=allow_slow),
+        options=options_for(backend, threads, allow_slow=allow_slow),
         scenario=scenario,
         streams=streams or STREAMS,
         seconds=seconds,
@@ -274,7 +273,7 @@ def _time_chats(
     load: chat.ChatLoad,
     backend: str,
     device: str,
-    options: OrtOptions | None,
+    options: Any,
     markdown: Path | None,
     report: Path | None,
 ) -> None:

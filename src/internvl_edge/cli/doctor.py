@@ -16,6 +16,7 @@ from internvl_edge.cli.options import answers, no_backend
 from internvl_edge.files.cores import usable_cores
 from internvl_edge.files.memory import available_memory, total_memory
 from internvl_edge.files.packages import PACKAGES, is_installed, versions
+from internvl_edge.runtime.ort.cpu import cpu_features
 
 RUNNERS = ("onnxruntime", "engines")  # on CUDA; the former dequantizes 8 bits in every call
 
@@ -83,6 +84,7 @@ def _machine() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cores": usable_cores(),
+        "cpu_features": ", ".join(cpu_features()) or "none that are known",
         "memory": memory,
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
     }

@@ -18,10 +18,9 @@ import click
 from internvl_edge.artifact import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
 from internvl_edge.demo import bundled
-from internvl_edge.errors import UsageError
 from internvl_edge.runtime.images.options import ImageOptions
-from internvl_edge.runtime.ort.options import MAX_THREADS, OrtOptions, choose_providers
-from internvl_edge.runtime.session import BACKENDS, require_device
+from internvl_edge.runtime.ort.options import MAX_THREADS, choose_providers
+from internvl_edge.runtime.session import BACKENDS, options_for, require_device
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.model import Model
@@ -137,7 +136,7 @@ class Running:
         """Open the model of a compiled directory."""
         from internvl_edge.runtime.model import load
 
-        options = session_options(self.backend, self.threads, allow_slow=self.allow_slow)
+        options = options_for(self.backend, self.threads, allow_slow=self.allow_slow)
         return load(out, self.backend, self.device, options=options, images=self.images)
 
     def for_pool(self) -> Running:
@@ -145,23 +144,6 @@ class Running:
         if self.backend not in ("auto", "onnxruntime"):
             return self
         return replace(self, threads=1)
-
-
-def session_options(
-    backend: str, threads: int | None, *, allow_slow: bool = False
-) -> OrtOptions | None:
-    """Make the options of every session; None: the backend's defaults.
-
-    Raises:
-        UsageError: threads of a backend that has none of its own.
-    """
-    if threads is None and not allow_slow:
-        return None
-    if backend not in ("auto", "onnxruntime"):
-        given = "--allow-slow" if threads is None else f"--threads {threads}"
-        option = given.partition(" ")[0]
-        raise UsageError(f"{given}: {backend} computes on a GPU; leave {option} out")
-    return OrtOptions(num_threads=threads, allow_slow=allow_slow)
 
 
 device = click.option(
@@ -242,7 +224,7 @@ def runs_model(function: Function) -> Function:
             allow_slow=allow_slow,
             images=images,
         )
-        session_options(backend, threads, allow_slow=allow_slow)  # refused before any work
+        options_for(backend, threads, allow_slow=allow_slow)  # refused before any work
         return function(*args, running=running, **kwargs)
 
     return wrapped  # type: ignore[return-value]

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-__all__ = ["in_children", "never_destroyed_in_children"]
+from internvl_edge.errors import UsageError
+
+__all__ = ["in_children", "never_destroyed_in_children", "require_own_process"]
 
 T = TypeVar("T")
 
@@ -28,6 +30,24 @@ def in_children(owner: T, action: Callable[[T], None]) -> None:
 def never_destroyed_in_children(native: Any) -> None:
     """Keep an object that has threads for ever in every child that is forked while it is there."""
     in_children(native, _keep_for_ever)
+
+
+def require_own_process(process: int, name: str) -> None:
+    """Refuse to run with threads that a fork left in the parent.
+
+    Args:
+        process: the id of the process that started them.
+        name: what has them, for the message.
+
+    Raises:
+        UsageError: this is another process.
+    """
+    if os.getpid() != process:
+        raise UsageError(
+            f"{name} was opened before a fork and its threads did not come along; open it in the "
+            "process that runs it: load the model in each worker, as in gunicorn without "
+            "--preload, or start workers by spawn"
+        )
 
 
 def _keep_for_ever(native: Any) -> None:

@@ -47,6 +47,7 @@ PACKAGES = {
         ("ml-dtypes", "ml_dtypes", "ort", None),
         ("onnxruntime", "onnxruntime", "ort", "run on the CPU, verify"),
         ("onnxruntime-gpu", "onnxruntime", "ort-gpu", "run on an NVIDIA GPU"),
+        ("openvino", "openvino", "openvino", "run image towers on the CPU in bfloat16"),
         ("tensorrt-rtx", "tensorrt_rtx", "rtx", "build RTX engines, without a GPU"),
         ("tensorrt", "tensorrt", "trt", "build TensorRT engines, on a GPU"),
         ("cuda-core", "cuda.core", "rtx", "run engines"),

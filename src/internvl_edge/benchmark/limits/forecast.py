@@ -29,6 +29,7 @@ from internvl_edge.benchmark.limits.workload import CONVERSIONS, COUNTS, Graph, 
 from internvl_edge.benchmark.settings import Settings
 from internvl_edge.compiler.steps.graph_files import graph_file
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime.session import runs_engines
 
 __all__ = [
     "COLUMNS",
@@ -233,7 +234,7 @@ def forecast_component(
     """
     manifest, is_fused = artifact.manifest, True
     file = graph_file(manifest, component)
-    if backend in ("auto", "onnxruntime"):
+    if not runs_engines(backend):
         file = manifest.components[component].file
         is_fused = cuda_graph(component) in manifest.files
     return estimate(read_kernels(artifact.file(file), shapes, is_fused=is_fused), gpu)

@@ -32,7 +32,7 @@ from internvl_edge.artifact import FileRecord, TensorSpec
 from internvl_edge.errors import InternVLError
 from internvl_edge.runtime.gpu.device import Device
 from internvl_edge.runtime.gpu.handles import Buffer, Stream
-from internvl_edge.runtime.session import Session
+from internvl_edge.runtime.session import Session, runs_engines
 from internvl_edge.runtime.trt.vendor import import_tensorrt
 from internvl_edge.types import Array
 
@@ -110,11 +110,11 @@ def measure_backend(kinds: Iterable[str], backend: str, device: str = "auto") ->
 
     Args:
         kinds: what their products are computed in.
-        backend: ``"onnxruntime"``, ``"tensorrt-rtx"`` or ``"tensorrt"``.
+        backend: that runs them; ONNX Runtime's peaks are those of every backend without engines.
         device: of ONNX Runtime.
     """
     graphs = open_graph_with(backend, device)
-    if backend == "onnxruntime":
+    if not runs_engines(backend):
         from internvl_edge.files.cores import usable_cores
         from internvl_edge.runtime.ort.options import CPU, choose_providers
 
@@ -225,10 +225,10 @@ def open_graph_with(backend: str, device: str = "auto") -> OpenGraph:
     """Choose how graphs are opened on a backend; engines are built first.
 
     Args:
-        backend: ``"onnxruntime"``, ``"tensorrt-rtx"`` or ``"tensorrt"``.
+        backend: one that runs engines; every other is ONNX Runtime.
         device: of ONNX Runtime.
     """
-    if backend != "onnxruntime":
+    if runs_engines(backend):
         return lambda model: _open_engine(model, backend)
     from internvl_edge.runtime.ort.options import OrtOptions
     from internvl_edge.runtime.ort.session import OrtSession

@@ -17,6 +17,7 @@ from internvl_edge.artifact import Artifact
 from internvl_edge.benchmark.limits.peaks import Peaks
 from internvl_edge.benchmark.limits.workload import Workload, read_workload
 from internvl_edge.compiler.steps.graph_files import graph_file
+from internvl_edge.runtime.session import runs_engines
 
 __all__ = ["Roofline", "component_workload", "locate"]
 
@@ -46,10 +47,10 @@ def component_workload(
         artifact: the directory.
         component: a name in its manifest.
         feeds: arrays of the call's shapes.
-        backend: ``"onnxruntime"``, or one that runs engines.
+        backend: that opens the published graph, or runs engines.
     """
     path = artifact.onnx_path(component)
-    if backend != "onnxruntime":
+    if runs_engines(backend):
         path = artifact.file(graph_file(artifact.manifest, component))
     return read_workload(path, {name: array.shape for name, array in feeds.items()})
 

@@ -32,9 +32,9 @@ from internvl_edge.integrations.bulk.sources.source import (
     text_of,
 )
 from internvl_edge.runtime.images.sources import image_label
-from internvl_edge.runtime.requests import require_choice, require_flag, text_problem
 from internvl_edge.runtime.tasks.embed import encode_text, image_embedder
 from internvl_edge.runtime.tasks.vectors import unit
+from internvl_edge.runtime.text.requests import require_choice, require_flag, text_problem
 from internvl_edge.types import Array
 
 if TYPE_CHECKING:

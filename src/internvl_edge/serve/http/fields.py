@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from internvl_edge.errors import did_you_mean
-from internvl_edge.runtime.requests import text_problem
+from internvl_edge.runtime.text.requests import text_problem
 from internvl_edge.serve.http.problems import Problem, bad_request, shown
 
 __all__ = ["MAX_TEXT", "Fields", "require_text"]

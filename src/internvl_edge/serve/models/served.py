@@ -33,10 +33,10 @@ from internvl_edge.artifact.components import (
 )
 from internvl_edge.runtime.images.transform import Transform, pixel_levels, pixel_values
 from internvl_edge.runtime.model import Model, load
-from internvl_edge.runtime.ort.options import OrtOptions
-from internvl_edge.runtime.requests import fill_template, masked, slices
+from internvl_edge.runtime.session import options_for
 from internvl_edge.runtime.tasks.embed import TEXT_BATCH, image_embedder
 from internvl_edge.runtime.tasks.vectors import softmax, unit
+from internvl_edge.runtime.text.requests import fill_template, masked, slices
 from internvl_edge.serve.http.images import ImageUrl, decoded
 from internvl_edge.serve.http.meters import Meters, Stages
 from internvl_edge.serve.http.problems import blamed, overloaded
@@ -70,11 +70,9 @@ class ServedModel:
     def __init__(self, name: str, out: Path, options: ServeOptions, pool: Executor) -> None:
         self.name, self._options, self._pool = name, options, pool
         # Threads that wait in a loop would take the cores of those that decode and answer.
-        given: OrtOptions | None = OrtOptions(
-            num_threads=options.num_threads, spin=False, allow_slow=options.allow_slow
+        given = options_for(
+            options.backend, options.num_threads, spin=False, allow_slow=options.allow_slow
         )
-        if options.backend not in ("auto", "onnxruntime") and options.num_threads is None:
-            given = None
         self.model: Model = load(out, options.backend, options.device, options=given)
         self._batched: dict[str, Batched] = {}
         self.chats: Chats | None = None

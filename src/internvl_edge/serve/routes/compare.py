@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internvl_edge.runtime.requests import distinct_labels, one_place_templates
 from internvl_edge.runtime.tasks.compare import best_labels
 from internvl_edge.runtime.tasks.embed import DEFAULT_TEMPLATES
 from internvl_edge.runtime.tasks.vectors import ranked, unit
+from internvl_edge.runtime.text.requests import distinct_labels, one_place_templates
 from internvl_edge.serve.http.exchange import Call
 from internvl_edge.serve.http.fields import Fields, require_text
 from internvl_edge.serve.http.images import ImageUrl, image_url

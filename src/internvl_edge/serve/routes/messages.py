@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from internvl_edge.runtime.requests import text_problem
 from internvl_edge.runtime.tasks.chat_prompt import VIDEO
 from internvl_edge.runtime.text.chat_tokenizer import IMAGE
+from internvl_edge.runtime.text.requests import text_problem
 from internvl_edge.runtime.text.templates import Turn
 from internvl_edge.serve.http.fields import MAX_TEXT, Fields, require_text
 from internvl_edge.serve.http.images import ImageUrl, image_url
