@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from support.paths import ROOT, TESTS
 
 PACKED = TESTS / "golden" / "tiny.tar.xz"
@@ -18,6 +19,7 @@ WHOLE_FAMILY = SHARED / "golden_family"  # the same
 REAL_TOKENIZERS = SHARED / "data" / "real_tokenizers"
 SETS = ["small", *(["whole"] if WHOLE.is_dir() else [])]
 FAMILY_SETS = ["small", *(["whole"] if WHOLE_FAMILY.is_dir() else [])]
+SHAPE = ".shape"  # in a file of arrays: NAME.shape is the shape of what NAME has some numbers of
 FAMILY = ("llama", "llama3", "internlm2", "qwen2", "qwen3", "phi3")
 
 
@@ -50,6 +52,29 @@ def some(array: Any) -> Any:
     return flat[:: 101 if len(flat) > 50_000 else 7]
 
 
-def alike(actual: Any, expected: Any) -> Any:
-    """Choose those numbers of an array that a golden one has: all, or some of them."""
-    return actual if actual.shape == expected.shape else some(actual)
+def thinned(name: str, array: Any) -> dict[str, Any]:
+    """Give the form in which an array of results is stored: some of it, and the shape of all."""
+    kept = some(array)
+    if kept.shape == array.shape:
+        return {name: array}
+    return {name: kept, name + SHAPE: np.array(array.shape)}
+
+
+def read_golden(path: Path) -> dict[str, Any]:
+    """Read golden arrays in their own shapes; numbers that are not stored are NaN."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    shapes = {name: arrays.pop(name + SHAPE) for name in file.files if name + SHAPE in arrays}
+    for name, shape in shapes.items():
+        whole = np.full(shape, np.nan, arrays[name].dtype)
+        some(whole)[:] = arrays[name]
+        arrays[name] = whole
+    return arrays
+
+
+def assert_golden(actual: Any, expected: Any, atol: float, name: str = "") -> None:
+    """Compare dtype, shape, and those numbers that a golden array has."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), name
+    known = ~np.isnan(expected)
+    np.testing.assert_allclose(actual[known], expected[known], atol=atol, rtol=0, err_msg=name)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import CHAT, write_chat, write_llava
-from support.golden import alike
+from support.golden import assert_golden, read_golden
 
 from internvl_edge import compiler, load, open_session
 from internvl_edge.artifact.components import WEIGHTS_FILE
@@ -55,8 +55,7 @@ def edited(golden: Path, directory: Path, **changes: Any) -> Path:
 
 @pytest.fixture
 def reference(golden: Path) -> dict[str, Array]:
-    with np.load(golden / "tiny/reference.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files if name.startswith(("chat.", "in."))}
+    return read_golden(golden / "tiny/reference.npz")
 
 
 # --- the reference -------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def test_image_tokens_are_the_originals(
     with torch.inference_mode():
         found = model.encode_image(torch.from_numpy(reference["in.pixel_values"])).numpy()
     expected = reference[f"chat.{version}.sel{layer}.image_tokens"]
-    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    assert_golden(found, expected, 1e-5)
 
 
 def test_logits_and_greedy_ids_are_the_originals(golden: Path, reference: dict[str, Any]) -> None:
@@ -84,8 +83,7 @@ def test_logits_and_greedy_ids_are_the_originals(golden: Path, reference: dict[s
     )
     with torch.inference_mode():
         logits = model(pixels, ids, image_token_id=IMAGE_TOKEN).numpy()
-    expected = reference["chat.v2.logits"]
-    np.testing.assert_allclose(alike(logits, expected), expected, atol=5e-5, rtol=0)
+    assert_golden(logits, reference["chat.v2.logits"], 5e-5)
     greedy = reference["chat.v2.greedy"][:, 1:]
     found = model.generate(pixels, ids, image_token_id=IMAGE_TOKEN, max_new_tokens=greedy.shape[1])
     np.testing.assert_array_equal(found.numpy(), greedy)
@@ -242,8 +240,7 @@ def test_components_are_the_originals(
             heads, size = spec.shape[1], spec.shape[3]
             feeds[spec.name] = np.zeros((len(ids), heads, 0, size), np.float32)
         logits = decoder.run(feeds)["logits"]
-    expected = reference["chat.v2.logits"]
-    np.testing.assert_allclose(alike(logits, expected), expected, atol=5e-5, rtol=0)
+    assert_golden(logits, reference["chat.v2.logits"], 5e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "fp8", "int8-wo", "int4-wo"])

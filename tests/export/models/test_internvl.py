@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from support.golden import alike
+from support.golden import assert_golden, read_golden
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,19 +18,13 @@ from internvl_edge.quantize.numerics.rotation import rotation
 ATOL, LOGITS_ATOL = 1e-5, 5e-5
 
 
-class Reference:
-    """The golden arrays, as tensors."""
-
-    def __init__(self, path: Path) -> None:
-        self.arrays = np.load(path)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return torch.from_numpy(self.arrays[key])
+Reference = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
 def ref(golden: Path) -> Reference:
-    return Reference(golden / "tiny" / "reference.npz")
+    arrays = read_golden(golden / "tiny" / "reference.npz")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +41,7 @@ def _no_gradients() -> object:
 
 
 def close(actual: Tensor, expected: Tensor, atol: float = ATOL) -> None:
-    torch.testing.assert_close(alike(actual, expected), expected, atol=atol, rtol=0)
+    assert_golden(actual, expected, atol)
 
 
 def test_vision_tower(model: InternVL, ref: Reference) -> None:
