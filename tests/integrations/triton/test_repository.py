@@ -20,7 +20,7 @@ from internvl_edge import cli
 from internvl_edge.artifact import open_artifact
 from internvl_edge.artifact.components import COMPONENTS
 from internvl_edge.errors import ArtifactError, InternVLError, UsageError
-from internvl_edge.integrations.triton import repository
+from internvl_edge.integrations.triton import readme, repository
 from internvl_edge.integrations.triton.options import RepositoryOptions
 from internvl_edge.integrations.triton.repository import write_repository
 from internvl_edge.integrations.triton.tasks import TASKS
@@ -377,13 +377,68 @@ def test_only_what_was_written_here_is_replaced(out: Path) -> None:
     refused(out, "not written by internvl-edge", force=True)
 
 
-def test_models_of_others_are_not_removed(out: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet",
+        "notes.txt",
+        "embed_text/2",
+        "embed_text/labels.txt",
+        "embed_text/1/mine.py",
+        "embed_text/1/out/notes.txt",
+        "embed_text/warmup/mine",
+        "image_embed/1/model.plan",
+    ],
+)
+def test_what_others_added_is_named_and_stays(out: Path, name: str) -> None:
+    repo = write(out, backend="onnxruntime", self_contained=True)
+    (repo / name).mkdir()
+    (repo / name / "inner").write_text("x")
+    refused(out, f"more than what internvl-edge wrote: {name}; move that elsewhere", force=True)
+    (repo / name / "inner").unlink()
+    (repo / name).rmdir()
+    (repo / name).write_text("x")
+    refused(out, f"more than what internvl-edge wrote: {name}; move that elsewhere", force=True)
+    (repo / name).unlink()
+    write(out, force=True)
+
+
+def test_much_that_others_added_is_counted(out: Path) -> None:
     repo = write(out)
-    (repo / "resnet").mkdir()
-    refused(out, "more than what internvl-edge wrote: resnet", force=True)
-    (repo / "resnet").rmdir()
-    (repo / "embed_text" / "2").mkdir()
-    refused(out, "more than what internvl-edge wrote: embed_text/2", force=True)
+    for number in range(10):
+        (repo / "classify" / "1" / f"{number}.txt").write_text("x")
+    refused(out, "classify/1/0.txt, .*classify/1/7.txt and 2 more; move", force=True)
+
+
+def test_what_triton_and_its_users_change_is_replaced(out: Path) -> None:
+    """Python leaves what it compiled; a config is meant to be edited."""
+    repo = write(out)
+    cache = repo / "embed_text" / "1" / "__pycache__"
+    cache.mkdir()
+    (cache / "model.cpython-312.pyc").write_bytes(b"x")
+    (repo / "embed_text" / "config.pbtxt").write_text("edited")
+    (repo / "embed_text" / "warmup" / "text").unlink()
+    write(out, force=True)
+    assert not cache.exists()
+    assert config_of(repo / "embed_text").name == "embed_text"
+
+
+@pytest.mark.parametrize("listed", [None, "<!-- Its files: {} -->", "<!-- Its files: [ -->"])
+def test_a_readme_that_lists_nothing_is_not_ours(out: Path, listed: str | None) -> None:
+    page = write(out) / "README.md"
+    lines = page.read_text().splitlines()
+    assert lines[-1].startswith("<!-- Its files: [")
+    page.write_text("\n".join([*lines[:-1], *([listed] if listed else [])]))
+    refused(out, "not written by internvl-edge", force=True)
+
+
+def test_a_name_does_not_end_the_list(out: Path) -> None:
+    manifest = open_artifact(out).manifest
+    options = RepositoryOptions(out=out, repo=out.parent / "repo")
+    names = {"a --> b", "c\nd", "é", "README.md"}
+    text = readme.readme(manifest, options, [], names)
+    assert readme.listed_files(text.encode()) == names
+    assert readme.listed_files(b"") is None
 
 
 def test_places_that_cannot_be(out: Path) -> None:

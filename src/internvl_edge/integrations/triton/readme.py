@@ -1,23 +1,35 @@
-"""REPO/README.md: what was written, how Triton is started on it, and which versions fit."""
+"""REPO/README.md: what was written, how Triton is started on it, and which versions fit.
+
+Its last line, a comment, lists the repository's files: how ``--force`` knows what it may replace.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from internvl_edge._version import __version__
 from internvl_edge.artifact.manifest import Manifest
+from internvl_edge.files.reading import parse_json
 from internvl_edge.integrations.triton.folder import ModelFolder
 from internvl_edge.integrations.triton.options import RepositoryOptions
 
-__all__ = ["MARK", "README", "readme"]
+__all__ = ["README", "listed_files", "readme"]
 
 README = "README.md"
 MARK = "<!-- Written by internvl-edge triton. -->"  # how a repository of ours is known again
+LISTED, END = "<!-- Its files: ", " -->"
 
 
-def readme(manifest: Manifest, options: RepositoryOptions, models: Sequence[ModelFolder]) -> str:
-    """Write Markdown for a repository."""
+def readme(
+    manifest: Manifest,
+    options: RepositoryOptions,
+    models: Sequence[ModelFolder],
+    files: Iterable[str],
+) -> str:
+    """Write Markdown for a repository; ``files`` are paths in it."""
+    listed = json.dumps(sorted({*files, README})).replace(">", "\\u003e")  # no end of a comment
     return f"""{MARK}
 
 # {_code(str(manifest.source["checkpoint"]))} at {manifest.precision}, for Triton
@@ -53,7 +65,23 @@ inference.
 ## Waiting
 
 {_waiting(options)}
+
+{LISTED}{listed}{END}
 """
+
+
+def listed_files(text: bytes) -> frozenset[str] | None:
+    """Read which files a repository was written with; None: its README is not one of ours."""
+    lines = text.splitlines()
+    start, end = LISTED.encode("ascii"), END.encode("ascii")
+    listed = [line for line in lines if line.startswith(start) and line.endswith(end)]
+    if lines[:1] != [MARK.encode("ascii")] or not listed:
+        return None
+    try:
+        names = parse_json(listed[-1].removeprefix(start).removesuffix(end))
+    except ValueError:
+        return None
+    return frozenset(map(str, names)) if isinstance(names, list) else None
 
 
 def _row(model: ModelFolder) -> str:

@@ -12,8 +12,9 @@ Every folder in REPO is a model, whole by itself: those in a cloud are fetched m
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from internvl_edge.artifact.open import Artifact, open_artifact
@@ -27,23 +28,19 @@ from internvl_edge.files.disk import (
     require_free_disk,
 )
 from internvl_edge.files.reading import require_unicode
-from internvl_edge.integrations.triton.component import (
-    COMPONENT,
-    component_model,
-    require_computable,
-)
+from internvl_edge.integrations.triton.component import component_model, require_computable
 from internvl_edge.integrations.triton.config import text_of
-from internvl_edge.integrations.triton.folder import CONFIG, VERSION, WARMUP, ModelFolder
+from internvl_edge.integrations.triton.folder import CONFIG, VERSION, ModelFolder
 from internvl_edge.integrations.triton.front import front_model
 from internvl_edge.integrations.triton.options import RepositoryOptions
-from internvl_edge.integrations.triton.readme import MARK, README, readme
+from internvl_edge.integrations.triton.readme import README, listed_files, readme
 from internvl_edge.integrations.triton.tasks import TASKS, Task, is_chat
 from internvl_edge.runtime.components import OpenComponents
 
 __all__ = ["write_repository"]
 
-OURS = (*TASKS, COMPONENT, README)  # what a repository of ours may have
-OURS_IN_MODEL = (CONFIG, VERSION, WARMUP)
+MAX_README_NBYTES, MAX_NAMED = 1 << 20, 8
+COMPILED = "__pycache__"  # Python's, next to a model.py that Triton has run
 
 
 def write_repository(options: RepositoryOptions) -> tuple[str, ...]:
@@ -67,7 +64,9 @@ def write_repository(options: RepositoryOptions) -> tuple[str, ...]:
     ) as directory:
         for model in models:
             _write(artifact, model, directory / model.name)
-        text = readme(artifact.manifest, options, models)
+        files = (path for path in directory.rglob("*") if not path.is_dir())
+        names = (path.relative_to(directory).as_posix() for path in files)
+        text = readme(artifact.manifest, options, models, names)
         (directory / README).write_text(text, encoding="utf-8")
     return tuple(model.name for model in models)
 
@@ -146,24 +145,33 @@ def _is_repository(directory: Path) -> bool:
     """Tell whether a folder was written here.
 
     Raises:
-        UsageError: it was, and has models, or versions of them, of others.
+        UsageError: it was, and has more by now; it names that.
     """
     try:
         with open_regular(directory / README) as file:
-            if file.read(len(MARK)) != MARK.encode("ascii"):
-                return False
+            written = listed_files(file.read(MAX_README_NBYTES))
     except FileNotFoundError:
         return False
-    others = sorted(path.name for path in directory.iterdir() if path.name not in OURS)
-    for model in (*TASKS, COMPONENT):
-        found = sorted(path.name for path in (directory / model).glob("*"))
-        others += [f"{model}/{name}" for name in found if name not in OURS_IN_MODEL]
-    if others:
+    if written is None:
+        return False
+    if others := _others(directory, written):
+        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
         raise UsageError(
-            f"{directory} has more than what internvl-edge wrote: {', '.join(others[:8])}; write "
-            "to another folder, and move its models here"
+            f"{directory} has more than what internvl-edge wrote: {', '.join(others[:MAX_NAMED])}"
+            f"{more}; move that elsewhere, or write to another folder"
         )
     return True
+
+
+def _others(directory: Path, written: Collection[str]) -> list[str]:
+    """List the files in a repository that it was not written with, or the folder of only such."""
+    known = {*written, *(str(folder) for name in written for folder in PurePosixPath(name).parents)}
+    paths = (path.relative_to(directory) for path in sorted(directory.rglob("*")))
+    return [
+        str(path)
+        for path in paths
+        if str(path) not in known and str(path.parent) in known and path.name != COMPILED
+    ]
 
 
 # --- writing -------------------------------------------------------------------------------------
