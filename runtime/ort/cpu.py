@@ -6,6 +6,8 @@ import platform
 import re
 from pathlib import Path
 
+from internvl_edge.files.reading import system_text
+
 __all__ = ["cpu_features", "cpuinfo", "products_saturate"]
 
 
@@ -27,9 +29,6 @@ def cpu_features() -> list[str]:
 
 def cpuinfo(field: str) -> str | None:
     """Read the first value of a field of /proc/cpuinfo; None where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
+    text = system_text(Path("/proc/cpuinfo"))
     match = re.search(rf"^{field}\s*: *(.*)$", text, re.MULTILINE)
     return match[1].strip() if match else None

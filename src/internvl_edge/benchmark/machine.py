@@ -11,10 +11,13 @@ from internvl_edge._version import __version__
 from internvl_edge.files.cores import usable_cores
 from internvl_edge.files.memory import total_memory
 from internvl_edge.files.packages import MEASURED_WITH, versions
+from internvl_edge.files.reading import system_text
 from internvl_edge.runtime.gpu.probe import gpus
 from internvl_edge.runtime.ort.cpu import cpu_features, cpuinfo
 
 __all__ = ["environment", "gpu_nbytes", "load_warning"]
+
+CLOCK = Path("/sys/devices/system/cpu/cpu0/cpufreq")  # of the first core
 
 
 def environment() -> dict[str, Any]:
@@ -28,7 +31,7 @@ def environment() -> dict[str, Any]:
         "cores_usable": usable_cores(),
         "cores_online": os.cpu_count(),
         "clock_mhz": _clock_mhz(),
-        "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "governor": system_text(CLOCK / "scaling_governor") or None,
         "memory_bytes": total_memory(),
         "load_average": _load_average(),
         "gpus": [gpu.name for gpu in gpus()],
@@ -66,15 +69,7 @@ def _cpu_model() -> str | None:
 
 def _clock_mhz() -> float | None:
     """Read the present clock of the first core."""
-    khz = _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-    if khz is not None:
+    if khz := system_text(CLOCK / "scaling_cur_freq"):
         return float(khz) / 1e3
     mhz = cpuinfo("cpu MHz")
     return None if mhz is None else float(mhz)
-
-
-def _first_line(path: str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None

@@ -13,21 +13,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-__all__ = [
-    "CGROUPS",
-    "OWN_CGROUPS",
-    "default_threads",
-    "own_groups",
-    "quota_cores",
-    "system_text",
-    "usable_cores",
-]
+from internvl_edge.files.cgroups import CGROUPS, OWN_CGROUPS, own_groups
+from internvl_edge.files.reading import system_text
 
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+__all__ = ["default_threads", "quota_cores", "usable_cores"]
+
 OMP_THREADS = "OMP_NUM_THREADS"
 
 
@@ -71,36 +64,6 @@ def quota_cores(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def own_groups(
-    controller: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS
-) -> Iterator[tuple[int, Path]]:
-    """List this process's control groups that may limit something, and those around them.
-
-    In a container a group's path may be one of the host; the mount itself is then its own.
-
-    Args:
-        controller: what is limited: "cpu", "memory".
-        root: where control groups are mounted.
-        own: the file that names this process's groups.
-
-    Yields:
-        The version of control groups, and the folder of one.
-    """
-    for line in system_text(own).splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if number == "0" and not controllers:
-            mounts, version = [root], 2
-        elif controller in controllers.split(","):
-            mounts, version = list(dict.fromkeys((root / controllers, root / controller))), 1
-        else:
-            continue
-        for mount in mounts:
-            folder = mount / group.strip("/")
-            for each in (folder, *(f for f in folder.parents if f.is_relative_to(mount))):
-                yield version, each
-
-
 def _limit_v2(folder: Path) -> float | None:
     quota, _, period = (system_text(folder / "cpu.max") or "max").partition(" ")
     return _cores(quota, period)
@@ -117,11 +80,3 @@ def _cores(quota: str, period: str) -> float | None:
     except ValueError:  # "max", or no such file
         return None
     return used / of if used > 0 and of > 0 else None  # v1: -1 is no limit
-
-
-def system_text(path: Path) -> str:
-    """Read a file of /proc or /sys; "" where there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
-    except OSError:
-        return ""

@@ -18,7 +18,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_edge.files.cores import CGROUPS, OWN_CGROUPS, own_groups, system_text
+from internvl_edge.files.cgroups import CGROUPS, OWN_CGROUPS, own_groups
+from internvl_edge.files.reading import system_text
 
 __all__ = [
     "available_memory",

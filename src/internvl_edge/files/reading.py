@@ -9,7 +9,8 @@ limit; and ``foreign_target`` says of a link whether what it leads to belongs to
                                             ../../blobs/HASH, relative or absolute, of any length
 
 Whoever only parses a file follows any link to it; whoever passes its bytes on asks first.
-A compiled directory has no links at all: ``artifact.open``.
+A compiled directory has no links at all: ``artifact.open``. What the system itself writes, in /proc
+and /sys, has none of these dangers: ``system_text``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ __all__ = [
     "read_file",
     "read_json",
     "require_unicode",
+    "system_text",
     "unique_names",
 ]
 
@@ -150,6 +152,14 @@ def _reading(path: Path, error: type[InternVLError]) -> Iterator[None]:
 
 def _leading(path: Path) -> str:
     return f" (it is a link to {os.readlink(path)})" if os.path.islink(path) else ""
+
+
+def system_text(path: Path) -> str:
+    """Read a file of /proc or /sys; "" where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
+    except OSError:
+        return ""
 
 
 def is_there(path: Path) -> bool:
