@@ -29,7 +29,12 @@ import onnx_ir as ir
 from internvl_edge.artifact.components import COMPONENTS, cpu_graph, cuda_graph, engine_graph
 from internvl_edge.compiler.oracle.expected import Expected, Part, Reference
 from internvl_edge.compiler.oracle.joined import require_joined
-from internvl_edge.compiler.oracle.run_graph import Form, cpu_form, cuda_form, run_part
+from internvl_edge.compiler.oracle.run_graph import (
+    Form,
+    rewrite_for_cpu,
+    rewrite_for_cuda,
+    run_part,
+)
 from internvl_edge.compiler.oracle.scales import require_as_calibrated, require_seen_ranges
 from internvl_edge.compiler.oracle.simulate import Quantization
 from internvl_edge.compiler.plan import Hardware
@@ -59,7 +64,10 @@ SAMPLES = 4  # of the calibration set, to compare quantized components on
 SAME_DB = 70.0  # compared with the simulation: the same numbers
 COSTLY = 3  # layers that are named
 # Further graphs of a component, by the function that names them → how they are made.
-FORMS: Mapping[Callable[[str], str], Form] = {cuda_graph: cuda_form, cpu_graph: cpu_form}
+FORMS: Mapping[Callable[[str], str], Form] = {
+    cuda_graph: rewrite_for_cuda,
+    cpu_graph: rewrite_for_cpu,
+}
 
 
 class Checker:
@@ -274,7 +282,7 @@ class Checker:
             VerificationError: they differ.
         """
         tower, feeds, block = COMPONENTS[component].tower, expected.feeds, part.block
-        if COMPONENTS[component].takes_cache and form is cuda_form:
+        if COMPONENTS[component].takes_cache and form is rewrite_for_cuda:
             feeds = one_row(feeds)
         published = self._run_part(path, tower, block, feeds, unrounded=True)
         if block is None:

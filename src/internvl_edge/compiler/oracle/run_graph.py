@@ -74,12 +74,12 @@ def run_part(
         return run_as_reference(session, feeds, preprocessing)
 
 
-def cpu_form(model: ir.Model) -> ir.Model | None:
+def rewrite_for_cpu(model: ir.Model) -> ir.Model | None:
     """Rewrite a decoder's graph for ONNX Runtime's CPU provider."""
     return model if take_cpu_form(model) else None
 
 
-def cuda_form(model: ir.Model) -> ir.Model | None:
+def rewrite_for_cuda(model: ir.Model) -> ir.Model | None:
     """Rewrite a graph for ONNX Runtime's CUDA provider; a decoder in float32, scaled as float16."""
     if any(value.name == WRITE_INDICES for value in model.graph.inputs):
         return cuda_decoder(model, ir.DataType.FLOAT, DIVISOR)

@@ -25,7 +25,7 @@ from internvl_edge.artifact.components import (
 from internvl_edge.compiler.cost import Cost
 from internvl_edge.compiler.plan import Plan
 from internvl_edge.compiler.steps.meta_model import AnyModel
-from internvl_edge.compiler.steps.provider_graphs import cpu_form, cuda_form
+from internvl_edge.compiler.steps.provider_graphs import make_cpu_graph, make_cuda_graph
 from internvl_edge.compiler.steps.step import Build, Emitted
 from internvl_edge.compiler.steps.trace import trace_all
 from internvl_edge.export.graph.bind import bind, save
@@ -80,10 +80,10 @@ def write_graph(plan: Plan, name: str, model: ir.Model, build: Build, file: str)
     if take_unsigned_weights(model):
         save(model, directory / unsigned_graph(name))
     if file == f"{name}.onnx":
-        fused = cuda_form(plan, name, model)
+        fused = make_cuda_graph(plan, name, model)
         if fused is not None:
             save(fused, directory / cuda_graph(name))
-        joined = cpu_form(name, directory / file)
+        joined = make_cpu_graph(name, directory / file)
         if joined is not None:
             save(joined, directory / cpu_graph(name))
     return emitted

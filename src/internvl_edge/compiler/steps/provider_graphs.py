@@ -22,12 +22,12 @@ from internvl_edge.export.graph.providers.decoder import cuda_decoder
 from internvl_edge.export.graph.providers.tower import take_cuda_form
 from internvl_edge.export.precision import WEIGHT_ONLY, precision_of
 
-__all__ = ["cpu_form", "cuda_form"]
+__all__ = ["make_cpu_graph", "make_cuda_graph"]
 
 DECODER_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
-def cuda_form(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
+def make_cuda_graph(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
     """Make the graph of a component, bound to its weights; ``model`` is used up. None: no such."""
     if COMPONENTS[component].takes_cache:
         # of INT4 and INT8, ONNX Runtime has products in float16 alone
@@ -38,7 +38,7 @@ def cuda_form(plan: Plan, component: str, model: ir.Model) -> ir.Model | None:
     return model if is_of_one_type and take_cuda_form(model) else None
 
 
-def cpu_form(component: str, path: Path) -> ir.Model | None:
+def make_cpu_graph(component: str, path: Path) -> ir.Model | None:
     """Make the graph of a component for the CPU from the one at ``path``. None: no such."""
     if not COMPONENTS[component].takes_cache:
         return None
