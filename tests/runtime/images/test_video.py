@@ -6,7 +6,10 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,6 @@ from internvl_edge.runtime.images import video
 from internvl_edge.runtime.images.video import (
     CONTAINERS,
     START,
-    _upright,
     chat_frames,
     decode_frames,
     dual_softmax,
@@ -202,13 +204,25 @@ def test_a_codec_that_nobody_knows_is_told(tmp_path: Path) -> None:
             read(path)
 
 
-def test_pixels_that_cannot_be_converted_are_a_broken_video(film: Path) -> None:
-    class Frame:
-        def to_ndarray(self, format: str) -> None:
-            raise ValueError("Conversion to numpy array is not supported")
+@pytest.mark.parametrize("read", [decode_frames, load_chat_frames])
+def test_pixels_that_cannot_be_converted_are_a_broken_video(
+    read: Callable[[Path], Any], film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No small file has such pixels, so a frame says so in place of FFmpeg's."""
+    av = pytest.importorskip("av")
 
-    with pytest.raises(MediaError, match="expected a video file: Conversion"):
-        _upright(Frame(), film)
+    def to_ndarray(format: str) -> None:
+        raise ValueError(f"Conversion to {format} is not supported")
+
+    size = {"width": 64, "height": 48}
+    stream = SimpleNamespace(codec_context=SimpleNamespace(**size))
+    container = SimpleNamespace(
+        streams=SimpleNamespace(video=[stream]),
+        decode=lambda stream: [SimpleNamespace(**size, to_ndarray=to_ndarray)],
+    )
+    monkeypatch.setattr(av, "open", lambda file, format: nullcontext(container))
+    with pytest.raises(MediaError, match="expected a video file: Conversion to rgb24"):
+        read(film)
 
 
 @pytest.mark.parametrize("url", ["http://a.org/a.mp4", "rtsp://a.org/1"])
