@@ -43,6 +43,14 @@ CASES: dict[str, tuple[str, dict[str, str], list[tuple[int, int]]]] = {
         },
         [(9000, 6680)],
     ),
+    "v1 without a limit": (
+        "4:memory:/\n",
+        {
+            "memory/memory.limit_in_bytes": "9223372036854771712",
+            "memory/memory.usage_in_bytes": "7000",
+        },
+        [],
+    ),
     "garbage": ("nonsense\n0::/\n", {"memory.max": "a lot", "memory.current": "5"}, []),
     "nothing mounted": ("0::/\n", {}, []),
 }
@@ -56,6 +64,24 @@ def test_the_memory_of_control_groups(tmp_path: Path, case: str) -> None:
         (tmp_path / name).write_text(text + "\n")
     (tmp_path / "own").write_text(own)
     assert group_memory(tmp_path, tmp_path / "own") == expected
+
+
+def test_a_limit_that_changes_is_seen(tmp_path: Path) -> None:
+    """So is one that had not been there, and the move to another group."""
+    own = tmp_path / "own"
+    own.write_text("0::/a/b\n")
+    for group in ("a/b", "c"):
+        (tmp_path / group).mkdir(parents=True)
+        (tmp_path / group / "memory.current").write_text("5\n")
+    assert group_memory(tmp_path, own) == []
+    (tmp_path / "a/b/memory.max").write_text("100\n")
+    assert group_memory(tmp_path, own) == [(100, 5)]
+    (tmp_path / "a/b/memory.max").write_text("50\n")
+    (tmp_path / "a/b/memory.current").write_text("6\n")
+    assert group_memory(tmp_path, own) == [(50, 6)]
+    own.write_text("0::/c\n")
+    (tmp_path / "c/memory.max").write_text("70\n")
+    assert group_memory(tmp_path, own) == [(70, 5)]
 
 
 def test_no_control_groups(tmp_path: Path) -> None:

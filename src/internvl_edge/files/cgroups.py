@@ -9,7 +9,7 @@ A group is limited by those around it too. What is limited, and how, is said by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from internvl_edge.files.reading import system_text
@@ -21,7 +21,7 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def own_groups(
     controller: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS
-) -> Iterator[tuple[int, Path]]:
+) -> tuple[tuple[int, Path], ...]:
     """List this process's control groups that may limit something, and those around them.
 
     In a container a group's path may be one of the host; the mount itself is then its own.
@@ -29,12 +29,19 @@ def own_groups(
     Args:
         controller: what is limited: "cpu", "memory".
         root: where control groups are mounted.
-        own: the file that names this process's groups.
+        own: the file that names this process's groups; it is read at each call.
 
-    Yields:
-        The version of control groups, and the folder of one.
+    Returns:
+        Of each the version of control groups, and its folder, which need not be there.
     """
-    for line in system_text(own).splitlines():
+    return _groups(controller, root, system_text(own))
+
+
+@lru_cache(maxsize=8)
+def _groups(controller: str, root: Path, text: str) -> tuple[tuple[int, Path], ...]:
+    """List the groups that a text names; paths take longer to make than the files to read."""
+    groups: list[tuple[int, Path]] = []
+    for line in text.splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
@@ -45,5 +52,6 @@ def own_groups(
             continue
         for mount in mounts:
             folder = mount / group.strip("/")
-            for each in (folder, *(f for f in folder.parents if f.is_relative_to(mount))):
-                yield version, each
+            around = (above for above in folder.parents if above.is_relative_to(mount))
+            groups += ((version, each) for each in (folder, *around))
+    return tuple(groups)

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 KIB = 1024
+UNLIMITED = 1 << 62  # cgroup v1 says the largest number of whole pages, v2 "max"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,10 @@ def group_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[tuple[in
     groups = []
     for version, folder in own_groups("memory", root, own):
         of = GROUP_FILES[version]
-        limit, used = _number(folder / of.limit), _number(folder / of.used)
-        if limit is not None and used is not None:
+        limit = _number(folder / of.limit)
+        if limit is None or limit >= UNLIMITED:
+            continue
+        if (used := _number(folder / of.used)) is not None:
             stat = system_text(folder / "memory.stat")
             cached = [re.search(rf"^{name} (\d+)$", stat, re.MULTILINE) for name in of.cached]
             groups.append((limit, used - sum(int(match[1]) for match in cached if match)))

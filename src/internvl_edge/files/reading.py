@@ -157,7 +157,8 @@ def _leading(path: Path) -> str:
 def system_text(path: Path) -> str:
     """Read a file of /proc or /sys; "" where there is none."""
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
+        with open(path, "rb", buffering=0) as file:
+            return file.read().decode("utf-8", "surrogateescape").strip()
     except OSError:
         return ""
 
