@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 from support.checkpoints import write_chat, write_internvl, write_tokenizer
 
 from internvl_edge import compiler
+from internvl_edge.artifact.components import DECODER
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.benchmark import chat
 from internvl_edge.benchmark.chat import COLUMNS, ChatLoad, run_chats
 from internvl_edge.cli import run
 from internvl_edge.compiler import ExportOptions
 from internvl_edge.errors import UsageError
+from internvl_edge.runtime.generation.limits import num_positions
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +67,18 @@ def test_an_internvl_g_is_asked_single_questions(outs: Path) -> None:
     assert one.stages["vision"].max > 0
 
 
+def test_a_question_that_has_no_room_is_refused(outs: Path) -> None:
+    """The last one of a conversation counts, before the first is answered."""
+    room = num_positions(open_artifact(outs / "single-out").manifest, DECODER)
+    with pytest.raises(UsageError, match=rf"it, --prompt {room}: .* new tokens; lower --prompt"):
+        measured(outs / "single-out", ChatLoad(prompt_tokens=room, callers=(1,), seconds=0.0))
+    load = ChatLoad(prompt_tokens=300 // 2 - 5, answer_tokens=6, tiles=0, callers=(1,), seconds=0.0)
+    with pytest.raises(UsageError, match="has 300 positions, 301 are needed"):
+        measured(outs / "chat-out", load)
+    (one,) = measured(outs / "chat-out", replace(load, answer_tokens=5)).results
+    assert one.answers == 2
+
+
 def test_the_command_writes_json_and_markdown(
     outs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,16 +108,24 @@ def test_the_command_writes_json_and_markdown(
         (["--task", "chat", "--callers", "0"], "--callers: expected positive numbers"),
         (["--task", "chat", "--callers", "1,20000"], "--callers 20000: expected at most 1024"),
         (["--scenario", "offline", "--streams", "20000"], "20000 is not in the range 1<=x<=1024"),
-        (["--task", "chat", "--prompt", "400"], "the cache has 300 positions"),
+        (
+            ["--task", "chat", "--prompt", "400", "--answer", "9", "--tiles", "0"],
+            "--prompt 400: the cache has 300 positions, 817 are needed: 809 for the conversation "
+            "with its images and 9 new tokens; lower --prompt or --answer, or take fewer --tiles",
+        ),
+        (
+            ["--task", "chat", "--prompt", "120", "--answer", "30"],
+            "--prompt 120: the cache has 300 positions, ",
+        ),
         (["--task", "chat", "--tiles", "2"], "this model reads one square"),
     ],
-    ids=["batch", "p99", "callers", "none", "crowd", "streams", "long", "tiles"],
+    ids=["batch", "p99", "callers", "none", "crowd", "streams", "long", "long next turn", "tiles"],
 )
 def test_what_cannot_be_asked(
     outs: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["benchmark", str(outs / "chat-out"), *options]) != 0
-    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_error_ends_all_callers(outs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

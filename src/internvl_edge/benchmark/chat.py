@@ -31,7 +31,7 @@ from internvl_edge.benchmark.load import MOST_CALLERS
 from internvl_edge.benchmark.machine import environment
 from internvl_edge.benchmark.table import environment_words, markdown_row
 from internvl_edge.benchmark.timing import Distribution
-from internvl_edge.errors import UsageError
+from internvl_edge.errors import ContextLengthError, UsageError
 from internvl_edge.files.memory import peak_rss_nbytes
 from internvl_edge.runtime.generation.answers import AnswerOptions, Opening
 from internvl_edge.runtime.model import Model
@@ -200,7 +200,14 @@ def _measure(name: str, model: Model, callers: int, load: ChatLoad) -> ChatFigur
     is_chat = components.has(CHAT_DECODER)
     asked = _Chat(model, load) if is_chat else _Single(model, load)
     slots = components.answers.share(components.session(asked.decoder), min(load.slots, callers))
-    asked.converse(_Samples(), seed=0)  # which opens everything
+    try:
+        asked.converse(_Samples(), seed=0)  # which opens everything
+    except ContextLengthError as error:
+        reason, _, _ = str(error).partition("; ")  # what to do follows, of a question in Python
+        raise ContextLengthError(
+            f"{name}, --prompt {load.prompt_tokens}: {reason}; lower --prompt or --answer, or take "
+            "fewer --tiles"
+        ) from error
     samples, begun = _Samples(), time.perf_counter()
 
     def call(caller: int) -> None:
@@ -304,7 +311,9 @@ class _Chat(_Conversations):
                     seen = see(self.components, tiles)
                 ids += [PLACE] * sum(seen.places)
             ids += self.ids(rng)
-            chat_decoder.require_chat_room(self.components, [len(ids)], self.how)
+            if turn == 0:  # before the first question is answered, there is room for the last one
+                more = (TURNS - 1) * (load.prompt_tokens + load.answer_tokens)
+                chat_decoder.require_chat_room(self.components, [len(ids) + more], self.how)
             begun = time.perf_counter()
             opening, reused = chat_decoder.opening_of(self.components, ids, seen)
             ids += self.answer(
