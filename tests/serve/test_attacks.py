@@ -352,6 +352,18 @@ def test_what_is_no_http(attacked: Served, lines: bytes) -> None:
     assert reply.headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize(("nbytes", "status"), [(65_536, 200), (65_537, 400), (200_000, 400)])
+@pytest.mark.parametrize("before", [b"", b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_head_is_bounded_that_comes_at_once(
+    attacked: Served, before: bytes, nbytes: int, status: int
+) -> None:
+    """One read brings more than the limit, and the whole head."""
+    start = b"GET /live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
+    sent = start + b"x" * (nbytes - len(start) - 4) + b"\r\n\r\n"
+    answers = talk(attacked, before + sent).split(b"HTTP/1.1 ")[1:]
+    assert [int(answer[:3]) for answer in answers] == [200] * bool(before) + [status]
+
+
 @pytest.mark.parametrize("line", [b"GET /live HTTP/9.9\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\n"])
 def test_versions_that_are_not_spoken(attacked: Served, line: bytes) -> None:
     assert reply_of(talk(attacked, line)).status in (200, 400, 404)

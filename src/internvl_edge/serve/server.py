@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 import socket
 import sys
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 4096
 BACKLOG = 2048
 MAX_HEAD_NBYTES = 64 << 10
+HEAD_END = re.compile(rb"\n\r?\n")
 HEAD_S = 30.0  # for the head of a request
 READ_S = 30.0  # for a client to read what was sent
 KEEP_ALIVE_S = 75  # longer than most balancers keep a connection
@@ -130,7 +132,6 @@ def _config(service: Service) -> uvicorn.Config:
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(service.options.grace_s)),
-        h11_max_incomplete_event_size=MAX_HEAD_NBYTES,
     )
 
 
@@ -173,11 +174,23 @@ class _Server(uvicorn.Server):
         self.ran_out = any(not task.done() or task.cancelled() for task in tasks)
 
 
+class _Parser(h11.Connection):
+    """h11's parser, whose limit is of heads that are not whole yet; here it is of all."""
+
+    def next_event(self) -> Any:
+        if self.their_state is h11.IDLE:
+            came, _ = self.trailing_data
+            if len(came) > MAX_HEAD_NBYTES and not HEAD_END.search(came, 0, MAX_HEAD_NBYTES):
+                raise h11.RemoteProtocolError("the head is too long", error_status_hint=431)
+        return super().next_event()
+
+
 class _Connection(H11Protocol):
     """uvicorn's connection, with a time for everything that a client does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = _Parser(h11.SERVER, MAX_HEAD_NBYTES)
         self._head: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
 
