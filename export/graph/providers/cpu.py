@@ -10,28 +10,38 @@ at opening; it joins no INT4, so they take the way over INT8.
     Attention of (B, heads, T, d),             Attention of (B, T, heads·d), which has the cache
     its cache appended to by Concat     =      among its inputs
 
-So appending is part of a kernel, and shared by its threads. A cache that is written in place stays
-outside.
+So appending is part of a kernel. A cache that is written in place stays outside.
 
-What is computed, and in which order, is the same: outputs are the published graph's bit by bit.
+    Attention of (B, heads, T, d)       =      Attention of (B, kv heads, heads / kv heads · T, d)
+
+The kernel reads keys and values once for each head of the query, rearranges keys for each, and has
+one thread append to the cache, unless the query has as many heads as they. So of few new tokens
+heads that share keys are rows of one head: the same memory under another shape, chosen by the graph
+itself. Of many tokens they stay heads, as threads share those out.
+
+What is computed is the same, bit by bit the published graph's; but for the attention of a single
+token whose heads share keys, which is added up in another order, as that of several tokens is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from internvl_edge.export.graph.providers.pattern import shape_of
 from internvl_edge.export.graph.providers.tower import constant, is_stored, replace
+from internvl_edge.runtime.feeds import POSITIONS
 
 __all__ = ["take_cpu_form"]
 
 QKV = 3  # products of one tensor that are joined
 WEIGHT_TYPES = (ir.DataType.INT8, ir.DataType.INT4)
 HEADS_FIRST = (0, 2, 1, 3)  # (B, T, heads, d) → (B, heads, T, d), and back
+FEW = 16  # new tokens
 
 
 def take_cpu_form(model: ir.Model) -> bool:
@@ -48,8 +58,13 @@ def take_cpu_form(model: ir.Model) -> bool:
         return False
     for linears in groups:
         _join(graph, linears)
-    for node in [node for node in graph if node.op_type == "Attention"]:
-        _take_cache(graph, node)
+    found = [one for one in map(_attention, graph) if one is not None]
+    for attention in found:
+        if attention.grows and not attention.is_grouped:
+            _take_cache(graph, attention)
+    grouped = [attention for attention in found if attention.is_grouped]
+    if grouped:
+        _share_keys(graph, grouped)
     graph.sort()  # a scale may be cast further down
     passes.RemoveUnusedNodesPass()(model)
     return True
@@ -136,27 +151,111 @@ def _join(graph: ir.Graph, linears: Sequence[_Linear]) -> None:
 # --- attention -----------------------------------------------------------------------------------
 
 
-def _take_cache(graph: ir.Graph, node: ir.Node) -> None:
-    """Let an attention append to its cache, if all that it reads and gives is as expected."""
-    if len(node.inputs) != 4 or len(node.outputs) != 1:  # query, key, value, mask
-        return
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attention:
+    """An attention to a cache, of which all that it reads and gives is as expected."""
+
+    node: ir.Node
+    # Reshapes to (B, T, heads, d) of the query, of new keys and of new values
+    splits: tuple[ir.Node, ir.Node, ir.Node]
+    caches: tuple[ir.Node, ir.Node]  # what appends keys and values: Concat, or TensorScatter
+    merge: ir.Node  # Reshape to (B, T, heads·d)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Of the query, and of keys and values."""
+        query, key, _ = map(_sizes_of, self.splits)
+        return query[2], key[2]
+
+    @property
+    def is_grouped(self) -> bool:
+        heads, kv_heads = self.heads
+        return heads != kv_heads
+
+    @property
+    def grows(self) -> bool:
+        return self.caches[0].op_type == "Concat"
+
+
+def _attention(node: ir.Node) -> _Attention | None:
+    # query, key, value, mask
+    if node.op_type != "Attention" or len(node.inputs) != 4 or len(node.outputs) != 1:
+        return None
     query = _above(node.inputs[0], "Transpose", "Reshape")
-    key, value = (_above(kept, "Concat", "Transpose", "Reshape") for kept in node.inputs[1:3])
+    key, value = (
+        _above(kept, "Concat", "Transpose", "Reshape")
+        or _above(kept, "TensorScatter", "Transpose", "Reshape")
+        for kept in node.inputs[1:3]
+    )
     merged = _below(node.outputs[0], "Transpose", "Reshape")
     if not (query and key and value and merged):
-        return
-    x, k, v = (nodes[-1].inputs[0] for nodes in (query, key, value))
-    heads, kv_heads = (_heads(nodes[-1]) for nodes in (query, key))
+        return None
+    return _Attention(
+        node=node,
+        splits=(query[-1], key[-1], value[-1]),
+        caches=(key[0], value[0]),
+        merge=merged[-1],
+    )
+
+
+def _take_cache(graph: ir.Graph, found: _Attention) -> None:
+    """Let an attention append to its cache."""
+    node, (heads, kv_heads) = found.node, found.heads
+    pasts = [appended.inputs[0] for appended in found.caches]
     made = ir.node(
         "Attention",
-        [x, k, v, node.inputs[3], key[0].inputs[0], value[0].inputs[0]],
+        [*(split.inputs[0] for split in found.splits), node.inputs[3], *pasts],
         {**node.attributes, "q_num_heads": heads, "kv_num_heads": kv_heads},
         num_outputs=3,
         name=node.name,
     )
     graph.insert_before(node, made)
-    for old, new in zip((merged[-1], key[0], value[0]), made.outputs, strict=True):
+    for old, new in zip((found.merge, *found.caches), made.outputs, strict=True):
         replace(old.outputs[0], new)
+
+
+def _share_keys(graph: ir.Graph, attentions: Sequence[_Attention]) -> None:
+    """Let heads of a query that share keys be rows of one head, where few tokens are new."""
+    tape = ir.tape.Tape()
+    (positions,) = (value for value in graph.inputs if value.name == POSITIONS)
+    length = tape.op("Shape", [positions], {"start": 1, "end": 2})
+
+    @cache
+    def sizes(*values: int) -> ir.Value:
+        return constant(graph, f"sizes/{'x'.join(map(str, values))}", values)
+
+    is_few = tape.op("LessOrEqual", [length, sizes(FEW)])
+
+    @cache
+    def chosen(few: ir.Value, many: ir.Value) -> ir.Value:
+        return tape.op("Where", [is_few, few, many])
+
+    @cache
+    def repeated(mask: ir.Value, times: int) -> ir.Value:
+        return tape.op("Tile", [mask, chosen(sizes(1, 1, times, 1), sizes(1, 1, 1, 1))])
+
+    for found in attentions:
+        node, (heads, kv_heads) = found.node, found.heads
+        query, key, value, mask = node.inputs
+        assert mask is not None
+        as_heads = sizes(0, heads, -1, _sizes_of(found.splits[0])[3])
+        as_rows = sizes(0, kv_heads, -1, _sizes_of(found.splits[0])[3])
+        query = tape.op("Reshape", [query, chosen(as_rows, as_heads)])
+        inputs = [query, key, value, repeated(mask, heads // kv_heads)]
+        if found.grows:
+            pasts, news = zip(*(appended.inputs for appended in found.caches), strict=True)
+            inputs = [query, *news, inputs[-1], *pasts]
+        outputs = tape.op_multi_out(
+            "Attention",
+            inputs,
+            dict(node.attributes),
+            num_outputs=3 if found.grows else 1,
+            name=node.name,
+        )
+        replace(node.outputs[0], tape.op("Reshape", [outputs[0], as_heads]))
+        for appended, grown in zip(found.caches, outputs[1:], strict=False):
+            replace(appended.outputs[0], grown)
+    graph.insert_before(attentions[0].node, tape.nodes)
 
 
 def _above(value: ir.Value | None, *op_types: str) -> list[ir.Node]:
@@ -167,7 +266,7 @@ def _above(value: ir.Value | None, *op_types: str) -> list[ir.Node]:
         if node is None or node.op_type != op_type or not _is_expected(node):
             return []
         found.append(node)
-        value = node.inputs[1 if op_type == "Concat" else 0]
+        value = node.inputs[op_type in ("Concat", "TensorScatter")]
     return found
 
 
@@ -189,11 +288,13 @@ def _is_expected(node: ir.Node) -> bool:
     if node.op_type == "Reshape":
         shape = node.inputs[1]
         return shape is not None and shape.const_value is not None
-    return node.op_type != "Concat" or (node.attributes.get_int("axis", 0) == 2 == len(node.inputs))
+    if node.op_type == "Concat":
+        return node.attributes.get_int("axis", 0) == 2 == len(node.inputs)
+    return True
 
 
-def _heads(split: ir.Node) -> int:
-    """Read how many heads a Reshape makes: its shape is (B, T, heads, d)."""
+def _sizes_of(split: ir.Node) -> list[int]:
+    """Read the shape that a Reshape makes: (B, T, heads, d)."""
     shape = split.inputs[1]
     assert shape is not None and shape.const_value is not None
-    return int(shape.const_value.numpy()[2])
+    return [int(size) for size in shape.const_value.numpy()]
