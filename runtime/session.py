@@ -129,7 +129,7 @@ class DecoderSession(Session, Protocol):
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
-    ) -> tuple[Array, list[Any]]:
+    ) -> tuple[Array, Sequence[Any]]:
         """Like ``run_device`` of a decoder, unchecked, on what an earlier call left.
 
         Args:

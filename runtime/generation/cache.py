@@ -8,7 +8,7 @@ and does not compute the scores of those after it, half of a prompt's, which the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,8 @@ class DeviceDecoding:
     ) -> None:
         self._session, self._layout = session, _Layout(session, embed, num_heads)
         self.goes_back, self.takes_drafts = self._layout.is_in_place, self._layout.takes_drafts
-        self._names, self._cache = list(past), list[Any](self._layout.past(past).values())
+        self._names = list(past)
+        self._cache: Sequence[Any] = [*self._layout.past(past).values()]
         self._is_there = False  # on the device
         self._num_rows = 0  # of what is there
         self._max_rows = session.largest.get("batch", math.inf)
@@ -227,7 +228,7 @@ class DeviceDecoding:
 
     def _held(self) -> list[Array]:
         """Copy the cache to the host, where it may be already."""
-        return self._session.fetch(self._cache) if self._is_there else self._cache
+        return self._session.fetch(self._cache) if self._is_there else [*self._cache]
 
     def _run_apart(self, feeds: Mapping[str, Array], mask: Array) -> Array:
         """Read each row by itself, without its padding; the cache passes through the host."""

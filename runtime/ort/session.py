@@ -39,13 +39,14 @@ from internvl_edge.runtime.feeds import (
 from internvl_edge.runtime.ort.choice import choose_graph
 from internvl_edge.runtime.ort.cuda_graphs import Replays
 from internvl_edge.runtime.ort.failures import run_error
+from internvl_edge.runtime.ort.growing import grow
 from internvl_edge.runtime.ort.opening import Graph, open_native
 from internvl_edge.runtime.ort.options import (
     OrtOptions,
     captures,
     place_of,
 )
-from internvl_edge.runtime.ort.rows import FIRST, OrtRows
+from internvl_edge.runtime.ort.rows import FIRST, HOST, OrtRows
 from internvl_edge.runtime.ort.steps import Lent, Steps
 from internvl_edge.runtime.ort.values import (
     BFLOAT16,
@@ -163,26 +164,30 @@ class OrtSession:
         Returns:
             An ``OrtValue`` for each: ``.numpy()`` brings it to the host.
         """
-        session = self._opened()
+        self._opened()
         names = self._names if outputs is None else check_outputs(self._outputs, outputs)
         given: Any = feeds
         if isinstance(feeds, Mapping):
             given = {n: described(v) if is_value(v) else v for n, v in feeds.items()}
         arrays = check_feeds(self._inputs, given, check, self._optional)
+        taken = {n: feeds[n] if is_value(feeds[n]) else a for n, a in arrays.items()}
         if self._replays is not None:
-            taken = {n: feeds[n] if is_value(feeds[n]) else a for n, a in arrays.items()}
             return self._replayed(names, taken)
-        binding = session.io_binding()
-        for name, array in arrays.items():
-            if is_value(feeds[name]):
-                binding.bind_ortvalue_input(name, feeds[name])
+        return dict(zip(names, self._computed(taken, names), strict=True))
+
+    def _computed(self, feeds: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+        """Run a call on arrays and values; its outputs, which no other call writes to."""
+        binding = self._opened().io_binding()
+        for name, array in feeds.items():
+            if is_value(array):
+                binding.bind_ortvalue_input(name, array)
             elif array.dtype.name == BFLOAT16 or name in self._optional:
-                binding.bind_ortvalue_input(name, value_of(array, ("cpu", 0)))
+                binding.bind_ortvalue_input(name, value_of(array, HOST))
             else:
                 binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, *self._place)
-        return dict(zip(names, self._outputs_of(binding), strict=True))
+        return self._outputs_of(binding)
 
     def _replayed(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Replay a call whose outputs stay on the device, as copies of what the next one writes."""
@@ -199,7 +204,7 @@ class OrtSession:
 
     def step(
         self, feeds: Mapping[str, Array], names: Sequence[str], cache: Sequence[Any]
-    ) -> tuple[Array, list[Any]]:
+    ) -> tuple[Array, Sequence[Any]]:
         """Like ``run_device`` of a decoder, unchecked: for what an earlier call left.
 
         Args:
@@ -216,27 +221,25 @@ class OrtSession:
                 taken = steps.step(feeds, names, cache, self._names[0])
             if taken is not None:
                 return taken
-        is_in_place = WRITE_INDICES in self._inputs
+        if WRITE_INDICES not in self._inputs:
+            if self._place == HOST:
+                with self._watched():
+                    return grow(session, feeds, names, cache, self._names)
+            given = {**feeds, **dict(zip(names, cache, strict=True))}
+            logits, *presents = self._computed(given, self._names)
+            return array_of(logits, self._place), presents
         held = cache if isinstance(cache, _Held) else _Held(session.io_binding(), names, cache)
         start = feeds.get(LOGITS_FROM, FIRST)
         for name, array in feeds.items():
             if name not in self._optional:
                 held.binding.bind_cpu_input(name, array)
         for name in self._optional:  # a binding that lasts has that of the call before
-            held.binding.bind_ortvalue_input(name, value_of(start, ("cpu", 0)))
-        if is_in_place:
-            rows, length = feeds[POSITIONS].shape
-            some = len(range(length)[int(start[0]) :])
-            held.write_back(self._names, (rows, some), self._outputs)
-        else:
-            held.binding.bind_output(self._names[0], "cpu")
-            for name in self._names[1:]:
-                held.binding.bind_output(name, *self._place)
-        if is_in_place:
-            self._run_bound(held.binding)
-            return held.logits.numpy(), cache if isinstance(cache, Lent) else held
-        logits, *presents = self._outputs_of(held.binding)
-        return logits.numpy(), presents
+            held.binding.bind_ortvalue_input(name, value_of(start, HOST))
+        rows, length = feeds[POSITIONS].shape
+        some = len(range(length)[int(start[0]) :])
+        held.write_back(self._names, (rows, some), self._outputs)
+        self._run_bound(held.binding)
+        return held.logits.numpy(), cache if isinstance(cache, Lent) else held
 
     @property
     def has_rows(self) -> bool:

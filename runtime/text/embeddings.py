@@ -120,4 +120,5 @@ def _mapped(path: Path, file: BufferedReader, place: TensorPlace) -> Array:
             f"{path}: {place.name}: expected a table of {', '.join(DTYPES)}, found "
             f"{place.code}{list(place.shape)}"
         )
-    return np.memmap(file, DTYPES[place.code], "r", place.offset, place.shape)
+    # a plain array over it: a memmap's own is slow to index
+    return np.asarray(np.memmap(file, DTYPES[place.code], "r", place.offset, place.shape))
