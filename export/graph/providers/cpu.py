@@ -36,7 +36,7 @@ from internvl_edge.export.graph.providers.pattern import shape_of
 from internvl_edge.export.graph.providers.tower import constant, is_stored, replace
 from internvl_edge.runtime.feeds import POSITIONS
 
-__all__ = ["take_cpu_form"]
+__all__ = ["FEW", "take_cpu_form"]
 
 QKV = 3  # products of one tensor that are joined
 WEIGHT_TYPES = (ir.DataType.INT8, ir.DataType.INT4)
