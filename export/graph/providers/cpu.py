@@ -17,7 +17,8 @@ So appending is part of a kernel. A cache that is written in place stays outside
 The kernel reads keys and values once for each head of the query, rearranges keys for each, and has
 one thread append to the cache, unless the query has as many heads as they. So of few new tokens
 heads that share keys are rows of one head: the same memory under another shape, chosen by the graph
-itself. Of many tokens they stay heads, as threads share those out.
+itself. Of many tokens they stay heads, as threads share those out. There q, k and v are split into
+heads at once.
 
 What is computed is the same, bit by bit the published graph's; but for the attention of a single
 token whose heads share keys, which is added up in another order, as that of several tokens is.
@@ -25,7 +26,7 @@ token whose heads share keys, which is added up in another order, as that of sev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -235,6 +236,7 @@ def _share_keys(graph: ir.Graph, attentions: Sequence[_Attention]) -> None:
         return tape.op("Tile", [mask, chosen(sizes(1, 1, times, 1), sizes(1, 1, 1, 1))])
 
     for found in attentions:
+        _split_heads(found, tape, sizes)
         node, (heads, kv_heads) = found.node, found.heads
         query, key, value, mask = node.inputs
         assert mask is not None
@@ -256,6 +258,40 @@ def _share_keys(graph: ir.Graph, attentions: Sequence[_Attention]) -> None:
         for appended, grown in zip(found.caches, outputs[1:], strict=False):
             replace(appended.outputs[0], grown)
     graph.insert_before(attentions[0].node, tape.nodes)
+
+
+def _split_heads(found: _Attention, tape: ir.tape.Tape, sizes: Callable[..., ir.Value]) -> None:
+    """Split the heads of query, keys and values at once, where they come of one product."""
+    xs = [split.inputs[0] for split in found.splits]
+    rotations = [x.producer() if x is not None else None for x in xs[:2]]
+    query, key = (
+        node if node is not None and node.op_type == "RotaryEmbedding" else None
+        for node in rotations
+    )
+    if query is None or key is None:
+        return
+    parts = [query.inputs[0], key.inputs[0], xs[2]]
+    joined = parts[0].producer() if parts[0] is not None else None
+    if joined is None or joined.op_type != "Split" or [*joined.outputs] != parts:
+        return
+    heads, kv_heads = found.heads
+    shape = sizes(0, 0, heads + 2 * kv_heads, _sizes_of(found.splits[0])[3])
+    split = tape.op("Reshape", [joined.inputs[0], shape])
+    split = tape.op("Transpose", [split], {"perm": HEADS_FIRST})
+    counts = sizes(heads, kv_heads, kv_heads)
+    q, k, v = tape.op_multi_out("Split", [split, counts], {"axis": 1}, num_outputs=QKV)
+    q, k = (
+        tape.op(
+            "RotaryEmbedding",
+            [x, *node.inputs[1:]],
+            {name: kept for name, kept in node.attributes.items() if name != "num_heads"},
+        )
+        for x, node in ((q, query), (k, key))
+    )
+    news = [appended.inputs[1] for appended in found.caches]
+    for old, new in zip((found.node.inputs[0], *news), (q, k, v), strict=True):
+        assert old is not None
+        replace(old, new)
 
 
 def _above(value: ir.Value | None, *op_types: str) -> list[ir.Node]:
