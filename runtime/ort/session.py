@@ -25,8 +25,7 @@ except ImportError as error:
 
     raise MissingDependency.of("onnxruntime", "ort") from error
 
-from internvl_edge.artifact import Artifact, TensorSpec
-from internvl_edge.artifact.pins import Watch
+from internvl_edge.artifact import Artifact, TensorSpec, Watch
 from internvl_edge.errors import InternVLError, UsageError
 from internvl_edge.files.forks import never_destroyed_in_children, require_own_process
 from internvl_edge.runtime.feeds import (

@@ -24,6 +24,7 @@ from internvl_edge.artifact.manifest import (
     TensorSpec,
 )
 from internvl_edge.artifact.open import Artifact, open_artifact
+from internvl_edge.artifact.pins import Watch
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -35,5 +36,6 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "TensorSpec",
+    "Watch",
     "open_artifact",
 ]

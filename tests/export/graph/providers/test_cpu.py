@@ -109,6 +109,18 @@ def test_every_output_is_the_published_one_bit_by_bit(
                 np.testing.assert_allclose(ours[name], values, atol=1e-5, err_msg=name)
 
 
+def test_heads_that_share_keys_are_rows_of_few_tokens_alone(tmp_path: Path) -> None:
+    path = export(tmp_path, "qwen2", "int4-wo")
+    model = ir.load(joined(path))
+    model.graph.outputs.extend(node.outputs[0] for node in nodes(model, "Where"))
+    ir.save(model, joined(path))
+    for length, (heads, times) in {1: (2, 2), FEW: (2, 2), FEW + 1: (4, 1)}.items():
+        *_, one, other = run(joined(path), exact=True, length=length).values()
+        shape, repeats = sorted((one.tolist(), other.tolist()))
+        assert shape[:3] == [0, heads, -1]
+        assert repeats == [1, 1, times, 1]
+
+
 def test_a_processor_runs_it_and_its_weights_are_the_published_ones(tmp_path: Path) -> None:
     path = export(tmp_path, "qwen2", "int4-wo")
     artifact = open_artifact(path.parent)
