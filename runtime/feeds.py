@@ -31,6 +31,9 @@ __all__ = ["check_feeds", "check_outputs", "numpy_dtype"]
 WRITE_INDICES, MASK, POSITIONS = "write_indices", "attention_mask", "position_ids"
 # Of a decoder: from which position on there are logits (``export.graph.last_logits``).
 LOGITS_FROM = "logits_from"
+# Of a decoder's graph for the CPU: up to how many new tokens heads that share keys are rows of one
+# (``export.graph.providers.cpu``). A session decides it, not a call.
+ROWS_UP_TO = "rows_up_to"
 MAY_BE_EMPTY = frozenset({"past"})
 NO_SPECS: Mapping[str, TensorSpec] = {}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from internvl_edge.artifact import Artifact
 from internvl_edge.artifact.components import (
@@ -13,9 +16,11 @@ from internvl_edge.artifact.components import (
     unsigned_graph,
 )
 from internvl_edge.errors import HardwareError
+from internvl_edge.runtime.feeds import ROWS_UP_TO
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.opening import ROUNDING
-from internvl_edge.runtime.ort.options import CPU, OrtOptions, choose_providers
+from internvl_edge.runtime.ort.options import CPU, OrtOptions, choose_providers, threads_of
+from internvl_edge.types import Array
 
 __all__ = ["Choice", "choose_graph"]
 
@@ -32,6 +37,8 @@ class Choice:
     path: Path
     options: OrtOptions
     pads: bool  # see ``DecoderSession.pads``
+    # Of inputs with values of their own, other ones for every call
+    constants: Mapping[str, Array] = field(default_factory=dict)
 
 
 def choose_graph(artifact: Artifact, component: str, device: str, options: OrtOptions) -> Choice:
@@ -56,14 +63,24 @@ def choose_graph(artifact: Artifact, component: str, device: str, options: OrtOp
     pads = not (is_fused and known.takes_cache)
     if not known.is_vision and pads:
         options = replace(options, graphs=False)
+    constants: dict[str, Array] = {}
     if is_cpu and options.fold is not False and cpu_graph(component) in files:  # joined at opening
         path = artifact.file(cpu_graph(component))
+        if threads_of(options) > _key_heads(artifact, component):  # else some would wait
+            constants = {ROWS_UP_TO: np.zeros(1, np.int64)}
     if is_cpu and unsigned in files and products_saturate():
         path = artifact.file(unsigned)
         is_large = artifact.manifest.components[component].nbytes > MAX_FOLDED_NBYTES
         if options.fold is None and is_large and not known.takes_cache:
             options = replace(options, fold=False)
-    return Choice(path=path, options=options, pads=pads)
+    return Choice(path=path, options=options, pads=pads, constants=constants)
+
+
+def _key_heads(artifact: Artifact, component: str) -> int:
+    """Look up how many heads of keys a decoder's cache has, (B, heads, P, d)."""
+    inputs = artifact.manifest.components[component].inputs
+    shapes = [spec.shape for spec in inputs if spec.name.startswith("past_key_values.")]
+    return int(shapes[0][1])
 
 
 def _require_fast(path: Path, precision: str, component: str) -> None:

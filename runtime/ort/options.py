@@ -30,6 +30,7 @@ __all__ = [
     "place_of",
     "require_threads",
     "share_threads",
+    "threads_of",
 ]
 
 Provider = str | tuple[str, dict[str, str]]  # with its options
@@ -138,13 +139,18 @@ def share_threads() -> None:
     _POOL.want()
 
 
+def threads_of(options: OrtOptions) -> int:
+    """Count the threads within an operator."""
+    return default_threads() if options.num_threads is None else options.num_threads
+
+
 def native_options(options: OrtOptions) -> Any:
     """Make ONNX Runtime's own object."""
     import onnxruntime
 
     native = onnxruntime.SessionOptions()
     native.log_severity_level = FATAL_ONLY
-    threads = default_threads() if options.num_threads is None else options.num_threads
+    threads = threads_of(options)
     if _POOL.serves(threads):
         native.use_per_session_threads = False
     else:

@@ -31,6 +31,7 @@ from internvl_edge.files.forks import never_destroyed_in_children, require_own_p
 from internvl_edge.runtime.feeds import (
     LOGITS_FROM,
     POSITIONS,
+    ROWS_UP_TO,
     WRITE_INDICES,
     check_feeds,
     check_outputs,
@@ -70,6 +71,7 @@ class OrtSession:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
         options: how it computes.
         pads: see ``DecoderSession.pads``.
+        constants: of inputs with values of their own, other ones for every call.
 
     Raises:
         ArtifactError: ONNX Runtime refuses the file.
@@ -87,6 +89,7 @@ class OrtSession:
         device: str = "cpu",
         options: OrtOptions = OrtOptions(),
         pads: bool = True,
+        constants: Mapping[str, Array] = {},
     ) -> None:
         self._path, self.pads = Path(path), pads
         folder = self._path.parent if folder is None else folder
@@ -98,7 +101,9 @@ class OrtSession:
         self._process = os.getpid()
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
-        self._optional = {v.name: spec_of(v) for v in session.get_overridable_initializers()}
+        free = (v for v in session.get_overridable_initializers() if v.name != ROWS_UP_TO)
+        self._optional = {value.name: spec_of(value) for value in free}
+        self._constants = constants
         self._names = list(self._outputs)
         self.largest: Mapping[str, int] = {}  # nothing bounds a graph
         self._place = place_of(providers)
@@ -139,7 +144,9 @@ class OrtSession:
         try:
             if replays is not None:
                 return replays.run(names, arrays)
-            results = dict(zip(names, session.run(names, arrays), strict=True))
+            results = dict(
+                zip(names, session.run(names, {**arrays, **self._constants}), strict=True)
+            )
         except Exception as error:
             raise run_error(error, self._path) from error
         if watch is not None:
@@ -176,7 +183,7 @@ class OrtSession:
 
     def _computed(self, feeds: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
         """Run a call on arrays and values; its outputs, which no other call writes to."""
-        binding = self._opened().io_binding()
+        binding = self._binding()
         for name, array in feeds.items():
             if is_value(array):
                 binding.bind_ortvalue_input(name, array)
@@ -223,11 +230,12 @@ class OrtSession:
         if WRITE_INDICES not in self._inputs:
             if self._place == HOST:
                 with self._watched():
-                    return grow(session, feeds, names, cache, self._names)
-            given = {**feeds, **dict(zip(names, cache, strict=True))}
-            logits, *presents = self._computed(given, self._names)
+                    given = {**feeds, **self._constants}
+                    return grow(session, given, names, cache, self._names)
+            bound = {**feeds, **dict(zip(names, cache, strict=True))}
+            logits, *presents = self._computed(bound, self._names)
             return array_of(logits, self._place), presents
-        held = cache if isinstance(cache, _Held) else _Held(session.io_binding(), names, cache)
+        held = cache if isinstance(cache, _Held) else _Held(self._binding(), names, cache)
         start = feeds.get(LOGITS_FROM, FIRST)
         for name, array in feeds.items():
             if name not in self._optional:
@@ -252,9 +260,16 @@ class OrtSession:
             self._inputs,
             self._names[0],
             optional=LOGITS_FROM in self._optional,
-            binding=lambda: self._opened().io_binding(),
+            binding=self._binding,
             run=self._run_bound,
         )
+
+    def _binding(self) -> Any:
+        """Make a binding, with what every call is given."""
+        binding = self._opened().io_binding()
+        for name, array in self._constants.items():
+            binding.bind_ortvalue_input(name, value_of(array, HOST))
+        return binding
 
     def _run_bound(self, binding: Any) -> None:
         session, steps = self._opened(), self._steps
@@ -363,4 +378,5 @@ def open_component(
             device=device,
             options=chosen.options,
             pads=chosen.pads,
+            constants=chosen.constants,
         )

@@ -17,8 +17,10 @@ So appending is part of a kernel. A cache that is written in place stays outside
 The kernel reads keys and values once for each head of the query, rearranges keys for each, and has
 one thread append to the cache, unless the query has as many heads as they. So of few new tokens
 heads that share keys are rows of one head: the same memory under another shape, chosen by the graph
-itself. Of many tokens they stay heads, as threads share those out. There q, k and v are split into
-heads at once.
+itself. Of many tokens they stay heads, as threads share those out; of few too, where there are more
+threads than heads of keys. So how many are few is an input with a value of its own, as
+``logits_from`` is: a session that has such threads gives 0. There q, k and v are split into heads
+at once.
 
 What is computed is the same, bit by bit the published graph's; but for the attention of a single
 token whose heads share keys, which is added up in another order, as that of several tokens is.
@@ -35,7 +37,7 @@ from onnx_ir.passes import common as passes
 
 from internvl_edge.export.graph.providers.pattern import shape_of
 from internvl_edge.export.graph.providers.tower import constant, is_stored, replace
-from internvl_edge.runtime.feeds import POSITIONS
+from internvl_edge.runtime.feeds import POSITIONS, ROWS_UP_TO
 
 __all__ = ["FEW", "take_cpu_form"]
 
@@ -225,7 +227,9 @@ def _share_keys(graph: ir.Graph, attentions: Sequence[_Attention]) -> None:
     def sizes(*values: int) -> ir.Value:
         return constant(graph, f"sizes/{'x'.join(map(str, values))}", values)
 
-    is_few = tape.op("LessOrEqual", [length, sizes(FEW)])
+    few_tokens = constant(graph, ROWS_UP_TO, [FEW])
+    graph.inputs.append(few_tokens)
+    is_few = tape.op("LessOrEqual", [length, few_tokens])
 
     @cache
     def chosen(few: ir.Value, many: ir.Value) -> ir.Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from internvl_edge import compiler
 from internvl_edge.artifact.open import open_artifact
 from internvl_edge.errors import VerificationError
 from internvl_edge.export.graph.providers.cpu import FEW, take_cpu_form
-from internvl_edge.runtime.feeds import MASK, POSITIONS, numpy_dtype
+from internvl_edge.runtime.feeds import MASK, POSITIONS, ROWS_UP_TO, numpy_dtype
 from internvl_edge.runtime.generation.fixed_cache import PAST, in_place
 from internvl_edge.runtime.ort.choice import choose_graph
 from internvl_edge.runtime.ort.options import OrtOptions
 from internvl_edge.runtime.ort.session import OrtSession
+from internvl_edge.runtime.ort.values import value_of
 from internvl_edge.types import Array
 
 PAST_LENGTH, LENGTH, ROWS, CAPACITY = 5, 3, 2, 24
@@ -127,6 +128,58 @@ def test_a_processor_runs_it_and_its_weights_are_the_published_ones(tmp_path: Pa
     chosen = choose_graph(artifact, "chat_decoder", "cpu", OrtOptions())
     assert chosen.path.name == joined(path).name
     assert artifact.weights[joined(path).name] == artifact.weights[path.name]
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_capacity": CAPACITY}], ids=["growing", "in-place"])
+def test_with_more_threads_than_heads_of_keys_heads_stay_heads(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    """Bit by bit the published graph's then, of one token too, whichever way it is called."""
+    path = export(tmp_path, "qwen2", "int4-wo", **more)
+    artifact = open_artifact(path.parent)
+    kv_heads = 2
+    few = choose_graph(artifact, "chat_decoder", "cpu", OrtOptions(num_threads=kv_heads))
+    assert few.constants == {}
+    options = OrtOptions(num_threads=kv_heads + 1)
+    many = choose_graph(artifact, "chat_decoder", "cpu", options)
+    assert {name: array.tolist() for name, array in many.constants.items()} == {ROWS_UP_TO: [0]}
+    results = []
+    for graph, constants in ((path, {}), (many.path, many.constants), (few.path, {})):
+        with OrtSession(graph, constants=constants, options=OrtOptions(exact=True)) as session:
+            assert ROWS_UP_TO not in session.optional
+            results.append([*logits_of_one_token(session)])
+    published, ours, grouped = results
+    for expected, found in zip(published, ours, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert any((a != b).any() for a, b in zip(published, grouped, strict=True))
+
+
+def logits_of_one_token(session: OrtSession) -> Iterator[Array]:
+    """Read one token after others by every way there is."""
+    rng = np.random.default_rng(1)
+    feeds: dict[str, Array] = {
+        "inputs_embeds": rng.standard_normal((1, 1, session.inputs["inputs_embeds"].shape[2])),
+        MASK: np.ones((1, PAST_LENGTH + 1), np.int64),
+        POSITIONS: np.array([[PAST_LENGTH]]),
+    }
+    feeds["inputs_embeds"] = feeds["inputs_embeds"].astype(np.float32)
+    past = {
+        name: rng.standard_normal((1, spec.shape[1], PAST_LENGTH, spec.shape[3]), np.float32)
+        for name, spec in session.inputs.items()
+        if name.startswith(PAST)
+    }
+    given = in_place(feeds | past, session.inputs)
+    new = {name: array for name, array in given.items() if name not in past}
+    kept = {name: given[name].copy() for name in past}
+    yield session.run(dict(given))["logits"]
+    yield session.run_device({**given, **{n: v.copy() for n, v in kept.items()}})["logits"].numpy()
+    values = [value_of(kept[name].copy(), ("cpu", 0)) for name in past]
+    yield session.step(new, [*past], values)[0].copy()
+    if session.has_rows:
+        rows = session.rows(1)
+        for name, array in kept.items():
+            rows.values[name][:] = array
+        yield rows.run(slice(0, 1), new).copy()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "fp8"])
