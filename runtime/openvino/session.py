@@ -18,8 +18,8 @@ from internvl_edge.files.telemetry import without_reports
 
 try:
     with without_reports("openvino_telemetry"):
-        import openvino
-except ImportError as error:
+        from openvino import Core
+except ImportError as error:  # or one of before 2023
     from internvl_edge.errors import MissingDependency
 
     raise MissingDependency.of("openvino", "openvino") from error
@@ -81,16 +81,29 @@ class OpenVinoSession:
             "INFERENCE_PRECISION_HINT": NAMES[dtype],
             "ENABLE_CPU_PINNING": False,  # another process would be bound to the same cores
         }
+        core = _core()
         try:
-            compiled = _core().compile_model(_core().read_model(str(graph)), CPU, config)
+            compiled = core.compile_model(core.read_model(str(graph)), CPU, config)
         except Exception as error:
             message = _message(error).replace(f"{graph.parent}/", f"{path.parent}/")
             if _is_memory(error, message):
                 raise ResourceError(f"not enough memory to open {path}: {message}") from error
             raise ArtifactError(f"OpenVINO cannot open {path}: {message}") from error
         never_destroyed_in_children(compiled)
+        self._require_promised(compiled)
         self._compiled: Any = compiled
         self._requests: list[Any] = []  # those that no call holds; each has buffers of its own
+
+    def _require_promised(self, compiled: Any) -> None:
+        """Refuse a graph of other dtypes or sizes: a feed would be cast without a word."""
+        for ports, specs in ((compiled.inputs, self._inputs), (compiled.outputs, self._outputs)):
+            for spec in specs.values():
+                port = next((port for port in ports if spec.name in port.get_names()), None)
+                if port is None or not _is_as(port, spec):
+                    raise ArtifactError(
+                        f"{self._path}: manifest.json promises {spec.name} {spec.dtype} "
+                        f"{list(spec.shape)}, OpenVINO finds {port or 'none'}; export again"
+                    )
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -108,17 +121,21 @@ class OpenVinoSession:
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array]:
         """See ``Session.run``."""
-        compiled, watch = self._opened(), self._watch
+        # before the graph: where close() comes in between, nothing runs, and later they are our own
+        requests, watch = self._requests, self._watch
+        compiled = self._opened()
         names = list(self._outputs) if outputs is None else check_outputs(self._outputs, outputs)
         arrays = check_feeds(self._inputs, feeds, check)
         if watch is not None:
             watch.require_unchanged()
         try:
-            request = self._requests.pop()
+            request = requests.pop()
         except IndexError:  # every one is at work
             request = compiled.create_infer_request()
         try:
-            request.infer(arrays, share_inputs=True)
+            # not infer(): with one thread that loses errors, and the outputs are of the call before
+            request.start_async(arrays, share_inputs=True)
+            request.wait()
             # the request's own memory, which its next call writes to
             results = {name: request.get_tensor(name).data.copy() for name in names}
         except Exception as error:
@@ -128,7 +145,7 @@ class OpenVinoSession:
                     f"not enough memory to run {self._path.name}: {message}; use a smaller batch"
                 ) from error
             raise InternVLError(f"OpenVINO failed to run {self._path}: {message}") from error
-        self._requests.append(request)
+        requests.append(request)
         if watch is not None:
             watch.require_unchanged()
         return results
@@ -158,9 +175,39 @@ def fastest_dtype() -> str:
     return BFLOAT16 if "BF16" in multiplies else FLOAT32
 
 
-@cache
 def _core() -> Any:
-    return openvino.Core()
+    """Return OpenVINO, in the process that started it.
+
+    A child would be given threads that closed sessions of its parent left idle, and wait for ever.
+
+    Raises:
+        UsageError: this is a child, forked since.
+    """
+    core, process = _started()
+    require_own_process(process, "OpenVINO")
+    return core
+
+
+@cache
+def _started() -> tuple[Any, int]:
+    core = Core()
+    never_destroyed_in_children(core)  # it has the threads of sessions that were closed
+    return core, os.getpid()
+
+
+def _is_as(port: Any, spec: TensorSpec) -> bool:
+    """Tell whether a tensor of a graph is what a manifest says; NumPy has no bfloat16."""
+    name = port.element_type.get_type_name()
+    dtype = BFLOAT16 if name == NAMES[BFLOAT16] else port.element_type.to_dtype().name
+    shape = port.partial_shape
+    return (
+        dtype == spec.dtype
+        and len(shape) == len(spec.shape)
+        and all(
+            isinstance(promised, str) or size.is_dynamic or size.get_length() == promised
+            for promised, size in zip(spec.shape, shape, strict=True)
+        )
+    )
 
 
 def _message(error: Exception) -> str:

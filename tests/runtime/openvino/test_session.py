@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import importlib
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +18,14 @@ from support.tiny_onnx import linear, open_directory, publish_linear, spec
 
 import internvl_edge
 from internvl_edge import OpenVinoOptions, OrtOptions
-from internvl_edge.artifact import open_artifact
+from internvl_edge.artifact import TensorSpec, open_artifact
 from internvl_edge.compiler import ExportOptions, export
 from internvl_edge.errors import (
     ArtifactError,
     FeedError,
     HardwareError,
     InternVLError,
+    MissingDependency,
     ResourceError,
     UsageError,
 )
@@ -139,7 +144,7 @@ def test_failures_in_our_words(
     session: OpenVinoSession, error: Exception, kind: type[Exception], message: str
 ) -> None:
     class Failing:
-        def infer(self, *args: Any, **kwargs: Any) -> None:
+        def start_async(self, *args: Any, **kwargs: Any) -> None:
             raise error
 
     session._requests.append(Failing())
@@ -295,3 +300,106 @@ def test_a_model_answers_and_embeds_as_with_onnx_runtime(
     assert answers[0].text == answers[1].text
     for one, other in zip(*embedded, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+# --- what OpenVINO itself would not say ----------------------------------------------------------
+
+
+def in_a_new_process(script: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", script, *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout.strip()
+
+
+OPENED = """
+import gc, os, resource, signal, sys
+from pathlib import Path
+import numpy as np
+from internvl_edge.errors import ResourceError, UsageError
+from internvl_edge.artifact import TensorSpec
+from internvl_edge.runtime.openvino.session import OpenVinoSession
+
+spec = lambda name, *shape: TensorSpec(name=name, dtype="float32", shape=("batch", *shape))
+path, outputs = Path(sys.argv[1]), (spec("y", 3), spec("total"))
+opened = lambda: OpenVinoSession(path, path, [spec("x", 4)], outputs, num_threads=1)
+ones = lambda rows: {"x": np.ones((rows, 4), np.float32)}
+"""
+
+
+def test_memory_that_runs_out_in_a_call_is_an_error_not_the_call_before(tmp_path: Path) -> None:
+    """With one thread, where ``infer`` returned the outputs of the call before."""
+    script = """
+session = opened()
+session.run(ones(1))
+feeds, pages = ones(20_000_000), int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * os.sysconf("SC_PAGE_SIZE") + 2**24
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+try:
+    print(session.run(feeds, check=False)["y"].shape)
+except ResourceError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(session.run(ones(3))["total"])
+"""
+    said = in_a_new_process(OPENED + script, str(linear(tmp_path / "linear.onnx")))
+    assert said.startswith("not enough memory to run linear.onnx"), said
+    assert said.endswith("[4. 4. 4.]")
+
+
+def test_a_child_opens_nothing_where_it_would_wait_for_ever(tmp_path: Path) -> None:
+    script = """
+opened().close()
+gc.collect()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(10)
+    try:
+        opened()
+    except UsageError as error:
+        print(error, flush=True)
+    sys.exit(0)
+print(os.waitpid(pid, 0)[1])
+"""
+    said = in_a_new_process(OPENED + script, str(linear(tmp_path / "linear.onnx")))
+    assert said.startswith("OpenVINO was opened before a fork")
+    assert said.endswith("\n0")
+
+
+@pytest.mark.parametrize(
+    "promised",
+    [
+        spec("x", "uint8", "batch", 4),
+        spec("x", "float32", "batch", 5),
+        spec("x", "float32", "batch"),
+        spec("z", "float32", "batch", 4),
+    ],
+)
+def test_a_graph_that_is_not_what_the_manifest_promises(
+    tmp_path: Path, promised: TensorSpec
+) -> None:
+    path = linear(tmp_path / "linear.onnx")
+    with pytest.raises(ArtifactError, match=rf"promises {promised.name} .*export again"):
+        OpenVinoSession(path, path, [promised], [spec("y", "float32", "batch", 3)])
+
+
+def test_a_run_that_outlives_the_session_leaves_nothing_in_it(session: OpenVinoSession) -> None:
+    class Closing:
+        def start_async(self, *args: Any, **kwargs: Any) -> None:
+            session.close()
+
+        def wait(self) -> None: ...
+
+        def get_tensor(self, name: str) -> Any:
+            return SimpleNamespace(data=X)
+
+    session._requests.append(Closing())
+    session.run({"x": X})
+    assert session._requests == []
+
+
+def test_an_openvino_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", ModuleType("openvino"))
+    monkeypatch.delitem(sys.modules, "internvl_edge.runtime.openvino.session")
+    with pytest.raises(MissingDependency, match=r"internvl-edge\[openvino\]"):
+        importlib.import_module("internvl_edge.runtime.openvino.session")
