@@ -37,7 +37,7 @@ def load_error(
         return HardwareError(
             f"{path}: ONNX Runtime {onnxruntime.__version__} has no {where} kernel for "
             f"{missing[1]} of node {missing[2]!r} in its dtype; bfloat16 needs a GPU, "
-            "export at fp32, fp16, int8 or fp8 to run there"
+            "or for images alone backend 'openvino'; export at fp32, fp16, int8 or fp8 to run there"
         )
     if _is_memory(error, message):
         return ResourceError(f"not enough memory to open {path}: {message}")
