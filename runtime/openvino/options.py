@@ -17,7 +17,7 @@ class OpenVinoOptions:
     """How OpenVINO computes what sees images, and ONNX Runtime the rest.
 
     Raises:
-        UsageError: a number of threads or a dtype that is none.
+        UsageError: a number of threads, a dtype or options that are none.
     """
 
     # None: OMP_NUM_THREADS, else every core this process may use
@@ -29,6 +29,10 @@ class OpenVinoOptions:
 
     def __post_init__(self) -> None:
         require_threads(self.num_threads)
+        if not isinstance(self.language, OrtOptions | None):
+            raise UsageError(
+                f"language: expected OrtOptions(...) or None, found {type(self.language).__name__}"
+            )
         if self.dtype not in (None, FLOAT32, BFLOAT16):
             raise UsageError(
                 f"dtype {shortened(self.dtype)}: expected {FLOAT32}, {BFLOAT16} or None"

@@ -92,7 +92,6 @@ class OpenVinoSession:
         never_destroyed_in_children(compiled)
         self._require_promised(compiled)
         self._compiled: Any = compiled
-        self._requests: list[Any] = []  # those that no call holds; each has buffers of its own
 
     def _require_promised(self, compiled: Any) -> None:
         """Refuse a graph of other dtypes or sizes: a feed would be cast without a word."""
@@ -121,22 +120,17 @@ class OpenVinoSession:
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array]:
         """See ``Session.run``."""
-        # before the graph: where close() comes in between, nothing runs, and later they are our own
-        requests, watch = self._requests, self._watch
-        compiled = self._opened()
+        compiled, watch = self._opened(), self._watch
         names = list(self._outputs) if outputs is None else check_outputs(self._outputs, outputs)
         arrays = check_feeds(self._inputs, feeds, check)
         if watch is not None:
             watch.require_unchanged()
         try:
-            request = requests.pop()
-        except IndexError:  # every one is at work
+            # of its own: one that is kept would keep what a caller gave
             request = compiled.create_infer_request()
-        try:
             # not infer(): with one thread that loses errors, and the outputs are of the call before
             request.start_async(arrays, share_inputs=True)
             request.wait()
-            # the request's own memory, which its next call writes to
             results = {name: request.get_tensor(name).data.copy() for name in names}
         except Exception as error:
             message = _message(error)
@@ -145,7 +139,6 @@ class OpenVinoSession:
                     f"not enough memory to run {self._path.name}: {message}; use a smaller batch"
                 ) from error
             raise InternVLError(f"OpenVINO failed to run {self._path}: {message}") from error
-        requests.append(request)
         if watch is not None:
             watch.require_unchanged()
         return results
@@ -160,7 +153,6 @@ class OpenVinoSession:
     def close(self) -> None:
         """Free the graph once the runs that are under way have ended."""
         self._compiled = self._watch = None
-        self._requests = []
 
     def __enter__(self) -> Self:
         return self

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from internvl_edge.errors import HardwareError, MissingDependency, UsageError
-from internvl_edge.files.cores import default_threads
+from internvl_edge.files.cores import MAX_THREADS, default_threads
 from internvl_edge.runtime.gpu.probe import gpu_count
 
 __all__ = [
@@ -43,7 +43,6 @@ GPU_PROVIDERS = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 ERRORS, FATAL_ONLY = 3, 4
-MAX_THREADS = 1024
 PRODUCTS_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 EXACT_PRODUCTS, ROUNDED_PRODUCTS = 1, 4  # MatMulNBits' accuracy_level: float32 and int8
 

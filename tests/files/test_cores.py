@@ -72,7 +72,18 @@ def test_the_smaller_of_affinity_and_quota_counts(
 
 
 @pytest.mark.parametrize(
-    ("said", "count"), [("3", 3), ("2,1", 2), (" 8 ", 8), ("", 5), ("0", 5), ("-1", 5), ("x", 5)]
+    ("said", "count"),
+    [
+        ("3", 3),
+        ("2,1", 2),
+        (" 8 ", 8),
+        ("", 5),
+        ("0", 5),
+        ("-1", 5),
+        ("x", 5),
+        ("1024", 1024),
+        ("99999999999", 5),
+    ],
 )
 def test_omp_num_threads_decides_where_nobody_asks(
     monkeypatch: pytest.MonkeyPatch, said: str, count: int

@@ -18,8 +18,9 @@ import click
 from internvl_edge.artifact import CHECKPOINT_FILE, MANIFEST
 from internvl_edge.cli.console import Output
 from internvl_edge.demo import bundled
+from internvl_edge.files.cores import MAX_THREADS
 from internvl_edge.runtime.images.options import ImageOptions
-from internvl_edge.runtime.ort.options import MAX_THREADS, choose_providers
+from internvl_edge.runtime.ort.options import choose_providers
 from internvl_edge.runtime.session import BACKENDS, options_for, require_device
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from pathlib import Path
 from internvl_edge.files.cgroups import CGROUPS, OWN_CGROUPS, own_groups
 from internvl_edge.files.reading import system_text
 
-__all__ = ["default_threads", "quota_cores", "usable_cores"]
+__all__ = ["MAX_THREADS", "default_threads", "quota_cores", "usable_cores"]
 
 OMP_THREADS = "OMP_NUM_THREADS"
+MAX_THREADS = 1024  # more are no number of threads, but a mistake
 
 
 def usable_cores() -> int:
@@ -40,7 +41,7 @@ def default_threads() -> int:
     OpenMP takes a list, a number for each level of nesting; the first counts.
     """
     first = os.environ.get(OMP_THREADS, "").split(",")[0].strip()
-    if first.isascii() and first.isdigit() and int(first) > 0:
+    if first.isascii() and first.isdigit() and 0 < int(first) <= MAX_THREADS:
         return int(first)
     return usable_cores()
 
