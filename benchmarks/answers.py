@@ -182,6 +182,7 @@ CONTENDERS: Mapping[str, Entry] = {
     "int8-wo": ours("int8-wo"),
     "int8": ours("int8"),
     "int8, tower by OpenVINO": ours("int8", tower="openvino"),
+    "int8, int8 head, tower by OpenVINO": ours("int8", "int8", "openvino"),
     "llama.cpp Q4_0": llama_cpp("Q4_0"),
     "llama.cpp Q8_0": llama_cpp("Q8_0"),
     "OpenVINO int4": openvino("int4"),

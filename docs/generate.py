@@ -106,7 +106,7 @@ What an application imports.
 RUNTIME: tuple[Any, ...] = (
     *(runtime.load, runtime.Model, runtime.Retrieval, Reply, Usage, runtime.open_session),
     *(runtime.Session, runtime.Batcher, internvl_edge.AnswerOptions, internvl_edge.ImageOptions),
-    *(internvl_edge.OrtOptions, internvl_edge.TrtOptions),
+    *(internvl_edge.OrtOptions, internvl_edge.OpenVinoOptions, internvl_edge.TrtOptions),
     internvl_edge.share_threads,
 )
 COMPILER: tuple[Any, ...] = (
