@@ -1,7 +1,7 @@
 """What of a compiled directory OpenVINO runs, and in which dtype.
 
 bfloat16 is what the checkpoints of the family were trained and published in, and its rounding, one
-part in 512, is finer than INT8's; so it is the default for graphs in bfloat16 and for those that
+part in 512, is finer than INT8's; so it is the default for directories at bf16 and for graphs that
 round activations to 8 bits. Others are computed in float32.
 
 Language models stay with ONNX Runtime, whose decoders write a token in less time, and which refuses

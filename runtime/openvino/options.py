@@ -17,13 +17,13 @@ class OpenVinoOptions:
     """How OpenVINO computes what sees images, and ONNX Runtime the rest.
 
     Raises:
-        UsageError: a number of threads, a dtype or options that are none.
+        UsageError: a value that is not valid.
     """
 
     # None: OMP_NUM_THREADS, else every core this process may use
     num_threads: int | None = None
-    # Of what is not INT8. None: bfloat16 for graphs in it and for those that round activations to
-    # 8 bits, where the CPU multiplies it; else float32.
+    # Of what is not INT8. None: bfloat16 for directories at bf16 and for graphs that round
+    # activations to 8 bits, where the CPU multiplies it; else float32.
     dtype: str | None = None
     language: OrtOptions | None = None  # of language models; None: the defaults, and num_threads
 

@@ -2,13 +2,14 @@
 
 A published graph opens there as it is, its Q/DQ pairs become products of INT8. What is gained is
 the rest of a tower: OpenVINO multiplies bfloat16 where the CPU does (AVX512_BF16, AMX), at twice
-the rate of float32 and more, and ONNX Runtime's CPU provider has float32 alone. Attention, which no
-Q/DQ pair stands around, is two fifths of an INT8 tower's time at 1025 tokens.
+the rate of float32 and more, and ONNX Runtime's CPU provider has float32 alone. Attention has no
+Q/DQ pairs, and is two fifths of an INT8 tower's time at 1025 tokens.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,7 @@ from internvl_edge.types import Array
 __all__ = ["OpenVinoSession", "fastest_dtype"]
 
 CPU = "CPU"
+OUT_OF_MEMORY = re.compile(r"bad_alloc|allocat\w* fail|to allocate|out of memory", re.IGNORECASE)
 NAMES = {FLOAT32: "f32", BFLOAT16: "bf16"}  # of dtypes, to OpenVINO
 
 
@@ -48,7 +50,7 @@ class OpenVinoSession:
     """A graph compiled by OpenVINO for the CPU; ``Session`` says what it does.
 
     Args:
-        graph: the file; its external data lies beside it.
+        graph: the file; its external data is in the same folder.
         path: the file as errors name it.
         inputs, outputs: the tensors.
         watch: over its external data, which must not be written to while it is mapped.
@@ -210,4 +212,4 @@ def _message(error: Exception) -> str:
 
 
 def _is_memory(error: Exception, message: str) -> bool:
-    return isinstance(error, MemoryError) or "alloc" in message.lower()
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(message) is not None

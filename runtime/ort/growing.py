@@ -21,16 +21,19 @@ DEVICE = native.OrtDevice(native.OrtDevice.cpu(), native.OrtDevice.default_memor
 
 
 class Grown(Sequence[Any]):
-    """The values of a cache as a call gave them, after its logits."""
+    """The values of a cache as a call gave them; its logits, which may be large, are not kept."""
 
     def __init__(self, outputs: Any) -> None:
-        self.outputs = outputs
+        self.values = native.OrtValueVector()
+        self.values.reserve(len(outputs) - 1)
+        for at in range(1, len(outputs)):
+            self.values.push_back(outputs[at])
 
     def __len__(self) -> int:
-        return len(self.outputs) - 1
+        return len(self.values)
 
     def __getitem__(self, at: Any) -> Any:
-        return onnxruntime.OrtValue(self.outputs[range(1, len(self.outputs))[at]])
+        return onnxruntime.OrtValue(self.values[range(len(self.values))[at]])
 
 
 def grow(
@@ -55,9 +58,8 @@ def grow(
     for value in values:
         given.push_back(value._ortvalue)
     if isinstance(cache, Grown):
-        held = cache.outputs
-        for at in range(1, len(held)):
-            given.push_back(held[at])
+        for value in cache.values:
+            given.push_back(value)
     else:
         for value in cache:
             given.push_back(value._ortvalue)

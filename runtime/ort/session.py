@@ -101,9 +101,10 @@ class OrtSession:
         self._process = os.getpid()
         self._inputs = {value.name: spec_of(value) for value in session.get_inputs()}
         self._outputs = {value.name: spec_of(value) for value in session.get_outputs()}
-        free = (v for v in session.get_overridable_initializers() if v.name != ROWS_UP_TO)
-        self._optional = {value.name: spec_of(value) for value in free}
-        self._constants = constants
+        free = {value.name: spec_of(value) for value in session.get_overridable_initializers()}
+        self._optional = {name: spec for name, spec in free.items() if name != ROWS_UP_TO}
+        # of those that the graph has: not every one has heads that share keys
+        self._constants = {name: array for name, array in constants.items() if name in free}
         self._names = list(self._outputs)
         self.largest: Mapping[str, int] = {}  # nothing bounds a graph
         self._place = place_of(providers)

@@ -217,17 +217,8 @@ def test_the_peak_of_memory_includes_what_was_freed() -> None:
 
 
 def test_what_the_system_does_not_say_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NoFile:
-        def __init__(self, path: str) -> None: ...
-
-        def glob(self, pattern: str) -> list[object]:
-            return []
-
-        def read_text(self, encoding: str) -> str:
-            raise FileNotFoundError
-
     for module in (machine, cpu):
-        monkeypatch.setattr(module, "Path", NoFile)
+        monkeypatch.setattr(module, "system_text", lambda path: "")
     monkeypatch.setattr(machine, "MEASURED_WITH", ("no-such-package",))
     card = environment()
     assert (card["clock_mhz"], card["governor"]) == (None, None)

@@ -15,12 +15,13 @@ So appending is part of a kernel. A cache that is written in place stays outside
     Attention of (B, heads, T, d)       =      Attention of (B, kv heads, heads / kv heads · T, d)
 
 The kernel reads keys and values once for each head of the query, rearranges keys for each, and has
-one thread append to the cache, unless the query has as many heads as they. So of few new tokens
-heads that share keys are rows of one head: the same memory under another shape, chosen by the graph
-itself. Of many tokens they stay heads, as threads share those out; of few too, where there are more
-threads than heads of keys. So how many are few is an input with a value of its own, as
-``logits_from`` is: a session that has such threads gives 0. There q, k and v are split into heads
-at once.
+one thread append to the cache, unless the query has as many heads as they. So where few tokens are
+new, heads that share keys are rows of one head: the same memory under another shape, which the
+graph chooses by itself. Where many are new they stay heads, since threads share heads out.
+
+With more threads than heads of keys, heads are better in both cases. So how many tokens are few is
+an input, ``rows_up_to``, with a value of its own as ``logits_from`` has; a session with so many
+threads gives 0. In such graphs q, k and v are split into heads at once.
 
 What is computed is the same, bit by bit the published graph's; but for the attention of a single
 token whose heads share keys, which is added up in another order, as that of several tokens is.

@@ -223,6 +223,8 @@ def benchmark(
     _require_together(against, checkpoint, scenario, streams, p99_ms)
     if forecast_gpu is None:
         device = require_device(device)
+    if backend == "openvino" and device == "auto":
+        device = "cpu"  # what it is compared with, too
     artifacts = open_artifacts(outs)
     chosen = choose_components(artifacts, components)
     settings = Settings(

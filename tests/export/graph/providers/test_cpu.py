@@ -154,6 +154,30 @@ def test_with_more_threads_than_heads_of_keys_heads_stay_heads(
     assert any((a != b).any() for a, b in zip(published, grouped, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["qllama", "earlier"])
+def test_a_graph_that_does_not_ask_up_to_how_many_tokens_is_given_nothing(
+    kind: str, tmp_path: Path
+) -> None:
+    """Where no heads share keys, and where an earlier version wrote it."""
+    path = export(tmp_path, "qllama" if kind == "qllama" else "qwen2", "int4-wo")
+    if kind == "earlier":
+        model = ir.load(joined(path))
+        model.graph.inputs.remove(next(v for v in model.graph.inputs if v.name == ROWS_UP_TO))
+        ir.save(model, joined(path))
+    constants = {ROWS_UP_TO: np.zeros(1, np.int64)}
+    with OrtSession(joined(path)) as plain, OrtSession(joined(path), constants=constants) as given:
+        length = {"batch": 1, "length": 1, "past": 1, "past+length": 2}
+        arrays = {
+            name: np.ones([length.get(str(n), n) for n in spec.shape], numpy_dtype(spec.dtype))
+            for name, spec in plain.inputs.items()
+        }
+        for one in (plain, given):
+            one.run(arrays)
+            cache = [value_of(arrays[n], ("cpu", 0)) for n in arrays if n.startswith(PAST)]
+            names = [n for n in arrays if n.startswith(PAST)]
+            one.step({n: a for n, a in arrays.items() if n not in names}, names, cache)
+
+
 def logits_of_one_token(session: OrtSession) -> Iterator[Array]:
     """Read one token after others by every way there is."""
     rng = np.random.default_rng(1)
