@@ -570,7 +570,8 @@ def test_build_needs_no_pytorch() -> None:
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "doctor")
-    assert found["packages"]["torch"] == torch.__version__
+    release, _, _ = torch.__version__.partition("+")  # a build's label is not in every wheel's name
+    assert found["packages"]["torch"].partition("+")[0] == release
     assert found["machine"]["cores"] >= 1
 
 
