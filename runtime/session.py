@@ -45,11 +45,14 @@ class Backend:
 
     module: str  # whose ``open_component`` opens a session of it
     needs_gpu: bool
+    device: str = "auto"  # that "auto" stands for, where there is one alone
 
 
 BACKENDS = {  # by the package that brings it, of ``files.packages``
     "onnxruntime": Backend(module="internvl_edge.runtime.ort.session", needs_gpu=False),
-    "openvino": Backend(module="internvl_edge.runtime.openvino.opening", needs_gpu=False),
+    "openvino": Backend(
+        module="internvl_edge.runtime.openvino.opening", needs_gpu=False, device="cpu"
+    ),
     "tensorrt-rtx": Backend(module="internvl_edge.runtime.trt.session", needs_gpu=True),
     "tensorrt": Backend(module="internvl_edge.runtime.trt.session", needs_gpu=True),
 }

@@ -1,4 +1,4 @@
-"""What of a compiled directory OpenVINO runs, and in which dtype.
+"""The components of a compiled directory that OpenVINO runs, and their dtype.
 
 bfloat16 is what the checkpoints of the family were trained and published in, and its rounding, one
 part in 512, is finer than INT8's; so it is the default for directories at bf16 and for graphs that

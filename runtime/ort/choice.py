@@ -17,6 +17,7 @@ from internvl_edge.artifact.components import (
 )
 from internvl_edge.errors import HardwareError
 from internvl_edge.runtime.feeds import ROWS_UP_TO
+from internvl_edge.runtime.generation.fixed_cache import PAST
 from internvl_edge.runtime.ort.cpu import products_saturate
 from internvl_edge.runtime.ort.opening import ROUNDING
 from internvl_edge.runtime.ort.options import CPU, OrtOptions, choose_providers, threads_of
@@ -79,7 +80,7 @@ def choose_graph(artifact: Artifact, component: str, device: str, options: OrtOp
 def _key_heads(artifact: Artifact, component: str) -> int:
     """Look up how many heads of keys a decoder's cache has, (B, heads, P, d)."""
     inputs = artifact.manifest.components[component].inputs
-    shapes = [spec.shape for spec in inputs if spec.name.startswith("past_key_values.")]
+    shapes = [spec.shape for spec in inputs if spec.name.startswith(PAST)]
     return int(shapes[0][1])
 
 

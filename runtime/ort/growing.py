@@ -12,6 +12,7 @@ from typing import Any
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
+from internvl_edge.runtime.ort.rows import HOST
 from internvl_edge.runtime.ort.values import value_of
 from internvl_edge.types import Array
 
@@ -54,15 +55,10 @@ def grow(
     """
     given, taken = native.OrtValueVector(), native.OrtValueVector()
     given.reserve(len(feeds) + len(names))
-    values = [value_of(array, ("cpu", 0)) for array in feeds.values()]  # which hold the arrays
-    for value in values:
-        given.push_back(value._ortvalue)
-    if isinstance(cache, Grown):
-        for value in cache.values:
-            given.push_back(value)
-    else:
-        for value in cache:
-            given.push_back(value._ortvalue)
+    values = [value_of(array, HOST) for array in feeds.values()]  # which hold the arrays
+    held = cache.values if isinstance(cache, Grown) else [value._ortvalue for value in cache]
+    for value in (*(value._ortvalue for value in values), *held):
+        given.push_back(value)
     session.run_with_ortvaluevector(
         onnxruntime.RunOptions(), [*feeds, *names], given, outputs, taken, [DEVICE] * len(outputs)
     )

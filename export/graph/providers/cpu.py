@@ -1,4 +1,4 @@
-"""A decoder's graph for ONNX Runtime's CPU provider: fewer kernels, every result the same.
+"""A decoder's graph in the form that ONNX Runtime's CPU provider computes in the least time.
 
     x Wqᵀ + bq,  x Wkᵀ + bk,  x Wvᵀ + bv   =   split(x Wᵀ + b)      W: the columns side by side
 

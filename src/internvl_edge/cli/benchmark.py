@@ -36,7 +36,7 @@ from internvl_edge.cli.options import (
 )
 from internvl_edge.errors import UsageError, did_you_mean
 from internvl_edge.files.disk import write_atomically
-from internvl_edge.runtime.session import options_for, require_device
+from internvl_edge.runtime.session import BACKENDS, options_for, require_device
 
 MAX_SECONDS = 86_400.0  # of one measurement
 TASKS = ("components", "chat")
@@ -223,8 +223,8 @@ def benchmark(
     _require_together(against, checkpoint, scenario, streams, p99_ms)
     if forecast_gpu is None:
         device = require_device(device)
-    if backend == "openvino" and device == "auto":
-        device = "cpu"  # what it is compared with, too
+    if device == "auto" and backend in BACKENDS:
+        device = BACKENDS[backend].device  # of what it is compared with, too
     artifacts = open_artifacts(outs)
     chosen = choose_components(artifacts, components)
     settings = Settings(
